@@ -1,0 +1,1 @@
+"""Benchmarks: every number in README comes from here. `python -m bench.run --help` says how."""

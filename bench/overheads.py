@@ -1,0 +1,94 @@
+"""Cells of what an op costs beside its work, and of what a codec wins or loses.
+
+`codecs` and `codecs_group` run one in-place all_reduce for each codec, over shared memory and over gloo (the `group`
+transport), against the same without a codec. `dispatch` reduces one element, so that only the way down is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bench import baselines
+from bench.cell import CODEC_ROUNDING, Cell, Setting, compare, sum_tolerance
+from bench.collectives import numel_of, sums, taking
+from bench.timing import Candidate
+from tpkernels import ops
+
+
+def codec_cell(setting: Setting, nbytes: int, op: str, transport: str) -> Cell:
+    """The same sum with each codec."""
+    numel, world = numel_of(setting, nbytes), setting.world_size
+    source = setting.values(setting.rank, numel)
+    want, magnitude = sums(setting, numel)
+    group = setting.group(transport)
+
+    def with_codec(codec: str) -> Candidate:
+        def run(x: Tensor) -> Tensor:
+            ops.all_reduce_(x, group=group, codec=codec)
+            return x
+
+        check = compare(want, sum_tolerance(setting, magnitude, codec))
+        return taking(setting, source, codec, run, check, label=setting.ours(transport, codec, path="plain"))
+
+    def cast_gloo() -> Candidate:
+        def run(x: Tensor) -> Tensor:
+            return x.copy_(baselines.gloo_all_reduce(x.to(torch.float16)))
+
+        rough = compare(want, sum_tolerance(setting, magnitude, "fp16") * world)  # gloo rounds at every hop
+        return taking(setting, source, "cast_gloo", run, rough, label={"codec": "fp16", "transport": "gloo"})
+
+    gloo = compare(want, sum_tolerance(setting, magnitude))
+    candidates = setting.pick(
+        **{codec: lambda codec=codec: with_codec(codec) for codec in CODEC_ROUNDING},
+        gloo=lambda: taking(setting, source, "gloo", baselines.gloo_all_reduce, gloo, label={"transport": "gloo"}),
+        cast_gloo=cast_gloo,
+    )
+    return Cell(op, setting.dtype_name, world, {"bytes": numel * setting.itemsize}, candidates, "none",
+                bus_factor=2 * (world - 1) / world)  # fmt: skip
+
+
+def codecs(setting: Setting, nbytes: int) -> Cell:
+    """Over the transport that the group picks by itself."""
+    return codec_cell(setting, nbytes, "codecs", "auto")
+
+
+def codecs_group(setting: Setting, nbytes: int) -> Cell:
+    """Over gloo, where fewer bytes ought to pay."""
+    return codec_cell(setting, nbytes, "codecs_group", "group")
+
+
+def dispatch(setting: Setting, nbytes: int) -> Cell:
+    """One element: gloo, the public function, the torch op under it, and torch's own add_ as a yardstick."""
+    group, world = setting.group(), setting.world_size
+    source = setting.values(setting.rank, 1)
+    want, magnitude = sums(setting, 1)
+    exact = compare(want, sum_tolerance(setting, magnitude))
+    raw = torch.ops.tpkernels.all_reduce_
+
+    def public(x: Tensor) -> Tensor:
+        ops.all_reduce_(x, group=group)
+        return x
+
+    def op_only(x: Tensor) -> Tensor:
+        raw(x, group.name, world, "sum", "none")
+        return x
+
+    def make(name: str, run: Callable[[Tensor], Tensor], ours: bool = True) -> Callable[[], Candidate]:
+        label = setting.ours(path="plain") if ours else {}
+        return lambda: taking(setting, source, name, run, exact, label=label)
+
+    zero = compare(source.double(), torch.zeros((), dtype=torch.float64))
+    candidates = setting.pick(
+        gloo=make("gloo", baselines.gloo_all_reduce, ours=False),
+        functional=make("functional", lambda x: ops.all_reduce(x, group=group)),
+        plain=make("plain", public),
+        op_only=make("op_only", op_only),
+        add=lambda: taking(setting, source, "add", lambda x: x.add_(0), zero),
+        barrier=lambda: Candidate("barrier", call=group.barrier, error=lambda _: 0.0, label=setting.ours()),
+        gloo_barrier=lambda: Candidate("gloo_barrier", call=dist.barrier, error=lambda _: 0.0),
+    )
+    return Cell("dispatch", setting.dtype_name, world, {"bytes": nbytes}, candidates, "gloo")

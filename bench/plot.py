@@ -1,0 +1,95 @@
+"""Draw latency and ratio over size from rows: `python -m bench.plot all_reduce.png --op all_reduce`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench import rows as kept
+from bench.rows import Row
+from bench.shapes import format_bytes
+from bench.table import under
+
+COLORS = ["#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"]  # baseline first, in grey
+
+
+def across(row: Row) -> int:
+    """What the x axis shows: tokens of a GEMM or vocabulary op, bytes of a collective."""
+    return int(row["M"] if row["M"] is not None else row["bytes"])
+
+
+def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Latest rows by variant, smallest size first; the baseline first."""
+    latest: dict[tuple[str, int], Row] = {}
+    for row in sorted(rows, key=lambda r: r["date"]):
+        if row["verified"] and row["median_us"] is not None:
+            latest[row["variant"], across(row)] = row
+    names = sorted({v for v, _ in latest}, key=lambda v: (v != rows[0]["baseline"], v))
+    return {v: [latest[key] for key in sorted(latest) if key[0] == v] for v in names}
+
+
+def draw(axes: Axes, found: dict[str, list[Row]], value: str, low: str, high: str) -> None:
+    """One line for each variant, with a whisker from least to most; the baseline against itself says nothing."""
+    for color, (name, rows) in zip(COLORS * 3, found.items(), strict=False):
+        baseline = value == "ratio" and name == rows[0]["baseline"]
+        shown = [row for row in rows if row[value] is not None and not baseline]
+        if not shown:
+            continue
+        middle = [row[value] for row in shown]
+        whiskers: Any = [[m - row[low] for m, row in zip(middle, shown, strict=True)],
+                         [row[high] - m for m, row in zip(middle, shown, strict=True)]]  # fmt: skip
+        axes.errorbar([across(r) for r in shown], middle, yerr=whiskers, marker="o", ms=4, lw=1.5, capsize=2,
+                      color=color, label=name)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Latency on the left, times faster than the baseline on the right.
+
+    Raises:
+        ValueError: no verified row.
+    """
+    found = lines(rows) if rows else {}
+    if not found:
+        raise ValueError("plot: there is no verified row of this op, dtype and number of ranks")
+    first, tokens = rows[0], rows[0]["M"] is not None
+    sheet = Figure(figsize=(12, 5), layout="constrained")
+    left, right = sheet.subplots(1, 2)
+    draw(left, found, "median_us", "min_us", "max_us")
+    draw(right, found, "ratio", "ratio_min", "ratio_max")
+    right.axhline(1, color=COLORS[0], lw=1)
+    ticks = sorted({across(row) for some in found.values() for row in some})
+    for axes, label in ((left, "microseconds, slowest rank"), (right, f"times faster than {first['baseline']}")):
+        axes.set_xticks(ticks, [str(t) if tokens else format_bytes(t) for t in ticks])
+        axes.set(xlabel="tokens M" if tokens else "size", ylabel=label)
+        axes.legend(frameon=False)
+    sheet.suptitle(f"{first['op']}, {first['R']} ranks, {first['dtype']}: median over rounds, whiskers least and most")
+    sheet.supxlabel(under(first), fontsize=7, color="gray")
+    sheet.savefig(path, dpi=130)
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    op: Annotated[str, typer.Option()] = "all_reduce",
+    ranks: Annotated[int, typer.Option()] = 2,
+    dtype: Annotated[str, typer.Option()] = "fp32",
+    results: Annotated[Path, typer.Option(help="A file or a folder of JSON lines.")] = kept.RESULTS,
+) -> None:
+    """Draw one op."""
+    rows = [r for r in kept.load(results) if (r["op"], r["R"], r["dtype"]) == (op, ranks, dtype)]
+    try:
+        figure(rows, out)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,158 @@
+"""Write README's tables from the kept results: `python -m bench.readme`, or `--check` to only compare.
+
+A table NAME stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. What is there is replaced whole.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench import rows as kept
+from bench.goals import GOALS, verdicts
+from bench.rows import Row
+from bench.table import digits, size, under
+
+README = Path(__file__).parents[1] / "README.md"
+MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
+OURS = ("plain", "functional", "sym", "tpkernels", "fp16", "bf16", "op_only")
+Line = Sequence[str]
+
+
+def markdown(head: Line, lines: Iterable[Line], foot: str = "") -> str:
+    """A table; the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    return f"{table}\n\n{foot}\n" if foot else f"{table}\n"
+
+
+def ratio(values: Sequence[Any] | None) -> str:
+    """Median, and least and most in brackets."""
+    if not values or values[0] is None:
+        return "-"
+    return f"{digits(values[0])}x [{digits(values[1])}, {digits(values[2])}]"
+
+
+def in_placement(rows: Sequence[Row], placement: str) -> str:
+    """The ratio of the run with most rounds in this placement."""
+    measured = [row["by_placement"][placement] for row in rows if placement in row["by_placement"]]
+    if not measured:
+        return "-"
+    at = max(measured, key=lambda m: m["rounds"])
+    return ratio((at["ratio"], at["ratio_min"], at["ratio_max"]))
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by these fields, in order of appearance."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[k] for k in keys), []).append(row)
+    return found
+
+
+def sizes_in_order(rows: Iterable[Row]) -> list[Row]:
+    """By R, dtype, then size."""
+    return sorted(rows, key=lambda r: (r["R"], r["dtype"] != "fp32", r["dtype"], r["M"] or 0, r["bytes"] or 0))
+
+
+def collective(rows: Sequence[Row]) -> str:
+    """One line for each size and variant of ours: microseconds of the baseline and of ours, ratio near and far."""
+    rows = [row for row in sizes_in_order(rows) if row["verified"]]
+    baseline = grouped(rows, "variant", "bytes", "M", "N", "K", "R", "dtype")
+    lines = []
+    for key, same in grouped(rows, "op", "variant", "codec", "bytes", "M", "N", "K", "R", "dtype").items():
+        row = max(same, key=lambda r: r["date"])
+        if key[1] not in OURS:
+            continue
+        base = baseline.get((row["baseline"], *key[3:]), [row])
+        there = next((b for b in base if b["date"] == row["date"]), base[-1])
+        name = row["variant"] if row["codec"] in ("none", row["variant"]) else f"{row['variant']} {row['codec']}"
+        crowded = [in_placement(same, "crowded")] if row["placement"] == "crowded" else []
+        cells = crowded * 2 or [in_placement(same, "near"), in_placement(same, "far")]
+        microseconds = [digits(there["median_us"]), digits(row["median_us"])]
+        lines.append([size(row), name, str(row["R"]), row["dtype"], *microseconds, digits(row["busbw_gbs"]), *cells])
+    base_name = rows[0]["baseline"] if rows else "gloo"
+    head = ["size", "variant", "R", "dtype", f"{base_name} us", "us", "busbw GB/s", "times faster, near", "far"]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def gemm(rows: Sequence[Row]) -> str:
+    """One line for each op, size and dtype: against F.linear + gloo, and against the GEMM alone."""
+    rows = [row for row in sizes_in_order(rows) if row["verified"]]
+    lines = []
+    for same in grouped(rows, "op", "variant", "codec", "M", "N", "K", "R", "dtype").values():
+        row = max(same, key=lambda r: r["date"])
+        if row["variant"] != "tpkernels":
+            continue
+        numbers = [digits(row[name]) for name in ("median_us", "gflops", "exposed_us")]
+        against = [ratio(row["ratios"].get(name)) for name in ("linear_tpk", "linear_gloo")]
+        over = f"{100 * kept.over_roof(row):+.1f} %"
+        lines.append([row["op"], size(row), str(row["R"]), row["dtype"], *numbers, over, *against])
+    head = ["op", "M x N x K", "R", "dtype", "us", "GFLOP/s a rank", "exposed us", "over the GEMM alone",
+            "vs F.linear + our collective", "vs F.linear + gloo"]  # fmt: skip
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def goals(rows: Sequence[Row]) -> str:
+    """What was to be reached and what was."""
+    lines = [[v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, f"{digits(v.goal.at_least)}x",
+              ratio(v.found) if v.found and v.found[1] == v.found[1] else f"{digits(v.found[0])}x" if v.found else "-",
+              v.placement, v.word] for v in verdicts(GOALS, rows)]  # fmt: skip
+    return markdown(["goal", "dtype", "R", "against", "at least", "found", "where", ""], lines)
+
+
+def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
+    """Rows of these ops."""
+    return lambda rows: [row for row in rows if row["op"] in ops]
+
+
+TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequence[Row]], str]]] = {
+    "all_reduce": (only("all_reduce"), collective),
+    "reduce_scatter": (only("reduce_scatter"), collective),
+    "all_gather": (only("all_gather"), collective),
+    "gemm": (only("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"), gemm),
+    "vocab": (only("vocab_embedding", "vocab_cross_entropy"), collective),
+    "codecs": (only("codecs", "codecs_group"), collective),
+    "dispatch": (only("dispatch"), collective),
+    "goals": (lambda rows: rows, goals),
+}
+
+
+def table(name: str, rows: Sequence[Row]) -> str:
+    """The text between the markers of this name.
+
+    Raises:
+        ValueError: README asks for a table that does not exist.
+    """
+    if name not in TABLES:
+        raise ValueError(f"README: no table is called {name!r}; the tables are {', '.join(TABLES)}")
+    pick, write = TABLES[name]
+    return write(pick(rows))
+
+
+def filled(text: str, rows: Sequence[Row]) -> str:
+    """The text with every marked table written anew."""
+    return MARKED.sub(lambda m: f"<!-- bench:{m[1]} -->\n{table(m[1], rows)}<!-- /bench -->", text)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 if README differs.")] = False,
+    readme: Annotated[Path, typer.Option()] = README,
+    results: Annotated[Path, typer.Option()] = kept.RESULTS,
+) -> None:
+    """Write README's measured tables from bench/results."""
+    before = readme.read_text()
+    after = filled(before, kept.load(results))
+    if check and before != after:
+        sys.exit(f"{readme.name}: the measured tables differ from bench/results; run python -m bench.readme")
+    if not check:
+        readme.write_text(after)
+
+
+if __name__ == "__main__":
+    typer.run(main)

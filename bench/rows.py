@@ -1,0 +1,166 @@
+"""A row is one candidate at one size, with every number needed to believe it; rows are kept as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import placement
+from bench.cell import Cell
+from bench.timing import Candidate, Summary, Timing, exposed, ratios, summary
+
+Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+
+# Two rows with the same identity measure the same thing; the later one replaces the earlier.
+IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
+FIELDS = (
+    *IDENTITY,
+    "path", "transport",
+    "median_us", "p90_us", "min_us", "max_us",  # slowest rank, over rounds
+    "gflops", "algbw_gbs", "busbw_gbs", "exposed_us",  # GFLOP/s of one rank; null where it means nothing
+    "baseline", "ratio", "ratio_min", "ratio_max",  # times faster than the baseline, taken inside rounds
+    "ratios",  # {other candidate: [median, min, max]}
+    "by_placement",  # {near, far, mixed, crowded: {rounds, median_us, ratio, ratio_min, ratio_max}}
+    "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
+    "flag_rtt_ns", "rounds", "calls",  # calls: in a block
+    "machine", "torch", "commit", "date", "load",
+)  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """The CPU in words and numbers."""
+    found: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    flags = set(found.get("flags", "").split())
+    simd = next((name for name in ("avx512f", "avx2", "sse4_2") if name in flags), "unknown")
+    mhz = found.get("cpu MHz")
+    return {
+        "cpu": f"{found.get('model name', platform.machine())} (family {found.get('cpu family', '?')}, "
+        f"model {found.get('model', '?')})",
+        "simd": simd,
+        "cores": os.cpu_count(),
+        "mhz": round(float(mhz)) if mhz else None,
+        "virtual": "hypervisor" in flags,
+    }
+
+
+def commit() -> str | None:
+    """Short commit of the tree, with a + if files that git knows are changed; None outside git."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*here, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    others = [line for line in changed.stdout.splitlines() if "bench/results" not in line and "README" not in line]
+    return head.stdout.strip() + ("+" if others else "")
+
+
+def circumstances(pinned: bool) -> Row:
+    """What all rows of a run say of where and when they were taken."""
+    return {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "load": round(os.getloadavg()[0], 2),
+        "pinned": pinned,
+    }
+
+
+def number(value: float) -> float | None:
+    """For JSON: four digits, None for what is no number."""
+    return None if math.isnan(value) or math.isinf(value) else float(f"{value:.4g}")
+
+
+def times(of: Summary) -> Row:
+    """In microseconds."""
+    return {name: number(1e6 * value) for name, value in zip(
+        ("median_us", "p90_us", "min_us", "max_us"), (of.median, of.p90, of.least, of.most), strict=True)}  # fmt: skip
+
+
+def three(values: Sequence[float]) -> list[float | None]:
+    """Median, least, most."""
+    found = summary(values)
+    return [number(found.median), number(found.least), number(found.most)]
+
+
+def per_placement(timing: Timing, baseline: Timing | None, rounds: Sequence[str]) -> Row:
+    """Median and ratio over the rounds of each placement, for those that occurred."""
+    found = {}
+    for name in dict.fromkeys(rounds):
+        mine = [i for i, r in enumerate(rounds) if r == name]
+        ratio = [ratios(baseline, timing)[i] for i in mine] if baseline else []
+        median, least, most = three(ratio)
+        took = number(1e6 * summary([timing.seconds[i] for i in mine]).median)
+        found[name] = {"rounds": len(mine), "median_us": took, "ratio": median, "ratio_min": least, "ratio_max": most}
+    return found
+
+
+def row_of(cell: Cell, candidate: Candidate, timings: dict[str, Timing], probes: Sequence[float], where: Row) -> Row:
+    """The row of one candidate.
+
+    Args:
+        timings: of all candidates of the cell, by name.
+        probes: flag round trips between rounds, one more than there are rounds.
+        where: from `circumstances`.
+    """
+    timing = timings[candidate.name]
+    timed = {name: t for name, t in timings.items() if t.seconds}
+    rounds, baseline = placement.of_rounds(probes), timed.get(cell.baseline)
+    of, runs = summary(timing.seconds), bool(timing.seconds)
+    versus = {n: three(ratios(t, timing)) for n, t in timed.items() if runs and n != candidate.name}
+    ratio = three(ratios(baseline, timing)) if runs and baseline else [None] * 3
+    roofs = [timed[name] for name in cell.roofs if name in timed]
+    beyond = summary(exposed(timing, roofs)).median if runs and roofs and candidate.name not in cell.roofs else math.nan
+    nbytes = cell.sizes.get("bytes")
+    algbw = nbytes / of.median / 1e9 if nbytes and cell.bus_factor else math.nan
+    row = {
+        "op": cell.op, "variant": candidate.name, "codec": candidate.label.get("codec") or "none",
+        "dtype": cell.dtype, "bytes": nbytes, **{k: cell.sizes.get(k) for k in "MNK"}, "R": cell.world_size,
+        "path": candidate.label.get("path"), "transport": candidate.label.get("transport"), **times(of),
+        "gflops": number(cell.flops / of.median / 1e9) if cell.flops else None,
+        "algbw_gbs": number(algbw), "busbw_gbs": number(algbw * cell.bus_factor), "exposed_us": number(1e6 * beyond),
+        "baseline": cell.baseline, "ratio": ratio[0], "ratio_min": ratio[1], "ratio_max": ratio[2], "ratios": versus,
+        "by_placement": per_placement(timing, baseline, rounds) if runs else {},
+        "verified": timing.verified, "error": number(timing.error), "placement": placement.of_run(rounds),
+        "flag_rtt_ns": number(summary(probes).median), "rounds": len(timing.seconds), "calls": timing.calls,
+    }  # fmt: skip
+    return {field: {**row, **where}[field] for field in FIELDS}
+
+
+def over_roof(row: Row) -> float:
+    """Exposed time over that of the faster GEMM alone; nan where there was none."""
+    return math.nan if row["exposed_us"] is None else row["exposed_us"] / (row["median_us"] - row["exposed_us"])
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What the row measures."""
+    return tuple(row[name] for name in IDENTITY)
+
+
+def load(path: Path) -> list[Row]:
+    """Rows of one file, or of all files of a folder; none where there is no such file."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+
+
+def save(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file; a row of the same identity is replaced."""
+    kept = {identity(row): row for row in [*load(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    fresh.replace(path)

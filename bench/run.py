@@ -1,0 +1,167 @@
+"""Measure one op against its baselines: `python -m bench.run all_reduce --ranks 2`.
+
+The protocol is told in bench/timing.py. Rows go to the screen and, with --out, to a file of JSON lines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bench import shapes, table
+from bench.cell import CODEC_ROUNDING, DTYPES, Cell, Setting
+from bench.ranks import RankTeam, cores, launch
+from bench.rows import Row, circumstances, row_of, save
+from bench.timing import measure
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One op: where its cells are made, how its sizes are written, which are taken by default.
+
+    Args:
+        only: the candidates taken when none is asked for; empty: all.
+    """
+
+    where: str
+    parse: Callable[[str], Any]
+    sizes: tuple[Any, ...]
+    only: tuple[str, ...] = ()
+
+
+BYTES, GEMMS, VOCABS = (tuple(s) for s in (shapes.COLLECTIVE_BYTES, shapes.GEMMS, shapes.VOCABS))
+
+# One line each. The training step has a bench of its own, in processes of its own: `python -m bench.train_step`.
+BENCHES = {
+    "all_reduce": Bench("bench.collectives:all_reduce", shapes.parse_bytes, BYTES),
+    "all_reduce_sym": Bench("bench.collectives:all_reduce", shapes.parse_bytes, BYTES, ("gloo", "sym")),
+    "reduce_scatter": Bench("bench.collectives:reduce_scatter", shapes.parse_bytes, BYTES),
+    "all_gather": Bench("bench.collectives:all_gather", shapes.parse_bytes, BYTES),
+    "gemm_all_reduce": Bench("bench.gemms:gemm_all_reduce", shapes.parse_gemm, GEMMS),
+    "gemm_reduce_scatter": Bench("bench.gemms:gemm_reduce_scatter", shapes.parse_gemm, GEMMS[1:]),  # M = 1 has no rows
+    "all_gather_gemm": Bench("bench.gemms:all_gather_gemm", shapes.parse_gemm, GEMMS[1:]),
+    "vocab_embedding": Bench("bench.vocab:vocab_embedding", shapes.parse_vocab, VOCABS),
+    "vocab_cross_entropy": Bench("bench.vocab:vocab_cross_entropy", shapes.parse_vocab, VOCABS),
+    "codecs": Bench("bench.overheads:codecs", shapes.parse_bytes, BYTES),
+    "codecs_group": Bench("bench.overheads:codecs_group", shapes.parse_bytes, BYTES),
+    "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every rank is told."""
+
+    op: str
+    sizes: tuple[Any, ...]
+    setting: dict[str, Any]
+    rounds: int
+    block_s: float
+    where: Row
+
+
+def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
+    """The rows of one cell."""
+    probes: list[float] = []
+
+    def look() -> None:
+        probes.append(team.flag_rtt_ns())
+
+    timings = measure(cell.candidates, team, rounds=spec.rounds, block_s=spec.block_s, each_round=look)
+    look()
+    by_name = {t.name: t for t in timings}
+    return [row_of(cell, candidate, by_name, probes, spec.where) for candidate in cell.candidates]
+
+
+def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
+    """What a rank process does."""
+    module, name = BENCHES[spec.op].where.split(":")
+    make: Callable[[Setting, Any], Cell] = getattr(import_module(module), name)
+    setting = Setting(team.rank, team.world_size, **spec.setting)
+    for size in spec.sizes:
+        try:
+            cell = make(setting, size)
+        except ValueError as error:  # every rank comes to the same verdict on a size
+            if team.rank == 0:
+                send(f"left out: {error}")
+            continue
+        rows = measure_cell(cell, team, spec)
+        if team.rank == 0:
+            send(rows)
+    setting.close()
+
+
+def run(spec: Spec, ranks: int, *, pin: bool) -> Iterator[list[Row] | str]:
+    """Rows of each cell as it is finished, and messages."""
+    yield from launch(ranks, on_rank, spec, pin=pin)
+
+
+def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
+    """The sizes asked for, or the op's own."""
+    bench = BENCHES[op]
+    if text is None:
+        return bench.sizes
+    if text == "models" and bench.parse is shapes.parse_gemm:
+        return tuple(shapes.MODELS.values())
+    return tuple(bench.parse(part) for part in text.split(","))
+
+
+def named(value: str, known: Any, what: str) -> str:
+    """The value, if it is known; otherwise a usage error that lists what is."""
+    if value not in known:
+        raise typer.BadParameter(f"{what} must be one of {', '.join(known)}; got {value!r}")
+    return value
+
+
+def main(
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHES)}.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Rank processes, one thread each.")] = 2,
+    sizes: Annotated[str | None, typer.Option(help="4KiB,1MiB | M | MxNxK | models | a model's name; commas.")] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
+    codec: Annotated[str, typer.Option(help=f"Of our candidates: {', '.join(CODEC_ROUNDING)}.")] = "none",
+    only: Annotated[str | None, typer.Option(help="Candidates to run, with commas; default all.")] = None,
+    pin: Annotated[bool | None, typer.Option(help="A core for each rank; default: if there are as many.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 21,
+    block_ms: Annotated[float, typer.Option(help="How long a candidate's block in a round should last.")] = 20.0,
+    seed: Annotated[int, typer.Option()] = 7,
+    out: Annotated[Path | None, typer.Option(help="Add the rows to this file of JSON lines.")] = None,
+) -> None:
+    """Measure one op against its baselines and verify every candidate in the same run."""
+    console, bench = Console(width=max(160, Console().width)), BENCHES[named(op, BENCHES, "OP")]
+    if pin and ranks > len(cores()):
+        raise typer.BadParameter(f"--pin gives every rank a core of its own; {ranks} ranks, {len(cores())} cores")
+    pinned = ranks <= len(cores()) if pin is None else pin
+    try:
+        wanted = parse_sizes(op, sizes)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
+               "only": tuple(only.split(",")) if only else bench.only, "seed": seed}  # fmt: skip
+    spec = Spec(op, wanted, setting, rounds, block_ms / 1e3, circumstances(pinned))
+    rows: list[Row] = []
+    for found in run(spec, ranks, pin=pinned):
+        if isinstance(found, str):
+            console.print(found)
+            continue
+        rows += found
+        if console.is_terminal:
+            console.print(f"{op} {table.size(found[0])}: done", style="dim")
+    if op == "all_reduce_sym":
+        rows = [{**row, "op": op} for row in rows]
+    table.show(rows, console)
+    if out is not None:
+        save(out, rows)
+    if not all(row["verified"] for row in rows):
+        console.print("a result is wrong: see verified", style="bold red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

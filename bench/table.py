@@ -1,0 +1,91 @@
+"""Rows as a table to read in a terminal: the columns that a reader needs to believe a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.rows import Row
+from bench.shapes import format_bytes
+
+Cellwise = Callable[[Row], str]
+
+
+def digits(value: Any, unit: str = "") -> str:
+    """Three digits, a dash for nothing."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+def ratio(row: Row) -> str:
+    """3.4x [2.1, 4.0]"""
+    if row["ratio"] is None or row["variant"] == row["baseline"]:
+        return "-"
+    return f"{digits(row['ratio'])}x [{digits(row['ratio_min'])}, {digits(row['ratio_max'])}]"
+
+
+def size(row: Row) -> str:
+    """M x N x K where the op has them, else bytes."""
+    if row["M"] is not None:
+        return f"{row['M']}x{row['N']}x{row['K']}"
+    return format_bytes(row["bytes"])
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Cellwise]:
+    """Header -> text; columns that are empty for all rows are left out."""
+    everything: dict[str, Cellwise] = {
+        "op": lambda r: r["op"],
+        "variant": lambda r: r["variant"],
+        "codec": lambda r: r["codec"],
+        "size": size,
+        "R": lambda r: str(r["R"]),
+        "dtype": lambda r: r["dtype"],
+        "path": lambda r: r["path"] or "-",
+        "median us": lambda r: digits(r["median_us"]),
+        "p90": lambda r: digits(r["p90_us"]),
+        "GFLOP/s": lambda r: digits(r["gflops"]),
+        "busbw GB/s": lambda r: digits(r["busbw_gbs"]),
+        "exposed us": lambda r: digits(r["exposed_us"]),
+        f"vs {rows[0]['baseline']}": ratio,
+        "where": lambda r: r["placement"],
+        "verified": lambda r: "yes" if r["verified"] else "NO",
+    }
+    return {name: text for name, text in everything.items() if any(text(row) != "-" for row in rows)}
+
+
+def under(row: Row) -> str:
+    """What stands below a table."""
+    at = row["machine"]
+    mhz = f" at {at['mhz']} MHz" if at["mhz"] else ""
+    cores = f"{at['cores']} {'virtual ' if at['virtual'] else ''}cores"
+    pinned = "one core a rank" if row["pinned"] else "not pinned"
+    return (
+        f"{at['cpu']}, {cores}{mhz}, {at['simd']}; torch {row['torch']}; "
+        f"commit {row['commit']}; {row['date']}; {row['rounds']} rounds, slowest rank, {pinned}, 1 thread a rank; "
+        f"ratios against {row['baseline']}, taken inside rounds: median [min, max]; load {row['load']}"
+    )
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print a table of rows of one run."""
+    if not rows:
+        console.print("no rows")
+        return
+    table, shown = Table(box=None, pad_edge=False, header_style="bold"), columns(rows)
+    for name in shown:
+        left = name in ("op", "variant", "codec", "path", "dtype", "where", "verified")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    last = None
+    for row in rows:
+        if last is not None and size(row) != last:
+            table.add_section()
+        last = size(row)
+        table.add_row(*(text(row) for text in shown.values()), style=None if row["verified"] else "bold red")
+    console.print(table)
+    console.print(under(rows[0]), style="dim", markup=False)
