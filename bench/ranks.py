@@ -114,13 +114,12 @@ def launch(world_size: int, body: Callable[..., None], spec: Any, *, pin: bool) 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed; the others are ended.
     """
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # the rank processes inherit it
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     page, queue = context.RawArray(ctypes.c_int64, RankTeam.page_len(world_size)), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         args = (world_size, body, spec, pin, folder, page, queue)
-        ranks = start_processes(_rank_main, args, nprocs=world_size, join=False, start_method="forkserver")
+        ranks = start_processes(_rank_main, args, nprocs=world_size, join=False, start_method="forkserver")  # type: ignore[no-untyped-call]
         running = True
         while running:
             running = not ranks.join(timeout=0.2)

@@ -35,6 +35,12 @@ class Bench:
     sizes: tuple[Any, ...]
     only: tuple[str, ...] = ()
 
+    def make(self, setting: Setting, size: Any) -> Cell:
+        """The cell, from `where`, which is imported only now."""
+        module, name = self.where.split(":")
+        cell: Cell = getattr(import_module(module), name)(setting, size)
+        return cell
+
 
 BYTES, GEMMS, VOCABS = (tuple(s) for s in (shapes.COLLECTIVE_BYTES, shapes.GEMMS, shapes.VOCABS))
 
@@ -59,8 +65,7 @@ BENCHES = {
 class Spec:
     """What every rank is told."""
 
-    op: str
-    sizes: tuple[Any, ...]
+    jobs: tuple[tuple[str, Any], ...]  # (op, size)
     setting: dict[str, Any]
     rounds: int
     block_s: float
@@ -82,12 +87,10 @@ def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
 
 def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     """What a rank process does."""
-    module, name = BENCHES[spec.op].where.split(":")
-    make: Callable[[Setting, Any], Cell] = getattr(import_module(module), name)
     setting = Setting(team.rank, team.world_size, **spec.setting)
-    for size in spec.sizes:
+    for op, size in spec.jobs:
         try:
-            cell = make(setting, size)
+            cell = BENCHES[op].make(setting, size)
         except ValueError as error:  # every rank comes to the same verdict on a size
             if team.rank == 0:
                 send(f"left out: {error}")
@@ -144,7 +147,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
                "only": tuple(only.split(",")) if only else bench.only, "seed": seed}  # fmt: skip
-    spec = Spec(op, wanted, setting, rounds, block_ms / 1e3, circumstances(pinned))
+    spec = Spec(tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, circumstances(pinned))
     rows: list[Row] = []
     for found in run(spec, ranks, pin=pinned):
         if isinstance(found, str):

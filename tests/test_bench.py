@@ -1,0 +1,390 @@
+"""The bench's protocol on a clock of its own, its rows, its tables, and one real run of every op at tiny sizes.
+
+Nothing here asserts how long anything took.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import goals, placement, readme, rows, shapes, table
+from bench import run as bench_run
+from bench.cell import Cell, Setting, compare, product_tolerance, sum_tolerance
+from bench.ranks import RankTeam, launch
+from bench.timing import Candidate, Timing, exposed, measure, nothing, ratios, summary
+
+ROOT = Path(__file__).parents[1]
+
+
+class Clock:
+    """Moves only when work is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.speed = 1.0
+        self.events: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: float) -> Callable[[], str]:
+        def run() -> str:
+            self.now += seconds / self.speed
+            self.events.append(name)
+            return name
+
+        return run
+
+
+class Team:
+    """One real rank, and others that report whatever a test wants."""
+
+    def __init__(self, others: Callable[[float], list[float]] = lambda value: []) -> None:
+        self.rank, self.others = 0, others
+        self.world_size = 1 + len(others(0.0))
+        self.barriers = 0
+
+    def barrier(self) -> None:
+        self.barriers += 1
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        columns = [[value, *self.others(value)] for value in values]
+        return [[column[rank] for column in columns] for rank in range(self.world_size)]
+
+
+def right(_: Any) -> float:
+    return 0.0
+
+
+def wrong(_: Any) -> float:
+    return 1.5
+
+
+def candidate(clock: Clock, name: str, seconds: float, rewrite: float = 0.0, error: Any = right) -> Candidate:
+    refresh = clock.work(f"rewrite {name}", rewrite) if rewrite else nothing
+    return Candidate(name, call=clock.work(name, seconds), error=error, refresh=refresh)
+
+
+def test_the_rewrite_of_the_input_is_subtracted() -> None:
+    clock = Clock()
+    (timing,) = measure([candidate(clock, "a", 1e-3, rewrite=4e-3)], Team(), rounds=5, clock=clock)
+    assert timing.seconds == pytest.approx([1e-3] * 5)
+
+
+def test_a_round_in_which_the_rewrite_seemed_longer_than_both_is_not_a_number() -> None:
+    clock, turn = Clock(), iter(range(100))
+
+    def moody() -> None:  # once to find the number of calls, then by turns with the call (1 ms) and alone (9 ms)
+        clock.now += 9e-3 if next(turn) % 2 == 0 else 1e-3
+
+    job = Candidate("a", call=clock.work("a", 1e-4), error=right, refresh=moody)
+    (timing,) = measure([job], Team(), rounds=4, block_s=1e-3, clock=clock)
+    assert timing.calls == 1 and len(timing.seconds) == 4
+    assert all(math.isnan(s) for s in timing.seconds)
+
+
+def test_candidates_take_turns_and_the_order_alternates() -> None:
+    clock = Clock()
+    jobs = [candidate(clock, name, 0.02) for name in "abc"]
+    starts: list[int] = []
+    measure(jobs, Team(), rounds=4, clock=clock, each_round=lambda: starts.append(len(clock.events)))
+    assert [clock.events[at : at + 3] for at in starts] == [list("abc"), list("cba")] * 2
+
+
+def test_there_is_a_barrier_before_every_block() -> None:
+    clock, team = Clock(), Team()
+    measure([candidate(clock, "a", 0.02), candidate(clock, "b", 0.02, rewrite=0.01)], team, rounds=7, clock=clock)
+    calibration = 2
+    assert team.barriers == calibration + 7 * (1 + 2)
+
+
+def test_a_block_is_filled_and_every_rank_makes_the_same_number_of_calls() -> None:
+    clock = Clock()
+    (alone,) = measure([candidate(clock, "a", 1e-4)], Team(), rounds=1, clock=clock)
+    assert alone.calls == pytest.approx(200, abs=1)
+    (with_slow,) = measure([candidate(clock, "a", 1e-4)], Team(lambda v: [v * 4]), rounds=1, clock=clock)
+    assert with_slow.calls == pytest.approx(50, abs=1)
+
+
+def test_the_slowest_rank_counts() -> None:
+    clock = Clock()
+    (timing,) = measure([candidate(clock, "a", 1e-3)], Team(lambda v: [v * 3, v / 2]), rounds=3, clock=clock)
+    assert timing.seconds == pytest.approx([3e-3] * 3)
+
+
+def test_ratios_are_taken_inside_rounds() -> None:
+    clock, turn = Clock(), iter(range(100))
+
+    def change_speed() -> None:
+        clock.speed = (1.0, 1.0, 10.0)[next(turn) % 3]
+
+    jobs = [candidate(clock, "slow", 0.3), candidate(clock, "fast", 0.1)]
+    slow, fast = measure(jobs, Team(), rounds=9, clock=clock, each_round=change_speed)
+    assert ratios(slow, fast) == pytest.approx([3.0] * 9)
+    assert max(slow.seconds) == pytest.approx(10 * min(slow.seconds))
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    clock = Clock()
+    good, bad = measure([candidate(clock, "good", 0.1), candidate(clock, "bad", 0.1, error=wrong)], Team(), rounds=3,
+                        clock=clock)  # fmt: skip
+    assert good.verified and len(good.seconds) == 3
+    assert not bad.verified and bad.seconds == []
+    assert clock.events.count("bad") == 1
+
+
+def test_a_result_that_is_wrong_on_another_rank_only_is_not_timed_either() -> None:
+    clock = Clock()
+    (timing,) = measure([candidate(clock, "a", 0.1)], Team(lambda v: [1.5]), rounds=3, clock=clock)
+    assert not timing.verified and timing.seconds == []
+
+
+def test_a_result_that_turns_wrong_while_it_is_timed_is_found() -> None:
+    clock = Clock()
+    job = candidate(clock, "a", 0.1, error=lambda _: 2.0 if clock.now > 0.35 else 0.0)
+    (timing,) = measure([job], Team(), rounds=5, clock=clock)
+    assert not timing.verified
+
+
+def test_not_a_number_is_a_wrong_result() -> None:
+    clock = Clock()
+    (timing,) = measure([candidate(clock, "a", 0.1, error=lambda _: math.nan)], Team(), rounds=1, clock=clock)
+    assert timing.error == math.inf and timing.seconds == []
+
+
+def test_the_summary_leaves_out_what_is_no_number_and_counts_percentiles_upwards() -> None:
+    values = [float(v) for v in range(1, 11)]
+    random.Random(0).shuffle(values)
+    found = summary([*values, math.nan])
+    assert (found.median, found.p90, found.least, found.most) == (5.5, 9.0, 1.0, 10.0)
+    assert math.isnan(summary([math.nan]).median)
+
+
+def test_exposed_time_is_counted_from_the_fastest_roof_of_the_same_round() -> None:
+    ours, first, second = (Timing(n, 0.0, 1, list(s)) for n, s in (("o", (5, 9)), ("f", (4, 9)), ("s", (6, 5))))
+    assert exposed(ours, [first, second]) == [1, 4]
+
+
+def test_a_round_is_near_or_far_only_if_the_cores_stayed_there() -> None:
+    assert placement.of_rounds([100, 120, 500, 600, 90]) == ["near", "mixed", "far", "mixed"]
+    assert placement.of_rounds([math.nan, math.nan]) == ["crowded"]
+    assert placement.of_run(["near"] * 9 + ["mixed"]) == "near"
+    assert placement.of_run(["near"] * 5 + ["far"] * 5) == "mixed"
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    for count in (4, 4096, 65536, 1 << 20, 3 << 30, 1000):
+        assert shapes.parse_bytes(shapes.format_bytes(count)) == count
+    assert shapes.parse_gemm("16") == (16, 4096, 4096)
+    assert shapes.parse_gemm("8x16x32") == (8, 16, 32)
+    assert shapes.parse_gemm("gpt3_fc1/8") == (512, 6144, 1536)
+    for parse, text in ((shapes.parse_bytes, "4 apples"), (shapes.parse_gemm, "8x16"), (shapes.parse_vocab, "7")):
+        with pytest.raises(ValueError, match=r"sizes: expected .*got"):
+            parse(text)
+
+
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16", "fp16", "fp64", "int32"])
+def test_the_check_of_a_sum_lets_rounding_pass_and_nothing_else(dtype_name: str) -> None:
+    world = 4
+    setting = Setting(0, world, dtype_name)
+    terms = [setting.values(rank, 1000) for rank in range(world)]
+    want = sum(t.double() for t in terms)
+    check = compare(want, sum_tolerance(setting, sum(t.double().abs() for t in terms)))
+    assert check(terms[0] + terms[1] + terms[2] + terms[3]) <= 1
+    assert check(terms[0] + terms[1] + terms[2]) > 1, "a rank is missing"
+    late = (terms[0] + terms[1] + terms[2] + terms[3]).clone()
+    late[517] = terms[0][517]
+    assert check(late) > 1, "one element was read too early"
+    assert check(want[:-1]) == math.inf, "an element is missing"
+
+
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16"])
+def test_the_check_of_a_product_lets_rounding_pass_and_nothing_else(dtype_name: str) -> None:
+    setting, inner = Setting(0, 2, dtype_name), 1024
+    x, w = setting.values(0, 16, inner), (setting.values(1, 64, inner) / 32).to(setting.dtype)
+    want = x.double() @ w.double().T
+    check = compare(want, product_tolerance(setting, want, inner, 1 / 32))
+    half = inner // 2
+    assert check(x @ w.T) <= 1
+    assert check(x[:, :half] @ w[:, :half].T + x[:, half:] @ w[:, half:].T) <= 1
+    assert check(x[:, :half] @ w[:, :half].T) > 1, "a rank is missing"
+    assert check((x @ w.T).roll(1, 0)) > 1, "rows in the wrong place"
+
+
+def where() -> rows.Row:
+    return {"machine": {"cpu": "C", "simd": "avx2", "cores": 2, "mhz": 2000, "virtual": True}, "torch": "2.13.0",
+            "commit": "abc", "date": "2026-01-02T03:04:05Z", "load": 0.1, "pinned": True}  # fmt: skip
+
+
+def some_rows(probes: Sequence[float] = (100.0,) * 6, op: str = "all_reduce", size: int = 4096) -> list[rows.Row]:
+    clock = Clock()
+    jobs = [candidate(clock, "gloo", 0.9), candidate(clock, "plain", 0.01), candidate(clock, "bad", 0.1, error=wrong)]
+    timings = {t.name: t for t in measure(jobs, Team(), rounds=len(probes) - 1, clock=clock)}
+    cell = Cell(op, "fp32", 2, {"bytes": size}, jobs, "gloo", bus_factor=1.0)
+    return [rows.row_of(cell, job, timings, probes, where()) for job in jobs]
+
+
+def gemm_rows() -> list[rows.Row]:
+    clock = Clock()
+    names = {"linear_gloo": 0.5, "linear_tpk": 0.45, "tpkernels": 0.41, "gemm_aten": 0.45, "gemm_onednn": 0.4}
+    jobs = [candidate(clock, name, seconds) for name, seconds in names.items()]
+    timings = {t.name: t for t in measure(jobs, Team(), rounds=3, clock=clock)}
+    cell = Cell("gemm_all_reduce", "fp32", 2, {"M": 16, "N": 4096, "K": 4096, "bytes": 262144}, jobs, "linear_gloo",
+                ("gemm_aten", "gemm_onednn"), flops=10**9)  # fmt: skip
+    return [rows.row_of(cell, job, timings, [600.0] * 4, where()) for job in jobs]
+
+
+def test_every_row_has_every_field_and_survives_json(tmp_path: Path) -> None:
+    found = [*some_rows(), *gemm_rows()]
+    for row in found:
+        assert tuple(row) == rows.FIELDS
+    rows.save(tmp_path / "a.jsonl", found)
+    assert rows.load(tmp_path / "a.jsonl") == found
+    assert rows.load(tmp_path) == found
+
+
+def test_a_row_says_how_fast_how_sure_and_where() -> None:
+    gloo, plain, bad = some_rows([100.0, 100.0, 500.0, 500.0])
+    assert (plain["ratio"], plain["ratio_min"], plain["ratio_max"]) == pytest.approx((90.0, 90.0, 90.0))
+    assert plain["median_us"] == pytest.approx(1e4) and gloo["ratios"]["plain"][0] == pytest.approx(1 / 90, rel=1e-3)
+    assert {name: at["rounds"] for name, at in plain["by_placement"].items()} == {"near": 1, "mixed": 1, "far": 1}
+    assert plain["placement"] == "mixed"
+    assert bad["verified"] is False and bad["median_us"] is None and bad["ratio"] is None
+    fused = next(row for row in gemm_rows() if row["variant"] == "tpkernels")
+    assert fused["exposed_us"] == pytest.approx(1e4) and rows.over_roof(fused) == pytest.approx(0.025)
+
+
+def test_a_newer_row_replaces_the_one_that_measured_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows.save(path, some_rows())
+    again = [{**row, "date": "2026-02-02T00:00:00Z"} for row in some_rows()]
+    rows.save(path, again)
+    assert rows.load(path) == again
+    rows.save(path, some_rows([500.0] * 4))
+    assert len(rows.load(path)) == 2 * len(again), "near and far are kept side by side"
+
+
+def test_a_goal_counts_in_every_placement_that_was_measured() -> None:
+    goal = goals.Goal("all_reduce", "plain", 4096, 80)
+    found = list(goals.verdicts([goal], [*some_rows(), *some_rows([500.0] * 3)]))
+    assert [(v.placement, v.word) for v in found] == [("near", "reached"), ("far", "reached")]
+    (missed,) = goals.verdicts([replace(goal, at_least=91)], some_rows())
+    assert missed.word == "MISSED"
+    (absent,) = goals.verdicts([replace(goal, size=8192)], some_rows())
+    assert absent.word == "not measured"
+
+
+def test_a_goal_against_the_gemm_alone_reads_the_exposed_time() -> None:
+    goal = goals.Goal("gemm_all_reduce", "tpkernels", 16, 1 / 1.03, goals.GEMM_ALONE)
+    (verdict,) = goals.verdicts([goal], gemm_rows())
+    assert verdict.word == "reached"
+    (verdict,) = goals.verdicts([replace(goal, at_least=0.99)], gemm_rows())
+    assert verdict.word == "MISSED"
+
+
+def test_never_slower_is_even_within_noise_and_missed_beyond() -> None:
+    goal = goals.Goal("gemm_all_reduce", "tpkernels", 16, 1.0, "gemm_onednn")
+    (verdict,) = goals.verdicts([goal], gemm_rows())
+    assert verdict.found is not None and verdict.found[0] == pytest.approx(0.9756, rel=1e-3)
+    assert verdict.word == "MISSED"
+
+
+def test_a_table_shows_every_column_that_has_something_to_say() -> None:
+    shown = table.columns(gemm_rows())
+    for name in ("op", "size", "R", "dtype", "median us", "p90", "GFLOP/s", "exposed us", "vs linear_gloo", "verified"):
+        assert name in shown
+    assert "busbw GB/s" not in shown
+
+
+def test_the_readme_tables_are_written_between_the_markers_and_nowhere_else() -> None:
+    text = "# Top\n<!-- bench:all_reduce -->\nold\n<!-- /bench -->\nmiddle\n<!-- bench:gemm -->\n<!-- /bench -->\nend\n"
+    data = [*some_rows(), *gemm_rows()]
+    after = readme.filled(text, data)
+    assert after.startswith("# Top\n<!-- bench:all_reduce -->\n| size |") and after.endswith("<!-- /bench -->\nend\n")
+    assert "old" not in after and "| 4 KiB | plain |" in after and "90x [90, 90]" in after
+    assert "\nmiddle\n" in after and "| gemm_all_reduce | 16x4096x4096 |" in after
+    assert readme.filled(after, data) == after
+    with pytest.raises(ValueError, match="no table is called"):
+        readme.filled("<!-- bench:nonsense -->\n<!-- /bench -->", data)
+
+
+def test_every_readme_table_can_be_written_from_nothing() -> None:
+    for name in readme.TABLES:
+        assert isinstance(readme.table(name, []), str)
+
+
+def test_the_readme_says_what_the_kept_results_say() -> None:
+    path = ROOT / "README.md"
+    if not path.exists():
+        pytest.skip("there is no README in this tree")
+    assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
+
+
+def test_the_kept_results_are_verified_and_complete() -> None:
+    for row in rows.load(rows.RESULTS):
+        if "variant" in row:
+            assert set(rows.FIELDS) <= set(row)
+            assert row["verified"] and row["median_us"] > 0
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    plot = pytest.importorskip("bench.plot", reason="matplotlib is not installed")
+    plot.figure([*some_rows(), *some_rows(size=65536)], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no verified row"):
+        plot.figure([], tmp_path / "b.png")
+
+
+def talk(team: RankTeam, planted: int, send: Callable[[Any], None]) -> None:
+    """On each rank: gather, a round trip, and a result that is wrong on one rank."""
+    everything = [team.gather([team.rank * 10.0 + turn]) for turn in range(50)]
+    job = Candidate("a", call=lambda: torch.ones(()), error=lambda y: 3.0 if team.rank == planted else 0.0)
+    fine = Candidate("b", call=lambda: torch.ones(()), error=right)
+    timings = measure([job, fine], team, rounds=2, block_s=1e-4)
+    send((everything, [t.verified for t in timings], [t.seconds for t in timings], team.flag_rtt_ns()))
+
+
+def test_all_ranks_see_the_same_values_and_a_wrong_result_of_one_stops_all() -> None:
+    world = 3
+    told = list(launch(world, talk, 1, pin=False))
+    assert len(told) == world
+    for everything, verified, seconds, _ in told:
+        assert everything == [[[rank * 10.0 + turn] for rank in range(world)] for turn in range(50)]
+        assert verified == [False, True]
+        assert seconds == told[0][2] and seconds[0] == [] and len(seconds[1]) == 2
+
+
+TINY: dict[str, Any] = {
+    "all_reduce": 4096, "all_reduce_sym": 4096, "reduce_scatter": 4096, "all_gather": 4096, "codecs": 4096,
+    "codecs_group": 4096, "dispatch": 4, "gemm_all_reduce": shapes.Gemm(8, 32, 64),
+    "gemm_reduce_scatter": shapes.Gemm(8, 32, 64), "all_gather_gemm": shapes.Gemm(8, 32, 64),
+    "vocab_embedding": shapes.Vocab(16, 64, 8), "vocab_cross_entropy": shapes.Vocab(16, 64, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype_name", ["fp32", "bf16"])
+def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
+    assert set(TINY) == set(bench_run.BENCHES)
+    setting = {"dtype_name": dtype_name, "codec": "none"}
+    spec = bench_run.Spec(tuple(TINY.items()), setting, 2, 1e-4, where())
+    cells = list(bench_run.run(spec, 2, pin=False))
+    assert not [cell for cell in cells if isinstance(cell, str)]
+    assert len(cells) == len(TINY)
+    for row in (row for cell in cells for row in cell):
+        assert tuple(row) == rows.FIELDS
+        assert row["verified"], (row["op"], row["variant"], row["error"])
+        assert row["calls"] > 0 and row["rounds"] == 2
+
+
+def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> None:
+    spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, where())
+    (told,) = bench_run.run(spec, 2, pin=False)
+    assert isinstance(told, str) and "1 does not divide by 2 ranks" in told
