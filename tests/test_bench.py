@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import goals, placement, readme, rows, shapes, table
+from bench import goals, placement, readme, rows, shapes, suite, table
 from bench import run as bench_run
 from bench.cell import Cell, Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
@@ -388,3 +388,8 @@ def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> No
     spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, where())
     (told,) = bench_run.run(spec, 2, pin=False)
     assert isinstance(told, str) and "1 does not divide by 2 ranks" in told
+
+
+def test_every_run_of_the_suite_is_one_that_the_bench_knows() -> None:
+    assert {run.split()[0] for run in suite.RUNS} | {"all_reduce_sym"} == set(bench_run.BENCHES)
+    assert suite.chosen(["dispatch"]) == ["dispatch"]
