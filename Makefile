@@ -1,0 +1,68 @@
+# make run      train a small language model, cut over two CPU ranks, for about two minutes
+# make test     every test, Python and C++
+# make bench    time the ops against what else there is; BENCH_ARGS picks
+# make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
+# make install  .venv with torch and everything else, tpkernels built into it (the others do this first)
+#
+# Needs python >= 3.11 and g++, nothing else. Variables:
+#   PYTHON=python3.12          the interpreter of a new .venv
+#   TORCH="torch==2.11.0"      what pip installs as torch; options of pip may follow
+#   RUN_ARGS="--minutes 0.5"   more arguments for `tpkernels train`; TEST_ARGS and BENCH_ARGS likewise
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?= all_reduce --ranks 2
+
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+CSRC = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp')
+
+# Stamps. The first one carries TORCH in its name, so that another TORCH is noticed.
+empty :=
+TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
+BUILD_STAMP := .venv/.built
+
+.PHONY: run test test-cpp bench lint format install clean
+
+install: $(BUILD_STAMP)
+
+$(TORCH_STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH) 'setuptools>=77' cmake ninja
+	rm -f .venv/.torch-* && touch '$@'
+
+# Without isolation and in one build folder: a change compiles what it touches.
+$(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py) $(CSRC)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[dev,bench]'
+	touch $@
+
+run: install
+	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
+
+test: install test-cpp
+	$(BIN)/python -m pytest --junit-xml=build/pytest.xml $(TEST_ARGS)
+
+# Torch-free, therefore quick, and with the sanitizers that find what a value check does not.
+test-cpp: $(TORCH_STAMP)
+	cmake -S . -B build/tests -G Ninja -DTPKERNELS_TESTS=ON -DTPKERNELS_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/tests
+	ctest --test-dir build/tests --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
+
+bench: install
+	$(BIN)/python -m bench.run $(BENCH_ARGS)
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CSRC)
+
+format: install
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CSRC)
+
+clean:
+	rm -rf build dist *.egg-info tpkernels/_C*.so tpkernels/_build_info.json .venv/.built

@@ -1,0 +1,147 @@
+"""Decide between a CPU and a CPU+CUDA build, say so in one line, and hand the compiling to CMake.
+
+Thin on purpose: sources, flags and targets are in CMakeLists.txt, metadata in pyproject.toml. torch is located but
+never imported (an import takes seconds and needs numpy).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_INFO = "_build_info.json"
+
+
+class Torch(NamedTuple):
+    """The torch to build against, as its files describe it."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+
+class Decision(NamedTuple):
+    """Whether CUDA code is built, and why (the reason is printed and kept for `tpkernels info`)."""
+
+    cuda: bool
+    reason: str
+
+
+def find_torch() -> Torch:
+    """Read the version of the installed torch without importing it."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit("tpkernels: no torch in this environment. Install one (pip install torch), then build again.")
+    root = Path(spec.origin).parent
+    version = runpy.run_path(str(root / "version.py"))
+    return Torch(root, str(version["__version__"]), version.get("cuda"))
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: on PATH, or below CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None)
+
+
+def decide_cuda(wish: str, nvcc: str | None, torch: Torch, has_sources: bool) -> Decision:
+    """CUDA is on if and only if nvcc is found and torch has CUDA. A demand that cannot be met is an error.
+
+    Args:
+        wish: the variable TPKERNELS_CUDA: "0", "1" or "auto".
+        nvcc: path of the compiler, or None.
+        torch: what the build is for.
+        has_sources: whether this version of tpkernels has CUDA sources.
+    """
+    if wish not in ("0", "1", "auto"):
+        raise ValueError(f"TPKERNELS_CUDA must be 0, 1 or auto, got {wish!r}")
+    if wish == "0":
+        return Decision(False, "TPKERNELS_CUDA is 0")
+    missing = None
+    if not has_sources:
+        missing = "this version of tpkernels has no CUDA sources yet"
+    elif torch.cuda is None:
+        missing = f"torch {torch.version} is built without CUDA"
+    elif nvcc is None:
+        missing = "nvcc is neither on PATH nor in CUDA_HOME"
+    if missing is None:
+        return Decision(True, f"nvcc is {nvcc} and torch {torch.version} has CUDA {torch.cuda}")
+    if wish == "1":
+        raise ValueError(f"TPKERNELS_CUDA=1 demands a CUDA build, but {missing}")
+    return Decision(False, missing)
+
+
+def git_commit() -> str | None:
+    """The commit that is built, with "+changes" where the checkout differs from it; None outside a checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+
+
+def need(tool: str) -> str:
+    """Path of a build tool, or a message that says how to get it."""
+    path = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
+    return path or sys.exit(f"tpkernels: {tool} is not on PATH. pip install {tool}, then build again.")
+
+
+class CMakeBuild(build_ext):
+    """Build the target `_C` of CMakeLists.txt instead of compiling here."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure and build in build/<python and torch>, then put the module and its build info into the package."""
+        torch, python_include = find_torch(), sysconfig.get_path("include")
+        if not Path(python_include, "Python.h").exists():
+            sys.exit(f"tpkernels: no Python.h in {python_include}. Install Python's headers (Debian: python3-dev).")
+        try:
+            wish = os.environ.get("TPKERNELS_CUDA", "auto")
+            cuda = decide_cuda(wish, find_nvcc(), torch, has_sources=(ROOT / "csrc/cuda").is_dir())
+        except ValueError as error:
+            sys.exit(f"tpkernels: {error}")
+        what = "CPU + CUDA" if cuda.cuda else "CPU only"
+        print(f"tpkernels: building {what} for torch {torch.version}, because {cuda.reason}", flush=True)
+
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.version}"
+        module.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([
+            need("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={need('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release", "-DTPKERNELS_MODULE=ON", f"-DTPKERNELS_CUDA={'ON' if cuda.cuda else 'OFF'}",
+            f"-DTPKERNELS_TORCH={torch.root}", f"-DTPKERNELS_PYTHON_INCLUDE={python_include}",
+            f"-DTPKERNELS_MODULE_FILE={module}",
+        ])  # fmt: skip
+        self.spawn([need("cmake"), "--build", str(folder), "--target", "_C"])
+        built: dict[str, Any] = json.loads((folder / "compiler.json").read_text())
+        built |= {"torch": torch.version, "python": sys.version.split()[0], "commit": git_commit()}
+        built |= {"cuda": cuda.cuda, "cuda_reason": cuda.reason}
+        module.with_name(BUILD_INFO).write_text(json.dumps(built, indent=2) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install the build info belongs next to the module, too."""
+        super().copy_extensions_to_source()
+        built = Path(self.get_ext_fullpath("tpkernels._C")).with_name(BUILD_INFO)
+        shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), built)
+
+    def get_outputs(self) -> list[str]:
+        """Name every file that the build makes, so that the wheel's record is complete."""
+        return [*super().get_outputs(), str(Path(self.build_lib, "tpkernels", BUILD_INFO))]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("tpkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
