@@ -17,7 +17,6 @@ DTYPES = {
     "int32": torch.int32, "int64": torch.int64,
 }  # fmt: skip
 CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-9}
-ARENA_BYTES = 320 << 20  # the largest message three times, and slots
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Setting:
     codec: str = "none"
     only: tuple[str, ...] = ()
     seed: int = 7
+    arena_bytes: int = 16 << 20
     _groups: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,16 +68,16 @@ class Setting:
         if transport not in self._groups:
             import tpkernels as tpk
 
-            self._groups[transport] = tpk.Group.open(None, arena_bytes=ARENA_BYTES, transport=transport)
+            self._groups[transport] = tpk.Group.open(None, arena_bytes=self.arena_bytes, transport=transport)
         return self._groups[transport]
 
     def ours(self, transport: str = "auto", codec: str | None = None, path: str | None = None) -> dict[str, str | None]:
         """The label of a candidate of this library."""
         return {"codec": codec or self.codec, "transport": self.group(transport).transport, "path": path}
 
-    def path(self, op: str, **shape: Any) -> str | None:
-        """What the chooser takes."""
-        return str(self.group().explain(op, **shape).path)
+    def path(self, op: str, transport: str = "auto", **shape: int) -> str:
+        """What the chooser takes for this shape (the sizes of this rank)."""
+        return str(self.group(transport).explain(op, dtype=self.dtype, codec=self.codec, **shape).path)
 
     def close(self) -> None:
         """Close the groups, on all ranks in the same order."""

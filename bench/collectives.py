@@ -73,7 +73,8 @@ def all_reduce(setting: Setting, nbytes: int) -> Cell:
 
         x = group.empty((numel,), setting.dtype) if symmetric else None
         run = reduce if functional else reduce_
-        return taking(setting, source, name, run, packed, x=x, label=setting.ours(path=name))
+        label = setting.ours(path=setting.path("all_reduce_", numel=numel))
+        return taking(setting, source, name, run, packed, x=x, label=label)
 
     candidates = setting.pick(
         gloo=lambda: taking(setting, source, "gloo", baselines.gloo_all_reduce, exact),
@@ -103,7 +104,8 @@ def reduce_scatter(setting: Setting, nbytes: int) -> Cell:
         def run(x: Tensor) -> Tensor:
             return ops.reduce_scatter(x, dim=0, group=group, codec=codec)
 
-        return taking(setting, source, name, run, packed, x=x, label=setting.ours(path=name))
+        label = setting.ours(path=setting.path("reduce_scatter", numel=numel))
+        return taking(setting, source, name, run, packed, x=x, label=label)
 
     def gloo(x: Tensor) -> Tensor:
         return baselines.gloo_reduce_scatter(kept, x)
@@ -137,7 +139,8 @@ def all_gather(setting: Setting, nbytes: int) -> Cell:
         def run(x: Tensor) -> Tensor:
             return ops.all_gather(x, 0, group=group, dim_size=numel, codec=codec)
 
-        return taking(setting, source, name, run, packed, x=x, label=setting.ours(path=name))
+        label = setting.ours(path=setting.path("all_gather", numel=numel))
+        return taking(setting, source, name, run, packed, x=x, label=label)
 
     def gloo(x: Tensor) -> Tensor:
         return baselines.gloo_all_gather(kept, x)

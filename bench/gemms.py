@@ -108,7 +108,7 @@ class Problem:
             return self.on(x, name, lambda x: ways.unfused(linear, x), ways.exact, **label)
 
         def fused() -> Candidate:
-            path = setting.path(op, **self.gemm._asdict(), dtype=setting.dtype)
+            path = setting.path(op, M=self.gemm.M, N=w.shape[0], K=w.shape[1])
             return self.on(x, "tpkernels", ways.fused, ways.packed, **setting.ours(path=path))
 
         candidates = setting.pick(

@@ -24,7 +24,7 @@ def codec_cell(setting: Setting, nbytes: int, op: str, transport: str) -> Cell:
     numel, world = numel_of(setting, nbytes), setting.world_size
     source = setting.values(setting.rank, numel)
     want, magnitude = sums(setting, numel)
-    group = setting.group(transport)
+    group, path = setting.group(transport), setting.path("all_reduce_", transport, numel=numel)
 
     def with_codec(codec: str) -> Candidate:
         def run(x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def codec_cell(setting: Setting, nbytes: int, op: str, transport: str) -> Cell:
             return x
 
         check = compare(want, sum_tolerance(setting, magnitude, codec))
-        return taking(setting, source, codec, run, check, label=setting.ours(transport, codec, path="plain"))
+        return taking(setting, source, codec, run, check, label=setting.ours(transport, codec, path))
 
     def cast_gloo() -> Candidate:
         def run(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def dispatch(setting: Setting, nbytes: int) -> Cell:
         return x
 
     def make(name: str, run: Callable[[Tensor], Tensor], ours: bool = True) -> Callable[[], Candidate]:
-        label = setting.ours(path="plain") if ours else {}
+        label = setting.ours(path=setting.path("all_reduce_", numel=1)) if ours else {}
         return lambda: taking(setting, source, name, run, exact, label=label)
 
     zero = compare(source.double(), torch.zeros((), dtype=torch.float64))

@@ -116,6 +116,11 @@ def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
     return tuple(bench.parse(part) for part in text.split(","))
 
 
+def arena_for(sizes: tuple[Any, ...], itemsize: int) -> int:
+    """Bytes of arena in which the largest tensor has room, and the slots."""
+    return (16 << 20) + max(3 * (s if isinstance(s, int) else s.M * s.N * itemsize) // 2 for s in sizes)
+
+
 def named(value: str, known: Any, what: str) -> str:
     """The value, if it is known; otherwise a usage error that lists what is."""
     if value not in known:
@@ -146,7 +151,8 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
-               "only": tuple(only.split(",")) if only else bench.only, "seed": seed}  # fmt: skip
+               "only": tuple(only.split(",")) if only else bench.only, "seed": seed,
+               "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize)}  # fmt: skip
     spec = Spec(tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, circumstances(pinned))
     rows: list[Row] = []
     for found in run(spec, ranks, pin=pinned):

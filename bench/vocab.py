@@ -39,7 +39,7 @@ def vocab_embedding(setting: Setting, shape: Vocab) -> Cell:
     start, count = my_words(setting, shape)
     mine = table[start : start + count].clone()
     exact = compare(table[ids].double(), torch.zeros((), dtype=torch.float64))
-    ours = setting.ours(path=setting.path("vocab_embedding", **shape._asdict(), dtype=setting.dtype), codec="none")
+    ours = setting.ours(codec="none")
     candidates = setting.pick(
         gloo=lambda: Candidate("gloo", call=lambda: baselines.embedding_gloo(ids, mine, start), error=exact),
         tpkernels=lambda: Candidate(
@@ -64,7 +64,7 @@ def vocab_cross_entropy(setting: Setting, shape: Vocab) -> Cell:
     # exp and log are good to some units in the last place; the sum of N terms walks; the naive way rounds logits too
     unit = max(rounding(torch.float32), 2.0**-53)
     close = compare(want, (want.abs() + 8) * (16 + shape.N**0.5) * unit)
-    ours = setting.ours(path=setting.path("vocab_cross_entropy", **shape._asdict(), dtype=setting.dtype), codec="none")
+    ours = setting.ours(codec="none")
 
     def candidate(name: str, run: Callable[[], Tensor], label: dict[str, str | None] | None = None) -> Candidate:
         return Candidate(name, call=run, error=close, load=lambda: own.copy_(source), label=label or {})
