@@ -1,0 +1,142 @@
+"""Gradients over the ranks: the norm and clipping of a model whose parameters are partly cut, partly replicated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import ops
+from tpkernels.group import Group, resolve
+from tpkernels.shard import ShardInfo, shard_info
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    model_or_params: nn.Module | Tensor | Iterable[Tensor],
+    max_norm: float,
+    *,
+    groups: Group | Sequence[Group] | None,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale all gradients so that their norm, taken over the unsharded parameters, is max_norm at most.
+
+    Equal to torch.nn.utils.clip_grad_norm_ on the unsharded model: a cut parameter counts with the parts of all ranks,
+    a replicated one once, not once for every rank, and a parameter that occurs twice (tied weights) once.
+
+        total = (sum over cut p of all_reduce(|grad|^n) + sum over replicated p of |grad|^n) ^ (1 / n)
+        grad *= min(1, max_norm / (total + 1e-6))
+
+    Args:
+        model_or_params: a module, its parameters, or one of them. Parameters without a gradient do not count.
+        max_norm: the largest norm to leave.
+        groups: the group or groups over which parameters are cut; None means all ranks. Every rank of them must make
+            this call. One collective of two numbers for each.
+        norm_type: n > 0, or inf for the largest absolute value.
+        error_if_nonfinite: raise, on all ranks, when the norm is NaN or infinite. Otherwise torch's rule holds: NaN
+            makes all gradients NaN, an infinity makes them zero or NaN, and the returned norm shows it.
+
+    Returns:
+        the norm before clipping, a scalar with the same bits on all ranks: summed in fp64, given in fp32 unless a
+        gradient is fp64.
+
+    Raises:
+        ValueError: max_norm is negative or NaN, norm_type is not above 0, a gradient is sparse, or a parameter is
+            cut over a group that is not in `groups`.
+        RuntimeError: the norm is not finite and error_if_nonfinite is set.
+
+    Source: the counting rule of Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
+    """
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not max_norm >= 0.0:
+        raise ValueError(f"clip_grad_norm_: max_norm must be 0 or more, got {max_norm}")
+    if not norm_type > 0.0:
+        raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
+    over = _as_groups(groups)
+    replicated, cut, gradients = _sort(_parameters(model_or_params), over)
+    total = _combine(replicated, cut, over, norm_type)
+    wide = any(g.dtype == torch.float64 for g in gradients)
+    total = total.to(torch.float64 if wide else torch.float32)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"clip_grad_norm_: the norm (norm_type={norm_type}) of all gradients is {total.item()}, so they cannot be "
+            f"clipped; pass error_if_nonfinite=False to go on"
+        )
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.device, gradient.dtype))
+    return total
+
+
+def _as_groups(groups: Group | Sequence[Group] | None) -> list[Group]:
+    if groups is None or isinstance(groups, Group):
+        return [resolve(groups)]
+    return list({g.name: g for g in groups}.values())
+
+
+def _parameters(model_or_params: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(model_or_params, nn.Module):
+        return list(model_or_params.parameters())
+    if isinstance(model_or_params, Tensor):
+        return [model_or_params]
+    return list({id(p): p for p in model_or_params}.values())
+
+
+def _sort(
+    parameters: list[Tensor], groups: list[Group]
+) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
+    """Return the gradients of replicated parameters, those of cut ones by group name, and all of them."""
+    replicated: list[Tensor] = []
+    cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.layout != torch.strided:
+            raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
+        info = shard_info(parameter)
+        (replicated if info is None else cut[_group_of(info, groups).name]).append(gradient)
+    return replicated, cut, replicated + [g for gradients in cut.values() for g in gradients]
+
+
+def _group_of(info: ShardInfo, groups: list[Group]) -> Group:
+    by_name = [g for g in groups if g.name == info.group_name]
+    by_label = [g for g in groups if (g.label, g.world_size) == (info.group_label, info.world_size)]
+    found = by_name or by_label
+    if not found:
+        raise ValueError(
+            f"clip_grad_norm_: groups must have all groups over which parameters are cut; one is cut over "
+            f"{info.group_label!r} of {info.world_size} ranks, got {[g.label for g in groups]}"
+        )
+    return found[0]
+
+
+def _combine(replicated: list[Tensor], cut: dict[str, list[Tensor]], groups: list[Group], norm_type: float) -> Tensor:
+    """Return the norm over everything in fp64, with the same bits on all ranks of all groups.
+
+    The message of each group is [own parts, what was counted so far]. The second number should be the same on all its
+    ranks already; taking rank 0's makes sure of it. A rank that sees NaN or infinity there sends it too: it must show.
+    """
+    is_max = math.isinf(norm_type)
+    total = _power_sum(replicated, norm_type)
+    for group in groups:
+        parts = _power_sum(cut[group.name], norm_type)
+        counted = total if group.rank == 0 else torch.where(total.isfinite(), 0.0, total)
+        message = torch.stack([parts, counted.to(parts.device)])
+        message = ops.all_reduce(message, group=group, op="max" if is_max else "sum")
+        total = message.max() if is_max else message.sum()
+    return total if is_max else total.pow(1.0 / norm_type)
+
+
+def _power_sum(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """Return the sum of |g|^norm_type over all elements in fp64; their largest absolute value for inf."""
+    filled = [g for g in gradients if g.numel() > 0]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = [torch.linalg.vector_norm(g, norm_type, dtype=torch.float64).to(device) for g in filled]
+    stacked = torch.stack(norms)
+    return stacked.max() if math.isinf(norm_type) else stacked.pow(norm_type).sum()

@@ -1,0 +1,137 @@
+"""nn.Embedding whose rows are cut over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+
+from tpkernels import ops
+from tpkernels.group import Group
+
+from .base import Cut, ParallelModule, init_shard_
+from .functions import take_shard
+
+
+class VocabParallelEmbedding(ParallelModule):
+    """nn.Embedding whose vocabulary is cut: each rank looks up its own rows, the others' are zero, and the ranks sum.
+
+        y = table[ids]                                   # [..., H] on every rank
+        y_shard = split(y, R, sequence_dim)[rank]        # with sequence_parallel
+
+    Args:
+        num_embeddings, embedding_dim: as for nn.Embedding, unsharded. num_embeddings need not divide by R.
+        group: over which to cut; None means all ranks.
+        padding_idx: this row starts as zeros and gets no gradient. Negative counts from the end.
+        max_norm, scale_grad_by_freq, sparse: not supported; any other value than the default is a ValueError.
+        sequence_parallel: return this rank's part of the tokens only; its gradient is gathered.
+        sequence_dim: the token dimension, such as 0 for ids [S, B] and 1 for [B, S].
+        device, dtype: as for nn.Embedding; "meta" allocates nothing.
+
+    Raises:
+        ValueError: an argument that is not supported, or padding_idx outside the vocabulary; in forward, an id
+            outside the vocabulary.
+
+    Source: Shoeybi et al. 2019 (arXiv:1909.08053).
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        group: Group | None = None,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        sequence_parallel: bool = False,
+        sequence_dim: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(group)
+        _refuse(max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"VocabParallelEmbedding: padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.sequence_parallel = sequence_parallel
+        self.sequence_dim = sequence_dim
+        cut = Cut(0, num_embeddings)
+        self._add_parameter("weight", (num_embeddings, embedding_dim), cut, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew: bit for bit this rank's part of what nn.Embedding draws for the same seed."""
+        init_shard_(self.weight, init.normal_, by_rows=True)
+        if self.padding_idx is not None:
+            info = self._info(self._cuts["weight"])
+            if info.start <= self.padding_idx < info.start + info.size:
+                with torch.no_grad():
+                    self.weight[self.padding_idx - info.start].fill_(0)
+
+    @classmethod
+    def from_embedding(cls, module: nn.Embedding, *, group: Group | None = None, **options: Any) -> Self:
+        """Cut an nn.Embedding that all ranks hold: values, dtype, device, padding_idx and flags are kept.
+
+        Raises:
+            ValueError: the module uses max_norm, scale_grad_by_freq or sparse.
+        """
+        if not isinstance(module, nn.Embedding):
+            raise TypeError(
+                f"{cls.__name__}.from_embedding: module must be an nn.Embedding, got {type(module).__name__}"
+            )
+        new = cls(
+            module.num_embeddings,
+            module.embedding_dim,
+            group=group,
+            padding_idx=module.padding_idx,
+            max_norm=module.max_norm,
+            scale_grad_by_freq=module.scale_grad_by_freq,
+            sparse=module.sparse,
+            device="meta",
+            **options,
+        )
+        return new._copy_from(module)
+
+    def full_weight(self) -> Tensor:
+        """Return the unsharded table on every rank (detached). Collective: all ranks must call it."""
+        return self._full("weight")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of the table for ids (replicated, any shape): [..., H], or this rank's tokens of it."""
+        y = ops.vocab_embedding(ids, self.weight, group=self.group, vocab_size=self.num_embeddings)
+        if self.padding_idx is not None:
+            # The gradient stops at padding tokens; masking them is cheaper than masking a gradient of the table's size.
+            y = torch.where((ids == self.padding_idx).unsqueeze(-1), y.detach(), y)
+        return take_shard(y, self.sequence_dim, group=self.group) if self.sequence_parallel else y
+
+    def extra_repr(self) -> str:
+        """Say the unsharded sizes, this rank's shard, and what differs from the defaults."""
+        parts = [f"{self.num_embeddings} (shard {self.weight.size(0)})", str(self.embedding_dim)]
+        parts.append(f"rank={self.group.rank} of {self.group.world_size}")
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        if self.sequence_parallel:
+            parts.append(f"sequence_dim={self.sequence_dim}")
+        return ", ".join(parts)
+
+
+def _refuse(*, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+    if max_norm is not None:
+        raise ValueError(
+            f"VocabParallelEmbedding: max_norm changes the table inside forward and is not supported, got {max_norm}; "
+            f"use None and bound the rows after the optimiser's step"
+        )
+    if scale_grad_by_freq:
+        raise ValueError("VocabParallelEmbedding: scale_grad_by_freq is not supported, got True; use False")
+    if sparse:
+        raise ValueError("VocabParallelEmbedding: sparse gradients are not supported, got sparse=True; use False")

@@ -1,0 +1,86 @@
+"""The two conversions that the layers need beside the ops: replicated to shard, and replicated used on shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels import ops
+from tpkernels.group import Group, resolve
+from tpkernels.shard import part
+
+from .base import gather
+
+
+class _TakeShard(torch.autograd.Function):
+    """Forward: this rank's part. Backward: gather the parts of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, unit: int, group: Group) -> Tensor:
+        ctx.cut = (dim, x.size(dim), unit)
+        ctx.group = group
+        return part(x, dim, group.world_size, group.rank, unit).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        dim, full_size, unit = ctx.cut
+        return gather(grads[0], dim, full_size, ctx.group, unit=unit), None, None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Forward: the tensors. Backward: the sum over the ranks of their gradients, all in one collective."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        total = ops.all_reduce(flat, group=ctx.group)
+        sums = total.split([g.numel() for g in grads])
+        return None, *(s.view(g.shape) for s, g in zip(sums, grads, strict=True))
+
+
+def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1) -> Tensor:
+    """Return this rank's part of a tensor that all ranks hold.
+
+    Equal to `split(x, R, dim)[rank]`. The gradient is gathered over the ranks, so that x, which is replicated, gets
+    the same whole gradient on all of them; a plain slice would leave each rank with zeros outside its own part.
+
+    Args:
+        x: replicated: the same values on all ranks.
+        dim: the dimension to cut; it need not divide by R (the first ranks take one unit more).
+        group: over which to cut; None means all ranks.
+        unit: how many neighbouring indices stay together.
+
+    Raises:
+        ValueError: the dimension is not a multiple of unit.
+    """
+    group = resolve(group)
+    if group.world_size == 1:
+        return x
+    shard: Tensor = _TakeShard.apply(x, dim, unit, group)  # type: ignore[no-untyped-call]
+    return shard
+
+
+def sum_gradient(*tensors: Tensor, group: Group | None = None) -> tuple[Tensor, ...]:
+    """Return the tensors unchanged; their gradients are summed over the ranks on the way back.
+
+    For replicated parameters that meet shards of the activations, as in norms under sequence parallel: each rank sees
+    its own tokens only, so its gradient is partial. With this the parameter's .grad is whole on every rank.
+    One all_reduce for all tensors of a call; they must have one dtype. Tensors that need no gradient cost nothing.
+
+    Args:
+        tensors: replicated tensors.
+        group: the ranks over which the activations are cut; None means all ranks.
+    """
+    group = resolve(group)
+    wanted = [t for t in tensors if t.requires_grad]
+    if group.world_size == 1 or not wanted or not torch.is_grad_enabled():
+        return tensors
+    summed = iter(_SumGradient.apply(group, *wanted))  # type: ignore[no-untyped-call]
+    return tuple(next(summed) if t.requires_grad else t for t in tensors)

@@ -1,0 +1,188 @@
+"""The only definition of a cut: which part of a tensor belongs to which rank.
+
+Pure functions on sizes and tensors, no communication. Layers, checkpoints and plans ask here, so that they can never
+disagree about a cut.
+
+The rule: of n items over R ranks, rank r holds n // R + (r < n % R), in rank order. An item is one index of the cut
+dimension, or `unit` neighbouring ones that must stay together (the rows of an attention head: unit=head_dim).
+A rank may hold nothing when there are fewer items than ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STYLES = ("column", "row", "vocab", "sequence", "replicate")
+
+
+def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
+    """Return the sizes of the R parts of n, in rank order; they add up to n and differ by one unit at most.
+
+    Raises:
+        ValueError: n is negative, R or unit is less than 1, or n is not a multiple of unit.
+    """
+    _check_cut(n, R, unit)
+    return [part_size(n, R, rank, unit) for rank in range(R)]
+
+
+def part_size(n: int, R: int, rank: int, unit: int = 1) -> int:
+    """Return how many of n indices rank holds: (items // R + (rank < items % R)) * unit, items = n / unit."""
+    _check_cut(n, R, unit, rank)
+    items = n // unit
+    return (items // R + (rank < items % R)) * unit
+
+
+def part_start(n: int, R: int, rank: int, unit: int = 1) -> int:
+    """Return the first of the indices that rank holds: the sum of the sizes of the ranks before it."""
+    _check_cut(n, R, unit, rank)
+    items = n // unit
+    return (rank * (items // R) + min(rank, items % R)) * unit
+
+
+def part(tensor: Tensor, dim: int, R: int, rank: int, unit: int = 1) -> Tensor:
+    """Return the rank's part of a tensor cut along dim: a view, nothing is copied."""
+    size = tensor.size(dim)
+    return tensor.narrow(dim, part_start(size, R, rank, unit), part_size(size, R, rank, unit))
+
+
+def split(tensor: Tensor, dim: int, R: int, unit: int = 1) -> list[Tensor]:
+    """Return the parts of all ranks, in rank order: views, the inverse of `join`."""
+    return list(tensor.split(part_sizes(tensor.size(dim), R, unit), dim))
+
+
+def join(parts: Sequence[Tensor], dim: int, unit: int = 1) -> Tensor:
+    """Put the parts of all ranks together again.
+
+    Raises:
+        ValueError: no parts, or their sizes are not those of the rule (parts of another cut, or in another order).
+    """
+    if not parts:
+        raise ValueError("join: expected one part or more, got none")
+    sizes = [p.size(dim) for p in parts]
+    expected = part_sizes(sum(sizes), len(parts), unit)
+    if sizes != expected:
+        raise ValueError(f"join: the parts of {sum(sizes)} over {len(parts)} ranks have sizes {expected}, got {sizes}")
+    return torch.cat(list(parts), dim)
+
+
+class Piece(NamedTuple):
+    """A run of indices inside one part: indices [start, stop) of the part of rank `rank`."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+def pieces(n: int, R_from: int, R_to: int, rank: int, unit: int = 1) -> list[Piece]:
+    """Return where the part of `rank` of R_to lies in the parts of R_from ranks, in order and without empty pieces.
+
+    A reshard reads these pieces and nothing else, so no rank ever needs a whole tensor.
+    """
+    begin = part_start(n, R_to, rank, unit)
+    end = begin + part_size(n, R_to, rank, unit)
+    found = []
+    for source in range(R_from):
+        start = part_start(n, R_from, source, unit)
+        stop = start + part_size(n, R_from, source, unit)
+        low, high = max(begin, start), min(end, stop)
+        if low < high:
+            found.append(Piece(source, low - start, high - start))
+    return found
+
+
+def reslice(parts: Sequence[Tensor], dim: int, R_to: int, rank: int, unit: int = 1) -> Tensor:
+    """Return the part that `rank` of R_to holds, from the parts of another number of ranks.
+
+    Equal to `part(join(parts, dim), dim, R_to, rank)`, bit for bit, without ever joining; always a copy.
+    """
+    n = sum(p.size(dim) for p in parts)
+    sizes = [p.size(dim) for p in parts]
+    if sizes != part_sizes(n, len(parts), unit):
+        raise ValueError(f"reslice: the parts of {n} have sizes {part_sizes(n, len(parts), unit)}, got {sizes}")
+    found = [parts[p.rank].narrow(dim, p.start, p.stop - p.start) for p in pieces(n, len(parts), R_to, rank, unit)]
+    return torch.cat(found, dim) if found else parts[0].narrow(dim, 0, 0).clone()
+
+
+def cut_dim(style: str, ndim: int) -> int | None:
+    """Return the dimension along which a style cuts a parameter of ndim dimensions; None means it is replicated.
+
+    "column" (an nn.Linear weight [N, K] over N, and its bias [N]) and "vocab" (an embedding table over its rows) cut
+    dimension 0; "row" cuts the weight over K and keeps the bias whole; "sequence" and "replicate" cut no parameter.
+    """
+    if style not in STYLES:
+        raise ValueError(f"cut_dim: style must be one of {list(STYLES)}, got {style!r}")
+    if style in ("column", "vocab"):
+        return 0
+    return 1 if style == "row" and ndim >= 2 else None
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a parameter that holds a shard is a part of. It sits there as `tpk_shard`; replicated parameters have none.
+
+    Attributes:
+        dim: the cut dimension.
+        full_size: the size of that dimension in the unsharded tensor.
+        world_size, rank: over how many ranks it is cut, and whose part this is.
+        group_name: the group's registry key, which is good inside this process only.
+        group_label: the group's name for people, which survives pickling.
+        unit: how many neighbouring indices are one item of the cut.
+    """
+
+    dim: int
+    full_size: int
+    world_size: int
+    rank: int
+    group_name: str = ""
+    group_label: str = ""
+    unit: int = 1
+
+    @property
+    def start(self) -> int:
+        """The first index of this part in the unsharded tensor."""
+        return part_start(self.full_size, self.world_size, self.rank, self.unit)
+
+    @property
+    def size(self) -> int:
+        """The number of indices in this part."""
+        return part_size(self.full_size, self.world_size, self.rank, self.unit)
+
+    def full_shape(self, shard: Tensor) -> torch.Size:
+        """Return the shape of the unsharded tensor that `shard` is this part of."""
+        shape = list(shard.shape)
+        shape[self.dim] = self.full_size
+        return torch.Size(shape)
+
+    def part(self, full: Tensor) -> Tensor:
+        """Return this part of the unsharded tensor (a view).
+
+        Raises:
+            ValueError: the cut dimension of `full` does not have full_size indices.
+        """
+        if full.size(self.dim) != self.full_size:
+            raise ValueError(
+                f"ShardInfo.part: dim {self.dim} must have {self.full_size} indices, got shape {list(full.shape)}"
+            )
+        return part(full, self.dim, self.world_size, self.rank, self.unit)
+
+
+def shard_info(parameter: Tensor) -> ShardInfo | None:
+    """Return what the parameter is a part of, or None for a replicated one."""
+    return getattr(parameter, "tpk_shard", None)
+
+
+def mark_shard(parameter: Tensor, info: ShardInfo) -> None:
+    """Say on the parameter that it holds the part `info` of a larger tensor."""
+    parameter.tpk_shard = info  # type: ignore[attr-defined]
+
+
+def _check_cut(n: int, R: int, unit: int, rank: int = 0) -> None:
+    if n < 0 or R < 1 or unit < 1 or n % unit:
+        raise ValueError(f"a cut needs n >= 0, R >= 1 and n a multiple of unit >= 1, got n={n}, R={R}, unit={unit}")
+    if not 0 <= rank < R:
+        raise ValueError(f"a cut over {R} ranks has ranks 0 to {R - 1}, got rank {rank}")
