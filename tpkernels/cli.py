@@ -1,0 +1,190 @@
+"""The command line: `tpkernels train`, `tpkernels info`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from tpkernels.settings import Settings
+
+app = typer.Typer(
+    name="tpkernels",
+    help="Tensor-parallel kernels for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"
+
+
+@app.callback()
+def main() -> None:
+    """Tensor-parallel kernels for PyTorch."""
+
+
+@app.command()
+def info() -> None:
+    """Say what was built, what this machine can run, and why something is off."""
+    from tpkernels.info import render
+
+    typer.echo(render())
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    tp: Annotated[int, Option(help="Ranks to cut the model over.", rich_help_panel=PARALLEL)] = Settings.tp,
+    sequence_parallel: Annotated[
+        bool, Option("--sequence-parallel", help="Cut activations over the tokens, too.", rich_help_panel=PARALLEL)
+    ] = Settings.sequence_parallel,
+    codec: Annotated[str, Option(help="How sums travel: none, fp16, bf16.", rich_help_panel=PARALLEL)] = Settings.codec,
+    timeout: Annotated[
+        float, Option(help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
+    ] = 60.0,
+    layers: Annotated[int, Option(help="Transformer blocks.", rich_help_panel=MODEL)] = Settings.layers,
+    d_model: Annotated[int, Option(help="Width of the model.", rich_help_panel=MODEL)] = Settings.d_model,
+    heads: Annotated[int, Option(help="Attention heads.", rich_help_panel=MODEL)] = Settings.heads,
+    context_: Annotated[
+        int, Option("--context", help="Bytes that the model looks back on.", rich_help_panel=MODEL)
+    ] = Settings.context,
+    dtype: Annotated[str, Option(help="fp32, or bf16 for autocast.", rich_help_panel=MODEL)] = Settings.dtype,
+    data: Annotated[
+        str | None,
+        Option(
+            help="Folder or file to learn from.", show_default="Python's standard library", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        Option(help="Wall time to stay within.", show_default="2 without --steps", rich_help_panel=TRAINING),
+    ] = None,
+    steps: Annotated[
+        int | None, Option(help="Length of the schedule.", show_default="what fits", rich_help_panel=TRAINING)
+    ] = None,
+    stop_at: Annotated[
+        int | None, Option(help="Stop after this step; --resume goes on.", rich_help_panel=TRAINING)
+    ] = None,
+    batch: Annotated[int, Option(help="Sequences per step.", rich_help_panel=TRAINING)] = Settings.batch,
+    lr: Annotated[float, Option(help="Highest learning rate.", rich_help_panel=TRAINING)] = Settings.lr,
+    warmup: Annotated[int, Option(help="Steps to get there.", rich_help_panel=TRAINING)] = Settings.warmup,
+    weight_decay: Annotated[float, Option(help="For matrices.", rich_help_panel=TRAINING)] = Settings.weight_decay,
+    clip: Annotated[float, Option(help="Largest gradient norm.", rich_help_panel=TRAINING)] = Settings.clip,
+    seed: Annotated[int, Option(help="For weights, batches, sample.", rich_help_panel=TRAINING)] = Settings.seed,
+    eval_every: Annotated[
+        int, Option(help="Steps between validations.", rich_help_panel=TRAINING)
+    ] = Settings.eval_every,
+    run: Annotated[
+        Path | None, Option(help="Its folder.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from its last checkpoint.", rich_help_panel=FOLDER)] = False,
+    checkpoint_every: Annotated[
+        int, Option(help="Steps between checkpoints.", rich_help_panel=FOLDER)
+    ] = Settings.checkpoint_every,
+    keep: Annotated[int, Option(help="Checkpoints to keep.", rich_help_panel=FOLDER)] = Settings.keep,
+    sample_bytes: Annotated[
+        int, Option(help="Bytes to generate at the end.", rich_help_panel=FOLDER)
+    ] = Settings.sample_bytes,
+    parity_steps: Annotated[
+        int, Option(help="Steps to repeat uncut in one process at the end; 0 for none.", rich_help_panel=FOLDER)
+    ] = Settings.parity_steps,
+) -> None:
+    """Train a byte-level GPT cut over several ranks of this machine.
+
+    Starts the ranks by itself. Under torchrun it is one of them: torchrun --nproc-per-node 2 -m tpkernels train
+    """
+    with plain_errors():
+        asked = _asked(context)
+        from tpkernels import launch
+
+        if launch.under_torchrun():
+            asked.setdefault("tp", launch.world_size())
+        settings, folder = _resolve(asked, run, resume)
+        if launch.under_torchrun() and settings.tp != launch.world_size():
+            from tpkernels.settings import UserError
+
+            raise UserError(
+                f"torchrun started {launch.world_size()} ranks and --tp is {settings.tp}: "
+                f"leave --tp out, or make them equal."
+            )
+        if not launch.under_torchrun() and settings.tp > 1:
+            arguments = sys.argv[1:] if run is not None else [*sys.argv[1:], "--run", str(folder)]
+            raise typer.Exit(launch.launch(settings.tp, arguments))
+        from tpkernels.job import work
+
+        work(settings, folder, resume=resume, timeout_s=timeout)
+
+
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """The options of Settings that the user gave in so many words."""
+    known = {f.name for f in fields(Settings)}
+    names = {("context_" if name == "context" else name): name for name in known}
+    source = context.get_parameter_source
+    return {
+        names[key]: value
+        for key, value in context.params.items()
+        if key in names and getattr(source(key), "name", "DEFAULT") != "DEFAULT"
+    }
+
+
+def _resolve(asked: dict[str, Any], run: Path | None, resume: bool) -> tuple[Settings, Path]:
+    """Settings and folder of the run; everything that can be checked before ranks are started is checked."""
+    from tpkernels import settings as settings_file
+    from tpkernels.data import check_size, open_corpus
+    from tpkernels.settings import UserError
+
+    if resume:
+        folder = run or _newest_run(Path("runs"))
+        settings = settings_file.resume(folder, asked)
+    else:
+        folder = run or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        settings = Settings(**asked)
+    settings_file.check(settings)
+    if settings.tp > 1 and not hasattr(os, "sched_getaffinity"):
+        raise UserError("several ranks need Linux: take --tp 1.")
+    check_size(open_corpus(settings.data), settings.context)
+    return settings, folder
+
+
+def _newest_run(parent: Path) -> Path:
+    from tpkernels.settings import UserError
+
+    found = sorted(path.parent for path in parent.glob("*/settings.json"))
+    if not found:
+        raise UserError(
+            f"there is no run to resume in {parent.absolute()}: name its folder with --run, or leave out --resume."
+        )
+    return found[-1]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1)."""
+    from tpkernels.ckpt_files import CheckpointError
+    from tpkernels.errors import PeerLostError, RankMismatchError
+    from tpkernels.settings import UserError
+
+    rank = os.environ.get("RANK")
+    try:
+        yield
+    except (UserError, CheckpointError) as error:
+        if rank in (None, "0"):
+            typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+    except (TimeoutError, PeerLostError, RankMismatchError) as error:
+        hint = "The run can go on from its last checkpoint with --resume."
+        typer.secho(f"tpkernels: {type(error).__name__}: {error} {hint}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if rank in (None, "0"):
+            typer.secho("tpkernels: stopped; --resume goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None

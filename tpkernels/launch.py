@@ -1,0 +1,77 @@
+"""Starts the ranks of a command on this machine, unless torchrun has started them already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tpkernels.group import Group
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def launch(ranks: int, arguments: Sequence[str]) -> int:
+    """Run `python -m tpkernels <arguments>` on so many ranks, as torchrun does; the exit code of the first that failed.
+
+    The ranks write to this terminal and say themselves what went wrong, so torchrun's own report of it is kept quiet.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "tpkernels", *arguments)
+    except ChildFailedError as failed:
+        codes = [failure.exitcode for failure in failed.failures.values()]
+        return next((code for code in codes if code > 0), 1)
+    except (SignalException, KeyboardInterrupt):
+        return 130
+    return 0
+
+
+def threads(ranks: int) -> int:
+    """How many threads each rank of this machine may use so that they do not get in each other's way."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+@contextmanager
+def all_ranks(timeout_s: float) -> Iterator[Group]:
+    """The group of all ranks of this command."""
+    if not under_torchrun():
+        with Group.open(timeout_s=timeout_s) as group:
+            yield group
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    torch.set_num_threads(threads(local))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+    try:
+        with Group.open(timeout_s=timeout_s) as group:
+            yield group
+    finally:
+        dist.destroy_process_group()
