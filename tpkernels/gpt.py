@@ -24,9 +24,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tpkernels.group import Group, resolve
 
 from tpkernels import layers, ops
+from tpkernels.group import Group, resolve
 
 
 @dataclass(frozen=True)
