@@ -1,0 +1,187 @@
+"""Clipping by the norm of a model that is partly cut, partly replicated, against torch on the unsharded one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from layer_tools import F64, assert_close, assert_equal
+from torch import Tensor, nn
+
+from tpkernels import ops
+from tpkernels.data_parallel import clip_grad_norm_
+from tpkernels.group import Group
+from tpkernels.shard import ShardInfo, mark_shard, shard_info
+from tpkernels.testing import run_ranks
+
+RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
+CUTS: dict[str, int | None] = {"column": 0, "row": 1, "few": 0, "norm": None, "bias": None}
+SHAPES = {"column": (7, 5), "row": (5, 8), "few": (1, 3), "norm": (5,), "bias": (6,)}
+
+
+def model(group: Group | None, dtype: torch.dtype = F64) -> dict[str, nn.Parameter]:
+    """The same parameters with gradients, whole (group None) or this rank's parts of them."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, shape in SHAPES.items():
+        gradient = torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+        dim = CUTS[name]
+        if group is not None and dim is not None:
+            info = ShardInfo(dim, shape[dim], group.world_size, group.rank, group.name, group.label)
+            gradient = info.part(gradient).clone()
+            made[name] = nn.Parameter(torch.zeros_like(gradient))
+            mark_shard(made[name], info)
+        else:
+            made[name] = nn.Parameter(torch.zeros_like(gradient))
+        made[name].grad = gradient
+    return made
+
+
+def assert_same_on_all_ranks(value: Tensor, group: Group) -> None:
+    bits = value.reshape(1).view(torch.uint8).to(torch.int64)
+    top, bottom = ops.all_reduce(bits, group=group, op="max"), ops.all_reduce(bits, group=group, op="min")
+    assert torch.equal(top, bottom), "the norm must have the same bits on all ranks"
+
+
+def check_norm_and_gradients_equal_the_unsharded_ones() -> None:
+    group = Group.open()
+    for norm_type, max_norm in itertools.product((1.0, 2.0, 3.0, math.inf), (0.5, 1000.0, 0.0)):
+        whole, parts = model(None), model(group)
+        want = nn.utils.clip_grad_norm_(whole.values(), max_norm, norm_type)
+        got = clip_grad_norm_(parts.values(), max_norm, groups=group, norm_type=norm_type)
+        assert_close(got, want, "norm", terms=64)
+        assert_same_on_all_ranks(got, group)
+        for name, parameter in parts.items():
+            full = whole[name].grad
+            assert full is not None
+            info = shard_info(parameter)
+            assert_close(parameter.grad, full if info is None else info.part(full), name, terms=64)
+
+
+def check_a_module_a_tensor_and_tied_weights_count_once() -> None:
+    group = Group.open()
+    parts = model(group)
+    module = nn.Module()
+    for name, parameter in parts.items():
+        module.register_parameter(name, parameter)
+    module.register_parameter("tied", parts["column"])
+    whole = model(None)
+    want = nn.utils.get_total_norm([p.grad for p in whole.values() if p.grad is not None])
+    assert_close(clip_grad_norm_(module, 1e9, groups=group), want, "module", 64)
+    twice = [*parts.values(), parts["column"], parts["norm"]]
+    assert_close(clip_grad_norm_(twice, 1e9, groups=[group, group]), want, "list", 64)
+    one = whole["row"].grad
+    assert one is not None
+    assert_close(clip_grad_norm_(parts["row"], 1e9, groups=group), one.norm(), "one parameter", 64)
+
+
+def check_low_precision_gradients_are_summed_in_fp64() -> None:
+    group = Group.open()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        parts, whole = model(group, dtype), model(None, dtype)
+        want = nn.utils.get_total_norm([p.grad.double() for p in whole.values() if p.grad is not None])
+        got = clip_grad_norm_(parts.values(), 1e9, groups=group)
+        assert got.dtype == torch.float32
+        assert_equal(got, want.float(), "norm")
+        assert parts["row"].grad is not None
+        assert parts["row"].grad.dtype == dtype
+    large = nn.Parameter(torch.zeros(3))
+    large.grad = torch.full((3,), 3e38)
+    assert clip_grad_norm_(large, 1.0, groups=group).isinf(), "too large for fp32, and shown"
+    assert large.grad.abs().max() == 0
+
+
+def check_what_is_not_finite_is_seen_on_all_ranks() -> None:
+    group = Group.open()
+    last = group.world_size - 1
+    for value, name, norm_type in itertools.product((math.nan, math.inf), ("column", "bias"), (1.0, 2.0, math.inf)):
+        parts = model(group)
+        gradient = parts[name].grad
+        assert gradient is not None
+        if group.rank == last:  # for "bias", which is replicated, a fault of the model: it must show all the same
+            gradient.view(-1)[-1] = value
+        with pytest.raises(RuntimeError, match=r"the norm \(norm_type=.*\) of all gradients is (nan|inf)"):
+            clip_grad_norm_(parts.values(), 1.0, groups=group, norm_type=norm_type, error_if_nonfinite=True)
+        assert parts["norm"].grad is not None
+        assert bool(parts["norm"].grad.any()), "the error comes before anything is scaled"
+        norm = clip_grad_norm_(parts.values(), 1.0, groups=group, norm_type=norm_type)
+        assert bool(norm.isnan()) if math.isnan(value) else bool(norm.isinf())
+        if math.isnan(value):
+            assert bool(parts["norm"].grad.isnan().all()), "NaN reaches all gradients, as in torch"
+
+
+def check_parameters_without_gradients_do_not_count() -> None:
+    group = Group.open()
+    parts = model(group)
+    for name in ("column", "bias"):
+        parts[name].grad = None
+    whole = model(None)
+    kept = [whole[name].grad for name in ("row", "few", "norm")]
+    want = nn.utils.get_total_norm([g for g in kept if g is not None])
+    assert_close(clip_grad_norm_(parts.values(), 1e9, groups=group), want, "norm", 64)
+    for parameter in parts.values():
+        parameter.grad = None
+    for norm_type in (2.0, math.inf):
+        none = clip_grad_norm_(parts.values(), 1.0, groups=group, norm_type=norm_type)
+        assert (float(none), none.dim()) == (0.0, 0)
+    assert float(clip_grad_norm_([], 1.0, groups=None)) == 0.0
+
+
+def check_parameters_cut_over_two_groups() -> None:
+    first, second = Group.open(), Group.open()
+    for norm_type in (2.0, math.inf):
+        parts, others, whole = model(first), model(second), model(None)
+        parts["row"] = others["row"]
+        want = nn.utils.clip_grad_norm_(whole.values(), 0.5, norm_type)
+        got = clip_grad_norm_(parts.values(), 0.5, groups=[first, second], norm_type=norm_type)
+        assert_close(got, want, "norm", terms=64)
+        assert_same_on_all_ranks(got, first)
+
+
+def check_one_small_collective_for_each_group() -> None:
+    group = Group.open()
+    before = group.stats()["by_op"].get("all_reduce", {"calls": 0})["calls"]
+    clip_grad_norm_(model(group).values(), 1.0, groups=group)
+    assert group.stats()["by_op"]["all_reduce"]["calls"] - before == 1
+
+
+@RANKS
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_norm_and_gradients_equal_the_unsharded_ones,
+        check_a_module_a_tensor_and_tied_weights_count_once,
+        check_low_precision_gradients_are_summed_in_fp64,
+        check_what_is_not_finite_is_seen_on_all_ranks,
+        check_parameters_without_gradients_do_not_count,
+        check_parameters_cut_over_two_groups,
+    ],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+def test_clipping_over_the_ranks(check: Callable[[], None], R: int) -> None:
+    run_ranks(check, R)
+
+
+def test_clipping_makes_one_small_collective_for_each_group() -> None:
+    run_ranks(check_one_small_collective_for_each_group, 2)
+
+
+def test_bad_arguments_say_what_came() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    for max_norm in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm must be 0 or more, got"):
+            clip_grad_norm_(parameter, max_norm, groups=None)
+    for norm_type in (0.0, -2.0, math.nan):
+        with pytest.raises(ValueError, match="norm_type must be above 0"):
+            clip_grad_norm_(parameter, 1.0, groups=None, norm_type=norm_type)
+    mark_shard(parameter, ShardInfo(0, 6, 2, 0, "no such group", "tp"))
+    with pytest.raises(ValueError, match=r"one is cut over 'tp' of 2 ranks, got \['"):
+        clip_grad_norm_(parameter, 1.0, groups=None)
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"must be dense, got one of layout torch\.sparse_coo"):
+        clip_grad_norm_(table, 1.0, groups=None)
