@@ -134,8 +134,10 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install the build info belongs next to the module, too."""
+        module = Path(self.get_ext_fullpath("tpkernels._C"))  # in the checkout: setuptools asks in place
+        module.unlink(missing_ok=True)  # a new file: processes that run now keep the old one mapped
         super().copy_extensions_to_source()
-        built = Path(self.get_ext_fullpath("tpkernels._C")).with_name(BUILD_INFO)
+        built = module.with_name(BUILD_INFO)
         shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), built)
 
     def get_outputs(self) -> list[str]:
