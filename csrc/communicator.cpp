@@ -1,0 +1,256 @@
+#include "communicator.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <shared_mutex>
+
+#include "check.h"
+#include "errors.h"
+
+namespace tpk {
+
+uint64_t now_nanoseconds() {
+  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+}
+
+Cut Cut::even(size_t n, int world_size, size_t item) {
+  Cut cut;
+  const size_t ranks = static_cast<size_t>(world_size);
+  for (size_t r = 0; r <= ranks; ++r) cut.starts.push_back((r * (n / ranks) + std::min(r, n % ranks)) * item);
+  return cut;
+}
+
+Cut Cut::of_sizes(const std::vector<int64_t>& sizes) {
+  Cut cut;
+  cut.starts.push_back(0);
+  for (int64_t size : sizes) cut.starts.push_back(cut.starts.back() + static_cast<size_t>(size));
+  return cut;
+}
+
+Cut Cut::times(size_t item) const {
+  Cut cut = *this;
+  for (size_t& start : cut.starts) start *= item;
+  return cut;
+}
+
+size_t Cut::largest() const {
+  size_t largest = 0;
+  for (size_t r = 0; r + 1 < starts.size(); ++r) largest = std::max(largest, starts[r + 1] - starts[r]);
+  return largest;
+}
+
+Communicator::Communicator(std::string name, std::string label, int rank, int world_size, double timeout_s)
+    : name_(std::move(name)),
+      label_(std::move(label)),
+      rank_(rank),
+      world_size_(world_size),
+      timeout_s_(timeout_s),
+      owner_pid_(getpid()) {}
+
+// One collective call: exclusive, numbered, timed, and what breaks it breaks the communicator.
+class Communicator::Turn {
+ public:
+  Turn(Communicator& comm, Op op) : comm_(comm), lock_(comm.mutex_), start_(now_nanoseconds()) {
+    TPK_CHECK(getpid() == comm.owner_pid_, name_of(op), " on group '", comm.label_,
+              "': this process was forked after the group was opened; open the group in the process that uses it");
+    if (comm.closed_) throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': this rank closed the group"));
+    if (!comm.broken_.empty()) {
+      throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': the group is broken since an earlier call: ",
+                            comm.broken_));
+    }
+    ++comm.call_;
+    comm.current_ = &comm.stats_[static_cast<size_t>(op)];
+  }
+  ~Turn() {
+    comm_.current_->calls += 1;
+    comm_.current_->nanoseconds += now_nanoseconds() - start_ - excluded_;
+  }
+  template <class Body>
+  void run(Body&& body) {
+    try {
+      body();
+    } catch (const TimeoutFailure& error) {
+      comm_.broken_ = error.what();
+      throw;
+    } catch (const PeerLost& error) {
+      comm_.broken_ = error.what();
+      throw;
+    }
+  }
+  void exclude(uint64_t nanoseconds) { excluded_ += nanoseconds; }
+
+ private:
+  Communicator& comm_;
+  std::lock_guard<std::mutex> lock_;
+  const uint64_t start_;
+  uint64_t excluded_ = 0;
+};
+
+void Communicator::all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+  Turn(*this, spec.op).run([&] { do_all_reduce(spec, wire, in, out, n); });
+}
+
+void Communicator::reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) {
+  Turn(*this, spec.op).run([&] { do_reduce_scatter(spec, wire, in, out, cut); });
+}
+
+void Communicator::all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) {
+  Turn(*this, spec.op).run([&] { do_all_gather(spec, wire, in, out, cut); });
+}
+
+std::vector<int64_t> Communicator::exchange(Op op, int64_t mine) {
+  std::vector<int64_t> all;
+  Turn(*this, op).run([&] { all = do_exchange({op, DType::I64, ReduceOp::None, Codec::None, 0, 0, mine}); });
+  return all;
+}
+
+void Communicator::all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                                     const std::function<void()>& meanwhile) {
+  Turn turn(*this, spec.op);
+  bool ran = false;
+  const auto once = [&] {
+    const uint64_t start = now_nanoseconds();
+    ran = true;
+    meanwhile();
+    turn.exclude(now_nanoseconds() - start);  // the GEMM is not communication
+  };
+  turn.run([&] { do_all_reduce_beside(spec, wire, data, n, once); });
+  if (!ran) once();
+}
+
+void Communicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                                        const std::function<void()>& meanwhile) {
+  do_all_reduce(spec, wire, data, data, n);
+  meanwhile();
+}
+
+void Communicator::close() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!closed_ && getpid() == owner_pid_) do_close();
+  closed_ = true;
+}
+
+std::array<OpStats, kOps> Communicator::stats() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return stats_;
+}
+
+void Communicator::reset_stats() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  stats_.fill({});
+}
+
+std::string Communicator::describe_call(Op op) const {
+  return concat(name_of(op), " on group '", label_, "' (rank ", rank_, " of ", world_size_, "), call ", call_);
+}
+
+namespace {
+
+std::string describe(const CallSpec& spec) {
+  return concat(name_of(spec.op), "(", spec.numel, " values of ", name_of(spec.dtype),
+                spec.reduce_op == ReduceOp::None ? "" : concat(", op ", name_of(spec.reduce_op)), ", codec ",
+                name_of(spec.codec), ")");
+}
+
+bool agree(const CallSpec& a, const CallSpec& b) {
+  return a.op == b.op && a.dtype == b.dtype && a.reduce_op == b.reduce_op && a.codec == b.codec && a.numel == b.numel &&
+         a.shape_hash == b.shape_hash;
+}
+
+}  // namespace
+
+void Communicator::mismatch(const CallSpec& mine, int other_rank, const CallSpec& other) const {
+  const std::string left = describe(mine), right = describe(other);
+  throw RankMismatch(concat(describe_call(mine.op), ": the ranks disagree: rank ", rank_, " called ", left, ", rank ",
+                            other_rank, " called ", right,
+                            left == right ? " with other dimensions" : "", ". Nothing was read."));
+}
+
+void Communicator::check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const {
+  // Every rank looks for a disagreement anywhere, so that all of them raise or none does.
+  for (int r = 0; r < world_size_; ++r) {
+    if (!agree(all[static_cast<size_t>(r)], mine)) mismatch(mine, r, all[static_cast<size_t>(r)]);
+  }
+}
+
+void Communicator::check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const {
+  for (int r = 0; r < world_size_; ++r) {
+    const int64_t brings = all[static_cast<size_t>(r)].mine;
+    if (brings == static_cast<int64_t>(cut.size(r))) continue;
+    throw RankMismatch(concat(describe_call(mine.op), ": rank ", r, " brings ", brings, " values where the cut of ",
+                              cut.total(), " over ", world_size_, " ranks gives it ", cut.size(r),
+                              "; dim_size (or the shard) is wrong. Nothing was read."));
+  }
+}
+
+namespace {
+
+struct Registry {
+  std::shared_mutex mutex;
+  std::map<std::string, std::shared_ptr<Communicator>, std::less<>> by_name;
+};
+
+// Never destroyed: tensors in an arena may be freed while the interpreter shuts down.
+Registry& registry() {
+  static Registry* instance = new Registry;
+  return *instance;
+}
+
+class LocalCommunicator final : public Communicator {
+ public:
+  LocalCommunicator(std::string name, std::string label)
+      : Communicator(std::move(name), std::move(label), 0, 1, 0.0) {}
+  const char* transport() const override { return "local"; }
+  void* heap_allocate(size_t) override { return nullptr; }
+  void heap_free(void*) override {}
+  size_t heap_bytes() const override { return 0; }
+
+ protected:
+  void do_all_reduce(const CallSpec&, const Wire& wire, const void* in, void* out, size_t n) override {
+    copy(in, out, n * wire.value_bytes);
+  }
+  void do_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+    copy(in, out, cut.total() * wire.value_bytes);
+  }
+  void do_all_gather(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+    copy(in, out, cut.total() * wire.value_bytes);
+  }
+  std::vector<int64_t> do_exchange(const CallSpec& spec) override { return {spec.mine}; }
+  void do_close() override {}
+
+ private:
+  static void copy(const void* in, void* out, size_t bytes) {
+    if (in != out && bytes > 0) std::memcpy(out, in, bytes);
+  }
+};
+
+}  // namespace
+
+void register_communicator(const std::shared_ptr<Communicator>& communicator) {
+  std::unique_lock lock(registry().mutex);
+  const bool added = registry().by_name.emplace(communicator->name(), communicator).second;
+  TPK_CHECK(added, "group '", communicator->name(), "' is open already in this process");
+}
+
+void unregister_communicator(const std::string& name) {
+  std::unique_lock lock(registry().mutex);
+  registry().by_name.erase(name);
+}
+
+std::shared_ptr<Communicator> find_communicator(const std::string& name, const char* op) {
+  std::shared_lock lock(registry().mutex);
+  const auto found = registry().by_name.find(name);
+  if (found == registry().by_name.end()) {
+    throw PeerLost(concat(op, ": group '", name, "' is not open in this process (it was closed, or never opened here)"));
+  }
+  return found->second;
+}
+
+std::shared_ptr<Communicator> make_local(std::string name, std::string label) {
+  return std::make_shared<LocalCommunicator>(std::move(name), std::move(label));
+}
+
+}  // namespace tpk

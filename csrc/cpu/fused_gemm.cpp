@@ -1,0 +1,144 @@
+// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: no copy that is not needed (the
+// GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of rank 0, and in
+// the backward the gradient of x under way while the gradient of w is computed.
+#include "fused_gemm.h"
+
+#include "../arena.h"
+#include "collectives.h"
+#include "gemm.h"
+
+namespace tpk {
+namespace {
+
+Shape check_linear(Op op, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  const Shape bias_shape = bias.has_value() ? shape_of(*bias) : Shape{};
+  const Shape y = linear_shape(name_of(op), shape_of(x), shape_of(w), bias.has_value() ? &bias_shape : nullptr);
+  TPK_CHECK(x.scalar_type() == w.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type()),
+            name_of(op), ": x, w and bias must have the same dtype");
+  return y;
+}
+
+// The bias is added once over the ranks: rank 0 has it in its partial product.
+OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTensor& bias) {
+  return comm.rank() == 0 ? bias : OptionalTensor();
+}
+
+// The partial product in the arena, or nothing when it does not fit or another engine is faster than ATen.
+OptionalTensor product_in_arena(const Communicator& comm, const std::string& group, const Tensor& x, const Tensor& w,
+                                const OptionalTensor& bias, const Shape& y_shape) {
+  const int64_t rows = num_rows(x);
+  const size_t bytes = static_cast<size_t>(rows * w.size(0)) * x.element_size();
+  if (bytes < kSmallestInArena || bytes > comm.heap_bytes() || x.size(x.dim() - 1) == 0) return {};
+  if (choose_engine(dtype_of(x), rows, w.size(0), w.size(1)).engine != Engine::Aten) return {};
+  OptionalTensor y;
+  try {
+    y = arena_empty(group, y_shape, x.scalar_type());
+  } catch (const std::invalid_argument&) {
+    return {};  // the heap is taken by tensors of group.empty; the copying way is right, too
+  }
+  linear_into(x, w, bias, *y);
+  return y;
+}
+
+}  // namespace
+
+Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
+                       int64_t world_size, std::string codec) {
+  const auto comm = communicator_of(Op::GemmAllReduce, group, world_size);
+  const Shape y_shape = check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
+  const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
+  const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
+  if (wire.is_plain()) {
+    const OptionalTensor partial = product_in_arena(*comm, group, x_shard, w_shard, rank_bias, y_shape);
+    if (partial.has_value()) {
+      Tensor y = empty_of(x_shard, y_shape);
+      all_reduce_into(Op::GemmAllReduce, *comm, wire, *partial, y);
+      return y;
+    }
+  }
+  Tensor y = linear(x_shard, w_shard, rank_bias);
+  all_reduce_into(Op::GemmAllReduce, *comm, wire, y, y);
+  return y;
+}
+
+Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
+                           int64_t world_size, int64_t rank, int64_t dim, std::string codec) {
+  const auto comm = communicator_of(Op::GemmReduceScatter, group, world_size);
+  const Shape y_shape = check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
+  check_token_dim("gemm_reduce_scatter", shape_of(x_shard), dim);
+  TPK_CHECK(rank == comm->rank(), "gemm_reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ",
+            rank);
+  const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
+  const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
+  OptionalTensor partial;
+  if (wire.is_plain() && dim == 0) {
+    partial = product_in_arena(*comm, group, x_shard, w_shard, rank_bias, y_shape);
+  }
+  if (!partial.has_value()) partial = linear(x_shard, w_shard, rank_bias);
+  return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, *partial, dim);
+}
+
+Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
+                       int64_t world_size, int64_t dim, int64_t dim_size, std::string codec) {
+  const auto comm = communicator_of(Op::AllGatherGemm, group, world_size);
+  check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
+  check_token_dim("all_gather_gemm", shape_of(x_shard), dim);
+  const Wire& wire = wire_for(Op::AllGatherGemm, x_shard, codec);
+  const Tensor x = all_gather_dim(Op::AllGatherGemm, *comm, wire, x_shard, dim, dim_size);
+  return linear(x, w_shard, bias);
+}
+
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string, int64_t, std::string) {
+  check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias);
+  return linear(x, w_shard, bias);
+}
+
+Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b) {
+  return {need_x ? grad_input(dy, w) : nothing(dy), need_w ? grad_weight(dy, x) : nothing(dy),
+          need_b ? grad_bias(dy) : nothing(dy)};
+}
+
+Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
+                                   bool need_b, std::string group, int64_t world_size, std::string codec) {
+  const auto comm = communicator_of(Op::ReplicatedGemmBackward, group, world_size);
+  Tensor dw = nothing(dy), db = nothing(dy);
+  const auto local_gradients = [&] {
+    if (need_w) dw = grad_weight(dy, x);
+    if (need_b) db = grad_bias(dy);
+  };
+  if (!need_x) {
+    local_gradients();
+    return {nothing(dy), dw, db};
+  }
+  const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
+  Tensor dx = grad_input(dy, w_shard);
+  comm->all_reduce_beside(spec_of(Op::ReplicatedGemmBackward, wire, numel_of(dx), shape_of(dx)), wire,
+                          dx.mutable_data_ptr(), numel_of(dx), local_gradients);
+  return {dx, dw, db};
+}
+
+Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_shard, const Tensor& w_shard,
+                                       bool need_x, bool need_w, bool need_b, std::string group, int64_t world_size,
+                                       int64_t dim, int64_t dim_size, std::string codec) {
+  const auto comm = communicator_of(Op::GemmReduceScatterBackward, group, world_size);
+  const Wire& wire = wire_for(Op::GemmReduceScatterBackward, dy_shard, codec);
+  const Tensor dy = all_gather_dim(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, dim, dim_size);
+  return linear_backward(dy, x_shard, w_shard, need_x, need_w, need_b);
+}
+
+Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
+                                   bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
+                                   int64_t dim, int64_t dim_size, std::string codec) {
+  const auto comm = communicator_of(Op::AllGatherGemmBackward, group, world_size);
+  TPK_CHECK(rank == comm->rank(), "all_gather_gemm_backward: rank must be this rank of the group, ", comm->rank(),
+            ", got ", rank);
+  const Wire& wire = wire_for(Op::AllGatherGemmBackward, dy, codec);
+  Tensor dx = nothing(dy), dw = nothing(dy);
+  if (need_w) {  // gathered again instead of kept: what sequence parallelism saves is this memory
+    dw = grad_weight(dy, all_gather_dim(Op::AllGatherGemmBackward, *comm, wire, x_shard, dim, dim_size));
+  }
+  if (need_x) dx = reduce_scatter_dim(Op::AllGatherGemmBackward, *comm, wire, grad_input(dy, w_shard), dim);
+  return {dx, dw, need_b ? grad_bias(dy) : nothing(dy)};
+}
+
+}  // namespace tpk

@@ -1,0 +1,145 @@
+#include "gemm.h"
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
+#include "../codec/half.h"
+
+namespace tpk {
+namespace {
+
+std::atomic<bool> onednn_available{false};
+
+using Key = std::tuple<DType, int64_t, int64_t, int64_t>;
+
+struct Measured {
+  std::mutex mutex;
+  std::map<Key, Engine> engines;
+  std::atomic<bool> any{false};
+};
+
+Measured& measured() {
+  static Measured* instance = new Measured;
+  return *instance;
+}
+
+bool is_amd() {
+#if defined(__x86_64__)
+  static const bool amd = __builtin_cpu_is("amd") != 0;
+  return amd;
+#else
+  return false;
+#endif
+}
+
+Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  return call("mkldnn::_linear_pointwise", "", x, w, bias, std::string("none"), std::vector<int64_t>{},
+              std::optional<std::string>(std::string()));
+}
+
+Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+template <class T>
+T sum_of(T left, T right) {
+  if constexpr (std::is_floating_point_v<T>) {
+    return left + right;
+  } else {
+    return from_float<T>(to_float(left) + to_float(right));
+  }
+}
+
+template <class T>
+void add_to_rows(Tensor& y, const Tensor& bias) {
+  T* value = static_cast<T*>(y.mutable_data_ptr());
+  const T* added = static_cast<const T*>(bias.const_data_ptr());
+  const int64_t rows = num_rows(y), columns = y.size(y.dim() - 1);
+  for (int64_t i = 0; i < rows; ++i, value += columns) {
+    for (int64_t j = 0; j < columns; ++j) value[j] = sum_of(value[j], added[j]);
+  }
+}
+
+EngineChoice engine_for(const Tensor& x, const Tensor& w) {
+  return choose_engine(dtype_of(x), num_rows(x), w.size(0), w.size(1));
+}
+
+}  // namespace
+
+const char* name_of(Engine engine) { return engine == Engine::OneDnn ? "onednn" : "aten"; }
+
+void set_onednn_available(bool available) { onednn_available = available; }
+
+void set_measured_engine(DType dtype, int64_t M, int64_t N, int64_t K, Engine engine) {
+  std::lock_guard<std::mutex> lock(measured().mutex);
+  measured().engines[{dtype, M, N, K}] = engine;
+  measured().any = true;
+}
+
+void forget_measured_engines() {
+  std::lock_guard<std::mutex> lock(measured().mutex);
+  measured().engines.clear();
+  measured().any = false;
+}
+
+EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K) {
+  if (dtype != DType::F32) return {Engine::Aten, "only fp32 has two engines; aten calls oneDNN itself where it can"};
+  if (!onednn_available) return {Engine::Aten, "this torch has no oneDNN"};
+  if (M == 0 || N == 0 || K == 0) return {Engine::Aten, "nothing to multiply"};
+  if (measured().any) {
+    std::lock_guard<std::mutex> lock(measured().mutex);
+    const auto found = measured().engines.find({dtype, M, N, K});
+    if (found != measured().engines.end()) return {found->second, "measured on this machine"};
+  }
+  if (is_amd() && M >= 8) return {Engine::OneDnn, "rule: oneDNN is faster than MKL on AMD cores from 8 rows on"};
+  return {Engine::Aten, is_amd() ? "rule: few rows, memory bound" : "rule: not an AMD core"};
+}
+
+Tensor as_rows(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)});
+}
+
+int64_t num_rows(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  if (engine == Engine::OneDnn) return onednn_linear(x, w, bias);
+  return call("aten::linear", "", x, w, bias);
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  return dense(linear_by(engine_for(x, w).engine, x, w, bias));
+}
+
+void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Tensor& y) {
+  Tensor rows = as_rows(y);
+  call("aten::mm", "out", as_rows(x), transpose(w), rows);
+  if (!bias.has_value()) return;
+  const Tensor added = dense(*bias);
+  switch (dtype_of(y)) {
+    case DType::F32: return add_to_rows<float>(y, added);
+    case DType::F64: return add_to_rows<double>(y, added);
+    case DType::BF16: return add_to_rows<Bfloat16>(y, added);
+    default: return add_to_rows<Half>(y, added);
+  }
+}
+
+Tensor grad_input(const Tensor& dy, const Tensor& w) { return linear(dy, transpose(w), std::nullopt); }
+
+Tensor grad_weight(const Tensor& dy, const Tensor& x) {
+  const Tensor rows = as_rows(dy), inputs = as_rows(x);
+  return dense(call("aten::mm", "", transpose(rows), inputs));
+}
+
+Tensor grad_bias(const Tensor& dy) {
+  const std::vector<int64_t> tokens{0};
+  return call("aten::sum", "dim_IntList", as_rows(dy), std::optional<std::vector<int64_t>>(tokens), false,
+              std::optional<ScalarType>());
+}
+
+}  // namespace tpk

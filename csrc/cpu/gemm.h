@@ -1,0 +1,42 @@
+// The matrix products of a rank, each through the faster of two engines that torch has: ATen (MKL or OpenBLAS in fp32) and
+// oneDNN. Which one is decided by shape and machine and never by a clock inside a run, so that two runs give the same bits.
+#pragma once
+
+#include "tensor.h"
+
+namespace tpk {
+
+enum class Engine : uint8_t { Aten, OneDnn };
+
+const char* name_of(Engine engine);
+
+// The engine for y[M, N] = x[M, K] @ w[N, K].T, and why.
+struct EngineChoice {
+  Engine engine;
+  const char* reason;
+};
+EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K);
+
+// Whether torch has oneDNN, and what a measurement on this machine found for one shape.
+void set_onednn_available(bool available);
+void set_measured_engine(DType dtype, int64_t M, int64_t N, int64_t K, Engine engine);
+void forget_measured_engines();
+
+// y[..., N] = x[..., K] @ w[N, K].T (+ bias)
+Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias);
+// The same through a given engine, for measuring.
+Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
+// The same into y, which must be contiguous. Only where choose_engine says Aten.
+void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Tensor& y);
+// dx[..., K] = dy[..., N] @ w[N, K]
+Tensor grad_input(const Tensor& dy, const Tensor& w);
+// dw[N, K] = sum over tokens of dy[..., N] x[..., K]
+Tensor grad_weight(const Tensor& dy, const Tensor& x);
+// db[N] = sum over tokens of dy[..., N]
+Tensor grad_bias(const Tensor& dy);
+
+// Rows of x[..., K]: all leading dimensions as one.
+Tensor as_rows(const Tensor& x);
+int64_t num_rows(const Tensor& x);
+
+}  // namespace tpk

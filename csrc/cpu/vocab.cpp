@@ -1,0 +1,245 @@
+#include "vocab.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "collectives.h"
+#include "gemm.h"
+#include "softmax.h"
+
+namespace tpk {
+namespace {
+
+std::vector<int64_t> integers_of(const char* op, const char* argument, const Tensor& x) {
+  const DType dtype = dtype_of(x);
+  TPK_CHECK(dtype == DType::I64 || dtype == DType::I32, op, ": ", argument, " must be int64 or int32, got ",
+            dtype == DType::Count ? "another dtype" : name_of(dtype));
+  const Tensor packed = dense(x);
+  std::vector<int64_t> values(numel_of(x));
+  if (dtype == DType::I64) {
+    if (!values.empty()) std::memcpy(values.data(), packed.const_data_ptr(), values.size() * sizeof(int64_t));
+  } else {
+    const int32_t* from = static_cast<const int32_t*>(packed.const_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = from[i];
+  }
+  return values;
+}
+
+// Calls body with a value of the C++ type of x: float, double, Half or Bfloat16.
+template <class Body>
+void with_float_type(const char* op, const Tensor& x, Body&& body) {
+  switch (dtype_of(x)) {
+    case DType::F32: return body(float{});
+    case DType::F64: return body(double{});
+    case DType::F16: return body(Half{});
+    case DType::BF16: return body(Bfloat16{});
+    default: throw std::invalid_argument(concat(op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x))));
+  }
+}
+
+void check_shard(const char* op, int64_t vocab_start, int64_t shard, int64_t vocab_size) {
+  TPK_CHECK(vocab_start >= 0 && vocab_start + shard <= vocab_size, op, ": the shard [", vocab_start, ", ",
+            vocab_start + shard, ") must lie inside the vocabulary of ", vocab_size);
+}
+
+// --- loss
+
+void check_targets(const std::vector<int64_t>& targets, int64_t vocab_size, int64_t ignore_index) {
+  for (size_t i = 0; i < targets.size(); ++i) {
+    TPK_CHECK(targets[i] == ignore_index || (targets[i] >= 0 && targets[i] < vocab_size),
+              "vocab_cross_entropy: target must be in [0, ", vocab_size, ") or ignore_index (", ignore_index, "), got ",
+              targets[i], " at token ", i);
+  }
+}
+
+template <class T>
+std::vector<RowStats<typename LossSum<T>::type>> local_stats(const Tensor& logits, const std::vector<int64_t>& targets,
+                                                             int64_t vocab_start, bool smoothing) {
+  std::vector<RowStats<typename LossSum<T>::type>> stats(targets.size());
+  const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
+  const T* row = static_cast<const T*>(logits.const_data_ptr());
+  for (size_t i = 0; i < targets.size(); ++i, row += shard) {
+    row_stats<T>(row, shard, smoothing, &stats[i]);
+    const int64_t local = targets[i] - vocab_start;
+    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
+    if constexpr (std::is_floating_point_v<T>) {
+      stats[i].target = row[local];
+    } else {
+      stats[i].target = to_float(row[local]);
+    }
+  }
+  return stats;
+}
+
+// Every rank's stats of every token, [R][tokens], so that all ranks take the same sums in the same order.
+template <class Stats>
+std::vector<Stats> gather_stats(Communicator& comm, const std::vector<Stats>& mine, int64_t vocab_size) {
+  constexpr size_t kNumbers = 4;
+  const Wire& wire = wire_of(sizeof(Stats) == kNumbers * sizeof(float) ? DType::F32 : DType::F64, Codec::None, ReduceOp::Sum);
+  std::vector<Stats> all(mine.size() * static_cast<size_t>(comm.world_size()));
+  const std::vector<int64_t> sizes(static_cast<size_t>(comm.world_size()), static_cast<int64_t>(mine.size() * kNumbers));
+  const Cut cut = Cut::of_sizes(sizes);
+  comm.all_gather(spec_of(Op::VocabCrossEntropy, wire, cut.total(), {vocab_size}, sizes.front()), wire, mine.data(),
+                  all.data(), cut);
+  return all;
+}
+
+template <class Sum>
+void combine_stats(const std::vector<RowStats<Sum>>& all, const std::vector<int64_t>& targets, int64_t vocab_size,
+                   int64_t ignore_index, Sum smoothing, Sum* loss, Sum* lse) {
+  const size_t tokens = targets.size(), ranks = tokens == 0 ? 0 : all.size() / tokens;
+  for (size_t i = 0; i < tokens; ++i) {
+    Sum largest = -std::numeric_limits<Sum>::infinity();
+    for (size_t r = 0; r < ranks; ++r) largest = std::max(largest, all[r * tokens + i].largest);
+    Sum exponents = 0, target = 0, total = 0;
+    for (size_t r = 0; r < ranks; ++r) {
+      const RowStats<Sum>& row = all[r * tokens + i];
+      const bool empty = row.largest == -std::numeric_limits<Sum>::infinity() && row.exponents == 0;
+      // A NaN in any logit is in `exponents` and stays visible.
+      exponents += empty ? Sum(0) : row.exponents * std::exp(row.largest - largest);
+      target += row.target;
+      total += row.total;
+    }
+    lse[i] = largest + std::log(exponents);
+    loss[i] = lse[i] - (1 - smoothing) * target;
+    if (smoothing != 0) loss[i] -= smoothing / static_cast<Sum>(vocab_size) * total;
+    if (targets[i] == ignore_index) loss[i] = 0;
+  }
+}
+
+template <class T>
+void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<int64_t>& targets, const Tensor& lse,
+                   int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double label_smoothing,
+                   Tensor& dlogits) {
+  using Sum = typename LossSum<T>::type;
+  const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
+  const Sum smoothing = static_cast<Sum>(label_smoothing), uniform = smoothing / static_cast<Sum>(vocab_size);
+  const Sum* scale = static_cast<const Sum*>(dloss.const_data_ptr());
+  const Sum* row_lse = static_cast<const Sum*>(lse.const_data_ptr());
+  const T* row = static_cast<const T*>(logits.const_data_ptr());
+  T* gradient = static_cast<T*>(dlogits.mutable_data_ptr());
+  for (size_t i = 0; i < targets.size(); ++i, row += shard, gradient += shard) {
+    if (targets[i] == ignore_index) {
+      if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
+      continue;
+    }
+    row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
+    const int64_t local = targets[i] - vocab_start;
+    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
+    if constexpr (std::is_floating_point_v<T>) {
+      gradient[local] = scale[i] * (std::exp(row[local] - row_lse[i]) - (1 - smoothing) - uniform);
+    } else {
+      gradient[local] = from_float<T>(scale[i] * (std::exp(to_float(row[local]) - row_lse[i]) - (1 - smoothing) - uniform));
+    }
+  }
+}
+
+// --- embedding
+
+template <class T>
+void add_rows(const Tensor& dy, const std::vector<int64_t>& ids, int64_t vocab_start, int64_t shard, Tensor& sums) {
+  using Sum = typename LossSum<T>::type;
+  const size_t width = static_cast<size_t>(dy.size(dy.dim() - 1));
+  const T* row = static_cast<const T*>(dy.const_data_ptr());
+  Sum* table = static_cast<Sum*>(sums.mutable_data_ptr());
+  for (size_t i = 0; i < ids.size(); ++i, row += width) {
+    const int64_t local = ids[i] - vocab_start;
+    if (local < 0 || local >= shard) continue;
+    Sum* to = table + static_cast<size_t>(local) * width;
+    for (size_t j = 0; j < width; ++j) {
+      if constexpr (std::is_floating_point_v<T>) {
+        to[j] += row[j];
+      } else {
+        to[j] += to_float(row[j]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, std::string group, int64_t world_size,
+                       int64_t vocab_start, int64_t vocab_size) {
+  const auto comm = communicator_of(Op::VocabEmbedding, group, world_size);
+  TPK_CHECK(table_shard.dim() == 2, "vocab_embedding: table_shard must have 2 dims [vocabulary shard, D], got shape ",
+            text_of(shape_of(table_shard)));
+  const int64_t shard = table_shard.size(0);
+  check_shard("vocab_embedding", vocab_start, shard, vocab_size);
+  const Wire& wire = wire_for(Op::VocabEmbedding, table_shard, "none");
+  const std::vector<int64_t> rows = integers_of("vocab_embedding", "ids", ids);
+  const Tensor table = dense(table_shard);
+  Shape shape = shape_of(ids);
+  shape.push_back(table.size(1));
+  Tensor out = empty_of(table, shape);
+  const size_t row_bytes = static_cast<size_t>(table.size(1)) * table.element_size();
+  const char* from = static_cast<const char*>(table.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (size_t i = 0; i < rows.size(); ++i, to += row_bytes) {
+    TPK_CHECK(rows[i] >= 0 && rows[i] < vocab_size, "vocab_embedding: ids must be in [0, ", vocab_size, "), got ",
+              rows[i], " at token ", i);
+    const int64_t local = rows[i] - vocab_start;
+    if (row_bytes == 0) continue;
+    if (local >= 0 && local < shard) {
+      std::memcpy(to, from + static_cast<size_t>(local) * row_bytes, row_bytes);
+    } else {
+      std::memset(to, 0, row_bytes);
+    }
+  }
+  all_reduce_into(Op::VocabEmbedding, *comm, wire, out, out);
+  return out;
+}
+
+Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t vocab_start, int64_t shard_size) {
+  const std::vector<int64_t> rows = integers_of("vocab_embedding_backward", "ids", ids);
+  const Tensor gradient = dense(dy);
+  const bool half = gradient.element_size() == 2;  // summed in fp32, rounded once
+  Tensor sums = empty_of(gradient, {shard_size, gradient.size(gradient.dim() - 1)},
+                         half ? ScalarType::Float : gradient.scalar_type());
+  torch::stable::zero_(sums);
+  with_float_type("vocab_embedding_backward", gradient, [&](auto type) {
+    add_rows<decltype(type)>(gradient, rows, vocab_start, shard_size, sums);
+  });
+  return half ? torch::stable::to(sums, gradient.scalar_type()) : sums;
+}
+
+std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, std::string group,
+                                               int64_t world_size, int64_t vocab_start, int64_t vocab_size,
+                                               int64_t ignore_index, double label_smoothing) {
+  const auto comm = communicator_of(Op::VocabCrossEntropy, group, world_size);
+  TPK_CHECK(logits_shard.dim() == target.dim() + 1, "vocab_cross_entropy: logits_shard must have one dim more than target, "
+            "got shapes ", text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
+  check_shard("vocab_cross_entropy", vocab_start, logits_shard.size(logits_shard.dim() - 1), vocab_size);
+  const std::vector<int64_t> targets = integers_of("vocab_cross_entropy", "target", target);
+  TPK_CHECK(static_cast<int64_t>(targets.size()) == num_rows(logits_shard),
+            "vocab_cross_entropy: logits_shard and target must have the same tokens, got shapes ",
+            text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
+  check_targets(targets, vocab_size, ignore_index);
+  const Tensor logits = dense(logits_shard);
+  const ScalarType sum_type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
+  with_float_type("vocab_cross_entropy", logits, [&](auto type) {
+    using T = decltype(type);
+    using Sum = typename LossSum<T>::type;
+    const auto all = gather_stats(*comm, local_stats<T>(logits, targets, vocab_start, label_smoothing != 0), vocab_size);
+    combine_stats<Sum>(all, targets, vocab_size, ignore_index, static_cast<Sum>(label_smoothing),
+                       static_cast<Sum*>(loss.mutable_data_ptr()), static_cast<Sum*>(lse.mutable_data_ptr()));
+  });
+  return {loss, lse};
+}
+
+Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_shard, const Tensor& target,
+                                    const Tensor& lse, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+                                    double label_smoothing) {
+  const std::vector<int64_t> targets = integers_of("vocab_cross_entropy_backward", "target", target);
+  const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
+  Tensor dlogits = empty_of(logits, shape_of(logits));
+  with_float_type("vocab_cross_entropy_backward", logits, [&](auto type) {
+    loss_gradient<decltype(type)>(scale, logits, targets, sums, vocab_start, vocab_size, ignore_index, label_smoothing,
+                                  dlogits);
+  });
+  return dlogits;
+}
+
+}  // namespace tpk

@@ -1,0 +1,90 @@
+// Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
+// world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask.
+#include "cpu/collectives.h"
+#include "cpu/fused_gemm.h"
+#include "cpu/vocab.h"
+
+STABLE_TORCH_LIBRARY(tpkernels, m) {
+  // y = reduce_r x_r                        op: sum, avg, max, min
+  m.def("all_reduce(Tensor x, str group, int world_size, str op, str codec) -> Tensor");
+  // x = reduce_r x_r, in place; nothing is copied when x lies in the arena (group.empty)
+  m.def("all_reduce_(Tensor(a!) x, str group, int world_size, str op, str codec) -> ()");
+  // y = this rank's part along dim of reduce_r x_r
+  m.def("reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec) -> Tensor");
+  // y = cat_r x_r along dim                 dim_size: of y, or -1 to ask the ranks
+  m.def("all_gather(Tensor x_shard, str group, int world_size, int dim, SymInt dim_size, str codec) -> Tensor");
+
+  // y[M, N] = sum_r x_r[M, K/R] @ w_r[N, K/R].T + bias[N]
+  m.def("gemm_all_reduce(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
+  // y = this rank's part along dim of that
+  m.def(
+      "gemm_reduce_scatter(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int rank, int dim, "
+      "str codec) -> Tensor");
+  // y[M, N/R] = (cat_r x_r along dim)[M, K] @ w_shard[N/R, K].T + bias[N/R]
+  m.def(
+      "all_gather_gemm(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int dim, "
+      "SymInt dim_size, str codec) -> Tensor");
+  // y[M, N/R] = x[M, K] @ w_shard[N/R, K].T + bias[N/R]; x is replicated, and so its gradient is summed
+  m.def("replicated_gemm(Tensor x, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
+
+  // dx = dy @ w,  dw = dy.T @ x,  db = sum over tokens of dy        what is not needed comes back empty
+  m.def(
+      "linear_backward(Tensor dy, Tensor x, Tensor w, bool need_x, bool need_w, bool need_b) -> (Tensor, Tensor, "
+      "Tensor)");
+  // dx = sum_r dy_r @ w_r, under way while dw = dy.T @ x and db are computed
+  m.def(
+      "replicated_gemm_backward(Tensor dy, Tensor x, Tensor w_shard, bool need_x, bool need_w, bool need_b, str group, "
+      "int world_size, str codec) -> (Tensor, Tensor, Tensor)");
+  // dy = cat_r dy_r along dim, then linear_backward: db is the full sum on every rank
+  m.def(
+      "gemm_reduce_scatter_backward(Tensor dy_shard, Tensor x_shard, Tensor w_shard, bool need_x, bool need_w, "
+      "bool need_b, str group, int world_size, int dim, SymInt dim_size, str codec) -> (Tensor, Tensor, Tensor)");
+  // dx = this rank's part along dim of sum_r dy_r @ w_r,  dw = dy.T @ (cat_r x_r along dim)
+  m.def(
+      "all_gather_gemm_backward(Tensor dy, Tensor x_shard, Tensor w_shard, bool need_x, bool need_w, bool need_b, "
+      "str group, int world_size, int rank, int dim, SymInt dim_size, str codec) -> (Tensor, Tensor, Tensor)");
+
+  // y[..., D] = table[ids], where table[V, D] = cat_r table_r and table_shard begins at row vocab_start
+  m.def(
+      "vocab_embedding(Tensor ids, Tensor table_shard, str group, int world_size, SymInt vocab_start, "
+      "SymInt vocab_size) -> Tensor");
+  // dtable_shard[ids - vocab_start] += dy
+  m.def("vocab_embedding_backward(Tensor dy, Tensor ids, SymInt vocab_start, SymInt shard_size) -> Tensor");
+  // lse = log sum_j exp(logits[j]);  loss = lse - (1 - s) logits[target] - s / V sum_j logits[j];  0 where ignored
+  m.def(
+      "vocab_cross_entropy(Tensor logits_shard, Tensor target, str group, int world_size, SymInt vocab_start, "
+      "SymInt vocab_size, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor lse)");
+  // dlogits[j] = dloss (exp(logits[j] - lse) - (1 - s) [j = target] - s / V)
+  m.def(
+      "vocab_cross_entropy_backward(Tensor dloss, Tensor logits_shard, Tensor target, Tensor lse, SymInt vocab_start, "
+      "SymInt vocab_size, int ignore_index, float label_smoothing) -> Tensor");
+
+  // An uninitialised tensor inside this rank's arena.
+  m.def("arena_empty(str group, int[] shape, ScalarType dtype) -> Tensor");
+  // This rank's number, from every rank.
+  m.def("exchange_sizes(str group, int mine) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
+  m.impl("all_reduce", TORCH_BOX(&tpk::all_reduce));
+  m.impl("all_reduce_", TORCH_BOX(&tpk::all_reduce_));
+  m.impl("reduce_scatter", TORCH_BOX(&tpk::reduce_scatter));
+  m.impl("all_gather", TORCH_BOX(&tpk::all_gather));
+  m.impl("gemm_all_reduce", TORCH_BOX(&tpk::gemm_all_reduce));
+  m.impl("gemm_reduce_scatter", TORCH_BOX(&tpk::gemm_reduce_scatter));
+  m.impl("all_gather_gemm", TORCH_BOX(&tpk::all_gather_gemm));
+  m.impl("replicated_gemm", TORCH_BOX(&tpk::replicated_gemm));
+  m.impl("linear_backward", TORCH_BOX(&tpk::linear_backward));
+  m.impl("replicated_gemm_backward", TORCH_BOX(&tpk::replicated_gemm_backward));
+  m.impl("gemm_reduce_scatter_backward", TORCH_BOX(&tpk::gemm_reduce_scatter_backward));
+  m.impl("all_gather_gemm_backward", TORCH_BOX(&tpk::all_gather_gemm_backward));
+  m.impl("vocab_embedding", TORCH_BOX(&tpk::vocab_embedding));
+  m.impl("vocab_embedding_backward", TORCH_BOX(&tpk::vocab_embedding_backward));
+  m.impl("vocab_cross_entropy", TORCH_BOX(&tpk::vocab_cross_entropy));
+  m.impl("vocab_cross_entropy_backward", TORCH_BOX(&tpk::vocab_cross_entropy_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
+  m.impl("arena_empty", TORCH_BOX(&tpk::arena_empty));
+  m.impl("exchange_sizes", TORCH_BOX(&tpk::exchange_sizes));
+}

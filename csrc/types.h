@@ -1,0 +1,69 @@
+// The words of the wire: element types, reductions, ops. Torch-free; the numbers travel in fingerprints.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tpk {
+
+enum class DType : uint8_t { F32, F64, BF16, F16, I8, U8, I16, I32, I64, Raw1, Raw2, Raw4, Raw8, Raw16, Count };
+enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, None };
+
+// Every collective call names itself in its fingerprint, so that ranks in different calls find out.
+enum class Op : uint8_t {
+  AllReduce,
+  AllReduceInplace,
+  ReduceScatter,
+  AllGather,
+  GemmAllReduce,
+  GemmReduceScatter,
+  AllGatherGemm,
+  ReplicatedGemmBackward,
+  GemmReduceScatterBackward,
+  AllGatherGemmBackward,
+  VocabEmbedding,
+  VocabCrossEntropy,
+  Sizes,
+  Barrier,
+  Count
+};
+
+constexpr size_t kOps = static_cast<size_t>(Op::Count);
+constexpr int kMaxRanks = 64;
+
+inline const char* name_of(Op op) {
+  constexpr const char* names[kOps] = {"all_reduce",
+                                       "all_reduce_",
+                                       "reduce_scatter",
+                                       "all_gather",
+                                       "gemm_all_reduce",
+                                       "gemm_reduce_scatter",
+                                       "all_gather_gemm",
+                                       "replicated_gemm_backward",
+                                       "gemm_reduce_scatter_backward",
+                                       "all_gather_gemm_backward",
+                                       "vocab_embedding",
+                                       "vocab_cross_entropy",
+                                       "sizes",
+                                       "barrier"};
+  return static_cast<size_t>(op) < kOps ? names[static_cast<size_t>(op)] : "unknown op";
+}
+
+inline const char* name_of(DType dtype) {
+  constexpr const char* names[] = {"float32", "float64", "bfloat16",      "float16",       "int8",
+                                   "uint8",   "int16",   "int32",         "int64",         "1-byte values",
+                                   "2-byte values",      "4-byte values", "8-byte values", "16-byte values"};
+  return dtype < DType::Count ? names[static_cast<size_t>(dtype)] : "unknown dtype";
+}
+
+inline const char* name_of(ReduceOp op) {
+  constexpr const char* names[] = {"sum", "avg", "max", "min", "none"};
+  return op <= ReduceOp::None ? names[static_cast<size_t>(op)] : "unknown reduction";
+}
+
+inline size_t size_of(DType dtype) {
+  constexpr size_t sizes[] = {4, 8, 2, 2, 1, 1, 2, 4, 8, 1, 2, 4, 8, 16};
+  return sizes[static_cast<size_t>(dtype)];
+}
+
+}  // namespace tpk

@@ -1,0 +1,31 @@
+"""Tensor-parallel kernels for PyTorch: sharded GEMMs fused with their collectives, as torch ops and parallel layers."""
+
+from __future__ import annotations
+
+import torch as _torch  # the extension needs libtorch in the process
+
+from tpkernels import _C
+from tpkernels.errors import PeerLostError, RankMismatchError
+
+_C.set_error_types(RankMismatchError, PeerLostError)
+_C.set_onednn_available(_torch.backends.mkldnn.is_available())
+
+from tpkernels import checkpoint, compress, data_parallel, layers, ops, shard  # noqa: E402
+from tpkernels._build import build_info  # noqa: E402
+from tpkernels.group import Explanation, Group  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "Group",
+    "PeerLostError",
+    "RankMismatchError",
+    "build_info",
+    "checkpoint",
+    "compress",
+    "data_parallel",
+    "layers",
+    "ops",
+    "shard",
+]

@@ -1,0 +1,66 @@
+"""What `Group.explain` answers: which path a call takes on this machine, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tpkernels import _C
+
+if TYPE_CHECKING:
+    from tpkernels.group import Explanation, Group
+
+_COLLECTIVES = ("all_reduce", "all_reduce_", "reduce_scatter", "all_gather")
+_GEMMS = ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm", "replicated_gemm")
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def explain(
+    group: Group,
+    op: str,
+    *,
+    M: int = 0,
+    N: int = 0,
+    K: int = 0,
+    numel: int = 0,
+    dtype: torch.dtype = torch.float32,
+    codec: str = "none",
+) -> Explanation:
+    """The path of one call; see Group.explain.
+
+    Raises:
+        ValueError: no such op, or a dtype that it does not take.
+    """
+    from tpkernels.group import Explanation
+
+    if op in _COLLECTIVES:
+        return Explanation(*_collective_path(group, op, numel * dtype.itemsize, codec))
+    if op not in _GEMMS:
+        raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"explain: dtype must be one of {list(_DTYPES)}, got {dtype}")
+    engine, why = _C.choose_engine(_DTYPES[dtype], M, N, K)
+    path, travel = _collective_path(group, "all_reduce", M * N * dtype.itemsize, codec)
+    if op in ("gemm_all_reduce", "gemm_reduce_scatter") and _in_arena(group, engine, M * N * dtype.itemsize, codec):
+        return Explanation("fused", f"GEMM by {engine} ({why}) writes into the arena, summed where it lies")
+    return Explanation("unfused", f"GEMM by {engine} ({why}), then {path}: {travel}")
+
+
+def _in_arena(group: Group, engine: str, nbytes: int, codec: str) -> bool:
+    limits: dict[str, Any] = _C.limits()
+    fits = limits["smallest_in_arena"] <= nbytes <= group._communicator.heap_bytes
+    return engine == "aten" and codec == "none" and fits
+
+
+def _collective_path(group: Group, op: str, nbytes: int, codec: str) -> tuple[str, str]:
+    if group.transport == "local":
+        return "local", "one rank: nothing travels"
+    if group.transport == "group":
+        return "exchange", "all-to-all of the process group, sums taken locally in rank order"
+    limits: dict[str, Any] = _C.limits()
+    if op.startswith("all_reduce") and nbytes <= limits["one_shot_bytes"]:
+        return "one_shot", f"{nbytes} bytes: every rank reads all inputs, up to {limits['one_shot_bytes']} bytes"
+    if op.startswith("all_reduce"):
+        return "two_shot", f"{nbytes} bytes: each rank sums a part, in pieces of {limits['piece_bytes']} bytes"
+    return "direct", f"each rank reads what it needs, in pieces of {limits['piece_bytes']} bytes"
