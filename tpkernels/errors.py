@@ -1,0 +1,22 @@
+"""The errors that a collective call can end in, beside ValueError (arguments) and TimeoutError (a rank did not come).
+
+The C++ core raises them too, so they carry a text and nothing else. Every text names the op, the group, the rank and
+the number of the call.
+"""
+
+from __future__ import annotations
+
+
+class RankMismatchError(RuntimeError):
+    """The ranks did not make the same call: another op, shape, dtype, reduction or codec.
+
+    All ranks get it in the same call, before any data is read, and the text prints both sides. The group stays usable
+    when the ranks agree again in their next call.
+    """
+
+
+class PeerLostError(RuntimeError):
+    """A rank died or closed its group, so that the call can never end.
+
+    The text names the rank and the last call it made. The group is broken: every later call raises the same error.
+    """

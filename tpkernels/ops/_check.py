@@ -1,0 +1,141 @@
+"""Argument checks of the public ops, before anything is sent. Texts say op, argument, expected and got.
+
+The tables answer the usual call with one look-up; the `check_*` functions run when it failed, or when the call takes
+the long way, and say what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels.compress import CODECS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("sum", "avg", "max", "min")
+
+# (dtype, op, codec) of every reduction that exists.
+REDUCIBLE = frozenset(
+    [(dtype, op, "none") for dtype in FLOATS for op in REDUCTIONS]
+    + [(dtype, op, "none") for dtype in INTEGERS for op in REDUCTIONS if op != "avg"]
+    + [(dtype, op, codec) for dtype in PACKABLE for op in ("sum", "avg") for codec in CODECS]
+)
+# (dtype, codec) of every sum of products that exists.
+MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """Return dtypes as people write them: float32, bfloat16."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(op: str, name: str, x: Any) -> None:
+    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and on a device that the op has."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{op}: {name} must be on the cpu, got device {x.device}")
+
+
+def check_codec(op: str, codec: Any, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the codec exists and can pack values of this dtype."""
+    if codec not in CODECS:
+        raise ValueError(f"{op}: codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
+    if codec != "none" and dtype not in PACKABLE:
+        raise ValueError(f"{op}: codec {codec!r} needs a dtype of {names(PACKABLE)}, got {names([dtype])}")
+
+
+def check_reduction(name: str, x: Any, op: Any, codec: Any) -> None:
+    """Raise unless x can be reduced by `op` over the ranks, packed by `codec`."""
+    check_tensor(name, "x", x)
+    if op not in REDUCTIONS:
+        raise ValueError(f"{name}: op must be one of {', '.join(map(repr, REDUCTIONS))}, got {op!r}")
+    if x.dtype not in FLOATS + INTEGERS:
+        raise ValueError(f"{name}: x must have a dtype of {names(FLOATS + INTEGERS)}, got {names([x.dtype])}")
+    if op == "avg" and x.dtype in INTEGERS:
+        raise ValueError(f"{name}: op 'avg' needs a dtype of {names(FLOATS)} (use 'sum'), got {names([x.dtype])}")
+    check_codec(name, codec, x.dtype)
+    if codec != "none" and op in ("max", "min"):
+        raise ValueError(f"{name}: op must be 'sum' or 'avg' with codec {codec!r}, got {op!r}")
+
+
+def check_dim(op: str, x: Tensor, dim: Any, *, tokens: bool = False) -> int:
+    """Return dim counted from the front.
+
+    Args:
+        op: the public function, for the text.
+        x: the tensor that has the dimension.
+        dim: from the front, or negative from the back.
+        tokens: the last dimension, over which a GEMM sums, is not allowed.
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
+    ndim = x.dim()
+    found = dim + ndim if dim < 0 else dim
+    if not 0 <= found < ndim:
+        raise ValueError(f"{op}: dim must be in [{-ndim}, {ndim}) for shape {list(x.shape)}, got {dim}")
+    if tokens and found == ndim - 1:
+        raise ValueError(f"{op}: dim must be a token dimension, not the last one of shape {list(x.shape)}, got {dim}")
+    return found
+
+
+def check_size(op: str, name: str, size: Any) -> None:
+    """Raise unless size is None or a whole number that is not negative."""
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int or None, got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {size}")
+
+
+def fits_linear(x: Tensor, w: Tensor, bias: Tensor | None, codec: str) -> bool:
+    """Return whether y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
+    dtype, shape = x.dtype, w.shape
+    return (
+        (dtype, codec) in MULTIPLIABLE
+        and dtype is w.dtype
+        and len(shape) == 2
+        and x.dim() >= 2
+        and x.shape[-1] == shape[1]
+        and (bias is None or (bias.dtype is dtype and bias.dim() == 1 and bias.shape[0] == shape[0]))
+    )
+
+
+def check_linear(op: str, x: Any, w: Any, bias: Any, codec: Any, x_name: str = "x_shard") -> None:
+    """Raise unless y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
+    check_tensor(op, x_name, x)
+    check_tensor(op, "w_shard", w)
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: {x_name} must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
+    if w.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: {x_name} and w_shard must have the same dtype, got {names([x.dtype])} and {names([w.dtype])}"
+        )
+    if x.dim() < 2:
+        raise ValueError(f"{op}: {x_name} must have 2 dims or more, got {x.dim()} (shape {list(x.shape)})")
+    if w.dim() != 2:
+        raise ValueError(f"{op}: w_shard must have 2 dims [N, K], got {w.dim()} (shape {list(w.shape)})")
+    if x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"{op}: {x_name} and w_shard must have the same K (last dim), got {x.shape[-1]} and {w.shape[1]}"
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+        if bias.dtype != x.dtype:
+            raise ValueError(
+                f"{op}: bias must have the dtype of {x_name}, {names([x.dtype])}, got {names([bias.dtype])}"
+            )
+        if bias.dim() != 1 or bias.shape[0] != w.shape[0]:
+            raise ValueError(f"{op}: bias must have shape [{w.shape[0]}], got {list(bias.shape)}")
+    devices = {t.device for t in (x, w, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    check_codec(op, codec, x.dtype)

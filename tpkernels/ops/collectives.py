@@ -1,0 +1,296 @@
+"""Collectives on whole tensors: all_reduce, reduce_scatter, all_gather. The fused ops are made of their meanings.
+
+Every function: the public name, the fake kernel (what torch.compile sees), the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from tpkernels.group import Group, resolve
+from tpkernels.shard import part_sizes
+
+from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
+from ._grad import gather_alike, rank_of, replicated
+from ._plain import direct, is_plain, shortcut
+from ._register import fake, gradient
+
+Call = torch.ops.tpkernels
+_all_reduce = direct(Call.all_reduce.default)
+_all_reduce_ = direct(Call.all_reduce_.default)
+_reduce_scatter = direct(Call.reduce_scatter.default)
+_all_gather = direct(Call.all_gather.default)
+
+# What backwards call: differentiable again, and short when nobody asks for that.
+reduce_call = shortcut(Call.all_reduce.default)
+scatter_call = shortcut(Call.reduce_scatter.default)
+gather_call = shortcut(Call.all_gather.default)
+
+
+def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec: str = "none") -> Tensor:
+    """Reduce over the ranks; every rank gets the whole result.
+
+    Equal to, elementwise:
+
+        y = x_0 + x_1 + ... + x_{R-1}        # op "sum"; "avg" divides by R; "max" and "min" keep NaN
+
+    Args:
+        x: the same shape on every rank, any strides; fp32 | bf16 | fp16 | fp64 | int8 | uint8 | int16 | int32 | int64.
+        group: the ranks; None means all ranks of the default process group.
+        op: "sum" | "avg" | "max" | "min"; no "avg" of integers.
+        codec: how values are packed on the wire, for "sum" and "avg" of fp32 | bf16 | fp16; "none" keeps every bit.
+
+    Returns:
+        y, contiguous, the shape and dtype of x. Sums in fp32 (fp64 for fp64, integers exactly), in rank order, rounded
+        once: every run and every rank gives the same bits.
+
+    Gradient: x is partial, y is replicated, so that the gradient of x is that of y ("avg": over R). For "max" and "min"
+    it goes to the ranks that hold the extreme value, in equal parts.
+
+    Raises:
+        TypeError, ValueError: x, op or codec do not fit (says which, expected, got).
+        RankMismatchError: the ranks called with different shapes, dtypes, ops or codecs.
+        TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
+    """
+    group = resolve(group)
+    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
+        return _all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+    check_reduction("all_reduce", x, op, codec)
+    return Call.all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+
+
+@fake("all_reduce")
+def _all_reduce_fake(x: Tensor, group: str, world_size: int, op: str, codec: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _all_reduce_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.call = inputs
+    if inputs[3] in ("max", "min"):
+        ctx.save_for_backward(x, output)
+
+
+def _all_reduce_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    group, world_size, op, codec = ctx.call
+    dx = replicated(dy, group, world_size, codec)
+    if op == "avg":
+        dx = dx / world_size
+    elif op != "sum":
+        x, y = ctx.saved_tensors
+        dx = _to_the_extreme(dx, x, y, group, world_size)
+    return dx, None, None, None, None
+
+
+def _to_the_extreme(dy: Tensor, x: Tensor, y: Tensor, group: str, world_size: int) -> Tensor:
+    """Share dy equally among the ranks that hold the extreme value y (or the NaN that became it)."""
+    holds = (x == y) | x.isnan()
+    holders = reduce_call(holds.to(dy.dtype), group, world_size, "sum", "none")
+    return torch.where(holds, dy / holders, torch.zeros_like(dy))
+
+
+gradient("all_reduce", _all_reduce_gradient, _all_reduce_context)
+
+
+def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec: str = "none") -> Tensor:
+    """Reduce over the ranks in place: `x.copy_(all_reduce(x))` without the copy.
+
+    With x from `group.empty` nothing is copied at all: the ranks reduce where the values lie.
+
+    Args:
+        x: as in `all_reduce`; it must not require a gradient.
+        group: the ranks; None means all ranks of the default process group.
+        op: "sum" | "avg" | "max" | "min"; no "avg" of integers.
+        codec: how values are packed on the wire.
+
+    Returns:
+        x, with the values that `all_reduce` gives.
+
+    Raises:
+        TypeError, ValueError: x, op or codec do not fit, or x requires a gradient.
+        RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`; the values of x are then undefined.
+    """
+    group = resolve(group)
+    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
+        _all_reduce_(x, group.name, group.world_size, op, codec)
+    else:
+        check_reduction("all_reduce_", x, op, codec)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
+        Call.all_reduce_(x, group.name, group.world_size, op, codec)
+    if not (is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)  # so that a backward that saved x notices
+    return x
+
+
+@fake("all_reduce_")
+def _all_reduce_inplace_fake(x: Tensor, group: str, world_size: int, op: str, codec: str) -> None:
+    return None
+
+
+def reduce_scatter(
+    x: Tensor, dim: int = 0, *, group: Group | None = None, op: str = "sum", codec: str = "none"
+) -> Tensor:
+    """Reduce over the ranks; every rank gets its part of the result.
+
+    Equal to:
+
+        y = all_reduce(x)                          # [..., n, ...]
+        return split(y, R, dim)[rank]              # [..., n / R, ...]
+
+    Args:
+        x: as in `all_reduce`. n need not divide by R: the first n % R ranks get one index more.
+        dim: the dimension along which the result is cut.
+        group: the ranks; None means all ranks of the default process group.
+        op: "sum" | "avg" | "max" | "min"; no "avg" of integers.
+        codec: how values are packed on the wire, for "sum" and "avg" of fp32 | bf16 | fp16; "none" keeps every bit.
+
+    Returns:
+        this rank's part of y, contiguous; the same bits as `all_reduce` gives.
+
+    Gradient: x is partial, the result is a shard, so that the gradient of x is all_gather of the result's ("avg": over
+    R; "max" and "min": to the ranks that hold the extreme value, in equal parts).
+
+    Raises:
+        TypeError, ValueError: x, dim, op or codec do not fit.
+        RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
+    """
+    group = resolve(group)
+    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim():
+        return _reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
+    check_reduction("reduce_scatter", x, op, codec)
+    dim = check_dim("reduce_scatter", x, dim)
+    return Call.reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
+
+
+def shard_shape(shape: torch.Size, world_size: int, rank: int, dim: int) -> list[int]:
+    """Return the shape of the rank's part. n // R + (r < n % R) as one division: no guard on a symbolic n."""
+    found = list(shape)
+    found[dim] = (found[dim] + world_size - 1 - rank) // world_size
+    return found
+
+
+@fake("reduce_scatter")
+def _reduce_scatter_fake(x: Tensor, group: str, world_size: int, rank: int, dim: int, op: str, codec: str) -> Tensor:
+    return x.new_empty(shard_shape(x.shape, world_size, rank, dim))
+
+
+def _reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.call = inputs
+    ctx.dim_size = x.size(inputs[4])
+    if inputs[5] in ("max", "min"):
+        ctx.save_for_backward(x, output)
+
+
+def _reduce_scatter_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    group, world_size, _, dim, op, codec = ctx.call
+    dx = gather_call(dy, group, world_size, dim, ctx.dim_size, codec)
+    if op == "avg":
+        dx = dx / world_size
+    elif op != "sum":
+        x, y_shard = ctx.saved_tensors
+        y = gather_call(y_shard.detach(), group, world_size, dim, ctx.dim_size, "none")
+        dx = _to_the_extreme(dx, x, y, group, world_size)
+    return dx, *(None for _ in ctx.call)
+
+
+gradient("reduce_scatter", _reduce_scatter_gradient, _reduce_scatter_context)
+
+
+def all_gather(
+    x_shard: Tensor,
+    dim: int = 0,
+    *,
+    group: Group | None = None,
+    dim_size: int | None = None,
+    grad: str = "reduce",
+    codec: str = "none",
+) -> Tensor:
+    """Put the parts of all ranks together; every rank gets the whole.
+
+    Equal to:
+
+        y = cat([x_0, x_1, ..., x_{R-1}], dim)
+
+    Args:
+        x_shard: this rank's part, any strides, any dtype (with a codec fp32 | bf16 | fp16); all dimensions but `dim`
+            are the same on every rank.
+        dim: the dimension along which the parts are joined.
+        group: the ranks; None means all ranks of the default process group.
+        dim_size: the size of `dim` in the result, cut so that the first ranks have one index more. None lets the ranks
+            tell each other (a short call more, and any sizes are right); under torch.compile it means R equal parts.
+        grad: what follows on the ranks. "reduce": something different, which leaves partial gradients, so that the
+            gradient is reduce_scatter of them; "split": the same on all ranks, so that it is this rank's part.
+        codec: how values are packed on the wire; every rank takes the packed values, the owner too.
+
+    Returns:
+        y, contiguous, the dtype of x_shard, the same bits on every rank.
+
+    Raises:
+        TypeError, ValueError: x_shard, dim, dim_size, grad or codec do not fit; or a gradient is wanted for parts that
+            are not the even cut (the first ranks one index more).
+        RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
+    """
+    group = resolve(group)
+    if dim_size is None and codec == "none" and type(dim) is int and is_plain(x_shard) and 0 <= dim < x_shard.dim():
+        return _all_gather(x_shard, group.name, group.world_size, dim, -1, codec)  # type: ignore[no-any-return]
+    check_tensor("all_gather", "x_shard", x_shard)
+    check_codec("all_gather", codec, x_shard.dtype)
+    if grad not in ("reduce", "split"):
+        raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
+    dim = check_dim("all_gather", x_shard, dim)
+    check_size("all_gather", "dim_size", dim_size)
+    wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
+    size = whole_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
+    if is_plain(x_shard):
+        return _all_gather(x_shard, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+    if wants_grad and grad == "split":
+        return gather_alike(x_shard, group.name, group.world_size, group.rank, dim, size, codec)
+    return Call.all_gather(x_shard, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+
+
+def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: Group, wants_grad: bool) -> int:
+    """Return the size of dim after gathering; -1 leaves the question to the op.
+
+    A gradient is cut by the rule of shard.py, so the parts must be, too: asking here makes all ranks raise alike.
+    """
+    if dim_size is not None:
+        return dim_size
+    if is_compiling():
+        return group.world_size * x_shard.size(dim)
+    if not wants_grad:
+        return -1
+    sizes = group.exchange_sizes(x_shard.size(dim))
+    expected = part_sizes(sum(sizes), group.world_size)
+    if sizes != expected:
+        raise ValueError(f"{op}: with a gradient the sizes of dim {dim} must be {expected} over the ranks, got {sizes}")
+    return sum(sizes)
+
+
+@fake("all_gather")
+def _all_gather_fake(x_shard: Tensor, group: str, world_size: int, dim: int, dim_size: int, codec: str) -> Tensor:
+    return x_shard.new_empty(whole_shape(x_shard.shape, world_size, dim, dim_size))
+
+
+def whole_shape(shape: torch.Size, world_size: int, dim: int, dim_size: int) -> list[int]:
+    """Return the shape after gathering; a fake tensor has no ranks to ask, so that -1 is taken for equal parts."""
+    found = list(shape)
+    found[dim] = dim_size if dim_size >= 0 else world_size * found[dim]
+    return found
+
+
+def _all_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.group, ctx.world_size, ctx.dim, _, ctx.codec = inputs
+
+
+def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    rank = rank_of(ctx.group)
+    values = torch.view_as_real(dy) if dy.is_complex() else dy
+    dx = scatter_call(values, ctx.group, ctx.world_size, rank, ctx.dim, "sum", ctx.codec)
+    return torch.view_as_complex(dx) if dy.is_complex() else dx, None, None, None, None, None
+
+
+gradient("all_gather", _all_gather_gradient, _all_gather_context)

@@ -1,0 +1,347 @@
+"""A sharded GEMM with the collective that follows or precedes it, and its gradient, which is the dual op.
+
+Every function: the public name, the fake kernel (what torch.compile sees), the gradient. A gradient has two ways: the
+fused backward op, and, when a second derivative is wanted, the same made of differentiable ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, is_autocast_enabled
+
+from tpkernels.group import Group, resolve
+
+from ._check import check_dim, check_linear, check_size, fits_linear
+from ._grad import rank_of, replicated
+from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
+from ._plain import are_plain, direct, shortcut
+from ._register import fake, gradient
+from .collectives import gather_call, reduce_call, shard_shape, whole_shape, whole_size
+
+Call = torch.ops.tpkernels
+_gemm_all_reduce = direct(Call.gemm_all_reduce.default)
+_gemm_reduce_scatter = direct(Call.gemm_reduce_scatter.default)
+_all_gather_gemm = direct(Call.all_gather_gemm.default)
+_replicated_gemm = direct(Call.replicated_gemm.default)
+_linear_backward = shortcut(Call.linear_backward.default)
+_replicated_gemm_backward = shortcut(Call.replicated_gemm_backward.default)
+_gemm_reduce_scatter_backward = shortcut(Call.gemm_reduce_scatter_backward.default)
+_all_gather_gemm_backward = shortcut(Call.all_gather_gemm_backward.default)
+
+
+def gemm_all_reduce(
+    x_shard: Tensor, w_shard: Tensor, bias: Tensor | None = None, *, group: Group | None = None, codec: str = "none"
+) -> Tensor:
+    """Multiply by a weight cut along K and sum over the ranks.
+
+    Equal to:
+
+        y = all_reduce(x_shard @ w_shard.T) + bias       # [..., N], the same on every rank
+
+    Args:
+        x_shard: [..., K / R], 2 dims or more, fp32 | bf16 | fp16 | fp64, any strides.
+        w_shard: [N, K / R], the dtype and device of x_shard. K need not divide by R.
+        bias: [N], replicated, or None. It is added once, before the sum is rounded.
+        group: the ranks; None means all ranks of the default process group.
+        codec: how partial sums are packed on the wire; "none" keeps every bit.
+
+    Returns:
+        y, contiguous, the dtype of x_shard. Sums over the ranks in fp32, in rank order: every rank has the same bits.
+
+    Gradient: local, because the gradient of y is the same on all ranks. Under autocast all tensors are cast first.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or codec do not fit (says which, expected, got).
+        RankMismatchError: the ranks called with different shapes, dtypes or codecs.
+        TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
+
+    Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
+    """
+    group = resolve(group)
+    if is_autocast_enabled("cpu"):
+        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
+    args = (x_shard, w_shard, bias, group.name, group.world_size, codec)
+    if are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec):
+        return _gemm_all_reduce(*args)  # type: ignore[no-any-return]
+    check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec)
+    return Call.gemm_all_reduce(*args)  # type: ignore[no-any-return]
+
+
+@fake("gemm_all_reduce")
+def _gemm_all_reduce_fake(
+    x_shard: Tensor, w_shard: Tensor, bias: Tensor | None, group: str, world_size: int, codec: str
+) -> Tensor:
+    return x_shard.new_empty(linear_shape(x_shard, w_shard))
+
+
+def _gemm_all_reduce_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, needs = saved_linear(ctx, dy)
+    if torch.is_grad_enabled():
+        return wanted(ctx, needs, linear_gradients(replicated(dy, *ctx.call), x, w, needs, dy_bias=dy))
+    return wanted(ctx, needs, _linear_backward(dy, x, w, *needs))
+
+
+gradient("gemm_all_reduce", _gemm_all_reduce_gradient, save_linear)
+
+
+def gemm_reduce_scatter(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group | None = None,
+    dim: int = 0,
+    codec: str = "none",
+) -> Tensor:
+    """Multiply by a weight cut along K, sum over the ranks, keep this rank's tokens.
+
+    Equal to:
+
+        y = all_reduce(x_shard @ w_shard.T) + bias       # [M, N]
+        return split(y, R, dim)[rank]                    # [M / R, N] with dim=0
+
+    Args:
+        x_shard: [..., K / R], 2 dims or more, fp32 | bf16 | fp16 | fp64, any strides.
+        w_shard: [N, K / R], the dtype and device of x_shard.
+        bias: [N], replicated, or None.
+        group: the ranks; None means all ranks of the default process group.
+        dim: the token dimension that is cut, any but the last. It need not divide by R: the first ranks get one more.
+        codec: how partial sums are packed on the wire; "none" keeps every bit.
+
+    Returns:
+        this rank's tokens of y, contiguous, the dtype of x_shard; the same bits as `gemm_all_reduce` gives.
+
+    Gradient: that of the result is gathered once, and gives those of x_shard, w_shard and bias. The one of bias is the
+    whole sum over all tokens, on every rank. Under autocast all tensors are cast first.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices, dim or codec do not fit (says which, expected, got).
+        RankMismatchError, TimeoutError, PeerLostError: as in `gemm_all_reduce`.
+
+    Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053), split as in Korthikanti et al. 2022
+    (arXiv:2205.05198).
+    """
+    group = resolve(group)
+    if is_autocast_enabled("cpu"):
+        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
+    plain = are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
+    if not plain:
+        check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec)
+    dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
+    call = _gemm_reduce_scatter if plain else Call.gemm_reduce_scatter
+    return call(x_shard, w_shard, bias, group.name, group.world_size, group.rank, dim, codec)  # type: ignore[no-any-return]
+
+
+@fake("gemm_reduce_scatter")
+def _gemm_reduce_scatter_fake(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    bias: Tensor | None,
+    group: str,
+    world_size: int,
+    rank: int,
+    dim: int,
+    codec: str,
+) -> Tensor:
+    whole = torch.Size(linear_shape(x_shard, w_shard))
+    return x_shard.new_empty(shard_shape(whole, world_size, rank, dim))
+
+
+def _gemm_reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save_linear(ctx, inputs, output)
+    ctx.dim_size = inputs[0].size(inputs[6])
+
+
+def _gemm_reduce_scatter_gradient(ctx: Any, dy_shard: Tensor) -> tuple[Tensor | None, ...]:
+    group, world_size, _, dim, codec = ctx.call
+    x, w, needs = saved_linear(ctx, dy_shard)
+    if not torch.is_grad_enabled():
+        call = (group, world_size, dim, ctx.dim_size, codec)
+        return wanted(ctx, needs, _gemm_reduce_scatter_backward(dy_shard, x, w, *needs, *call))
+    dy = gather_call(dy_shard, group, world_size, dim, ctx.dim_size, codec)
+    dx, dw, _ = linear_gradients(dy, x, w, (needs[0], needs[1], False))
+    db = reduce_call(rows(dy_shard).sum(0), group, world_size, "sum", "none") if needs[2] else None
+    return wanted(ctx, needs, (dx, dw, db))
+
+
+gradient("gemm_reduce_scatter", _gemm_reduce_scatter_gradient, _gemm_reduce_scatter_context)
+
+
+def all_gather_gemm(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group | None = None,
+    dim: int = 0,
+    dim_size: int | None = None,
+    codec: str = "none",
+) -> Tensor:
+    """Gather the tokens of all ranks and multiply them by a weight cut along N.
+
+    Equal to:
+
+        x = all_gather(x_shard, dim)             # [M, K] with dim=0
+        return x @ w_shard.T + bias              # [M, N / R]
+
+    Args:
+        x_shard: [..., K], this rank's tokens, 2 dims or more, fp32 | bf16 | fp16 | fp64, any strides.
+        w_shard: [N / R, K], the dtype and device of x_shard. N need not divide by R.
+        bias: [N / R], this rank's part, or None.
+        group: the ranks; None means all ranks of the default process group.
+        dim: the token dimension that is gathered, any but the last.
+        dim_size: its size after gathering, cut so that the first ranks have one index more. None lets the ranks tell
+            each other (a short call more); under torch.compile it means R equal parts.
+        codec: how x_shard is packed on the wire; "none" keeps every bit.
+
+    Returns:
+        y of all tokens and this rank's part of N, contiguous, the dtype of x_shard.
+
+    Gradient: that of x_shard is reduce_scatter of the ranks' partial ones; that of w_shard gathers x again instead of
+    keeping it. Under autocast all tensors are cast first.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices, dim, dim_size or codec do not fit (says which, expected, got).
+        RankMismatchError, TimeoutError, PeerLostError: as in `gemm_all_reduce`.
+
+    Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
+    """
+    group = resolve(group)
+    if is_autocast_enabled("cpu"):
+        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
+    plain = are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
+    if not plain:
+        check_linear("all_gather_gemm", x_shard, w_shard, bias, codec)
+    dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
+    check_size("all_gather_gemm", "dim_size", dim_size)
+    wants_grad = not plain and torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
+    size = whole_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
+    call = _all_gather_gemm if plain else Call.all_gather_gemm
+    return call(x_shard, w_shard, bias, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+
+
+@fake("all_gather_gemm")
+def _all_gather_gemm_fake(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    bias: Tensor | None,
+    group: str,
+    world_size: int,
+    dim: int,
+    dim_size: int,
+    codec: str,
+) -> Tensor:
+    shape = torch.Size(linear_shape(x_shard, w_shard))
+    return x_shard.new_empty(whole_shape(shape, world_size, dim, dim_size))
+
+
+def _all_gather_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save_linear(ctx, inputs, output)
+    ctx.dim_size = output.size(inputs[5])
+
+
+def _all_gather_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    group, world_size, dim, _, codec = ctx.call
+    rank = rank_of(group)
+    x, w, needs = saved_linear(ctx, dy)
+    if not torch.is_grad_enabled():
+        call = (group, world_size, rank, dim, ctx.dim_size, codec)
+        return wanted(ctx, needs, _all_gather_gemm_backward(dy, x, w, *needs, *call))
+    dx = Call.gemm_reduce_scatter(dy, w.t(), None, group, world_size, rank, dim, codec) if needs[0] else None
+    whole = gather_call(x, group, world_size, dim, ctx.dim_size, codec) if needs[1] else x
+    _, dw, db = linear_gradients(dy, whole, w, (False, needs[1], needs[2]))
+    return wanted(ctx, needs, (dx, dw, db))
+
+
+gradient("all_gather_gemm", _all_gather_gemm_gradient, _all_gather_gemm_context)
+
+
+def replicated_gemm(
+    x: Tensor, w_shard: Tensor, bias: Tensor | None = None, *, group: Group | None = None, codec: str = "none"
+) -> Tensor:
+    """Multiply what all ranks hold by a weight cut along N; the communication is in the backward.
+
+    Equal to, with every rank getting its part of N:
+
+        y = x @ w_shard.T + bias                 # [..., N / R]
+
+    Args:
+        x: [..., K], replicated, 2 dims or more, fp32 | bf16 | fp16 | fp64, any strides.
+        w_shard: [N / R, K], the dtype and device of x. N need not divide by R.
+        bias: [N / R], this rank's part, or None.
+        group: the ranks; None means all ranks of the default process group.
+        codec: how the partial gradients of x are packed on the wire; "none" keeps every bit.
+
+    Returns:
+        this rank's part of y, contiguous, the dtype of x. Nothing is sent.
+
+    Gradient: that of x is summed over the ranks, while that of w_shard is being computed. x must require a gradient on
+    all ranks or on none. Under autocast all tensors are cast first.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or codec do not fit (says which, expected, got).
+        RankMismatchError, TimeoutError, PeerLostError: in the backward, as in `gemm_all_reduce`.
+
+    Source: column-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
+    """
+    group = resolve(group)
+    if is_autocast_enabled("cpu"):
+        x, w_shard, bias = autocast(x, w_shard, bias)  # type: ignore[assignment]
+    args = (x, w_shard, bias, group.name, group.world_size, codec)
+    if are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):
+        return _replicated_gemm(*args)  # type: ignore[no-any-return]
+    check_linear("replicated_gemm", x, w_shard, bias, codec, x_name="x")
+    return Call.replicated_gemm(*args)  # type: ignore[no-any-return]
+
+
+@fake("replicated_gemm")
+def _replicated_gemm_fake(
+    x: Tensor, w_shard: Tensor, bias: Tensor | None, group: str, world_size: int, codec: str
+) -> Tensor:
+    return x.new_empty(linear_shape(x, w_shard))
+
+
+def _replicated_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, needs = saved_linear(ctx, dy)
+    if not torch.is_grad_enabled():
+        return wanted(ctx, needs, _replicated_gemm_backward(dy, x, w, *needs, *ctx.call))
+    dx = Call.gemm_all_reduce(dy, w.t(), None, *ctx.call) if needs[0] else None
+    _, dw, db = linear_gradients(dy, replicated(x, *ctx.call), w, (False, needs[1], needs[2]))
+    return wanted(ctx, needs, (dx, dw, db))
+
+
+gradient("replicated_gemm", _replicated_gemm_gradient, save_linear)
+
+
+@fake("linear_backward")
+def _linear_backward_fake(
+    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient_fakes([*dy.shape[:-1]], dy, x, w, (need_x, need_w, need_b))
+
+
+@fake("replicated_gemm_backward")
+def _replicated_gemm_backward_fake(
+    dy: Tensor, x: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient_fakes([*dy.shape[:-1]], dy, x, w_shard, (need_x, need_w, need_b))
+
+
+@fake("gemm_reduce_scatter_backward")
+def _gemm_reduce_scatter_backward_fake(
+    dy_shard: Tensor, x_shard: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, world_size, dim, dim_size, _ = call
+    tokens = whole_shape(dy_shard.shape, world_size, dim, dim_size)[:-1]
+    return gradient_fakes(tokens, dy_shard, x_shard, w_shard, (need_x, need_w, need_b))
+
+
+@fake("all_gather_gemm_backward")
+def _all_gather_gemm_backward_fake(
+    dy: Tensor, x_shard: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, world_size, rank, dim, _, _ = call
+    tokens = shard_shape(dy.shape, world_size, rank, dim)[:-1]
+    return gradient_fakes(tokens, dy, x_shard, w_shard, (need_x, need_w, need_b))
