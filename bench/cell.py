@@ -16,7 +16,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
     "int32": torch.int32, "int64": torch.int64,
 }  # fmt: skip
-CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-9}
+CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
 @dataclass(frozen=True)
