@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch as _torch  # the extension needs libtorch in the process
 
-from tpkernels import _C
+from tpkernels import _C as _C
 from tpkernels.errors import PeerLostError, RankMismatchError
 
 _C.set_error_types(RankMismatchError, PeerLostError)
-_C.set_onednn_available(_torch.backends.mkldnn.is_available())
+_C.set_onednn_available(_torch._C._has_mkldnn)
 
 from tpkernels import checkpoint, compress, data_parallel, layers, ops, shard  # noqa: E402
 from tpkernels._build import build_info  # noqa: E402

@@ -1,4 +1,4 @@
-"""The exchange of bytes under transport `group`: one all-to-all of a c10d process group, with a deadline and named ranks."""
+"""The exchange of bytes under transport `group`: an all-to-all of a c10d group, with a deadline and named ranks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ProcessGroupExchange:
         others = [r for r in range(self._group.size()) if r != self._rank]
         reported: set[int] = set()
         with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-            self._store.set(f"{prefix}/{self._rank}", b"1")
+            self._store.set(f"{prefix}/{self._rank}", "1")
             deadline = time.monotonic() + _REPORT_SECONDS
             while len(reported) < len(others) and time.monotonic() < deadline:
                 reported = {r for r in others if self._store.check([f"{prefix}/{r}"])}

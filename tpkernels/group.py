@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpkernels import _C
 from tpkernels.exchange import ProcessGroupExchange
+from tpkernels.rendezvous import RankInfo, Wanted, check_same, gather, obstacle_to_shm, open_shm, rounded_to_pages
 
-_SHM_FOLDER = "/dev/shm"
-_PAGE = 4096
 _DEFAULT_ARENA_BYTES = 16 << 20
 _EXCHANGE_BYTES = 8 << 20
 
-_open_groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
+# Strong: a graph that waits for its backward knows only the name of its group.
+_open_groups: dict[str, Group] = {}
 _opened: dict[str, int] = {}  # how often each process group was opened: names are the same on all ranks
 _default: Group | None = None
 
@@ -48,7 +45,8 @@ class Explanation:
 class Group:
     """The ranks that work together in collective and fused ops.
 
-    Made by `Group.open`, which every rank of the process group calls. Ops take the group as an argument and carry its name.
+    Made by `Group.open`, which every rank of the process group calls. Ops take the group as an argument and carry its
+    name. It stays open, whether or not anything refers to it, until `close` or the end of the process.
 
     Attributes:
         name: key under which ops find the communicator; the same on all ranks.
@@ -60,7 +58,9 @@ class Group:
         process_group: the c10d group underneath, None when there is none.
     """
 
-    def __init__(self, communicator: Any, process_group: dist.ProcessGroup | None, timeout_s: float, reason: str) -> None:
+    def __init__(
+        self, communicator: Any, process_group: dist.ProcessGroup | None, timeout_s: float, reason: str
+    ) -> None:
         self.name: str = communicator.name
         self.label: str = communicator.label
         self.rank: int = communicator.rank
@@ -84,8 +84,8 @@ class Group:
         """Open a group; every rank of it must call this, in the same order relative to other groups.
 
         Args:
-            process_group_or_mesh_dim: a c10d group, a one-dimensional DeviceMesh, or (mesh, dimension). None means all ranks
-                of the default process group, or a group of one when torch.distributed is not initialised.
+            process_group_or_mesh_dim: a c10d group, a one-dimensional DeviceMesh, or (mesh, dimension). None means all
+                ranks of the default process group, or a group of one when torch.distributed is not initialised.
             timeout_s: seconds that any wait may take, the same on all ranks.
             arena_bytes: shared memory for each rank (transport "shm"): two slots of at most 1 MiB, the rest for
                 `group.empty` and for products that GEMMs write in place. Default 16 MiB.
@@ -99,15 +99,15 @@ class Group:
         process_group, label = _process_group_of(process_group_or_mesh_dim)
         if process_group is None:
             return cls(_C.open_local(_unique_name("local"), label), None, timeout_s, "one process")
-        wanted = _Wanted(timeout_s, _rounded(arena_bytes or _DEFAULT_ARENA_BYTES), transport)
-        ranks = _gathered(process_group, _Rank.here(wanted))
-        _check_same(ranks)
+        wanted = Wanted(timeout_s, rounded_to_pages(arena_bytes or _DEFAULT_ARENA_BYTES), transport)
+        ranks = gather(process_group, RankInfo.here(wanted))
+        check_same(ranks)
         name = _unique_name(process_group.group_name)
         if len(ranks) == 1:
             return cls(_C.open_local(name, label), process_group, timeout_s, "one rank")
-        obstacle = "transport='group' was asked for" if transport == "group" else _obstacle_to_shm(ranks)
+        obstacle = "transport='group' was asked for" if transport == "group" else obstacle_to_shm(ranks)
         if obstacle is None:
-            communicator, obstacle = _open_shm(process_group, name, label, wanted, ranks)
+            communicator, obstacle = open_shm(process_group, name, label, wanted, ranks)
             if communicator is not None:
                 return cls(communicator, process_group, timeout_s, "all ranks run on one host and share its memory")
         if transport == "shm":
@@ -156,8 +156,8 @@ class Group:
         """Counters since the group was opened, or since reset_stats.
 
         Returns:
-            calls, wire_bytes (sent by this rank; what k ranks read counts k times), seconds (inside collectives, waiting
-            included, GEMMs excluded), wait_seconds, and the same for each op under "by_op".
+            calls, wire_bytes (sent by this rank; what k ranks read counts k times), seconds (inside collectives,
+            waiting included, GEMMs excluded), wait_seconds, and the same for each op under "by_op".
         """
         by_op: dict[str, dict[str, float]] = self._communicator.stats_by_op()
         keys = ("calls", "wire_bytes", "seconds", "wait_seconds")
@@ -191,13 +191,15 @@ class Group:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled layer finds the group of the same label again where it is loaded."""
-        return (find, (self.label,))
+        """A pickled layer finds the group of the same name, else of the same label, again where it is loaded."""
+        return (_restore, (self.name, self.label))
 
 
 def resolve(group: Group | None) -> Group:
     """The group itself, or for None all ranks of the default process group, opened once and kept."""
     if group is not None:
+        if not isinstance(group, Group):
+            raise TypeError(f"group must be a tpkernels.Group or None, got {type(group).__name__}")
         return group
     global _default
     if _default is None or (_default.process_group is None) == dist.is_initialized():
@@ -205,52 +207,33 @@ def resolve(group: Group | None) -> Group:
     return _default
 
 
-def find(label: str) -> Group:
-    """The open group of that label in this process; "world" is opened when it is not.
+def rank_of(name: str) -> int:
+    """This process's rank in the open group of that name (Group.name).
 
     Raises:
-        ValueError: no group of that label is open here.
+        ValueError: no group of that name is open here.
     """
-    for group in list(_open_groups.values()):
-        if group.label == label:
-            return group
-    if label in ("world", "local"):
+    group = _open_groups.get(name)
+    if group is None:
+        raise ValueError(f"group: no group '{name}' is open in this process")
+    return group.rank
+
+
+def find(*, name: str | None = None, label: str | None = None) -> Group | None:
+    """The group that is open in this process under that name, else the first one of that label, else None."""
+    if name is not None and name in _open_groups:
+        return _open_groups[name]
+    return next((group for group in _open_groups.values() if label is not None and group.label == label), None)
+
+
+def _restore(name: str, label: str) -> Group:
+    group = find(name=name, label=label)
+    if group is None and label in ("world", "local"):
         return resolve(None)
-    known = sorted({group.label for group in _open_groups.values()})
-    raise ValueError(f"group: no group '{label}' is open in this process (open: {known}); open it before loading")
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    timeout_s: float
-    arena_bytes: int
-    transport: str
-
-
-@dataclass(frozen=True)
-class _Rank:
-    """What the ranks must know of each other before they can share memory."""
-
-    wanted: _Wanted
-    pid: int
-    host: str  # boot and namespaces: names of hosts are not unique
-    cores: frozenset[int]
-
-    @classmethod
-    def here(cls, wanted: _Wanted) -> _Rank:
-        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)))
-
-
-def _host_identity() -> str:
-    parts = []
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        parts.append(file.read().strip())
-    for namespace in ("pid", "user"):
-        with contextlib.suppress(OSError):
-            parts.append(os.readlink(f"/proc/self/ns/{namespace}"))
-    with contextlib.suppress(OSError):
-        parts.append(str(os.stat(_SHM_FOLDER).st_dev))
-    return " ".join(parts)
+    if group is None:
+        known = sorted({group.label for group in _open_groups.values()})
+        raise ValueError(f"group: no group '{label}' is open in this process (open: {known}); open it before loading")
+    return group
 
 
 def _check_open(timeout_s: float, arena_bytes: int | None, transport: str) -> None:
@@ -291,77 +274,6 @@ def _process_group_of(
 def _unique_name(base: str) -> str:
     _opened[base] = _opened.get(base, 0) + 1
     return f"{base}/{_opened[base]}"
-
-
-def _rounded(n: int) -> int:
-    return -(-n // _PAGE) * _PAGE
-
-
-def _gathered(process_group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(everyone, mine, group=process_group)
-    return everyone
-
-
-def _check_same(ranks: list[_Rank]) -> None:
-    for r, other in enumerate(ranks):
-        if other.wanted != ranks[0].wanted:
-            raise ValueError(f"Group.open: the ranks disagree: rank 0 asked for {ranks[0].wanted}, rank {r} for {other.wanted}")
-
-
-def _obstacle_to_shm(ranks: list[_Rank]) -> str | None:
-    hosts = {r.host for r in ranks}
-    if len(hosts) > 1:
-        return f"the ranks run on {len(hosts)} hosts (or in containers that do not share processes and memory)"
-    return None
-
-
-def _open_shm(
-    process_group: dist.ProcessGroup, name: str, label: str, wanted: _Wanted, ranks: list[_Rank]
-) -> tuple[Any, str | None]:
-    """The communicator, or why shared memory cannot be used here. Raises the same error on every rank."""
-    rank, world_size = process_group.rank(), len(ranks)
-    fd, failure = _reserve(wanted.arena_bytes * world_size, world_size) if rank == 0 else (-1, None)
-    offer: list[Any] = [(os.getpid(), fd, failure)]
-    dist.broadcast_object_list(offer, src=dist.get_global_rank(process_group, 0), group=process_group)
-    owner, owner_fd, failure = offer[0]
-    if failure is not None:
-        raise OSError(errno.ENOSPC, failure)
-    communicator, obstacle = None, None
-    try:
-        if rank != 0:
-            fd = os.open(f"/proc/{owner}/fd/{owner_fd}", os.O_RDWR)
-        cores = len(frozenset().union(*(r.cores for r in ranks)))
-        communicator = _C.open_shm(
-            name, label, rank, world_size, wanted.timeout_s, fd, wanted.arena_bytes, [r.pid for r in ranks], cores
-        )
-    except (OSError, RuntimeError) as error:
-        obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
-    obstacles = [o for o in _gathered(process_group, obstacle) if o is not None]
-    if fd >= 0:
-        os.close(fd)
-    if obstacles and communicator is not None:
-        communicator.close()
-    return (None, obstacles[0]) if obstacles else (communicator, None)
-
-
-def _reserve(total: int, world_size: int) -> tuple[int, str | None]:
-    """A nameless file of shared memory whose pages are all there, or why not."""
-    try:
-        fd = os.open(_SHM_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
-    except OSError as error:
-        return -1, f"Group.open: cannot create shared memory in {_SHM_FOLDER}: {error.strerror}"
-    try:
-        os.posix_fallocate(fd, 0, total)
-    except OSError as error:
-        os.close(fd)
-        space = os.statvfs(_SHM_FOLDER)
-        return -1, (
-            f"Group.open: the arenas of {world_size} ranks need {total} bytes of {_SHM_FOLDER}, which has "
-            f"{space.f_bavail * space.f_frsize} bytes free ({error.strerror}). Pass a smaller arena_bytes "
-            f"(now {total // world_size} a rank) or enlarge {_SHM_FOLDER} (docker: --shm-size)."
-        )
-    return fd, None
 
 
 def _close_all() -> None:
