@@ -62,7 +62,7 @@ def codecs_group(setting: Setting, nbytes: int) -> Cell:
 
 
 def dispatch(setting: Setting, nbytes: int) -> Cell:
-    """One element: gloo, the public function, the torch op under it, and torch's own add_ as a yardstick."""
+    """One element: gloo, the public function, the torch op under it, and torch's own neg_ as a yardstick."""
     group, world = setting.group(), setting.world_size
     source = setting.values(setting.rank, 1)
     want, magnitude = sums(setting, 1)
@@ -81,13 +81,13 @@ def dispatch(setting: Setting, nbytes: int) -> Cell:
         label = setting.ours(path=setting.path("all_reduce_", numel=1)) if ours else {}
         return lambda: taking(setting, source, name, run, exact, label=label)
 
-    zero = compare(source.double(), torch.zeros((), dtype=torch.float64))
+    zero = compare(-source.double(), torch.zeros((), dtype=torch.float64))
     candidates = setting.pick(
         gloo=make("gloo", baselines.gloo_all_reduce, ours=False),
         functional=make("functional", lambda x: ops.all_reduce(x, group=group)),
         plain=make("plain", public),
         op_only=make("op_only", op_only),
-        add=lambda: taking(setting, source, "add", lambda x: x.add_(0), zero),
+        neg=lambda: taking(setting, source, "neg", lambda x: x.neg_(), zero),
         barrier=lambda: Candidate("barrier", call=group.barrier, error=lambda _: 0.0, label=setting.ours()),
         gloo_barrier=lambda: Candidate("gloo_barrier", call=dist.barrier, error=lambda _: 0.0),
     )
