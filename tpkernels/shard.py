@@ -52,7 +52,7 @@ def part(tensor: Tensor, dim: int, R: int, rank: int, unit: int = 1) -> Tensor:
 
 def split(tensor: Tensor, dim: int, R: int, unit: int = 1) -> list[Tensor]:
     """Return the parts of all ranks, in rank order: views, the inverse of `join`."""
-    return list(tensor.split(part_sizes(tensor.size(dim), R, unit), dim))
+    return list(torch.split(tensor, part_sizes(tensor.size(dim), R, unit), dim))
 
 
 def join(parts: Sequence[Tensor], dim: int, unit: int = 1) -> Tensor:

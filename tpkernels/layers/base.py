@@ -1,14 +1,12 @@
 """What all parallel layers share: a group that survives copying and pickling, marked shards, initialisation.
 
-A layer holds its `Group`, which is a live object of this process. A deep copy shares it. A pickle stores a
-`GroupReference` instead; the loading process puts its own group in place, in this order: an open group with the same
-registry key, an open group with the same label, the default group. Rank and number of ranks must be those of the
-pickle, because the weights are this rank's. `layer.set_group(group)` does it by hand.
+A layer holds its `Group`, which is a live object of this process. A deep copy shares it. A pickle holds its label, and
+finds the open group of that label where it is loaded ("world", all ranks, is opened when it is not). Rank and number of
+ranks must be those of the pickle, because the weights are this rank's. `set_group` puts another group in place.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,37 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tpkernels import group as groups
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.group import Group, resolve
 from tpkernels.shard import ShardInfo, mark_shard, shard_info
 
 BLOCK_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class GroupReference:
-    """Stands for a group inside a pickle."""
-
-    name: str
-    label: str
-    rank: int
-    world_size: int
-
-    def find(self) -> Group:
-        """Return this process's group for the reference.
-
-        Raises:
-            ValueError: no open group has the rank and the number of ranks with which the layer was pickled.
-        """
-        found = groups.find(name=self.name, label=self.label) or groups.resolve(None)
-        if (found.rank, found.world_size) != (self.rank, self.world_size):
-            raise ValueError(
-                f"a layer pickled by rank {self.rank} of {self.world_size} (group {self.label!r}) holds that rank's "
-                f"shard, got group {found.label!r} with rank {found.rank} of {found.world_size}: open a group with "
-                f"that label first, or load a checkpoint and reshard"
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -63,10 +35,12 @@ class ParallelModule(nn.Module):
 
     group: Group
     _cuts: dict[str, Cut]
+    _place: tuple[int, int]
 
     def __init__(self, group: Group | None) -> None:
         super().__init__()
-        self.group = groups.resolve(group)
+        self.group = resolve(group)
+        self._place = (self.group.rank, self.group.world_size)
         self._cuts = {}
 
     def set_group(self, group: Group) -> None:
@@ -75,9 +49,10 @@ class ParallelModule(nn.Module):
         Raises:
             ValueError: rank or number of ranks differ, so the weights would be another rank's.
         """
-        if (group.rank, group.world_size) != (self.group.rank, self.group.world_size):
+        rank, world_size = self._place
+        if (group.rank, group.world_size) != self._place:
             raise ValueError(
-                f"set_group: expected rank {self.group.rank} of {self.group.world_size}, whose shard the layer holds, "
+                f"set_group: expected rank {rank} of {world_size}, whose shard the layer holds, "
                 f"got rank {group.rank} of {group.world_size}"
             )
         self.group = group
@@ -125,7 +100,7 @@ class ParallelModule(nn.Module):
     # The three places where torch replaces parameter objects behind a module's back.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._mark()
         return self
 
@@ -134,22 +109,15 @@ class ParallelModule(nn.Module):
         self._mark()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        reference = state["group"]
-        if isinstance(reference, GroupReference):
-            state = {**state, "group": reference.find()}
-        super().__setstate__(state)
-        self._mark()
-
-    def __getstate__(self) -> dict[str, Any]:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         g = self.group
-        return {**self.__dict__, "group": GroupReference(g.name, g.label, g.rank, g.world_size)}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        memo[id(self.group)] = self.group
-        new.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return new
+        if (g.rank, g.world_size) != self._place:
+            rank, world_size = self._place
+            raise ValueError(
+                f"{type(self).__name__}: pickled by rank {rank} of {world_size}, whose shard it holds, got group "
+                f"{g.label!r} with rank {g.rank} of {g.world_size}: load each rank's own pickle, or a checkpoint"
+            )
+        self._mark()  # a deep copy of a Parameter has no attributes
 
 
 def gather(shard: Tensor, dim: int, full_size: int, group: Group, *, unit: int = 1) -> Tensor:
@@ -157,23 +125,10 @@ def gather(shard: Tensor, dim: int, full_size: int, group: Group, *, unit: int =
     if unit == 1:
         return ops.all_gather(shard, dim, group=group, dim_size=full_size, grad="split")
     # The ranks hold whole units: as a dimension of their own these follow the plain rule.
-    units = shard.unflatten(dim, (shard.size(dim) // unit, unit))
-    first = dim if dim >= 0 else dim - 1
+    first, shape = dim % shard.dim(), shard.shape
+    units = shard.reshape(*shape[:first], shape[first] // unit, unit, *shape[first + 1 :])
     whole = ops.all_gather(units, first, group=group, dim_size=full_size // unit, grad="split")
     return whole.flatten(first, first + 1)
-
-
-def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast to the dtype of torch.autocast where it is on, as it does by itself for F.linear: fp64 stays."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 @torch.no_grad()

@@ -7,42 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpkernels import ops
 from tpkernels.group import Group, resolve
+from tpkernels.ops._grad import gather_alike
 from tpkernels.shard import part
 
-from .base import gather
+# Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.
 
 
 class _TakeShard(torch.autograd.Function):
     """Forward: this rank's part. Backward: gather the parts of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, unit: int, group: Group) -> Tensor:
-        ctx.cut = (dim, x.size(dim), unit)
-        ctx.group = group
-        return part(x, dim, group.world_size, group.rank, unit).contiguous()
+    def forward(x: Tensor, group: str, world_size: int, rank: int, dim: int) -> Tensor:
+        return part(x, dim, world_size, rank).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        dim, full_size, unit = ctx.cut
-        return gather(grads[0], dim, full_size, ctx.group, unit=unit), None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *ctx.call = inputs
+        ctx.call.append(x.size(inputs[4]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        group, world_size, rank, dim, dim_size = ctx.call
+        dx = gather_alike(grads[0], group, world_size, rank, dim, dim_size, "none")
+        return dx, None, None, None, None
 
 
 class _SumGradient(torch.autograd.Function):
     """Forward: the tensors. Backward: the sum over the ranks of their gradients, all in one collective."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(group: str, world_size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat = torch.cat([g.reshape(-1) for g in grads])
-        total = ops.all_reduce(flat, group=ctx.group)
-        sums = total.split([g.numel() for g in grads])
-        return None, *(s.view(g.shape) for s, g in zip(sums, grads, strict=True))
+        total = torch.ops.tpkernels.all_reduce(flat, *ctx.call, "sum", "none")
+        sums = torch.split(total, [g.numel() for g in grads])
+        return None, None, *(s.view(g.shape) for s, g in zip(sums, grads, strict=True))
 
 
 def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1) -> Tensor:
@@ -63,7 +70,18 @@ def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1
     group = resolve(group)
     if group.world_size == 1:
         return x
-    shard: Tensor = _TakeShard.apply(x, dim, unit, group)  # type: ignore[no-untyped-call]
+    first = dim % x.dim()
+    if unit == 1:
+        return _take(x, first, group)
+    if x.size(first) % unit:
+        raise ValueError(f"take_shard: dim {dim} of shape {list(x.shape)} must be a multiple of unit, got unit={unit}")
+    shape = x.shape
+    units = x.reshape(*shape[:first], shape[first] // unit, unit, *shape[first + 1 :])
+    return _take(units, first, group).flatten(first, first + 1)
+
+
+def _take(x: Tensor, dim: int, group: Group) -> Tensor:
+    shard: Tensor = _TakeShard.apply(x, group.name, group.world_size, group.rank, dim)  # type: ignore[no-untyped-call]
     return shard
 
 
@@ -82,5 +100,5 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None) -> tuple[Tensor, 
     wanted = [t for t in tensors if t.requires_grad]
     if group.world_size == 1 or not wanted or not torch.is_grad_enabled():
         return tensors
-    summed = iter(_SumGradient.apply(group, *wanted))  # type: ignore[no-untyped-call]
+    summed = iter(_SumGradient.apply(group.name, group.world_size, *wanted))  # type: ignore[no-untyped-call]
     return tuple(next(summed) if t.requires_grad else t for t in tensors)

@@ -12,7 +12,7 @@ from torch.nn import init
 from tpkernels import ops
 from tpkernels.group import Group
 
-from .base import Cut, ParallelModule, autocast, gather, init_shard_
+from .base import Cut, ParallelModule, gather, init_shard_
 from .functions import take_shard
 
 
@@ -166,13 +166,18 @@ class ColumnParallelLinear(_ParallelLinear):
         Returns:
             [..., N / R], or [..., N] with gather_output.
         """
-        x, weight, bias = autocast(x, self.weight, self.bias)
         if self.sequence_parallel:
             y = ops.all_gather_gemm(
-                x, weight, bias, group=self.group, dim=self.sequence_dim, dim_size=sequence_size, codec=self.codec
+                x,
+                self.weight,
+                self.bias,
+                group=self.group,
+                dim=self.sequence_dim,
+                dim_size=sequence_size,
+                codec=self.codec,
             )
         else:
-            y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.codec)
+            y = ops.replicated_gemm(x, self.weight, self.bias, group=self.group, codec=self.codec)
         return gather(y, -1, self.out_features, self.group, unit=self.unit) if self.gather_output else y
 
 
@@ -247,7 +252,8 @@ class RowParallelLinear(_ParallelLinear):
                     f"features, got shape {list(x.shape)}"
                 )
             x = take_shard(x, -1, group=self.group, unit=self.unit)
-        x, weight, bias = autocast(x, self.weight, self.bias)
         if self.sequence_parallel:
-            return ops.gemm_reduce_scatter(x, weight, bias, group=self.group, dim=self.sequence_dim, codec=self.codec)
-        return ops.gemm_all_reduce(x, weight, bias, group=self.group, codec=self.codec)
+            return ops.gemm_reduce_scatter(
+                x, self.weight, self.bias, group=self.group, dim=self.sequence_dim, codec=self.codec
+            )
+        return ops.gemm_all_reduce(x, self.weight, self.bias, group=self.group, codec=self.codec)

@@ -108,7 +108,7 @@ def rank_rng(group: Group | None = None) -> Iterator[None]:
     group = resolve(group)
     common = int(torch.randint(0, 2**62, (), device="cpu"))
     seed = _mix(common, group.rank)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if _cuda_is_in_use() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:
@@ -119,7 +119,7 @@ def rank_rng(group: Group | None = None) -> Iterator[None]:
 def rng_state() -> dict[str, Tensor]:
     """Return the state of all random numbers here, for a checkpoint; all ranks have the same."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _cuda_is_in_use():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -149,10 +149,14 @@ def check_same_rng(group: Group | None = None) -> None:
         )
 
 
+def _cuda_is_in_use() -> bool:
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _sum_over_ranks(size: int, group: Group) -> int:
     if torch.compiler.is_compiling():
         return size * group.world_size
-    return int(ops.all_reduce(torch.tensor([size]), group=group))
+    return sum(group.exchange_sizes(size))
 
 
 def _mix(seed: int, rank: int) -> int:
