@@ -94,6 +94,23 @@ def check_low_precision_gradients_are_summed_in_fp64() -> None:
     assert large.grad.abs().max() == 0
 
 
+def check_large_gradients_keep_their_digits_and_their_range() -> None:
+    group = Group.open()
+    generator = torch.Generator().manual_seed(0)
+    for dtype, size, scale in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (3_000_001, 2048), (1.0, 1e30, 1e-30, 0.0)
+    ):
+        if dtype == torch.float16 and scale not in (0.0, 1.0):
+            continue
+        gradient = (torch.randn(size, generator=generator) * scale).to(dtype)
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient.clone()
+        want = gradient.double().norm()
+        got = clip_grad_norm_(parameter, math.inf, groups=group)
+        assert abs(float(got) - float(want)) <= 2e-7 * float(want)
+        assert_equal(parameter.grad, gradient, "nothing to clip")
+
+
 def check_what_is_not_finite_is_seen_on_all_ranks() -> None:
     group = Group.open()
     last = group.world_size - 1
@@ -155,6 +172,7 @@ def check_one_small_collective_for_each_group() -> None:
         check_norm_and_gradients_equal_the_unsharded_ones,
         check_a_module_a_tensor_and_tied_weights_count_once,
         check_low_precision_gradients_are_summed_in_fp64,
+        check_large_gradients_keep_their_digits_and_their_range,
         check_what_is_not_finite_is_seen_on_all_ranks,
         check_parameters_without_gradients_do_not_count,
         check_parameters_cut_over_two_groups,
