@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tpkernels.parity import Parity
 from tpkernels.ranks import gather
+from tpkernels.shard import shard_info
 from tpkernels.train import Run
 
 LAST = 50  # steps that count for loss and speed "at the end"
@@ -72,8 +73,6 @@ def collect(run: Run) -> Report:
 
 def whole_parameters(run: Run) -> int:
     """The size of the uncut model: cut parameters count with their full size, replicated ones once."""
-    from tpkernels.shard import shard_info
-
     total = 0
     for parameter in run.trainer.model.parameters():
         info = shard_info(parameter)
@@ -113,12 +112,13 @@ def show(report: Report, console: Console) -> None:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     planned = f" of {report.planned_steps:,} planned" if report.planned_steps not in (None, report.steps) else ""
+    last = min(LAST, report.steps)
     facts = [
         ("parameters, uncut", f"{report.whole_parameters:,}"),
         ("transport", report.transport),
         ("steps", f"{report.steps:,}{planned}"),
-        (f"tokens/s (last {LAST} steps)", f"{report.tokens_per_s:,.0f}"),
-        (f"train loss (last {LAST} steps)", _loss(report.train_loss)),
+        (f"tokens/s (last {last} steps)", f"{report.tokens_per_s:,.0f}"),
+        (f"train loss (last {last} steps)", _loss(report.train_loss)),
     ]
     if report.validation_loss is not None:
         facts.append(("validation loss", _loss(report.validation_loss)))
@@ -204,6 +204,6 @@ def _draw_split(axes: Any, records: list[dict[str, float]]) -> None:
 
 def smooth(values: list[float], width: int = 15) -> list[float]:
     """Mean of each value and its neighbours."""
-    half = width // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(w) / len(w) for w in windows]
+    last = len(values) - 1
+    windows = [(i, min(width // 2, i, last - i)) for i in range(len(values))]  # narrower at the ends, so not one-sided
+    return [sum(values[i - half : i + half + 1]) / (2 * half + 1) for i, half in windows]
