@@ -355,6 +355,25 @@ def check_compile_of_dropout() -> None:
     assert_equal(step(torch.ones(50)), want, "y")
 
 
+def check_export() -> None:
+    group = Group.open()
+    model = nn.Sequential(
+        layers.VocabParallelEmbedding(11, 6, padding_idx=1, group=group),
+        layers.LayerNorm(6, sequence_parallel=True, group=group),
+        layers.ColumnParallelLinear(6, 8, group=group),
+        nn.GELU(),
+        layers.RowParallelLinear(8, 6, group=group),
+    )
+    ids = torch.arange(10).view(2, 5)
+    for strict in (False, True):
+        exported = torch.export.export(model, (ids,), strict=strict)
+        assert_equal(exported.module()(ids), model(ids), "y")
+
+
+def test_a_model_is_exported() -> None:
+    run_ranks(check_export, 2)
+
+
 def test_a_compiled_mlp_equals_the_eager_one_in_one_graph() -> None:
     run_ranks(check_compile, 2, "inductor", timeout=300)
 

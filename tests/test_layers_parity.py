@@ -8,19 +8,23 @@ import pytest
 import torch
 from layer_tools import F64, assert_close, assert_equal, assert_same_step, integers, leaf, make_integer, mine
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from tpkernels import layers, ops
 from tpkernels.group import Group
-from tpkernels.shard import split
+from tpkernels.shard import shard_info, split
 from tpkernels.testing import run_ranks
 
 RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 
 
-def gathered(shard: Tensor, dim: int, group: Group, size: int) -> Tensor:
-    """All parts of a result, to compare it as a whole."""
-    return ops.all_gather(shard.detach().contiguous(), dim, group=group, dim_size=size)
+def assert_replicated_gradients_have_the_same_bits(module: nn.Module, group: Group) -> None:
+    for name, parameter in module.named_parameters():
+        if shard_info(parameter) is None:
+            assert parameter.grad is not None, name
+            rows = ops.all_gather(parameter.grad.unsqueeze(0), 0, group=group)
+            assert torch.equal(rows, rows[:1].expand_as(rows)), f"the gradient of {name} differs over the ranks"
 
 
 # Linear layers: integers in floats, so everything is compared with torch.equal.
@@ -28,7 +32,7 @@ def gathered(shard: Tensor, dim: int, group: Group, size: int) -> Tensor:
 
 def check_column_parallel() -> None:
     group = Group.open()
-    for bias, gather_output, N, unit in itertools.product((True, False), (True, False), (8, 7, 12), (1, 4)):
+    for bias, gather_output, N, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if N % unit:
             continue
         reference = make_integer(nn.Linear(6, N, bias, dtype=F64))
@@ -36,6 +40,7 @@ def check_column_parallel() -> None:
         x, dy = integers(2, 5, 6, seed=1), integers(2, 5, N, seed=2)
         ours, theirs = leaf(x), leaf(x)
         y, want = layer(ours), reference(theirs)
+        assert_equal(layer.full_weight(), reference.weight.detach(), "full_weight")
         assert_equal(y, want if gather_output else mine(want, -1, group, unit).contiguous(), "y")
         y.backward(dy if gather_output else mine(dy, -1, group, unit))
         want.backward(dy)
@@ -66,7 +71,7 @@ def check_column_parallel_on_sequence_shards() -> None:
 
 def check_row_parallel() -> None:
     group = Group.open()
-    for bias, parallel, K, unit in itertools.product((True, False), (True, False), (8, 7, 12), (1, 4)):
+    for bias, parallel, K, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if K % unit:
             continue
         reference = make_integer(nn.Linear(K, 6, bias, dtype=F64))
@@ -75,6 +80,7 @@ def check_row_parallel() -> None:
         ours, theirs = leaf(mine(x, -1, group, unit) if parallel else x), leaf(x)
         y, want = layer(ours), reference(theirs)
         assert_equal(y, want, "y")
+        assert_equal(layer.full_weight(), reference.weight.detach(), "full_weight")
         y.backward(dy)
         want.backward(dy)
         assert theirs.grad is not None
@@ -203,10 +209,7 @@ def check_norms_on_sequence_shards() -> None:
         want.backward(dy)
         assert theirs.grad is not None
         assert_close(ours.grad, mine(theirs.grad, 0, group) if cut else theirs.grad, "dx")
-        for parameter in layer.parameters():
-            assert parameter.grad is not None
-            all_ranks = gathered(parameter.grad.unsqueeze(0), 0, group, group.world_size)
-            assert torch.equal(all_ranks, all_ranks[:1].expand_as(all_ranks)), "the gradient differs over the ranks"
+        assert_replicated_gradients_have_the_same_bits(layer, group)
         assert_same_step(layer, reference, exact=False)
 
 
@@ -238,7 +241,16 @@ class Mlp(nn.Module):
 
 
 def check_mlp() -> None:
-    group = Group.open()
+    check_mlp_over(Group.open())
+
+
+def check_mlp_in_a_mesh() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for dim in ("tp", "dp"):
+        check_mlp_over(Group.open((mesh, dim)))
+
+
+def check_mlp_over(group: Group) -> None:
     for cut, dim in ((False, 0), (True, 0), (True, 1)):
         reference = make_integer(Mlp())
         assert isinstance(reference, Mlp)
@@ -320,7 +332,18 @@ def check_block() -> None:
         assert_close(loss, want, "loss")
         loss.backward()
         want.backward()
+        assert_replicated_gradients_have_the_same_bits(model, group)
         assert_same_step(model, reference, exact=False, terms=4096)
+
+
+def check_a_block_in_fp32_keeps_the_ranks_alike() -> None:
+    group = Group.open()
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model = Block().parallel(group, sequence_parallel=cut, sequence_dim=1).float()
+        ids, target = torch.randint(0, Block.VOCAB, (5, 7)), torch.randint(0, Block.VOCAB, (5, 7))
+        layers.VocabParallelCrossEntropy(group=group, vocab_size=Block.VOCAB)(model(ids), target).backward()
+        assert_replicated_gradients_have_the_same_bits(model, group)
 
 
 @RANKS
@@ -328,9 +351,18 @@ def test_an_mlp_equals_the_unsharded_one_bit_for_bit_on_integers(R: int) -> None
     run_ranks(check_mlp, R)
 
 
+def test_an_mlp_over_one_dimension_of_a_mesh_equals_the_unsharded_one() -> None:
+    run_ranks(check_mlp_in_a_mesh, 4)
+
+
 @pytest.mark.parametrize("R", [1, 2, 3])
 def test_a_block_of_attention_and_mlp_equals_the_unsharded_one_also_with_uneven_heads(R: int) -> None:
     run_ranks(check_block, R)
+
+
+@pytest.mark.parametrize("R", [2, 3])
+def test_replicated_parameters_get_the_same_bits_on_all_ranks_in_fp32(R: int) -> None:
+    run_ranks(check_a_block_in_fp32_keeps_the_ranks_alike, R)
 
 
 def check_one_step_is_the_same_for_ranks_without_tokens() -> None:

@@ -1,8 +1,9 @@
 """What all parallel layers share: a group that survives copying and pickling, marked shards, initialisation.
 
-A layer holds its `Group`, which is a live object of this process. A deep copy shares it. A pickle holds its label, and
-finds the open group of that label where it is loaded ("world", all ranks, is opened when it is not). Rank and number of
-ranks must be those of the pickle, because the weights are this rank's. `set_group` puts another group in place.
+A layer holds its `Group`, which is a live object of this process. A deep copy shares it. A pickle holds its name and
+label, and takes the open group of that name, else of that label, where it is loaded ("world", all ranks, is opened when
+it is not). Rank and number of ranks must be those of the pickle, because the weights are this rank's. `set_group` puts
+another group in place.
 """
 
 from __future__ import annotations

@@ -95,9 +95,14 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None) -> tuple[Tensor, 
     Args:
         tensors: replicated tensors.
         group: the ranks over which the activations are cut; None means all ranks.
+
+    Raises:
+        ValueError: tensors of several dtypes.
     """
     group = resolve(group)
     wanted = [t for t in tensors if t.requires_grad]
+    if len({t.dtype for t in wanted}) > 1:
+        raise ValueError(f"sum_gradient: tensors must have one dtype, got {[t.dtype for t in wanted]}")
     if group.world_size == 1 or not wanted or not torch.is_grad_enabled():
         return tensors
     summed = iter(_SumGradient.apply(group.name, group.world_size, *wanted))  # type: ignore[no-untyped-call]
