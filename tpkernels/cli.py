@@ -49,8 +49,9 @@ def train(
     ] = Settings.sequence_parallel,
     codec: Annotated[str, Option(help="How sums travel: none, fp16, bf16.", rich_help_panel=PARALLEL)] = Settings.codec,
     timeout: Annotated[
-        float, Option(help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
+        float, Option(min=1.0, help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
     ] = 60.0,
+    arena_mib: Annotated[int, Option(min=1, help="Shared memory of each rank, in MiB.", rich_help_panel=PARALLEL)] = 16,
     layers: Annotated[int, Option(help="Transformer blocks.", rich_help_panel=MODEL)] = Settings.layers,
     d_model: Annotated[int, Option(help="Width of the model.", rich_help_panel=MODEL)] = Settings.d_model,
     heads: Annotated[int, Option(help="Attention heads.", rich_help_panel=MODEL)] = Settings.heads,
@@ -121,7 +122,7 @@ def train(
             raise typer.Exit(launch.launch(settings.tp, arguments))
         from tpkernels.job import work
 
-        work(settings, folder, resume=resume, timeout_s=timeout)
+        work(settings, folder, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
 
 
 def _asked(context: typer.Context) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def sharded_parts(group: Group | None = None, *, sequence_parallel: bool = False
         codec: how partial sums travel in the linear layers; embedding and loss always travel unpacked.
     """
     group = resolve(group)
-    cut = {"group": group, "sequence_parallel": sequence_parallel}
+    cut: dict[str, Any] = {"group": group, "sequence_parallel": sequence_parallel}
 
     def loss(logits_shard: Tensor, target: Tensor, vocab: int) -> Tensor:
         return ops.vocab_cross_entropy(logits_shard, target, group=group, vocab_size=vocab)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import typer
 from rich.panel import Panel
 from rich.text import Text
-from tpkernels.group import Group
 
 from tpkernels import launch, parity, report
 from tpkernels.gpt import generate
+from tpkernels.group import Group
 from tpkernels.ranks import gather
 from tpkernels.settings import Settings
 from tpkernels.train import Run, open_run
@@ -21,9 +21,9 @@ from tpkernels.train import Run, open_run
 PROMPT = b"def "
 
 
-def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float) -> None:
+def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, arena_mib: int) -> None:
     """Train, then report. Exits with 3 when the run is not what one process computes."""
-    with launch.all_ranks(timeout_s) as group:
+    with launch.all_ranks(timeout_s, arena_mib) as group:
         folder = gather(folder, group)[0]  # the default name has the time in it, which may differ by a second
         with open_run(settings, folder, group, resume=resume) as run:
             _greet(run)

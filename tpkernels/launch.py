@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -15,7 +16,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from tpkernels.group import Group
+from tpkernels.settings import UserError
 
 
 def under_torchrun() -> bool:
@@ -61,17 +64,35 @@ def threads(ranks: int) -> int:
 
 
 @contextmanager
-def all_ranks(timeout_s: float) -> Iterator[Group]:
-    """The group of all ranks of this command."""
+def all_ranks(timeout_s: float, arena_mib: int) -> Iterator[Group]:
+    """The group of all ranks of this command.
+
+    Raises:
+        UserError: /dev/shm is too small for the ranks' arenas.
+    """
     if not under_torchrun():
-        with Group.open(timeout_s=timeout_s) as group:
+        with _open(timeout_s, arena_mib) as group:
             yield group
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     torch.set_num_threads(threads(local))
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     try:
-        with Group.open(timeout_s=timeout_s) as group:
+        with _open(timeout_s, arena_mib) as group:
             yield group
     finally:
         dist.destroy_process_group()
+
+
+def _open(timeout_s: float, arena_mib: int) -> Group:
+    try:
+        return Group.open(timeout_s=timeout_s, arena_bytes=arena_mib << 20)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = os.statvfs("/dev/shm")
+        raise UserError(
+            f"{world_size()} ranks need {world_size() * arena_mib} MiB of shared memory and /dev/shm has "
+            f"{(free.f_bavail * free.f_frsize) >> 20} MiB free: enlarge it (docker: --shm-size), free some, or take a "
+            f"smaller --arena-mib."
+        ) from None

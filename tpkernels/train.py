@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tpkernels.group import Group
 
 from tpkernels import checkpoint, data_parallel, ops
 from tpkernels import settings as settings_file
 from tpkernels.data import Corpus, check_size, open_corpus, train_batch, validation_batches
 from tpkernels.gpt import GPT, GPTConfig, Parts, sharded_parts
+from tpkernels.group import Group
 from tpkernels.progress import Screen
 from tpkernels.ranks import gather, raise_together
 from tpkernels.runlog import RunLog
@@ -132,7 +132,7 @@ def learning_rate(settings: Settings, step: int, total: int | None) -> float:
 
 def precision(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """bf16 means autocast: parameters and optimizer stay fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bf16")  # type: ignore[return-value]
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bf16")
 
 
 @dataclass
