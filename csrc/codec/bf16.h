@@ -1,7 +1,7 @@
 // bf16: every value rounded to 8 significant bits, the range of fp32.
 //
 // Wire    2 bytes a value, no header; processed 512 values at a time, any count is allowed.
-// Error   |x - decoded| <= 2^-9 |x| for normal x.
+// Error   |x - decoded| <= 2^-8 |x| for normal x that does not round to infinity.
 // NaN     stays NaN, infinity stays infinity: each value is a block of its own.
 #pragma once
 

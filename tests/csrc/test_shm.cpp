@@ -1,0 +1,247 @@
+// The shared-memory communicator with threads for ranks: every transport-level promise that needs no Python.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <functional>
+#include <random>
+#include <thread>
+
+#include "cpu/shm.h"
+#include "errors.h"
+#include "expect.h"
+
+using namespace tpk;
+
+namespace {
+
+constexpr size_t kArenaBytes = size_t{4} << 20;
+
+// Runs body(communicator) once for each rank, each in a thread with a mapping of its own.
+void with_ranks(int world_size, const std::function<void(Communicator&)>& body, double timeout_s = 20.0,
+                int cores = 64) {
+  const int fd = memfd_create("test", 0);
+  EXPECT(ftruncate(fd, static_cast<off_t>(kArenaBytes) * world_size) == 0);
+  const std::vector<int> pids(static_cast<size_t>(world_size), getpid());
+  std::vector<std::unique_ptr<ShmCommunicator>> ranks;
+  for (int r = 0; r < world_size; ++r) {
+    ranks.push_back(
+        std::make_unique<ShmCommunicator>("test", "test", r, world_size, timeout_s, fd, kArenaBytes, pids, cores));
+  }
+  close(fd);
+  std::vector<std::exception_ptr> errors(ranks.size());
+  std::vector<std::thread> threads;
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    threads.emplace_back([&, r] {
+      try {
+        body(*ranks[r]);
+      } catch (...) {
+        errors[r] = std::current_exception();
+        ranks[r]->close();  // the others need not wait for the deadline
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+CallSpec spec_for(Op op, const Wire& wire, size_t n, int64_t mine = 0) {
+  return {op, wire.dtype, wire.op, wire.codec, n, 0, mine};
+}
+
+// Small integers: exact in every float type and codec, whatever is summed.
+std::vector<float> values_of(int rank, size_t n, uint32_t seed) {
+  std::mt19937 random(seed * 131u + static_cast<uint32_t>(rank));
+  std::vector<float> values(n);
+  for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 17) - 8);
+  return values;
+}
+
+std::vector<float> sum_of(int world_size, size_t n, uint32_t seed) {
+  std::vector<float> sums(n, 0.0f);
+  for (int r = 0; r < world_size; ++r) {
+    const std::vector<float> values = values_of(r, n, seed);
+    for (size_t i = 0; i < n; ++i) sums[i] += values[i];
+  }
+  return sums;
+}
+
+const size_t kSizes[] = {0, 1, 3, 511, 2048, 2049, 5000, 131072, 300001};
+
+void collectives_are_exact(int world_size, Codec codec) {
+  const Wire& wire = wire_of(DType::F32, codec, ReduceOp::Sum);
+  with_ranks(world_size, [&](Communicator& comm) {
+    uint32_t seed = 0;
+    for (int round = 0; round < 3; ++round) {
+      for (size_t n : kSizes) {
+        ++seed;
+        const std::vector<float> mine = values_of(comm.rank(), n, seed), sum = sum_of(world_size, n, seed);
+        std::vector<float> out(n);
+        comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, mine.data(), out.data(), n);
+        EXPECT(out == sum);
+        std::vector<float> in_place = mine;
+        comm.all_reduce(spec_for(Op::AllReduceInplace, wire, n), wire, in_place.data(), in_place.data(), n);
+        EXPECT(in_place == sum);
+        const Cut cut = Cut::even(n, world_size);
+        std::vector<float> part(cut.size(comm.rank()));
+        comm.reduce_scatter(spec_for(Op::ReduceScatter, wire, n), wire, mine.data(), part.data(), cut);
+        const size_t start = cut.start(comm.rank());
+        EXPECT(std::equal(part.begin(), part.end(), sum.begin() + static_cast<ptrdiff_t>(start)));
+        std::fill(out.begin(), out.end(), -1.0f);
+        comm.all_gather(spec_for(Op::AllGather, wire, n, static_cast<int64_t>(part.size())), wire, part.data(),
+                        out.data(), cut);
+        EXPECT(out == sum);
+      }
+    }
+  });
+}
+
+// Inputs in the heap of all ranks, of some, of none: the same sums.
+void heaps_are_read_in_place(int world_size) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  with_ranks(world_size, [&](Communicator& comm) {
+    uint32_t seed = 100;
+    for (size_t n : {5000, 200000}) {
+      for (int in_heap = 0; in_heap <= comm.world_size(); ++in_heap) {
+        ++seed;
+        const std::vector<float> mine = values_of(comm.rank(), n, seed), sum = sum_of(comm.world_size(), n, seed);
+        std::vector<float> own = mine, out(n);
+        float* data = own.data();
+        if (comm.rank() < in_heap) {
+          data = static_cast<float*>(comm.heap_allocate(n * sizeof(float)));
+          EXPECT(data != nullptr);
+          std::copy(mine.begin(), mine.end(), data);
+        }
+        comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, data, out.data(), n);
+        EXPECT(out == sum);
+        EXPECT(std::equal(mine.begin(), mine.end(), data));
+        comm.all_reduce(spec_for(Op::AllReduceInplace, wire, n), wire, data, data, n);
+        EXPECT(std::equal(sum.begin(), sum.end(), data));
+        if (comm.rank() < in_heap) comm.heap_free(data);
+      }
+    }
+  });
+}
+
+CASE(a_late_rank_is_named) {
+  std::atomic<int> named{0};
+  with_ranks(
+      3,
+      [&](Communicator& comm) {
+        comm.exchange(Op::Barrier, 0);
+        if (comm.rank() == 2) return;
+        try {
+          comm.exchange(Op::Barrier, 0);
+        } catch (const TimeoutFailure& error) {
+          const std::string text = error.what();
+          if (text.find("call 2") != std::string::npos && text.find("2") != std::string::npos) ++named;
+        }
+      },
+      0.3);
+  EXPECT(named == 2);
+}
+
+CASE(a_closed_rank_is_named) {
+  std::atomic<int> named{0};
+  with_ranks(3, [&](Communicator& comm) {
+    comm.exchange(Op::Barrier, 0);
+    if (comm.rank() == 1) return comm.close();
+    try {
+      comm.exchange(Op::Barrier, 0);
+    } catch (const PeerLost& error) {
+      if (std::string(error.what()).find("rank 1") != std::string::npos) ++named;
+    }
+    bool refused = false;
+    try {
+      comm.exchange(Op::Barrier, 0);
+    } catch (const PeerLost&) {
+      refused = true;
+    }
+    EXPECT(refused);
+  });
+  EXPECT(named == 2);
+}
+
+// Every rank sees the disagreement, reads nothing, and the group goes on.
+CASE(ranks_that_disagree_all_hear_of_it) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  const Wire& max = wire_of(DType::F32, Codec::None, ReduceOp::Max);
+  std::atomic<int> heard{0};
+  with_ranks(3, [&](Communicator& comm) {
+    for (int round = 0; round < 20; ++round) {
+      std::vector<float> x(100000, 1.0f);
+      const bool odd = comm.rank() == round % 3;
+      const Wire& used = odd && round % 2 ? max : wire;
+      const size_t n = odd && round % 2 == 0 ? 77 : x.size();
+      try {
+        comm.all_reduce(spec_for(Op::AllReduce, used, n), used, x.data(), x.data(), n);
+      } catch (const RankMismatch&) {
+        ++heard;
+      }
+      EXPECT(x[0] == 1.0f);
+      comm.all_reduce(spec_for(Op::AllReduce, wire, x.size()), wire, x.data(), x.data(), x.size());
+      EXPECT(x.front() == 3.0f && x.back() == 3.0f);
+    }
+  });
+  EXPECT(heard == 60);
+}
+
+CASE(more_ranks_than_cores_still_finish) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  with_ranks(
+      8,
+      [&](Communicator& comm) {
+        std::vector<float> x(3000, 1.0f);
+        for (int i = 0; i < 300; ++i) {
+          std::fill(x.begin(), x.end(), 1.0f);
+          comm.all_reduce(spec_for(Op::AllReduce, wire, x.size()), wire, x.data(), x.data(), x.size());
+          EXPECT(x[1] == 8.0f);
+        }
+      },
+      60.0, 2);
+}
+
+CASE(a_heap_gives_back_what_is_freed) {
+  std::vector<char> memory(1 << 20);
+  Heap heap;
+  heap.reset(memory.data(), memory.size());
+  EXPECT(heap.allocate(memory.size() + 1) == nullptr);
+  void* a = heap.allocate(1000);
+  void* b = heap.allocate(300000);
+  void* c = heap.allocate(1);
+  EXPECT(a != nullptr && b != nullptr && c != nullptr && a != b && b != c);
+  heap.free(b);
+  EXPECT(heap.allocate(300000) == b);
+  heap.free(a), heap.free(b), heap.free(c);
+  EXPECT(heap.allocate(memory.size()) == memory.data());
+}
+
+CASE(what_is_sent_is_counted) {
+  const size_t n = 100000;
+  for (Codec codec : {Codec::None, Codec::Fp16, Codec::Bf16}) {
+    const Wire& wire = wire_of(DType::F32, codec, ReduceOp::Sum);
+    with_ranks(2, [&](Communicator& comm) {
+      std::vector<float> x(n, 1.0f);
+      comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+      const OpStats stats = comm.stats()[static_cast<size_t>(Op::AllReduce)];
+      EXPECT(stats.calls == 1);
+      // Two ranks: half out, half back, give or take a block.
+      const double expected = static_cast<double>(wire.bytes(n));
+      EXPECT(std::abs(static_cast<double>(stats.wire_bytes) - expected) <= 2.0 * 1040);
+    });
+  }
+}
+
+CASE(collectives_are_exact_for_every_codec_and_number_of_ranks) {
+  for (int world_size : {1, 2, 3, 4, 7}) {
+    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Bf16}) collectives_are_exact(world_size, codec);
+  }
+}
+
+CASE(heaps_of_all_some_or_no_ranks_give_the_same_sums) {
+  for (int world_size : {2, 3}) heaps_are_read_in_place(world_size);
+}
+
+}  // namespace
