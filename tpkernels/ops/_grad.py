@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpkernels.group import _open_groups
 from tpkernels.shard import part_size, part_start
 
 Call = torch.ops.tpkernels
-
-
-def rank_of(group: str) -> int:
-    """Return this process's rank in the open group of that name: ops carry names, and some backwards need the rank."""
-    return _open_groups[group].rank
 
 
 class _Replicated(torch.autograd.Function):

@@ -44,7 +44,7 @@ def shortcut(op: Any) -> Callable[..., Any]:
 
 
 def is_plain(x: Any) -> bool:
-    """Return whether a call with x alone may go straight to the CPU kernel."""
+    """Return whether a call with x alone may go straight to the CPU kernel (complex x: if it is no conjugate view)."""
     return (
         not is_compiling()  # first: it makes the rest vanish from a traced graph
         and type(x) in _TYPES

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tpkernels.group import Group, resolve
+from tpkernels.group import Group, rank_of, resolve
 from tpkernels.shard import part_sizes
 
 from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
-from ._grad import gather_alike, rank_of, replicated
+from ._grad import gather_alike, replicated
 from ._plain import direct, is_plain, shortcut
 from ._register import fake, gradient
 
@@ -235,7 +235,8 @@ def all_gather(
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
     """
     group = resolve(group)
-    if dim_size is None and codec == "none" and type(dim) is int and is_plain(x_shard) and 0 <= dim < x_shard.dim():
+    plain = is_plain(x_shard) and not x_shard.is_conj()
+    if plain and dim_size is None and codec == "none" and type(dim) is int and 0 <= dim < x_shard.dim():
         return _all_gather(x_shard, group.name, group.world_size, dim, -1, codec)  # type: ignore[no-any-return]
     check_tensor("all_gather", "x_shard", x_shard)
     check_codec("all_gather", codec, x_shard.dtype)
@@ -245,7 +246,7 @@ def all_gather(
     check_size("all_gather", "dim_size", dim_size)
     wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
     size = whole_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
-    if is_plain(x_shard):
+    if plain:
         return _all_gather(x_shard, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
     if wants_grad and grad == "split":
         return gather_alike(x_shard, group.name, group.world_size, group.rank, dim, size, codec)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, is_autocast_enabled
 
-from tpkernels.group import Group, resolve
+from tpkernels.group import Group, rank_of, resolve
 
 from ._check import check_dim, check_linear, check_size, fits_linear
-from ._grad import rank_of, replicated
+from ._grad import replicated
 from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
