@@ -9,13 +9,9 @@
 
 namespace tpk {
 
-struct Half {
-  uint16_t bits;
-};
-
-struct Bfloat16 {
-  uint16_t bits;
-};
+// Scalar types, not structs: the vectoriser does not look into structs.
+enum class Half : uint16_t {};
+enum class Bfloat16 : uint16_t {};
 
 static_assert(sizeof(Half) == 2 && sizeof(Bfloat16) == 2, "wire types are two bytes");
 
@@ -33,36 +29,21 @@ TPK_ALWAYS_INLINE float from_bits(uint32_t bits) {
 
 TPK_ALWAYS_INLINE float to_float(float value) { return value; }
 
-TPK_ALWAYS_INLINE float to_float(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+TPK_ALWAYS_INLINE float to_float(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
 TPK_ALWAYS_INLINE Bfloat16 to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   // Rounding could carry a NaN's payload into infinity: NaN is made quiet instead.
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded)};
+  return static_cast<Bfloat16>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-#if defined(__FLT16_MANT_DIG__)  // the compiler's own type: one instruction a vector where the CPU has F16C
-
+// Integer arithmetic, eight or sixteen values at a time; the compiler's _Float16 would go one by one where the CPU has F16C
+// but no AVX512-FP16, and call a library where it has neither.
 TPK_ALWAYS_INLINE float to_float(Half value) {
-  _Float16 half;
-  std::memcpy(&half, &value, sizeof half);
-  return static_cast<float>(half);
-}
-
-TPK_ALWAYS_INLINE Half to_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  Half out;
-  std::memcpy(&out, &half, sizeof out);
-  return out;
-}
-
-#else  // integer arithmetic, the same values bit for bit (any NaN may become another quiet NaN)
-
-TPK_ALWAYS_INLINE float to_float(Half value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  const uint32_t sign = (static_cast<uint32_t>(value) & 0x8000u) << 16;
+  const uint32_t magnitude = (static_cast<uint32_t>(value) & 0x7fffu) << 13;
   // A subnormal half is a multiple of 2^-24: put it behind the leading one of 2^-14 and take that one away again.
   const float subnormal = from_bits(magnitude + 0x38800000u) - 6.103515625e-05f;
   uint32_t bits = magnitude < 0x00800000u ? bits_of(subnormal) : magnitude + 0x38000000u;
@@ -78,24 +59,22 @@ TPK_ALWAYS_INLINE Half to_half(float value) {
   uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
   bits = magnitude >= 0x47800000u ? 0x7c00u : bits;
   bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
-  return {static_cast<uint16_t>(bits | sign)};
+  return static_cast<Half>(bits | sign);
 }
-
-#endif
 
 // value rounded once to T; sums are float for everything but double and integers.
 template <class T>
-inline T from_float(float value);
+TPK_ALWAYS_INLINE T from_float(float value);
 template <>
-inline float from_float<float>(float value) {
+TPK_ALWAYS_INLINE float from_float<float>(float value) {
   return value;
 }
 template <>
-inline Half from_float<Half>(float value) {
+TPK_ALWAYS_INLINE Half from_float<Half>(float value) {
   return to_half(value);
 }
 template <>
-inline Bfloat16 from_float<Bfloat16>(float value) {
+TPK_ALWAYS_INLINE Bfloat16 from_float<Bfloat16>(float value) {
   return to_bfloat16(value);
 }
 

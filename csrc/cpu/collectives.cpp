@@ -1,6 +1,7 @@
 #include "collectives.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 namespace tpk {
 
@@ -53,6 +54,19 @@ CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree,
   return {op, wire.dtype, wire.op, wire.codec, numel, hash, mine};
 }
 
+Tensor fresh_output(const Tensor& like, const Shape& shape) {
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  constexpr size_t kAlwaysMapped = size_t{32} << 20;  // smaller blocks are recycled by malloc, their pages with them
+  Tensor out = empty_of(like, shape);
+  const size_t bytes = numel_of(out) * out.element_size();
+  if (bytes >= kAlwaysMapped) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+    const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, end = (start + bytes) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: what it answers does not matter
+  }
+  return out;
+}
+
 void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& x, Tensor& out) {
   comm.all_reduce(spec_of(op, wire, numel_of(x), shape_of(x)), wire, x.const_data_ptr(), out.mutable_data_ptr(),
                   numel_of(x));
@@ -68,7 +82,7 @@ Tensor reduce_scatter_dim(Op op, Communicator& comm, const Wire& wire, const Ten
   const CallSpec spec = spec_of(op, wire, numel_of(rows), shape);
   shape.pop_back();
   shape[0] = static_cast<int64_t>(Cut::even(num_rows, comm.world_size()).size(comm.rank()));
-  Tensor out = empty_of(rows, shape);
+  Tensor out = fresh_output(rows, shape);
   comm.reduce_scatter(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
   return dim_back(out, dim);
 }
@@ -92,7 +106,7 @@ Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor&
   agree.push_back(dim);
   const CallSpec spec = spec_of(op, wire, cut.total(), agree, static_cast<int64_t>(numel_of(rows)));
   shape[0] = dim_size;
-  Tensor out = empty_of(rows, shape);
+  Tensor out = fresh_output(rows, shape);
   comm.all_gather(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
   return dim_back(out, dim);
 }
@@ -101,7 +115,7 @@ Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::s
   const auto comm = communicator_of(Op::AllReduce, group, world_size);
   const Wire& wire = wire_for(Op::AllReduce, x, codec, reduce_op_of("all_reduce", op));
   const Tensor in = dense(x);
-  Tensor out = empty_of(in, shape_of(in));
+  Tensor out = fresh_output(in, shape_of(in));
   all_reduce_into(Op::AllReduce, *comm, wire, in, out);
   return out;
 }
