@@ -32,7 +32,7 @@ FIELDS = (
     "ratios",  # {other candidate: [median, min, max]}
     "by_placement",  # {near, far, mixed, crowded: {rounds, median_us, ratio, ratio_min, ratio_max}}
     "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
-    "flag_rtt_ns", "rounds", "calls",  # calls: in a block
+    "flag_rtt_ns", "rounds", "calls", "repeated",  # rounds that gave a number; calls in a block; disturbed blocks
     "machine", "torch", "commit", "date", "load",
 )  # fmt: skip
 
@@ -105,7 +105,13 @@ def per_placement(timing: Timing, baseline: Timing | None, rounds: Sequence[str]
         ratio = [ratios(baseline, timing)[i] for i in mine] if baseline else []
         median, least, most = three(ratio)
         took = number(1e6 * summary([timing.seconds[i] for i in mine]).median)
-        found[name] = {"rounds": len(mine), "median_us": took, "ratio": median, "ratio_min": least, "ratio_max": most}
+        found[name] = {
+            "rounds": sum(not math.isnan(timing.seconds[i]) for i in mine),
+            "median_us": took,
+            "ratio": median,
+            "ratio_min": least,
+            "ratio_max": most,
+        }
     return found
 
 
@@ -136,7 +142,8 @@ def row_of(cell: Cell, candidate: Candidate, timings: dict[str, Timing], probes:
         "baseline": cell.baseline, "ratio": ratio[0], "ratio_min": ratio[1], "ratio_max": ratio[2], "ratios": versus,
         "by_placement": per_placement(timing, baseline, rounds) if runs else {},
         "verified": timing.verified, "error": number(timing.error), "placement": placement.of_run(rounds),
-        "flag_rtt_ns": number(summary(probes).median), "rounds": len(timing.seconds), "calls": timing.calls,
+        "flag_rtt_ns": number(summary(probes).median), "rounds": sum(not math.isnan(s) for s in timing.seconds),
+        "calls": timing.calls, "repeated": timing.repeated,
     }  # fmt: skip
     return {field: {**row, **where}[field] for field in FIELDS}
 

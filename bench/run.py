@@ -69,6 +69,7 @@ class Spec:
     setting: dict[str, Any]
     rounds: int
     block_s: float
+    most_lost: float
     where: Row
 
 
@@ -79,7 +80,9 @@ def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
     def look() -> None:
         probes.append(team.flag_rtt_ns())
 
-    timings = measure(cell.candidates, team, rounds=spec.rounds, block_s=spec.block_s, each_round=look)
+    timings = measure(
+        cell.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=look
+    )
     look()
     by_name = {t.name: t for t in timings}
     return [row_of(cell, candidate, by_name, probes, spec.where) for candidate in cell.candidates]
@@ -138,6 +141,7 @@ def main(
     pin: Annotated[bool | None, typer.Option(help="A core for each rank; default: if there are as many.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 21,
     block_ms: Annotated[float, typer.Option(help="How long a candidate's block in a round should last.")] = 20.0,
+    most_lost: Annotated[float, typer.Option(help="Part of a block that may wait for a core; 1e9: any.")] = 0.05,
     seed: Annotated[int, typer.Option()] = 7,
     out: Annotated[Path | None, typer.Option(help="Add the rows to this file of JSON lines.")] = None,
 ) -> None:
@@ -153,7 +157,7 @@ def main(
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
                "only": tuple(only.split(",")) if only else bench.only, "seed": seed,
                "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize)}  # fmt: skip
-    spec = Spec(tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, circumstances(pinned))
+    spec = Spec(tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned))
     rows: list[Row] = []
     for found in run(spec, ranks, pin=pinned):
         if isinstance(found, str):

@@ -51,6 +51,7 @@ class Team:
         self.rank, self.others = 0, others
         self.world_size = 1 + len(others(0.0))
         self.barriers = 0
+        self.lost = 0.0
 
     def barrier(self) -> None:
         self.barriers += 1
@@ -58,6 +59,9 @@ class Team:
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         columns = [[value, *self.others(value)] for value in values]
         return [[column[rank] for column in columns] for rank in range(self.world_size)]
+
+    def lost_s(self) -> float:
+        return self.lost
 
 
 def right(_: Any) -> float:
@@ -130,6 +134,32 @@ def test_ratios_are_taken_inside_rounds() -> None:
     slow, fast = measure(jobs, Team(), rounds=9, clock=clock, each_round=change_speed)
     assert ratios(slow, fast) == pytest.approx([3.0] * 9)
     assert max(slow.seconds) == pytest.approx(10 * min(slow.seconds))
+
+
+def test_a_block_that_had_to_share_its_core_is_repeated() -> None:
+    clock, team = Clock(), Team()
+    others_run = iter([True] * 3 + [False] * 5)
+
+    def call() -> None:
+        busy = clock.events.count("round") > 0 and next(others_run, False)
+        clock.now += 0.5 if busy else 0.1
+        team.lost += 0.4 if busy else 0.0
+
+    job = Candidate("a", call=call, error=right)
+    (timing,) = measure([job], team, rounds=2, clock=clock, each_round=lambda: clock.events.append("round"))
+    assert timing.seconds == pytest.approx([0.1, 0.1]) and timing.repeated == 3
+
+
+def test_a_block_that_is_never_left_alone_gives_no_number() -> None:
+    clock, team = Clock(), Team()
+
+    def call() -> None:
+        clock.now += 0.5
+        team.lost += 0.4
+
+    (timing,) = measure([Candidate("a", call=call, error=right)], team, rounds=2, clock=clock)
+    assert all(math.isnan(s) for s in timing.seconds) and timing.verified
+    assert math.isnan(summary(timing.seconds).median)
 
 
 def test_a_wrong_result_is_not_timed() -> None:
@@ -348,7 +378,7 @@ def talk(team: RankTeam, planted: int, send: Callable[[Any], None]) -> None:
     everything = [team.gather([team.rank * 10.0 + turn]) for turn in range(50)]
     job = Candidate("a", call=lambda: torch.ones(()), error=lambda y: 3.0 if team.rank == planted else 0.0)
     fine = Candidate("b", call=lambda: torch.ones(()), error=right)
-    timings = measure([job, fine], team, rounds=2, block_s=1e-4)
+    timings = measure([job, fine], team, rounds=2, block_s=1e-4, most_lost=math.inf)
     send((everything, [t.verified for t in timings], [t.seconds for t in timings], team.flag_rtt_ns()))
 
 
@@ -374,7 +404,7 @@ TINY: dict[str, Any] = {
 def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
     assert set(TINY) == set(bench_run.BENCHES)
     setting = {"dtype_name": dtype_name, "codec": "none"}
-    spec = bench_run.Spec(tuple(TINY.items()), setting, 2, 1e-4, where())
+    spec = bench_run.Spec(tuple(TINY.items()), setting, 2, 1e-4, math.inf, where())
     cells = list(bench_run.run(spec, 2, pin=False))
     assert not [cell for cell in cells if isinstance(cell, str)]
     assert len(cells) == len(TINY)
@@ -385,7 +415,7 @@ def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
 
 
 def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> None:
-    spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, where())
+    spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, math.inf, where())
     (told,) = bench_run.run(spec, 2, pin=False)
     assert isinstance(told, str) and "1 does not divide by 2 ranks" in told
 
