@@ -21,7 +21,7 @@ from tpkernels.shard import ShardInfo, mark_shard, part
 def plain_parts() -> Parts:
     """Parts over the default process group."""
     return Parts(
-        embedding=Embedding, column=column, row=row, norm=nn.RMSNorm, loss=cross_entropy, gather_logits=gather_logits
+        embedding=Embedding, column=column, row=row, norm=nn.LayerNorm, loss=cross_entropy, gather_logits=gather_logits
     )
 
 

@@ -35,7 +35,7 @@ class GPTConfig:
 
     layers: int = 4
     d_model: int = 256
-    heads: int = 8
+    heads: int = 4
     context: int = 128
     vocab: int = 256
 
@@ -79,7 +79,7 @@ def whole_parts() -> Parts:
         embedding=nn.Embedding,
         column=linear,
         row=linear,
-        norm=nn.RMSNorm,
+        norm=nn.LayerNorm,
         loss=whole_loss,
         gather_logits=lambda logits, vocab: logits,
     )
@@ -111,7 +111,7 @@ def sharded_parts(group: Group | None = None, *, sequence_parallel: bool = False
         embedding=partial(layers.VocabParallelEmbedding, **cut),
         column=partial(layers.ColumnParallelLinear, codec=codec, **cut),
         row=partial(layers.RowParallelLinear, codec=codec, **cut),
-        norm=partial(layers.RMSNorm, **cut),
+        norm=partial(layers.LayerNorm, **cut),
         loss=loss,
         gather_logits=gather_logits,
     )
@@ -135,7 +135,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """x: [tokens (of this rank, if sequence parallel), d_model]; rotation: see `rotation_table`."""
         x = x + self.proj(self.attend(self.qkv(self.norm_attention(x)), rotation))
-        return cast(Tensor, x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh")))
+        return cast(Tensor, x + self.down(F.gelu(self.up(self.norm_mlp(x)))))
 
     def attend(self, qkv: Tensor, rotation: Tensor) -> Tensor:
         """Causal attention in each sequence, each of this rank's h heads: [tokens, 3 * h * head_dim] -> [tokens, .]."""

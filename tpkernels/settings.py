@@ -28,7 +28,7 @@ class Settings:
     tp: int = 2
     layers: int = 4
     d_model: int = 256
-    heads: int = 8
+    heads: int = 4
     context: int = 128
     batch: int = 8
     steps: int | None = None
