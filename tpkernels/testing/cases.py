@@ -104,7 +104,7 @@ class Case:
         options: the keyword arguments of the op.
         terms: the number of additions in the longest sum.
         roundings: how often a value is rounded to the dtype on its way.
-        packings: how often it is packed by the codec.
+        packings: how often it is packed by the codec in the forward.
         flops: multiplications and additions of one rank.
         wire_bytes: the least that a rank must send.
     """
@@ -142,25 +142,23 @@ class Case:
     def bound(self, s: Sizes, rank: int) -> Tensor:
         """How far from that it may be, elementwise."""
         magnitude = self.run(s, {name: absolute(x) for name, x in self.inputs(s).items()}).abs()
-        return self.rounding(s) * present(shard(magnitude, self.output_cut(s), s, rank, round_to=None))
+        return self.rounding(s, self.packings) * present(shard(magnitude, self.output_cut(s), s, rank, round_to=None))
 
-    def rounding(self, s: Sizes) -> float:
+    def rounding(self, s: Sizes, packings: int) -> float:
         """The bound's factor before magnitude."""
         if not s.dtype.is_floating_point:
             return 0.0
-        sums = torch.float64 if s.dtype == torch.float64 else torch.float32
-        packed = self.packings * CODEC_ROUNDING[s.codec]
-        return (self.terms(s) + 2) * unit(sums) + self.roundings * unit(s.dtype) + packed
+        packed = packings * CODEC_ROUNDING[s.codec]
+        return (self.terms(s) + 2) * unit(sums_dtype(s.dtype)) + self.roundings * unit(s.dtype) + packed
 
     def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """The gradient that arrives at the rank's result; what its arguments must get; and how far off they may be."""
         exact, arriving = self._backward(s, lambda x: x)
         magnitude, _ = self._backward(s, absolute)
         cuts = self.cuts(s)
-        # As many additions again in the backward, over the tokens or the outputs.
-        factor = 2 * self.rounding(s) + (s.M * max(1, len(s.batch)) * max((1, *s.batch)) + s.N + s.V) * unit(
-            torch.float64 if s.dtype == torch.float64 else torch.float32
-        )
+        # The backward sums again, over tokens, outputs or ids, and rounds what it returns and what it gathers.
+        tokens = torch.Size(s.x_shape).numel()
+        factor = 2 * self.rounding(s, packings=2) + (tokens + s.N + s.V) * unit(sums_dtype(s.dtype)) + 2 * unit(s.dtype)
         wanted = [shard(g, cuts[name], s, rank, round_to=None) for name, g in exact.items()]
         larger = {
             name: None if g is None else torch.maximum(g.abs(), present(exact[name]).abs())
@@ -186,6 +184,11 @@ class Case:
 def unit(dtype: torch.dtype) -> float:
     """The largest relative error of one rounding to the dtype."""
     return torch.finfo(dtype).eps / 2
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are added."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def absolute(x: Tensor | None) -> Tensor | None:
@@ -375,20 +378,17 @@ class _Loss(Case):
     def bound(self, s: Sizes, rank: int) -> Tensor:
         """How far the loss may be off: every exponential, V additions and a logarithm, each of size 1 + |logits|."""
         logits = present(self.inputs(s)["logits"])
-        largest = 1.0 + logits.abs().amax(-1) if s.V else torch.ones(s.x_shape, dtype=torch.float64)
-        return (s.V + s.R + 16) * unit(_sums_of(s)) * largest
+        largest = 1.0 + logits.abs().amax(-1)
+        return (s.V + s.R + 16) * unit(sums_dtype(s.dtype)) * largest
 
     def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """As in Case; a gradient is dloss times a difference of probabilities."""
         dy, wanted, _ = super().gradients(s, rank)
-        dy = dy.to(_sums_of(s))
-        largest = 1.0 + float(present(self.inputs(s)["logits"]).abs().max()) if s.V else 1.0
-        factor = 2 * ((s.V + 16) * unit(_sums_of(s)) * largest + unit(s.dtype))
+        dy = dy.to(sums_dtype(s.dtype))
+        logits = present(self.inputs(s)["logits"])
+        largest = 1.0 + float(logits.abs().max()) if logits.numel() else 1.0
+        factor = 2 * ((s.V + 16) * unit(sums_dtype(s.dtype)) * largest + unit(s.dtype))
         return dy, wanted, [factor * dy.double().abs().unsqueeze(-1).expand_as(present(wanted[0])), None]
-
-
-def _sums_of(s: Sizes) -> torch.dtype:
-    return torch.float64 if s.dtype == torch.float64 else torch.float32
 
 
 VOCAB_CROSS_ENTROPY = _Loss(
@@ -399,7 +399,7 @@ VOCAB_CROSS_ENTROPY = _Loss(
     program=_cross_entropy,
     options=lambda s: {"label_smoothing": s.smoothing},
     packings=0,
-    wire_bytes=lambda s: 4 * torch.Size(s.x_shape).numel() * _sums_of(s).itemsize * (s.R - 1) / s.R,
+    wire_bytes=lambda s: 4 * torch.Size(s.x_shape).numel() * sums_dtype(s.dtype).itemsize * (s.R - 1) / s.R,
 )
 
 COLLECTIVES = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER)

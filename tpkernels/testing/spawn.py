@@ -141,21 +141,22 @@ class Team:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send_bytes(message)
         outcomes: dict[int, Outcome] = {}
-        deadline = time.monotonic() + timeout
+        deadline, why = time.monotonic() + timeout, f"did not end within {timeout:g} s"
         while len(outcomes) < len(self._pipes):
             waiting = [rank for rank in range(len(self._pipes)) if rank not in outcomes]
             left = deadline - time.monotonic()
             if left <= 0:
                 for rank in waiting:
-                    outcomes[rank] = Outcome(rank, error=self._standstill(rank, timeout))
+                    outcomes[rank] = Outcome(rank, error=f"{why}{self._standstill(rank)}")
                 break
             wait_for_any([x for r in waiting for x in (self._pipes[r], self._processes[r].sentinel)], left)
             for rank in waiting:
                 outcome = self._outcome(rank)
                 if outcome is not None:
                     outcomes[rank] = outcome
-                    if patience is not None and not outcome.finished:
-                        deadline = min(deadline, time.monotonic() + patience)
+                    if patience is not None and not outcome.finished and time.monotonic() + patience < deadline:
+                        deadline = time.monotonic() + patience
+                        why = f"did not end within {patience:g} s after rank {rank} failed"
         return [outcomes[rank] for rank in sorted(outcomes)]
 
     def _outcome(self, rank: int) -> Outcome | None:
@@ -171,7 +172,7 @@ class Team:
             return None
         return Outcome(rank, error=f"the process died, exit code {process.exitcode}", exitcode=process.exitcode)
 
-    def _standstill(self, rank: int, timeout: float) -> str:
+    def _standstill(self, rank: int) -> str:
         process = self._processes[rank]
         state = _state(process.pid)
         dump = self._folder / f"stack-{rank}"
@@ -181,7 +182,7 @@ class Team:
             time.sleep(DUMP_S)
         where = dump.read_text(errors="replace") if dump.exists() else ""
         stopped = " (the process is stopped by a signal)" if state == "T" else ""
-        return f"did not end in time (deadline {timeout:g} s){stopped}; it stood at:\n{where or '  (no stack)'}"
+        return f"{stopped}; it stood at:\n{where or '  (no stack)'}"
 
     def end(self) -> None:
         """Kill the processes and forget their files."""
