@@ -6,7 +6,8 @@
 // slots    messages travel in pieces, numbered through all calls; piece g goes through slot g % 2.
 // heap     tensors of group.empty: a collective reads them where they are.
 //
-// Order    the owner stores data, then releases `call` or `stage`; a reader acquires it, then loads the data. The counters
+// Order    the owner stores data, then releases `call` or `stage`; a reader acquires it, then loads the data. The
+// counters
 //          only grow and are never reset. Slot g % 2 is free again when every rank has signalled piece g - 1, because a
 //          rank signals it only after it has read what it needs of piece g - 2.
 #pragma once
@@ -35,13 +36,13 @@ constexpr uint64_t kNotInHeap = ~uint64_t{0};
 enum class RankState : uint32_t { Open = 0, Closed = 1, Failed = 2 };
 
 struct Control {
-  CallRecord records[2];                          // of call e at [e % 2]
-  alignas(64) std::atomic<uint64_t> stage;        // (call << kStageBits) + stages of this call that are done
-  alignas(64) std::atomic<uint32_t> sleepers;     // ranks asleep on a word of this control
-  alignas(64) std::atomic<uint32_t> state;        // RankState
-  uint64_t failed_call;                           // when state is Failed
-  int32_t culprit;                                // the rank it blames
-  uint32_t was_late;                              // 1 when a deadline passed, 0 when a rank was lost
+  CallRecord records[2];                       // of call e at [e % 2]
+  alignas(64) std::atomic<uint64_t> stage;     // (call << kStageBits) + stages of this call that are done
+  alignas(64) std::atomic<uint32_t> sleepers;  // ranks asleep on a word of this control
+  alignas(64) std::atomic<uint32_t> state;     // RankState
+  uint64_t failed_call;                        // when state is Failed
+  int32_t culprit;                             // the rank it blames
+  uint32_t was_late;                           // 1 when a deadline passed, 0 when a rank was lost
 };
 
 // Messages up to this size are summed by everyone (one wait instead of two).

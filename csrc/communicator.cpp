@@ -58,8 +58,8 @@ class Communicator::Turn {
               "': this process was forked after the group was opened; open the group in the process that uses it");
     if (comm.closed_) throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': this rank closed the group"));
     if (!comm.broken_.empty()) {
-      throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': the group is broken since an earlier call: ",
-                            comm.broken_));
+      throw PeerLost(concat(name_of(op), " on group '", comm.label_,
+                            "': the group is broken since an earlier call: ", comm.broken_));
     }
     ++comm.call_;
     comm.current_ = &comm.stats_[static_cast<size_t>(op)];
@@ -165,8 +165,8 @@ bool agree(const CallSpec& a, const CallSpec& b) {
 void Communicator::mismatch(const CallSpec& mine, int other_rank, const CallSpec& other) const {
   const std::string left = describe(mine), right = describe(other);
   throw RankMismatch(concat(describe_call(mine.op), ": the ranks disagree: rank ", rank_, " called ", left, ", rank ",
-                            other_rank, " called ", right,
-                            left == right ? " with other dimensions" : "", ". Nothing was read."));
+                            other_rank, " called ", right, left == right ? " with other dimensions" : "",
+                            ". Nothing was read."));
 }
 
 void Communicator::check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const {
@@ -201,8 +201,7 @@ Registry& registry() {
 
 class LocalCommunicator final : public Communicator {
  public:
-  LocalCommunicator(std::string name, std::string label)
-      : Communicator(std::move(name), std::move(label), 0, 1, 0.0) {}
+  LocalCommunicator(std::string name, std::string label) : Communicator(std::move(name), std::move(label), 0, 1, 0.0) {}
   const char* transport() const override { return "local"; }
   void* heap_allocate(size_t) override { return nullptr; }
   void heap_free(void*) override {}
@@ -244,7 +243,8 @@ std::shared_ptr<Communicator> find_communicator(const std::string& name, const c
   std::shared_lock lock(registry().mutex);
   const auto found = registry().by_name.find(name);
   if (found == registry().by_name.end()) {
-    throw PeerLost(concat(op, ": group '", name, "' is not open in this process (it was closed, or never opened here)"));
+    throw PeerLost(
+        concat(op, ": group '", name, "' is not open in this process (it was closed, or never opened here)"));
   }
   return found->second;
 }

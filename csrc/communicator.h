@@ -1,8 +1,8 @@
 // A communicator is a group on one device: the only long-lived state. Torch-free.
 //
-// Every collective is one call with one fingerprint; all ranks make the same calls in the same order. A communicator that
-// failed (a rank lost, a deadline passed) refuses further calls with the first error; a mismatch between ranks is seen by
-// all of them in the same call, before any data is read, and leaves the communicator usable.
+// Every collective is one call with one fingerprint; all ranks make the same calls in the same order. A communicator
+// that failed (a rank lost, a deadline passed) refuses further calls with the first error; a mismatch between ranks is
+// seen by all of them in the same call, before any data is read, and leaves the communicator usable.
 #pragma once
 
 #include <array>
@@ -29,6 +29,13 @@ struct CallSpec {
   int64_t mine;
 };
 
+// Of the dimensions that must agree, for CallSpec::shape_hash.
+inline uint32_t hash_of(const int64_t* sizes, size_t num_dims) {
+  uint32_t hash = 2166136261u;
+  for (size_t i = 0; i < num_dims; ++i) hash = (hash ^ static_cast<uint32_t>(sizes[i])) * 16777619u;
+  return hash;
+}
+
 // How values are cut over the ranks: rank r has [starts[r], starts[r + 1]).
 struct Cut {
   std::vector<size_t> starts;
@@ -45,8 +52,8 @@ struct Cut {
 
 struct OpStats {
   uint64_t calls = 0;
-  uint64_t wire_bytes = 0;      // sent by this rank; what k ranks read counts k times
-  uint64_t nanoseconds = 0;     // inside the collective, waiting included
+  uint64_t wire_bytes = 0;   // sent by this rank; what k ranks read counts k times
+  uint64_t nanoseconds = 0;  // inside the collective, waiting included
   uint64_t wait_nanoseconds = 0;
 };
 

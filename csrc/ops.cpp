@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def("all_gather(Tensor x_shard, str group, int world_size, int dim, SymInt dim_size, str codec) -> Tensor");
 
   // y[M, N] = sum_r x_r[M, K/R] @ w_r[N, K/R].T + bias[N]
-  m.def("gemm_all_reduce(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
+  m.def(
+      "gemm_all_reduce(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
   // y = this rank's part along dim of that
   m.def(
       "gemm_reduce_scatter(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int rank, int dim, "

@@ -50,9 +50,9 @@ inline const char* name_of(Op op) {
 }
 
 inline const char* name_of(DType dtype) {
-  constexpr const char* names[] = {"float32", "float64", "bfloat16",      "float16",       "int8",
-                                   "uint8",   "int16",   "int32",         "int64",         "1-byte values",
-                                   "2-byte values",      "4-byte values", "8-byte values", "16-byte values"};
+  constexpr const char* names[] = {"float32",       "float64",       "bfloat16",      "float16",       "int8",
+                                   "uint8",         "int16",         "int32",         "int64",         "1-byte values",
+                                   "2-byte values", "4-byte values", "8-byte values", "16-byte values"};
   return dtype < DType::Count ? names[static_cast<size_t>(dtype)] : "unknown dtype";
 }
 

@@ -4,8 +4,8 @@
 //   kBlockValues, kBlockBytes   values and bytes of a full block; a message may end in a shorter block
 //   bytes(n)                    bytes of n values
 //   encode_block(values, block, n), decode_block(block, values, n), add_block(block, sums, n)     n <= kBlockValues
-// and says in its header what it does to the values: wire layout, error bound, NaN. Values are float on both sides; sums
-// are taken in float. To add one: write codec/<name>.h and add a line here.
+// and says in its header what it does to the values: wire layout, error bound, NaN. Values are float on both sides;
+// sums are taken in float. To add one: write codec/<name>.h and add a line here.
 #pragma once
 
 #include <cstdint>

@@ -39,8 +39,8 @@ TPK_ALWAYS_INLINE Bfloat16 to_bfloat16(float value) {
   return static_cast<Bfloat16>(is_nan ? (bits >> 16) | 0x40u : rounded);
 }
 
-// Integer arithmetic, eight or sixteen values at a time; the compiler's _Float16 would go one by one where the CPU has F16C
-// but no AVX512-FP16, and call a library where it has neither.
+// Integer arithmetic, eight or sixteen values at a time; the compiler's _Float16 would go one by one where the CPU has
+// F16C but no AVX512-FP16, and call a library where it has neither.
 TPK_ALWAYS_INLINE float to_float(Half value) {
   const uint32_t sign = (static_cast<uint32_t>(value) & 0x8000u) << 16;
   const uint32_t magnitude = (static_cast<uint32_t>(value) & 0x7fffu) << 13;

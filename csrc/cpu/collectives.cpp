@@ -26,7 +26,8 @@ Codec codec_of(const char* op, const std::string& name) {
   const Codec codec = codec_of(name);
   if (codec != Codec::Count) return codec;
   std::string known = "none";
-  for (uint8_t i = 1; i < static_cast<uint8_t>(Codec::Count); ++i) known += concat(", ", name_of(static_cast<Codec>(i)));
+  for (uint8_t i = 1; i < static_cast<uint8_t>(Codec::Count); ++i)
+    known += concat(", ", name_of(static_cast<Codec>(i)));
   throw std::invalid_argument(concat(op, ": codec must be one of ", known, ", got '", name, "'"));
 }
 
@@ -49,9 +50,7 @@ const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp 
 }
 
 CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree, int64_t mine) {
-  uint32_t hash = 2166136261u;
-  for (int64_t size : must_agree) hash = (hash ^ static_cast<uint32_t>(size)) * 16777619u;
-  return {op, wire.dtype, wire.op, wire.codec, numel, hash, mine};
+  return {op, wire.dtype, wire.op, wire.codec, numel, hash_of(must_agree.data(), must_agree.size()), mine};
 }
 
 Tensor fresh_output(const Tensor& like, const Shape& shape) {
@@ -61,7 +60,8 @@ Tensor fresh_output(const Tensor& like, const Shape& shape) {
   const size_t bytes = numel_of(out) * out.element_size();
   if (bytes >= kAlwaysMapped) {
     const uintptr_t start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, end = (start + bytes) / kHugePage * kHugePage;
+    const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage,
+                    end = (start + bytes) / kHugePage * kHugePage;
     madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: what it answers does not matter
   }
   return out;
@@ -132,7 +132,8 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
 Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
                       std::string codec) {
   const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
-  TPK_CHECK(rank == comm->rank(), "reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ", rank);
+  TPK_CHECK(rank == comm->rank(), "reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ",
+            rank);
   TPK_CHECK(dim >= 0 && dim < x.dim(), "reduce_scatter: dim must be in [0, ", x.dim(), "), got ", dim);
   const Wire& wire = wire_for(Op::ReduceScatter, x, codec, reduce_op_of("reduce_scatter", op));
   return reduce_scatter_dim(Op::ReduceScatter, *comm, wire, x, dim);

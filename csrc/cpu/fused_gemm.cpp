@@ -1,6 +1,6 @@
-// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: no copy that is not needed (the
-// GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of rank 0, and in
-// the backward the gradient of x under way while the gradient of w is computed.
+// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: no copy that is not needed
+// (the GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of rank
+// 0, and in the backward the gradient of x under way while the gradient of w is computed.
 #include "fused_gemm.h"
 
 #include "../arena.h"

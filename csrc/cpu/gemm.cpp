@@ -36,7 +36,9 @@ bool is_amd() {
 }
 
 Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  return call("mkldnn::_linear_pointwise", "", x, w, bias, std::string("none"), std::vector<int64_t>{},
+  // oneDNN takes strides of x and w into account, but reads the bias as dense.
+  const OptionalTensor packed = bias.has_value() ? OptionalTensor(dense(*bias)) : bias;
+  return call("mkldnn::_linear_pointwise", "", x, w, packed, std::string("none"), std::vector<int64_t>{},
               std::optional<std::string>(std::string()));
 }
 

@@ -1,5 +1,6 @@
-// The matrix products of a rank, each through the faster of two engines that torch has: ATen (MKL or OpenBLAS in fp32) and
-// oneDNN. Which one is decided by shape and machine and never by a clock inside a run, so that two runs give the same bits.
+// The matrix products of a rank, each through the faster of two engines that torch has: ATen (MKL or OpenBLAS in fp32)
+// and oneDNN. Which one is decided by shape and machine and never by a clock inside a run, so that two runs give the
+// same bits.
 #pragma once
 
 #include "tensor.h"

@@ -89,8 +89,9 @@ std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const W
   for (int r = 0; r < world_size(); ++r) {
     Opening theirs;
     std::memcpy(&theirs, exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes, sizeof theirs);
-    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype), static_cast<ReduceOp>(theirs.reduce_op),
-                   static_cast<Codec>(theirs.codec), theirs.numel, theirs.shape_hash, theirs.mine});
+    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype),
+                   static_cast<ReduceOp>(theirs.reduce_op), static_cast<Codec>(theirs.codec), theirs.numel,
+                   theirs.shape_hash, theirs.mine});
   }
   check_agreement(spec, all);
   return all;

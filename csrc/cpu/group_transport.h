@@ -1,9 +1,9 @@
 // Transport `group`: the same collectives over any c10d process group (gloo between hosts). Torch-free.
 //
-// It is built on one primitive, an exchange in which every rank sends bytes to every other one. Sums are local and in rank
-// order, not the backend's own all-reduce, so that the bits are those of every other transport. The first exchange of a
-// call has a fixed size and carries the fingerprint (and the message itself when it is small): backends abort or hang when
-// the sizes disagree, so nothing else may travel before the ranks have agreed.
+// It is built on one primitive, an exchange in which every rank sends bytes to every other one. Sums are local and in
+// rank order, not the backend's own all-reduce, so that the bits are those of every other transport. The first exchange
+// of a call has a fixed size and carries the fingerprint (and the message itself when it is small): backends abort or
+// hang when the sizes disagree, so nothing else may travel before the ranks have agreed.
 #pragma once
 
 #include "../communicator.h"

@@ -161,16 +161,16 @@ TPK_INLINE void reduce_coded_to_values_loop(const char* const* inputs, int num_i
 
 // Explicit specialisations, because the compiler makes instruction-set clones of functions and not of templates.
 
-#define TPK_PLAIN(T, op)                                                                                           \
-  template <>                                                                                                      \
-  TPK_SIMD void reduce_plain<T, op>(const T* const* inputs, int num_inputs, T* const* outputs, int num_outputs,    \
-                                    size_t n) {                                                                    \
-    reduce_loop<T, op>(inputs, num_inputs, outputs, num_outputs, n);                                               \
+#define TPK_PLAIN(T, op)                                                                                        \
+  template <>                                                                                                   \
+  TPK_SIMD void reduce_plain<T, op>(const T* const* inputs, int num_inputs, T* const* outputs, int num_outputs, \
+                                    size_t n) {                                                                 \
+    reduce_loop<T, op>(inputs, num_inputs, outputs, num_outputs, n);                                            \
   }
-#define TPK_PLAIN_OPS(T)            \
-  TPK_PLAIN(T, ReduceOp::Sum)       \
-  TPK_PLAIN(T, ReduceOp::Avg)       \
-  TPK_PLAIN(T, ReduceOp::Max)       \
+#define TPK_PLAIN_OPS(T)      \
+  TPK_PLAIN(T, ReduceOp::Sum) \
+  TPK_PLAIN(T, ReduceOp::Avg) \
+  TPK_PLAIN(T, ReduceOp::Max) \
   TPK_PLAIN(T, ReduceOp::Min)
 
 TPK_PLAIN_OPS(float)
@@ -183,38 +183,38 @@ TPK_PLAIN_OPS(int16_t)
 TPK_PLAIN_OPS(int32_t)
 TPK_PLAIN_OPS(int64_t)
 
-#define TPK_CODED_DTYPE(C, T)                                                                         \
-  template <>                                                                                         \
-  TPK_SIMD void encode<C, T>(const T* values, char* wire, size_t n) {                                 \
-    encode_loop<C, T>(values, wire, n);                                                               \
-  }                                                                                                   \
-  template <>                                                                                         \
-  TPK_SIMD void decode<C, T>(const char* wire, T* values, size_t n) {                                 \
-    decode_loop<C, T>(wire, values, n);                                                               \
-  }                                                                                                   \
-  template <>                                                                                         \
+#define TPK_CODED_DTYPE(C, T)                                                                                     \
+  template <>                                                                                                     \
+  TPK_SIMD void encode<C, T>(const T* values, char* wire, size_t n) {                                             \
+    encode_loop<C, T>(values, wire, n);                                                                           \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  TPK_SIMD void decode<C, T>(const char* wire, T* values, size_t n) {                                             \
+    decode_loop<C, T>(wire, values, n);                                                                           \
+  }                                                                                                               \
+  template <>                                                                                                     \
   TPK_SIMD void reduce_coded_to_values<C, T, ReduceOp::Sum>(const char* const* inputs, int num_inputs, T* values, \
-                                                            size_t n) {                               \
-    reduce_coded_to_values_loop<C, T, ReduceOp::Sum>(inputs, num_inputs, values, n);                  \
-  }                                                                                                   \
-  template <>                                                                                         \
+                                                            size_t n) {                                           \
+    reduce_coded_to_values_loop<C, T, ReduceOp::Sum>(inputs, num_inputs, values, n);                              \
+  }                                                                                                               \
+  template <>                                                                                                     \
   TPK_SIMD void reduce_coded_to_values<C, T, ReduceOp::Avg>(const char* const* inputs, int num_inputs, T* values, \
-                                                            size_t n) {                               \
-    reduce_coded_to_values_loop<C, T, ReduceOp::Avg>(inputs, num_inputs, values, n);                  \
+                                                            size_t n) {                                           \
+    reduce_coded_to_values_loop<C, T, ReduceOp::Avg>(inputs, num_inputs, values, n);                              \
   }
 
-#define TPK_CODED_REDUCE(C, op)                                                                       \
-  template <>                                                                                         \
-  TPK_SIMD void reduce_coded<C, op>(const char* const* inputs, int num_inputs, char* const* outputs,  \
-                                    int num_outputs, size_t n) {                                      \
-    reduce_coded_loop<C, op>(inputs, num_inputs, outputs, num_outputs, n);                            \
+#define TPK_CODED_REDUCE(C, op)                                                                                       \
+  template <>                                                                                                         \
+  TPK_SIMD void reduce_coded<C, op>(const char* const* inputs, int num_inputs, char* const* outputs, int num_outputs, \
+                                    size_t n) {                                                                       \
+    reduce_coded_loop<C, op>(inputs, num_inputs, outputs, num_outputs, n);                                            \
   }
 
-#define TPK_CODED(name, id, C)          \
-  TPK_CODED_DTYPE(C, float)             \
-  TPK_CODED_DTYPE(C, Half)              \
-  TPK_CODED_DTYPE(C, Bfloat16)          \
-  TPK_CODED_REDUCE(C, ReduceOp::Sum)    \
+#define TPK_CODED(name, id, C)       \
+  TPK_CODED_DTYPE(C, float)          \
+  TPK_CODED_DTYPE(C, Half)           \
+  TPK_CODED_DTYPE(C, Bfloat16)       \
+  TPK_CODED_REDUCE(C, ReduceOp::Sum) \
   TPK_CODED_REDUCE(C, ReduceOp::Avg)
 
 TPK_CODECS(TPK_CODED)

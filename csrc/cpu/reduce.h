@@ -1,7 +1,7 @@
 // The inner loops of every collective on the CPU: pack, unpack, and sum R wires in the order given. Torch-free.
 //
-// Sums are float (double for double; integers wrap as unsigned) and are rounded once, so the result depends neither on how
-// a message was cut nor on which rank computes it. max and min keep a NaN of any input.
+// Sums are float (double for double; integers wrap as unsigned) and are rounded once, so the result depends neither on
+// how a message was cut nor on which rank computes it. max and min keep a NaN of any input.
 #pragma once
 
 #include <cstddef>

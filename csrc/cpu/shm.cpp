@@ -88,8 +88,8 @@ bool Heap::contains(const void* pointer) const {
   return p >= base_ && p < base_ + bytes_;
 }
 
-ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s, int fd,
-                                 size_t arena_bytes, const std::vector<int>& pids, int cores)
+ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                                 int fd, size_t arena_bytes, const std::vector<int>& pids, int cores)
     : Communicator(std::move(name), std::move(label), rank, world_size, timeout_s),
       layout_(ArenaLayout::of(arena_bytes)),
       crowded_(world_size > cores),
@@ -100,8 +100,8 @@ ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, 
   void* memory = mmap(nullptr, arena_bytes * static_cast<size_t>(world_size), PROT_READ | PROT_WRITE,
                       MAP_SHARED | MAP_POPULATE, fd, 0);
   if (memory == MAP_FAILED) {
-    throw std::runtime_error(concat("Group.open: mapping the arena of group '", this->label(), "' failed: ",
-                                    std::strerror(errno)));
+    throw std::runtime_error(
+        concat("Group.open: mapping the arena of group '", this->label(), "' failed: ", std::strerror(errno)));
   }
   base_ = static_cast<char*>(memory);
   heap_.reset(arena(rank) + layout_.heap_offset(), layout_.heap_bytes());
@@ -145,8 +145,9 @@ std::vector<CallSpec> ShmCommunicator::hear_all(const CallSpec& mine) {
   for (int r = 0; r < world_size(); ++r) {
     const CallRecord& theirs = record(r);
     wait_for(mine.op, r, theirs.call, call_);
-    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype), static_cast<ReduceOp>(theirs.reduce_op),
-                   static_cast<Codec>(theirs.codec), theirs.numel, theirs.shape_hash, theirs.mine});
+    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype),
+                   static_cast<ReduceOp>(theirs.reduce_op), static_cast<Codec>(theirs.codec), theirs.numel,
+                   theirs.shape_hash, theirs.mine});
   }
   refuse_as_one_piece([&] { check_agreement(mine, all); });
   return all;
@@ -253,10 +254,10 @@ void ShmCommunicator::fail_with(Op op, int failed) {
   const Control& theirs = control(failed);
   const bool late = theirs.was_late != 0;
   const int culprit = theirs.culprit;
-  const std::string text =
-      concat(describe_call(op), ": rank ", failed, " gave up at call ", theirs.failed_call, " because rank ", culprit,
-             culprit == rank() ? " (this rank)" : "", late ? concat(" did not signal within ", timeout_s(), " s") : " was lost",
-             "; rank ", culprit, " was last seen at call ", last_call(culprit), ".");
+  const std::string text = concat(describe_call(op), ": rank ", failed, " gave up at call ", theirs.failed_call,
+                                  " because rank ", culprit, culprit == rank() ? " (this rank)" : "",
+                                  late ? concat(" did not signal within ", timeout_s(), " s") : " was lost", "; rank ",
+                                  culprit, " was last seen at call ", last_call(culprit), ".");
   mark_failed(culprit, late);
   if (late) throw TimeoutFailure(text);
   throw PeerLost(text);

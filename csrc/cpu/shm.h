@@ -1,7 +1,7 @@
 // Transport `shm`: ranks are processes of one host and share one file of memory, an arena for each rank. Torch-free.
 //
-// The file has no name: rank 0 makes it with O_TMPFILE in /dev/shm, reserves it (a full /dev/shm is an error there and then,
-// not a SIGBUS later), and the others open it through /proc. Nothing can be left behind, even by SIGKILL.
+// The file has no name: rank 0 makes it with O_TMPFILE in /dev/shm, reserves it (a full /dev/shm is an error there and
+// then, not a SIGBUS later), and the others open it through /proc. Nothing can be left behind, even by SIGKILL.
 #pragma once
 
 #include <map>
@@ -62,7 +62,7 @@ class ShmCommunicator final : public Communicator {
   char* heap_input(int rank) const { return arena(rank) + layout_.heap_offset() + record(rank).heap_offset; }
 
   void announce(const CallSpec& spec, const void* input_in_heap);  // publishes the fingerprint: the input is ready
-  std::vector<CallSpec> hear_all(const CallSpec& mine);             // waits for all fingerprints and compares them
+  std::vector<CallSpec> hear_all(const CallSpec& mine);            // waits for all fingerprints and compares them
   // A refused call counts as one piece on every rank, whatever each of them wanted.
   template <class Check>
   void refuse_as_one_piece(Check&& check) {
@@ -73,7 +73,7 @@ class ShmCommunicator final : public Communicator {
       throw;
     }
   }
-  void signal(uint64_t stage);                                     // this rank has finished `stage` of this call
+  void signal(uint64_t stage);  // this rank has finished `stage` of this call
   void wait_all(Op op, uint64_t stage);
   void wait_for(Op op, int other, const std::atomic<uint64_t>& word, uint64_t target);
   void sleep_on(int other, const std::atomic<uint64_t>& word, uint64_t seen);

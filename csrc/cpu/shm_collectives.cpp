@@ -2,13 +2,14 @@
 //
 //   one_shot           small n: everyone copies in, everyone sums all.
 //   two_shot           copy in; rank r sums chunk r of all ranks and writes the sum back over what it read, into every
-//                      rank's slot; everyone copies out of its own slot. Writing back where one has read keeps the cache
-//                      lines moving between two writers, which is 5-10 times faster than rewriting lines that a peer has
-//                      only read.
+//                      rank's slot; everyone copies out of its own slot. Writing back where one has read keeps the
+//                      cache lines moving between two writers, which is 5-10 times faster than rewriting lines that a
+//                      peer has only read.
 //   two_shot_read      all inputs lie in heaps: summed where they are, sums go through the slots.
 //   two_shot_in_place  the same, sums written back over the inputs: nothing is copied at all.
 //
-// Order    a rank signals piece g only after it has read all it needs of piece g - 1, and writes piece g + 1 only after all
+// Order    a rank signals piece g only after it has read all it needs of piece g - 1, and writes piece g + 1 only after
+// all
 //          have signalled piece g. So two slots are enough, across calls too: pieces are numbered through (turn_).
 // Sums     in rank order, whatever the way, so every way gives the same bits.
 #include <algorithm>
@@ -194,12 +195,14 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
   const size_t piece = piece_values(wire, ranks), stride = wire.bytes(piece);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
   const bool in_heap = wire.is_plain() && heap_.contains(in);
-  const auto part = [&](int r, size_t p) { return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0; };
+  const auto part = [&](int r, size_t p) {
+    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
+  };
   const auto fill = [&](size_t p) {
     for (int r = 0; r < world_size(); ++r) {
       if (r == rank() && wire.is_plain()) continue;
-      wire.encode(at(in, (cut.start(r) + p * piece) * wire.value_bytes), slot(rank(), p) + static_cast<size_t>(r) * stride,
-                  part(r, p));
+      wire.encode(at(in, (cut.start(r) + p * piece) * wire.value_bytes),
+                  slot(rank(), p) + static_cast<size_t>(r) * stride, part(r, p));
       if (r != rank()) count(wire.bytes(part(r, p)));
     }
   };
@@ -252,7 +255,9 @@ void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, cons
   const size_t piece = piece_values(wire, 1);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
   const bool in_heap = wire.is_plain() && heap_.contains(in);
-  const auto part = [&](int r, size_t p) { return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0; };
+  const auto part = [&](int r, size_t p) {
+    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
+  };
   const auto fill = [&](size_t p) {
     wire.encode(at(in, p * piece * wire.value_bytes), slot(rank(), p), part(rank(), p));
   };

@@ -91,14 +91,14 @@ TPK_INLINE void row_gradient_loop(const T* logits, size_t n, Sum lse, Sum unifor
 
 }  // namespace
 
-#define TPK_ROWS(T, Sum)                                                                              \
-  template <>                                                                                         \
-  TPK_SIMD void row_stats<T>(const T* logits, size_t n, bool smoothing, RowStats<Sum>* stats) {       \
-    row_stats_loop<T, Sum>(logits, n, smoothing, stats);                                              \
-  }                                                                                                   \
-  template <>                                                                                         \
+#define TPK_ROWS(T, Sum)                                                                                   \
+  template <>                                                                                              \
+  TPK_SIMD void row_stats<T>(const T* logits, size_t n, bool smoothing, RowStats<Sum>* stats) {            \
+    row_stats_loop<T, Sum>(logits, n, smoothing, stats);                                                   \
+  }                                                                                                        \
+  template <>                                                                                              \
   TPK_SIMD void row_gradient<T>(const T* logits, size_t n, Sum lse, Sum uniform, Sum scale, T* gradient) { \
-    row_gradient_loop<T, Sum>(logits, n, lse, uniform, scale, gradient);                              \
+    row_gradient_loop<T, Sum>(logits, n, lse, uniform, scale, gradient);                                   \
   }
 
 TPK_ROWS(float, float)

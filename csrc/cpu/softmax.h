@@ -1,5 +1,5 @@
-// The row loops of the vocabulary-parallel loss. Torch-free. Values are read in T, everything else is Sum: float, or double
-// for double.
+// The row loops of the vocabulary-parallel loss. Torch-free. Values are read in T, everything else is Sum: float, or
+// double for double.
 #pragma once
 
 #include <cstddef>

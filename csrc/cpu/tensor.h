@@ -71,7 +71,8 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
 // What a backward returns for a gradient that nobody asked for.
 inline Tensor nothing(const Tensor& like) { return empty_of(like, {0}); }
 
-// Calls an op by its name; the operands must match the schema. The error text of the op is kept where torch hands it out.
+// Calls an op by its name; the operands must match the schema. The error text of the op is kept where torch hands it
+// out.
 Tensor call_op(const char* name, const char* overload, StableIValue* stack);
 
 template <class... Args>

@@ -77,9 +77,11 @@ std::vector<RowStats<typename LossSum<T>::type>> local_stats(const Tensor& logit
 template <class Stats>
 std::vector<Stats> gather_stats(Communicator& comm, const std::vector<Stats>& mine, int64_t vocab_size) {
   constexpr size_t kNumbers = 4;
-  const Wire& wire = wire_of(sizeof(Stats) == kNumbers * sizeof(float) ? DType::F32 : DType::F64, Codec::None, ReduceOp::Sum);
+  const Wire& wire =
+      wire_of(sizeof(Stats) == kNumbers * sizeof(float) ? DType::F32 : DType::F64, Codec::None, ReduceOp::Sum);
   std::vector<Stats> all(mine.size() * static_cast<size_t>(comm.world_size()));
-  const std::vector<int64_t> sizes(static_cast<size_t>(comm.world_size()), static_cast<int64_t>(mine.size() * kNumbers));
+  const std::vector<int64_t> sizes(static_cast<size_t>(comm.world_size()),
+                                   static_cast<int64_t>(mine.size() * kNumbers));
   const Cut cut = Cut::of_sizes(sizes);
   comm.all_gather(spec_of(Op::VocabCrossEntropy, wire, cut.total(), {vocab_size}, sizes.front()), wire, mine.data(),
                   all.data(), cut);
@@ -131,7 +133,8 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<
     if constexpr (std::is_floating_point_v<T>) {
       gradient[local] = scale[i] * (std::exp(row[local] - row_lse[i]) - (1 - smoothing) - uniform);
     } else {
-      gradient[local] = from_float<T>(scale[i] * (std::exp(to_float(row[local]) - row_lse[i]) - (1 - smoothing) - uniform));
+      gradient[local] =
+          from_float<T>(scale[i] * (std::exp(to_float(row[local]) - row_lse[i]) - (1 - smoothing) - uniform));
     }
   }
 }
@@ -198,9 +201,8 @@ Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t voc
   Tensor sums = empty_of(gradient, {shard_size, gradient.size(gradient.dim() - 1)},
                          half ? ScalarType::Float : gradient.scalar_type());
   torch::stable::zero_(sums);
-  with_float_type("vocab_embedding_backward", gradient, [&](auto type) {
-    add_rows<decltype(type)>(gradient, rows, vocab_start, shard_size, sums);
-  });
+  with_float_type("vocab_embedding_backward", gradient,
+                  [&](auto type) { add_rows<decltype(type)>(gradient, rows, vocab_start, shard_size, sums); });
   return half ? torch::stable::to(sums, gradient.scalar_type()) : sums;
 }
 
@@ -208,8 +210,10 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
                                                int64_t world_size, int64_t vocab_start, int64_t vocab_size,
                                                int64_t ignore_index, double label_smoothing) {
   const auto comm = communicator_of(Op::VocabCrossEntropy, group, world_size);
-  TPK_CHECK(logits_shard.dim() == target.dim() + 1, "vocab_cross_entropy: logits_shard must have one dim more than target, "
-            "got shapes ", text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
+  TPK_CHECK(logits_shard.dim() == target.dim() + 1,
+            "vocab_cross_entropy: logits_shard must have one dim more than target, "
+            "got shapes ",
+            text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
   check_shard("vocab_cross_entropy", vocab_start, logits_shard.size(logits_shard.dim() - 1), vocab_size);
   const std::vector<int64_t> targets = integers_of("vocab_cross_entropy", "target", target);
   TPK_CHECK(static_cast<int64_t>(targets.size()) == num_rows(logits_shard),
@@ -222,7 +226,8 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
   with_float_type("vocab_cross_entropy", logits, [&](auto type) {
     using T = decltype(type);
     using Sum = typename LossSum<T>::type;
-    const auto all = gather_stats(*comm, local_stats<T>(logits, targets, vocab_start, label_smoothing != 0), vocab_size);
+    const auto all =
+        gather_stats(*comm, local_stats<T>(logits, targets, vocab_start, label_smoothing != 0), vocab_size);
     combine_stats<Sum>(all, targets, vocab_size, ignore_index, static_cast<Sum>(label_smoothing),
                        static_cast<Sum*>(loss.mutable_data_ptr()), static_cast<Sum*>(lse.mutable_data_ptr()));
   });

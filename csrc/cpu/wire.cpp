@@ -45,8 +45,8 @@ Wire plain_wire(DType dtype) {
 
 template <size_t Size>
 Wire raw_wire(DType dtype) {
-  return {dtype, Codec::None,      ReduceOp::None,   1,      Size, plain_bytes<Size>, plain_copy<Size>,
-          plain_copy<Size>, nullptr, nullptr};
+  return {dtype,   Codec::None, ReduceOp::None, 1, Size, plain_bytes<Size>, plain_copy<Size>, plain_copy<Size>,
+          nullptr, nullptr};
 }
 
 template <class C, class T, ReduceOp op>
@@ -112,8 +112,8 @@ const Wire& coded(DType dtype, Codec codec, ReduceOp op) {
     case DType::BF16: return coded_wire_of_dtype<Bfloat16>(dtype, codec, op);
     case DType::F16: return coded_wire_of_dtype<Half>(dtype, codec, op);
     default:
-      throw std::invalid_argument(concat("codec ", name_of(codec), " packs float32, bfloat16 or float16, got ",
-                                         name_of(dtype)));
+      throw std::invalid_argument(
+          concat("codec ", name_of(codec), " packs float32, bfloat16 or float16, got ", name_of(dtype)));
   }
 }
 

@@ -1,8 +1,9 @@
 // A wire format: how a tensor of one dtype travels under one codec, and how R of them are summed. Torch-free.
 //
 // Three moves cover every collective:   encode: values -> wire,   reduce: R wires -> wires,   decode: wire -> values.
-// Sums are taken in fp32 (fp64 for fp64, integers wrap around exactly), in the order of the inputs given, and rounded once.
-// With codec none the wire is the tensor's own layout, so encode and decode are copies and may be skipped (is_plain).
+// Sums are taken in fp32 (fp64 for fp64, integers wrap around exactly), in the order of the inputs given, and rounded
+// once. With codec none the wire is the tensor's own layout, so encode and decode are copies and may be skipped
+// (is_plain).
 #pragma once
 
 #include <cstddef>

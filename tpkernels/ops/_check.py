@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpkernels import _C
 from tpkernels.compress import CODECS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,19 +20,22 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "avg", "max", "min")
 
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """Return dtypes as people write them: float32, bfloat16."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 # (dtype, op, codec) of every reduction that exists.
 REDUCIBLE = frozenset(
     [(dtype, op, "none") for dtype in FLOATS for op in REDUCTIONS]
     + [(dtype, op, "none") for dtype in INTEGERS for op in REDUCTIONS if op != "avg"]
     + [(dtype, op, codec) for dtype in PACKABLE for op in ("sum", "avg") for codec in CODECS]
 )
+# The same, with the number by which the communicator knows each.
+KINDS = {(dtype, op, codec): _C.reduction_kind(names([dtype]), op, codec) for dtype, op, codec in REDUCIBLE}
 # (dtype, codec) of every sum of products that exists.
 MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
-
-
-def names(dtypes: Sequence[torch.dtype]) -> str:
-    """Return dtypes as people write them: float32, bfloat16."""
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def check_tensor(op: str, name: str, x: Any) -> None:

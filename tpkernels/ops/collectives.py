@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from tpkernels.group import Group, rank_of, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
+from ._check import KINDS, REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
 from ._grad import gather_alike, replicated
 from ._plain import direct, is_plain, shortcut
 from ._register import fake, gradient
@@ -24,6 +24,9 @@ _all_reduce = direct(Call.all_reduce.default)
 _all_reduce_ = direct(Call.all_reduce_.default)
 _reduce_scatter = direct(Call.reduce_scatter.default)
 _all_gather = direct(Call.all_gather.default)
+
+# Bytes up to which the way to the kernel costs more than the kernel: dense tensors pass the dispatcher by.
+SMALL = 1 << 20
 
 # What backwards call: differentiable again, and short when nobody asks for that.
 reduce_call = shortcut(Call.all_reduce.default)
@@ -57,7 +60,11 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
         TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
     """
     group = resolve(group)
-    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
+    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None:
+        if x.is_contiguous() and x.nbytes <= SMALL:
+            y = torch.empty_like(x)
+            group._communicator.all_reduce_pointer(x.data_ptr(), y.data_ptr(), x.shape, kind)
+            return y
         return _all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
     check_reduction("all_reduce", x, op, codec)
     return Call.all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
@@ -114,8 +121,12 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`; the values of x are then undefined.
     """
     group = resolve(group)
-    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
-        _all_reduce_(x, group.name, group.world_size, op, codec)
+    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None:
+        if x.is_contiguous():
+            pointer = x.data_ptr()
+            group._communicator.all_reduce_pointer(pointer, pointer, x.shape, kind)
+        else:
+            _all_reduce_(x, group.name, group.world_size, op, codec)
     else:
         check_reduction("all_reduce_", x, op, codec)
         if x.requires_grad and torch.is_grad_enabled():
