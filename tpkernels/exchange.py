@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tpkernels.errors import PeerLostError
 
-_REPORT_SECONDS = 2.0
+_REPORT_SECONDS = 1.0
 
 
 class ProcessGroupExchange:
@@ -68,10 +68,9 @@ class ProcessGroupExchange:
             raise self._explained(error, call, time.monotonic() - started) from None
 
     def _explained(self, error: RuntimeError, call: int, waited: float) -> Exception:
-        dead = [r for r, pid in enumerate(self._pids) if pid is not None and r != self._rank and _is_dead(pid)]
+        dead, silent = self._culprits(call)
         if dead:
             return PeerLostError(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})")
-        silent = self._silent_ranks(call)
         backend = str(error).strip().splitlines()[0]
         if waited >= 0.95 * self._timeout_s or "imed out" in backend:
             return TimeoutError(
@@ -80,18 +79,25 @@ class ProcessGroupExchange:
             )
         return PeerLostError(f"ranks {silent} were lost. The backend said: {backend}")
 
-    def _silent_ranks(self, call: int) -> list[int]:
-        """Ranks that did not report this failure: every survivor writes a key, those who do not are the cause."""
+    def _culprits(self, call: int) -> tuple[list[int], list[int]]:
+        """Ranks of this host that are dead, and ranks that did not report this failure.
+
+        Every survivor writes a key, so those without one are the cause. A socket closes a moment before its process is
+        gone, which is why the processes are looked at again until the time for reports is over.
+        """
         prefix = f"tpkernels/{self._label}/failed/{call}"
         others = [r for r in range(self._group.size()) if r != self._rank]
         reported: set[int] = set()
+        dead: list[int] = []
+        deadline = time.monotonic() + _REPORT_SECONDS
         with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
             self._store.set(f"{prefix}/{self._rank}", "1")
-            deadline = time.monotonic() + _REPORT_SECONDS
-            while len(reported) < len(others) and time.monotonic() < deadline:
+        while not dead and len(reported) < len(others) and time.monotonic() < deadline:
+            dead = [r for r in others if (pid := self._pids[r]) is not None and _is_dead(pid)]
+            with contextlib.suppress(Exception):
                 reported = {r for r in others if self._store.check([f"{prefix}/{r}"])}
-                time.sleep(0.05)
-        return [r for r in others if r not in reported]
+            time.sleep(0.02)
+        return dead, [r for r in others if r not in reported]
 
 
 def _is_dead(pid: int) -> bool:
