@@ -84,8 +84,8 @@ def train(
     eval_every: Annotated[
         int, Option(help="Steps between validations.", rich_help_panel=TRAINING)
     ] = Settings.eval_every,
-    run: Annotated[
-        Path | None, Option(help="Its folder.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
+    folder: Annotated[  # not --run: torchrun would take that for its own --run-path
+        Path | None, Option(help="Its path.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from its last checkpoint.", rich_help_panel=FOLDER)] = False,
     checkpoint_every: Annotated[
@@ -109,7 +109,7 @@ def train(
 
         if launch.under_torchrun():
             asked.setdefault("tp", launch.world_size())
-        settings, folder = _resolve(asked, run, resume)
+        settings, path = _resolve(asked, folder, resume)
         if launch.under_torchrun() and settings.tp != launch.world_size():
             from tpkernels.settings import UserError
 
@@ -118,11 +118,11 @@ def train(
                 f"leave --tp out, or make them equal."
             )
         if not launch.under_torchrun() and settings.tp > 1:
-            arguments = sys.argv[1:] if run is not None else [*sys.argv[1:], "--run", str(folder)]
+            arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
             raise typer.Exit(launch.launch(settings.tp, arguments))
         from tpkernels.job import work
 
-        work(settings, folder, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
+        work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
 
 
 def _asked(context: typer.Context) -> dict[str, Any]:
@@ -137,17 +137,17 @@ def _asked(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def _resolve(asked: dict[str, Any], run: Path | None, resume: bool) -> tuple[Settings, Path]:
+def _resolve(asked: dict[str, Any], folder: Path | None, resume: bool) -> tuple[Settings, Path]:
     """Settings and folder of the run; everything that can be checked before ranks are started is checked."""
     from tpkernels import settings as settings_file
     from tpkernels.data import check_size, open_corpus
     from tpkernels.settings import UserError
 
     if resume:
-        folder = run or _newest_run(Path("runs"))
+        folder = folder or _newest_run(Path("runs"))
         settings = settings_file.resume(folder, asked)
     else:
-        folder = run or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        folder = folder or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
         settings = Settings(**asked)
     settings_file.check(settings)
     if settings.tp > 1 and not hasattr(os, "sched_getaffinity"):
@@ -162,7 +162,7 @@ def _newest_run(parent: Path) -> Path:
     found = sorted(path.parent for path in parent.glob("*/settings.json"))
     if not found:
         raise UserError(
-            f"there is no run to resume in {parent.absolute()}: name its folder with --run, or leave out --resume."
+            f"there is no run to resume in {parent.absolute()}: name its folder with --folder, or leave out --resume."
         )
     return found[-1]
 

@@ -91,4 +91,4 @@ def _show(run: Run, found: report.Report, sample: bytes) -> None:
         written.append(picture)
     run.screen.line("written: " + ", ".join(str(path) for path in written))
     if run.stopped_early():
-        run.screen.line(f"the schedule has steps left; to go on: tpkernels train --resume --run {run.folder}")
+        run.screen.line(f"the schedule has steps left; to go on: tpkernels train --resume --folder {run.folder}")

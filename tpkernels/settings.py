@@ -126,7 +126,7 @@ def resume(folder: Path, asked: dict[str, Any]) -> Settings:
         saved = Settings(**{k: v for k, v in json.loads(path.read_text()).items() if k in known})
     except FileNotFoundError:
         raise UserError(
-            f"there is no run to resume in {folder}: name its folder with --run, or leave out --resume."
+            f"there is no run to resume in {folder}: name its folder with --folder, or leave out --resume."
         ) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or start anew without --resume.") from None

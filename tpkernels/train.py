@@ -254,13 +254,13 @@ def open_run(settings: Settings, folder: Path, group: Group, *, resume: bool) ->
 def _claim(settings: Settings, folder: Path) -> None:
     if (folder / "settings.json").exists():
         raise UserError(
-            f"{folder} holds a run already: add --resume to continue it, or name another folder with --run."
+            f"{folder} holds a run already: add --resume to continue it, or name another folder with --folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings_file.save(settings, folder)
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --run.") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --folder.") from None
 
 
 def _continue(trainer: Trainer, folder: Path, group: Group) -> tuple[int, int | None]:
@@ -268,7 +268,7 @@ def _continue(trainer: Trainer, folder: Path, group: Group) -> tuple[int, int | 
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
         raise UserError(
-            f"the run in {folder} has no checkpoint to resume from: start anew with another --run, "
+            f"the run in {folder} has no checkpoint to resume from: start anew with another --folder, "
             f"and a smaller --checkpoint-every (it was {trainer.settings.checkpoint_every} steps)."
         )
     data: Any = checkpoint.peek(found)["extra"].get("data")
