@@ -76,7 +76,7 @@ def _machine() -> dict[str, str]:
 def _can_run() -> dict[str, str]:
     shm, why = shm_verdict()
     gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    onednn = torch.backends.mkldnn.is_available()
+    onednn = torch._C._has_mkldnn
     ops = [name.removeprefix("tpkernels::") for name in torch._C._dispatch_get_all_op_names()
            if name.startswith("tpkernels::")]  # fmt: skip
     codecs = ["none", *(str(name) for name, *_ in _C.codecs())]
