@@ -47,7 +47,7 @@ def wanted(ctx: Any, needs: Needs, gradients: Gradients) -> tuple[Tensor | None,
 
 
 def rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 def linear_gradients(dy: Tensor, x: Tensor, w: Tensor, needs: Needs, dy_bias: Tensor | None = None) -> Gradients:

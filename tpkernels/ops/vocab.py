@@ -123,7 +123,7 @@ def _vocab_embedding_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         mine, local = _own(ids, ctx.start, ctx.shard)
         dy = replicated(dy, ctx.group, ctx.world_size)
-        rows = torch.where(mine.unsqueeze(-1), dy, torch.zeros_like(dy)).reshape(-1, dy.shape[-1])
+        rows = torch.where(mine.unsqueeze(-1), dy, torch.zeros_like(dy)).reshape(ids.numel(), dy.shape[-1])
         dtable = dy.new_zeros(ctx.shard, dy.shape[-1]).index_add(0, local.reshape(-1), rows) if ctx.shard else None
     else:
         dtable = _vocab_embedding_backward(dy, ids, ctx.start, ctx.shard)
