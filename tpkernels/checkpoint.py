@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tpkernels.group import Group, resolve
 
 from tpkernels import layers
 from tpkernels.ckpt_files import (
@@ -37,6 +36,7 @@ from tpkernels.ckpt_files import (
     write_manifest,
     write_tensors,
 )
+from tpkernels.group import Group, resolve
 from tpkernels.ranks import gather, raise_together
 from tpkernels.shard import shard_info
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
+
 from tpkernels.group import Group
 
 T = TypeVar("T")
