@@ -141,7 +141,7 @@ def main(
     pin: Annotated[bool | None, typer.Option(help="A core for each rank; default: if there are as many.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 21,
     block_ms: Annotated[float, typer.Option(help="How long a candidate's block in a round should last.")] = 20.0,
-    most_lost: Annotated[float, typer.Option(help="Part of a block that may wait for a core; 1e9: any.")] = 0.05,
+    most_lost: Annotated[float, typer.Option(help="Part of a block that others may take; 1e9: any.")] = 0.05,
     seed: Annotated[int, typer.Option()] = 7,
     out: Annotated[Path | None, typer.Option(help="Add the rows to this file of JSON lines.")] = None,
 ) -> None:

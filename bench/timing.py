@@ -9,8 +9,8 @@
 5. A ratio is taken inside a round and only then summarised: rounds differ (clocks, placement of virtual cores) by more
    than candidates do. For the same reason the median is what counts; minimum and maximum say how far to trust it.
 6. A candidate whose result is wrong is not timed.
-7. A block during which a rank had to wait for its core, because something else ran there, is repeated. Programs that
-   sleep (gloo) suffer from that ten times more than programs that spin, so it would flatter those.
+7. A block during which something else had the cores is repeated. Programs that sleep (gloo) suffer from company ten
+   times more than programs that spin, so that it would flatter the latter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MOST_CALLS = 20_000  # of one block
+CALIBRATIONS = 3  # the shortest counts
 TRIES = 10  # to have a block to ourselves
 
 
@@ -39,7 +40,7 @@ class Team(Protocol):
         """Every rank's values, in rank order, the same on all ranks."""
 
     def lost_s(self) -> float:
-        """Seconds so far in which threads of this rank could have run and something else had the core."""
+        """Seconds so far that something else had the cores (on average over them); differences mean something."""
 
 
 def nothing() -> None:
@@ -99,15 +100,18 @@ def agree_on_calls(candidate: Candidate, team: Team, block_s: float, clock: Call
     """How many calls fill a block; the same number on every rank."""
     calls = 1
     while True:
-        team.barrier()
-        took = slowest(team, block(candidate.call, candidate.refresh, calls, clock))
+        took = math.inf
+        for _ in range(CALIBRATIONS):
+            team.barrier()
+            took = min(took, slowest(team, block(candidate.call, candidate.refresh, calls, clock)))
+        wanted = round(calls * block_s / max(took, 1e-9))
         if took >= block_s / 8 or calls >= MOST_CALLS:
-            return max(1, min(MOST_CALLS, round(calls * block_s / max(took, 1e-9))))
+            return max(1, min(MOST_CALLS, wanted))
         calls = min(MOST_CALLS, calls * 8)
 
 
 def once(candidate: Candidate, team: Team, calls: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of one call (slowest rank, rewrite subtracted), and the part of the time in which a core was missing.
+    """Seconds of one call (slowest rank, rewrite subtracted), and the part of the time that others had the cores.
 
     nan seconds if the rewrite alone seemed to take longer.
     """
@@ -148,7 +152,7 @@ def measure(
     """Check all candidates, time those that are right in interleaved rounds, and check them again at the end.
 
     Args:
-        most_lost: the part of a block's time that its threads may have waited for a core; beyond, it is repeated.
+        most_lost: the part of a block's time that others may have had the cores; beyond, it is repeated.
         each_round: called between rounds (to look where the cores are now).
     """
     timings = [Timing(c.name, verify(c, team)) for c in candidates]

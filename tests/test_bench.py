@@ -19,7 +19,7 @@ from bench import goals, placement, readme, rows, shapes, suite, table
 from bench import run as bench_run
 from bench.cell import Cell, Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
-from bench.timing import Candidate, Timing, exposed, measure, nothing, ratios, summary
+from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, nothing, ratios, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_the_rewrite_of_the_input_is_subtracted() -> None:
 def test_a_round_in_which_the_rewrite_seemed_longer_than_both_is_not_a_number() -> None:
     clock, turn = Clock(), iter(range(100))
 
-    def moody() -> None:  # once to find the number of calls, then by turns with the call (1 ms) and alone (9 ms)
+    def moody() -> None:  # thrice to find the number of calls, then by turns with the call (1 ms) and alone (9 ms)
         clock.now += 9e-3 if next(turn) % 2 == 0 else 1e-3
 
     job = Candidate("a", call=clock.work("a", 1e-4), error=right, refresh=moody)
@@ -106,8 +106,7 @@ def test_candidates_take_turns_and_the_order_alternates() -> None:
 def test_there_is_a_barrier_before_every_block() -> None:
     clock, team = Clock(), Team()
     measure([candidate(clock, "a", 0.02), candidate(clock, "b", 0.02, rewrite=0.01)], team, rounds=7, clock=clock)
-    calibration = 2
-    assert team.barriers == calibration + 7 * (1 + 2)
+    assert team.barriers == 2 * CALIBRATIONS + 7 * (1 + 2)
 
 
 def test_a_block_is_filled_and_every_rank_makes_the_same_number_of_calls() -> None:
