@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tpkernels import _C
 from tpkernels.compress import CODECS
@@ -39,13 +41,18 @@ MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dty
 
 
 def check_tensor(op: str, name: str, x: Any) -> None:
-    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and on a device that the op has."""
+    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and on a device that the op has.
+
+    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {x.layout}")
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(f"{op}: {name} must be on the cpu, got device {x.device}")
+    if not is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(f"{op}: {name} must not carry a forward-mode tangent: only backward is defined")
 
 
 def check_codec(op: str, codec: Any, dtype: torch.dtype) -> None:
