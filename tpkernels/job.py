@@ -38,9 +38,10 @@ def _greet(run: Run) -> None:
     whole = report.whole_parameters(run)
     start = f"going on from step {run.step:,} in" if run.step else "run folder"
     run.screen.line(
-        f"{whole / 1e6:.2f} M parameters over {group.world_size} ranks ({group.transport}), {s.dtype}, "
-        f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB), {start} {run.folder}"
+        f"{whole / 1e6:.2f} M parameters over {group.world_size} ranks ({group.transport}), {s.dtype}; "
+        f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB)"
     )
+    run.screen.line(f"{start} {run.folder}")
 
 
 def _conclude(run: Run) -> bool:

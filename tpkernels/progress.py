@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 10.0
 WINDOW = 20  # steps over which speed and loss are averaged
@@ -33,9 +33,8 @@ class Screen:
         if shown and self.console.is_terminal:
             columns = (
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=10),
                 TextColumn("{task.description}"),
-                TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
             self.bar = Progress(*columns, console=self.console)
@@ -70,18 +69,19 @@ class Screen:
         if "validation_loss" in record:
             self.validation = record["validation_loss"]
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, description=self.describe())
+            self.bar.update(self.task, completed=done, total=total, description=self.describe(short=True))
             if "validation_loss" in record:
                 self.line(f"step {done:5d}  {self.describe()}")
         elif "validation_loss" in record or time.monotonic() - self.printed_at > PLAIN_EVERY_S:
             self.printed_at = time.monotonic()
             self.line(f"step {done:5d}/{total or '?'}  {self.describe()}")
 
-    def describe(self) -> str:
-        """Loss, speed and exposed communication over the last steps."""
+    def describe(self, short: bool = False) -> str:
+        """Loss, speed and exposed communication over the last steps; `short` fits beside a bar in 80 columns."""
         seconds = sum(r["seconds"] for r in self.recent)
         loss = sum(r["loss"] for r in self.recent) / len(self.recent)
         share = sum(r["communication"] for r in self.recent) / seconds
-        validation = f"  validation {self.validation:.3f}" if self.validation is not None else ""
         speed = self.tokens * len(self.recent) / seconds
-        return f"loss {loss:.3f}{validation}  {speed:,.0f} tokens/s  communication {share:.1%}"
+        names = ("val", "tok/s", "comm") if short else ("validation", "tokens/s", "communication")
+        validation = f"  {names[0]} {self.validation:.3f}" if self.validation is not None else ""
+        return f"loss {loss:.3f}{validation}  {speed:,.0f} {names[1]}  {names[2]} {share:.1%}"
