@@ -1,7 +1,8 @@
 #include "communicator.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <map>
@@ -11,6 +12,16 @@
 #include "errors.h"
 
 namespace tpk {
+
+namespace {
+
+// Counts forks on the way from the first process to this one. Asking the kernel for the process at every call would
+// cost as much as a small collective.
+std::atomic<uint64_t> process_generation{0};
+[[maybe_unused]] const int counts_forks =
+    pthread_atfork(nullptr, nullptr, [] { process_generation.fetch_add(1, std::memory_order_relaxed); });
+
+}  // namespace
 
 uint64_t now_nanoseconds() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
@@ -48,13 +59,13 @@ Communicator::Communicator(std::string name, std::string label, int rank, int wo
       rank_(rank),
       world_size_(world_size),
       timeout_s_(timeout_s),
-      owner_pid_(getpid()) {}
+      owner_(process_generation) {}
 
 // One collective call: exclusive, numbered, timed, and what breaks it breaks the communicator.
 class Communicator::Turn {
  public:
   Turn(Communicator& comm, Op op) : comm_(comm), lock_(comm.mutex_), start_(now_nanoseconds()) {
-    TPK_CHECK(getpid() == comm.owner_pid_, name_of(op), " on group '", comm.label_,
+    TPK_CHECK(process_generation == comm.owner_, name_of(op), " on group '", comm.label_,
               "': this process was forked after the group was opened; open the group in the process that uses it");
     if (comm.closed_) throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': this rank closed the group"));
     if (!comm.broken_.empty()) {
@@ -129,7 +140,7 @@ void Communicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, 
 
 void Communicator::close() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!closed_ && getpid() == owner_pid_) do_close();
+  if (!closed_ && process_generation == owner_) do_close();
   closed_ = true;
 }
 

@@ -118,7 +118,7 @@ class Communicator {
   const std::string name_, label_;
   const int rank_, world_size_;
   const double timeout_s_;
-  const int owner_pid_;
+  const uint64_t owner_;  // which process: see process_generation
   std::mutex mutex_;
   bool closed_ = false;
   std::string broken_;  // the first fatal error

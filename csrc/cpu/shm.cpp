@@ -139,17 +139,27 @@ void ShmCommunicator::announce(const CallSpec& spec, const void* input_in_heap) 
   wake_sleepers();
 }
 
-std::vector<CallSpec> ShmCommunicator::hear_all(const CallSpec& mine) {
-  std::vector<CallSpec> all;
-  all.reserve(static_cast<size_t>(world_size()));
+void ShmCommunicator::hear_all(const CallSpec& mine) {
+  bool agreed = true;
   for (int r = 0; r < world_size(); ++r) {
     const CallRecord& theirs = record(r);
     wait_for(mine.op, r, theirs.call, call_);
+    agreed &= theirs.numel == mine.numel && theirs.shape_hash == mine.shape_hash &&
+              theirs.op == static_cast<uint8_t>(mine.op) && theirs.dtype == static_cast<uint8_t>(mine.dtype) &&
+              theirs.reduce_op == static_cast<uint8_t>(mine.reduce_op) &&
+              theirs.codec == static_cast<uint8_t>(mine.codec);
+  }
+  if (!agreed) refuse_as_one_piece([&] { check_agreement(mine, announced()); });
+}
+
+std::vector<CallSpec> ShmCommunicator::announced() const {
+  std::vector<CallSpec> all;
+  for (int r = 0; r < world_size(); ++r) {
+    const CallRecord& theirs = record(r);
     all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype),
                    static_cast<ReduceOp>(theirs.reduce_op), static_cast<Codec>(theirs.codec), theirs.numel,
                    theirs.shape_hash, theirs.mine});
   }
-  refuse_as_one_piece([&] { check_agreement(mine, all); });
   return all;
 }
 

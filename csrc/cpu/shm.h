@@ -62,7 +62,8 @@ class ShmCommunicator final : public Communicator {
   char* heap_input(int rank) const { return arena(rank) + layout_.heap_offset() + record(rank).heap_offset; }
 
   void announce(const CallSpec& spec, const void* input_in_heap);  // publishes the fingerprint: the input is ready
-  std::vector<CallSpec> hear_all(const CallSpec& mine);            // waits for all fingerprints and compares them
+  void hear_all(const CallSpec& mine);                             // waits for all fingerprints and compares them
+  std::vector<CallSpec> announced() const;                         // by all ranks, after hear_all
   // A refused call counts as one piece on every rank, whatever each of them wanted.
   template <class Check>
   void refuse_as_one_piece(Check&& check) {

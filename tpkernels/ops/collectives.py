@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _increment_version
 from torch.compiler import is_compiling
 
 from tpkernels.group import Group, rank_of, resolve
@@ -21,7 +22,6 @@ from ._register import fake, gradient
 
 Call = torch.ops.tpkernels
 _all_reduce = direct(Call.all_reduce.default)
-_all_reduce_ = direct(Call.all_reduce_.default)
 _reduce_scatter = direct(Call.reduce_scatter.default)
 _all_gather = direct(Call.all_gather.default)
 
@@ -59,7 +59,8 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
         RankMismatchError: the ranks called with different shapes, dtypes, ops or codecs.
         TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
     """
-    group = resolve(group)
+    if type(group) is not Group:
+        group = resolve(group)
     if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None:
         if x.is_contiguous() and x.nbytes <= SMALL:
             y = torch.empty_like(x)
@@ -120,20 +121,20 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
         TypeError, ValueError: x, op or codec do not fit, or x requires a gradient.
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`; the values of x are then undefined.
     """
-    group = resolve(group)
-    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None:
-        if x.is_contiguous():
-            pointer = x.data_ptr()
-            group._communicator.all_reduce_pointer(pointer, pointer, x.shape, kind)
-        else:
-            _all_reduce_(x, group.name, group.world_size, op, codec)
-    else:
-        check_reduction("all_reduce_", x, op, codec)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
-        Call.all_reduce_(x, group.name, group.world_size, op, codec)
+    if type(group) is not Group:
+        group = resolve(group)
+    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None and x.is_contiguous():
+        pointer = x.data_ptr()
+        group._communicator.all_reduce_pointer(pointer, pointer, x.shape, kind)
+        if not x.is_inference():
+            _increment_version((x,))
+        return x
+    check_reduction("all_reduce_", x, op, codec)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
+    Call.all_reduce_(x, group.name, group.world_size, op, codec)
     if not (is_compiling() or x.is_inference()):
-        torch.autograd.graph.increment_version(x)  # so that a backward that saved x notices
+        _increment_version((x,))  # so that a backward that saved x notices
     return x
 
 
