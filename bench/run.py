@@ -6,6 +6,7 @@ The protocol is told in bench/timing.py. Rows go to the screen and, with --out, 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +20,9 @@ from bench import shapes, table
 from bench.cell import CODEC_ROUNDING, DTYPES, Cell, Setting
 from bench.ranks import RankTeam, cores, launch
 from bench.rows import Row, circumstances, row_of, save
-from bench.timing import measure
+from bench.timing import measure, slowest
+
+QUIET_S = 2.0  # without company, before a cell is measured
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ BYTES, GEMMS, VOCABS = (tuple(s) for s in (shapes.COLLECTIVE_BYTES, shapes.GEMMS
 # One line each. The training step has a bench of its own, in processes of its own: `python -m bench.train_step`.
 BENCHES = {
     "all_reduce": Bench("bench.collectives:all_reduce", shapes.parse_bytes, BYTES),
-    "all_reduce_sym": Bench("bench.collectives:all_reduce", shapes.parse_bytes, BYTES, ("gloo", "sym")),
+    "all_reduce_sym": Bench(
+        "bench.collectives:all_reduce", shapes.parse_bytes, BYTES, ("gloo", "sym")
+    ),  # rows of all_reduce
     "reduce_scatter": Bench("bench.collectives:reduce_scatter", shapes.parse_bytes, BYTES),
     "all_gather": Bench("bench.collectives:all_gather", shapes.parse_bytes, BYTES),
     "gemm_all_reduce": Bench("bench.gemms:gemm_all_reduce", shapes.parse_gemm, GEMMS),
@@ -71,6 +76,7 @@ class Spec:
     block_s: float
     most_lost: float
     where: Row
+    wait_s: float = 0.0
 
 
 def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
@@ -88,9 +94,26 @@ def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
     return [row_of(cell, candidate, by_name, probes, spec.where) for candidate in cell.candidates]
 
 
+def complete(rows: list[Row], rounds: int) -> bool:
+    """Whether the cell had its cores in half of the rounds at least."""
+    return all(2 * row["rounds"] >= rounds for row in rows if row["verified"])
+
+
+def wait_until_quiet(team: RankTeam, most_lost: float, until: float) -> None:
+    """Return when nothing else runs, or when it is late; all ranks at once."""
+    while True:
+        before, start = team.lost_s(), time.monotonic()
+        time.sleep(QUIET_S)
+        share = (team.lost_s() - before) / (time.monotonic() - start)
+        late = float(time.monotonic() > until)
+        if slowest(team, share) <= most_lost or slowest(team, late):
+            return
+
+
 def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     """What a rank process does."""
     setting = Setting(team.rank, team.world_size, **spec.setting)
+    until = time.monotonic() + spec.wait_s
     for op, size in spec.jobs:
         try:
             cell = BENCHES[op].make(setting, size)
@@ -98,7 +121,13 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
             if team.rank == 0:
                 send(f"left out: {error}")
             continue
-        rows = measure_cell(cell, team, spec)
+        if not cell.candidates:
+            raise ValueError(f"{op}: there is no candidate called {' or '.join(setting.only)}")
+        rows: list[Row] = []
+        while not rows or not (complete(rows, spec.rounds) or slowest(team, float(time.monotonic() > until))):
+            if spec.wait_s:
+                wait_until_quiet(team, spec.most_lost, until)
+            rows = measure_cell(cell, team, spec)
         if team.rank == 0:
             send(rows)
     setting.close()
@@ -142,6 +171,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 21,
     block_ms: Annotated[float, typer.Option(help="How long a candidate's block in a round should last.")] = 20.0,
     most_lost: Annotated[float, typer.Option(help="Part of a block that others may take; 1e9: any.")] = 0.05,
+    wait: Annotated[float, typer.Option(help="Seconds to wait, in all, for a quiet machine; then keep nothing.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 7,
     out: Annotated[Path | None, typer.Option(help="Add the rows to this file of JSON lines.")] = None,
 ) -> None:
@@ -157,20 +187,24 @@ def main(
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
                "only": tuple(only.split(",")) if only else bench.only, "seed": seed,
                "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize)}  # fmt: skip
-    spec = Spec(tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned))
+    spec = Spec(
+        tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned), wait
+    )
     rows: list[Row] = []
+    keep: list[Row] = []
     for found in run(spec, ranks, pin=pinned):
         if isinstance(found, str):
             console.print(found)
             continue
         rows += found
+        keep += found if complete(found, rounds) else []
         if console.is_terminal:
             console.print(f"{op} {table.size(found[0])}: done", style="dim")
-    if op == "all_reduce_sym":
-        rows = [{**row, "op": op} for row in rows]
     table.show(rows, console)
     if out is not None:
-        save(out, rows)
+        save(out, keep)
+    if len(keep) < len(rows):
+        console.print("something else had the cores: sizes without enough rounds were not kept", style="yellow")
     if not all(row["verified"] for row in rows):
         console.print("a result is wrong: see verified", style="bold red")
         sys.exit(1)
