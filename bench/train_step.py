@@ -7,7 +7,6 @@ which three updates have shaped, must be those of one uncut process within the b
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +23,9 @@ from bench import plain_model
 from bench.cell import Cell
 from bench.ranks import RankTeam, cores, launch
 from bench.rows import RESULTS, Row, circumstances, row_of, save
+from bench.run import complete, wait_until_quiet
 from bench.table import digits, under
-from bench.timing import Candidate, measure
+from bench.timing import Candidate, measure, slowest
 from tpkernels import Group
 from tpkernels.data import Corpus, open_corpus
 from tpkernels.gpt import Parts, sharded_parts, whole_parts
@@ -93,26 +93,6 @@ def cell(settings: Settings, team: RankTeam, group: Group) -> Cell:
     return Cell("train_step", settings.dtype, team.world_size, {}, candidates, baseline="gloo")
 
 
-class OwnCore:
-    """The team, with another notion of a missing core: what other processes took of this rank's.
-
-    How long threads waited for a core says nothing here: gloo's thread and the rank's wait for each other on theirs,
-    and that belongs to gloo's result.
-    """
-
-    def __init__(self, team: RankTeam) -> None:
-        self.rank, self.world_size, self.barrier, self.gather = team.rank, team.world_size, team.barrier, team.gather
-        self.core = f"cpu{min(os.sched_getaffinity(0))} "
-        self.pinned = len(os.sched_getaffinity(0)) == 1
-
-    def lost_s(self) -> float:
-        if not self.pinned:
-            return 0.0
-        line = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith(self.core))
-        user, nice, system, _, _, irq, softirq, steal = (int(value) for value in line.split()[1:9])
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
 @dataclass(frozen=True)
 class Spec:
     """What every rank is told."""
@@ -120,19 +100,36 @@ class Spec:
     settings: Settings
     rounds: int
     block_s: float
+    most_lost: float
+    wait_s: float
     where: Row
 
 
-def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
+def measured(job: Cell, team: RankTeam, spec: Spec) -> list[Row]:
     probes: list[float] = []
+
+    def look() -> None:
+        probes.append(team.flag_rtt_ns())
+
+    timings = measure(
+        job.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=look
+    )
+    look()
+    by_name = {t.name: t for t in timings}
+    return [row_of(job, candidate, by_name, probes, spec.where) for candidate in job.candidates]
+
+
+def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
+    until = time.monotonic() + spec.wait_s
     with Group.open() as group:
         job = cell(spec.settings, team, group)
-        timings = measure(job.candidates, OwnCore(team), rounds=spec.rounds, block_s=spec.block_s,
-                          each_round=lambda: probes.append(team.flag_rtt_ns()))  # fmt: skip
-        probes.append(team.flag_rtt_ns())
-        by_name = {t.name: t for t in timings}
+        rows: list[Row] = []
+        while not rows or not (complete(rows, spec.rounds) or slowest(team, float(time.monotonic() > until))):
+            if spec.wait_s:
+                wait_until_quiet(team, spec.most_lost, until)
+            rows = measured(job, team, spec)
         if team.rank == 0:
-            send([row_of(job, c, by_name, probes, spec.where) for c in job.candidates])
+            send(rows)
 
 
 def show(rows: list[Row], tokens: int, console: Console) -> None:
@@ -156,16 +153,20 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32, bf16")] = "fp32",
     codec: Annotated[str, typer.Option(help="Of our candidate.")] = "none",
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Of our candidate.")] = False,
+    most_lost: Annotated[float, typer.Option(help="Part of a block that others may take; 1e9: any.")] = 0.05,
+    wait: Annotated[float, typer.Option(help="Seconds to wait, in all, for a quiet machine; then keep nothing.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="JSON lines to add the rows to.")] = RESULTS / "train_step.jsonl",
 ) -> None:
     """Measure the training step with the main job's default sizes."""
     pinned = ranks <= len(cores())
     settings = replace(Settings(), tp=ranks, dtype=dtype, codec=codec, sequence_parallel=sequence_parallel)
-    spec = Spec(settings, rounds, block_ms / 1e3, circumstances(pinned))
+    spec = Spec(settings, rounds, block_ms / 1e3, most_lost, wait, circumstances(pinned))
     console = Console(width=max(140, Console().width))
     rows: list[Row] = [row for found in launch(ranks, on_rank, spec, pin=pinned) for row in found]
     show(rows, settings.tokens, console)
-    if out is not None:
+    if not complete(rows, rounds):
+        console.print("others had the cores in more than half of the rounds: nothing is kept")
+    elif out is not None:
         save(out, rows)
     if not all(row["verified"] for row in rows):
         console.print("a result is wrong: see verified", style="bold red")

@@ -38,7 +38,7 @@ def _greet(run: Run) -> None:
     whole = report.whole_parameters(run)
     start = f"going on from step {run.step:,} in" if run.step else "run folder"
     run.screen.line(
-        f"{whole / 1e6:.2f} M parameters over {group.world_size} ranks ({group.transport}), {s.dtype}; "
+        f"{whole / 1e6:.2f} M parameters over {group.world_size} ranks ({group.transport}), {s.dtype}\n"
         f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB)"
     )
     run.screen.line(f"{start} {run.folder}")
