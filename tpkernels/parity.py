@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +46,9 @@ def compare(trainer: Trainer, records: list[dict[str, float]], total: int | None
     for record in records[:steps]:
         step = int(record["step"])
         other = whole.step(step, total)
-        bound = rounding(settings) * (step + 1)
-        losses.append((abs(other["loss"] - record["loss"]), bound * other["loss"]))
+        bound = rounding(settings) * math.sqrt(step + 1)  # weights carry errors on, which add up like a random walk
+        # The loss is a mean over tokens; their errors cancel like independent ones.
+        losses.append((abs(other["loss"] - record["loss"]), bound * other["loss"] / math.sqrt(settings.tokens)))
         norms.append((abs(other["grad_norm"] - record["grad_norm"]) / other["grad_norm"], bound))
     return Parity(steps, *max(losses, key=_excess), *max(norms, key=_excess))
 
@@ -57,14 +59,13 @@ def _excess(pair: tuple[float, float]) -> float:
 
 
 def rounding(settings: Settings) -> float:
-    """By how much the loss or the gradient norm of two right programs may differ relatively, after one step.
+    """By how much the gradient norm, or a token's loss, of two right programs may differ relatively in the first step.
 
     Errors of rounding add up like random walks. A dot product of K terms in fp32 has a relative error of about
     sqrt(K) * u, u = 2**-24; the products that follow each other in a step (qkv, attention, proj, up, down of each
     block, head; three times as many with backward) add their squares. bf16 rounds each of their results once more, and
     a codec each sum over the ranks. Two programs, each with its own error: sqrt(2). A factor 4 covers the extreme of
     many draws.
-    Weights carry the error on, so that step n may have n times as much (`compare` multiplies).
     """
     d, blocks = settings.d_model, settings.layers
     terms = 3 * (blocks * (d + settings.context + d + d + 4 * d) + d)
