@@ -1,7 +1,8 @@
 #include "collectives.h"
 
 #include <dlfcn.h>
-#include <sys/mman.h>
+
+#include "output_pool.h"
 
 namespace tpk {
 
@@ -54,17 +55,13 @@ CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree,
 }
 
 Tensor fresh_output(const Tensor& like, const Shape& shape) {
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  constexpr size_t kAlwaysMapped = size_t{32} << 20;  // smaller blocks are recycled by malloc, their pages with them
-  Tensor out = empty_of(like, shape);
-  const size_t bytes = numel_of(out) * out.element_size();
-  if (bytes >= kAlwaysMapped) {
-    const uintptr_t start = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage,
-                    end = (start + bytes) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: what it answers does not matter
-  }
-  return out;
+  size_t bytes = like.element_size();
+  for (int64_t size : shape) bytes *= static_cast<size_t>(size);
+  if (bytes < kSmallestPooled) return empty_of(like, shape);
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return torch::stable::from_blob(pool_allocate(bytes), shape, strides, torch::stable::Device("cpu"),
+                                  like.scalar_type(), [bytes](void* memory) { pool_free(memory, bytes); });
 }
 
 void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& x, Tensor& out) {

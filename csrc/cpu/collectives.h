@@ -12,8 +12,7 @@ std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, i
 const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op = ReduceOp::Sum);
 CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree = {}, int64_t mine = 0);
 
-// An output that will be written whole. Large ones come straight from the kernel each time, page by page; asking for
-// huge pages makes that ten times cheaper.
+// An output that will be written whole; a large one comes from the pool.
 Tensor fresh_output(const Tensor& like, const Shape& shape);
 // x must be contiguous; the result may be x itself.
 void all_reduce_into(Op op, Communicator&, const Wire&, const Tensor& x, Tensor& out);

@@ -51,7 +51,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   if (wire.is_plain()) {
     const OptionalTensor partial = product_in_arena(*comm, group, x_shard, w_shard, rank_bias, y_shape);
     if (partial.has_value()) {
-      Tensor y = empty_of(x_shard, y_shape);
+      Tensor y = fresh_output(x_shard, y_shape);
       all_reduce_into(Op::GemmAllReduce, *comm, wire, *partial, y);
       return y;
     }

@@ -26,10 +26,11 @@ Measured& measured() {
   return *instance;
 }
 
-bool is_amd() {
+// Where oneDNN was found to beat MKL in fp32: 1.3 to 1.9 times on Zen 4, not at all on Zen 3, which has no AVX-512.
+bool is_amd_with_avx512() {
 #if defined(__x86_64__)
-  static const bool amd = __builtin_cpu_is("amd") != 0;
-  return amd;
+  static const bool found = __builtin_cpu_is("amd") != 0 && __builtin_cpu_supports("avx512f") != 0;
+  return found;
 #else
   return false;
 #endif
@@ -94,8 +95,9 @@ EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K) {
     const auto found = measured().engines.find({dtype, M, N, K});
     if (found != measured().engines.end()) return {found->second, "measured on this machine"};
   }
-  if (is_amd() && M >= 8) return {Engine::OneDnn, "rule: oneDNN is faster than MKL on AMD cores from 8 rows on"};
-  return {Engine::Aten, is_amd() ? "rule: few rows, memory bound" : "rule: not an AMD core"};
+  if (!is_amd_with_avx512()) return {Engine::Aten, "rule: oneDNN gains only on AMD cores with AVX-512"};
+  if (M < 8) return {Engine::Aten, "rule: few rows, bound by memory"};
+  return {Engine::OneDnn, "rule: oneDNN is faster than MKL on AMD cores with AVX-512 from 8 rows on"};
 }
 
 Tensor as_rows(const Tensor& x) {

@@ -19,7 +19,11 @@ namespace tpk {
 namespace {
 
 constexpr int kSleepMilliseconds = 20;  // a dead rank is noticed this soon
+constexpr uint64_t kSpinNanoseconds = 100'000;
+constexpr uint64_t kCrowdedSpinNanoseconds = 2'000;
+constexpr int kPausesBetweenClocks = 32;
 constexpr int kYields = 50;
+constexpr uint64_t kLongYieldNanoseconds = 200'000;
 
 inline void pause_core() {
 #if defined(__x86_64__)
@@ -199,18 +203,28 @@ void ShmCommunicator::wake_sleepers() {
   }
 }
 
-// Spin briefly, give up the core a few times, then sleep in the kernel until the word changes.
+// Spin, then sleep in the kernel until the word changes. With a core for each rank there is no yielding in between: on
+// a core that another program wants, a yield gives away a whole time slice, where a sleeper is woken with priority.
+// With more ranks than cores the one waited for may need this core: yield early, until a yield shows that others are
+// here, too.
 void ShmCommunicator::wait_for(Op op, int other, const std::atomic<uint64_t>& word, uint64_t target) {
   if (word.load(std::memory_order_acquire) >= target) return;
   const uint64_t started = now_nanoseconds();
-  const int spins = crowded_ ? 100 : 4000;
-  for (int i = 0; i < spins; ++i) {
-    pause_core();
-    if (word.load(std::memory_order_acquire) >= target) return count_wait(now_nanoseconds() - started);
+  const uint64_t spin_until = started + (crowded_ ? kCrowdedSpinNanoseconds : kSpinNanoseconds);
+  uint64_t now = started;
+  while (now < spin_until) {
+    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+      pause_core();
+      if (word.load(std::memory_order_acquire) >= target) return count_wait(now_nanoseconds() - started);
+    }
+    now = now_nanoseconds();
   }
-  for (int i = 0; i < kYields; ++i) {
+  for (int i = 0; crowded_ && i < kYields; ++i) {
     sched_yield();
     if (word.load(std::memory_order_acquire) >= target) return count_wait(now_nanoseconds() - started);
+    const uint64_t after = now_nanoseconds();
+    if (after - now > kLongYieldNanoseconds) break;
+    now = after;
   }
   while (true) {
     const uint64_t seen = word.load(std::memory_order_acquire);

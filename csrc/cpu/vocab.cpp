@@ -175,7 +175,7 @@ Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, std::string
   const Tensor table = dense(table_shard);
   Shape shape = shape_of(ids);
   shape.push_back(table.size(1));
-  Tensor out = empty_of(table, shape);
+  Tensor out = fresh_output(table, shape);
   const size_t row_bytes = static_cast<size_t>(table.size(1)) * table.element_size();
   const char* from = static_cast<const char*>(table.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
@@ -239,7 +239,7 @@ Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_sh
                                     double label_smoothing) {
   const std::vector<int64_t> targets = integers_of("vocab_cross_entropy_backward", "target", target);
   const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
-  Tensor dlogits = empty_of(logits, shape_of(logits));
+  Tensor dlogits = fresh_output(logits, shape_of(logits));
   with_float_type("vocab_cross_entropy_backward", logits, [&](auto type) {
     loss_gradient<decltype(type)>(scale, logits, targets, sums, vocab_start, vocab_size, ignore_index, label_smoothing,
                                   dlogits);

@@ -26,7 +26,7 @@ _reduce_scatter = direct(Call.reduce_scatter.default)
 _all_gather = direct(Call.all_gather.default)
 
 # Bytes up to which the way to the kernel costs more than the kernel: dense tensors pass the dispatcher by.
-SMALL = 1 << 20
+SMALL = 1 << 18
 
 # What backwards call: differentiable again, and short when nobody asks for that.
 reduce_call = shortcut(Call.all_reduce.default)
