@@ -107,8 +107,10 @@ def check_size(op: str, name: str, size: Any) -> None:
         raise ValueError(f"{op}: {name} must not be negative, got {size}")
 
 
-def fits_linear(x: Tensor, w: Tensor, bias: Tensor | None, codec: str) -> bool:
+def fits_linear(x: Tensor, w: Tensor | None, bias: Tensor | None, codec: str) -> bool:
     """Return whether y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
+    if w is None:
+        return False
     dtype, shape = x.dtype, w.shape
     return (
         (dtype, codec) in MULTIPLIABLE

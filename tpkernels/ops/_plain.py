@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, strided
 from torch._C import _get_tracing_state, _is_torch_function_mode_enabled, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
@@ -53,6 +53,7 @@ def is_plain(x: Any) -> bool:
         and not _is_torch_function_mode_enabled()
         and peek_interpreter_stack() is None
         and x.is_cpu
+        and x.layout is strided
         and not x.is_neg()
         and not _profiler_enabled()
         and forward_ad._current_level < 0
@@ -65,9 +66,15 @@ def are_plain(x: Any, *others: Any) -> bool:
     if not is_plain(x):
         return False
     grad = is_grad_enabled()
-    for other in others:
-        if other is None:
-            continue
-        if type(other) not in _TYPES or (grad and other.requires_grad) or not other.is_cpu or other.is_neg():
-            return False
-    return True
+    return all(other is None or _is_plain_beside(other, grad) for other in others)
+
+
+def _is_plain_beside(other: Any, grad: bool) -> bool:
+    """What is_plain asks of the tensor itself; the modes have been asked for."""
+    return (
+        type(other) in _TYPES
+        and not (grad and other.requires_grad)
+        and other.is_cpu
+        and other.layout is strided
+        and not other.is_neg()
+    )

@@ -132,6 +132,8 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     check_reduction("all_reduce_", x, op, codec)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
+    if not is_compiling() and torch._debug_has_internal_overlap(x) == 1:
+        raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
     Call.all_reduce_(x, group.name, group.world_size, op, codec)
     if not (is_compiling() or x.is_inference()):
         _increment_version((x,))  # so that a backward that saved x notices
@@ -248,7 +250,8 @@ def all_gather(
     """
     group = resolve(group)
     plain = is_plain(x_shard) and not x_shard.is_conj()
-    if plain and dim_size is None and codec == "none" and type(dim) is int and 0 <= dim < x_shard.dim():
+    usual = dim_size is None and codec == "none" and grad == "reduce" and type(dim) is int
+    if plain and usual and 0 <= dim < x_shard.dim():
         return _all_gather(x_shard, group.name, group.world_size, dim, -1, codec)  # type: ignore[no-any-return]
     check_tensor("all_gather", "x_shard", x_shard)
     check_codec("all_gather", codec, x_shard.dtype)
