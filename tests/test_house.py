@@ -17,7 +17,7 @@ LONGEST_FILE = 400
 # Imports point down: a module may import its own level and lower ones. Everything in a folder has the folder's level.
 LEVELS = [
     {"_C", "_build", "errors"},
-    {"choose", "exchange", "group", "rendezvous"},
+    {"choose", "exchange", "group", "rendezvous", "tune"},
     {"compress", "ops", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_files", "data_parallel", "ranks"},

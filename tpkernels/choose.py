@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tpkernels import _C
+from tpkernels.tune import tune as measure
 
 if TYPE_CHECKING:
     from tpkernels.group import Explanation, Group
@@ -26,8 +27,9 @@ def explain(
     numel: int = 0,
     dtype: torch.dtype = torch.float32,
     codec: str = "none",
+    tune: bool = False,
 ) -> Explanation:
-    """The path of one call; see Group.explain.
+    """The path of one call; see Group.explain. tune=True measures the GEMM engines first (tune.py).
 
     Raises:
         ValueError: no such op, or a dtype that it does not take.
@@ -40,11 +42,14 @@ def explain(
         raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"explain: dtype must be one of {list(_DTYPES)}, got {dtype}")
+    measured: dict[str, float] = {}
+    if tune and dtype == torch.float32 and min(M, N, K) > 0 and torch._C._has_mkldnn:
+        measured = measure(group, M, N, K, dtype)
     engine, why = _C.choose_engine(_DTYPES[dtype], M, N, K)
     path, travel = _collective_path(group, "all_reduce", M * N * dtype.itemsize, codec)
     if op in ("gemm_all_reduce", "gemm_reduce_scatter") and _in_arena(group, engine, M * N * dtype.itemsize, codec):
-        return Explanation("fused", f"GEMM by {engine} ({why}) writes into the arena, summed where it lies")
-    return Explanation("unfused", f"GEMM by {engine} ({why}), then {path}: {travel}")
+        return Explanation("fused", f"GEMM by {engine} ({why}) writes into the arena, summed where it lies", measured)
+    return Explanation("unfused", f"GEMM by {engine} ({why}), then {path}: {travel}", measured)
 
 
 def _in_arena(group: Group, engine: str, nbytes: int, codec: str) -> bool:

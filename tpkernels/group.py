@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpkernels import _C
+from tpkernels import _C, tune
 from tpkernels.exchange import ProcessGroupExchange
 from tpkernels.rendezvous import RankInfo, Wanted, check_same, gather, obstacle_to_shm, open_shm, rounded_to_pages
 
@@ -99,6 +99,7 @@ class Group:
         process_group, label = _process_group_of(process_group_or_mesh_dim)
         if process_group is None:
             return cls(_C.open_local(_unique_name("local"), label), None, timeout_s, "one process")
+        tune.load()
         wanted = Wanted(timeout_s, rounded_to_pages(arena_bytes or _DEFAULT_ARENA_BYTES), transport)
         ranks = gather(process_group, RankInfo.here(wanted))
         check_same(ranks)
@@ -144,7 +145,8 @@ class Group:
 
         Args:
             op: name of an op; None explains the choice of the transport.
-            shape: M, N, K (this rank's sizes) and dtype for the GEMMs; numel and dtype, or nbytes, for the collectives.
+            shape: M, N, K (this rank's sizes) and dtype for the GEMMs; numel and dtype for the collectives. With
+                tune=True, on all ranks, the GEMM engines are timed for that shape and the faster one is kept.
         """
         from tpkernels.choose import explain
 
