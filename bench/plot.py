@@ -28,7 +28,7 @@ def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Latest rows by variant, smallest size first; the baseline first."""
     latest: dict[tuple[str, int], Row] = {}
     for row in sorted(rows, key=lambda r: r["date"]):
-        if row["verified"] and row["median_us"] is not None:
+        if row["verified"] and row["median_us"] is not None and (row["M"] or row["bytes"]):
             latest[row["variant"], across(row)] = row
     names = sorted({v for v, _ in latest}, key=lambda v: (v != rows[0]["baseline"], v))
     return {v: [latest[key] for key in sorted(latest) if key[0] == v] for v in names}

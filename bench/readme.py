@@ -119,6 +119,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "vocab": (only("vocab_embedding", "vocab_cross_entropy"), collective),
     "codecs": (only("codecs", "codecs_group"), collective),
     "dispatch": (only("dispatch"), collective),
+    "train_step": (only("train_step"), collective),
     "goals": (lambda rows: rows, goals),
 }
 

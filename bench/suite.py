@@ -16,7 +16,7 @@ import typer
 
 from bench.rows import RESULTS
 
-# Arguments of `python -m bench.run`; the first word is the op and names the file.
+# Arguments of `python -m bench.run`; the first word is the op and names the file. The training step is its own program.
 RUNS = [
     "all_reduce",
     "all_reduce --dtype bf16",
@@ -32,6 +32,7 @@ RUNS = [
     "codecs",
     "codecs_group",
     "dispatch",
+    "train_step",
 ]
 
 
@@ -51,7 +52,8 @@ def main(
         words = run.split()
         print(f"\n# {run}", flush=True)
         keep = ["--out", str(out / f"{words[0]}.jsonl"), "--wait", str(wait)]
-        command = [sys.executable, "-m", "bench.run", *words, *keep]
+        program = ["bench.train_step", *words[1:]] if words[0] == "train_step" else ["bench.run", *words]
+        command = [sys.executable, "-m", *program, *keep]
         if code := subprocess.run(command).returncode:
             sys.exit(code)
 

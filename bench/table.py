@@ -31,10 +31,10 @@ def ratio(row: Row) -> str:
 
 
 def size(row: Row) -> str:
-    """M x N x K where the op has them, else bytes."""
+    """M x N x K where the op has them, else bytes; a dash for what has one size only."""
     if row["M"] is not None:
         return f"{row['M']}x{row['N']}x{row['K']}"
-    return format_bytes(row["bytes"])
+    return "-" if row["bytes"] is None else format_bytes(row["bytes"])
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Cellwise]:
