@@ -140,8 +140,9 @@ class Block(nn.Module):
     def attend(self, qkv: Tensor, rotation: Tensor) -> Tensor:
         """Causal attention in each sequence, each of this rank's h heads: [tokens, 3 * h * head_dim] -> [tokens, .]."""
         length = rotation.shape[-2]
-        q, k, v = qkv.view(-1, length, qkv.shape[-1] // (3 * self.head_dim), 3, self.head_dim).permute(3, 0, 2, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
+        parts = qkv.view(-1, length, qkv.shape[-1] // (3 * self.head_dim), 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        q, k = rotate(parts[:2], rotation)
+        y = F.scaled_dot_product_attention(q, k, parts[2], is_causal=True)
         return y.transpose(1, 2).reshape(qkv.shape[0], qkv.shape[-1] // 3)
 
 
