@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpkernels.group import Group
-from tpkernels.testing.cases import Case, Sizes
+from tpkernels.testing.case import Case, Sizes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

@@ -15,7 +15,8 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.shard import part
 from tpkernels.testing import run_ranks
-from tpkernels.testing.cases import CASES, Case, Sizes
+from tpkernels.testing.case import Case, Sizes
+from tpkernels.testing.cases import CASES
 
 SIZES = [
     Sizes(R=0, M=7, N=5, K=11),

@@ -15,7 +15,8 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.shard import part, part_sizes
 from tpkernels.testing import run_ranks
-from tpkernels.testing.cases import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Sizes, unit
+from tpkernels.testing.case import Sizes, unit
+from tpkernels.testing.cases import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
 RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 TRANSPORTS = ("shm", "group")

@@ -16,7 +16,8 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.shard import part
 from tpkernels.testing import run_ranks
-from tpkernels.testing.cases import ALL_GATHER_GEMM, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMMS, Sizes
+from tpkernels.testing.case import Sizes
+from tpkernels.testing.cases import ALL_GATHER_GEMM, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMMS
 
 RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 SHAPES = {  # M, N, K, batch, dim

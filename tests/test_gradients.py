@@ -18,19 +18,15 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.ops._grad import replicated
 from tpkernels.testing import run_ranks
+from tpkernels.testing.case import PARTIAL, Case, Sizes, present, shard
 from tpkernels.testing.cases import (
     ALL_GATHER,
     ALL_REDUCE,
     CASES,
     GEMM_ALL_REDUCE,
     GEMMS,
-    PARTIAL,
     REDUCE_SCATTER,
     VOCAB_CROSS_ENTROPY,
-    Case,
-    Sizes,
-    present,
-    shard,
 )
 
 STEP = 1e-5

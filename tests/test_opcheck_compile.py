@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
-from tpkernels.testing.cases import CASES, VOCAB_CROSS_ENTROPY, VOCAB_EMBEDDING, Case, Sizes
+from tpkernels.testing.case import Case, Sizes
+from tpkernels.testing.cases import CASES, VOCAB_CROSS_ENTROPY, VOCAB_EMBEDDING
 
 CALLS = torch.ops.tpkernels
 

@@ -16,7 +16,8 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.shard import part
 from tpkernels.testing import run_ranks
-from tpkernels.testing.cases import VOCAB, VOCAB_CROSS_ENTROPY, Sizes
+from tpkernels.testing.case import Sizes
+from tpkernels.testing.cases import VOCAB, VOCAB_CROSS_ENTROPY
 
 RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 SHAPES = {  # M, K, V, batch

@@ -1,0 +1,30 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tpkernels.testing.spawn import end_resting_teams
+
+SHM = "/dev/shm"
+
+
+@pytest.fixture
+def nothing_is_left_in_shared_memory() -> Iterator[None]:
+    before = set(os.listdir(SHM))
+    yield
+    deadline = time.monotonic() + 5.0
+    while (left := set(os.listdir(SHM)) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)  # of other programs, which come and go
+    assert not [name for name in left if "tpk" in name or "tpkernels" in name], left
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Rank processes that rest between two tests end with the last one."""
+    yield
+    end_resting_teams()
