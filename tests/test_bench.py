@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tools import Clock, Team, candidate, right, where, wrong
 
 from bench import placement, rows, shapes, suite
 from bench import run as bench_run
@@ -21,8 +22,6 @@ from bench.ranks import RankTeam, launch
 from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, ratios, summary
 
 ROOT = Path(__file__).parents[1]
-
-from bench_tools import Clock, Team, candidate, right, where, wrong
 
 
 def test_the_rewrite_of_the_input_is_subtracted() -> None:
