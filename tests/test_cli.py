@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tpkernels import launch
+from tpkernels import checkpoint, launch
 from tpkernels.cli import app
 from tpkernels.settings import Settings
 
@@ -145,6 +147,25 @@ def test_an_error_of_the_ranks_is_said_once_and_without_a_stack_trace(tmp_path: 
     assert done.returncode == 2
     assert done.stderr.count("has no checkpoint to resume from: start anew with another --folder") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program = [sys.executable, "-m", "tpkernels", "train", *tiny(**{"--steps": 10**6}), "--folder", str(run)]
+    started = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"--folder" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert "PeerLostError" in errors
+    assert "The run can go on from its last checkpoint with --resume" in errors
+    assert "Traceback" not in errors
+    assert checkpoint.latest(run / "checkpoints") is not None
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     The ranks write to this terminal and say themselves what went wrong, so torchrun's own report of it is kept quiet.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(ranks)))
     config = LaunchConfig(
         min_nodes=1,
@@ -55,6 +55,8 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         return next((code for code in codes if code > 0), 1)
     except (SignalException, KeyboardInterrupt):
         return 130
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

@@ -8,17 +8,29 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from tpkernels.errors import PeerLostError
 from tpkernels.group import Group
 
 T = TypeVar("T")
 
 
 def gather(value: T, group: Group) -> list[T]:
-    """Every rank's value, in rank order. Waits as long as the process group does: a rank may have a slow disk."""
+    """Every rank's value, in rank order. Waits as long as the process group does: a rank may have a slow disk.
+
+    Raises:
+        PeerLostError: another rank died or left.
+    """
     if group.world_size == 1:
         return [value]
     values: list[T | None] = [None] * group.world_size
-    dist.all_gather_object(values, value, group=group.process_group)
+    try:
+        dist.all_gather_object(values, value, group=group.process_group)
+    except RuntimeError as error:  # what gloo makes of a closed connection
+        why = str(error).splitlines()[0].rpartition("] ")[2].split(". This is")[0]
+        raise PeerLostError(
+            f"the ranks of group '{group.label}' (this is rank {group.rank} of {group.world_size}) could not tell each "
+            f"other how they stand, because one of them died or left ({why})."
+        ) from None
     return values  # type: ignore[return-value]
 
 
