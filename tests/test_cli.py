@@ -162,6 +162,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in errors
     assert "PeerLostError" in errors
     assert "The run can go on from its last checkpoint with --resume" in errors
     assert "Traceback" not in errors

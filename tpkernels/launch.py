@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,10 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "tpkernels", *arguments)
     except ChildFailedError as failed:
-        codes = [failure.exitcode for failure in failed.failures.values()]
-        return next((code for code in codes if code > 0), 1)
+        rank, first = failed.get_first_failure()
+        if first.exitcode < 0:  # a killed rank cannot speak for itself
+            print(f"tpkernels: rank {rank} was ended by {signal.Signals(-first.exitcode).name}.", file=sys.stderr)
+        return next((f.exitcode for f in failed.failures.values() if f.exitcode > 0), 1)
     except (SignalException, KeyboardInterrupt):
         return 130
     finally:
