@@ -225,7 +225,8 @@ class LocalCommunicator final : public Communicator {
   void do_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
     copy(in, out, cut.total() * wire.value_bytes);
   }
-  void do_all_gather(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+  void do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+    check_parts(spec, {spec}, cut);
     copy(in, out, cut.total() * wire.value_bytes);
   }
   std::vector<int64_t> do_exchange(const CallSpec& spec) override { return {spec.mine}; }

@@ -45,6 +45,13 @@ class PythonExchange final : public Exchange {
   void wait(uint64_t call) override {
     guarded([&] { exchange_.attr("wait")(call); });
   }
+  void close(uint64_t last_call) override {
+    py::gil_scoped_acquire gil;
+    try {
+      exchange_.attr("close")(last_call);
+    } catch (const py::error_already_set&) {  // leaving must not fail
+    }
+  }
 
  private:
   template <class Body>

@@ -185,7 +185,7 @@ def test_bad_arguments_of_a_group(call: Callable[[], Any], error: type[Exception
 
 @pytest.mark.parametrize("gather", [ops.all_gather, lambda x, **options: ops.all_gather_gemm(x, W, **options)])
 def test_one_rank_gathers_only_what_it_has(gather: Callable[..., Any]) -> None:
-    with pytest.raises((ValueError, tpk.RankMismatchError), match="7"):
+    with pytest.raises((ValueError, tpk.RankMismatchError), match="dim_size"):
         gather(X, dim_size=7)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +16,15 @@ import torch.distributed as dist
 
 from tpkernels.errors import PeerLostError
 
+_SLICE_SECONDS = 0.2
 _REPORT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    text: str
+    culprits: list[int]
+    late: bool
 
 
 class ProcessGroupExchange:
@@ -57,47 +67,76 @@ class ProcessGroupExchange:
     def wait(self, call: int) -> None:
         """Return when everything has arrived.
 
+        Waits in short slices and looks at the other ranks in between: a backend notices a rank that is gone only where
+        it talks to that rank, and a rank that waits for a survivor would sit there until the deadline.
+
         Raises:
-            TimeoutError: not within the deadline; names the ranks that did not report the failure of this call.
-            PeerLostError: a rank died or left, or the backend failed.
+            TimeoutError: not within the deadline; names the ranks that were silent.
+            PeerLostError: a rank died, closed the group or gave up, or the backend failed.
         """
-        started = time.monotonic()
-        try:
-            self._work.wait(timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            raise self._explained(error, call, time.monotonic() - started) from None
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                self._work.wait(timedelta(seconds=_SLICE_SECONDS))
+                return
+            except RuntimeError as error:
+                late = time.monotonic() >= deadline
+                trouble = self._trouble(call)
+                if trouble is None and (late or self._work.is_completed()):
+                    backend = str(error).strip().splitlines()[0]
+                    trouble = self._silence(call, late or "imed out" in backend, backend)
+                if trouble is None:
+                    continue
+                self._tell("failed", call, trouble.culprits, trouble.late)
+                raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
 
-    def _explained(self, error: RuntimeError, call: int, waited: float) -> Exception:
-        dead, silent = self._culprits(call)
+    def close(self, last_call: int) -> None:
+        """Tell the others that this rank leaves after `last_call`."""
+        self._tell("closed", last_call, [], False)
+
+    def _trouble(self, call: int) -> _Trouble | None:
+        """What is known to have gone wrong: a dead process, a rank that left, a rank that gave up."""
+        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and _is_dead(pid)]
         if dead:
-            return PeerLostError(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})")
-        backend = str(error).strip().splitlines()[0]
-        if waited >= 0.95 * self._timeout_s or "imed out" in backend:
-            return TimeoutError(
-                f"ranks {silent} did not come within {self._timeout_s:g} s. If they are only slow, raise "
-                f"Group.open(timeout_s=...). The backend said: {backend}"
-            )
-        return PeerLostError(f"ranks {silent} were lost. The backend said: {backend}")
+            return _Trouble(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})", dead, False)
+        for r, (what, last, culprits, late) in self._told().items():
+            if what == "closed" and last < call:
+                return _Trouble(f"rank {r} closed the group; it was last seen at call {last}", [r], False)
+            if what == "failed" and culprits:
+                how = "did not come" if late else "were lost"
+                return _Trouble(f"rank {r} gave up at call {last}, because ranks {culprits} {how}", culprits, late)
+        return None
 
-    def _culprits(self, call: int) -> tuple[list[int], list[int]]:
-        """Ranks of this host that are dead, and ranks that did not report this failure.
-
-        Every survivor writes a key, so those without one are the cause. A socket closes a moment before its process is
-        gone, which is why the processes are looked at again until the time for reports is over.
-        """
-        prefix = f"tpkernels/{self._label}/failed/{call}"
-        others = [r for r in range(self._group.size()) if r != self._rank]
-        reported: set[int] = set()
-        dead: list[int] = []
+    def _silence(self, call: int, late: bool, backend: str) -> _Trouble:
+        """Whom to blame for a wait that ended badly: those that do not report the same within a second."""
+        self._tell("failed", call, [], late)
         deadline = time.monotonic() + _REPORT_SECONDS
-        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-            self._store.set(f"{prefix}/{self._rank}", "1")
-        while not dead and len(reported) < len(others) and time.monotonic() < deadline:
-            dead = [r for r in others if (pid := self._pids[r]) is not None and _is_dead(pid)]
-            with contextlib.suppress(Exception):
-                reported = {r for r in others if self._store.check([f"{prefix}/{r}"])}
+        while time.monotonic() < deadline and len(self._told()) < len(self._others()):
+            if (known := self._trouble(call)) is not None:
+                return known  # a socket closes a moment before its process is gone
             time.sleep(0.02)
-        return dead, [r for r in others if r not in reported]
+        silent = [r for r in self._others() if r not in self._told()]
+        if late:
+            hint = f"within {self._timeout_s:g} s. If they are only slow, raise Group.open(timeout_s=...)"
+            return _Trouble(f"ranks {silent} did not come {hint}. The backend said: {backend}", silent, True)
+        return _Trouble(f"ranks {silent} were lost. The backend said: {backend}", silent, False)
+
+    def _others(self) -> list[int]:
+        return [r for r in range(self._group.size()) if r != self._rank]
+
+    def _tell(self, what: str, call: int, culprits: list[int], late: bool) -> None:
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
+            self._store.set(f"tpkernels/{self._label}/{self._rank}", json.dumps([what, call, culprits, late]))
+
+    def _told(self) -> dict[int, tuple[str, int, list[int], bool]]:
+        """The last words of other ranks."""
+        told: dict[int, tuple[str, int, list[int], bool]] = {}
+        with contextlib.suppress(Exception):
+            for r in self._others():
+                key = f"tpkernels/{self._label}/{r}"
+                if self._store.check([key]):
+                    told[r] = tuple(json.loads(self._store.get(key)))
+        return told
 
 
 def _is_dead(pid: int) -> bool:

@@ -42,7 +42,8 @@ def compare(trainer: Trainer, records: list[dict[str, float]], total: int | None
     settings = trainer.settings
     steps = min(settings.parity_steps, len(records))
     whole = Trainer.new(settings, trainer.corpus, whole_parts(), None)
-    losses, norms = [(0.0, 1.0)], [(0.0, 1.0)]
+    losses: list[tuple[float, float]] = []
+    norms: list[tuple[float, float]] = []
     for record in records[:steps]:
         step = int(record["step"])
         other = whole.step(step, total)
@@ -50,7 +51,8 @@ def compare(trainer: Trainer, records: list[dict[str, float]], total: int | None
         # The loss is a mean over tokens; their errors cancel like independent ones.
         losses.append((abs(other["loss"] - record["loss"]), bound * other["loss"] / math.sqrt(settings.tokens)))
         norms.append((abs(other["grad_norm"] - record["grad_norm"]) / other["grad_norm"], bound))
-    return Parity(steps, *max(losses, key=_excess), *max(norms, key=_excess))
+    nothing = (0.0, 0.0)
+    return Parity(steps, *max(losses, key=_excess, default=nothing), *max(norms, key=_excess, default=nothing))
 
 
 def _excess(pair: tuple[float, float]) -> float:

@@ -205,5 +205,9 @@ def _draw_split(axes: Any, records: list[dict[str, float]]) -> None:
 def smooth(values: list[float], width: int = 15) -> list[float]:
     """Mean of each value and its neighbours."""
     last = len(values) - 1
-    windows = [(i, min(width // 2, i, last - i)) for i in range(len(values))]  # narrower at the ends, so not one-sided
-    return [sum(values[i - half : i + half + 1]) / (2 * half + 1) for i, half in windows]
+    found = []
+    for i in range(len(values)):
+        half = max(2, min(width // 2, i, last - i))  # narrower at the ends, so hardly one-sided
+        window = values[max(0, i - half) : i + half + 1]
+        found.append(sum(window) / len(window))
+    return found

@@ -25,9 +25,11 @@ OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTensor& bias
 
 // The partial product in the arena, or nothing when it does not fit or another engine is faster than ATen.
 OptionalTensor product_in_arena(const Communicator& comm, const std::string& group, const Tensor& x, const Tensor& w,
-                                const OptionalTensor& bias, const Shape& y_shape) {
+                                bool has_bias, const Shape& y_shape) {
   const int64_t rows = num_rows(x);
   const size_t bytes = static_cast<size_t>(rows * w.size(0)) * x.element_size();
+  // A bias would be added in a second step there, which rounds twice and gives other bits than the GEMM's own bias.
+  if (has_bias) return {};
   if (bytes < kSmallestInArena || bytes > comm.heap_bytes() || x.size(x.dim() - 1) == 0) return {};
   if (choose_engine(dtype_of(x), rows, w.size(0), w.size(1)).engine != Engine::Aten) return {};
   OptionalTensor y;
@@ -36,7 +38,7 @@ OptionalTensor product_in_arena(const Communicator& comm, const std::string& gro
   } catch (const std::invalid_argument&) {
     return {};  // the heap is taken by tensors of group.empty; the copying way is right, too
   }
-  linear_into(x, w, bias, *y);
+  linear_into(x, w, *y);
   return y;
 }
 
@@ -49,7 +51,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
   if (wire.is_plain()) {
-    const OptionalTensor partial = product_in_arena(*comm, group, x_shard, w_shard, rank_bias, y_shape);
+    const OptionalTensor partial = product_in_arena(*comm, group, x_shard, w_shard, bias.has_value(), y_shape);
     if (partial.has_value()) {
       Tensor y = fresh_output(x_shard, y_shape);
       all_reduce_into(Op::GemmAllReduce, *comm, wire, *partial, y);
@@ -72,7 +74,7 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
   OptionalTensor partial;
   if (wire.is_plain() && dim == 0) {
-    partial = product_in_arena(*comm, group, x_shard, w_shard, rank_bias, y_shape);
+    partial = product_in_arena(*comm, group, x_shard, w_shard, bias.has_value(), y_shape);
   }
   if (!partial.has_value()) partial = linear(x_shard, w_shard, rank_bias);
   return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, *partial, dim);

@@ -4,9 +4,6 @@
 #include <map>
 #include <mutex>
 #include <tuple>
-#include <type_traits>
-
-#include "../codec/half.h"
 
 namespace tpk {
 namespace {
@@ -44,25 +41,6 @@ Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bia
 }
 
 Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
-template <class T>
-T sum_of(T left, T right) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return left + right;
-  } else {
-    return from_float<T>(to_float(left) + to_float(right));
-  }
-}
-
-template <class T>
-void add_to_rows(Tensor& y, const Tensor& bias) {
-  T* value = static_cast<T*>(y.mutable_data_ptr());
-  const T* added = static_cast<const T*>(bias.const_data_ptr());
-  const int64_t rows = num_rows(y), columns = y.size(y.dim() - 1);
-  for (int64_t i = 0; i < rows; ++i, value += columns) {
-    for (int64_t j = 0; j < columns; ++j) value[j] = sum_of(value[j], added[j]);
-  }
-}
 
 EngineChoice engine_for(const Tensor& x, const Tensor& w) {
   return choose_engine(dtype_of(x), num_rows(x), w.size(0), w.size(1));
@@ -120,17 +98,9 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   return dense(linear_by(engine_for(x, w).engine, x, w, bias));
 }
 
-void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Tensor& y) {
+void linear_into(const Tensor& x, const Tensor& w, Tensor& y) {
   Tensor rows = as_rows(y);
   call("aten::mm", "out", as_rows(x), transpose(w), rows);
-  if (!bias.has_value()) return;
-  const Tensor added = dense(*bias);
-  switch (dtype_of(y)) {
-    case DType::F32: return add_to_rows<float>(y, added);
-    case DType::F64: return add_to_rows<double>(y, added);
-    case DType::BF16: return add_to_rows<Bfloat16>(y, added);
-    default: return add_to_rows<Half>(y, added);
-  }
 }
 
 Tensor grad_input(const Tensor& dy, const Tensor& w) { return linear(dy, transpose(w), std::nullopt); }

@@ -28,7 +28,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias);
 // The same through a given engine, for measuring.
 Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
 // The same into y, which must be contiguous. Only where choose_engine says Aten.
-void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Tensor& y);
+void linear_into(const Tensor& x, const Tensor& w, Tensor& y);
 // dx[..., K] = dy[..., N] @ w[N, K]
 Tensor grad_input(const Tensor& dy, const Tensor& w);
 // dw[N, K] = sum over tokens of dy[..., N] x[..., K]

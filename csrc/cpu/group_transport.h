@@ -20,6 +20,8 @@ class Exchange {
   virtual void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) = 0;
   // Throws TimeoutFailure or PeerLost.
   virtual void wait(uint64_t call) = 0;
+  // Tells the others that this rank leaves after that call; never throws.
+  virtual void close(uint64_t last_call) = 0;
 };
 
 class GroupCommunicator final : public Communicator {
@@ -39,7 +41,7 @@ class GroupCommunicator final : public Communicator {
   std::vector<int64_t> do_exchange(const CallSpec&) override;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                             const std::function<void()>& meanwhile) override;
-  void do_close() override {}
+  void do_close() override { exchange_->close(call_); }
 
  private:
   using Sizes = std::vector<size_t>;
