@@ -144,7 +144,10 @@ def test_parity_does_not_hold_for_nan_or_a_visible_difference(text: str) -> None
     settings = replace(TINY, tp=1, data=text)
     trainer = Trainer.new(settings, open_corpus(text), whole_parts(), None)
     records = [trainer.step(step, 8) for step in range(4)]
-    assert parity.compare(trainer, records, 8).holds
+    found = parity.compare(trainer, records, 8)
+    assert found.holds
+    assert found.loss_difference == 0
+    assert 0 < found.loss_bound < 1e-4, "the bound that is shown is the one that was used"
     for key, factor in (("loss", math.nan), ("grad_norm", math.nan), ("loss", 1.01), ("grad_norm", 1.001)):
         bad = [dict(r) for r in records]
         bad[2][key] *= factor
