@@ -23,10 +23,18 @@ Measured& measured() {
   return *instance;
 }
 
-// Where oneDNN was found to beat MKL in fp32: 1.3 to 1.9 times on Zen 4, not at all on Zen 3, which has no AVX-512.
-bool is_amd_with_avx512() {
+bool is_amd() {
 #if defined(__x86_64__)
-  static const bool found = __builtin_cpu_is("amd") != 0 && __builtin_cpu_supports("avx512f") != 0;
+  static const bool amd = __builtin_cpu_is("amd") != 0;
+  return amd;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_supports("avx512f") != 0;
   return found;
 #else
   return false;
@@ -73,9 +81,13 @@ EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K) {
     const auto found = measured().engines.find({dtype, M, N, K});
     if (found != measured().engines.end()) return {found->second, "measured on this machine"};
   }
-  if (!is_amd_with_avx512()) return {Engine::Aten, "rule: oneDNN gains only on AMD cores with AVX-512"};
-  if (M < 8) return {Engine::Aten, "rule: few rows, bound by memory"};
-  return {Engine::OneDnn, "rule: oneDNN is faster than MKL on AMD cores with AVX-512 from 8 rows on"};
+  // Found with N = K = 4096 cut over two ranks. Zen 4: oneDNN 1.3 to 1.9 times as fast as MKL from 16 rows on. Zen 3,
+  // which has no AVX-512: 1.6 times at 16 rows, 1.2 at 128, even at 512, behind at 1024.
+  constexpr int64_t kFewRows = 8, kManyRowsWithoutAvx512 = 256;
+  if (!is_amd()) return {Engine::Aten, "rule: not an AMD core"};
+  if (M < kFewRows) return {Engine::Aten, "rule: few rows, bound by memory"};
+  if (!has_avx512() && M > kManyRowsWithoutAvx512) return {Engine::Aten, "rule: many rows, no AVX-512"};
+  return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores at this number of rows"};
 }
 
 Tensor as_rows(const Tensor& x) {
