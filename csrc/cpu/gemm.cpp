@@ -81,13 +81,18 @@ EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K) {
     const auto found = measured().engines.find({dtype, M, N, K});
     if (found != measured().engines.end()) return {found->second, "measured on this machine"};
   }
-  // Found with N = K = 4096 cut over two ranks. Zen 4: oneDNN 1.3 to 1.9 times as fast as MKL from 16 rows on. Zen 3,
-  // which has no AVX-512: 1.6 times at 16 rows, 1.2 at 128, even at 512, behind at 1024.
-  constexpr int64_t kFewRows = 8, kManyRowsWithoutAvx512 = 256;
+  // oneDNN against MKL, one core each. Zen 4: 1.3 to 1.9 times as fast from 16 rows on. Zen 3, which has no
+  // AVX-512: 1.2 to 1.6 times at 4 to 64 rows and weights that the caches do not hold, 1.1 at 128, behind from 256 on
+  // and for small weights.
+  constexpr int64_t kLargeWeights = int64_t{4} << 20;
   if (!is_amd()) return {Engine::Aten, "rule: not an AMD core"};
-  if (M < kFewRows) return {Engine::Aten, "rule: few rows, bound by memory"};
-  if (!has_avx512() && M > kManyRowsWithoutAvx512) return {Engine::Aten, "rule: many rows, no AVX-512"};
-  return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores at this number of rows"};
+  if (has_avx512()) {
+    if (M < 8) return {Engine::Aten, "rule: few rows, bound by memory"};
+    return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores with AVX-512 from 8 rows on"};
+  }
+  if (N * K < kLargeWeights) return {Engine::Aten, "rule: AMD core without AVX-512, weights fit the caches"};
+  if (M < 4 || M > 128) return {Engine::Aten, "rule: AMD core without AVX-512, not 4 to 128 rows"};
+  return {Engine::OneDnn, "rule: AMD core, large weights, 4 to 128 rows"};
 }
 
 Tensor as_rows(const Tensor& x) {
