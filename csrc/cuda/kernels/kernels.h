@@ -1,0 +1,171 @@
+// What the host asks of the kernels: plain structs by value and launch functions that only enqueue. Torch-free.
+//
+// Every launch_* returns the launch's cudaError_t, allocates nothing, never waits for the device, and may be captured
+// into a CUDA graph: whatever changes from call to call (the epoch) lives in device memory.
+//
+// A peer's memory is an arena, as on the CPU:   [ Signals | slot 0 | slot 1 | heap ].   Call e uses slot e % 2.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../codec/codec.h"
+#include "../../types.h"
+
+namespace tpk::cuda {
+
+constexpr int kMaxPeers = 8;
+constexpr int kMaxBlocks = 64;  // of a kernel that talks to peers
+constexpr uint64_t kNotInHeap = ~uint64_t{0};
+
+// What a rank says of its call; must agree over the ranks but for `brings` and `heap_offset`. 32 bytes.
+struct Announcement {
+  uint32_t flag;         // the epoch: written last, released
+  uint32_t kind;         // kind_of(...)
+  uint64_t numel;        // of the whole call
+  uint64_t heap_offset;  // where this rank's input lies in its heap, or kNotInHeap
+  uint32_t shape_hash;
+  uint32_t brings;  // values of this rank's part (all_gather), low 32 bits; others 0
+};
+static_assert(sizeof(Announcement) == 32, "two 16-byte words");
+
+constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_op, Codec codec) {
+  return static_cast<uint32_t>(op) | static_cast<uint32_t>(dtype) << 8 | static_cast<uint32_t>(reduce_op) << 16 |
+         static_cast<uint32_t>(codec) << 24;
+}
+
+// First thing in an arena, zero when the group opens. Peers write into `arrived` and `stage`; the rest is the owner's.
+// Flags are pushed to whoever waits, so that polling stays in local memory.
+struct Signals {
+  Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
+  uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: epoch whose second half has begun
+  uint32_t epoch;                                  // calls finished
+  uint32_t finished;                               // blocks of the running call that are done
+};
+constexpr size_t kSignalBytes = size_t{64} << 10;
+static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
+
+// What a device that gave up leaves for the host, in pinned memory. The first failure stays.
+enum class Failure : uint32_t { None, Late, Mismatch };
+struct FailureRecord {
+  uint32_t failure;  // a Failure; written last
+  uint32_t epoch;
+  uint32_t stage;    // 1: announcements, 2: second half
+  uint32_t kind;     // of this rank's call
+  uint32_t missing;  // Late: one bit for each rank that did not come
+  uint32_t blamed;   // Mismatch: a rank that said something else
+  uint64_t numel;
+  Announcement theirs;  // Mismatch: what it said
+  uint32_t last_seen[kMaxPeers];  // Late: the epoch at which each rank was seen last
+};
+
+// The ranks as one of them sees them.
+struct Peers {
+  char* arena[kMaxPeers];  // of every rank, in rank order
+  char* multicast;         // the same arena through the switch, or nullptr
+  int rank;
+  int world_size;
+  size_t slot_bytes;
+  FailureRecord* failure;  // device pointer to pinned memory
+  uint64_t timeout_ns;
+};
+
+inline size_t slot_offset(const Peers& peers, uint32_t epoch) { return kSignalBytes + (epoch & 1) * peers.slot_bytes; }
+inline size_t heap_offset(const Peers& peers) { return kSignalBytes + 2 * peers.slot_bytes; }
+
+// One call. `numel`, `shape_hash` describe the whole; a message larger than a slot is several calls (pieces).
+struct Call {
+  Op op;
+  DType dtype;
+  Codec codec;
+  ReduceOp reduce_op;
+  uint64_t numel;
+  uint32_t shape_hash;
+  uint32_t brings;
+  uint64_t heap_offset;  // of `in` in this rank's heap, or kNotInHeap
+};
+
+// How n values are cut over the ranks: rank r has [start[r], start[r + 1]).
+struct DeviceCut {
+  uint64_t start[kMaxPeers + 1];
+};
+
+// ---- collectives over peers (all_reduce.cu, move.cu). n values; wire bytes of one rank's copy fit into a slot.
+// out may be in. Sums in fp32 (fp64 for fp64, integers exactly), in rank order, rounded once: all ranks the same bits.
+// With a codec the owner packs the sum again and every rank takes the packed sum (one-shot packs it, too).
+
+// Every rank reads all inputs. One wait.
+cudaError_t launch_one_shot(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
+// Rank r sums chunk r, then every rank reads the R sums. Two waits, the least traffic.
+cudaError_t launch_two_shot(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
+// The switch sums (multimem.ld_reduce, multimem.st): codec none, sum, fp32/bf16/fp16, inputs in slots. Order is the switch's.
+cudaError_t launch_multicast(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
+// out = this rank's part of the sum. The float sum is not packed again.
+cudaError_t launch_reduce_scatter(const Peers&, const Call&, const void* in, void* out, const DeviceCut&, int blocks,
+                                  cudaStream_t);
+// out = the parts of all ranks; in is this rank's.
+cudaError_t launch_all_gather(const Peers&, const Call&, const void* in, void* out, const DeviceCut&, int blocks,
+                              cudaStream_t);
+// Nothing but announcements: a barrier on the stream.
+cudaError_t launch_barrier(const Peers&, const Call&, cudaStream_t);
+
+// y = rms_norm(residual_out) * weight,  residual_out = residual + sum over ranks of x        [tokens, width]
+// The sum of x is rounded to the dtype (as all_reduce would), residual_out too; the norm is fp32 inside.
+cudaError_t launch_all_reduce_add_rms_norm(const Peers&, const Call&, const void* x, const void* residual,
+                                           const void* weight, void* y, void* residual_out, float* inverse_rms,
+                                           size_t tokens, size_t width, float eps, int blocks, cudaStream_t);
+
+// ---- local (codec.cu): the moves of wire.h on device memory, for transport `group` and for gradients
+cudaError_t launch_encode(DType, Codec, const void* values, void* wire, size_t n, cudaStream_t);
+cudaError_t launch_decode(DType, Codec, const void* wire, void* values, size_t n, cudaStream_t);
+struct WireList {
+  const void* wire[kMaxPeers * 8];  // up to 64 ranks
+};
+// The wire of the reduced values, written to `wire`; the same in values, not packed again.
+cudaError_t launch_reduce_wires(DType, Codec, ReduceOp, const WireList&, int num_inputs, void* wire, size_t n,
+                                cudaStream_t);
+cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList&, int num_inputs, void* values,
+                                          size_t n, cudaStream_t);
+// wire = encode(scale * values + residual);  residual = scale * values + residual - decode(wire)        residual is fp32
+cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
+                                        size_t n, cudaStream_t);
+
+// ---- local (norm.cu)
+// With r = residual_out, i = inverse_rms, g = dy * weight:  dr = i (g - r i^2 mean(g r)) (+ dresidual_out),
+// dweight = sum over tokens of dy r i. `partial` is [blocks, width] fp32 scratch; dweight is summed in block order.
+cudaError_t launch_rms_norm_backward(DType, const void* dy, const void* dresidual_out, const void* residual_out,
+                                     const void* weight, const float* inverse_rms, void* dr, float* partial,
+                                     void* dweight, size_t tokens, size_t width, int blocks, cudaStream_t);
+struct TensorList {
+  static constexpr int kMax = 64;
+  const void* data[kMax];
+  uint64_t numel[kMax];
+  int count;
+};
+// total[0] += sum of squares of all tensors; partial is [blocks] fp32 scratch. Deterministic; NaN and infinity stay.
+cudaError_t launch_squared_norm(DType, const TensorList&, float* partial, float* total, int blocks, cudaStream_t);
+
+// ---- local (vocab.cu). ids and targets are int64 or int32 (ids_are_64). `bad` counts ids outside [0, vocab_size).
+cudaError_t launch_embedding(const void* ids, bool ids_are_64, const void* table, void* out, size_t tokens,
+                             size_t row_bytes, int64_t vocab_start, int64_t shard, int64_t vocab_size, uint32_t* bad,
+                             cudaStream_t);
+// table_gradient[row] = sum over the tokens of that row, in token order, in fp32, rounded once. order: token indices
+// sorted (stably) by id; sorted_ids: the ids in that order.
+cudaError_t launch_embedding_backward(DType, const void* dy, const int64_t* sorted_ids, const int64_t* order,
+                                      void* table_gradient, size_t tokens, size_t width, int64_t vocab_start,
+                                      int64_t shard, cudaStream_t);
+// stats[token] = {largest, sum of exp(logit - largest), the target's logit or 0, sum of logits}, fp32 (fp64: double)
+cudaError_t launch_row_stats(DType, const void* logits, const void* targets, bool targets_are_64, void* stats,
+                             size_t tokens, size_t shard, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+                             uint32_t* bad, cudaStream_t);
+// From the stats of all ranks [R][tokens]: loss and lse of every token.
+cudaError_t launch_combine_stats(DType, const void* stats, int world_size, const void* targets, bool targets_are_64,
+                                 void* loss, void* lse, size_t tokens, int64_t vocab_size, int64_t ignore_index,
+                                 double label_smoothing, cudaStream_t);
+cudaError_t launch_loss_gradient(DType, const void* dloss, const void* logits, const void* targets, bool targets_are_64,
+                                 const void* lse, void* dlogits, size_t tokens, size_t shard, int64_t vocab_start,
+                                 int64_t vocab_size, int64_t ignore_index, double label_smoothing, cudaStream_t);
+
+}  // namespace tpk::cuda
