@@ -46,7 +46,7 @@ struct Control {
 };
 
 // Messages up to this size are summed by everyone (one wait instead of two).
-constexpr size_t kOneShotBytes = 8192;
+constexpr size_t kOneShotBytes = 1024;
 // Larger ones travel in pieces of this size, which stay in the second-level cache.
 constexpr size_t kPieceBytes = size_t{512} << 10;
 // Products smaller than this are copied in less time than it takes to allocate them in the arena.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from op_tools import assert_within, check_forward
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -49,14 +53,14 @@ def op_calls(group: Group) -> list[tuple[Any, tuple[Any, ...]]]:
         (CALLS.all_reduce_, (x.clone(), name, R, "sum", "none")),
         (CALLS.reduce_scatter, (leaf(x), name, R, rank, 0, "sum", "none")),
         (CALLS.reduce_scatter, (leaf(x), name, R, rank, 1, "max", "none")),
-        (CALLS.all_gather, (leaf(part), name, R, 0, 2 * R, "none")),
-        (CALLS.all_gather, (leaf(part), name, R, 1, -1, "bf16")),
-        (CALLS.all_gather, (ids > 2, name, R, 1, 2 * R, "none")),
+        (CALLS.all_gather, (leaf(part), name, R, rank, 0, 2 * R, "none")),
+        (CALLS.all_gather, (leaf(part), name, R, rank, 1, -1, "bf16")),
+        (CALLS.all_gather, (ids > 2, name, R, rank, 1, 2 * R, "none")),
         (CALLS.gemm_all_reduce, (leaf(x), leaf(w), leaf(bias), name, R, "none")),
         (CALLS.gemm_all_reduce, (leaf(x), leaf(w), None, name, R, "fp16")),
         (CALLS.gemm_reduce_scatter, (leaf(x), leaf(w), leaf(bias), name, R, rank, 0, "none")),
-        (CALLS.all_gather_gemm, (leaf(part), leaf(w), leaf(bias), name, R, 0, 2 * R, "none")),
-        (CALLS.all_gather_gemm, (leaf(part), leaf(w), None, name, R, 0, -1, "none")),
+        (CALLS.all_gather_gemm, (leaf(part), leaf(w), leaf(bias), name, R, rank, 0, 2 * R, "none")),
+        (CALLS.all_gather_gemm, (leaf(part), leaf(w), None, name, R, rank, 0, -1, "none")),
         (CALLS.replicated_gemm, (leaf(x), leaf(w), leaf(bias), name, R, "none")),
         (CALLS.linear_backward, (dy, x, w, *needs)),
         (CALLS.linear_backward, (dy, x, w, False, True, False)),
@@ -123,6 +127,34 @@ def check_compile(backend: str) -> None:
                     torch.testing.assert_close(compiled(*case.arguments(s, group.rank)), results[0][0].detach())
 
 
+def with_sizes(case: Case) -> Case:
+    """The case with the sizes given that the ranks would otherwise ask each other, or take for even when compiling."""
+
+    def options(s: Sizes) -> dict[str, Any]:
+        sized = {"all_gather": {"dim_size": s.M}, "all_gather_gemm": {"dim_size": s.M}}
+        vocab = {"vocab_size": s.V} if case in (VOCAB_EMBEDDING, VOCAB_CROSS_ENTROPY) else {}
+        return {**case.options(s), **sized.get(case.name, vocab)}
+
+    return replace(case, options=options)
+
+
+def check_a_shared_compile_cache(folder: str) -> None:
+    """Rank after rank compiles, each into the cache that the ones before have filled; the others run the plain step."""
+    cache = mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder})
+    with Group.open() as group, cache, torch._inductor.config.patch(fx_graph_cache=True):
+        for case in CASES:
+            s = sizes(group)
+            step = compiled_step(with_sizes(case), s, group)
+            for turn in range(group.world_size):
+                torch._dynamo.reset()
+                run = torch.compile(step, fullgraph=True) if group.rank == turn else step
+                leaves = [
+                    x.requires_grad_() if x is not None and x.is_floating_point() else x
+                    for x in case.arguments(s, group.rank)
+                ]
+                run(*leaves).sum().backward()
+
+
 def check_compile_with_dynamic_shapes() -> None:
     with Group.open() as group:
         R = group.world_size
@@ -144,10 +176,8 @@ def check_compile_of_uneven_cuts() -> None:
     with Group.open() as group:
         R = group.world_size
         s = Sizes(R=R, M=2 * R + 1, N=R + 1, K=3 * R + 1, V=4 * R + 1)
-        sized = {"all_gather": {"dim_size": s.M}, "all_gather_gemm": {"dim_size": s.M}}
         for case in CASES:
-            extra = sized.get(case.name, {"vocab_size": s.V} if case in (VOCAB_EMBEDDING, VOCAB_CROSS_ENTROPY) else {})
-            known = replace(case, options=lambda s, case=case, extra=extra: {**case.options(s), **extra})
+            known = with_sizes(case)
             torch._dynamo.reset()
             compiled = torch.compile(compiled_step(known, s, group), backend="aot_eager", fullgraph=True)
             leaves = [
@@ -295,6 +325,10 @@ def test_ops_are_good_citizens_of_torch(check: Callable[[], None]) -> None:
 @pytest.mark.parametrize(("backend", "R"), [("eager", 3), ("aot_eager", 1), ("aot_eager", 3), ("inductor", 2)])
 def test_ops_compile_into_one_graph_with_the_same_result(backend: str, R: int) -> None:
     run_ranks(check_compile, R, backend, timeout=300.0)
+
+
+def test_ranks_that_share_a_compile_cache_do_not_get_each_others_backward(tmp_path: Path) -> None:
+    run_ranks(check_a_shared_compile_cache, 2, str(tmp_path), timeout=300.0)
 
 
 def check_references() -> None:

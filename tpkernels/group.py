@@ -209,18 +209,6 @@ def resolve(group: Group | None) -> Group:
     return _default
 
 
-def rank_of(name: str) -> int:
-    """This process's rank in the open group of that name (Group.name).
-
-    Raises:
-        ValueError: no group of that name is open here.
-    """
-    group = _open_groups.get(name)
-    if group is None:
-        raise ValueError(f"group: no group '{name}' is open in this process")
-    return group.rank
-
-
 def find(*, name: str | None = None, label: str | None = None) -> Group | None:
     """The group that is open in this process under that name, else the first one of that label, else None."""
     if name is not None and name in _open_groups:

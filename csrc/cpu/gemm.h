@@ -3,7 +3,7 @@
 // same bits.
 #pragma once
 
-#include "tensor.h"
+#include "../torch_side/tensor.h"
 
 namespace tpk {
 

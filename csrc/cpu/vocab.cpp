@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "collectives.h"
+#include "../torch_side/collectives.h"
 #include "gemm.h"
 #include "softmax.h"
 

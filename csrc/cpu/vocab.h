@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "tensor.h"
+#include "../torch_side/tensor.h"
 
 namespace tpk {
 

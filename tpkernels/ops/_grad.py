@@ -47,7 +47,7 @@ class _GatherAlike(torch.autograd.Function):
 
     @staticmethod
     def forward(x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str) -> Tensor:
-        y: Tensor = Call.all_gather(x_shard, group, world_size, dim, dim_size, codec)
+        y: Tensor = Call.all_gather(x_shard, group, world_size, rank, dim, dim_size, codec)
         return y
 
     @staticmethod

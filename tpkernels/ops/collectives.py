@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _increment_version
 from torch.compiler import is_compiling
 
-from tpkernels.group import Group, rank_of, resolve
+from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
 from ._check import KINDS, REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
@@ -200,13 +200,13 @@ def _reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _reduce_scatter_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, _, dim, op, codec = ctx.call
-    dx = gather_call(dy, group, world_size, dim, ctx.dim_size, codec)
+    group, world_size, rank, dim, op, codec = ctx.call
+    dx = gather_call(dy, group, world_size, rank, dim, ctx.dim_size, codec)
     if op == "avg":
         dx = dx / world_size
     elif op != "sum":
         x, y_shard = ctx.saved_tensors
-        y = gather_call(y_shard.detach(), group, world_size, dim, ctx.dim_size, "none")
+        y = gather_call(y_shard.detach(), group, world_size, rank, dim, ctx.dim_size, "none")
         dx = _to_the_extreme(dx, x, y, group, world_size)
     return dx, *(None for _ in ctx.call)
 
@@ -252,7 +252,7 @@ def all_gather(
     plain = is_plain(x_shard) and not x_shard.is_conj()
     usual = dim_size is None and codec == "none" and grad == "reduce" and type(dim) is int
     if plain and usual and 0 <= dim < x_shard.dim():
-        return _all_gather(x_shard, group.name, group.world_size, dim, -1, codec)  # type: ignore[no-any-return]
+        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec)  # type: ignore[no-any-return]
     check_tensor("all_gather", "x_shard", x_shard)
     check_codec("all_gather", codec, x_shard.dtype)
     if grad not in ("reduce", "split"):
@@ -262,10 +262,10 @@ def all_gather(
     wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
     size = whole_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
     if plain:
-        return _all_gather(x_shard, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
     if wants_grad and grad == "split":
         return gather_alike(x_shard, group.name, group.world_size, group.rank, dim, size, codec)
-    return Call.all_gather(x_shard, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+    return Call.all_gather(x_shard, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
 
 
 def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: Group, wants_grad: bool) -> int:
@@ -287,7 +287,9 @@ def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: 
 
 
 @fake("all_gather")
-def _all_gather_fake(x_shard: Tensor, group: str, world_size: int, dim: int, dim_size: int, codec: str) -> Tensor:
+def _all_gather_fake(
+    x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str
+) -> Tensor:
     return x_shard.new_empty(whole_shape(x_shard.shape, world_size, dim, dim_size))
 
 
@@ -299,14 +301,14 @@ def whole_shape(shape: torch.Size, world_size: int, dim: int, dim_size: int) -> 
 
 
 def _all_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.group, ctx.world_size, ctx.dim, _, ctx.codec = inputs
+    _, *ctx.call = inputs
 
 
 def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    rank = rank_of(ctx.group)
+    group, world_size, rank, dim, _, codec = ctx.call
     values = torch.view_as_real(dy) if dy.is_complex() else dy
-    dx = scatter_call(values, ctx.group, ctx.world_size, rank, ctx.dim, "sum", ctx.codec)
-    return torch.view_as_complex(dx) if dy.is_complex() else dx, None, None, None, None, None
+    dx = scatter_call(values, group, world_size, rank, dim, "sum", codec)
+    return torch.view_as_complex(dx) if dy.is_complex() else dx, *(None for _ in ctx.call)
 
 
 gradient("all_gather", _all_gather_gradient, _all_gather_context)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_autocast_enabled
 
-from tpkernels.group import Group, rank_of, resolve
+from tpkernels.group import Group, resolve
 
 from ._check import check_dim, check_linear, check_size, fits_linear
 from ._grad import replicated
@@ -155,12 +155,12 @@ def _gemm_reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tens
 
 
 def _gemm_reduce_scatter_gradient(ctx: Any, dy_shard: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, _, dim, codec = ctx.call
+    group, world_size, rank, dim, codec = ctx.call
     x, w, needs = saved_linear(ctx, dy_shard)
     if not torch.is_grad_enabled():
         call = (group, world_size, dim, ctx.dim_size, codec)
         return wanted(ctx, needs, _gemm_reduce_scatter_backward(dy_shard, x, w, *needs, *call))
-    dy = gather_call(dy_shard, group, world_size, dim, ctx.dim_size, codec)
+    dy = gather_call(dy_shard, group, world_size, rank, dim, ctx.dim_size, codec)
     dx, dw, _ = linear_gradients(dy, x, w, (needs[0], needs[1], False))
     db = reduce_call(rows(dy_shard).sum(0), group, world_size, "sum", "none") if needs[2] else None
     return wanted(ctx, needs, (dx, dw, db))
@@ -219,7 +219,7 @@ def all_gather_gemm(
     wants_grad = not plain and torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
     size = whole_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
     call = _all_gather_gemm if plain else Call.all_gather_gemm
-    return call(x_shard, w_shard, bias, group.name, group.world_size, dim, size, codec)  # type: ignore[no-any-return]
+    return call(x_shard, w_shard, bias, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
 
 
 @fake("all_gather_gemm")
@@ -229,6 +229,7 @@ def _all_gather_gemm_fake(
     bias: Tensor | None,
     group: str,
     world_size: int,
+    rank: int,
     dim: int,
     dim_size: int,
     codec: str,
@@ -239,18 +240,17 @@ def _all_gather_gemm_fake(
 
 def _all_gather_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     save_linear(ctx, inputs, output)
-    ctx.dim_size = output.size(inputs[5])
+    ctx.dim_size = output.size(inputs[6])
 
 
 def _all_gather_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, dim, _, codec = ctx.call
-    rank = rank_of(group)
+    group, world_size, rank, dim, _, codec = ctx.call
     x, w, needs = saved_linear(ctx, dy)
     if not torch.is_grad_enabled():
         call = (group, world_size, rank, dim, ctx.dim_size, codec)
         return wanted(ctx, needs, _all_gather_gemm_backward(dy, x, w, *needs, *call))
     dx = Call.gemm_reduce_scatter(dy, w.t(), None, group, world_size, rank, dim, codec) if needs[0] else None
-    whole = gather_call(x, group, world_size, dim, ctx.dim_size, codec) if needs[1] else x
+    whole = gather_call(x, group, world_size, rank, dim, ctx.dim_size, codec) if needs[1] else x
     _, dw, db = linear_gradients(dy, whole, w, (False, needs[1], needs[2]))
     return wanted(ctx, needs, (dx, dw, db))
 
