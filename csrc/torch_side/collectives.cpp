@@ -1,0 +1,179 @@
+#include "collectives.h"
+
+#include <dlfcn.h>
+
+#include "../cpu/output_pool.h"
+
+namespace tpk {
+
+Tensor call_op(const char* name, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    // Newer torch keeps the text of the last exception for us; older torch has only printed it.
+    using Text = const char* (*)();
+    static const Text text = reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+    throw std::runtime_error(concat(name, ": ", text != nullptr ? text() : "failed (torch printed why)"));
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+ReduceOp reduce_op_of(const char* op, const std::string& name) {
+  for (ReduceOp candidate : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
+    if (name == name_of(candidate)) return candidate;
+  }
+  throw std::invalid_argument(concat(op, ": op must be sum, avg, max or min, got '", name, "'"));
+}
+
+Codec codec_of(const char* op, const std::string& name) {
+  const Codec codec = codec_of(name);
+  if (codec != Codec::Count) return codec;
+  std::string known = "none";
+  for (uint8_t i = 1; i < static_cast<uint8_t>(Codec::Count); ++i)
+    known += concat(", ", name_of(static_cast<Codec>(i)));
+  throw std::invalid_argument(concat(op, ": codec must be one of ", known, ", got '", name, "'"));
+}
+
+std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, int64_t world_size) {
+  std::shared_ptr<Communicator> communicator = find_communicator(group, name_of(op));
+  TPK_CHECK(communicator->world_size() == world_size, name_of(op), ": world_size must be that of group '",
+            communicator->label(), "', ", communicator->world_size(), ", got ", world_size);
+  return communicator;
+}
+
+const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op) {
+  const DType dtype = dtype_of(x);
+  TPK_CHECK(dtype != DType::Count, name_of(op), ": x has a dtype without arithmetic here (", x.element_size(),
+            " bytes a value); expected float32, float64, bfloat16, float16 or an integer dtype");
+  try {
+    return wire_of(dtype, codec_of(name_of(op), codec), reduce_op);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(concat(name_of(op), ": ", error.what()));
+  }
+}
+
+CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree, int64_t mine) {
+  return {op, wire.dtype, wire.op, wire.codec, numel, hash_of(must_agree.data(), must_agree.size()), mine};
+}
+
+Tensor fresh_output(const Tensor& like, const Shape& shape) {
+  size_t bytes = like.element_size();
+  for (int64_t size : shape) bytes *= static_cast<size_t>(size);
+  if (bytes < kSmallestPooled) return empty_of(like, shape);
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return torch::stable::from_blob(pool_allocate(bytes), shape, strides, torch::stable::Device("cpu"),
+                                  like.scalar_type(), [bytes](void* memory) { pool_free(memory, bytes); });
+}
+
+void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& x, Tensor& out) {
+  comm.all_reduce(spec_of(op, wire, numel_of(x), shape_of(x)), wire, x.const_data_ptr(), out.mutable_data_ptr(),
+                  numel_of(x));
+}
+
+Tensor reduce_scatter_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x, int64_t dim) {
+  const Tensor rows = dim_first(x, dim);
+  Shape shape = shape_of(rows);
+  const size_t num_rows = static_cast<size_t>(shape[0]);
+  const size_t row = num_rows == 0 ? 0 : numel_of(rows) / num_rows;
+  const Cut cut = Cut::even(num_rows, comm.world_size(), row);
+  shape.push_back(dim);
+  const CallSpec spec = spec_of(op, wire, numel_of(rows), shape);
+  shape.pop_back();
+  shape[0] = static_cast<int64_t>(Cut::even(num_rows, comm.world_size()).size(comm.rank()));
+  Tensor out = fresh_output(rows, shape);
+  comm.reduce_scatter(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
+  return dim_back(out, dim);
+}
+
+Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim,
+                      int64_t dim_size) {
+  const Tensor rows = dim_first(x_shard, dim);
+  Shape shape = shape_of(rows);
+  size_t row = 1;
+  for (size_t i = 1; i < shape.size(); ++i) row *= static_cast<size_t>(shape[i]);
+  Cut items;  // rows of dim that each rank brings
+  if (dim_size < 0) {
+    items = Cut::of_sizes(comm.exchange(Op::Sizes, shape[0]));
+    dim_size = static_cast<int64_t>(items.total());
+  } else {
+    items = Cut::even(static_cast<size_t>(dim_size), comm.world_size());
+  }
+  const Cut cut = items.times(row);
+  Shape agree(shape.begin() + 1, shape.end());
+  agree.push_back(dim_size);
+  agree.push_back(dim);
+  const CallSpec spec = spec_of(op, wire, cut.total(), agree, static_cast<int64_t>(numel_of(rows)));
+  shape[0] = dim_size;
+  Tensor out = fresh_output(rows, shape);
+  comm.all_gather(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
+  return dim_back(out, dim);
+}
+
+Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::string op, std::string codec) {
+  const auto comm = communicator_of(Op::AllReduce, group, world_size);
+  const Wire& wire = wire_for(Op::AllReduce, x, codec, reduce_op_of("all_reduce", op));
+  const Tensor in = dense(x);
+  Tensor out = fresh_output(in, shape_of(in));
+  all_reduce_into(Op::AllReduce, *comm, wire, in, out);
+  return out;
+}
+
+void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec) {
+  const auto comm = communicator_of(Op::AllReduceInplace, group, world_size);
+  const Wire& wire = wire_for(Op::AllReduceInplace, x, codec, reduce_op_of("all_reduce_", op));
+  if (x.is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
+  Tensor copy = torch::stable::contiguous(x);
+  all_reduce_into(Op::AllReduceInplace, *comm, wire, copy, copy);
+  torch::stable::copy_(x, copy);
+}
+
+Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
+                      std::string codec) {
+  const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
+  TPK_CHECK(rank == comm->rank(), "reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ",
+            rank);
+  TPK_CHECK(dim >= 0 && dim < x.dim(), "reduce_scatter: dim must be in [0, ", x.dim(), "), got ", dim);
+  const Wire& wire = wire_for(Op::ReduceScatter, x, codec, reduce_op_of("reduce_scatter", op));
+  return reduce_scatter_dim(Op::ReduceScatter, *comm, wire, x, dim);
+}
+
+Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t dim, int64_t dim_size,
+                  std::string codec) {
+  const auto comm = communicator_of(Op::AllGather, group, world_size);
+  TPK_CHECK(dim >= 0 && dim < x_shard.dim(), "all_gather: dim must be in [0, ", x_shard.dim(), "), got ", dim);
+  // What only moves needs no arithmetic: any dtype travels.
+  const bool packs = codec_of("all_gather", codec) != Codec::None;
+  const DType raw = raw_dtype_of(x_shard);
+  const Wire& wire = packs ? wire_for(Op::AllGather, x_shard, codec)
+                           : wire_of(raw, Codec::None, raw < DType::Raw1 ? ReduceOp::Sum : ReduceOp::None);
+  return all_gather_dim(Op::AllGather, *comm, wire, x_shard, dim, dim_size);
+}
+
+Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype) {
+  const std::shared_ptr<Communicator> comm = find_communicator(group, "group.empty");
+  Shape strides(shape.size());
+  int64_t numel = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    TPK_CHECK(shape[i] >= 0, "group.empty: shape must not be negative, got ", text_of(shape));
+    strides[i] = numel;
+    numel *= std::max<int64_t>(shape[i], 1);
+  }
+  const Tensor one = torch::stable::empty({0}, dtype);
+  const size_t bytes = static_cast<size_t>(numel) * one.element_size();
+  void* memory = comm->heap_allocate(bytes);
+  if (memory == nullptr) {
+    TPK_CHECK(comm->heap_bytes() > 0, "group.empty: group '", comm->label(), "' has no arena (transport ",
+              comm->transport(), "); use torch.empty");
+    throw std::invalid_argument(concat("group.empty: ", bytes, " bytes do not fit into the arena's heap of ",
+                                       comm->heap_bytes(), " bytes (", text_of(shape),
+                                       "); open the group with a larger arena_bytes or free tensors of group.empty"));
+  }
+  // The tensor keeps the communicator, and so the mapping, alive.
+  return torch::stable::from_blob(memory, shape, strides, torch::stable::Device("cpu"), dtype,
+                                  [comm](void* pointer) { comm->heap_free(pointer); });
+}
+
+std::vector<int64_t> exchange_sizes(std::string group, int64_t mine) {
+  return find_communicator(group, "sizes")->exchange(Op::Sizes, mine);
+}
+
+}  // namespace tpk

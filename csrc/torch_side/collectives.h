@@ -1,0 +1,34 @@
+// The collectives on tensors, as the fused ops and the op table use them.
+#pragma once
+
+#include "tensor.h"
+
+namespace tpk {
+
+ReduceOp reduce_op_of(const char* op, const std::string& name);
+Codec codec_of(const char* op, const std::string& name);
+// The communicator of a group; world_size must be the group's.
+std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, int64_t world_size);
+const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op = ReduceOp::Sum);
+CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree = {}, int64_t mine = 0);
+
+// An output that will be written whole; a large one comes from the pool.
+Tensor fresh_output(const Tensor& like, const Shape& shape);
+// x must be contiguous; the result may be x itself.
+void all_reduce_into(Op op, Communicator&, const Wire&, const Tensor& x, Tensor& out);
+// This rank's rows (of dimension dim) of the sum over the ranks.
+Tensor reduce_scatter_dim(Op op, Communicator&, const Wire&, const Tensor& x, int64_t dim);
+// The shards of all ranks behind one another along dim; dim_size < 0: the ranks tell each other.
+Tensor all_gather_dim(Op op, Communicator&, const Wire&, const Tensor& x_shard, int64_t dim, int64_t dim_size);
+
+// --- ops (schemas and formulas in ops.cpp)
+Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::string op, std::string codec);
+void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec);
+Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
+                      std::string codec);
+Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t dim, int64_t dim_size,
+                  std::string codec);
+Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype);
+std::vector<int64_t> exchange_sizes(std::string group, int64_t mine);
+
+}  // namespace tpk

@@ -1,0 +1,92 @@
+// The torch side of the CPU backend: tensors through torch's stable ABI, and the few ATen ops that are called by name.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "../communicator.h"
+#include "../shapes.h"
+#include "../types.h"
+
+namespace tpk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// DType::Count for types that have no arithmetic here; those still travel, by size.
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::F32;
+    case ScalarType::Double: return DType::F64;
+    case ScalarType::BFloat16: return DType::BF16;
+    case ScalarType::Half: return DType::F16;
+    case ScalarType::Char: return DType::I8;
+    case ScalarType::Byte: return DType::U8;
+    case ScalarType::Short: return DType::I16;
+    case ScalarType::Int: return DType::I32;
+    case ScalarType::Long: return DType::I64;
+    default: return DType::Count;
+  }
+}
+
+// The type under which x is moved without arithmetic.
+inline DType raw_dtype_of(const Tensor& x) {
+  const DType dtype = dtype_of(x);
+  if (dtype != DType::Count) return dtype;
+  switch (x.element_size()) {
+    case 1: return DType::Raw1;
+    case 2: return DType::Raw2;
+    case 4: return DType::Raw4;
+    case 8: return DType::Raw8;
+    default: return DType::Raw16;
+  }
+}
+
+inline Shape shape_of(const Tensor& x) {
+  Shape shape(static_cast<size_t>(x.dim()));
+  for (size_t i = 0; i < shape.size(); ++i) shape[i] = x.size(static_cast<int64_t>(i));
+  return shape;
+}
+
+inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel()); }
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// What a backward returns for a gradient that nobody asked for.
+inline Tensor nothing(const Tensor& like) { return empty_of(like, {0}); }
+
+// Calls an op by its name; the operands must match the schema. The error text of the op is kept where torch hands it
+// out.
+Tensor call_op(const char* name, const char* overload, StableIValue* stack);
+
+template <class... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  return call_op(name, overload, stack.data());
+}
+
+// Dimension `dim` first, contiguous; and back.
+inline Tensor dim_first(const Tensor& x, int64_t dim) {
+  return dense(dim == 0 ? x : call("aten::movedim", "int", x, dim, int64_t{0}));
+}
+inline Tensor dim_back(const Tensor& x, int64_t dim) {
+  return dim == 0 ? x : dense(call("aten::movedim", "int", x, int64_t{0}, dim));
+}
+
+}  // namespace tpk
