@@ -1,5 +1,6 @@
 // Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
-// world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask.
+// world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask, and because
+// what torch.compile keeps of a forward must differ between ranks wherever its backward does.
 #include "cpu/fused_gemm.h"
 #include "cpu/vocab.h"
 #include "torch_side/collectives.h"
@@ -12,7 +13,8 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   // y = this rank's part along dim of reduce_r x_r
   m.def("reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec) -> Tensor");
   // y = cat_r x_r along dim                 dim_size: of y, or -1 to ask the ranks
-  m.def("all_gather(Tensor x_shard, str group, int world_size, int dim, SymInt dim_size, str codec) -> Tensor");
+  m.def(
+      "all_gather(Tensor x_shard, str group, int world_size, int rank, int dim, SymInt dim_size, str codec) -> Tensor");
 
   // y[M, N] = sum_r x_r[M, K/R] @ w_r[N, K/R].T + bias[N]
   m.def(
@@ -23,7 +25,7 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
       "str codec) -> Tensor");
   // y[M, N/R] = (cat_r x_r along dim)[M, K] @ w_shard[N/R, K].T + bias[N/R]
   m.def(
-      "all_gather_gemm(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int dim, "
+      "all_gather_gemm(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int rank, int dim, "
       "SymInt dim_size, str codec) -> Tensor");
   // y[M, N/R] = x[M, K] @ w_shard[N/R, K].T + bias[N/R]; x is replicated, and so its gradient is summed
   m.def("replicated_gemm(Tensor x, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
@@ -59,6 +61,23 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def(
       "vocab_cross_entropy_backward(Tensor dloss, Tensor logits_shard, Tensor target, Tensor lse, SymInt vocab_start, "
       "SymInt vocab_size, int ignore_index, float label_smoothing) -> Tensor");
+
+  // residual_out = residual + sum_r x_r;  i = 1 / sqrt(mean(residual_out^2) + eps);  y = residual_out i weight
+  m.def(
+      "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, str group, int world_size, float eps, "
+      "str codec) -> (Tensor y, Tensor residual_out, Tensor inverse_rms)");
+  // g = dy weight,  dr = i (g - r i^2 mean(g r)) + dresidual_out,  dweight = sum over tokens of dy r i
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor weight, Tensor inverse_rms, "
+      "bool need_r, bool need_w) -> (Tensor dr, Tensor dweight)");
+
+  // sum over all xs of x^2, a scalar; squares and sums in fp64
+  m.def("squared_norm(Tensor[] xs) -> Tensor");
+  // wire = encode(x), bytes;  x = decode(wire)
+  m.def("compress(Tensor x, str codec) -> Tensor");
+  m.def("decompress(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor");
+  // v = scale x + residual (fp32);  wire = encode(v);  residual = v - decode(wire)
+  m.def("compress_with_feedback(Tensor x, Tensor(a!) residual, str codec, float scale) -> Tensor");
 
   // An uninitialised tensor inside this rank's arena.
   m.def("arena_empty(str group, int[] shape, ScalarType dtype) -> Tensor");

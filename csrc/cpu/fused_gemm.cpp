@@ -68,8 +68,7 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   const auto comm = communicator_of(Op::GemmReduceScatter, group, world_size);
   const Shape y_shape = check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
   check_token_dim("gemm_reduce_scatter", shape_of(x_shard), dim);
-  TPK_CHECK(rank == comm->rank(), "gemm_reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ",
-            rank);
+  check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
   OptionalTensor partial;
@@ -81,8 +80,9 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
 }
 
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t dim, int64_t dim_size, std::string codec) {
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec) {
   const auto comm = communicator_of(Op::AllGatherGemm, group, world_size);
+  check_rank("all_gather_gemm", *comm, rank);
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
   check_token_dim("all_gather_gemm", shape_of(x_shard), dim);
   const Wire& wire = wire_for(Op::AllGatherGemm, x_shard, codec);
@@ -132,8 +132,7 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
                                    bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
                                    int64_t dim, int64_t dim_size, std::string codec) {
   const auto comm = communicator_of(Op::AllGatherGemmBackward, group, world_size);
-  TPK_CHECK(rank == comm->rank(), "all_gather_gemm_backward: rank must be this rank of the group, ", comm->rank(),
-            ", got ", rank);
+  check_rank("all_gather_gemm_backward", *comm, rank);
   const Wire& wire = wire_for(Op::AllGatherGemmBackward, dy, codec);
   Tensor dx = nothing(dy), dw = nothing(dy);
   if (need_w) {  // gathered again instead of kept: what sequence parallelism saves is this memory

@@ -14,7 +14,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
 Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
                            int64_t world_size, int64_t rank, int64_t dim, std::string codec);
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t dim, int64_t dim_size, std::string codec);
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec);
 Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string group,
                        int64_t world_size, std::string codec);
 Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b);

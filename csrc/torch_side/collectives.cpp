@@ -39,6 +39,10 @@ std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, i
   return communicator;
 }
 
+void check_rank(const char* op, const Communicator& comm, int64_t rank) {
+  TPK_CHECK(rank == comm.rank(), op, ": rank must be this rank of the group, ", comm.rank(), ", got ", rank);
+}
+
 const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op) {
   const DType dtype = dtype_of(x);
   TPK_CHECK(dtype != DType::Count, name_of(op), ": x has a dtype without arithmetic here (", x.element_size(),
@@ -129,16 +133,16 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
 Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
                       std::string codec) {
   const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
-  TPK_CHECK(rank == comm->rank(), "reduce_scatter: rank must be this rank of the group, ", comm->rank(), ", got ",
-            rank);
+  check_rank("reduce_scatter", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x.dim(), "reduce_scatter: dim must be in [0, ", x.dim(), "), got ", dim);
   const Wire& wire = wire_for(Op::ReduceScatter, x, codec, reduce_op_of("reduce_scatter", op));
   return reduce_scatter_dim(Op::ReduceScatter, *comm, wire, x, dim);
 }
 
-Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t dim, int64_t dim_size,
-                  std::string codec) {
+Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
+                  int64_t dim_size, std::string codec) {
   const auto comm = communicator_of(Op::AllGather, group, world_size);
+  check_rank("all_gather", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x_shard.dim(), "all_gather: dim must be in [0, ", x_shard.dim(), "), got ", dim);
   // What only moves needs no arithmetic: any dtype travels.
   const bool packs = codec_of("all_gather", codec) != Codec::None;

@@ -9,6 +9,8 @@ ReduceOp reduce_op_of(const char* op, const std::string& name);
 Codec codec_of(const char* op, const std::string& name);
 // The communicator of a group; world_size must be the group's.
 std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, int64_t world_size);
+// rank must be this process's place in the group.
+void check_rank(const char* op, const Communicator&, int64_t rank);
 const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op = ReduceOp::Sum);
 CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree = {}, int64_t mine = 0);
 
@@ -26,8 +28,8 @@ Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::s
 void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec);
 Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
                       std::string codec);
-Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t dim, int64_t dim_size,
-                  std::string codec);
+Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
+                  int64_t dim_size, std::string codec);
 Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype);
 std::vector<int64_t> exchange_sizes(std::string group, int64_t mine);
 
