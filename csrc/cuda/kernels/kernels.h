@@ -20,16 +20,18 @@ constexpr int kMaxPeers = 8;
 constexpr int kMaxBlocks = 64;  // of a kernel that talks to peers
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 
-// What a rank says of its call; must agree over the ranks but for `brings` and `heap_offset`. 32 bytes.
+// What a rank says of its call; must agree over the ranks but for `brings` and `heap_units`. 32 bytes.
 struct Announcement {
-  uint32_t flag;         // the epoch: written last, released
-  uint32_t kind;         // kind_of(...)
-  uint64_t numel;        // of the whole call
-  uint64_t heap_offset;  // where this rank's input lies in its heap, or kNotInHeap
-  uint32_t shape_hash;
-  uint32_t brings;  // values of this rank's part (all_gather), low 32 bits; others 0
+  uint32_t flag;        // the epoch: written last, released
+  uint32_t kind;        // kind_of(...)
+  uint64_t numel;       // of the whole call
+  uint32_t shape_hash;  // of the dimensions that must agree
+  uint32_t plan;        // which kernel in which launch shape: blocks of another plan would read the wrong parts
+  uint32_t brings;      // values of this rank's part (all_gather), low 32 bits; others 0
+  uint32_t heap_units;  // where this rank's input lies in its heap, in units of 16 bytes, or kNoUnits
 };
 static_assert(sizeof(Announcement) == 32, "two 16-byte words");
+constexpr uint32_t kNoUnits = ~uint32_t{0};
 
 constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_op, Codec codec) {
   return static_cast<uint32_t>(op) | static_cast<uint32_t>(dtype) << 8 | static_cast<uint32_t>(reduce_op) << 16 |
@@ -40,9 +42,10 @@ constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_op, Codec codec) 
 // Flags are pushed to whoever waits, so that polling stays in local memory.
 struct Signals {
   Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
-  uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: epoch whose second half has begun
+  uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 2 * epoch + how far it got after its announcement
   uint32_t epoch;                                  // calls finished
   uint32_t finished;                               // blocks of the running call that are done
+  uint32_t gave_up;                                // blocks that waited in vain; the first one writes the record
 };
 constexpr size_t kSignalBytes = size_t{64} << 10;
 static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
@@ -52,12 +55,12 @@ enum class Failure : uint32_t { None, Late, Mismatch };
 struct FailureRecord {
   uint32_t failure;  // a Failure; written last
   uint32_t epoch;
-  uint32_t stage;    // 1: announcements, 2: second half
+  uint32_t stage;    // 1: announcements, 2: a later wait of the call
   uint32_t kind;     // of this rank's call
   uint32_t missing;  // Late: one bit for each rank that did not come
   uint32_t blamed;   // Mismatch: a rank that said something else
   uint64_t numel;
-  Announcement theirs;  // Mismatch: what it said
+  Announcement theirs;            // Mismatch: what it said
   uint32_t last_seen[kMaxPeers];  // Late: the epoch at which each rank was seen last
 };
 
@@ -83,26 +86,33 @@ struct Call {
   ReduceOp reduce_op;
   uint64_t numel;
   uint32_t shape_hash;
-  uint32_t brings;
-  uint64_t heap_offset;  // of `in` in this rank's heap, or kNotInHeap
+  uint32_t brings;       // values of this rank's whole part (all_gather), low 32 bits; others 0
+  uint64_t heap_offset;  // of `in` in this rank's heap, or kNotInHeap; when every rank has one, nothing is copied in
 };
 
-// How n values are cut over the ranks: rank r has [start[r], start[r + 1]).
+// How values are cut over the ranks: rank r has values [first[r], first[r] + count[r]) of the whole tensor. A piece of
+// a larger message gives each rank the same stretch of its part, so the parts of a piece need not touch.
 struct DeviceCut {
-  uint64_t start[kMaxPeers + 1];
+  uint64_t first[kMaxPeers];
+  uint64_t count[kMaxPeers];
+  uint32_t brings[kMaxPeers];  // all_gather: what every rank must announce as Call::brings; 0 elsewhere
 };
 
 // ---- collectives over peers (all_reduce.cu, move.cu). n values; wire bytes of one rank's copy fit into a slot.
-// out may be in. Sums in fp32 (fp64 for fp64, integers exactly), in rank order, rounded once: all ranks the same bits.
+// Sums in fp32 (fp64 for fp64, integers exactly), in rank order, rounded once: all ranks the same bits.
 // With a codec the owner packs the sum again and every rank takes the packed sum (one-shot packs it, too).
+// out may be in; in all_gather and reduce_scatter this rank's part may lie in the whole tensor at its own place.
+// cudaErrorInvalidValue: a combination that wire_of refuses, a message that does not fit, more than kMaxBlocks blocks.
 
 // Every rank reads all inputs. One wait.
 cudaError_t launch_one_shot(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
 // Rank r sums chunk r, then every rank reads the R sums. Two waits, the least traffic.
 cudaError_t launch_two_shot(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
-// The switch sums (multimem.ld_reduce, multimem.st): codec none, sum, fp32/bf16/fp16, inputs in slots. Order is the switch's.
+// The switch sums (multimem.ld_reduce, multimem.st): codec none, sum, fp32/bf16/fp16, inputs in slots. Order is the
+// switch's.
 cudaError_t launch_multicast(const Peers&, const Call&, const void* in, void* out, size_t n, int blocks, cudaStream_t);
-// out = this rank's part of the sum. The float sum is not packed again.
+// out = this rank's part of the sum. The float sum is not packed again. A slot holds world_size parts of the largest
+// part's wire bytes, each rounded up to 16.
 cudaError_t launch_reduce_scatter(const Peers&, const Call&, const void* in, void* out, const DeviceCut&, int blocks,
                                   cudaStream_t);
 // out = the parts of all ranks; in is this rank's.
@@ -128,7 +138,8 @@ cudaError_t launch_reduce_wires(DType, Codec, ReduceOp, const WireList&, int num
                                 cudaStream_t);
 cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList&, int num_inputs, void* values,
                                           size_t n, cudaStream_t);
-// wire = encode(scale * values + residual);  residual = scale * values + residual - decode(wire)        residual is fp32
+// wire = encode(scale * values + residual);  residual = scale * values + residual - decode(wire), in fp32.
+// Where that difference is not finite (a NaN block) the residual stays as it was: loss scaling skips such a step.
 cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
                                         size_t n, cudaStream_t);
 
