@@ -5,32 +5,19 @@
 // NaN     stays NaN, infinity stays infinity: each value is a block of its own.
 #pragma once
 
-#include <cstddef>
-
-#include "half.h"
+#include "block.h"
 
 namespace tpk {
 
-struct Bf16Codec {
-  static constexpr size_t kBlockValues = 512;
-  static constexpr size_t kBlockBytes = kBlockValues * sizeof(Bfloat16);
+struct Bf16Codec : BlockLayout<Bfloat16, NoScale, kCodecBlockValues, 0> {
+  using Factors = NoScale;
 
-  static constexpr size_t bytes(size_t n) { return n * sizeof(Bfloat16); }
+  TPK_ALWAYS_INLINE static NoScale scale_of(uint32_t) { return {}; }
+  TPK_ALWAYS_INLINE static NoScale packing(NoScale) { return {}; }
+  TPK_ALWAYS_INLINE static NoScale unpacking(NoScale) { return {}; }
 
-  static inline __attribute__((always_inline)) void encode_block(const float* values, char* block, size_t n) {
-    Bfloat16* payload = reinterpret_cast<Bfloat16*>(block);
-    for (size_t i = 0; i < n; ++i) payload[i] = to_bfloat16(values[i]);
-  }
-
-  static inline __attribute__((always_inline)) void decode_block(const char* block, float* values, size_t n) {
-    const Bfloat16* payload = reinterpret_cast<const Bfloat16*>(block);
-    for (size_t i = 0; i < n; ++i) values[i] = to_float(payload[i]);
-  }
-
-  static inline __attribute__((always_inline)) void add_block(const char* block, float* sums, size_t n) {
-    const Bfloat16* payload = reinterpret_cast<const Bfloat16*>(block);
-    for (size_t i = 0; i < n; ++i) sums[i] += to_float(payload[i]);
-  }
+  TPK_ALWAYS_INLINE static Bfloat16 pack(float value, NoScale) { return to_bfloat16(value); }
+  TPK_ALWAYS_INLINE static float unpack(Bfloat16 payload, NoScale) { return to_float(payload); }
 };
 
 }  // namespace tpk

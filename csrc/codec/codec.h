@@ -1,11 +1,16 @@
 // The codecs: how values are packed on the wire. This list is the only one; C++ and Python ask it.
 //
-// A codec is a struct with
-//   kBlockValues, kBlockBytes   values and bytes of a full block; a message may end in a shorter block
-//   bytes(n)                    bytes of n values
-//   encode_block(values, block, n), decode_block(block, values, n), add_block(block, sums, n)     n <= kBlockValues
-// and says in its header what it does to the values: wire layout, error bound, NaN. Values are float on both sides;
-// sums are taken in float. To add one: write codec/<name>.h and add a line here.
+// A codec is a BlockLayout (block.h: types of payload and scale, values that share a scale, bytes of the header) with
+//
+//   scale_of(largest)               what the header holds of values whose largest magnitude has these float bits
+//   packing(scale)                  Factors: what pack needs of the scale, computed once for all its values;
+//   unpacking(scale)                the same for unpack
+//   pack(value, factors)            one value; values are float, sums are taken in float
+//   unpack(payload, factors)
+//
+// all TPK_ALWAYS_INLINE, and the last two without branches: the CPU makes vector loops of them, and a CUDA warp works
+// on a block in registers. Its header says what it does to the values: wire layout, error bound, NaN.
+// To add one: write codec/<name>.h and add a line here.
 #pragma once
 
 #include <cstdint>

@@ -3,73 +3,43 @@
 //
 // Wire    header (16 bytes, of which the first 2 are the shift), then up to 512 fp16 values: 2.03 bytes a value.
 // Error   |x - decoded| <= 2^-11 |x|, and never more than 2^-39 of the largest magnitude of x's block below that.
-// NaN     a NaN or infinity makes its whole block decode to NaN, never to a number.
+// NaN     a NaN or infinity makes its whole block decode to NaN, never to a number; the payloads of such a block are 0,
+//         because what arithmetic makes of a NaN's bits differs between processors and the wire must not.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-#include <limits>
-
-#include "half.h"
+#include "block.h"
 
 namespace tpk {
 
-struct Fp16Codec {
-  static constexpr size_t kBlockValues = 512;
-  static constexpr size_t kHeaderBytes = 16;
-  static constexpr size_t kBlockBytes = kHeaderBytes + kBlockValues * sizeof(Half);
-  static constexpr int16_t kNotFinite = std::numeric_limits<int16_t>::min();
-
-  // Bytes of n values, the last block cut to what it holds.
-  static constexpr size_t bytes(size_t n) {
-    const size_t tail = n % kBlockValues;
-    return n / kBlockValues * kBlockBytes + (tail ? kHeaderBytes + tail * sizeof(Half) : 0);
-  }
+struct Fp16Codec : BlockLayout<Half, int16_t, kCodecBlockValues, 16> {
+  static constexpr int16_t kNotFinite = INT16_MIN;
 
   // 2^shift as two factors, each representable: the shift can be 163 for a block of subnormals.
-  static float half_power(int shift) { return std::ldexp(1.0f, shift / 2); }
-  static float other_half_power(int shift) { return std::ldexp(1.0f, shift - shift / 2); }
-
-  // n <= kBlockValues.
-  static inline __attribute__((always_inline)) void encode_block(const float* values, char* block, size_t n) {
-    uint32_t largest = 0;
-    for (size_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    int16_t shift = kNotFinite;
-    float first = 0.0f, second = 0.0f;
-    if (largest < 0x7f800000u) {
-      shift = static_cast<int16_t>(largest == 0 ? 0 : 14 - std::ilogb(from_bits(largest)));
-      first = half_power(shift), second = other_half_power(shift);
-    }
-    char header[kHeaderBytes] = {};
-    std::memcpy(header, &shift, sizeof shift);
-    std::memcpy(block, header, kHeaderBytes);
-    Half* payload = reinterpret_cast<Half*>(block + kHeaderBytes);
-    for (size_t i = 0; i < n; ++i) payload[i] = to_half(values[i] * first * second);
-  }
-
-  // The factors that undo a block's shift; NaN where the block was not finite.
-  static void factors(const char* block, float& first, float& second) {
-    int16_t shift;
-    std::memcpy(&shift, block, sizeof shift);
-    first = shift == kNotFinite ? std::numeric_limits<float>::quiet_NaN() : half_power(-shift);
-    second = shift == kNotFinite ? 1.0f : other_half_power(-shift);
-  }
-
-  static inline __attribute__((always_inline)) void decode_block(const char* block, float* values, size_t n) {
+  struct Factors {
     float first, second;
-    factors(block, first, second);
-    const Half* payload = reinterpret_cast<const Half*>(block + kHeaderBytes);
-    for (size_t i = 0; i < n; ++i) values[i] = to_float(payload[i]) * first * second;
+    uint16_t keep;
+  };
+
+  TPK_ALWAYS_INLINE static int16_t scale_of(uint32_t largest) {
+    if (largest >= 0x7f800000u) return kNotFinite;
+    return static_cast<int16_t>(largest == 0 ? 0 : 14 - exponent_of(largest));
   }
 
-  static inline __attribute__((always_inline)) void add_block(const char* block, float* sums, size_t n) {
-    float first, second;
-    factors(block, first, second);
-    const Half* payload = reinterpret_cast<const Half*>(block + kHeaderBytes);
-    for (size_t i = 0; i < n; ++i) sums[i] += to_float(payload[i]) * first * second;
+  TPK_ALWAYS_INLINE static Factors powers(int shift) {
+    return {power_of_two(shift / 2), power_of_two(shift - shift / 2), 0xffffu};
+  }
+  TPK_ALWAYS_INLINE static Factors packing(int16_t shift) {
+    return shift == kNotFinite ? Factors{0.0f, 0.0f, 0} : powers(shift);
+  }
+  TPK_ALWAYS_INLINE static Factors unpacking(int16_t shift) {
+    return shift == kNotFinite ? Factors{from_bits(0x7fc00000u), 1.0f, 0} : powers(-shift);
+  }
+
+  TPK_ALWAYS_INLINE static Half pack(float value, const Factors& by) {
+    return static_cast<Half>(static_cast<uint16_t>(to_half(value * by.first * by.second)) & by.keep);
+  }
+  TPK_ALWAYS_INLINE static float unpack(Half payload, const Factors& by) {
+    return to_float(payload) * by.first * by.second;
   }
 };
 

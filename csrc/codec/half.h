@@ -1,11 +1,19 @@
-// fp16 and bf16 conversions with round-to-nearest-even, written so that plain loops over them become vector code.
+// fp16 and bf16 conversions with round-to-nearest-even, the same bits on every backend, written so that plain loops
+// over them become vector code.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+// What a CPU and a CUDA device both run.
+#if defined(__CUDACC__)
+#define TPK_HOST_DEVICE __host__ __device__
+#else
+#define TPK_HOST_DEVICE
+#endif
+
 // Inlined into functions that are compiled for a newer instruction set than this header is.
-#define TPK_ALWAYS_INLINE inline __attribute__((always_inline))
+#define TPK_ALWAYS_INLINE TPK_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace tpk {
 
@@ -62,7 +70,7 @@ TPK_ALWAYS_INLINE Half to_half(float value) {
   return static_cast<Half>(bits | sign);
 }
 
-// value rounded once to T; sums are float for everything but double and integers.
+// value rounded once to T.
 template <class T>
 TPK_ALWAYS_INLINE T from_float(float value);
 template <>

@@ -1,69 +1,14 @@
 #include "reduce.h"
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "../codec/codec.h"
+#include "../codec/sum.h"
 #include "simd.h"
 
 namespace tpk {
 namespace {
-
-// The type a sum is held in, and the way into it and out of it.
-template <class T>
-struct Sum {
-  using type = std::make_unsigned_t<T>;  // integers: overflow wraps, as it does in torch
-  static TPK_INLINE type in(T value) { return static_cast<type>(value); }
-  static TPK_INLINE T out(type value) { return static_cast<T>(value); }
-};
-template <>
-struct Sum<double> {
-  using type = double;
-  static TPK_INLINE double in(double value) { return value; }
-  static TPK_INLINE double out(double value) { return value; }
-};
-template <>
-struct Sum<float> {
-  using type = float;
-  static TPK_INLINE float in(float value) { return value; }
-  static TPK_INLINE float out(float value) { return value; }
-};
-template <>
-struct Sum<Half> {
-  using type = float;
-  static TPK_INLINE float in(Half value) { return to_float(value); }
-  static TPK_INLINE Half out(float value) { return to_half(value); }
-};
-template <>
-struct Sum<Bfloat16> {
-  using type = float;
-  static TPK_INLINE float in(Bfloat16 value) { return to_float(value); }
-  static TPK_INLINE Bfloat16 out(float value) { return to_bfloat16(value); }
-};
-
-template <class T, ReduceOp op>
-TPK_INLINE auto combine(typename Sum<T>::type left, typename Sum<T>::type right) -> typename Sum<T>::type {
-  using S = typename Sum<T>::type;
-  if constexpr (op == ReduceOp::Sum || op == ReduceOp::Avg) return left + right;
-  if constexpr (std::is_floating_point_v<S>) {
-    const bool keep = op == ReduceOp::Max ? left > right : left < right;
-    return keep || left != left ? left : right;
-  } else {
-    const T a = static_cast<T>(left), b = static_cast<T>(right);
-    return (op == ReduceOp::Max ? a > b : a < b) ? left : right;
-  }
-}
-
-template <class T, ReduceOp op>
-TPK_INLINE T finish(typename Sum<T>::type sum, int num_inputs) {
-  if constexpr (op == ReduceOp::Avg && std::is_floating_point_v<typename Sum<T>::type>) {
-    return Sum<T>::out(sum / static_cast<typename Sum<T>::type>(num_inputs));
-  } else {
-    return Sum<T>::out(sum);
-  }
-}
 
 // Outputs may be inputs (a sum written back over what was read): each value is read before it is written.
 template <class T, ReduceOp op>
@@ -74,7 +19,7 @@ TPK_INLINE void reduce_two(const T* const* inputs, T* const* outputs, int num_ou
   T* copy = outputs[num_outputs - 1];
 #pragma GCC ivdep
   for (size_t i = 0; i < n; ++i) {
-    const T value = finish<T, op>(combine<T, op>(Sum<T>::in(first[i]), Sum<T>::in(second[i])), 2);
+    const T value = finish<T>(op, combine<T>(op, Sum<T>::in(first[i]), Sum<T>::in(second[i])), 2);
     out[i] = value;
     copy[i] = value;
   }
@@ -88,9 +33,9 @@ TPK_INLINE void reduce_tile(const T* const* inputs, int num_inputs, T* __restric
   for (size_t i = 0; i < n; ++i) sums[i] = Sum<T>::in(inputs[0][start + i]);
   for (int r = 1; r < num_inputs; ++r) {
     const T* input = inputs[r] + start;
-    for (size_t i = 0; i < n; ++i) sums[i] = combine<T, op>(sums[i], Sum<T>::in(input[i]));
+    for (size_t i = 0; i < n; ++i) sums[i] = combine<T>(op, sums[i], Sum<T>::in(input[i]));
   }
-  for (size_t i = 0; i < n; ++i) result[i] = finish<T, op>(sums[i], num_inputs);
+  for (size_t i = 0; i < n; ++i) result[i] = finish<T>(op, sums[i], num_inputs);
 }
 
 template <class T, ReduceOp op>
@@ -110,7 +55,7 @@ TPK_INLINE void encode_loop(const T* values, char* wire, size_t n) {
   for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
     const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
     for (size_t i = 0; i < count; ++i) block[i] = to_float(values[start + i]);
-    C::encode_block(block, wire, count);
+    encode_block<C>(block, wire, count);
   }
 }
 
@@ -119,15 +64,15 @@ TPK_INLINE void decode_loop(const char* wire, T* values, size_t n) {
   float block[C::kBlockValues];
   for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
     const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
-    C::decode_block(wire, block, count);
+    decode_block<C>(wire, block, count);
     for (size_t i = 0; i < count; ++i) values[start + i] = from_float<T>(block[i]);
   }
 }
 
 template <class C, ReduceOp op>
 TPK_INLINE void sum_block(const char* const* inputs, int num_inputs, size_t offset, float* sums, size_t n) {
-  C::decode_block(inputs[0] + offset, sums, n);
-  for (int r = 1; r < num_inputs; ++r) C::add_block(inputs[r] + offset, sums, n);
+  decode_block<C>(inputs[0] + offset, sums, n);
+  for (int r = 1; r < num_inputs; ++r) add_block<C>(inputs[r] + offset, sums, n);
   if constexpr (op == ReduceOp::Avg) {
     for (size_t i = 0; i < n; ++i) sums[i] /= static_cast<float>(num_inputs);
   }
@@ -141,7 +86,7 @@ TPK_INLINE void reduce_coded_loop(const char* const* inputs, int num_inputs, cha
   for (size_t start = 0; start < n; start += C::kBlockValues, offset += C::kBlockBytes) {
     const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
     sum_block<C, op>(inputs, num_inputs, offset, sums, count);
-    C::encode_block(sums, outputs[0] + offset, count);
+    encode_block<C>(sums, outputs[0] + offset, count);
     for (int k = 1; k < num_outputs; ++k) std::memcpy(outputs[k] + offset, outputs[0] + offset, C::bytes(count));
   }
 }

@@ -30,6 +30,24 @@ CASE(the_fp16_wire_has_these_bytes) {
   EXPECT(encoded(Codec::Fp16, {0.0f, 1.0f, -2.5f, 333824.0f}) == golden);
 }
 
+CASE(a_block_that_is_not_finite_has_no_payload_whatever_made_it_so) {
+  std::vector<unsigned char> golden(16 + 8);
+  golden[1] = 0x80;  // the shift no finite block has
+  for (float bad : {kInfinity, -kInfinity, std::nanf(""), -std::nanf("")}) {
+    EXPECT(encoded(Codec::Fp16, {1.0f, -2.0f, bad, 0.0f}) == golden);
+  }
+}
+
+CASE(exponents_of_floats_are_the_library_s) {
+  for (uint32_t bits = 1; bits < 0x7f800000u; bits += bits < 0x01000000u ? 1777 : 99991) {
+    EXPECT(exponent_of(bits) == std::ilogb(from_bits(bits)), bits);
+  }
+  for (uint32_t bits : {1u, 2u, 3u, 0x007fffffu, 0x00800000u, 0x7f7fffffu}) {
+    EXPECT(exponent_of(bits) == std::ilogb(from_bits(bits)), bits);
+  }
+  for (int exponent = -126; exponent <= 127; ++exponent) EXPECT(power_of_two(exponent) == std::ldexp(1.0f, exponent));
+}
+
 CASE(the_bf16_wire_has_these_bytes_and_rounds_ties_to_even) {
   const std::vector<unsigned char> golden = {0x80, 0x3f, 0x80, 0x3f, 0x82, 0x3f, 0x20, 0xc0, 0x80, 0x7f};
   EXPECT(encoded(Codec::Bf16, {1.0f, 1.00390625f, 1.01171875f, -2.5f, kInfinity}) == golden);

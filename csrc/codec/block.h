@@ -1,0 +1,109 @@
+// The wire of a codec: blocks of 512 values, and how the CPU walks over one.
+//
+//   block = [ scales | zeros up to kHeaderBytes | payloads ]          one scale for every kScaleValues values, in order
+//
+// A message may end in a shorter block: its header is whole, its payloads are as many as there are values. 512 values
+// are 16 for each lane of a CUDA warp, which holds a block in registers; headers of a multiple of 16 bytes keep
+// payloads aligned for 16-byte accesses.
+#pragma once
+
+#include <cstddef>
+
+#include "half.h"
+
+namespace tpk {
+
+constexpr size_t kCodecBlockValues = 512;
+
+template <class PayloadType, class ScaleType, size_t ScaleValues, size_t HeaderBytes>
+struct BlockLayout {
+  using Payload = PayloadType;
+  using Scale = ScaleType;
+  static constexpr size_t kBlockValues = kCodecBlockValues;
+  static constexpr size_t kScaleValues = ScaleValues;
+  static constexpr size_t kHeaderBytes = HeaderBytes;
+  static constexpr size_t kBlockBytes = kHeaderBytes + kBlockValues * sizeof(Payload);
+  static constexpr bool kScaled = kHeaderBytes > 0;
+  static_assert(kBlockValues % kScaleValues == 0, "scales do not cross blocks");
+  static_assert(kHeaderBytes % 16 == 0, "payloads stay aligned");
+  static_assert(!kScaled || kBlockValues / kScaleValues * sizeof(Scale) <= kHeaderBytes,
+                "the scales fit in the header");
+
+  // Bytes of n values, the last block cut to what it holds.
+  TPK_ALWAYS_INLINE static constexpr size_t bytes(size_t n) {
+    return (n + kBlockValues - 1) / kBlockValues * kHeaderBytes + n * sizeof(Payload);
+  }
+};
+
+// The Scale and the Factors of a codec that packs value by value.
+struct NoScale {};
+
+TPK_ALWAYS_INLINE uint32_t magnitude_bits(float value) { return bits_of(value) & 0x7fffffffu; }
+
+// The exponent of 2^exponent <= magnitude < 2^(exponent + 1), subnormals included; the bits of a positive finite float.
+TPK_ALWAYS_INLINE int exponent_of(uint32_t magnitude) {
+  if (magnitude >= 0x00800000u) return static_cast<int>(magnitude >> 23) - 127;
+  // A subnormal is its bits times 2^-149, and 23 bits are exact as a float.
+  return static_cast<int>(bits_of(static_cast<float>(magnitude)) >> 23) - 127 - 149;
+}
+
+// 2^exponent for an exponent in [-126, 127].
+TPK_ALWAYS_INLINE float power_of_two(int exponent) { return from_bits(static_cast<uint32_t>(exponent + 127) << 23); }
+
+// ---- the loops of the CPU over one block, n <= kBlockValues
+// -------------------------------------------------------------
+
+template <class C>
+TPK_ALWAYS_INLINE typename C::Scale read_scale(const char* block, size_t which) {
+  typename C::Scale scale{};
+  if constexpr (C::kScaled) std::memcpy(&scale, block + which * sizeof scale, sizeof scale);
+  return scale;
+}
+
+template <class C>
+TPK_ALWAYS_INLINE typename C::Scale scale_of_values(const float* values, size_t n) {
+  uint32_t largest = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = magnitude_bits(values[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return C::scale_of(largest);
+}
+
+template <class C>
+TPK_ALWAYS_INLINE void encode_block(const float* values, char* block, size_t n) {
+  typename C::Payload* payload = reinterpret_cast<typename C::Payload*>(block + C::kHeaderBytes);
+  if constexpr (C::kScaled) std::memset(block, 0, C::kHeaderBytes);
+  for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
+    const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
+    typename C::Scale scale{};
+    if constexpr (C::kScaled) {
+      scale = scale_of_values<C>(values + start, end - start);
+      std::memcpy(block + which * sizeof scale, &scale, sizeof scale);
+    }
+    const typename C::Factors factors = C::packing(scale);
+    for (size_t i = start; i < end; ++i) payload[i] = C::pack(values[i], factors);
+  }
+}
+
+template <class C>
+TPK_ALWAYS_INLINE void decode_block(const char* block, float* values, size_t n) {
+  const typename C::Payload* payload = reinterpret_cast<const typename C::Payload*>(block + C::kHeaderBytes);
+  for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
+    const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
+    const typename C::Factors factors = C::unpacking(read_scale<C>(block, which));
+    for (size_t i = start; i < end; ++i) values[i] = C::unpack(payload[i], factors);
+  }
+}
+
+template <class C>
+TPK_ALWAYS_INLINE void add_block(const char* block, float* sums, size_t n) {
+  const typename C::Payload* payload = reinterpret_cast<const typename C::Payload*>(block + C::kHeaderBytes);
+  for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
+    const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
+    const typename C::Factors factors = C::unpacking(read_scale<C>(block, which));
+    for (size_t i = start; i < end; ++i) sums[i] += C::unpack(payload[i], factors);
+  }
+}
+
+}  // namespace tpk
