@@ -81,15 +81,7 @@ class Communicator::Turn {
   }
   template <class Body>
   void run(Body&& body) {
-    try {
-      body();
-    } catch (const TimeoutFailure& error) {
-      comm_.broken_ = error.what();
-      throw;
-    } catch (const PeerLost& error) {
-      comm_.broken_ = error.what();
-      throw;
-    }
+    comm_.remember_failure(body);
   }
   void exclude(uint64_t nanoseconds) { excluded_ += nanoseconds; }
 
@@ -99,6 +91,26 @@ class Communicator::Turn {
   const uint64_t start_;
   uint64_t excluded_ = 0;
 };
+
+template <class Body>
+void Communicator::remember_failure(Body&& body) {
+  try {
+    body();
+  } catch (const TimeoutFailure& error) {
+    broken_ = error.what();
+    throw;
+  } catch (const PeerLost& error) {
+    broken_ = error.what();
+    throw;
+  }
+}
+
+void Communicator::as_one_call(Op op, const std::function<void()>& body) { Turn(*this, op).run(body); }
+
+void Communicator::check() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!closed_ && broken_.empty()) remember_failure([&] { do_check(); });
+}
 
 void Communicator::all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
   Turn(*this, spec.op).run([&] { do_all_reduce(spec, wire, in, out, n); });
@@ -154,8 +166,8 @@ void Communicator::reset_stats() {
   stats_.fill({});
 }
 
-std::string Communicator::describe_call(Op op) const {
-  return concat(name_of(op), " on group '", label_, "' (rank ", rank_, " of ", world_size_, "), call ", call_);
+std::string Communicator::describe_call(Op op, uint64_t call) const {
+  return concat(name_of(op), " on group '", label_, "' (rank ", rank_, " of ", world_size_, "), call ", call);
 }
 
 namespace {
@@ -173,17 +185,34 @@ bool agree(const CallSpec& a, const CallSpec& b) {
 
 }  // namespace
 
-void Communicator::mismatch(const CallSpec& mine, int other_rank, const CallSpec& other) const {
+void Communicator::mismatch(uint64_t call, const CallSpec& mine, int other_rank, const CallSpec& other) const {
   const std::string left = describe(mine), right = describe(other);
-  throw RankMismatch(concat(describe_call(mine.op), ": the ranks disagree: rank ", rank_, " called ", left, ", rank ",
-                            other_rank, " called ", right, left == right ? " with other dimensions" : "",
+  throw RankMismatch(concat(describe_call(mine.op, call), ": the ranks disagree: rank ", rank_, " called ", left,
+                            ", rank ", other_rank, " called ", right, left == right ? " with other dimensions" : "",
                             ". Nothing was read."));
+}
+
+namespace {
+
+std::string list_of(const std::vector<int>& ranks) {
+  std::string text = "[";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
+  return text + "]";
+}
+
+}  // namespace
+
+std::string Communicator::late_text(Op op, uint64_t call, const std::vector<int>& late, const std::vector<int>& came,
+                                    uint64_t last_seen) const {
+  return concat(describe_call(op, call), ": ranks ", list_of(late), " did not signal within ", timeout_s_, " s. Ranks ",
+                list_of(came), " did. Rank ", late.empty() ? rank_ : late.front(), " was last seen at call ", last_seen,
+                ". If it is only slow, raise Group.open(timeout_s=...).");
 }
 
 void Communicator::check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const {
   // Every rank looks for a disagreement anywhere, so that all of them raise or none does.
   for (int r = 0; r < world_size_; ++r) {
-    if (!agree(all[static_cast<size_t>(r)], mine)) mismatch(mine, r, all[static_cast<size_t>(r)]);
+    if (!agree(all[static_cast<size_t>(r)], mine)) mismatch(call_, mine, r, all[static_cast<size_t>(r)]);
   }
 }
 

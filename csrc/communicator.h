@@ -88,6 +88,8 @@ class Communicator {
   virtual void heap_free(void* pointer) = 0;
   virtual size_t heap_bytes() const = 0;
 
+  // Raises what a device found out since: calls there return before they have run. Nothing to do on the CPU.
+  void check();
   void close();
   std::array<OpStats, kOps> stats();
   void reset_stats();
@@ -99,10 +101,17 @@ class Communicator {
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);
+  virtual void do_check() {}
   virtual void do_close() = 0;
 
-  std::string describe_call(Op op) const;
-  [[noreturn]] void mismatch(const CallSpec& mine, int other_rank, const CallSpec& other) const;
+  // Everything that `body` sends counts as one call.
+  void as_one_call(Op op, const std::function<void()>& body);
+  std::string describe_call(Op op) const { return describe_call(op, call_); }
+  std::string describe_call(Op op, uint64_t call) const;
+  [[noreturn]] void mismatch(uint64_t call, const CallSpec& mine, int other_rank, const CallSpec& other) const;
+  // Of a wait that passed the deadline; last_seen: the call at which the first of the late ranks was seen last.
+  std::string late_text(Op op, uint64_t call, const std::vector<int>& late, const std::vector<int>& came,
+                        uint64_t last_seen) const;
   // Compares what the ranks said; throws RankMismatch, the same on every rank.
   void check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const;
   // Gathering: what each rank says it brings must be what the cut gives it.
@@ -114,6 +123,8 @@ class Communicator {
 
  private:
   class Turn;
+  template <class Body>
+  void remember_failure(Body&& body);
 
   const std::string name_, label_;
   const int rank_, world_size_;

@@ -38,59 +38,7 @@ inline uint32_t* futex_word(const std::atomic<uint64_t>& word) {
   return reinterpret_cast<uint32_t*>(const_cast<std::atomic<uint64_t>*>(&word));
 }
 
-std::string list_of(const std::vector<int>& ranks) {
-  std::string text = "[";
-  for (size_t i = 0; i < ranks.size(); ++i) text += (i ? ", " : "") + std::to_string(ranks[i]);
-  return text + "]";
-}
-
 }  // namespace
-
-void Heap::reset(char* base, size_t bytes) {
-  base_ = base;
-  bytes_ = bytes;
-  free_ = {{0, bytes}};
-}
-
-void* Heap::allocate(size_t bytes) {
-  const size_t wanted = (std::max<size_t>(bytes, 1) + ArenaLayout::kPage - 1) / ArenaLayout::kPage * ArenaLayout::kPage;
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto hole = free_.begin(); hole != free_.end(); ++hole) {
-    const auto [offset, length] = *hole;
-    if (length < wanted) continue;
-    free_.erase(hole);
-    if (length > wanted) free_[offset + wanted] = length - wanted;
-    used_[offset] = wanted;
-    return base_ + offset;
-  }
-  return nullptr;
-}
-
-void Heap::free(void* pointer) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto block = used_.find(static_cast<size_t>(static_cast<char*>(pointer) - base_));
-  if (block == used_.end()) return;
-  auto [offset, length] = *block;
-  used_.erase(block);
-  auto next = free_.lower_bound(offset);
-  if (next != free_.end() && offset + length == next->first) {
-    length += next->second;
-    next = free_.erase(next);
-  }
-  if (next != free_.begin()) {
-    auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      previous->second += length;
-      return;
-    }
-  }
-  free_[offset] = length;
-}
-
-bool Heap::contains(const void* pointer) const {
-  const char* p = static_cast<const char*>(pointer);
-  return p >= base_ && p < base_ + bytes_;
-}
 
 ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
                                  int fd, size_t arena_bytes, const std::vector<int>& pids, int cores)
@@ -268,9 +216,7 @@ void ShmCommunicator::fail_late(Op op) {
   }
   const int first = late.empty() ? rank() : late.front();
   mark_failed(first, true);
-  throw TimeoutFailure(concat(describe_call(op), ": ranks ", list_of(late), " did not signal within ", timeout_s(),
-                              " s. Ranks ", list_of(came), " did. Rank ", first, " was last seen at call ",
-                              last_call(first), ". If it is only slow, raise Group.open(timeout_s=...)."));
+  throw TimeoutFailure(late_text(op, call_, late, came, last_call(first)));
 }
 
 // Another rank gave up: say whom it blames, so that all survivors name the same rank.

@@ -4,30 +4,12 @@
 // then, not a SIGBUS later), and the others open it through /proc. Nothing can be left behind, even by SIGKILL.
 #pragma once
 
-#include <map>
-
 #include "../arena.h"
 #include "../communicator.h"
 #include "../errors.h"
+#include "../heap.h"
 
 namespace tpk {
-
-// First fit over one stretch of memory, neighbours joined when they are freed.
-class Heap {
- public:
-  void reset(char* base, size_t bytes);
-  void* allocate(size_t bytes);
-  void free(void* pointer);
-  bool contains(const void* pointer) const;
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* base_ = nullptr;
-  size_t bytes_ = 0;
-  std::map<size_t, size_t> free_;  // offset -> length
-  std::map<size_t, size_t> used_;
-  std::mutex mutex_;
-};
 
 class ShmCommunicator final : public Communicator {
  public:
@@ -101,6 +83,7 @@ class ShmCommunicator final : public Communicator {
   void copy_in_first(const Wire&, const void* in, size_t n);
   void copy_in(const Wire&, const void* in, size_t start, const Cut& chunks, size_t piece);
   void copy_out(const Wire&, void* out, size_t start, const Cut& chunks, size_t piece);
+  void touch_back(const Wire&, int r, const char* values, char* lines, size_t n) const;
   void reduce_chunk(const Wire&, const void* in, void* out, size_t start, const Cut& chunks, size_t piece);
 
   const ArenaLayout layout_;
