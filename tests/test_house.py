@@ -69,6 +69,12 @@ def cmake_list(name: str) -> list[str]:
     return found[1].split()
 
 
+# The lists of CMakeLists.txt, and those of them that know neither torch nor Python.
+TORCH_FREE_LISTS = ["TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_HOST_SOURCES", "TEST_SOURCES"]
+SOURCE_LISTS = [*TORCH_FREE_LISTS, "MODULE_SOURCES"]
+TORCH_FREE = [source for name in TORCH_FREE_LISTS for source in cmake_list(name)]
+
+
 def includes(path: Path) -> tuple[set[Path], set[str]]:
     """All project headers that a C++ file reaches, and all headers of others that they or it include."""
     own, foreign, queue = set[Path](), set[str](), [path]
@@ -106,9 +112,12 @@ def test_no_code_file_is_longer_than_four_hundred_lines() -> None:
 
 
 def test_cmake_builds_every_cpp_file_and_lists_none_that_is_gone() -> None:
-    listed = sorted(cmake_list("TORCH_FREE_SOURCES") + cmake_list("MODULE_SOURCES") + cmake_list("TEST_SOURCES"))
+    listed = sorted(source for name in SOURCE_LISTS for source in cmake_list(name))
     there = sorted(
-        str(path.relative_to(ROOT)) for folder in ("csrc", "tests/csrc") for path in (ROOT / folder).rglob("*.cpp")
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "tests/csrc")
+        for path in (ROOT / folder).rglob("*.c*")
+        if path.suffix in (".cpp", ".cu")
     )
     assert listed == there
 
@@ -119,7 +128,7 @@ def test_sources_and_flags_are_listed_in_cmake_alone() -> None:
         assert not re.search(r"csrc/[\w/]+\.cpp|-O[0-9s]\b|-std=|-march", text), name
 
 
-@pytest.mark.parametrize("source", cmake_list("TORCH_FREE_SOURCES") + cmake_list("TEST_SOURCES"))
+@pytest.mark.parametrize("source", TORCH_FREE)
 def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
     _, foreign = includes(ROOT / source)
     assert not {name for name in foreign if re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", name)}

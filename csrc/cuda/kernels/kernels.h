@@ -13,11 +13,10 @@
 
 #include "../../codec/codec.h"
 #include "../../types.h"
+#include "limits.h"
 
 namespace tpk::cuda {
 
-constexpr int kMaxPeers = 8;
-constexpr int kMaxBlocks = 64;  // of a kernel that talks to peers
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 
 // What a rank says of its call; must agree over the ranks but for `brings` and `heap_units`. 32 bytes.
@@ -46,6 +45,7 @@ struct Signals {
   uint32_t epoch;                                  // calls finished
   uint32_t finished;                               // blocks of the running call that are done
   uint32_t gave_up;                                // blocks that waited in vain; the first one writes the record
+  uint32_t refused;                                // 1 when the running call was refused: its later pieces return
 };
 constexpr size_t kSignalBytes = size_t{64} << 10;
 static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
@@ -78,7 +78,8 @@ struct Peers {
 inline size_t slot_offset(const Peers& peers, uint32_t epoch) { return kSignalBytes + (epoch & 1) * peers.slot_bytes; }
 inline size_t heap_offset(const Peers& peers) { return kSignalBytes + 2 * peers.slot_bytes; }
 
-// One call. `numel`, `shape_hash` describe the whole; a message larger than a slot is several calls (pieces).
+// One launch of a call. `numel`, `shape_hash` describe the whole; a message larger than a slot is several launches
+// (pieces), each with an epoch of its own.
 struct Call {
   Op op;
   DType dtype;
@@ -88,6 +89,7 @@ struct Call {
   uint32_t shape_hash;
   uint32_t brings;       // values of this rank's whole part (all_gather), low 32 bits; others 0
   uint64_t heap_offset;  // of `in` in this rank's heap, or kNotInHeap; when every rank has one, nothing is copied in
+  uint32_t piece;        // 0 opens a call; later pieces of a call whose opening was refused must do nothing at all
 };
 
 // How values are cut over the ranks: rank r has values [first[r], first[r] + count[r]) of the whole tensor. A piece of
