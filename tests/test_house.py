@@ -16,8 +16,8 @@ LONGEST_FILE = 400
 
 # Imports point down: a module may import its own level and lower ones. Everything in a folder has the folder's level.
 LEVELS = [
-    {"_C", "_build", "errors"},
-    {"choose", "exchange", "group", "rendezvous", "tune"},
+    {"_C", "_C_cuda", "_build", "errors"},
+    {"choose", "devices", "exchange", "group", "opening", "peer", "rendezvous", "tune"},
     {"compress", "ops", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_files", "data_parallel", "ranks"},

@@ -1,4 +1,7 @@
-"""The exchange of bytes under transport `group`: an all-to-all of a c10d group, with a deadline and named ranks."""
+"""The exchange of bytes under transport `group`: an all-to-all of a c10d group, with a deadline and named ranks.
+
+On the CPU the host waits for the bytes. On a GPU the stream does, and the host only when it wants to read something.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,8 @@ class ProcessGroupExchange:
         pids: process of each rank that runs on this host, None for the others.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
         self, process_group: dist.ProcessGroup, label: str, timeout_s: float, capacity: int, pids: Sequence[int | None]
     ) -> None:
@@ -49,8 +54,8 @@ class ProcessGroupExchange:
         self._rank = process_group.rank()
         self._pids = list(pids)
         self._store = dist.distributed_c10d._get_process_group_store(process_group)
-        self._send = torch.empty(capacity, dtype=torch.uint8)
-        self._receive = torch.empty(capacity, dtype=torch.uint8)
+        self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
+        self._receive = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._work: Any = None
         self.capacity = capacity
         self.send_pointer = self._send.data_ptr()
@@ -76,19 +81,22 @@ class ProcessGroupExchange:
         """
         deadline = time.monotonic() + self._timeout_s
         while True:
+            ended = self._work.is_completed()  # asked before: it may end well while a slice runs out
             try:
                 self._work.wait(timedelta(seconds=_SLICE_SECONDS))
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
-                trouble = self._trouble(call)
-                if trouble is None and (late or self._work.is_completed()):
-                    backend = str(error).strip().splitlines()[0]
-                    trouble = self._silence(call, late or "imed out" in backend, backend)
-                if trouble is None:
-                    continue
-                self._tell("failed", call, trouble.culprits, trouble.late)
-                raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
+                self._raise_trouble(call, late, ended, str(error).strip().splitlines()[0])
+
+    def _raise_trouble(self, call: int, late: bool, ended: bool, backend: str) -> None:
+        """Raise what is known to have gone wrong; with the deadline passed, or the wait ended badly, something has."""
+        trouble = self._trouble(call)
+        if trouble is None and (late or ended):
+            trouble = self._silence(call, late or "imed out" in backend, backend)
+        if trouble is not None:
+            self._tell("failed", call, trouble.culprits, trouble.late)
+            raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
 
     def close(self, last_call: int) -> None:
         """Tell the others that this rank leaves after `last_call`."""
@@ -137,6 +145,49 @@ class ProcessGroupExchange:
                 if self._store.check([key]):
                     told[r] = tuple(json.loads(self._store.get(key)))
         return told
+
+
+class DeviceExchange(ProcessGroupExchange):
+    """The same between buffers on a GPU: everything is enqueued, and nothing waits but streams.
+
+    Args:
+        process_group: a c10d group whose backend for CUDA is NCCL.
+        label, timeout_s, capacity, pids: as for ProcessGroupExchange.
+        device: the GPU.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        label: str,
+        timeout_s: float,
+        capacity: int,
+        pids: Sequence[int | None],
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        super().__init__(process_group, label, timeout_s, capacity, pids)
+
+    def start(self, send_bytes: list[int], receive_bytes: list[int]) -> None:
+        """Enqueue the exchange behind what the current stream does."""
+        send, receive = self._send[: sum(send_bytes)], self._receive[: sum(receive_bytes)]
+        # No timeout of its own: where NCCL's deadline passes, torch ends the process. Ours is kept in `synchronise`.
+        self._work = self._group.alltoall_base(receive, send, receive_bytes, send_bytes, dist.AllToAllOptions())
+
+    def wait(self, call: int) -> None:
+        """Let the current stream wait until everything has arrived."""
+        self._work.wait()
+
+    def synchronise(self, call: int) -> None:
+        """Return when the current stream has done all that was asked of it. Errors as in `wait` on the CPU."""
+        done = torch.cuda.current_stream(self.device).record_event()
+        deadline, look = time.monotonic() + self._timeout_s, time.monotonic() + _SLICE_SECONDS
+        while not done.query():
+            now = time.monotonic()
+            if now >= look:
+                self._raise_trouble(call, now >= deadline, False, "the stream is still waiting for NCCL")
+                look = now + _SLICE_SECONDS
+            time.sleep(0)
 
 
 def _is_dead(pid: int) -> bool:

@@ -14,17 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpkernels import _C, tune
-from tpkernels.exchange import ProcessGroupExchange
-from tpkernels.rendezvous import RankInfo, Wanted, check_same, gather, obstacle_to_shm, open_shm, rounded_to_pages
-
-_DEFAULT_ARENA_BYTES = 16 << 20
-_EXCHANGE_BYTES = 8 << 20
+from tpkernels.devices import device_of
+from tpkernels.opening import TRANSPORTS, open_communicator
 
 # Strong: a graph that waits for its backward knows only the name of its group.
 _open_groups: dict[str, Group] = {}
-_opened: dict[str, int] = {}  # how often each process group was opened: names are the same on all ranks
 _default: Group | None = None
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,19 +49,27 @@ class Group:
         label: what messages call the group.
         rank: this process's place in the group.
         world_size: how many ranks.
-        transport: how bytes travel: "shm" (one host, shared memory), "group" (any c10d backend), "local" (one rank).
+        device: what the ops of the group take: torch.device("cpu"), or this rank's GPU.
+        transport: how bytes travel: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
+            other's memory), "group" (any c10d backend), "local" (one rank).
         timeout_s: seconds that a rank waits for another before it raises TimeoutError.
         process_group: the c10d group underneath, None when there is none.
     """
 
     def __init__(
-        self, communicator: Any, process_group: dist.ProcessGroup | None, timeout_s: float, reason: str
+        self,
+        communicator: Any,
+        process_group: dist.ProcessGroup | None,
+        timeout_s: float,
+        reason: str,
+        device: torch.device = _CPU,
     ) -> None:
         self.name: str = communicator.name
         self.label: str = communicator.label
         self.rank: int = communicator.rank
         self.world_size: int = communicator.world_size
         self.transport: str = communicator.transport
+        self.device = device
         self.timeout_s = timeout_s
         self.process_group = process_group
         self._communicator = communicator
@@ -80,6 +84,7 @@ class Group:
         arena_bytes: int | None = None,
         *,
         transport: str = "auto",
+        device: torch.device | str | None = None,
     ) -> Group:
         """Open a group; every rank of it must call this, in the same order relative to other groups.
 
@@ -87,36 +92,29 @@ class Group:
             process_group_or_mesh_dim: a c10d group, a one-dimensional DeviceMesh, or (mesh, dimension). None means all
                 ranks of the default process group, or a group of one when torch.distributed is not initialised.
             timeout_s: seconds that any wait may take, the same on all ranks.
-            arena_bytes: shared memory for each rank (transport "shm"): two slots of at most 1 MiB, the rest for
-                `group.empty` and for products that GEMMs write in place. Default 16 MiB.
-            transport: "auto", "shm" or "group". auto takes shared memory when all ranks run on one host.
+            arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
+                messages, the rest for `group.empty` and for products that GEMMs write in place. Default 16 MiB on the
+                CPU, 128 MiB on a GPU.
+            transport: "auto", "shm", "peer" or "group". auto takes shared memory ("shm" on the CPU, "peer" on GPUs)
+                when all ranks run on one host and can.
+            device: "cpu", "cuda" (the current GPU) or "cuda:1"; the same kind on all ranks. None means CUDA when the
+                process group carries tensors of GPUs by NCCL, else the CPU.
 
         Raises:
             ValueError: arguments that do not fit, or that differ between ranks.
+            RuntimeError: a rank cannot use CUDA; says why and what to do.
             OSError: shared memory cannot be reserved; says what is needed and what there is.
         """
-        _check_open(timeout_s, arena_bytes, transport)
+        _check_open(timeout_s, arena_bytes)
         process_group, label = _process_group_of(process_group_or_mesh_dim)
-        if process_group is None:
-            return cls(_C.open_local(_unique_name("local"), label), None, timeout_s, "one process")
-        tune.load()
-        wanted = Wanted(timeout_s, rounded_to_pages(arena_bytes or _DEFAULT_ARENA_BYTES), transport)
-        ranks = gather(process_group, RankInfo.here(wanted))
-        check_same(ranks)
-        name = _unique_name(process_group.group_name)
-        if len(ranks) == 1:
-            return cls(_C.open_local(name, label), process_group, timeout_s, "one rank")
-        obstacle = "transport='group' was asked for" if transport == "group" else obstacle_to_shm(ranks)
-        if obstacle is None:
-            communicator, obstacle = open_shm(process_group, name, label, wanted, ranks)
-            if communicator is not None:
-                return cls(communicator, process_group, timeout_s, "all ranks run on one host and share its memory")
-        if transport == "shm":
-            raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
-        pids = [r.pid if r.host == ranks[process_group.rank()].host else None for r in ranks]
-        exchange = ProcessGroupExchange(process_group, name, timeout_s, _EXCHANGE_BYTES, pids)
-        communicator = _C.open_group(name, label, process_group.rank(), len(ranks), timeout_s, exchange)
-        return cls(communicator, process_group, timeout_s, f"through the process group, because {obstacle}")
+        where = device_of(process_group, device)
+        if transport not in TRANSPORTS[where.type]:
+            raise ValueError(
+                f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[where.type]))} on {where.type}, "
+                f"got {transport!r}"
+            )
+        opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport)
+        return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
 
     def empty(self, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor inside this rank's arena: a collective on it copies nothing in.
@@ -129,16 +127,38 @@ class Group:
             ValueError: it does not fit (says the needed and the present size), or the transport has no arena.
         """
         sizes = [shape] if isinstance(shape, int) else list(shape)
-        made: Tensor = torch.ops.tpkernels.arena_empty(self.name, sizes, dtype or torch.get_default_dtype())
+        ops = torch.ops.tpkernels
+        make = ops.arena_empty if self.device.type == "cpu" else ops.arena_empty_cuda
+        made: Tensor = make(self.name, sizes, dtype or torch.get_default_dtype())
         return made
 
     def barrier(self) -> None:
-        """Return when every rank of the group has come here."""
+        """Return when every rank of the group has come here; on a GPU, when its stream has."""
         self._communicator.barrier()
 
     def exchange_sizes(self, mine: int) -> list[int]:
-        """This rank's number and those of the others, in rank order."""
+        """This rank's number and those of the others, in rank order.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, in which nothing can be waited for.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"exchange_sizes on group {self.label!r}: the ranks cannot ask each other while a CUDA graph is "
+                f"captured; pass the size of the whole (dim_size, vocab_size, full_size)"
+            )
         return list(self._communicator.exchange(mine))
+
+    def check(self) -> None:
+        """Raise now what went wrong on the GPU in calls that have returned; waits for them. Nothing to do on the CPU.
+
+        A call on a GPU returns before it has run. A rank that was late or called something else is reported by the
+        next call on the group, or here.
+
+        Raises:
+            TimeoutError, RankMismatchError, PeerLostError: what the call would have raised on the CPU.
+        """
+        self._communicator.check()
 
     def explain(self, op: str | None = None, **shape: Any) -> Explanation:
         """Say which path a call would take, and why.
@@ -159,7 +179,8 @@ class Group:
 
         Returns:
             calls, wire_bytes (sent by this rank; what k ranks read counts k times), seconds (inside collectives,
-            waiting included, GEMMs excluded), wait_seconds, and the same for each op under "by_op".
+            waiting included, GEMMs excluded; on a GPU, of the host), wait_seconds, and the same for each op under
+            "by_op".
         """
         by_op: dict[str, dict[str, float]] = self._communicator.stats_by_op()
         keys = ("calls", "wire_bytes", "seconds", "wait_seconds")
@@ -186,7 +207,9 @@ class Group:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Group({self.label!r}, rank {self.rank} of {self.world_size}, transport {self.transport!r})"
+        return (
+            f"Group({self.label!r}, rank {self.rank} of {self.world_size}, transport {self.transport!r}, {self.device})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """Copies of a layer share its group."""
@@ -226,13 +249,11 @@ def _restore(name: str, label: str) -> Group:
     return group
 
 
-def _check_open(timeout_s: float, arena_bytes: int | None, transport: str) -> None:
+def _check_open(timeout_s: float, arena_bytes: int | None) -> None:
     if not timeout_s > 0:
         raise ValueError(f"Group.open: timeout_s must be positive, got {timeout_s}")
     if arena_bytes is not None and (not isinstance(arena_bytes, int) or arena_bytes < 1 << 18):
         raise ValueError(f"Group.open: arena_bytes must be an int of at least {1 << 18}, got {arena_bytes!r}")
-    if transport not in ("auto", "shm", "group"):
-        raise ValueError(f"Group.open: transport must be 'auto', 'shm' or 'group', got {transport!r}")
 
 
 def _process_group_of(
@@ -259,11 +280,6 @@ def _process_group_of(
         "Group.open: expected a ProcessGroup, a DeviceMesh, (DeviceMesh, dimension) or None, "
         f"got {type(where).__name__}"
     )
-
-
-def _unique_name(base: str) -> str:
-    _opened[base] = _opened.get(base, 0) + 1
-    return f"{base}/{_opened[base]}"
 
 
 def _close_all() -> None:

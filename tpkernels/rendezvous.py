@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tpkernels import _C
+from tpkernels.devices import backend_of
 
 _SHM_FOLDER = "/dev/shm"
 _PAGE = 4096
+
+_gathers: dict[str, int] = {}  # how often the store of each process group was used: keys are the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,22 @@ class Wanted:
     timeout_s: float
     arena_bytes: int
     transport: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as all processes of its host know it, and its index in the process that uses it."""
+
+    uuid: str
+    name: str
+    index: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """The GPU of a CUDA device of this process."""
+        found = torch.cuda.get_device_properties(device)
+        return cls(str(found.uuid), f"GPU {device.index} ({found.name})", device.index)
 
 
 @dataclass(frozen=True)
@@ -33,11 +55,13 @@ class RankInfo:
     pid: int
     host: str  # boot and namespaces: names of hosts are not unique
     cores: frozenset[int]
+    gpu: Gpu | None = None
+    obstacle: str | None = None  # to working on the wanted device at all
 
     @classmethod
-    def here(cls, wanted: Wanted) -> RankInfo:
+    def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None) -> RankInfo:
         """This process."""
-        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)))
+        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle)
 
 
 def _host_identity() -> str:
@@ -59,21 +83,41 @@ def rounded_to_pages(n: int) -> int:
 
 def gather(process_group: dist.ProcessGroup, mine: Any) -> list[Any]:
     """What every rank has, in rank order."""
+    if backend_of(process_group, "cpu") is None:
+        return _gather_by_store(process_group, mine)
     everyone: list[Any] = [None] * process_group.size()
     dist.all_gather_object(everyone, mine, group=process_group)
     return everyone
 
 
-def check_same(ranks: list[RankInfo]) -> None:
-    """Raise ValueError, on every rank, unless all asked for the same."""
+def _gather_by_store(process_group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    """The same without a GPU: ranks that chose a wrong one must be able to say so."""
+    name = process_group.group_name
+    _gathers[name] = _gathers.get(name, 0) + 1
+    store = dist.distributed_c10d._get_process_group_store(process_group)
+    keys = [f"tpkernels/gather/{_gathers[name]}/{r}" for r in range(process_group.size())]
+    store.set(keys[process_group.rank()], pickle.dumps(mine))  # type: ignore[arg-type]  # the stub forgets bytes
+    return [pickle.loads(store.get(key)) for key in keys]
+
+
+def first_obstacle(process_group: dist.ProcessGroup, mine: str | None) -> str | None:
+    """The obstacle of the first rank that has one, on every rank."""
+    return next((obstacle for obstacle in gather(process_group, mine) if obstacle is not None), None)
+
+
+def check_same(ranks: Sequence[RankInfo]) -> None:
+    """Raise on every rank, unless all asked for the same (ValueError) and can work on that device (RuntimeError)."""
     for r, other in enumerate(ranks):
         if other.wanted != ranks[0].wanted:
             raise ValueError(
                 f"Group.open: the ranks disagree: rank 0 asked for {ranks[0].wanted}, rank {r} for {other.wanted}"
             )
+    for r, info in enumerate(ranks):
+        if info.obstacle is not None:
+            raise RuntimeError(f"Group.open: rank {r} cannot use {info.wanted.device}: {info.obstacle}")
 
 
-def obstacle_to_shm(ranks: list[RankInfo]) -> str | None:
+def obstacle_to_one_host(ranks: Sequence[RankInfo]) -> str | None:
     """Why these ranks cannot share memory, None when they can try."""
     hosts = {r.host for r in ranks}
     if len(hosts) > 1:
@@ -82,7 +126,7 @@ def obstacle_to_shm(ranks: list[RankInfo]) -> str | None:
 
 
 def open_shm(
-    process_group: dist.ProcessGroup, name: str, label: str, wanted: Wanted, ranks: list[RankInfo]
+    process_group: dist.ProcessGroup, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo]
 ) -> tuple[_C.Communicator | None, str | None]:
     """The communicator, or why shared memory cannot be used here. Raises the same error on every rank."""
     rank, world_size = process_group.rank(), len(ranks)
@@ -103,12 +147,12 @@ def open_shm(
         )
     except (OSError, RuntimeError) as error:
         obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
-    obstacles = [o for o in gather(process_group, obstacle) if o is not None]
+    obstacle = first_obstacle(process_group, obstacle)
     if fd >= 0:
         os.close(fd)
-    if obstacles and communicator is not None:
+    if obstacle is not None and communicator is not None:
         communicator.close()
-    return (None, obstacles[0]) if obstacles else (communicator, None)
+    return (None, obstacle) if obstacle is not None else (communicator, None)
 
 
 def _reserve(total: int, world_size: int) -> tuple[int, str | None]:

@@ -1,0 +1,22 @@
+from typing import Any
+
+from tpkernels._C import Communicator
+
+def open_peer(
+    name: str,
+    label: str,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    device: int,
+    arenas: list[int],
+    multicast: int,
+    arena_bytes: int,
+    keeps: Any,
+) -> Communicator: ...
+def open_group(
+    name: str, label: str, rank: int, world_size: int, timeout_s: float, device: int, exchange: Any
+) -> Communicator: ...
+def open_local(name: str, label: str, device: int) -> Communicator: ...
+def set_error_types(mismatch: type[BaseException], lost: type[BaseException]) -> None: ...
+def limits() -> dict[str, int]: ...

@@ -1,0 +1,147 @@
+"""How a group opens: the ranks look at each other, take the fastest transport that all of them can use, and say why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tpkernels import _C, tune
+from tpkernels.devices import backend_of, load_cuda
+from tpkernels.exchange import DeviceExchange, ProcessGroupExchange
+from tpkernels.peer import check_gpus, obstacle_to_peers, open_peer
+from tpkernels.rendezvous import (
+    Gpu,
+    RankInfo,
+    Wanted,
+    check_same,
+    gather,
+    obstacle_to_one_host,
+    open_shm,
+    rounded_to_pages,
+)
+
+TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
+_ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+_EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+
+_log = logging.getLogger("tpkernels")
+_opened: dict[str, int] = {}  # how often each process group was opened: names are the same on all ranks
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A communicator, and why it is of its kind."""
+
+    communicator: Any
+    reason: str
+
+
+def open_communicator(
+    process_group: dist.ProcessGroup | None,
+    label: str,
+    device: torch.device,
+    timeout_s: float,
+    arena_bytes: int | None,
+    transport: str,
+) -> Opened:
+    """Open the communicator of this rank; every rank calls this. The arguments are those of Group.open, checked.
+
+    Raises:
+        ValueError: the ranks asked for different things, or for a transport that they cannot have.
+        RuntimeError: a rank cannot use its device.
+        OSError: memory cannot be reserved.
+    """
+    kernels, obstacle = (None, None) if device.type == "cpu" else load_cuda()
+    if process_group is None:
+        if obstacle is not None:
+            raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
+        return Opened(_open_local(kernels, unique_name("local"), label, device), "one process")
+    nbytes = rounded_to_pages(arena_bytes or _ARENA_BYTES[device.type])
+    wanted = Wanted(timeout_s, nbytes, transport, device.type)
+    gpu = Gpu.of(device) if kernels is not None else None
+    ranks = gather(process_group, RankInfo.here(wanted, gpu, obstacle))
+    check_same(ranks)
+    name = unique_name(process_group.group_name)
+    if len(ranks) == 1:
+        return Opened(_open_local(kernels, name, label, device), "one rank")
+    if kernels is None:
+        tune.load()
+        return _open_cpu(process_group, name, label, wanted, ranks)
+    return _open_cuda(process_group, name, label, wanted, ranks, device, kernels)
+
+
+def unique_name(base: str) -> str:
+    """A name that no other group of this process has, and the same on all ranks that open the same groups."""
+    _opened[base] = _opened.get(base, 0) + 1
+    return f"{base}/{_opened[base]}"
+
+
+def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> Any:
+    return _C.open_local(name, label) if kernels is None else kernels.open_local(name, label, device.index)
+
+
+def _open_cpu(
+    process_group: dist.ProcessGroup, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo]
+) -> Opened:
+    obstacle = "transport='group' was asked for" if wanted.transport == "group" else obstacle_to_one_host(ranks)
+    if obstacle is None:
+        communicator, obstacle = open_shm(process_group, name, label, wanted, ranks)
+        if communicator is not None:
+            return Opened(communicator, "all ranks run on one host and share its memory")
+    if wanted.transport == "shm":
+        raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
+    if backend_of(process_group, "cpu") is None:
+        raise ValueError(
+            f"Group.open: tensors on the cpu need shared memory or a backend of the process group that carries them. "
+            f"There is no shared memory, because {obstacle}, and the group has {dist.get_backend_config(process_group)}"
+            f": call init_process_group('cpu:gloo,cuda:nccl')"
+        )
+    rank, pids = process_group.rank(), _pids_here(process_group, ranks)
+    exchange = ProcessGroupExchange(process_group, name, wanted.timeout_s, _EXCHANGE_BYTES["cpu"], pids)
+    communicator = _C.open_group(name, label, rank, len(ranks), wanted.timeout_s, exchange)
+    return Opened(communicator, f"through the process group, because {obstacle}")
+
+
+def _open_cuda(
+    process_group: dist.ProcessGroup,
+    name: str,
+    label: str,
+    wanted: Wanted,
+    ranks: Sequence[RankInfo],
+    device: torch.device,
+    kernels: Any,
+) -> Opened:
+    check_gpus(ranks)
+    obstacle: str | None = "transport='group' was asked for"
+    if wanted.transport != "group":
+        obstacle = obstacle_to_peers(ranks, kernels.limits()["max_peers"])
+    if obstacle is None:
+        communicator, found = open_peer(process_group, name, label, wanted, ranks, device, kernels)
+        if communicator is not None:
+            return Opened(communicator, found)
+        obstacle = found
+    if wanted.transport == "peer":
+        raise ValueError(f"Group.open: transport 'peer' cannot be used: {obstacle}")
+    if backend_of(process_group, "cuda") != "nccl":
+        raise ValueError(
+            f"Group.open: tensors on cuda need peer memory or a process group with NCCL. Peer memory cannot be used, "
+            f"because {obstacle}, and the group has {dist.get_backend_config(process_group)}: "
+            f"call init_process_group('cpu:gloo,cuda:nccl')"
+        )
+    rank, pids = process_group.rank(), _pids_here(process_group, ranks)
+    if rank == 0 and wanted.transport == "auto":
+        _log.warning("group '%s' of %d ranks on cuda goes through NCCL, because %s", label, len(ranks), obstacle)
+    exchange = DeviceExchange(process_group, name, wanted.timeout_s, _EXCHANGE_BYTES["cuda"], pids, device)
+    communicator = kernels.open_group(name, label, rank, len(ranks), wanted.timeout_s, device.index, exchange)
+    return Opened(communicator, f"through NCCL, because {obstacle}")
+
+
+def _pids_here(process_group: dist.ProcessGroup, ranks: Sequence[RankInfo]) -> list[int | None]:
+    """The process of each rank of this host, None for the others."""
+    host = ranks[process_group.rank()].host
+    return [r.pid if r.host == host else None for r in ranks]
