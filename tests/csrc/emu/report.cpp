@@ -1,0 +1,116 @@
+#include "report.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace tpk::emu {
+namespace {
+
+constexpr size_t kMostOfAKind = 20;
+
+struct Reports {
+  std::mutex mutex;
+  std::vector<Report> all;
+  std::map<Kind, size_t> counts;
+  bool loud = true;
+
+  // A test that does not ask fails nevertheless.
+  ~Reports() {
+    if (all.empty()) return;
+    std::fprintf(stderr, "emulator: %zu reports that no test has asked for, the first:\n%s\n", all.size(),
+                 all.front().text.c_str());
+    std::fflush(nullptr);
+    _exit(86);
+  }
+};
+
+Reports& reports() {
+  static Reports all;
+  return all;
+}
+[[maybe_unused]] const Reports& made_before_main = reports();
+
+const char* file_name(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  return slash == nullptr ? path : slash + 1;
+}
+
+// Lines that belong to the emulator's own headers say nothing about a kernel.
+bool is_own(const std::string& line) {
+  for (const char* name : {"device_emu.h", "emu.h", "builtins.h", "device.cuh", "/bits/"}) {
+    if (line.find(name) != std::string::npos) return true;
+  }
+  return line.find("??") != std::string::npos;
+}
+
+}  // namespace
+
+const char* name_of(Kind kind) {
+  constexpr const char* names[] = {"race",     "scope",      "uninitialised", "divergence",
+                                   "deadlock", "misaligned", "overflow",      "misuse"};
+  return names[static_cast<size_t>(kind)];
+}
+
+void report(Kind kind, const std::string& text) {
+  Reports& reports = emu::reports();
+  const std::lock_guard lock(reports.mutex);
+  const std::string whole = std::string(name_of(kind)) + ": " + text;
+  for (const Report& known : reports.all) {
+    if (known.text == whole) return;
+  }
+  if (++reports.counts[kind] > kMostOfAKind) return;
+  if (options().loud) std::fprintf(stderr, "emulator: %s\n", whole.c_str());
+  reports.all.push_back({kind, whole});
+}
+
+std::vector<Report> take_reports() {
+  Reports& reports = emu::reports();
+  const std::lock_guard lock(reports.mutex);
+  reports.counts.clear();
+  return std::exchange(reports.all, {});
+}
+
+size_t count(Kind kind) {
+  Reports& reports = emu::reports();
+  const std::lock_guard lock(reports.mutex);
+  return reports.counts[kind];
+}
+
+std::string text_of(const std::source_location& where) {
+  return std::string(file_name(where.file_name())) + ":" + std::to_string(where.line());
+}
+
+std::string text_of_code(uintptr_t address) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<uintptr_t, std::string>;
+  const std::lock_guard lock(mutex);
+  const auto found = known->find(address);
+  if (found != known->end()) return found->second;
+  Dl_info info{};
+  if (address == 0 || dladdr(reinterpret_cast<void*>(address), &info) == 0) return "unknown code";
+  char command[512], line[1024];
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(info.dli_fbase);
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
+                static_cast<size_t>(offset));
+  std::string text = std::string(file_name(info.dli_fname)) + "+" + std::to_string(offset);
+  if (FILE* pipe = popen(command, "r")) {
+    while (std::fgets(line, sizeof line, pipe) != nullptr) {
+      line[std::strcspn(line, " \n")] = '\0';
+      if (is_own(line)) continue;
+      text = file_name(line);
+      break;
+    }
+    pclose(pipe);
+  }
+  return (*known)[address] = text;
+}
+
+}  // namespace tpk::emu

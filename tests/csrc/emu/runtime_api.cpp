@@ -1,0 +1,439 @@
+// The functions of cuda_runtime_api.h that the host side uses, on emulated devices. Order, errors and handles as CUDA
+// has them; what CUDA would only warn of in its documentation (a bad handle, a stream of another device) is an error
+// here.
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <map>
+
+#include "detector.h"
+#include "memory.h"
+#include "runtime.h"
+#include "stream.h"
+
+using namespace tpk::emu;
+
+namespace {
+
+constexpr int kMostShared = 227 << 10;  // bytes of a block on sm_90
+constexpr size_t kDefaultShared = 48 << 10;
+
+std::mutex functions_mutex;
+std::map<const void*, size_t>& functions() {
+  static auto* const all = new std::map<const void*, size_t>;
+  return *all;
+}
+
+cudaError_t failed(cudaError_t error) {
+  if (error != cudaSuccess) host_thread().last_error = error;
+  return error;
+}
+
+// The sticky error of a device comes out of every call.
+cudaError_t outcome(const Device& device) { return failed(device.error.load()); }
+cudaError_t outcome() { return outcome(current_device()); }
+
+Event* event_of(cudaEvent_t handle) { return reinterpret_cast<Event*>(handle); }
+
+// Whether all of [memory, memory + bytes) lies in what was allocated there, or it is memory of others.
+bool is_inside(const void* memory, size_t bytes) {
+  const Allocation* found = find_allocation(memory);
+  return found == nullptr || static_cast<const char*>(memory) + bytes <= found->base + found->bytes;
+}
+
+// The device side of a transfer is never pageable, whatever the emulator knows of it (tensors of torch).
+bool is_pageable(const void* host_side, cudaMemcpyKind kind) {
+  return kind != cudaMemcpyDeviceToDevice && find_allocation(host_side) == nullptr;
+}
+
+cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle, bool wait) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  if (bytes == 0 || outcome() != cudaSuccess) return outcome();
+  if (!is_inside(to, bytes) || !is_inside(from, bytes)) return failed(cudaErrorInvalidValue);
+  enqueue(*stream, [=](Stream& self) {
+    if (detector() != nullptr) {
+      detector()->stream_access(self.clock, from, bytes, false);
+      detector()->stream_access(self.clock, to, bytes, true);
+    }
+    std::memmove(to, from, bytes);
+  });
+  const bool pageable = (kind != cudaMemcpyHostToDevice && is_pageable(to, kind)) ||
+                        (kind != cudaMemcpyDeviceToHost && is_pageable(from, kind));
+  if (wait || pageable) synchronize(record(*stream));
+  return outcome();
+}
+
+cudaError_t fill(void* memory, int value, size_t bytes, cudaStream_t handle, bool wait) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  if (bytes == 0 || outcome() != cudaSuccess) return outcome();
+  if (!is_inside(memory, bytes)) return failed(cudaErrorInvalidValue);
+  enqueue(*stream, [=](Stream& self) {
+    if (detector() != nullptr) detector()->stream_access(self.clock, memory, bytes, true);
+    std::memset(memory, value, bytes);
+  });
+  if (wait) synchronize(record(*stream));
+  return outcome();
+}
+
+cudaError_t give(void** memory, size_t bytes, int owner) {
+  *memory = nullptr;
+  if (outcome() != cudaSuccess || bytes == 0) return outcome();
+  *memory = allocate(bytes, owner);
+  return failed(*memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess);
+}
+
+cudaError_t take_back(void* memory) {
+  if (memory == nullptr) return outcome();
+  const Allocation* found = find_allocation(memory);
+  if (found == nullptr || found->base != memory) return failed(cudaErrorInvalidValue);
+  synchronize(found->owner == kHost ? current_device() : device(found->owner));
+  release(memory);
+  return outcome();
+}
+
+}  // namespace
+
+size_t tpk::emu::allowed_shared_bytes(const void* kernel) {
+  const std::lock_guard lock(functions_mutex);
+  const auto found = functions().find(kernel);
+  return found == functions().end() ? kDefaultShared : found->second;
+}
+
+extern "C" {
+
+// ---- devices
+// ---------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = options().ranks;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* rank) {
+  *rank = host_thread().device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int rank) {
+  if (rank < 0 || rank >= options().ranks) return failed(cudaErrorInvalidDevice);
+  set_current_device(rank);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  synchronize(current_device());
+  return outcome();
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = options().resident_blocks; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 1024; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(kDefaultShared); return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kMostShared; return cudaSuccess;
+    case cudaDevAttrWarpSize: *value = 32; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch: *value = 0; return cudaSuccess;
+    default: return failed(cudaErrorNotSupported);
+  }
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int rank) {
+  std::memset(properties, 0, sizeof *properties);
+  std::snprintf(properties->name, sizeof properties->name, "emulated rank %d", rank);
+  properties->multiProcessorCount = options().resident_blocks;
+  properties->major = 9;
+  properties->warpSize = 32;
+  properties->maxThreadsPerBlock = 1024;
+  properties->maxThreadsPerMultiProcessor = 1024;
+  properties->sharedMemPerBlock = kDefaultShared;
+  properties->sharedMemPerBlockOptin = kMostShared;
+  properties->totalGlobalMem = size_t{8} << 30;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0, *greatest = -5;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  *can = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+
+// ---- errors
+// ----------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaPeekAtLastError() {
+  const cudaError_t sticky = current_device().error.load();
+  return sticky != cudaSuccess ? sticky : host_thread().last_error;
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t last = cudaPeekAtLastError();
+  host_thread().last_error = cudaSuccess;
+  return last;
+}
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+#define TPK_EMU_NAME(name) \
+  case name: return #name;
+    TPK_EMU_NAME(cudaSuccess)
+    TPK_EMU_NAME(cudaErrorInvalidValue)
+    TPK_EMU_NAME(cudaErrorMemoryAllocation)
+    TPK_EMU_NAME(cudaErrorInvalidConfiguration)
+    TPK_EMU_NAME(cudaErrorInvalidDevice)
+    TPK_EMU_NAME(cudaErrorInvalidResourceHandle)
+    TPK_EMU_NAME(cudaErrorNotReady)
+    TPK_EMU_NAME(cudaErrorIllegalAddress)
+    TPK_EMU_NAME(cudaErrorMisalignedAddress)
+    TPK_EMU_NAME(cudaErrorLaunchFailure)
+    TPK_EMU_NAME(cudaErrorLaunchTimeout)
+    TPK_EMU_NAME(cudaErrorNotSupported)
+#undef TPK_EMU_NAME
+    default: return "cudaErrorUnknown";
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorNotReady: return "device not ready";
+    case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
+    case cudaErrorMisalignedAddress: return "misaligned address";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    case cudaErrorLaunchTimeout: return "the launch timed out and was terminated";
+    case cudaErrorNotSupported: return "operation not supported";
+    default: return "unknown error";
+  }
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) { return give(memory, bytes, host_thread().device); }
+cudaError_t cudaMallocHost(void** memory, size_t bytes) { return give(memory, bytes, kHost); }
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return give(memory, bytes, kHost); }
+cudaError_t cudaFree(void* memory) { return take_back(memory); }
+cudaError_t cudaFreeHost(void* memory) { return take_back(memory); }
+
+cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) { return cudaMalloc(memory, bytes); }
+
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  enqueue(*stream, [memory](Stream&) { release(memory); });
+  return outcome();
+}
+
+cudaError_t cudaHostGetDevicePointer(void** on_device, void* on_host, unsigned) {
+  const Allocation* found = find_allocation(on_host);
+  if (found == nullptr || found->owner != kHost) return failed(cudaErrorInvalidValue);
+  *on_device = on_host;
+  return outcome();
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
+  const Allocation* found = find_allocation(memory);
+  std::memset(attributes, 0, sizeof *attributes);
+  attributes->type = found == nullptr        ? cudaMemoryTypeUnregistered
+                     : found->owner == kHost ? cudaMemoryTypeHost
+                                             : cudaMemoryTypeDevice;
+  attributes->device = found == nullptr || found->owner == kHost ? host_thread().device : found->owner;
+  if (found != nullptr) attributes->devicePointer = const_cast<void*>(memory);
+  if (found == nullptr || found->owner == kHost) attributes->hostPointer = const_cast<void*>(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  return copy(to, from, bytes, kind, nullptr, true);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return copy(to, from, bytes, kind, stream, false);
+}
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return fill(memory, value, bytes, nullptr, true); }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  return fill(memory, value, bytes, stream, false);
+}
+
+// ---- kernels
+// ---------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return outcome();
+  if (value < 0 || value > kMostShared) return failed(cudaErrorInvalidValue);
+  const std::lock_guard lock(functions_mutex);
+  functions()[kernel] = static_cast<size_t>(value);
+  return outcome();
+}
+
+// The emulated device has as many multiprocessors as blocks that it can hold.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
+  *blocks = threads <= 1024 && shared_bytes <= static_cast<size_t>(kMostShared) ? 1 : 0;
+  return outcome();
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  enqueue(*stream, [=](Stream&) { function(data); });
+  return outcome();
+}
+
+// ---- streams
+// ---------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
+  if ((flags & ~unsigned{cudaStreamNonBlocking}) != 0) return failed(cudaErrorInvalidValue);
+  const int clamped = priority < -5 ? -5 : priority > 0 ? 0 : priority;
+  *handle = reinterpret_cast<cudaStream_t>(make_stream(current_device(), flags, clamped));
+  return outcome();
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+  return cudaStreamCreateWithPriority(handle, flags, 0);
+}
+cudaError_t cudaStreamCreate(cudaStream_t* handle) {
+  return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0);
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+  Stream* stream = handle == nullptr ? nullptr : stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  close_stream(stream);
+  return outcome();
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  synchronize(record(*stream));
+  return outcome(*stream->device);
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  {
+    const std::lock_guard lock(mutex());
+    if (stream->busy || !stream->queue.empty()) return cudaErrorNotReady;
+  }
+  synchronize(record(*stream));
+  return outcome(*stream->device);
+}
+
+cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  *priority = stream->priority;
+  return outcome();
+}
+
+cudaError_t cudaStreamGetFlags(cudaStream_t handle, unsigned* flags) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  *flags = stream->flags;
+  return outcome();
+}
+
+cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* rank) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  *rank = stream->device->rank;
+  return outcome();
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
+                                     size_t* num_nodes) {
+  *status = cudaStreamCaptureStatusNone;
+  if (id != nullptr) *id = 0;
+  if (graph != nullptr) *graph = nullptr;
+  if (nodes != nullptr) *nodes = nullptr;
+  if (edges != nullptr) *edges = nullptr;
+  if (num_nodes != nullptr) *num_nodes = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr || event == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  if (event_of(event)->last != nullptr) wait_for(*stream, event_of(event)->last);
+  return outcome();
+}
+
+// ---- events
+// ----------------------------------------------------------------------------------------------------------
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  *event = reinterpret_cast<cudaEvent_t>(new Event{&current_device(), flags, nullptr});
+  return outcome();
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  if (event == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  delete event_of(event);
+  return outcome();
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
+  Stream* stream = stream_of(handle);
+  if (stream == nullptr || event == nullptr || event_of(event)->device != stream->device) {
+    return failed(cudaErrorInvalidResourceHandle);
+  }
+  event_of(event)->last = record(*stream);
+  return outcome();
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const std::shared_ptr<Marker> marker = event_of(event)->last;
+  if (marker != nullptr) {
+    {
+      const std::lock_guard lock(mutex());
+      if (!marker->done) return cudaErrorNotReady;
+    }
+    synchronize(marker);
+  }
+  return outcome(*event_of(event)->device);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event_of(event)->last != nullptr) synchronize(event_of(event)->last);
+  return outcome(*event_of(event)->device);
+}
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  const Event &from = *event_of(start), &to = *event_of(end);
+  if (((from.flags | to.flags) & cudaEventDisableTiming) != 0 || from.last == nullptr || to.last == nullptr) {
+    return failed(cudaErrorInvalidResourceHandle);
+  }
+  const std::lock_guard lock(mutex());
+  if (!from.last->done || !to.last->done) return cudaErrorNotReady;
+  *milliseconds = std::chrono::duration<float, std::milli>(to.last->time - from.last->time).count();
+  return cudaSuccess;
+}
+
+}  // extern "C"
