@@ -7,22 +7,9 @@
 #pragma once
 
 #include "../communicator.h"
+#include "../exchange.h"
 
 namespace tpk {
-
-// Bytes to and from every rank, in rank order, through two buffers of `capacity` bytes.
-class Exchange {
- public:
-  virtual ~Exchange() = default;
-  virtual char* send_buffer() = 0;
-  virtual const char* receive_buffer() = 0;
-  virtual size_t capacity() const = 0;
-  virtual void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) = 0;
-  // Throws TimeoutFailure or PeerLost.
-  virtual void wait(uint64_t call) = 0;
-  // Tells the others that this rank leaves after that call; never throws.
-  virtual void close(uint64_t last_call) = 0;
-};
 
 class GroupCommunicator final : public Communicator {
  public:

@@ -1,0 +1,225 @@
+#include "device_communicator.h"
+
+#include "../check.h"
+#include "../errors.h"
+
+namespace tpk::cuda {
+
+DeviceCommunicator::DeviceCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                                       int device)
+    : Communicator(std::move(name), std::move(label), rank, world_size, timeout_s), device_(device) {
+  const DeviceScope scope(device);
+  on_device_ = std::make_unique<OnDevice>(device);
+}
+
+void DeviceCommunicator::run(const std::function<void()>& body) {
+  piece_ = 0;
+  try {
+    body();
+  } catch (const CudaError&) {
+    raise_failure();  // a device that gave up fails every call from then on; the record says why
+    throw;
+  }
+  raise_failure();
+}
+
+void DeviceCommunicator::enter() {
+  const cudaStream_t stream = current_stream();
+  const uint64_t capture = capture_of(stream);
+  // Recorded only now, when another stream needs it: most programs use one stream. A stream whose capture began or
+  // ended since cannot be waited for; what ran on it outside of its capture is over, because captures begin idle.
+  if (launched_ && stream != last_stream_ && capture == last_capture_ && capture_of(last_stream_) == capture) {
+    on_device_->event.order(last_stream_, stream);
+  }
+  last_stream_ = stream;
+  last_capture_ = capture;
+  launched_ = true;
+}
+
+void DeviceCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+  run([&] {
+    enter();
+    send_all_reduce(spec, wire, in, out, n);
+  });
+}
+
+void DeviceCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                           const Cut& cut) {
+  run([&] {
+    enter();
+    send_reduce_scatter(spec, wire, in, out, cut);
+  });
+}
+
+void DeviceCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                       const Cut& cut) {
+  run([&] {
+    enter();
+    send_all_gather(spec, wire, in, out, cut);
+  });
+}
+
+void DeviceCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                                              const std::function<void()>& meanwhile) {
+  run([&] {
+    const cudaStream_t caller = current_stream();
+    send_part(0, [&](int) { send_all_reduce(spec, wire, data, data, n); }, caller);
+    meanwhile();
+    on_device_->event.order(on_device_->side.get(), caller);
+    last_stream_ = caller;
+  });
+}
+
+void DeviceCommunicator::send_part(int part, const Part& send, cudaStream_t caller) {
+  const cudaStream_t side = on_device_->side.get();
+  on_device_->event.order(caller, side);
+  if (last_stream_ == caller) last_stream_ = side;  // ordered already
+  const StreamScope scope(side);
+  enter();
+  send(part);
+}
+
+void DeviceCommunicator::produce_and_send(Op op, int parts, const Part& produce, const Part& send) {
+  as_one_call(op, [&] {
+    run([&] {
+      const cudaStream_t caller = current_stream();
+      if (parts == 1) {
+        produce(0);
+        enter();
+        return send(0);
+      }
+      for (int i = 0; i < parts; ++i) {
+        produce(i);
+        send_part(i, send, caller);
+      }
+      on_device_->event.order(on_device_->side.get(), caller);
+      last_stream_ = caller;
+    });
+  });
+}
+
+void DeviceCommunicator::receive_and_consume(Op op, int parts, const Part& receive, const Part& consume) {
+  as_one_call(op, [&] {
+    run([&] {
+      const cudaStream_t caller = current_stream();
+      if (parts == 1) {
+        enter();
+        receive(0);
+        return consume(0);
+      }
+      send_part(0, receive, caller);
+      for (int i = 0; i < parts; ++i) {
+        on_device_->event.order(on_device_->side.get(), caller);  // part i is here; the next one need not be
+        if (i + 1 < parts) {
+          const StreamScope scope(on_device_->side.get());
+          receive(i + 1);
+        }
+        consume(i);
+      }
+      last_stream_ = caller;
+    });
+  });
+}
+
+std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
+  TPK_CHECK(capture_of(current_stream()) == 0, describe_call(spec.op),
+            ": the ranks cannot tell each other sizes while a CUDA graph is captured; pass dim_size or vocab_size");
+  std::vector<int64_t> all;
+  run([&] {
+    const uint64_t started = now_nanoseconds();
+    enter();
+    all = send_exchange(spec);
+    count_wait(now_nanoseconds() - started);
+  });
+  return all;
+}
+
+void DeviceCommunicator::synchronize() { TPK_CUDA_CHECK(cudaStreamSynchronize(last_stream_)); }
+
+void DeviceCommunicator::do_check() {
+  run([&] {
+    if (launched_) synchronize();
+  });
+}
+
+// Leaving must not fail, and nothing that peers still read may go away under them.
+void DeviceCommunicator::do_close() {
+  if (launched_ && last_capture_ == 0) static_cast<void>(cudaStreamSynchronize(last_stream_));
+}
+
+void DeviceCommunicator::raise_failure() {
+  FailureRecord* const written = static_cast<FailureRecord*>(on_device_->failure.on_host());
+  const auto failure = static_cast<Failure>(__atomic_load_n(&written->failure, __ATOMIC_ACQUIRE));
+  if (failure == Failure::None) return;
+  const FailureRecord record = *written;
+  if (failure == Failure::Late) raise_late(record);
+  __atomic_store_n(&written->failure, static_cast<uint32_t>(Failure::None), __ATOMIC_RELEASE);
+  raise_mismatch(record);
+}
+
+void DeviceCommunicator::raise_late(const FailureRecord& record) const {
+  std::vector<int> late, came;
+  for (int r = 0; r < world_size(); ++r) (record.missing >> r & 1 ? late : came).push_back(r);
+  const int first = late.empty() ? rank() : late.front();
+  throw TimeoutFailure(
+      late_text(static_cast<Op>(record.kind & 255), record.epoch, late, came, record.last_seen[first]));
+}
+
+namespace {
+
+CallSpec spec_of(uint32_t kind, uint64_t numel, uint32_t brings) {
+  return {static_cast<Op>(kind & 255),
+          static_cast<DType>(kind >> 8 & 255),
+          static_cast<ReduceOp>(kind >> 16 & 255),
+          static_cast<Codec>(kind >> 24),
+          numel,
+          0,
+          static_cast<int64_t>(brings)};
+}
+
+}  // namespace
+
+void DeviceCommunicator::raise_mismatch(const FailureRecord& record) const {
+  mismatch(record.epoch, spec_of(record.kind, record.numel, 0), static_cast<int>(record.blamed),
+           spec_of(record.theirs.kind, record.theirs.numel, record.theirs.brings));
+}
+
+namespace {
+
+class LocalDevice final : public DeviceCommunicator {
+ public:
+  LocalDevice(std::string name, std::string label, int device)
+      : DeviceCommunicator(std::move(name), std::move(label), 0, 1, 0.0, device) {}
+  const char* transport() const override { return "local"; }
+  void* heap_allocate(size_t) override { return nullptr; }
+  void heap_free(void*) override {}
+  size_t heap_bytes() const override { return 0; }
+
+  void send_all_reduce(const CallSpec&, const Wire& wire, const void* in, void* out, size_t n) override {
+    copy(in, out, n * wire.value_bytes);
+  }
+  void send_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+    copy(in, out, cut.total() * wire.value_bytes);
+  }
+  void send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+    check_parts(spec, {spec}, cut);
+    copy(in, out, cut.total() * wire.value_bytes);
+  }
+
+ protected:
+  std::vector<int64_t> send_exchange(const CallSpec& spec) override { return {spec.mine}; }
+
+ private:
+  static void copy(const void* in, void* out, size_t bytes) {
+    if (in == out || bytes == 0) return;
+    TPK_CUDA_CHECK(cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, current_stream()));
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Communicator> make_local(std::string name, std::string label, int device) {
+  return std::make_shared<LocalDevice>(std::move(name), std::move(label), device);
+}
+
+}  // namespace tpk::cuda

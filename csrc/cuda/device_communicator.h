@@ -1,0 +1,101 @@
+// A group whose ranks are devices: what transports `peer`, `group` and `local` have in common on CUDA. Torch-free.
+//
+// A call enqueues on this thread's stream (runtime.h) and returns. What the device finds out is raised by a later call
+// or by check(); a call launches first and raises then, so that ranks which notice at different calls stay in step.
+//
+// Order    the calls of a group run one after the other, on whatever streams they are made. Inside a CUDA graph they
+// are
+//          ordered among themselves; a graph and other calls of its group must be ordered by whoever launches it.
+#pragma once
+
+#include <functional>
+
+#include "../communicator.h"
+#include "choose.h"
+#include "kernels/kernels.h"
+#include "runtime.h"
+
+namespace tpk::cuda {
+
+// residual_out = residual + sum over the ranks of x, y = rms_norm(residual_out) * weight        [tokens, width]
+struct AddNorm {
+  const void *x, *residual, *weight;
+  void *y, *residual_out, *inverse_rms;
+  size_t tokens, width;
+  float eps;
+};
+
+class DeviceCommunicator : public Communicator {
+ public:
+  DeviceCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s, int device);
+
+  int device() const { return device_; }
+  virtual Machine machine() const { return {world_size(), on_device_->info.multiprocessors, false}; }
+  const Forced& forced() const { return forced_; }
+  void force(const Forced& forced) { forced_ = forced; }
+
+  // --- pipelines: one call in several parts, one of which travels on the communication stream while the caller's
+  // stream works on the next. With one part everything is on the caller's stream.
+  using Part = std::function<void(int part)>;
+  void produce_and_send(Op op, int parts, const Part& produce, const Part& send);
+  void receive_and_consume(Op op, int parts, const Part& receive, const Part& consume);
+
+  // What a part does, inside send or receive. The fingerprint is that of the whole call.
+  virtual void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) = 0;
+  virtual void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  // false when this transport, or this size, has no fused way; nothing was launched then.
+  virtual bool send_add_norm(const CallSpec&, const Wire&, const AddNorm&) { return false; }
+
+ protected:
+  void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) final;
+  void do_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) final;
+  void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) final;
+  void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
+                            const std::function<void()>& meanwhile) final;
+  std::vector<int64_t> do_exchange(const CallSpec&) final;
+  void do_check() final;
+  void do_close() override;
+
+  // The host waits for what the group launched last.
+  virtual void synchronize();
+  cudaStream_t last_stream() const { return last_stream_; }
+  // `mine` of every rank; may wait for the device.
+  virtual std::vector<int64_t> send_exchange(const CallSpec&) = 0;
+  // Raises what the device wrote down; a mismatch is forgotten thereby, a late rank stays.
+  void raise_failure();
+  FailureRecord* failure_on_device() const { return static_cast<FailureRecord*>(on_device_->failure.on_device()); }
+  uint64_t timeout_ns() const { return static_cast<uint64_t>(timeout_s() * 1e9); }
+  // Launches of the running call so far.
+  uint32_t next_piece() { return piece_++; }
+
+ private:
+  // One call: launches what `body` launches, then raises.
+  void run(const std::function<void()>& body);
+  // What is enqueued on this thread's stream from now on comes after the group's last call.
+  void enter();
+  void send_part(int part, const Part& send, cudaStream_t stream);
+  [[noreturn]] void raise_late(const FailureRecord& record) const;
+  [[noreturn]] void raise_mismatch(const FailureRecord& record) const;
+
+  struct OnDevice {
+    explicit OnDevice(int device) : info(device_info(device)), failure(sizeof(FailureRecord)) {}
+    const DeviceInfo info;
+    PinnedMemory failure;
+    PriorityStream side;  // the communication stream
+    Event event;
+  };
+
+  const int device_;
+  std::unique_ptr<OnDevice> on_device_;
+  Forced forced_;
+  cudaStream_t last_stream_ = nullptr;
+  uint64_t last_capture_ = 0;
+  bool launched_ = false;
+  uint32_t piece_ = 0;
+};
+
+// A group of one: nothing travels.
+std::shared_ptr<Communicator> make_local(std::string name, std::string label, int device);
+
+}  // namespace tpk::cuda

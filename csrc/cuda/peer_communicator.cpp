@@ -1,0 +1,186 @@
+#include "peer_communicator.h"
+
+#include <algorithm>
+
+#include "../check.h"
+
+namespace tpk::cuda {
+namespace {
+
+inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
+inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
+
+constexpr size_t kHeapUnit = 16;  // of offsets in announcements
+constexpr size_t kPage = Heap::kPage;
+
+// Of every rank's part the values [start, start + piece), as far as it has them.
+DeviceCut stretch(const Cut& cut, int world_size, size_t start, size_t piece) {
+  DeviceCut part{};
+  for (int r = 0; r < world_size; ++r) {
+    const size_t size = cut.size(r);
+    part.first[r] = cut.start(r) + std::min(start, size);
+    part.count[r] = start < size ? std::min(piece, size - start) : 0;
+  }
+  return part;
+}
+
+// The same where all ranks bring their parts, of these sizes.
+DeviceCut brought_stretch(const Cut& cut, int world_size, size_t start, size_t piece) {
+  DeviceCut part = stretch(cut, world_size, start, piece);
+  for (int r = 0; r < world_size; ++r) part.brings[r] = static_cast<uint32_t>(cut.size(r));
+  return part;
+}
+
+}  // namespace
+
+DeviceArena DeviceArena::of(size_t bytes) {
+  TPK_CHECK(bytes >= kMinBytes && bytes % kPage == 0, "Group.open: arena_bytes must be a multiple of ", kPage,
+            ", at least ", kMinBytes, ", got ", bytes);
+  // A quarter for each slot leaves half of the arena for the heap.
+  return {bytes, std::min((bytes - kSignalBytes) / 4 / kPage * kPage, kMaxSlotBytes)};
+}
+
+PeerCommunicator::PeerCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                                   int device, const std::vector<uintptr_t>& arenas, size_t arena_bytes,
+                                   uintptr_t multicast)
+    : DeviceCommunicator(std::move(name), std::move(label), rank, world_size, timeout_s, device),
+      arena_(DeviceArena::of(arena_bytes)),
+      numbers_((1 + kMaxPeers) * sizeof(int64_t)) {
+  TPK_CHECK(world_size >= 2 && world_size <= kMaxPeers, "Group.open: transport 'peer' needs 2 to ", kMaxPeers,
+            " ranks, got ", world_size);
+  TPK_CHECK(arenas.size() == static_cast<size_t>(world_size),
+            "Group.open: transport 'peer' needs an arena for each of ", world_size, " ranks, got ", arenas.size());
+  for (int r = 0; r < world_size; ++r) peers_.arena[r] = reinterpret_cast<char*>(arenas[static_cast<size_t>(r)]);
+  peers_.multicast = reinterpret_cast<char*>(multicast);
+  peers_.rank = rank;
+  peers_.world_size = world_size;
+  peers_.slot_bytes = arena_.slot_bytes;
+  peers_.failure = failure_on_device();
+  peers_.timeout_ns = timeout_ns();
+  heap_.reset(peers_.arena[rank] + heap_offset(peers_), arena_.heap_bytes());
+}
+
+Machine PeerCommunicator::machine() const {
+  Machine machine = DeviceCommunicator::machine();
+  machine.multicast = peers_.multicast != nullptr;
+  return machine;
+}
+
+Call PeerCommunicator::next_call(const CallSpec& spec, const void* input) {
+  Call call{};
+  call.op = spec.op;
+  call.dtype = spec.dtype;
+  call.codec = spec.codec;
+  call.reduce_op = spec.reduce_op;
+  call.numel = spec.numel;
+  call.shape_hash = spec.shape_hash;
+  call.heap_offset = kNotInHeap;
+  if (spec.codec == Codec::None && input != nullptr && heap_.contains(input)) {
+    const auto offset = static_cast<uint64_t>(static_cast<const char*>(input) - peers_.arena[rank()]) -
+                        static_cast<uint64_t>(heap_offset(peers_));
+    if (offset % kHeapUnit == 0) call.heap_offset = offset;
+  }
+  call.piece = next_piece();
+  return call;
+}
+
+// Sent is what others read of this rank's memory, once for each of them.
+void PeerCommunicator::count_all_reduce(Path path, const Wire& wire, size_t n) {
+  const size_t others = static_cast<size_t>(world_size() - 1), whole = wire.bytes(n);
+  const Cut blocks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
+  const size_t end = std::min(blocks.start(rank()) + blocks.size(rank()), n);
+  const size_t chunk = wire.bytes(end - std::min(blocks.start(rank()), end));
+  switch (path) {
+    case Path::OneShot: return count(others * whole);
+    case Path::Multicast: return count(whole + chunk);  // the switch reads it once and spreads the sum
+    default: return count(whole - chunk + others * chunk);
+  }
+}
+
+void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+  const Choice choice = choose_all_reduce(machine(), forced(), wire.dtype, wire.op, wire.codec, wire.bytes(n));
+  const auto launch = choice.path == Path::OneShot     ? launch_one_shot
+                      : choice.path == Path::Multicast ? launch_multicast
+                                                       : launch_two_shot;
+  const size_t piece = wire.values_in(arena_.slot_bytes);
+  for (size_t start = 0; start == 0 || start < n; start += piece) {
+    const size_t values = std::min(piece, n - start);
+    const char* const from = at(in, start * wire.value_bytes);
+    check_cuda(launch(peers_, next_call(spec, from), from, at(out, start * wire.value_bytes), values, choice.blocks,
+                      current_stream()),
+               name_of(choice.path));
+  }
+  count_all_reduce(choice.path, wire, n);
+}
+
+void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                           const Cut& cut) {
+  const size_t ranks = static_cast<size_t>(world_size());
+  const size_t piece = wire.values_in(arena_.slot_bytes / ranks / kHeapUnit * kHeapUnit);
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece * ranks, cut.total())));
+  for (size_t start = 0; start == 0 || start < cut.largest(); start += piece) {
+    check_cuda(launch_reduce_scatter(peers_, next_call(spec, in), in, at(out, start * wire.value_bytes),
+                                     stretch(cut, world_size(), start, piece), blocks, current_stream()),
+               "reduce_scatter");
+  }
+  for (int r = 0; r < world_size(); ++r) {
+    if (r != rank()) count(wire.bytes(cut.size(r)));
+  }
+}
+
+void PeerCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                       const Cut& cut) {
+  const size_t piece = wire.values_in(arena_.slot_bytes);
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, cut.largest())));
+  for (size_t start = 0; start == 0 || start < cut.largest(); start += piece) {
+    const char* const from = at(in, start * wire.value_bytes);
+    Call call = next_call(spec, from);
+    call.brings = static_cast<uint32_t>(spec.mine);
+    check_cuda(launch_all_gather(peers_, call, from, out, brought_stretch(cut, world_size(), start, piece), blocks,
+                                 current_stream()),
+               "all_gather");
+  }
+  count(static_cast<size_t>(world_size() - 1) * wire.bytes(cut.size(rank())));
+}
+
+bool PeerCommunicator::send_add_norm(const CallSpec& spec, const Wire& wire, const AddNorm& args) {
+  if (args.width == 0 || wire.bytes(args.width) > arena_.slot_bytes || wire.dtype == DType::F64) return false;
+  // A piece is whole tokens, and whole blocks of the codec.
+  const size_t at_once = wire.values_in(arena_.slot_bytes) / args.width;
+  if (at_once < args.tokens && at_once * args.width % wire.block_values != 0) return false;
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(args.tokens * args.width));
+  for (size_t start = 0; start == 0 || start < args.tokens; start += at_once) {
+    const size_t tokens = std::min(at_once, args.tokens - start), offset = start * args.width * wire.value_bytes;
+    const char* const x = at(args.x, offset);
+    check_cuda(launch_all_reduce_add_rms_norm(peers_, next_call(spec, x), x, at(args.residual, offset), args.weight,
+                                              at(args.y, offset), at(args.residual_out, offset),
+                                              static_cast<float*>(args.inverse_rms) + start, tokens, args.width,
+                                              args.eps, blocks, current_stream()),
+               "all_reduce_add_rms_norm");
+  }
+  count_all_reduce(Path::OneShot, wire, args.tokens * args.width);
+  return true;
+}
+
+// One number from every rank, through memory of the host: the launch and one wait.
+std::vector<int64_t> PeerCommunicator::send_exchange(const CallSpec& spec) {
+  const size_t ranks = static_cast<size_t>(world_size());
+  if (spec.op == Op::Barrier) {
+    check_cuda(launch_barrier(peers_, next_call(spec), current_stream()), "barrier");
+    synchronize();
+    return std::vector<int64_t>(ranks, 0);
+  }
+  Call call = next_call(spec);
+  call.brings = 1;
+  int64_t* const host = static_cast<int64_t*>(numbers_.on_host());
+  int64_t* const device = static_cast<int64_t*>(numbers_.on_device());
+  host[0] = spec.mine;
+  check_cuda(
+      launch_all_gather(peers_, call, device, device + 1,
+                        brought_stretch(Cut::even(ranks, world_size()), world_size(), 0, 1), 1, current_stream()),
+      "exchange");
+  synchronize();
+  return {host + 1, host + 1 + ranks};
+}
+
+}  // namespace tpk::cuda
