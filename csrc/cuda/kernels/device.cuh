@@ -25,8 +25,7 @@ struct alignas(16) Word16 {
 
 namespace tpk::cuda {
 
-// ---- words that ranks share
-// ------------------------------------------------------------------------------------------
+// ---- words that ranks share -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* from) {
   uint32_t value;
@@ -52,8 +51,7 @@ __device__ __forceinline__ void add_release_sys(uint32_t* to, uint32_t value) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
 }
 
-// ---- words that the blocks of one rank share
-// -------------------------------------------------------------------------
+// ---- words that the blocks of one rank share ------------------------------------------------------------------------
 
 // Returns what was there before.
 __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* to, uint32_t value) {
@@ -65,8 +63,7 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* to, uint32_t value
   return before;
 }
 
-// ---- order, time, the end
-// --------------------------------------------------------------------------------------------
+// ---- order, time, the end -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -80,8 +77,7 @@ __device__ __forceinline__ uint64_t global_time_ns() {
 // Ends the kernel; the host sees a failed launch.
 __device__ __forceinline__ void trap() { asm volatile("trap;" ::: "memory"); }
 
-// ---- 16 bytes
-// --------------------------------------------------------------------------------------------------------
+// ---- 16 bytes -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ Word16 load16(const void* from) {
   const uint4 word = *static_cast<const uint4*>(from);
@@ -102,8 +98,7 @@ __device__ __forceinline__ void store16(void* to, Word16 word) {
   *static_cast<uint4*>(to) = make_uint4(word.x, word.y, word.z, word.w);
 }
 
-// ---- the switch: addresses of the multicast mapping stand for the same place at every rank
-// ---------------------------
+// ---- the switch: addresses of the multicast mapping stand for the same place at every rank --------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -159,7 +154,7 @@ __device__ __forceinline__ void multicast_store16(void*, Word16) { trap(); }
 
 #endif
 
-// ---- threads that work together. All threads of the block, all lanes of the warp call -----------------------------
+// ---- threads that work together. All threads of the block, all lanes of the warp call -------------------------------
 
 __device__ __forceinline__ bool any_of_block(bool holds) { return __syncthreads_or(holds) != 0; }
 

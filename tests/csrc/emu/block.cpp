@@ -67,8 +67,7 @@ Block::Block(Launch& launch, uint64_t number, const Stacks& stacks)
   if (detector() != nullptr) shared_memory_ = detector()->enter_block(*this);
 }
 
-// ---- the scheduler
-// ---------------------------------------------------------------------------------------------------
+// ---- the scheduler --------------------------------------------------------------------------------------------------
 
 void Block::run() {
   std::vector<Thread*> ready;
@@ -154,8 +153,7 @@ void Block::diverged(const std::string& text) {
   fail(*launch_.device, cudaErrorLaunchFailure);
 }
 
-// ---- meeting points
-// --------------------------------------------------------------------------------------------------
+// ---- meeting points -------------------------------------------------------------------------------------------------
 
 int Block::meet(Vote vote, bool holds, Where where) {
   Thread& thread = *running;
@@ -262,8 +260,7 @@ void Block::finish_warp(size_t warp, size_t i) {
   if (meeting.fences && detector() != nullptr) detector()->meet(met);
 }
 
-// ---- for people
-// ------------------------------------------------------------------------------------------------------
+// ---- for people -----------------------------------------------------------------------------------------------------
 
 std::string Block::name() const {
   return "rank " + std::to_string(launch_.device->rank) + " " + launch_.request.name + " block " + text_of(index_);
@@ -290,8 +287,7 @@ std::string Block::describe() const {
   return all;
 }
 
-// ---- what a thread of a kernel sees
-// ----------------------------------------------------------------------------------
+// ---- what a thread of a kernel sees ---------------------------------------------------------------------------------
 
 const uint3& thread_index() { return running->index; }
 const uint3& block_index() { return running->block->index(); }

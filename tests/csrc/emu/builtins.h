@@ -5,8 +5,7 @@
 #include <bit>
 #include <cmath>
 
-// ---- barriers, votes
-// -------------------------------------------------------------------------------------------------
+// ---- barriers, votes ------------------------------------------------------------------------------------------------
 
 inline void __syncthreads(tpk::emu::Where where = tpk::emu::Where::current()) {
   tpk::emu::meet_block(tpk::emu::Vote::None, false, where);
@@ -94,8 +93,7 @@ inline int __all_sync(uint32_t mask, int holds, tpk::emu::Where where = tpk::emu
   return __ballot_sync(mask, !holds, where) == 0;
 }
 
-// ---- shuffles: parts of `width` lanes, a power of two
-// ----------------------------------------------------------------
+// ---- shuffles: parts of `width` lanes, a power of two ---------------------------------------------------------------
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32, tpk::emu::Where where = tpk::emu::Where::current()) {
@@ -121,8 +119,7 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32,
   return tpk::emu::shuffle(mask, value, source >= (lane & -width) + width ? lane : source, where);
 }
 
-// ---- reductions of a warp (sm_80)
-// ------------------------------------------------------------------------------------
+// ---- reductions of a warp (sm_80) -----------------------------------------------------------------------------------
 
 #define TPK_EMU_REDUCE(name, Fold)                                                                       \
   template <class T>                                                                                     \
@@ -137,8 +134,7 @@ TPK_EMU_REDUCE(or, std::bit_or<T>)
 TPK_EMU_REDUCE(xor, std::bit_xor<T>)
 #undef TPK_EMU_REDUCE
 
-// ---- atomics: relaxed; the plain name is of gpu scope
-// ----------------------------------------------------------------
+// ---- atomics: relaxed; the plain name is of gpu scope ---------------------------------------------------------------
 
 #define TPK_EMU_ATOMIC(name, scope, ...)                                                             \
   template <class T>                                                                                 \
@@ -180,8 +176,7 @@ inline void __threadfence_block() { tpk::emu::fence(tpk::emu::Scope::Block); }
 inline void __threadfence() { tpk::emu::fence(tpk::emu::Scope::Gpu); }
 inline void __threadfence_system() { tpk::emu::fence(tpk::emu::Scope::System); }
 
-// ---- bits and arithmetic
-// ---------------------------------------------------------------------------------------------
+// ---- bits and arithmetic --------------------------------------------------------------------------------------------
 
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __popc(unsigned value) { return std::popcount(value); }

@@ -34,8 +34,7 @@ namespace tpk::emu {
 
 using Where = std::source_location;
 
-// ---- the calling thread
-// ----------------------------------------------------------------------------------------------
+// ---- the calling thread ---------------------------------------------------------------------------------------------
 
 const uint3& thread_index();
 const uint3& block_index();
@@ -43,8 +42,7 @@ const dim3& block_size();
 const dim3& grid_size();
 char* dynamic_shared();
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 struct LaunchRequest {
   const char* name;
@@ -66,8 +64,7 @@ cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
                         stream);
 }
 
-// ---- meeting points
-// --------------------------------------------------------------------------------------------------
+// ---- meeting points -------------------------------------------------------------------------------------------------
 
 enum class Vote : uint8_t { None, Or, And, Count };
 int meet_block(Vote vote, bool holds, Where where);
@@ -81,8 +78,7 @@ using Finish = void (*)(uint32_t mask, const Post* posts, uint64_t* results);
 uint64_t meet_warp(uint32_t mask, Post post, Finish finish, Where where);
 void warp_fence(uint32_t mask, Where where);
 
-// ---- memory that is shared
-// -------------------------------------------------------------------------------------------
+// ---- memory that is shared ------------------------------------------------------------------------------------------
 
 enum class Scope : uint8_t { Block, Gpu, System };
 enum class Order : uint8_t { Relaxed, Acquire, Release, AcquireRelease };

@@ -24,8 +24,7 @@ std::vector<std::unique_ptr<Device>>& devices() {
   return *all;
 }
 
-// ---- blocks
-// ----------------------------------------------------------------------------------------------------------
+// ---- blocks ---------------------------------------------------------------------------------------------------------
 
 // The next block, as soon as the device has room for it. False when there is none, or the device has failed.
 bool take_block(Launch& launch, const std::vector<uint64_t>& order, uint64_t& number) {
@@ -64,8 +63,7 @@ void run_blocks(Launch& launch, const std::vector<uint64_t>& order) {
   }
 }
 
-// ---- the watchdog
-// ----------------------------------------------------------------------------------------------------
+// ---- the watchdog ---------------------------------------------------------------------------------------------------
 
 class Watchdog {
  public:

@@ -1,11 +1,25 @@
-// What the run time API keeps of kernels, for launches.
+// What the functions of the run time API share.
 #pragma once
 
 #include <cstddef>
+
+#include "stream.h"
 
 namespace tpk::emu {
 
 // Dynamic shared memory that a kernel may be launched with: 48 KiB, or what cudaFuncSetAttribute said.
 size_t allowed_shared_bytes(const void* kernel);
+
+constexpr size_t kDefaultShared = size_t{48} << 10;
+constexpr int kMostShared = 227 << 10;  // bytes of a block on sm_90
+
+inline cudaError_t failed(cudaError_t error) {
+  if (error != cudaSuccess) host_thread().last_error = error;
+  return error;
+}
+
+// The sticky error of a device comes out of every call.
+inline cudaError_t outcome(const Device& device) { return failed(device.error.load()); }
+inline cudaError_t outcome() { return outcome(current_device()); }
 
 }  // namespace tpk::emu

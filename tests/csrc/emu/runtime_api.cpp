@@ -1,110 +1,22 @@
 // The functions of cuda_runtime_api.h that the host side uses, on emulated devices. Order, errors and handles as CUDA
 // has them; what CUDA would only warn of in its documentation (a bad handle, a stream of another device) is an error
 // here.
-#include <cuda_runtime_api.h>
-
+#include <cstdio>
 #include <cstring>
-#include <map>
 
-#include "detector.h"
-#include "memory.h"
 #include "runtime.h"
-#include "stream.h"
 
 using namespace tpk::emu;
 
 namespace {
 
-constexpr int kMostShared = 227 << 10;  // bytes of a block on sm_90
-constexpr size_t kDefaultShared = 48 << 10;
-
-std::mutex functions_mutex;
-std::map<const void*, size_t>& functions() {
-  static auto* const all = new std::map<const void*, size_t>;
-  return *all;
-}
-
-cudaError_t failed(cudaError_t error) {
-  if (error != cudaSuccess) host_thread().last_error = error;
-  return error;
-}
-
-// The sticky error of a device comes out of every call.
-cudaError_t outcome(const Device& device) { return failed(device.error.load()); }
-cudaError_t outcome() { return outcome(current_device()); }
-
 Event* event_of(cudaEvent_t handle) { return reinterpret_cast<Event*>(handle); }
-
-// Whether all of [memory, memory + bytes) lies in what was allocated there, or it is memory of others.
-bool is_inside(const void* memory, size_t bytes) {
-  const Allocation* found = find_allocation(memory);
-  return found == nullptr || static_cast<const char*>(memory) + bytes <= found->base + found->bytes;
-}
-
-// The device side of a transfer is never pageable, whatever the emulator knows of it (tensors of torch).
-bool is_pageable(const void* host_side, cudaMemcpyKind kind) {
-  return kind != cudaMemcpyDeviceToDevice && find_allocation(host_side) == nullptr;
-}
-
-cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle, bool wait) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
-  if (bytes == 0 || outcome() != cudaSuccess) return outcome();
-  if (!is_inside(to, bytes) || !is_inside(from, bytes)) return failed(cudaErrorInvalidValue);
-  enqueue(*stream, [=](Stream& self) {
-    if (detector() != nullptr) {
-      detector()->stream_access(self.clock, from, bytes, false);
-      detector()->stream_access(self.clock, to, bytes, true);
-    }
-    std::memmove(to, from, bytes);
-  });
-  const bool pageable = (kind != cudaMemcpyHostToDevice && is_pageable(to, kind)) ||
-                        (kind != cudaMemcpyDeviceToHost && is_pageable(from, kind));
-  if (wait || pageable) synchronize(record(*stream));
-  return outcome();
-}
-
-cudaError_t fill(void* memory, int value, size_t bytes, cudaStream_t handle, bool wait) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
-  if (bytes == 0 || outcome() != cudaSuccess) return outcome();
-  if (!is_inside(memory, bytes)) return failed(cudaErrorInvalidValue);
-  enqueue(*stream, [=](Stream& self) {
-    if (detector() != nullptr) detector()->stream_access(self.clock, memory, bytes, true);
-    std::memset(memory, value, bytes);
-  });
-  if (wait) synchronize(record(*stream));
-  return outcome();
-}
-
-cudaError_t give(void** memory, size_t bytes, int owner) {
-  *memory = nullptr;
-  if (outcome() != cudaSuccess || bytes == 0) return outcome();
-  *memory = allocate(bytes, owner);
-  return failed(*memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess);
-}
-
-cudaError_t take_back(void* memory) {
-  if (memory == nullptr) return outcome();
-  const Allocation* found = find_allocation(memory);
-  if (found == nullptr || found->base != memory) return failed(cudaErrorInvalidValue);
-  synchronize(found->owner == kHost ? current_device() : device(found->owner));
-  release(memory);
-  return outcome();
-}
 
 }  // namespace
 
-size_t tpk::emu::allowed_shared_bytes(const void* kernel) {
-  const std::lock_guard lock(functions_mutex);
-  const auto found = functions().find(kernel);
-  return found == functions().end() ? kDefaultShared : found->second;
-}
-
 extern "C" {
 
-// ---- devices
-// ---------------------------------------------------------------------------------------------------------
+// ---- devices --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = options().ranks;
@@ -173,8 +85,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 
-// ---- errors
-// ----------------------------------------------------------------------------------------------------------
+// ---- errors ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaPeekAtLastError() {
   const cudaError_t sticky = current_device().error.load();
@@ -226,80 +137,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
-
-cudaError_t cudaMalloc(void** memory, size_t bytes) { return give(memory, bytes, host_thread().device); }
-cudaError_t cudaMallocHost(void** memory, size_t bytes) { return give(memory, bytes, kHost); }
-cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return give(memory, bytes, kHost); }
-cudaError_t cudaFree(void* memory) { return take_back(memory); }
-cudaError_t cudaFreeHost(void* memory) { return take_back(memory); }
-
-cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) { return cudaMalloc(memory, bytes); }
-
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
-  enqueue(*stream, [memory](Stream&) { release(memory); });
-  return outcome();
-}
-
-cudaError_t cudaHostGetDevicePointer(void** on_device, void* on_host, unsigned) {
-  const Allocation* found = find_allocation(on_host);
-  if (found == nullptr || found->owner != kHost) return failed(cudaErrorInvalidValue);
-  *on_device = on_host;
-  return outcome();
-}
-
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
-  const Allocation* found = find_allocation(memory);
-  std::memset(attributes, 0, sizeof *attributes);
-  attributes->type = found == nullptr        ? cudaMemoryTypeUnregistered
-                     : found->owner == kHost ? cudaMemoryTypeHost
-                                             : cudaMemoryTypeDevice;
-  attributes->device = found == nullptr || found->owner == kHost ? host_thread().device : found->owner;
-  if (found != nullptr) attributes->devicePointer = const_cast<void*>(memory);
-  if (found == nullptr || found->owner == kHost) attributes->hostPointer = const_cast<void*>(memory);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  return copy(to, from, bytes, kind, nullptr, true);
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  return copy(to, from, bytes, kind, stream, false);
-}
-cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return fill(memory, value, bytes, nullptr, true); }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
-  return fill(memory, value, bytes, stream, false);
-}
-
-// ---- kernels
-// ---------------------------------------------------------------------------------------------------------
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return outcome();
-  if (value < 0 || value > kMostShared) return failed(cudaErrorInvalidValue);
-  const std::lock_guard lock(functions_mutex);
-  functions()[kernel] = static_cast<size_t>(value);
-  return outcome();
-}
-
-// The emulated device has as many multiprocessors as blocks that it can hold.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  *blocks = threads <= 1024 && shared_bytes <= static_cast<size_t>(kMostShared) ? 1 : 0;
-  return outcome();
-}
-
-cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
-  enqueue(*stream, [=](Stream&) { function(data); });
-  return outcome();
-}
-
-// ---- streams
-// ---------------------------------------------------------------------------------------------------------
+// ---- streams --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
   if ((flags & ~unsigned{cudaStreamNonBlocking}) != 0) return failed(cudaErrorInvalidValue);
@@ -384,8 +222,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
   return outcome();
 }
 
-// ---- events
-// ----------------------------------------------------------------------------------------------------------
+// ---- events ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   *event = reinterpret_cast<cudaEvent_t>(new Event{&current_device(), flags, nullptr});

@@ -230,8 +230,7 @@ cudaError_t enqueue_launch(LaunchRequest request, cudaStream_t handle) {
   return result;
 }
 
-// ---- for tests
-// -------------------------------------------------------------------------------------------------------
+// ---- for tests ------------------------------------------------------------------------------------------------------
 
 void host_threads_met() {
   HostThread& host = host_thread();
