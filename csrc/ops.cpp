@@ -1,7 +1,9 @@
 // Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
 // world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask, and because
 // what torch.compile keeps of a forward must differ between ranks wherever its backward does.
+#include "cpu/compress.h"
 #include "cpu/fused_gemm.h"
+#include "cpu/norm.h"
 #include "cpu/vocab.h"
 #include "torch_side/collectives.h"
 
@@ -102,6 +104,12 @@ STABLE_TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
   m.impl("vocab_embedding_backward", TORCH_BOX(&tpk::vocab_embedding_backward));
   m.impl("vocab_cross_entropy", TORCH_BOX(&tpk::vocab_cross_entropy));
   m.impl("vocab_cross_entropy_backward", TORCH_BOX(&tpk::vocab_cross_entropy_backward));
+  m.impl("all_reduce_add_rms_norm", TORCH_BOX(&tpk::all_reduce_add_rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&tpk::rms_norm_backward));
+  m.impl("squared_norm", TORCH_BOX(&tpk::squared_norm));
+  m.impl("compress", TORCH_BOX(&tpk::compress));
+  m.impl("decompress", TORCH_BOX(&tpk::decompress));
+  m.impl("compress_with_feedback", TORCH_BOX(&tpk::compress_with_feedback));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {

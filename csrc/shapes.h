@@ -35,4 +35,13 @@ inline void check_token_dim(const char* op, const Shape& x, int64_t dim) {
             static_cast<int64_t>(x.size()) - 1, ") for x of shape ", text_of(x), ", got ", dim);
 }
 
+// x and residual [..., D], weight [D].
+inline void check_add_norm(const char* op, const Shape& x, const Shape& residual, const Shape& weight) {
+  TPK_CHECK(!x.empty(), op, ": x must have 1 dim or more, got 0");
+  TPK_CHECK(residual == x, op, ": x and residual must have the same shape, got ", text_of(x), " and ",
+            text_of(residual));
+  TPK_CHECK(weight.size() == 1 && weight.front() == x.back(), op, ": weight must have shape [", x.back(), "], got ",
+            text_of(weight));
+}
+
 }  // namespace tpk

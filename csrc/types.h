@@ -23,6 +23,7 @@ enum class Op : uint8_t {
   AllGatherGemmBackward,
   VocabEmbedding,
   VocabCrossEntropy,
+  AllReduceAddRmsNorm,
   Sizes,
   Barrier,
   Count
@@ -44,6 +45,7 @@ inline const char* name_of(Op op) {
                                        "all_gather_gemm_backward",
                                        "vocab_embedding",
                                        "vocab_cross_entropy",
+                                       "all_reduce_add_rms_norm",
                                        "sizes",
                                        "barrier"};
   return static_cast<size_t>(op) < kOps ? names[static_cast<size_t>(op)] : "unknown op";

@@ -44,6 +44,12 @@ def disagreements(rank: int, group: Group) -> dict[str, Callable[[], object]]:
         "embedding": lambda: ops.vocab_embedding(
             torch.zeros(2, dtype=torch.int64), torch.ones(3, 4 + odd), group=group, vocab_size=3 * group.world_size
         ),
+        "width of a norm": lambda: ops.all_reduce_add_rms_norm(
+            torch.ones(6, 4 - odd), torch.ones(6, 4 - odd), torch.ones(4 - odd), group=group
+        ),
+        "sum and norm": lambda: (
+            ops.all_reduce(x, group=group) if odd else ops.all_reduce_add_rms_norm(x, x, x[0], group=group)
+        ),
         "tokens of a loss": lambda: ops.vocab_cross_entropy(
             torch.ones(2 + odd, 3),
             torch.zeros(2 + odd, dtype=torch.int64),

@@ -26,3 +26,23 @@ def bytes_per_value(codec: str, itemsize: int = 4) -> float:
         raise ValueError(f"bytes_per_value: codec must be one of {CODECS}, got {codec!r}")
     values, nbytes = _BLOCKS[codec]
     return nbytes / values
+
+
+def wire_bytes(codec: str, numel: int, itemsize: int = 4) -> int:
+    """Bytes of a message: the payload of every value, and a header for each block, the last one short.
+
+    Args:
+        codec: a name in CODECS.
+        numel: values in the message; may be symbolic.
+        itemsize: bytes of the tensor's dtype, which is what "none" sends.
+
+    Raises:
+        ValueError: no such codec.
+    """
+    if codec == "none":
+        return numel * itemsize
+    if codec not in _BLOCKS:
+        raise ValueError(f"wire_bytes: codec must be one of {CODECS}, got {codec!r}")
+    values, nbytes = _BLOCKS[codec]
+    payload = nbytes // values
+    return (numel + values - 1) // values * (nbytes - values * payload) + numel * payload

@@ -8,18 +8,6 @@
 namespace tpk {
 namespace {
 
-constexpr size_t kLanes = 16;  // independent partial sums, so that the loops become vector code
-
-TPK_INLINE float load(float value) { return value; }
-TPK_INLINE double load(double value) { return value; }
-TPK_INLINE float load(Half value) { return to_float(value); }
-TPK_INLINE float load(Bfloat16 value) { return to_float(value); }
-
-TPK_INLINE void store(double value, double* to) { *to = value; }
-TPK_INLINE void store(float value, float* to) { *to = value; }
-TPK_INLINE void store(float value, Half* to) { *to = to_half(value); }
-TPK_INLINE void store(float value, Bfloat16* to) { *to = to_bfloat16(value); }
-
 TPK_INLINE double exponential(double x) { return std::exp(x); }
 
 // exp(x) for x <= 0 within 2 ulp: x = k ln 2 + r, a polynomial in r, the exponent set by adding k to it. NaN stays NaN.
@@ -53,14 +41,6 @@ TPK_INLINE Sum largest_of(const T* logits, size_t n) {
   }
   for (; j < n; ++j) lanes[0] = load(logits[j]) > lanes[0] ? load(logits[j]) : lanes[0];
   for (size_t l = 1; l < kLanes; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-  return lanes[0];
-}
-
-template <class Sum>
-TPK_INLINE Sum sum_of_lanes(Sum* lanes) {
-  for (size_t width = kLanes / 2; width > 0; width /= 2) {
-    for (size_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  }
   return lanes[0];
 }
 

@@ -5,18 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../codec/half.h"
+#include "lanes.h"
 
 namespace tpk {
-
-template <class T>
-struct LossSum {
-  using type = float;
-};
-template <>
-struct LossSum<double> {
-  using type = double;
-};
 
 // What one rank knows of a row: with these four numbers of every rank the loss is known to all.
 template <class Sum>
@@ -28,11 +19,10 @@ struct RowStats {
 };
 
 template <class T>
-void row_stats(const T* logits, size_t n, bool smoothing, RowStats<typename LossSum<T>::type>* stats);
+void row_stats(const T* logits, size_t n, bool smoothing, RowStats<SumOf<T>>* stats);
 
 // gradient[j] = scale * (exp(logits[j] - lse) - uniform); the target's own term is the caller's.
 template <class T>
-void row_gradient(const T* logits, size_t n, typename LossSum<T>::type lse, typename LossSum<T>::type uniform,
-                  typename LossSum<T>::type scale, T* gradient);
+void row_gradient(const T* logits, size_t n, SumOf<T> lse, SumOf<T> uniform, SumOf<T> scale, T* gradient);
 
 }  // namespace tpk

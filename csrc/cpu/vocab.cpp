@@ -27,18 +27,6 @@ std::vector<int64_t> integers_of(const char* op, const char* argument, const Ten
   return values;
 }
 
-// Calls body with a value of the C++ type of x: float, double, Half or Bfloat16.
-template <class Body>
-void with_float_type(const char* op, const Tensor& x, Body&& body) {
-  switch (dtype_of(x)) {
-    case DType::F32: return body(float{});
-    case DType::F64: return body(double{});
-    case DType::F16: return body(Half{});
-    case DType::BF16: return body(Bfloat16{});
-    default: throw std::invalid_argument(concat(op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x))));
-  }
-}
-
 void check_shard(const char* op, int64_t vocab_start, int64_t shard, int64_t vocab_size) {
   TPK_CHECK(vocab_start >= 0 && vocab_start + shard <= vocab_size, op, ": the shard [", vocab_start, ", ",
             vocab_start + shard, ") must lie inside the vocabulary of ", vocab_size);
@@ -55,9 +43,9 @@ void check_targets(const std::vector<int64_t>& targets, int64_t vocab_size, int6
 }
 
 template <class T>
-std::vector<RowStats<typename LossSum<T>::type>> local_stats(const Tensor& logits, const std::vector<int64_t>& targets,
+std::vector<RowStats<SumOf<T>>> local_stats(const Tensor& logits, const std::vector<int64_t>& targets,
                                                              int64_t vocab_start, bool smoothing) {
-  std::vector<RowStats<typename LossSum<T>::type>> stats(targets.size());
+  std::vector<RowStats<SumOf<T>>> stats(targets.size());
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
   const T* row = static_cast<const T*>(logits.const_data_ptr());
   for (size_t i = 0; i < targets.size(); ++i, row += shard) {
@@ -115,7 +103,7 @@ template <class T>
 void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<int64_t>& targets, const Tensor& lse,
                    int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double label_smoothing,
                    Tensor& dlogits) {
-  using Sum = typename LossSum<T>::type;
+  using Sum = SumOf<T>;
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
   const Sum smoothing = static_cast<Sum>(label_smoothing), uniform = smoothing / static_cast<Sum>(vocab_size);
   const Sum* scale = static_cast<const Sum*>(dloss.const_data_ptr());
@@ -143,7 +131,7 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<
 
 template <class T>
 void add_rows(const Tensor& dy, const std::vector<int64_t>& ids, int64_t vocab_start, int64_t shard, Tensor& sums) {
-  using Sum = typename LossSum<T>::type;
+  using Sum = SumOf<T>;
   const size_t width = static_cast<size_t>(dy.size(dy.dim() - 1));
   const T* row = static_cast<const T*>(dy.const_data_ptr());
   Sum* table = static_cast<Sum*>(sums.mutable_data_ptr());
@@ -225,7 +213,7 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
   Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
   with_float_type("vocab_cross_entropy", logits, [&](auto type) {
     using T = decltype(type);
-    using Sum = typename LossSum<T>::type;
+    using Sum = SumOf<T>;
     const auto all =
         gather_stats(*comm, local_stats<T>(logits, targets, vocab_start, label_smoothing != 0), vocab_size);
     combine_stats<Sum>(all, targets, vocab_size, ignore_index, static_cast<Sum>(label_smoothing),

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../codec/half.h"
 #include "../communicator.h"
 #include "../shapes.h"
 #include "../types.h"
@@ -49,6 +50,18 @@ inline DType raw_dtype_of(const Tensor& x) {
     case 4: return DType::Raw4;
     case 8: return DType::Raw8;
     default: return DType::Raw16;
+  }
+}
+
+// Calls body with a value of the C++ type of x: float, double, Half or Bfloat16.
+template <class Body>
+void with_float_type(const char* op, const Tensor& x, Body&& body) {
+  switch (dtype_of(x)) {
+    case DType::F32: return body(float{});
+    case DType::F64: return body(double{});
+    case DType::F16: return body(Half{});
+    case DType::BF16: return body(Bfloat16{});
+    default: throw std::invalid_argument(concat(op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x))));
   }
 }
 

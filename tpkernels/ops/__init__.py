@@ -1,12 +1,14 @@
-"""The ops: collectives, GEMMs fused with their collective, and the vocabulary.
+"""The ops: collectives, GEMMs fused with their collective, the norm after them, the vocabulary, and packing.
 
-collectives.py, fused_gemm.py and vocab.py hold the public functions; the modules with an underscore what they share.
+The modules with an underscore hold what the others share.
 """
 
 from __future__ import annotations
 
 from .collectives import all_gather, all_reduce, all_reduce_, reduce_scatter
 from .fused_gemm import all_gather_gemm, gemm_all_reduce, gemm_reduce_scatter, replicated_gemm
+from .norm import all_reduce_add_rms_norm, squared_norm
+from .packing import compress, compress_with_feedback, decompress
 from .vocab import vocab_cross_entropy, vocab_embedding
 
 __all__ = [
@@ -14,10 +16,15 @@ __all__ = [
     "all_gather_gemm",
     "all_reduce",
     "all_reduce_",
+    "all_reduce_add_rms_norm",
+    "compress",
+    "compress_with_feedback",
+    "decompress",
     "gemm_all_reduce",
     "gemm_reduce_scatter",
     "reduce_scatter",
     "replicated_gemm",
+    "squared_norm",
     "vocab_cross_entropy",
     "vocab_embedding",
 ]

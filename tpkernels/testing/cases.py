@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -198,8 +200,80 @@ VOCAB_CROSS_ENTROPY = _Loss(
     wire_bytes=lambda s: 4 * torch.Size(s.x_shape).numel() * sums_dtype(s.dtype).itemsize * (s.R - 1) / s.R,
 )
 
+# --- residual add and norm: x[..., M, N], residual[..., M, N], weight[N]
+
+EPS = 1e-5
+
+
+def _add_norm_inputs(s: Sizes) -> dict[str, Tensor | None]:
+    return {**_partials(s), "residual": s.randn("residual", *s.x_shape, s.N), "weight": s.randn("weight", s.N)}
+
+
+def _inverse_rms(total: Tensor) -> Tensor:
+    return torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)
+
+
+def _add_norm(s: Sizes, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    total = x.sum(0, dtype=x.dtype) + residual
+    return torch.stack([total * _inverse_rms(total) * weight, total])
+
+
+@wraps(ops.all_reduce_add_rms_norm)
+def _stacked_add_norm(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """Both results as one, [2, ..., M, N], as a Case has it."""
+    return torch.stack(ops.all_reduce_add_rms_norm(x, residual, weight, **options))
+
+
+@dataclass(frozen=True)
+class _AddNorm(Case):
+    """Not a sum of products: what rounding does to the sum r is carried to first order through i = 1 / rms(r)."""
+
+    def _errors(self, s: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return r, i, how far r may be off, i relatively, and r * i."""
+        x, residual = (present(self.inputs(s)[name]) for name in ("x", "residual"))
+        r = x.sum(0) + residual
+        i = _inverse_rms(r)
+        off_r = self.rounding(s, self.packings) * (x.abs().sum(0) + residual.abs())
+        off_i = i * ((r * i).abs() * off_r).mean(-1, keepdim=True) + (s.N + 8) * unit(sums_dtype(s.dtype))
+        return r, i, off_r, off_i, i * off_r + (r * i).abs() * off_i
+
+    def bound(self, s: Sizes, rank: int) -> Tensor:
+        """How far off y and residual_out may be."""
+        weight = present(self.inputs(s)["weight"]).abs()
+        r, i, off_r, _, off_normed = self._errors(s)
+        off_y = weight * (off_normed + (r * i).abs() * (unit(s.dtype) + 4 * unit(sums_dtype(s.dtype))))
+        return torch.stack([off_y, off_r])
+
+    def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """As in Case; the gradient of r is i (g - n mean(g n)) with n = r i and g = dy weight."""
+        dy, wanted, _ = super().gradients(s, rank)
+        (dy_normed, dr_out), sums = dy.double().abs(), unit(sums_dtype(s.dtype))
+        r, i, _, off_i, off_n = self._errors(s)
+        n, g = (r * i).abs(), dy_normed * present(self.inputs(s)["weight"]).abs()
+
+        def mean(x: Tensor) -> Tensor:
+            return x.mean(-1, keepdim=True)
+
+        size = i * (g + n * mean(g * n))
+        off_r = size * (off_i + (s.N + 16) * sums + unit(s.dtype)) + i * (off_n * mean(g * n) + n * mean(g * off_n))
+        off_r = off_r + unit(s.dtype) * dr_out
+        tokens = torch.Size(s.x_shape).numel()
+        off_w = dy_normed * (off_n + n * ((tokens + 16) * sums + unit(s.dtype)))
+        return dy, wanted, [off_r, off_r, off_w.sum_to_size(s.N)]
+
+
+ALL_REDUCE_ADD_RMS_NORM = _AddNorm(
+    name="all_reduce_add_rms_norm",
+    op=_stacked_add_norm,
+    inputs=_add_norm_inputs,
+    cuts=lambda s: {"x": PARTIAL, "residual": None, "weight": None},
+    program=_add_norm,
+    options=lambda s: {"eps": EPS, "codec": s.codec},
+    wire_bytes=lambda s: 2 * _message_bytes(s) * (s.R - 1) / s.R,
+)
+
 COLLECTIVES = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER)
 GEMMS = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM, REPLICATED_GEMM)
 VOCAB = (VOCAB_EMBEDDING, VOCAB_CROSS_ENTROPY)
-CASES = (*COLLECTIVES, *GEMMS, *VOCAB)
+CASES = (*COLLECTIVES, *GEMMS, *VOCAB, ALL_REDUCE_ADD_RMS_NORM)
 """Every op that has a result and a gradient."""

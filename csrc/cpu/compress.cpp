@@ -1,0 +1,97 @@
+#include "compress.h"
+
+#include <algorithm>
+
+#include "../torch_side/collectives.h"
+#include "feedback.h"
+
+namespace tpk {
+namespace {
+
+constexpr size_t kGrain = 1 << 16;  // values that are worth a thread of their own
+
+// How a tensor of this dtype is packed; codec none takes every dtype as it lies there.
+const Wire& packing(const char* op, const Tensor& x, const std::string& name) {
+  const Codec codec = codec_of(op, name);
+  const DType dtype = raw_dtype_of(x);
+  if (codec == Codec::None) return wire_of(dtype, codec, dtype < DType::Raw1 ? ReduceOp::Sum : ReduceOp::None);
+  try {
+    return wire_of(dtype, codec, ReduceOp::Sum);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(concat(op, ": ", error.what()));
+  }
+}
+
+// Calls body(start, count) for pieces of n values that begin with a block.
+template <class Body>
+void over_blocks(const Wire& wire, size_t n, Body&& body) {
+  const size_t block = std::max(wire.block_values, kGrain / wire.block_values * wire.block_values);
+  const size_t blocks = (n + block - 1) / block;
+  if (blocks == 0) return;
+  torch::stable::parallel_for(0, static_cast<int64_t>(blocks), 1, [&](int64_t first, int64_t last) {
+    const size_t start = static_cast<size_t>(first) * block;
+    body(start, std::min(n, static_cast<size_t>(last) * block) - start);
+  });
+}
+
+const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
+char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
+
+Tensor empty_wire(const Tensor& like, const Wire& wire, size_t n) {
+  return empty_of(like, {static_cast<int64_t>(wire.bytes(n))}, ScalarType::Byte);
+}
+
+}  // namespace
+
+Tensor compress(const Tensor& x, std::string codec) {
+  const Wire& wire = packing("compress", x, codec);
+  const Tensor values = dense(x);
+  Tensor out = empty_wire(values, wire, numel_of(values));
+  over_blocks(wire, numel_of(values), [&](size_t start, size_t count) {
+    wire.encode(at(values.const_data_ptr(), start * wire.value_bytes), at(out.mutable_data_ptr(), wire.offset(start)),
+                count);
+  });
+  return out;
+}
+
+Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, std::string codec) {
+  TPK_CHECK(wire_bytes.scalar_type() == ScalarType::Byte && wire_bytes.dim() == 1,
+            "decompress: wire must be uint8 with one dim, got ", wire_bytes.dim(), " dims of ",
+            wire_bytes.element_size(), " bytes a value");
+  Tensor out = empty_of(wire_bytes, shape, dtype);
+  const Wire& wire = packing("decompress", out, codec);
+  const size_t n = numel_of(out);
+  TPK_CHECK(numel_of(wire_bytes) == wire.bytes(n), "decompress: wire must have ", wire.bytes(n), " bytes for shape ",
+            text_of(shape), ", got ", numel_of(wire_bytes));
+  const Tensor packed = dense(wire_bytes);
+  over_blocks(wire, n, [&](size_t start, size_t count) {
+    wire.decode(at(packed.const_data_ptr(), wire.offset(start)), at(out.mutable_data_ptr(), start * wire.value_bytes),
+                count);
+  });
+  return out;
+}
+
+Tensor compress_with_feedback(const Tensor& x, Tensor residual, std::string codec, double scale) {
+  const char* const op = "compress_with_feedback";
+  TPK_CHECK(residual.scalar_type() == ScalarType::Float && residual.is_contiguous(), op,
+            ": residual must be float32 and contiguous");
+  TPK_CHECK(shape_of(residual) == shape_of(x), op, ": residual must have the shape of x, ", text_of(shape_of(x)),
+            ", got ", text_of(shape_of(residual)));
+  const Wire& wire = packing(op, x, codec);
+  EncodeWithFeedback encode = nullptr;
+  try {
+    encode = feedback_of(wire.dtype, wire.codec);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(concat(op, ": ", error.what()));
+  }
+  const Tensor values = dense(x);
+  float* const left = static_cast<float*>(residual.mutable_data_ptr());
+  Tensor out = empty_wire(values, wire, numel_of(values));
+  over_blocks(wire, numel_of(values), [&](size_t start, size_t count) {
+    encode(at(values.const_data_ptr(), start * wire.value_bytes), left + start,
+           at(out.mutable_data_ptr(), wire.offset(start)), static_cast<float>(scale), count);
+  });
+  return out;
+}
+
+}  // namespace tpk
