@@ -116,8 +116,10 @@ inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, in
 }
 
 // Where part i of so many begins, at whole tiles where there are enough rows; part `parts` begins behind the last row.
-inline int64_t part_start(int64_t M, int parts, int i) {
-  const int64_t tile = M >= parts * kTileRows ? kTileRows : 1;
+// unit: rows that a codec's blocks keep together.
+inline int64_t part_start(int64_t M, int parts, int i, int64_t unit = 1) {
+  const int64_t whole_tile = (kTileRows + unit - 1) / unit * unit;
+  const int64_t tile = M >= parts * whole_tile ? whole_tile : unit;
   const int64_t tiles = (M + tile - 1) / tile;
   return std::min(M, tiles * i / parts * tile);
 }

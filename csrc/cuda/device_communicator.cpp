@@ -5,6 +5,21 @@
 
 namespace tpk::cuda {
 
+Stretch Stretch::all(const Cut& cut) {
+  Stretch all;
+  for (size_t r = 0; r + 1 < cut.starts.size(); ++r) {
+    all.begin.push_back(0);
+    all.end.push_back(cut.starts[r + 1] - cut.starts[r]);
+  }
+  return all;
+}
+
+size_t Stretch::largest() const {
+  size_t largest = 0;
+  for (size_t r = 0; r < begin.size(); ++r) largest = std::max(largest, end[r] - begin[r]);
+  return largest;
+}
+
 DeviceCommunicator::DeviceCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
                                        int device)
     : Communicator(std::move(name), std::move(label), rank, world_size, timeout_s), device_(device) {
@@ -24,6 +39,9 @@ void DeviceCommunicator::run(const std::function<void()>& body) {
 }
 
 void DeviceCommunicator::enter() {
+  int current = -1;
+  TPK_CUDA_CHECK(cudaGetDevice(&current));
+  TPK_CHECK(current == device_, "group '", label(), "' is on cuda:", device_, ", got tensors on cuda:", current);
   const cudaStream_t stream = current_stream();
   const uint64_t capture = capture_of(stream);
   // Recorded only now, when another stream needs it: most programs use one stream. A stream whose capture began or
@@ -47,7 +65,7 @@ void DeviceCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wir
                                            const Cut& cut) {
   run([&] {
     enter();
-    send_reduce_scatter(spec, wire, in, out, cut);
+    send_reduce_scatter(spec, wire, in, out, cut, Stretch::all(cut));
   });
 }
 
@@ -55,19 +73,25 @@ void DeviceCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, c
                                        const Cut& cut) {
   run([&] {
     enter();
-    send_all_gather(spec, wire, in, out, cut);
+    send_all_gather(spec, wire, in, out, cut, Stretch::all(cut));
   });
 }
 
 void DeviceCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                                               const std::function<void()>& meanwhile) {
-  run([&] {
-    const cudaStream_t caller = current_stream();
-    send_part(0, [&](int) { send_all_reduce(spec, wire, data, data, n); }, caller);
-    meanwhile();
-    on_device_->event.order(on_device_->side.get(), caller);
-    last_stream_ = caller;
-  });
+  run([&] { run_beside([&](int) { send_all_reduce(spec, wire, data, data, n); }, meanwhile); });
+}
+
+void DeviceCommunicator::send_beside(Op op, const Part& send, const std::function<void()>& meanwhile) {
+  as_one_call(op, [&] { run([&] { run_beside(send, meanwhile); }); });
+}
+
+void DeviceCommunicator::run_beside(const Part& send, const std::function<void()>& meanwhile) {
+  const cudaStream_t caller = current_stream();
+  send_part(0, send, caller);
+  meanwhile();
+  on_device_->event.order(on_device_->side.get(), caller);
+  last_stream_ = caller;
 }
 
 void DeviceCommunicator::send_part(int part, const Part& send, cudaStream_t caller) {
@@ -125,6 +149,7 @@ std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
   TPK_CHECK(capture_of(current_stream()) == 0, describe_call(spec.op),
             ": the ranks cannot tell each other sizes while a CUDA graph is captured; pass dim_size or vocab_size");
   std::vector<int64_t> all;
+  const DeviceScope scope(device_);
   run([&] {
     const uint64_t started = now_nanoseconds();
     enter();
@@ -137,6 +162,7 @@ std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
 void DeviceCommunicator::synchronize() { TPK_CUDA_CHECK(cudaStreamSynchronize(last_stream_)); }
 
 void DeviceCommunicator::do_check() {
+  const DeviceScope scope(device_);
   run([&] {
     if (launched_) synchronize();
   });
@@ -144,7 +170,8 @@ void DeviceCommunicator::do_check() {
 
 // Leaving must not fail, and nothing that peers still read may go away under them.
 void DeviceCommunicator::do_close() {
-  if (launched_ && last_capture_ == 0) static_cast<void>(cudaStreamSynchronize(last_stream_));
+  if (!launched_ || last_capture_ != 0 || cudaSetDevice(device_) != cudaSuccess) return;
+  static_cast<void>(cudaStreamSynchronize(last_stream_));
 }
 
 void DeviceCommunicator::raise_failure() {
@@ -198,10 +225,12 @@ class LocalDevice final : public DeviceCommunicator {
   void send_all_reduce(const CallSpec&, const Wire& wire, const void* in, void* out, size_t n) override {
     copy(in, out, n * wire.value_bytes);
   }
-  void send_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+  void send_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut,
+                           const Stretch&) override {
     copy(in, out, cut.total() * wire.value_bytes);
   }
-  void send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
+  void send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
+                       const Stretch&) override {
     check_parts(spec, {spec}, cut);
     copy(in, out, cut.total() * wire.value_bytes);
   }

@@ -8,6 +8,7 @@
 //          ordered among themselves; a graph and other calls of its group must be ordered by whoever launches it.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 
 #include "../communicator.h"
@@ -25,6 +26,21 @@ struct AddNorm {
   float eps;
 };
 
+// Of every rank's part of a cut the values [begin[r], end[r]), counted from where the part begins.
+struct Stretch {
+  std::vector<size_t> begin, end;
+  static Stretch all(const Cut& cut);
+  size_t size(int rank) const { return end[static_cast<size_t>(rank)] - begin[static_cast<size_t>(rank)]; }
+  size_t largest() const;
+  // What the p-th piece of so many values takes of a rank's stretch: where it begins in the part, and its length.
+  size_t piece_begin(int rank, size_t start) const {
+    return begin[static_cast<size_t>(rank)] + std::min(start, size(rank));
+  }
+  size_t piece_size(int rank, size_t start, size_t piece) const {
+    return start < size(rank) ? std::min(piece, size(rank) - start) : 0;
+  }
+};
+
 class DeviceCommunicator : public Communicator {
  public:
   DeviceCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s, int device);
@@ -39,11 +55,15 @@ class DeviceCommunicator : public Communicator {
   using Part = std::function<void(int part)>;
   void produce_and_send(Op op, int parts, const Part& produce, const Part& send);
   void receive_and_consume(Op op, int parts, const Part& receive, const Part& consume);
+  // One part that travels while the caller's stream does what `meanwhile` enqueues.
+  void send_beside(Op op, const Part& send, const std::function<void()>& meanwhile);
 
-  // What a part does, inside send or receive. The fingerprint is that of the whole call.
+  // What a part does, inside send or receive. The fingerprint and the tensors are those of the whole call; of
+  // all_reduce, whose parts are values in a row, only the fingerprint.
   virtual void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) = 0;
-  virtual void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
-  virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  virtual void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                                   const Stretch&) = 0;
+  virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) = 0;
   // false when this transport, or this size, has no fused way; nothing was launched then.
   virtual bool send_add_norm(const CallSpec&, const Wire&, const AddNorm&) { return false; }
 
@@ -74,7 +94,8 @@ class DeviceCommunicator : public Communicator {
   void run(const std::function<void()>& body);
   // What is enqueued on this thread's stream from now on comes after the group's last call.
   void enter();
-  void send_part(int part, const Part& send, cudaStream_t stream);
+  void send_part(int part, const Part& send, cudaStream_t caller);
+  void run_beside(const Part& send, const std::function<void()>& meanwhile);
   [[noreturn]] void raise_late(const FailureRecord& record) const;
   [[noreturn]] void raise_mismatch(const FailureRecord& record) const;
 

@@ -147,45 +147,47 @@ void DeviceGroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire&
 }
 
 void DeviceGroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                                  const Cut& cut) {
+                                                  const Cut& cut, const Stretch& stretch) {
   agree(spec);
   const size_t ranks = static_cast<size_t>(world_size()), piece = piece_values(wire, ranks);
-  for (size_t start = 0; start < cut.largest(); start += piece) {
-    const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
+  for (size_t start = 0; start < stretch.largest(); start += piece) {
     Sizes send;
     char* to = exchange_->send_buffer();
     for (int r = 0; r < world_size(); ++r) {
-      encode(wire, at(in, (cut.start(r) + start) * wire.value_bytes), to, part(r));
-      send.push_back(aligned(wire.bytes(part(r))));
+      const size_t values = stretch.piece_size(r, start, piece);
+      encode(wire, at(in, (cut.start(r) + stretch.piece_begin(r, start)) * wire.value_bytes), to, values);
+      send.push_back(aligned(wire.bytes(values)));
       to += send.back();
-      if (r != rank()) count(wire.bytes(part(r)));
+      if (r != rank()) count(wire.bytes(values));
     }
-    const size_t mine = send[static_cast<size_t>(rank())];
+    const size_t mine = send[static_cast<size_t>(rank())], my_values = stretch.piece_size(rank(), start, piece);
     travel(spec.op, send, Sizes(ranks, mine));
-    if (part(rank()) == 0) continue;
-    TPK_CUDA_CHECK(launch_reduce_wires_to_values(wire.dtype, wire.codec, wire.op,
-                                                 wires(exchange_->receive_buffer(), mine, world_size()), world_size(),
-                                                 at(out, start * wire.value_bytes), part(rank()), current_stream()));
+    if (my_values == 0) continue;
+    TPK_CUDA_CHECK(launch_reduce_wires_to_values(
+        wire.dtype, wire.codec, wire.op, wires(exchange_->receive_buffer(), mine, world_size()), world_size(),
+        at(out, stretch.piece_begin(rank(), start) * wire.value_bytes), my_values, current_stream()));
   }
 }
 
 void DeviceGroupCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                              const Cut& cut) {
+                                              const Cut& cut, const Stretch& stretch) {
   agree(spec, &cut);
   const size_t ranks = static_cast<size_t>(world_size()), piece = piece_values(wire, ranks);
-  for (size_t start = 0; start < cut.largest(); start += piece) {
-    const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
+  for (size_t start = 0; start < stretch.largest(); start += piece) {
     char* const send = exchange_->send_buffer();
-    const size_t mine = aligned(wire.bytes(part(rank())));
-    encode(wire, at(in, start * wire.value_bytes), send, part(rank()));
+    const size_t my_values = stretch.piece_size(rank(), start, piece), mine = aligned(wire.bytes(my_values));
+    encode(wire, at(in, stretch.piece_begin(rank(), start) * wire.value_bytes), send, my_values);
     for (size_t r = 1; r < ranks; ++r) copy(send, send + r * mine, mine);
     Sizes receive;
-    for (int r = 0; r < world_size(); ++r) receive.push_back(aligned(wire.bytes(part(r))));
+    for (int r = 0; r < world_size(); ++r) {
+      receive.push_back(aligned(wire.bytes(stretch.piece_size(r, start, piece))));
+    }
     travel(spec.op, Sizes(ranks, mine), receive);
-    count((ranks - 1) * wire.bytes(part(rank())));
+    count((ranks - 1) * wire.bytes(my_values));
     const char* from = exchange_->receive_buffer();
     for (int r = 0; r < world_size(); ++r) {
-      decode(wire, from, at(out, (cut.start(r) + start) * wire.value_bytes), part(r));
+      decode(wire, from, at(out, (cut.start(r) + stretch.piece_begin(r, start)) * wire.value_bytes),
+             stretch.piece_size(r, start, piece));
       from += receive[static_cast<size_t>(r)];
     }
   }

@@ -25,8 +25,9 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
   size_t heap_bytes() const override { return 0; }
 
   void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
-  void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                           const Stretch&) override;
+  void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
 
  protected:
   std::vector<int64_t> send_exchange(const CallSpec&) override;

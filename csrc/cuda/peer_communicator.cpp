@@ -13,20 +13,19 @@ inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + by
 constexpr size_t kHeapUnit = 16;  // of offsets in announcements
 constexpr size_t kPage = Heap::kPage;
 
-// Of every rank's part the values [start, start + piece), as far as it has them.
-DeviceCut stretch(const Cut& cut, int world_size, size_t start, size_t piece) {
+// Of every rank's stretch the values [start, start + piece), as far as it has them.
+DeviceCut piece_of(const Cut& cut, const Stretch& stretch, int world_size, size_t start, size_t piece) {
   DeviceCut part{};
   for (int r = 0; r < world_size; ++r) {
-    const size_t size = cut.size(r);
-    part.first[r] = cut.start(r) + std::min(start, size);
-    part.count[r] = start < size ? std::min(piece, size - start) : 0;
+    part.first[r] = cut.start(r) + stretch.piece_begin(r, start);
+    part.count[r] = stretch.piece_size(r, start, piece);
   }
   return part;
 }
 
-// The same where all ranks bring their parts, of these sizes.
-DeviceCut brought_stretch(const Cut& cut, int world_size, size_t start, size_t piece) {
-  DeviceCut part = stretch(cut, world_size, start, piece);
+// The same where all ranks bring their parts, of the sizes that the cut gives them.
+DeviceCut brought_piece(const Cut& cut, const Stretch& stretch, int world_size, size_t start, size_t piece) {
+  DeviceCut part = piece_of(cut, stretch, world_size, start, piece);
   for (int r = 0; r < world_size; ++r) part.brings[r] = static_cast<uint32_t>(cut.size(r));
   return part;
 }
@@ -114,33 +113,34 @@ void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, c
 }
 
 void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                           const Cut& cut) {
-  const size_t ranks = static_cast<size_t>(world_size());
+                                           const Cut& cut, const Stretch& stretch) {
+  const size_t ranks = static_cast<size_t>(world_size()), largest = stretch.largest();
   const size_t piece = wire.values_in(arena_.slot_bytes / ranks / kHeapUnit * kHeapUnit);
-  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece * ranks, cut.total())));
-  for (size_t start = 0; start == 0 || start < cut.largest(); start += piece) {
-    check_cuda(launch_reduce_scatter(peers_, next_call(spec, in), in, at(out, start * wire.value_bytes),
-                                     stretch(cut, world_size(), start, piece), blocks, current_stream()),
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest) * ranks));
+  for (size_t start = 0; start == 0 || start < largest; start += piece) {
+    char* const to = at(out, stretch.piece_begin(rank(), start) * wire.value_bytes);
+    check_cuda(launch_reduce_scatter(peers_, next_call(spec, in), in, to,
+                                     piece_of(cut, stretch, world_size(), start, piece), blocks, current_stream()),
                "reduce_scatter");
   }
   for (int r = 0; r < world_size(); ++r) {
-    if (r != rank()) count(wire.bytes(cut.size(r)));
+    if (r != rank()) count(wire.bytes(stretch.size(r)));
   }
 }
 
 void PeerCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                       const Cut& cut) {
-  const size_t piece = wire.values_in(arena_.slot_bytes);
-  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, cut.largest())));
-  for (size_t start = 0; start == 0 || start < cut.largest(); start += piece) {
-    const char* const from = at(in, start * wire.value_bytes);
+                                       const Cut& cut, const Stretch& stretch) {
+  const size_t piece = wire.values_in(arena_.slot_bytes), largest = stretch.largest();
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest)));
+  for (size_t start = 0; start == 0 || start < largest; start += piece) {
+    const char* const from = at(in, stretch.piece_begin(rank(), start) * wire.value_bytes);
     Call call = next_call(spec, from);
     call.brings = static_cast<uint32_t>(spec.mine);
-    check_cuda(launch_all_gather(peers_, call, from, out, brought_stretch(cut, world_size(), start, piece), blocks,
-                                 current_stream()),
+    check_cuda(launch_all_gather(peers_, call, from, out, brought_piece(cut, stretch, world_size(), start, piece),
+                                 blocks, current_stream()),
                "all_gather");
   }
-  count(static_cast<size_t>(world_size() - 1) * wire.bytes(cut.size(rank())));
+  count(static_cast<size_t>(world_size() - 1) * wire.bytes(stretch.size(rank())));
 }
 
 bool PeerCommunicator::send_add_norm(const CallSpec& spec, const Wire& wire, const AddNorm& args) {
@@ -175,10 +175,9 @@ std::vector<int64_t> PeerCommunicator::send_exchange(const CallSpec& spec) {
   int64_t* const host = static_cast<int64_t*>(numbers_.on_host());
   int64_t* const device = static_cast<int64_t*>(numbers_.on_device());
   host[0] = spec.mine;
-  check_cuda(
-      launch_all_gather(peers_, call, device, device + 1,
-                        brought_stretch(Cut::even(ranks, world_size()), world_size(), 0, 1), 1, current_stream()),
-      "exchange");
+  const Cut one_each = Cut::even(ranks, world_size());
+  const DeviceCut cut = brought_piece(one_each, Stretch::all(one_each), world_size(), 0, 1);
+  check_cuda(launch_all_gather(peers_, call, device, device + 1, cut, 1, current_stream()), "exchange");
   synchronize();
   return {host + 1, host + 1 + ranks};
 }

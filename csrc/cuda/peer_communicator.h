@@ -35,8 +35,9 @@ class PeerCommunicator final : public DeviceCommunicator {
   Machine machine() const override;
 
   void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
-  void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                           const Stretch&) override;
+  void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
   bool send_add_norm(const CallSpec&, const Wire&, const AddNorm&) override;
 
  protected:

@@ -105,6 +105,20 @@ CASE(parts_cover_all_rows_once_and_begin_at_tiles) {
   }
 }
 
+CASE(parts_keep_the_blocks_of_a_codec_together) {
+  for (int64_t unit : {2, 3, 64, 512}) {
+    for (int64_t M : {1, 100, 1000, 5000}) {
+      for (int parts = 1; parts <= 4; ++parts) {
+        for (int i = 0; i < parts; ++i) {
+          const int64_t start = part_start(M, parts, i, unit), end = part_start(M, parts, i + 1, unit);
+          EXPECT(start <= end && (start % unit == 0 || start == M), M, " ", parts, " ", unit);
+        }
+        EXPECT(part_start(M, parts, parts, unit) == M, M);
+      }
+    }
+  }
+}
+
 CASE(every_choice_gives_a_reason) {
   std::set<std::string> reasons;
   for (size_t bytes : {size_t{64}, size_t{1} << 20}) {
