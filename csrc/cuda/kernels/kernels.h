@@ -13,7 +13,7 @@
 
 #include "../../codec/codec.h"
 #include "../../types.h"
-#include "limits.h"
+#include "peer_limits.h"
 
 namespace tpk::cuda {
 
@@ -32,7 +32,7 @@ struct Announcement {
 static_assert(sizeof(Announcement) == 32, "two 16-byte words");
 constexpr uint32_t kNoUnits = ~uint32_t{0};
 
-constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_op, Codec codec) {
+TPK_HOST_DEVICE constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_op, Codec codec) {
   return static_cast<uint32_t>(op) | static_cast<uint32_t>(dtype) << 8 | static_cast<uint32_t>(reduce_op) << 16 |
          static_cast<uint32_t>(codec) << 24;
 }
@@ -75,8 +75,10 @@ struct Peers {
   uint64_t timeout_ns;
 };
 
-inline size_t slot_offset(const Peers& peers, uint32_t epoch) { return kSignalBytes + (epoch & 1) * peers.slot_bytes; }
-inline size_t heap_offset(const Peers& peers) { return kSignalBytes + 2 * peers.slot_bytes; }
+TPK_HOST_DEVICE inline size_t slot_offset(const Peers& peers, uint32_t epoch) {
+  return kSignalBytes + (epoch & 1) * peers.slot_bytes;
+}
+TPK_HOST_DEVICE inline size_t heap_offset(const Peers& peers) { return kSignalBytes + 2 * peers.slot_bytes; }
 
 // One launch of a call. `numel`, `shape_hash` describe the whole; a message larger than a slot is several launches
 // (pieces), each with an epoch of its own.
@@ -123,11 +125,14 @@ cudaError_t launch_all_gather(const Peers&, const Call&, const void* in, void* o
 // Nothing but announcements: a barrier on the stream.
 cudaError_t launch_barrier(const Peers&, const Call&, cudaStream_t);
 
-// y = rms_norm(residual_out) * weight,  residual_out = residual + sum over ranks of x        [tokens, width]
-// The sum of x is rounded to the dtype (as all_reduce would), residual_out too; the norm is fp32 inside.
+// y = residual_out i weight,  residual_out = residual + sum over ranks of x,  i = 1 / rms(residual_out)    [tokens, width]
+// One-shot: the sum is rounded to the dtype as all_reduce would (and packed, with a codec), residual_out too; the norm
+// is taken in fp32 (fp64 for fp64; inverse_rms is float*, double* for fp64). The wire of all tokens fits into a slot; a
+// larger message is cut at tokens whose values are a multiple of the codec's blocks. The bits of a token do not depend
+// on how. residual_out may be residual. fp32, fp64, bf16, fp16.
 cudaError_t launch_all_reduce_add_rms_norm(const Peers&, const Call&, const void* x, const void* residual,
-                                           const void* weight, void* y, void* residual_out, float* inverse_rms,
-                                           size_t tokens, size_t width, float eps, int blocks, cudaStream_t);
+                                           const void* weight, void* y, void* residual_out, void* inverse_rms,
+                                           size_t tokens, size_t width, double eps, int blocks, cudaStream_t);
 
 // ---- local (codec.cu): the moves of wire.h on device memory, for transport `group` and for gradients
 cudaError_t launch_encode(DType, Codec, const void* values, void* wire, size_t n, cudaStream_t);
@@ -145,11 +150,17 @@ cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList
 cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
                                         size_t n, cudaStream_t);
 
-// ---- local (norm.cu)
+// ---- local (norm.cu). fp32, fp64, bf16, fp16; what is summed is summed in fp32, fp64 for fp64 ("sums" below).
+// The local half of all_reduce_add_rms_norm, to the same bits: sum is the sum over the ranks, and may be residual_out.
+cudaError_t launch_add_rms_norm(DType, const void* sum, const void* residual, const void* weight, void* y,
+                                void* residual_out, void* inverse_rms, size_t tokens, size_t width, double eps,
+                                cudaStream_t);
 // With r = residual_out, i = inverse_rms, g = dy * weight:  dr = i (g - r i^2 mean(g r)) (+ dresidual_out),
-// dweight = sum over tokens of dy r i. `partial` is [blocks, width] fp32 scratch; dweight is summed in block order.
+// dweight = sum over tokens of dy r i. dr is not computed when it is nullptr, dweight when `partial` is: [blocks, width]
+// sums of scratch, added in block order, so that all ranks must take as many blocks (of 1 .. 1024). dr may be dy or
+// dresidual_out.
 cudaError_t launch_rms_norm_backward(DType, const void* dy, const void* dresidual_out, const void* residual_out,
-                                     const void* weight, const float* inverse_rms, void* dr, float* partial,
+                                     const void* weight, const void* inverse_rms, void* dr, void* partial,
                                      void* dweight, size_t tokens, size_t width, int blocks, cudaStream_t);
 struct TensorList {
   static constexpr int kMax = 64;
@@ -157,26 +168,30 @@ struct TensorList {
   uint64_t numel[kMax];
   int count;
 };
-// total[0] += sum of squares of all tensors; partial is [blocks] fp32 scratch. Deterministic; NaN and infinity stay.
-cudaError_t launch_squared_norm(DType, const TensorList&, float* partial, float* total, int blocks, cudaStream_t);
+// total[0] += sum of squares of all values of all tensors, squares and sums in fp64. partial is [blocks] of scratch,
+// blocks in 1 .. 1024. The same bits for as many blocks; NaN and infinity stay.
+cudaError_t launch_squared_norm(DType, const TensorList&, double* partial, double* total, int blocks, cudaStream_t);
 
-// ---- local (vocab.cu). ids and targets are int64 or int32 (ids_are_64). `bad` counts ids outside [0, vocab_size).
+// ---- local (vocab.cu). ids and targets are int64, or int32 when ids_are_64 (targets_are_64) is false. bad[0] += ids
+// outside [0, vocab_size) (targets: those that are not ignore_index either); such a token is treated as another rank's.
+// stats, loss, lse and dloss are fp32, fp64 for fp64 logits.
 cudaError_t launch_embedding(const void* ids, bool ids_are_64, const void* table, void* out, size_t tokens,
                              size_t row_bytes, int64_t vocab_start, int64_t shard, int64_t vocab_size, uint32_t* bad,
                              cudaStream_t);
-// table_gradient[row] = sum over the tokens of that row, in token order, in fp32, rounded once. order: token indices
-// sorted (stably) by id; sorted_ids: the ids in that order.
+// table_gradient[row] = sum over the tokens of that row, in token order, in fp32 (fp64), rounded once; rows without
+// tokens become zero. order: token indices sorted (stably) by id; sorted_ids: the ids in that order.
 cudaError_t launch_embedding_backward(DType, const void* dy, const int64_t* sorted_ids, const int64_t* order,
                                       void* table_gradient, size_t tokens, size_t width, int64_t vocab_start,
                                       int64_t shard, cudaStream_t);
-// stats[token] = {largest, sum of exp(logit - largest), the target's logit or 0, sum of logits}, fp32 (fp64: double)
+// stats[token] = {largest, sum of exp(logit - largest), the target's logit or 0, sum of logits}
 cudaError_t launch_row_stats(DType, const void* logits, const void* targets, bool targets_are_64, void* stats,
                              size_t tokens, size_t shard, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                              uint32_t* bad, cudaStream_t);
-// From the stats of all ranks [R][tokens]: loss and lse of every token.
+// From the stats of all ranks [R][tokens]: loss and lse of every token. The dtype is that of the logits.
 cudaError_t launch_combine_stats(DType, const void* stats, int world_size, const void* targets, bool targets_are_64,
                                  void* loss, void* lse, size_t tokens, int64_t vocab_size, int64_t ignore_index,
                                  double label_smoothing, cudaStream_t);
+// dlogits may be logits.
 cudaError_t launch_loss_gradient(DType, const void* dloss, const void* logits, const void* targets, bool targets_are_64,
                                  const void* lse, void* dlogits, size_t tokens, size_t shard, int64_t vocab_start,
                                  int64_t vocab_size, int64_t ignore_index, double label_smoothing, cudaStream_t);

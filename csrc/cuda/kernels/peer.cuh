@@ -1,0 +1,312 @@
+// The protocol of a call over peer memory: what the ranks tell each other, who waits for whom, what a failure leaves.
+//
+// A kernel over peers is a Turn, the same on every rank:
+//
+//   Turn turn(peers, call, Kernel::TwoShot);
+//   if (turn.bring(copy_in)) {              // announce, hear all, agree: inputs can be read from the slots
+//     ...                                   // sum
+//     if (turn.step(kDone)) ...             // all have summed: read the sums
+//   }
+//   turn.end();
+//
+// Needs    R <= 8 ranks; the same launches in the same order, on one stream, everywhere; grids that are resident as a
+//          whole, on all ranks at once. Block b waits for the blocks b of the others and for nothing else, so block b
+//          may read from a peer only what its own number has written there.
+// Order    what a block wrote is released with its flags (store_release_sys after a barrier of the block), and acquired
+//          by whoever polls them (load_acquire_sys before one). Call e uses slot e % 2 and arrived[e % 2], which are
+//          free again in call e + 2: a kernel ends only after it has heard everybody's e + 1, and a rank says e + 1
+//          only after its kernel e has ended, that is after it has read all it wanted of e.
+// Heaps    an input that lies in a heap may be changed when the kernel has ended: whoever reads heaps takes one step
+//          (kDone) after the last read.
+// Refusal  every block compares everybody's announcement with its own; all ranks come to the same verdict. Then no data
+//          is read, nothing is written to outputs, the call counts as done, and the host finds a record. The later
+//          pieces of a refused call return at once: ranks that disagree about its size launch different numbers of
+//          them.
+// Waits    end at a deadline: the first block that waited in vain records whom for and traps; the group is lost.
+// Traffic  32 bytes from each block to each rank, and 4 for each step.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+#include "vector.cuh"
+
+namespace tpk::cuda {
+
+// Kernels over peers; part of Announcement::plan.
+enum class Kernel : uint32_t { Barrier, OneShot, TwoShot, Multicast, ReduceScatter, AllGather, AllReduceAddRmsNorm };
+
+// What a block tells the same-numbered blocks after its announcement: 2 * epoch + one of these. It only grows.
+constexpr uint32_t kCopied = 0;  // an input that cannot be read from its heap has been copied into the slot
+constexpr uint32_t kDone = 1;    // sums can be read; inputs have been read
+
+class Turn {
+ public:
+  // Reads the epoch. `expected`: what rank threadIdx.x, which this thread listens to, must announce that it brings.
+  __device__ __forceinline__ Turn(const Peers& peers, const Call& call, Kernel kernel, uint32_t expected = 0)
+      : peers_(peers), call_(call), expected_(expected) {
+    plan_ = static_cast<uint32_t>(kernel) | gridDim.x << 8 | blockDim.x << 16;
+    epoch_ = signals(peers.rank).epoch + 1;
+    if (call.piece > 0 && signals(peers.rank).refused != 0) outcome_ = Outcome::Skipped;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+  __device__ __forceinline__ int rank() const { return peers_.rank; }
+  __device__ __forceinline__ int world_size() const { return peers_.world_size; }
+  __device__ __forceinline__ char* slot(int r) const { return peers_.arena[r] + slot_offset(peers_, epoch_); }
+  __device__ __forceinline__ char* multicast_slot() const { return peers_.multicast + slot_offset(peers_, epoch_); }
+
+  // Makes this rank's input readable and waits until all inputs are: copy_in() puts this block's part of it into
+  // slot(rank()). True when the ranks agree.
+  template <class CopyIn>
+  __device__ __forceinline__ bool bring(CopyIn copy_in) {
+    if (outcome_ == Outcome::Skipped) return false;
+    copy_in();
+    announce(kNoUnits);
+    return hear();
+  }
+
+  // The same for an input that may lie in this rank's heap, at `heap_units`, or else kNoUnits: when all do, nothing is
+  // copied; when some do, those ranks find out and copy, and everybody waits for them.
+  template <class CopyIn>
+  __device__ __forceinline__ bool bring_or_leave(uint32_t heap_units, CopyIn copy_in) {
+    if (outcome_ == Outcome::Skipped) return false;
+    const bool in_heap = heap_units != kNoUnits;
+#pragma unroll 1
+    for (int time = 0; time < 2; ++time) {  // a loop, so that copy_in() is there only once
+      const bool have_heard = time == 1;
+      if (in_heap == have_heard) copy_in();
+      if (have_heard) break;
+      announce(heap_units);
+      if (!hear()) return false;
+      const int in_heaps = count_heaps();
+      reads_heaps_ = in_heaps == peers_.world_size;
+      if (in_heaps == 0 || reads_heaps_) return true;
+    }
+    return step(kCopied);
+  }
+
+  // After bring_or_leave: whether inputs are read from heaps; they are read from slots if not.
+  __device__ __forceinline__ bool reads_heaps() const { return reads_heaps_; }
+  // The input of rank r: in the layout of the tensor in a heap, in that of copy_in() in a slot.
+  __device__ __forceinline__ const char* source(int r) const { return peers_.arena[r] + size_t{source_units(r)} * 16; }
+  // The same from the start of its arena, in units of 16 bytes.
+  __device__ __forceinline__ uint32_t source_units(int r) const {
+    return reads_heaps_ ? static_cast<uint32_t>(heap_offset(peers_) / 16) + heard().units[r]
+                        : static_cast<uint32_t>(slot_offset(peers_, epoch_) / 16);
+  }
+
+  // Tells the other blocks of this number that this one got so far, waits until they have.
+  __device__ __forceinline__ bool step(uint32_t how_far) {
+    __syncthreads();  // what this block read and wrote comes before its flags
+    const int t = static_cast<int>(threadIdx.x);
+    if (t < peers_.world_size) {
+      store_release_sys(&signals(t).stage[peers_.rank][blockIdx.x], 2 * epoch_ + how_far);
+      const uint32_t* flag = &signals(peers_.rank).stage[t][blockIdx.x];
+      const bool came =
+          wait([&] { return reached(load_acquire_sys(flag), 2 * epoch_ + how_far); }, [] { return false; });
+      heard().verdict[t] = came ? Verdict::Agrees : Verdict::Late;
+    }
+    __syncthreads();
+    return worst_verdict() == Verdict::Late ? give_up(2) : true;
+  }
+
+  // The last block of the rank closes the call. All threads of a block have read the epoch before any gets here (they
+  // met in bring), so it may change.
+  __device__ __forceinline__ void end() {
+    if (threadIdx.x != 0 || outcome_ == Outcome::Skipped || outcome_ == Outcome::GaveUp) return;
+    Signals& mine = signals(peers_.rank);
+    if (add_acq_rel_gpu(&mine.finished, 1) + 1 != gridDim.x) return;
+    if (outcome_ == Outcome::Refused) record_mismatch();
+    mine.finished = 0;
+    mine.refused = outcome_ == Outcome::Refused ? 1 : 0;
+    mine.epoch = epoch_;
+  }
+
+ private:
+  enum class Outcome : uint32_t { Going, Refused, GaveUp, Skipped };
+  enum class Verdict : uint32_t { Agrees, Differs, Late };  // the worse, the larger
+
+  // What thread r of the block found out about rank r.
+  struct Heard {
+    Verdict verdict[kMaxPeers];
+    uint32_t units[kMaxPeers];
+  };
+  __device__ __forceinline__ static Heard& heard() {
+    __shared__ Heard shared;
+    return shared;
+  }
+
+  __device__ __forceinline__ Signals& signals(int r) const { return *reinterpret_cast<Signals*>(peers_.arena[r]); }
+  __device__ __forceinline__ Announcement& arrived(int from, uint32_t block) const {
+    return signals(peers_.rank).arrived[epoch_ & 1][from][block];
+  }
+  __device__ __forceinline__ uint32_t kind() const {
+    return kind_of(call_.op, call_.dtype, call_.reduce_op, call_.codec);
+  }
+  // Counters wrap around.
+  __device__ __forceinline__ static bool reached(uint32_t counter, uint32_t target) {
+    return static_cast<int32_t>(counter - target) >= 0;
+  }
+  __device__ __forceinline__ static uint32_t low(uint64_t value) { return static_cast<uint32_t>(value); }
+  __device__ __forceinline__ static uint32_t high(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
+  // The halves of a number that is read and written as flags are.
+  __device__ __forceinline__ static uint32_t* halves(uint64_t& value) { return reinterpret_cast<uint32_t*>(&value); }
+
+  __device__ __forceinline__ void announce(uint32_t heap_units) const {
+    __syncthreads();  // what this block copied in comes before its flags
+    const int t = static_cast<int>(threadIdx.x);
+    if (t >= peers_.world_size) return;
+    Announcement& at = signals(t).arrived[epoch_ & 1][peers_.rank][blockIdx.x];
+    store_relaxed_sys(&at.kind, kind());
+    store_relaxed_sys(halves(at.numel), low(call_.numel));
+    store_relaxed_sys(halves(at.numel) + 1, high(call_.numel));
+    store_relaxed_sys(&at.shape_hash, call_.shape_hash);
+    store_relaxed_sys(&at.plan, plan_);
+    store_relaxed_sys(&at.brings, call_.brings);
+    store_relaxed_sys(&at.heap_units, heap_units);
+    store_release_sys(&at.flag, epoch_);
+  }
+
+  // Waits for everybody's announcement to this block and compares it with what this rank said.
+  __device__ __forceinline__ bool hear() {
+    const int t = static_cast<int>(threadIdx.x);
+    if (t < peers_.world_size) {
+      bool differs = false;
+      const bool came = wait([&] { return has_said(t, blockIdx.x); },
+                             // A rank whose grid is smaller has no block of this number, but its block 0 says so.
+                             [&] { return differs = has_said(t, 0) && disagrees(t, 0); });
+      if (came && !differs) differs = disagrees(t, blockIdx.x);
+      heard().verdict[t] = !came ? Verdict::Late : differs ? Verdict::Differs : Verdict::Agrees;
+      heard().units[t] = load_relaxed_sys(&arrived(t, blockIdx.x).heap_units);
+    }
+    __syncthreads();
+    const Verdict worst = worst_verdict();
+    if (worst == Verdict::Late) return give_up(1);
+    if (worst == Verdict::Differs) return outcome_ = Outcome::Refused, false;
+    return true;
+  }
+
+  __device__ __forceinline__ int count_heaps() const {
+    int in_heaps = 0;
+    for (int r = 0; r < peers_.world_size; ++r) in_heaps += heard().units[r] != kNoUnits ? 1 : 0;
+    return in_heaps;
+  }
+
+  __device__ __forceinline__ bool has_said(int r, uint32_t block) const {
+    return reached(load_acquire_sys(&arrived(r, block).flag), epoch_);
+  }
+
+  __device__ __forceinline__ bool disagrees(int r, uint32_t block) const {
+    Announcement& theirs = arrived(r, block);
+    return load_relaxed_sys(&theirs.kind) != kind() || load_relaxed_sys(halves(theirs.numel)) != low(call_.numel) ||
+           load_relaxed_sys(halves(theirs.numel) + 1) != high(call_.numel) ||
+           load_relaxed_sys(&theirs.shape_hash) != call_.shape_hash || load_relaxed_sys(&theirs.plan) != plan_ ||
+           load_relaxed_sys(&theirs.brings) != expected_;
+  }
+
+  __device__ __forceinline__ Verdict worst_verdict() const {
+    Verdict worst = Verdict::Agrees;
+    for (int r = 0; r < peers_.world_size; ++r) worst = heard().verdict[r] > worst ? heard().verdict[r] : worst;
+    return worst;
+  }
+
+  // Polls came() until it holds, now and then also otherwise(); false at the deadline. The clock is far away.
+  template <class Came, class Otherwise>
+  __device__ __forceinline__ bool wait(Came came, Otherwise otherwise) const {
+    constexpr int kPollsBetweenClocks = 64;
+    if (came()) return true;
+    const uint64_t start = global_time_ns();
+    do {
+      for (int i = 0; i < kPollsBetweenClocks; ++i) {
+        if (came()) return true;
+      }
+      if (otherwise()) return true;
+    } while (global_time_ns() - start < peers_.timeout_ns);
+    return false;
+  }
+
+  // Ends the kernel of this rank. Of the blocks that waited in vain only the first one traps, after it has said why: a
+  // trap would cut off a record that another block is writing.
+  __device__ __forceinline__ bool give_up(uint32_t stage) {
+    outcome_ = Outcome::GaveUp;
+    if (threadIdx.x != 0 || add_acq_rel_gpu(&signals(peers_.rank).gave_up, 1) != 0) return false;
+    FailureRecord& record = *peers_.failure;
+    if (load_relaxed_sys(&record.failure) == static_cast<uint32_t>(Failure::None)) {
+      record.missing = 0;
+      for (int r = 0; r < peers_.world_size; ++r) {
+        if (heard().verdict[r] == Verdict::Late) record.missing |= 1u << r;
+        record.last_seen[r] = last_seen(r);
+      }
+      publish(Failure::Late, stage);
+    }
+    trap();
+    return false;
+  }
+
+  __device__ __forceinline__ uint32_t last_seen(int r) const {
+    uint32_t last = 0;
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t flag = load_relaxed_sys(&signals(peers_.rank).arrived[half][r][blockIdx.x].flag);
+      if (static_cast<int32_t>(flag - last) > 0) last = flag;
+    }
+    return last;
+  }
+
+  __device__ __forceinline__ void record_mismatch() const {
+    FailureRecord& record = *peers_.failure;
+    if (load_relaxed_sys(&record.failure) != static_cast<uint32_t>(Failure::None)) return;
+    int blamed = 0;
+    while (heard().verdict[blamed] != Verdict::Differs) ++blamed;
+    Announcement& theirs = arrived(blamed, has_said(blamed, blockIdx.x) ? blockIdx.x : 0);
+    record.blamed = static_cast<uint32_t>(blamed);
+    record.theirs.flag = load_relaxed_sys(&theirs.flag);
+    record.theirs.kind = load_relaxed_sys(&theirs.kind);
+    record.theirs.numel = load_relaxed_sys(halves(theirs.numel)) |
+                          static_cast<uint64_t>(load_relaxed_sys(halves(theirs.numel) + 1)) << 32;
+    record.theirs.shape_hash = load_relaxed_sys(&theirs.shape_hash);
+    record.theirs.plan = load_relaxed_sys(&theirs.plan);
+    record.theirs.brings = load_relaxed_sys(&theirs.brings);
+    record.theirs.heap_units = load_relaxed_sys(&theirs.heap_units);
+    publish(Failure::Mismatch, 1);
+  }
+
+  __device__ __forceinline__ void publish(Failure failure, uint32_t stage) const {
+    FailureRecord& record = *peers_.failure;
+    record.epoch = epoch_;
+    record.stage = stage;
+    record.kind = kind();
+    record.numel = call_.numel;
+    store_release_sys(&record.failure, static_cast<uint32_t>(failure));
+    fence_sys();  // it has arrived before the kernel ends in whatever way
+  }
+
+  const Peers& peers_;
+  const Call& call_;
+  uint32_t expected_;
+  uint32_t plan_;
+  uint32_t epoch_;
+  Outcome outcome_ = Outcome::Going;
+  bool reads_heaps_ = false;
+};
+
+// The inputs of all ranks, for Format::sum. In units of the arenas, whose addresses stay where the kernel's arguments
+// are.
+struct Sources {
+  static constexpr int kMost = kMaxPeers;
+  static constexpr Reach kReach = Reach::Peer;
+
+  const Peers& peers;
+  size_t offset;  // bytes behind the start of each input
+  uint32_t units[kMaxPeers];
+
+  __device__ __forceinline__ Sources(const Peers& of, const Turn& turn, size_t from) : peers(of), offset(from) {
+#pragma unroll
+    for (int r = 0; r < kMaxPeers; ++r) units[r] = r < of.world_size ? turn.source_units(r) : 0;
+  }
+  __device__ __forceinline__ const char* operator[](int r) const {
+    return peers.arena[r] + size_t{units[r]} * 16 + offset;
+  }
+};
+
+}  // namespace tpk::cuda
