@@ -19,6 +19,8 @@ from op_tools import raised
 
 from tpkernels import devices, opening, peer, rendezvous
 from tpkernels.devices import CudaFacts, device_of, load_cuda, obstacle_to_cuda
+from tpkernels.errors import PeerLostError
+from tpkernels.exchange import DeviceExchange
 from tpkernels.group import Group
 from tpkernels.rendezvous import Gpu
 from tpkernels.testing import run_ranks
@@ -137,6 +139,77 @@ def test_the_device_follows_the_backend_of_the_process_group(monkeypatch: pytest
 def test_a_transport_of_the_other_device_is_an_error(transport: str, device: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"Group.open: {text}"):
         Group.open(transport=transport, device=device)
+
+
+@pytest.mark.parametrize("options", [{}, {"device": "cuda", "transport": "group"}])
+def test_multicast_is_for_peers_on_gpus(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"Group.open: multicast needs device 'cuda' and transport 'peer', got"):
+        Group.open(multicast=True, **options)
+
+
+# --- transport `group` on a GPU
+
+
+class FakeEvent:
+    """Of a stream that never gets on."""
+
+    def query(self) -> bool:
+        return False
+
+
+class FakeStream:
+    def record_event(self) -> FakeEvent:
+        return FakeEvent()
+
+
+def device_exchange(label: str, timeout_s: float) -> DeviceExchange:
+    pids: list[int | None] = [None] * dist.get_world_size()
+    return DeviceExchange(dist.group.WORLD, label, timeout_s, 64, pids, torch.device("cpu"))
+
+
+def check_agreeing_over_the_hosts() -> None:
+    rank, R = dist.get_rank(), dist.get_world_size()
+    exchange = device_exchange("agreeing", 5.0)
+    for call in range(3):
+        assert exchange.agree([call, rank]) == [[call, r] for r in range(R)]
+
+
+def check_a_late_rank_is_named() -> None:
+    rank = dist.get_rank()
+    exchange = device_exchange("late", 0.5)
+    if rank == 1:
+        dist.barrier()
+    else:
+        text = raised(lambda: exchange.agree([rank]), TimeoutError)
+        dist.barrier()
+        assert "ranks [1] did not come within 0.5 s" in text, text
+        assert "raise Group.open(timeout_s=...)" in text
+
+
+def check_a_stream_that_waits_for_a_rank_that_left() -> None:
+    rank = dist.get_rank()
+    exchange = device_exchange("left", 20.0)
+    if rank == 1:
+        exchange.close(4)
+        dist.barrier()
+    else:
+        before, torch.cuda.current_stream = torch.cuda.current_stream, lambda device: FakeStream()
+        try:
+            text = raised(lambda: exchange.synchronise(5), PeerLostError)
+        finally:
+            torch.cuda.current_stream = before
+        dist.barrier()
+        told = "rank 1 closed the group; it was last seen at call 4"
+        assert told in text or text.endswith("because ranks [1] were lost"), text
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_agreeing_over_the_hosts, check_a_late_rank_is_named, check_a_stream_that_waits_for_a_rank_that_left],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+def test_ranks_that_exchange_through_nccl_never_wait_for_ever(check: Callable[[], None]) -> None:
+    run_ranks(check, 3)
 
 
 # --- ranks of a machine that has GPUs, as they would meet
@@ -272,6 +345,19 @@ def check_without_p2p_it_goes_through_nccl() -> None:
         assert "init_process_group('cpu:gloo,cuda:nccl')" in text
 
 
+def check_multicast_is_taken_when_asked_for_and_only_then() -> None:
+    def with_switch(arena: torch.Tensor, process_group: dist.ProcessGroup) -> peer.PeerArenas:
+        return replace(fake_map(arena, process_group), multicast=1 << 40)
+
+    for asked, address in ((False, 0), (True, 1 << 40)):
+        with gpus(_map=with_switch) as kernels, Group.open(device="cuda", multicast=asked) as group:
+            assert kernels.calls[0][3] == address
+            assert ("switch" in group.explain().reason) == asked
+    with gpus(backend_of=nccl):
+        text = raised(lambda: Group.open(device="cuda", multicast=True), ValueError)
+        assert "multicast cannot be used: rank 0 could not map the GPU memory of the others: the switch" in text, text
+
+
 def check_asked_for_the_group() -> None:
     with gpus(backend_of=nccl), heard() as lines, Group.open(device="cuda", transport="group") as group:
         assert group.transport == "group"
@@ -353,6 +439,7 @@ def check_the_store_gathers_like_the_backend() -> None:
     [
         check_peers_open,
         check_without_p2p_it_goes_through_nccl,
+        check_multicast_is_taken_when_asked_for_and_only_then,
         check_asked_for_the_group,
         check_too_many_ranks,
         check_several_hosts,

@@ -1,6 +1,11 @@
 from typing import Any
 
-from tpkernels._C import Communicator
+from tpkernels._C import Communicator as _Communicator
+
+class Communicator(_Communicator):
+    @property
+    def device(self) -> int: ...
+    def force(self, path: str = "", blocks: int = 0, parts: int = 0) -> None: ...
 
 def open_peer(
     name: str,
@@ -20,3 +25,6 @@ def open_group(
 def open_local(name: str, label: str, device: int) -> Communicator: ...
 def set_error_types(mismatch: type[BaseException], lost: type[BaseException]) -> None: ...
 def limits() -> dict[str, int]: ...
+def explain(
+    communicator: Communicator, op: str, dtype: str, M: int, N: int, K: int, numel: int, codec: str
+) -> tuple[str, str]: ...

@@ -166,6 +166,7 @@ class DeviceExchange(ProcessGroupExchange):
         device: torch.device,
     ) -> None:
         self.device = device
+        self._agreed = self._call = 0
         super().__init__(process_group, label, timeout_s, capacity, pids)
 
     def start(self, send_bytes: list[int], receive_bytes: list[int]) -> None:
@@ -176,7 +177,27 @@ class DeviceExchange(ProcessGroupExchange):
 
     def wait(self, call: int) -> None:
         """Let the current stream wait until everything has arrived."""
+        self._call = call
         self._work.wait()
+
+    def agree(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of every rank, in rank order, over the hosts: NCCL hangs where sizes differ, so ranks ask first.
+
+        Raises:
+            TimeoutError, PeerLostError: as `wait` on the CPU.
+        """
+        self._agreed += 1
+        self._call += 1  # it belongs to the call after the last one; `wait` knows its number
+        keys = [f"tpkernels/{self._label}/agree/{self._agreed}/{r}" for r in range(self._group.size())]
+        self._store.set(keys[self._rank], json.dumps(numbers))
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                self._store.wait(keys, timedelta(seconds=_SLICE_SECONDS))
+                return [json.loads(self._store.get(key)) for key in keys]
+            except RuntimeError as error:
+                late = time.monotonic() >= deadline
+                self._raise_trouble(self._call, late, False, str(error).strip().splitlines()[0])
 
     def synchronise(self, call: int) -> None:
         """Return when the current stream has done all that was asked of it. Errors as in `wait` on the CPU."""

@@ -85,6 +85,7 @@ class Group:
         *,
         transport: str = "auto",
         device: torch.device | str | None = None,
+        multicast: bool = False,
     ) -> Group:
         """Open a group; every rank of it must call this, in the same order relative to other groups.
 
@@ -99,6 +100,8 @@ class Group:
                 when all ranks run on one host and can.
             device: "cpu", "cuda" (the current GPU) or "cuda:1"; the same kind on all ranks. None means CUDA when the
                 process group carries tensors of GPUs by NCCL, else the CPU.
+            multicast: let the switch between the GPUs take large sums (NVLink SHARP). All ranks still hold the same
+                bits, but the order of such a sum is the switch's, so they are not those of other transports.
 
         Raises:
             ValueError: arguments that do not fit, or that differ between ranks.
@@ -113,7 +116,7 @@ class Group:
                 f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[where.type]))} on {where.type}, "
                 f"got {transport!r}"
             )
-        opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport)
+        opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport, multicast)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
 
     def empty(self, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,9 +130,11 @@ class Group:
             ValueError: it does not fit (says the needed and the present size), or the transport has no arena.
         """
         sizes = [shape] if isinstance(shape, int) else list(shape)
-        ops = torch.ops.tpkernels
-        make = ops.arena_empty if self.device.type == "cpu" else ops.arena_empty_cuda
-        made: Tensor = make(self.name, sizes, dtype or torch.get_default_dtype())
+        dtype = dtype or torch.get_default_dtype()
+        if self.device.type == "cpu":
+            made: Tensor = torch.ops.tpkernels.arena_empty(self.name, sizes, dtype)
+        else:
+            made = torch.ops.tpkernels.device_arena_empty(self.name, sizes, dtype, self.device)
         return made
 
     def barrier(self) -> None:

@@ -48,6 +48,7 @@ def open_communicator(
     timeout_s: float,
     arena_bytes: int | None,
     transport: str,
+    multicast: bool,
 ) -> Opened:
     """Open the communicator of this rank; every rank calls this. The arguments are those of Group.open, checked.
 
@@ -56,13 +57,17 @@ def open_communicator(
         RuntimeError: a rank cannot use its device.
         OSError: memory cannot be reserved.
     """
+    if multicast and (device.type == "cpu" or transport == "group"):
+        raise ValueError(
+            f"Group.open: multicast needs device 'cuda' and transport 'peer', got {device.type!r} and {transport!r}"
+        )
     kernels, obstacle = (None, None) if device.type == "cpu" else load_cuda()
     if process_group is None:
         if obstacle is not None:
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
         return Opened(_open_local(kernels, unique_name("local"), label, device), "one process")
     nbytes = rounded_to_pages(arena_bytes or _ARENA_BYTES[device.type])
-    wanted = Wanted(timeout_s, nbytes, transport, device.type)
+    wanted = Wanted(timeout_s, nbytes, transport, device.type, multicast)
     gpu = Gpu.of(device) if kernels is not None else None
     ranks = gather(process_group, RankInfo.here(wanted, gpu, obstacle))
     check_same(ranks)
@@ -125,8 +130,9 @@ def _open_cuda(
         if communicator is not None:
             return Opened(communicator, found)
         obstacle = found
-    if wanted.transport == "peer":
-        raise ValueError(f"Group.open: transport 'peer' cannot be used: {obstacle}")
+    if wanted.transport == "peer" or wanted.multicast:
+        asked = "multicast" if wanted.multicast else "transport 'peer'"
+        raise ValueError(f"Group.open: {asked} cannot be used: {obstacle}")
     if backend_of(process_group, "cuda") != "nccl":
         raise ValueError(
             f"Group.open: tensors on cuda need peer memory or a process group with NCCL. Peer memory cannot be used, "

@@ -86,21 +86,24 @@ def open_peer(
         return None, failure
     with problems.of(f"rank {rank} could not map the GPU memory of the others"):
         arenas = _map(arena, process_group)
+        if wanted.multicast and not arenas.multicast:
+            raise RuntimeError("the switch between the GPUs offers no multicast")
     if (failure := problems.first()) is not None:
         return None, failure
     communicator: Any = None
+    multicast = arenas.multicast if wanted.multicast else 0
     with problems.of(f"rank {rank} could not open its arena"):
         arena[: kernels.limits()["signal_bytes"]].zero_()
         torch.cuda.synchronize(device)
         communicator = kernels.open_peer(
-            name, label, rank, len(ranks), wanted.timeout_s, device.index, arenas.pointers, arenas.multicast,
+            name, label, rank, len(ranks), wanted.timeout_s, device.index, arenas.pointers, multicast,
             wanted.arena_bytes, arenas.keeps,
         )  # fmt: skip
     if (failure := problems.first()) is not None:  # behind it, every rank has zeroed its signals
         if communicator is not None:
             communicator.close()
         return None, failure
-    switch = ", and the switch reaches all of it at once" if arenas.multicast else ""
+    switch = ", and the switch between them may sum" if multicast else ""
     return communicator, f"the GPUs of all ranks reach each other's memory{switch}"
 
 

@@ -29,7 +29,8 @@ class Wanted:
     timeout_s: float
     arena_bytes: int
     transport: str
-    device: str = "cpu"
+    device: str
+    multicast: bool
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,9 @@ def run_ranks(
     Raises:
         RankError: a rank raised or died, or the deadline passed; the text shows every rank.
     """
-    outcomes = _call(fn, world_size, args, timeout, fresh, PATIENCE_S)
+    outcomes = call_ranks(fn, world_size, args, timeout, fresh)
     if not all(outcome.finished for outcome in outcomes):
-        raise RankError(_report(fn, outcomes), outcomes)
+        raise RankError(report(fn, outcomes), outcomes)
     return [outcome.value for outcome in outcomes]
 
 
@@ -92,29 +92,37 @@ def run_ranks_outcomes(fn: Callable[..., Any], world_size: int, *args: Any, time
 
     A rank that stands still when the deadline passes is killed, and its outcome says where it stood.
     """
-    return _call(fn, world_size, args, timeout, True, None)
+    return call_ranks(fn, world_size, args, timeout, True, patience=None)
 
 
-def _call(
-    fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float, fresh: bool, patience: float | None
+def call_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout: float,
+    fresh: bool,
+    backend: str = "gloo",
+    patience: float | None = PATIENCE_S,
 ) -> list[Outcome]:
-    team = None if fresh else _resting.pop(world_size, None)
+    """Call fn(*args) on every rank; see run_ranks. After a failure the others have `patience` seconds left."""
+    key = (world_size, backend)
+    team = None if fresh else _resting.pop(key, None)
     if team is None:
-        team = Team(world_size)
+        team = Team(world_size, backend)
     try:
         outcomes = team.call(fn, args, timeout, patience)
         if not fresh and all(outcome.finished for outcome in outcomes) and team.calls < CALLS_PER_TEAM:
-            _resting[world_size] = team
+            _resting[key] = team
         return outcomes
     finally:
-        if _resting.get(world_size) is not team:
+        if _resting.get(key) is not team:
             team.end()
 
 
 class Team:
     """The processes of one process group, waiting for functions to call."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, backend: str) -> None:
         self.calls = 0
         self._folder = Path(tempfile.mkdtemp(prefix="tpkernels-ranks-"))
         context = multiprocessing.get_context("forkserver")
@@ -125,7 +133,8 @@ class Team:
             multiprocessing.forkserver.ensure_running()
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs, rank, world_size, str(self._folder)), daemon=True)
+                arguments = (theirs, rank, world_size, str(self._folder), backend)
+                process = context.Process(target=serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -194,7 +203,7 @@ class Team:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-_resting: dict[int, Team] = {}
+_resting: dict[tuple[int, str], Team] = {}
 
 
 @atexit.register
@@ -227,7 +236,8 @@ def _state(pid: int) -> str:
     return ""
 
 
-def _report(fn: Callable[..., Any], outcomes: Sequence[Outcome]) -> str:
+def report(fn: Callable[..., Any], outcomes: Sequence[Outcome]) -> str:
+    """What became of every rank, as people read it."""
     lines = [
         f"{getattr(fn, '__name__', fn)} failed on {sum(not o.finished for o in outcomes)} of {len(outcomes)} ranks"
     ]

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(pipe: Connection, rank: int, world_size: int, folder: str) -> None:
+def serve(pipe: Connection, rank: int, world_size: int, folder: str, backend: str) -> None:
     """Be rank `rank`: answer every (function, arguments) with (True, value) or (False, traceback).
 
     Args:
@@ -23,19 +23,25 @@ def serve(pipe: Connection, rank: int, world_size: int, folder: str) -> None:
         rank: of this process.
         world_size: how many ranks share the folder.
         folder: holds the rendezvous, and where this rank stood when it was sent SIGUSR1 (stack-<rank>).
+        backend: of the process group; one with NCCL gives the rank the GPU of its number.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the fork server ends with the test run, and so do we
+    die_with_parent()  # the fork server ends with the test run
     stack = open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8")  # noqa: SIM115
     faulthandler.enable(stack)
     faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
-    _join_process_group(rank, world_size, folder)
+    _join_process_group(rank, world_size, folder, backend)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             message = pipe.recv_bytes()
             pipe.send_bytes(_answer(message))
 
 
-def _join_process_group(rank: int, world_size: int, folder: str) -> None:
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _join_process_group(rank: int, world_size: int, folder: str, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -43,7 +49,9 @@ def _join_process_group(rank: int, world_size: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     url = f"file://{os.path.join(folder, 'rendezvous')}"
-    dist.init_process_group("gloo", url, timedelta(seconds=120), world_size, rank)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, url, timedelta(seconds=120), world_size, rank)
 
 
 def _answer(message: bytes) -> bytes:
