@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from op_tools import raised
 
-from tpkernels import devices, opening, peer, rendezvous
+from tpkernels import devices, info, opening, peer, rendezvous
 from tpkernels.devices import CudaFacts, device_of, load_cuda, obstacle_to_cuda
 from tpkernels.errors import PeerLostError
 from tpkernels.exchange import DeviceExchange
@@ -66,6 +66,21 @@ def test_nothing_is_in_the_way_where_everything_is_there() -> None:
     assert obstacle_to_cuda(GOOD) is None
     assert obstacle_to_cuda(replace(GOOD, driver=(13, 2), torch_cuda="13.0")) is None, "a newer driver runs older CUDA"
     assert obstacle_to_cuda(replace(GOOD, driver=(12, 2), torch_cuda="12.8")) is None, "so does one of the same major"
+
+
+def test_info_says_what_there_is_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (facts, text) in OBSTACLES.items():
+        for module in (info, devices):
+            monkeypatch.setattr(module, "cuda_facts", lambda facts=facts: replace(facts, gpus=0))
+        shown = info.render()
+        assert re.search(f"usable +no: .*{text}", shown), (name, shown)
+        assert re.search("driver +none" if facts.driver is None else "driver +supports CUDA up to 1[23]", shown), name
+
+
+def test_info_shows_who_reaches_whom() -> None:
+    assert info.peer_access(1, lambda i, j: False) == "one GPU"
+    assert info.peer_access(3, lambda i, j: True) == "every GPU reaches every other one"
+    assert info.peer_access(3, lambda i, j: i + j == 1) == "0 reaches 1; 1 reaches 0; 2 reaches none"
 
 
 def test_a_cuda_module_that_cannot_be_loaded_keeps_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

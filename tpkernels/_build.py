@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,8 @@ class BuildInfo:
         commit: of the checkout, with "+changes" where files differed from it; None outside a checkout.
         cuda: whether CUDA code was built.
         cuda_reason: why, or why not.
+        cuda_archs: the GPUs that its kernels were compiled for, such as "sm_90a".
+        nvcc: version of the CUDA compiler.
     """
 
     version: str
@@ -34,6 +36,8 @@ class BuildInfo:
     commit: str | None
     cuda: bool
     cuda_reason: str
+    cuda_archs: tuple[str, ...] = ()
+    nvcc: str | None = None
 
 
 @cache
@@ -49,4 +53,6 @@ def build_info() -> BuildInfo:
         installed = version("tpkernels")
     except PackageNotFoundError:  # on PYTHONPATH and not installed
         installed = "unknown"
-    return BuildInfo(version=installed, **json.loads(_FILE.read_text()))
+    known = {field.name for field in fields(BuildInfo)}
+    built = {name: value for name, value in json.loads(_FILE.read_text()).items() if name in known}
+    return BuildInfo(version=installed, **(built | {"cuda_archs": tuple(built.get("cuda_archs", ()))}))
