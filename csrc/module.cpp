@@ -1,8 +1,8 @@
 // The Python module: opening and closing communicators, the codec list, the engine choice. Ops go through torch
 // instead.
 //
-// This is the one place where C++ calls Python: a process group cannot pass through torch's stable ABI, so the exchange
-// of transport `group` is a Python object (tpkernels/exchange.py) behind the Exchange interface.
+// Here C++ calls Python (and in short_way.cpp, nowhere else): a process group cannot pass through torch's stable ABI,
+// so the exchange of transport `group` is a Python object (tpkernels/exchange.py) behind the Exchange interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@
 #include "cpu/group_transport.h"
 #include "cpu/shm.h"
 #include "errors.h"
+#include "short_way.h"
 
 namespace py = pybind11;
 
@@ -129,42 +130,6 @@ std::shared_ptr<Communicator> open_local(const std::string& name, const std::str
   return comm;
 }
 
-// What an eager all_reduce of a few KiB costs is mostly the way to it: this is the short one, past torch's dispatcher.
-// The caller vouches for the tensors: dense, of the shape and kind given, alive.
-void all_reduce_pointer(Communicator& comm, uintptr_t in, uintptr_t out, const py::tuple& shape, uint32_t kind) {
-  int64_t sizes[64];
-  const size_t num_dims = std::min<size_t>(shape.size(), 64);
-  size_t numel = 1;
-  for (size_t i = 0; i < num_dims; ++i) {
-    sizes[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i)));
-    numel *= static_cast<size_t>(sizes[i]);
-  }
-  const Wire& wire = wire_of(static_cast<DType>(kind & 255), static_cast<Codec>(kind >> 8 & 255),
-                             static_cast<ReduceOp>(kind >> 16 & 255));
-  const CallSpec spec{in == out ? Op::AllReduceInplace : Op::AllReduce,
-                      wire.dtype,
-                      wire.op,
-                      wire.codec,
-                      numel,
-                      hash_of(sizes, num_dims),
-                      0};
-  py::gil_scoped_release no_gil;
-  comm.all_reduce(spec, wire, reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), numel);
-}
-
-// The last argument of all_reduce_pointer, for names that exist.
-uint32_t reduction_kind(const std::string& dtype, const std::string& op, const std::string& codec) {
-  for (uint32_t d = 0; d < static_cast<uint32_t>(DType::Raw1); ++d) {
-    for (uint32_t r = 0; r < static_cast<uint32_t>(ReduceOp::None); ++r) {
-      if (dtype != name_of(static_cast<DType>(d)) || op != name_of(static_cast<ReduceOp>(r))) continue;
-      const Codec packed = codec_of(codec);
-      TPK_CHECK(packed != Codec::Count, "no codec ", codec);
-      return d | static_cast<uint32_t>(packed) << 8 | r << 16;
-    }
-  }
-  throw std::invalid_argument(concat("no reduction ", op, " of ", dtype));
-}
-
 DType float_dtype(const std::string& name) {
   for (DType dtype : {DType::F32, DType::F64, DType::BF16, DType::F16}) {
     if (name == name_of(dtype)) return dtype;
@@ -188,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Runtime objects of tpkernels; importing this module registers torch.ops.tpkernels.";
   // Registered globally, so that errors of torch.ops calls, which run through torch's own bindings, are translated too.
   py::register_exception_translator(&translate);
+  add_short_way(m, &translate);
 
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator", "A group on one device.")
       .def_property_readonly("name", &Communicator::name)
@@ -196,9 +162,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("transport", &Communicator::transport)
       .def_property_readonly("heap_bytes", &Communicator::heap_bytes)
+      .def_property_readonly("address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); })
       .def("stats_by_op", &stats_by_op)
       .def("reset_stats", &Communicator::reset_stats)
-      .def("all_reduce_pointer", &all_reduce_pointer, py::arg("in"), py::arg("out"), py::arg("shape"), py::arg("kind"))
       .def(
           "barrier", [](Communicator& comm) { comm.exchange(Op::Barrier, 0); },
           py::call_guard<py::gil_scoped_release>())
@@ -222,7 +188,6 @@ PYBIND11_MODULE(_C, m) {
     rank_mismatch = mismatch.release().ptr();
     peer_lost = lost.release().ptr();
   });
-  m.def("reduction_kind", &reduction_kind, py::arg("dtype"), py::arg("op"), py::arg("codec"));
   m.def("codecs", &codec_list, "(name, values a block, bytes a block) of every codec but none.");
 
   m.def("limits", [] {

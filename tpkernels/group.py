@@ -73,6 +73,7 @@ class Group:
         self.timeout_s = timeout_s
         self.process_group = process_group
         self._communicator = communicator
+        self._address: int = communicator.address  # for the short way of ops/_plain.py; 0: there is none
         self._reason = reason
         _open_groups[self.name] = self
 

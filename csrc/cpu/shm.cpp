@@ -156,7 +156,11 @@ void ShmCommunicator::wake_sleepers() {
 // With more ranks than cores the one waited for may need this core: yield early, until a yield shows that others are
 // here, too.
 void ShmCommunicator::wait_for(Op op, int other, const std::atomic<uint64_t>& word, uint64_t target) {
-  if (word.load(std::memory_order_acquire) >= target) return;
+  // A rank that is nearly there is not worth a look at the clock.
+  for (int i = 0; i < kPausesBetweenClocks; ++i) {
+    if (word.load(std::memory_order_acquire) >= target) return;
+    pause_core();
+  }
   const uint64_t started = now_nanoseconds();
   const uint64_t spin_until = started + (crowded_ ? kCrowdedSpinNanoseconds : kSpinNanoseconds);
   uint64_t now = started;

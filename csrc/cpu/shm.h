@@ -78,6 +78,7 @@ class ShmCommunicator final : public Communicator {
   void two_shot(const CallSpec&, const Wire&, const void* in, void* out, size_t n);
   void two_shot_read(const CallSpec&, const Wire&, void* out, size_t n);
   void two_shot_in_place(const CallSpec&, const Wire&, void* data, size_t n);
+  void all_gather_read(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
   void reduce_scatter_read(const CallSpec&, const Wire&, void* out, const Cut&);
   size_t piece_values(const Wire&, size_t parts) const;
   void copy_in_first(const Wire&, const void* in, size_t n);

@@ -14,6 +14,7 @@
 // Sums     in rank order, whatever the way, so every way gives the same bits.
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "../check.h"
 #include "../errors.h"
@@ -24,6 +25,9 @@ namespace {
 
 using Pointers = std::array<const void*, kMaxRanks>;
 using Outputs = std::array<void*, kMaxRanks>;
+
+// An all_gather moves a quarter of a piece at a time, so that what a rank copies twice is still in its cache.
+constexpr size_t kGatherParts = 4;
 
 inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
 inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
@@ -252,12 +256,13 @@ void ShmCommunicator::reduce_scatter_read(const CallSpec& spec, const Wire& wire
 }
 
 void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) {
-  const size_t piece = piece_values(wire, 1);
+  const size_t piece = piece_values(wire, kGatherParts);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
   const bool in_heap = wire.is_plain() && heap_.contains(in);
   const auto part = [&](int r, size_t p) {
     return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
   };
+  const auto place = [&](int r, size_t p) { return at(out, (cut.start(r) + p * piece) * wire.value_bytes); };
   const auto fill = [&](size_t p) {
     wire.encode(at(in, p * piece * wire.value_bytes), slot(rank(), p), part(rank(), p));
   };
@@ -265,35 +270,48 @@ void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, cons
   announce(spec, in_heap ? in : nullptr);
   hear_all(spec);
   refuse_as_one_piece([&] { check_parts(spec, announced(), cut); });
-  if (wire.is_plain()) {
-    wire.encode(in, at(out, cut.start(rank()) * wire.value_bytes), cut.size(rank()));
-  }
   count(static_cast<size_t>(world_size() - 1) * wire.bytes(cut.size(rank())));
-  const bool read_heaps = in_heap && everybody_in_heap();
-  if (!read_heaps && anybody_in_heap()) {
+  if (in_heap && everybody_in_heap()) return all_gather_read(spec, wire, in, out, cut);
+  if (anybody_in_heap()) {
     if (in_heap) fill(0);
     signal(1);
     wait_all(spec.op, 1);
-  }
-  if (read_heaps) {
-    for (int r = 0; r < world_size(); ++r) {
-      if (r != rank()) wire.decode(heap_input(r), at(out, cut.start(r) * wire.value_bytes), cut.size(r));
-    }
-    signal(2);
-    return wait_all(spec.op, 2);
   }
   for (size_t p = 0; p < pieces; ++p) {
     if (p > 0) {
       fill(p);
       signal(1 + p);
-      wait_all(spec.op, 1 + p);
     }
+    // This rank's own part, while the others come: its values are in the cache.
+    if (wire.is_plain()) wire.encode(at(in, p * piece * wire.value_bytes), place(rank(), p), part(rank(), p));
+    if (p > 0) wait_all(spec.op, 1 + p);
     for (int r = 0; r < world_size(); ++r) {
       if (r == rank() && wire.is_plain()) continue;
-      wire.decode(slot(r, p), at(out, (cut.start(r) + p * piece) * wire.value_bytes), part(r, p));
+      wire.decode(slot(r, p), place(r, p), part(r, p));
+      touch_back(wire, r, place(r, p), slot(r, p), part(r, p));
     }
   }
   turn_ += pieces;
+}
+
+void ShmCommunicator::all_gather_read(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                      const Cut& cut) {
+  for (int r = 0; r < world_size(); ++r) {
+    char* const to = at(out, cut.start(r) * wire.value_bytes);
+    const void* const from = r == rank() ? in : heap_input(r);
+    wire.decode(from, to, cut.size(r));
+    if (r != rank()) touch_back(wire, r, to, heap_input(r), cut.size(r));
+  }
+  signal(2);
+  wait_all(spec.op, 2);  // nobody may change its input while another reads it
+}
+
+// Writes the values that this rank has read from rank r over the lines it read them from. That changes nothing but who
+// wrote the lines last, and an owner rewrites lines that a peer has written several times faster than lines that a peer
+// has only read. One reader of each rank does it; beyond a piece the lines have left the caches anyway.
+void ShmCommunicator::touch_back(const Wire& wire, int r, const char* values, char* lines, size_t n) const {
+  if (!wire.is_plain() || rank() != (r + 1) % world_size() || n * wire.value_bytes > kPieceBytes) return;
+  std::memcpy(lines, values, n * wire.value_bytes);
 }
 
 std::vector<int64_t> ShmCommunicator::do_exchange(const CallSpec& spec) {

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include "../cpu/output_pool.h"
+#include "../specs.h"
 
 namespace tpk {
 
@@ -76,15 +77,10 @@ void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& 
 Tensor reduce_scatter_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x, int64_t dim) {
   const Tensor rows = dim_first(x, dim);
   Shape shape = shape_of(rows);
-  const size_t num_rows = static_cast<size_t>(shape[0]);
-  const size_t row = num_rows == 0 ? 0 : numel_of(rows) / num_rows;
-  const Cut cut = Cut::even(num_rows, comm.world_size(), row);
-  shape.push_back(dim);
-  const CallSpec spec = spec_of(op, wire, numel_of(rows), shape);
-  shape.pop_back();
-  shape[0] = static_cast<int64_t>(Cut::even(num_rows, comm.world_size()).size(comm.rank()));
+  const CutCall call = reduce_scatter_call(op, wire, shape.data(), shape.size(), dim, comm);
+  shape[0] = call.rows;
   Tensor out = fresh_output(rows, shape);
-  comm.reduce_scatter(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
+  comm.reduce_scatter(call.spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), call.cut);
   return dim_back(out, dim);
 }
 
@@ -92,23 +88,12 @@ Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor&
                       int64_t dim_size) {
   const Tensor rows = dim_first(x_shard, dim);
   Shape shape = shape_of(rows);
-  size_t row = 1;
-  for (size_t i = 1; i < shape.size(); ++i) row *= static_cast<size_t>(shape[i]);
-  Cut items;  // rows of dim that each rank brings
-  if (dim_size < 0) {
-    items = Cut::of_sizes(comm.exchange(Op::Sizes, shape[0]));
-    dim_size = static_cast<int64_t>(items.total());
-  } else {
-    items = Cut::even(static_cast<size_t>(dim_size), comm.world_size());
-  }
-  const Cut cut = items.times(row);
-  Shape agree(shape.begin() + 1, shape.end());
-  agree.push_back(dim_size);
-  agree.push_back(dim);
-  const CallSpec spec = spec_of(op, wire, cut.total(), agree, static_cast<int64_t>(numel_of(rows)));
-  shape[0] = dim_size;
+  const Cut items = dim_size < 0 ? Cut::of_sizes(comm.exchange(Op::Sizes, shape[0]))
+                                 : Cut::even(static_cast<size_t>(dim_size), comm.world_size());
+  const CutCall call = all_gather_call(op, wire, shape.data(), shape.size(), dim, items);
+  shape[0] = call.rows;
   Tensor out = fresh_output(rows, shape);
-  comm.all_gather(spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), cut);
+  comm.all_gather(call.spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), call.cut);
   return dim_back(out, dim);
 }
 

@@ -14,7 +14,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tpkernels import _C
 from tpkernels.compress import CODECS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,8 +33,6 @@ REDUCIBLE = frozenset(
     + [(dtype, op, "none") for dtype in INTEGERS for op in REDUCTIONS if op != "avg"]
     + [(dtype, op, codec) for dtype in PACKABLE for op in ("sum", "avg") for codec in CODECS]
 )
-# The same, with the number by which the communicator knows each.
-KINDS = {(dtype, op, codec): _C.reduction_kind(names([dtype]), op, codec) for dtype, op, codec in REDUCIBLE}
 # (dtype, codec) of every sum of products that exists.
 MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _increment_version
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
+from tpkernels._C import short_all_gather, short_all_reduce, short_all_reduce_, short_reduce_scatter
 from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import KINDS, REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
+from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
 from ._grad import gather_alike, replicated
 from ._plain import direct, is_plain, shortcut
 from ._register import fake, gradient
@@ -27,6 +28,8 @@ _all_gather = direct(Call.all_gather.default)
 
 # Bytes up to which the way to the kernel costs more than the kernel: dense tensors pass the dispatcher by.
 SMALL = 1 << 18
+# What may follow an all_gather; see there.
+GRADS = ("reduce", "split")
 
 # What backwards call: differentiable again, and short when nobody asks for that.
 reduce_call = shortcut(Call.all_reduce.default)
@@ -61,11 +64,9 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
     """
     if type(group) is not Group:
         group = resolve(group)
-    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None:
-        if x.is_contiguous() and x.nbytes <= SMALL:
-            y = torch.empty_like(x)
-            group._communicator.all_reduce_pointer(x.data_ptr(), y.data_ptr(), x.shape, kind)
-            return y
+    if not is_dynamo_compiling() and (y := short_all_reduce(x, group._address, op, codec, SMALL)) is not None:
+        return y
+    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
         return _all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
     check_reduction("all_reduce", x, op, codec)
     return Call.all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
@@ -123,11 +124,7 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     """
     if type(group) is not Group:
         group = resolve(group)
-    if is_plain(x) and (kind := KINDS.get((x.dtype, op, codec))) is not None and x.is_contiguous():
-        pointer = x.data_ptr()
-        group._communicator.all_reduce_pointer(pointer, pointer, x.shape, kind)
-        if not x.is_inference():
-            _increment_version((x,))
+    if not is_dynamo_compiling() and short_all_reduce_(x, group._address, op, codec):
         return x
     check_reduction("all_reduce_", x, op, codec)
     if x.requires_grad and torch.is_grad_enabled():
@@ -172,7 +169,12 @@ def reduce_scatter(
         TypeError, ValueError: x, dim, op or codec do not fit.
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
     """
-    group = resolve(group)
+    if type(group) is not Group:
+        group = resolve(group)
+    if dim == 0 and not is_dynamo_compiling():
+        y = short_reduce_scatter(x, group._address, op, codec, SMALL)
+        if y is not None:
+            return y
     if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim():
         return _reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
     check_reduction("reduce_scatter", x, op, codec)
@@ -248,14 +250,25 @@ def all_gather(
             are not the even cut (the first ranks one index more).
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
     """
-    group = resolve(group)
+    if type(group) is not Group:
+        group = resolve(group)
+    if dim == 0 and grad in GRADS and not is_dynamo_compiling():
+        y = short_all_gather(x_shard, group._address, dim_size, codec, SMALL)
+        if y is not None:
+            return y
     plain = is_plain(x_shard) and not x_shard.is_conj()
-    usual = dim_size is None and codec == "none" and grad == "reduce" and type(dim) is int
-    if plain and usual and 0 <= dim < x_shard.dim():
+    if (
+        plain
+        and dim_size is None
+        and codec == "none"
+        and grad in GRADS
+        and type(dim) is int
+        and 0 <= dim < x_shard.dim()
+    ):
         return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec)  # type: ignore[no-any-return]
     check_tensor("all_gather", "x_shard", x_shard)
     check_codec("all_gather", codec, x_shard.dtype)
-    if grad not in ("reduce", "split"):
+    if grad not in GRADS:
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
     dim = check_dim("all_gather", x_shard, dim)
     check_size("all_gather", "dim_size", dim_size)
