@@ -48,6 +48,9 @@ class Detector {
   // All of them know what each of them did before.
   virtual void meet(const std::vector<Thread*>& threads) = 0;
 
+  // What is found again is reported again.
+  virtual void forget_reports() = 0;
+
   // Names for streams and host threads in vector clocks.
   virtual uint32_t new_id(const std::string& name) = 0;
 };

@@ -35,10 +35,10 @@ struct Launch {
   LaunchRequest request;
   Device* device = nullptr;
   Stream* stream = nullptr;
-  uint64_t number = 0;        // counts the launches of the process; shuffles differ by it
-  Clock* clock = nullptr;     // the stream's
-  std::vector<uint32_t> ids;  // of its threads in vector clocks
-  uint32_t first_moment = 0;  // of all its threads
+  uint64_t number = 0;  // counts the launches of the process; shuffles differ by it
+  // The race detector's: what its threads know when they start, and at what moment that is.
+  std::shared_ptr<Moments> base;
+  uint32_t first_moment = 0;
   // Under mutex().
   uint64_t next_block = 0, done_blocks = 0;
   std::vector<Block*> running;

@@ -55,8 +55,9 @@ void run_blocks(Launch& launch, const std::vector<uint64_t>& order) {
     block.run();
     const std::lock_guard lock(mutex());
     launch.running.erase(std::find(launch.running.begin(), launch.running.end(), &block));
-    for (Thread& thread : block.threads()) launch.ends.push_back(thread.memory.clock);
-    if (detector() == nullptr) launch.ends.clear();
+    for (Thread& thread : block.threads()) {
+      if (detector() != nullptr) launch.ends.push_back(thread.memory.clock);
+    }
     --launch.device->resident;
     ++launch.done_blocks;
     changed().notify_all();

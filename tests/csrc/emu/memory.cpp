@@ -41,7 +41,6 @@ void add(char* base, size_t bytes, int owner, bool foreign) {
   const std::unique_lock lock(known().mutex);
   Allocation& allocation = known().allocations[base];
   allocation.base = base, allocation.bytes = bytes, allocation.owner = owner, allocation.foreign = foreign;
-  allocation.shadow = nullptr;
   ++known().releases;
 }
 

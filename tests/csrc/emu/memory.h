@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <string>
 
 namespace tpk::emu {
@@ -21,6 +22,7 @@ struct Allocation {
   size_t bytes = 0;
   int owner = kHost;
   bool foreign = false;  // allocated by others
+  std::once_flag shadow_made;
   std::unique_ptr<Shadow> shadow;
 };
 

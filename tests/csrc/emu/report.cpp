@@ -11,6 +11,8 @@
 #include <mutex>
 #include <utility>
 
+#include "detector.h"
+
 namespace tpk::emu {
 namespace {
 
@@ -75,6 +77,7 @@ std::vector<Report> take_reports() {
   Reports& reports = emu::reports();
   const std::lock_guard lock(reports.mutex);
   reports.counts.clear();
+  if (detector() != nullptr) detector()->forget_reports();
   return std::exchange(reports.all, {});
 }
 
