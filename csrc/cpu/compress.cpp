@@ -1,4 +1,4 @@
-#include "compress.h"
+#include "../torch_side/compress.h"
 
 #include <algorithm>
 

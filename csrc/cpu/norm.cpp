@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "../torch_side/norm.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-#include "vocab.h"
+#include "../torch_side/vocab.h"
 
 #include <cmath>
 #include <cstring>

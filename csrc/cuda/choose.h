@@ -11,7 +11,7 @@
 
 #include "../codec/codec.h"
 #include "../types.h"
-#include "kernels/limits.h"
+#include "kernels/peer_limits.h"
 
 namespace tpk::cuda {
 

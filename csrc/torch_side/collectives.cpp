@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include "../cpu/output_pool.h"
 #include "../specs.h"
 
 namespace tpk {
@@ -59,16 +58,6 @@ CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree,
   return {op, wire.dtype, wire.op, wire.codec, numel, hash_of(must_agree.data(), must_agree.size()), mine};
 }
 
-Tensor fresh_output(const Tensor& like, const Shape& shape) {
-  size_t bytes = like.element_size();
-  for (int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (bytes < kSmallestPooled) return empty_of(like, shape);
-  Shape strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
-  return torch::stable::from_blob(pool_allocate(bytes), shape, strides, torch::stable::Device("cpu"),
-                                  like.scalar_type(), [bytes](void* memory) { pool_free(memory, bytes); });
-}
-
 void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& x, Tensor& out) {
   comm.all_reduce(spec_of(op, wire, numel_of(x), shape_of(x)), wire, x.const_data_ptr(), out.mutable_data_ptr(),
                   numel_of(x));
@@ -110,8 +99,9 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
   const auto comm = communicator_of(Op::AllReduceInplace, group, world_size);
   const Wire& wire = wire_for(Op::AllReduceInplace, x, codec, reduce_op_of("all_reduce_", op));
   if (x.is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
-  Tensor copy = torch::stable::contiguous(x);
+  Tensor copy = dense(x);
   all_reduce_into(Op::AllReduceInplace, *comm, wire, copy, copy);
+  settle();
   torch::stable::copy_(x, copy);
 }
 
@@ -157,8 +147,16 @@ Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dty
                                        "); open the group with a larger arena_bytes or free tensors of group.empty"));
   }
   // The tensor keeps the communicator, and so the mapping, alive.
-  return torch::stable::from_blob(memory, shape, strides, torch::stable::Device("cpu"), dtype,
+  return torch::stable::from_blob(memory, shape, strides, device_of(*comm), dtype,
                                   [comm](void* pointer) { comm->heap_free(pointer); });
+}
+
+Tensor device_arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype,
+                          torch::stable::Device device) {
+  const auto here = device_of(*find_communicator(group, "group.empty"));
+  TPK_CHECK(device.type() == here.type() && (device.index() == here.index() || device.index() < 0),
+            "group.empty: the group is on device ", here.index(), ", got device ", device.index());
+  return arena_empty(std::move(group), std::move(shape), dtype);
 }
 
 std::vector<int64_t> exchange_sizes(std::string group, int64_t mine) {

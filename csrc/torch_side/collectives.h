@@ -1,7 +1,7 @@
 // The collectives on tensors, as the fused ops and the op table use them.
 #pragma once
 
-#include "tensor.h"
+#include "backend.h"
 
 namespace tpk {
 
@@ -14,8 +14,6 @@ void check_rank(const char* op, const Communicator&, int64_t rank);
 const Wire& wire_for(Op op, const Tensor& x, const std::string& codec, ReduceOp reduce_op = ReduceOp::Sum);
 CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree = {}, int64_t mine = 0);
 
-// An output that will be written whole; a large one comes from the pool.
-Tensor fresh_output(const Tensor& like, const Shape& shape);
 // x must be contiguous; the result may be x itself.
 void all_reduce_into(Op op, Communicator&, const Wire&, const Tensor& x, Tensor& out);
 // This rank's rows (of dimension dim) of the sum over the ranks.
@@ -31,6 +29,8 @@ Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, in
 Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
                   int64_t dim_size, std::string codec);
 Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype);
+Tensor device_arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype,
+                          torch::stable::Device device);
 std::vector<int64_t> exchange_sizes(std::string group, int64_t mine);
 
 }  // namespace tpk

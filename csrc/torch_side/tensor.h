@@ -1,4 +1,4 @@
-// The torch side of the CPU backend: tensors through torch's stable ABI, and the few ATen ops that are called by name.
+// The torch side of both backends: tensors through torch's stable ABI, and the few ATen ops that are called by name.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -73,12 +73,26 @@ inline Shape shape_of(const Tensor& x) {
 
 inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel()); }
 
-inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+#if defined(TPK_EMU)
+// An emulated device works on tensors of the host, which ATen reads and writes at once and frees at once: so it waits
+// for this thread's stream first, and what an op makes is kept until the op has ended (cuda/stream.h).
+void settle();
+Tensor kept(Tensor x);
+#else
+inline void settle() {}
+inline Tensor kept(Tensor x) { return x; }
+#endif
 
-inline Tensor empty_of(const Tensor& like, const Shape& shape) { return torch::stable::new_empty(like, shape); }
+inline Tensor dense(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  settle();
+  return kept(torch::stable::contiguous(x));
+}
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape) { return kept(torch::stable::new_empty(like, shape)); }
 
 inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  return kept(torch::stable::new_empty(like, shape, dtype));
 }
 
 // What a backward returns for a gradient that nobody asked for.
@@ -91,7 +105,8 @@ Tensor call_op(const char* name, const char* overload, StableIValue* stack);
 template <class... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  return call_op(name, overload, stack.data());
+  settle();
+  return kept(call_op(name, overload, stack.data()));
 }
 
 // Dimension `dim` first, contiguous; and back.

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../torch_side/tensor.h"
+#include "tensor.h"
 
 namespace tpk {
 

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../torch_side/tensor.h"
+#include "tensor.h"
 
 namespace tpk {
 

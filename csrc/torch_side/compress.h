@@ -1,7 +1,7 @@
 // Packing of tensors outside collectives, as gradient aggregation uses it (schemas and formulas in ops.cpp).
 #pragma once
 
-#include "../torch_side/tensor.h"
+#include "tensor.h"
 
 namespace tpk {
 
