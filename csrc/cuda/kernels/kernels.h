@@ -125,11 +125,11 @@ cudaError_t launch_all_gather(const Peers&, const Call&, const void* in, void* o
 // Nothing but announcements: a barrier on the stream.
 cudaError_t launch_barrier(const Peers&, const Call&, cudaStream_t);
 
-// y = residual_out i weight,  residual_out = residual + sum over ranks of x,  i = 1 / rms(residual_out)    [tokens, width]
-// One-shot: the sum is rounded to the dtype as all_reduce would (and packed, with a codec), residual_out too; the norm
-// is taken in fp32 (fp64 for fp64; inverse_rms is float*, double* for fp64). The wire of all tokens fits into a slot; a
-// larger message is cut at tokens whose values are a multiple of the codec's blocks. The bits of a token do not depend
-// on how. residual_out may be residual. fp32, fp64, bf16, fp16.
+// residual_out = residual + sum over ranks of x,  i = 1 / rms(residual_out),  y = residual_out i weight [tokens, width]
+// One-shot: the sum is rounded to the dtype as all_reduce would (and packed, with a codec), residual_out too; the
+// norm is taken in fp32 (fp64 for fp64; inverse_rms is float*, double* for fp64). fp32, fp64, bf16, fp16.
+// The wire of all tokens fits into a slot; a larger message is cut at tokens whose values are a multiple of the codec's
+// blocks, and the bits of a token do not depend on how. Outputs are not inputs.
 cudaError_t launch_all_reduce_add_rms_norm(const Peers&, const Call&, const void* x, const void* residual,
                                            const void* weight, void* y, void* residual_out, void* inverse_rms,
                                            size_t tokens, size_t width, double eps, int blocks, cudaStream_t);
@@ -156,9 +156,9 @@ cudaError_t launch_add_rms_norm(DType, const void* sum, const void* residual, co
                                 void* residual_out, void* inverse_rms, size_t tokens, size_t width, double eps,
                                 cudaStream_t);
 // With r = residual_out, i = inverse_rms, g = dy * weight:  dr = i (g - r i^2 mean(g r)) (+ dresidual_out),
-// dweight = sum over tokens of dy r i. dr is not computed when it is nullptr, dweight when `partial` is: [blocks, width]
-// sums of scratch, added in block order, so that all ranks must take as many blocks (of 1 .. 1024). dr may be dy or
-// dresidual_out.
+// dweight = sum over tokens of dy r i. dr is not computed when it is nullptr, dweight when `partial` is: [blocks,
+// width] sums of scratch, added in block order, so that all ranks must take as many blocks (of 1 .. 1024). dr may be dy
+// or dresidual_out.
 cudaError_t launch_rms_norm_backward(DType, const void* dy, const void* dresidual_out, const void* residual_out,
                                      const void* weight, const void* inverse_rms, void* dr, void* partial,
                                      void* dweight, size_t tokens, size_t width, int blocks, cudaStream_t);
