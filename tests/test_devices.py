@@ -53,6 +53,13 @@ OBSTACLES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def every_test_looks_anew() -> Iterator[None]:
+    load_cuda.cache_clear()
+    yield
+    load_cuda.cache_clear()
+
+
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_what_is_in_the_way_of_cuda_is_one_sentence_that_says_what_to_do(name: str) -> None:
     facts, text = OBSTACLES[name]
@@ -72,6 +79,7 @@ def test_info_says_what_there_is_of_cuda(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, (facts, text) in OBSTACLES.items():
         for module in (info, devices):
             monkeypatch.setattr(module, "cuda_facts", lambda facts=facts: replace(facts, gpus=0))
+        load_cuda.cache_clear()
         shown = info.render()
         assert re.search(f"usable +no: .*{text}", shown), (name, shown)
         assert re.search("driver +none" if facts.driver is None else "driver +supports CUDA up to 1[23]", shown), name
@@ -92,16 +100,12 @@ def test_a_cuda_module_that_cannot_be_loaded_keeps_the_reason(monkeypatch: pytes
 
     monkeypatch.setattr(devices, "cuda_facts", lambda: GOOD)
     monkeypatch.setattr(devices.importlib, "import_module", broken)
-    devices._load.cache_clear()
-    try:
-        for _ in range(2):
-            module, why = load_cuda()
-            assert module is None
-            assert why is not None
-            assert "cannot be loaded (libcudart.so.13: cannot open shared object file): build tpkernels again" in why
-        assert tried == ["tpkernels._C_cuda"], "once in a process"
-    finally:
-        devices._load.cache_clear()
+    for _ in range(2):
+        module, why = load_cuda()
+        assert module is None
+        assert why is not None
+        assert "cannot be loaded (libcudart.so.13: cannot open shared object file): build tpkernels again" in why
+    assert tried == ["tpkernels._C_cuda"], "once in a process"
 
 
 def test_a_group_on_cuda_says_what_this_machine_lacks() -> None:

@@ -126,7 +126,7 @@ def _combine(replicated: list[Tensor], cut: dict[str, list[Tensor]], groups: lis
     for group in groups:
         parts = _power_sum(cut[group.name], norm_type)
         counted = total if group.rank == 0 else torch.where(total.isfinite(), 0.0, total)
-        message = torch.stack([parts, counted.to(parts.device)])
+        message = torch.stack([parts, counted.to(parts.device)]).to(group.device)
         message = ops.all_reduce(message, group=group, op="max" if is_max else "sum")
         total = message.max() if is_max else message.sum()
     return total if is_max else total.pow(1.0 / norm_type)

@@ -94,15 +94,15 @@ def obstacle_to_cuda(facts: CudaFacts) -> str | None:
     return None
 
 
-def load_cuda() -> tuple[ModuleType | None, str | None]:
-    """The compiled CUDA half of tpkernels, loaded when the first group on a GPU is opened; or why there is none."""
-    obstacle = obstacle_to_cuda(cuda_facts())
-    return (None, obstacle) if obstacle is not None else _load()
-
-
 @cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The module, or why it cannot be loaded; tried once, because a library half loaded does not load better twice."""
+def load_cuda() -> tuple[ModuleType | None, str | None]:
+    """The compiled CUDA half of tpkernels, or why there is none.
+
+    It is loaded when the first group on a GPU is opened. What fails once is not tried again.
+    """
+    obstacle = obstacle_to_cuda(cuda_facts())
+    if obstacle is not None:
+        return None, obstacle
     try:
         module: Any = importlib.import_module("tpkernels._C_cuda")
     except (ImportError, OSError) as error:

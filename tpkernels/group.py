@@ -49,7 +49,7 @@ class Group:
         label: what messages call the group.
         rank: this process's place in the group.
         world_size: how many ranks.
-        device: what the ops of the group take: torch.device("cpu"), or this rank's GPU.
+        device: what the ops of the group take: torch.device("cpu"), or this rank's GPU. is_cpu: which of the two.
         transport: how bytes travel: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
             other's memory), "group" (any c10d backend), "local" (one rank).
         timeout_s: seconds that a rank waits for another before it raises TimeoutError.
@@ -70,6 +70,7 @@ class Group:
         self.world_size: int = communicator.world_size
         self.transport: str = communicator.transport
         self.device = device
+        self.is_cpu = device.type == "cpu"
         self.timeout_s = timeout_s
         self.process_group = process_group
         self._communicator = communicator
@@ -132,7 +133,7 @@ class Group:
         """
         sizes = [shape] if isinstance(shape, int) else list(shape)
         dtype = dtype or torch.get_default_dtype()
-        if self.device.type == "cpu":
+        if self.is_cpu:
             made: Tensor = torch.ops.tpkernels.arena_empty(self.name, sizes, dtype)
         else:
             made = torch.ops.tpkernels.device_arena_empty(self.name, sizes, dtype, self.device)
@@ -148,7 +149,7 @@ class Group:
         Raises:
             ValueError: a CUDA graph is being captured, in which nothing can be waited for.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not self.is_cpu and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"exchange_sizes on group {self.label!r}: the ranks cannot ask each other while a CUDA graph is "
                 f"captured; pass the size of the whole (dim_size, vocab_size, full_size)"

@@ -140,7 +140,7 @@ def check_same_rng(group: Group | None = None) -> None:
     group = resolve(group)
     digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()
     value = int.from_bytes(digest[:7], "little")
-    top = ops.all_reduce(torch.tensor([value, -value]), group=group, op="max")
+    top = ops.all_reduce(torch.tensor([value, -value], device=group.device), group=group, op="max")
     if int(top[0]) != -int(top[1]):
         raise RankMismatchError(
             f"check_same_rng on group {group.label!r} (rank {group.rank} of {group.world_size}): the ranks' default "

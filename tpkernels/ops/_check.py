@@ -7,7 +7,7 @@ the long way, and say what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from tpkernels.compress import CODECS
+from tpkernels.devices import load_cuda
+
+if TYPE_CHECKING:
+    from tpkernels.group import Group
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -37,19 +41,40 @@ REDUCIBLE = frozenset(
 MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
 
 
-def check_tensor(op: str, name: str, x: Any) -> None:
-    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and on a device that the op has.
+def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
+    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and where the group works (or on meta).
 
     NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word.
+
+    Args:
+        op: the public function, for the text.
+        name: of the argument, for the text.
+        x: the argument.
+        group: the ranks; None for an op without ranks, which takes tensors of every device that has kernels.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {x.layout}")
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{op}: {name} must be on the cpu, got device {x.device}")
+    if x.device.type != "meta":
+        _check_device(op, name, x, group)
     if not is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(f"{op}: {name} must not carry a forward-mode tangent: only backward is defined")
+
+
+def _check_device(op: str, name: str, x: Tensor, group: Group | None) -> None:
+    device = x.device
+    if group is None:
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{op}: {name} must be on the cpu or on cuda, got device {device}")
+        has_data = type(x) in (Tensor, torch.nn.Parameter) and not is_compiling()
+        if device.type == "cuda" and has_data and (obstacle := load_cuda()[1]) is not None:
+            raise RuntimeError(f"{op}: cannot use {device}: {obstacle}")
+    elif device != group.device:
+        hint = "" if device.type == group.device.type else f" (Group.open(device={device.type!r}) works there)"
+        raise ValueError(
+            f"{op}: {name} must be on {group.device}, where group {group.label!r} works, got device {device}{hint}"
+        )
 
 
 def check_codec(op: str, codec: Any, dtype: torch.dtype) -> None:
@@ -60,9 +85,9 @@ def check_codec(op: str, codec: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: codec {codec!r} needs a dtype of {names(PACKABLE)}, got {names([dtype])}")
 
 
-def check_reduction(name: str, x: Any, op: Any, codec: Any) -> None:
+def check_reduction(name: str, x: Any, op: Any, codec: Any, group: Group) -> None:
     """Raise unless x can be reduced by `op` over the ranks, packed by `codec`."""
-    check_tensor(name, "x", x)
+    check_tensor(name, "x", x, group)
     if op not in REDUCTIONS:
         raise ValueError(f"{name}: op must be one of {', '.join(map(repr, REDUCTIONS))}, got {op!r}")
     if x.dtype not in FLOATS + INTEGERS:
@@ -119,10 +144,10 @@ def fits_linear(x: Tensor, w: Tensor | None, bias: Tensor | None, codec: str) ->
     )
 
 
-def check_linear(op: str, x: Any, w: Any, bias: Any, codec: Any, x_name: str = "x_shard") -> None:
+def check_linear(op: str, x: Any, w: Any, bias: Any, codec: Any, group: Group, x_name: str = "x_shard") -> None:
     """Raise unless y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
-    check_tensor(op, x_name, x)
-    check_tensor(op, "w_shard", w)
+    check_tensor(op, x_name, x, group)
+    check_tensor(op, "w_shard", w, group)
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: {x_name} must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
     if w.dtype != x.dtype:
@@ -138,7 +163,7 @@ def check_linear(op: str, x: Any, w: Any, bias: Any, codec: Any, x_name: str = "
             f"{op}: {x_name} and w_shard must have the same K (last dim), got {x.shape[-1]} and {w.shape[1]}"
         )
     if bias is not None:
-        check_tensor(op, "bias", bias)
+        check_tensor(op, "bias", bias, group)
         if bias.dtype != x.dtype:
             raise ValueError(
                 f"{op}: bias must have the dtype of {x_name}, {names([x.dtype])}, got {names([bias.dtype])}"

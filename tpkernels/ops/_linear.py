@@ -11,12 +11,12 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast what autocast casts before an F.linear: floating-point tensors, fp64 excepted."""
-    dtype = torch.get_autocast_dtype("cpu")
+def autocast(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast what autocast casts before an F.linear: floating-point tensors of that kind of device, fp64 excepted."""
+    dtype = torch.get_autocast_dtype(kind)
 
     def casts(t: Tensor | None) -> bool:
-        return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == "cpu"
+        return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind
 
     return [t.to(dtype) if t is not None and casts(t) else t for t in tensors]
 

@@ -66,9 +66,9 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
         group = resolve(group)
     if not is_dynamo_compiling() and (y := short_all_reduce(x, group._address, op, codec, SMALL)) is not None:
         return y
-    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
+    if group.is_cpu and is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
         return _all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
-    check_reduction("all_reduce", x, op, codec)
+    check_reduction("all_reduce", x, op, codec, group)
     return Call.all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
@@ -126,7 +126,7 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
         group = resolve(group)
     if not is_dynamo_compiling() and short_all_reduce_(x, group._address, op, codec):
         return x
-    check_reduction("all_reduce_", x, op, codec)
+    check_reduction("all_reduce_", x, op, codec, group)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
     if not is_compiling() and torch._debug_has_internal_overlap(x) == 1:
@@ -175,9 +175,10 @@ def reduce_scatter(
         y = short_reduce_scatter(x, group._address, op, codec, SMALL)
         if y is not None:
             return y
-    if is_plain(x) and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim():
+    plain = group.is_cpu and is_plain(x)
+    if plain and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim():
         return _reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
-    check_reduction("reduce_scatter", x, op, codec)
+    check_reduction("reduce_scatter", x, op, codec, group)
     dim = check_dim("reduce_scatter", x, dim)
     return Call.reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
 
@@ -256,7 +257,7 @@ def all_gather(
         y = short_all_gather(x_shard, group._address, dim_size, codec, SMALL)
         if y is not None:
             return y
-    plain = is_plain(x_shard) and not x_shard.is_conj()
+    plain = group.is_cpu and is_plain(x_shard) and not x_shard.is_conj()
     if (
         plain
         and dim_size is None
@@ -266,7 +267,7 @@ def all_gather(
         and 0 <= dim < x_shard.dim()
     ):
         return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec)  # type: ignore[no-any-return]
-    check_tensor("all_gather", "x_shard", x_shard)
+    check_tensor("all_gather", "x_shard", x_shard, group)
     check_codec("all_gather", codec, x_shard.dtype)
     if grad not in GRADS:
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
@@ -290,6 +291,8 @@ def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: 
         return dim_size
     if is_compiling():
         return group.world_size * x_shard.size(dim)
+    if not group.is_cpu and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{op}: dim_size must be given while a CUDA graph is captured, the ranks cannot be asked")
     if not wants_grad:
         return -1
     sizes = group.exchange_sizes(x_shard.size(dim))
@@ -325,3 +328,8 @@ def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 gradient("all_gather", _all_gather_gradient, _all_gather_context)
+
+
+@fake("device_arena_empty")
+def _device_arena_empty_fake(group: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -60,12 +60,12 @@ def gemm_all_reduce(
     Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    if is_autocast_enabled("cpu"):
-        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     args = (x_shard, w_shard, bias, group.name, group.world_size, codec)
-    if are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec):
+    if group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec):
         return _gemm_all_reduce(*args)  # type: ignore[no-any-return]
-    check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec)
+    check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group)
     return Call.gemm_all_reduce(*args)  # type: ignore[no-any-return]
 
 
@@ -124,11 +124,11 @@ def gemm_reduce_scatter(
     (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled("cpu"):
-        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
-    plain = are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
     if not plain:
-        check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec)
+        check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
     call = _gemm_reduce_scatter if plain else Call.gemm_reduce_scatter
     return call(x_shard, w_shard, bias, group.name, group.world_size, group.rank, dim, codec)  # type: ignore[no-any-return]
@@ -209,11 +209,11 @@ def all_gather_gemm(
     Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled("cpu"):
-        x_shard, w_shard, bias = autocast(x_shard, w_shard, bias)  # type: ignore[assignment]
-    plain = are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
     if not plain:
-        check_linear("all_gather_gemm", x_shard, w_shard, bias, codec)
+        check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group)
     dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
     check_size("all_gather_gemm", "dim_size", dim_size)
     wants_grad = not plain and torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
@@ -287,12 +287,12 @@ def replicated_gemm(
     Source: column-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    if is_autocast_enabled("cpu"):
-        x, w_shard, bias = autocast(x, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group.device.type):
+        x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
     args = (x, w_shard, bias, group.name, group.world_size, codec)
-    if are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):
+    if group.is_cpu and are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):
         return _replicated_gemm(*args)  # type: ignore[no-any-return]
-    check_linear("replicated_gemm", x, w_shard, bias, codec, x_name="x")
+    check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x")
     return Call.replicated_gemm(*args)  # type: ignore[no-any-return]
 
 

@@ -67,9 +67,9 @@ def all_reduce_add_rms_norm(
     group = resolve(group)
     if isinstance(x, Tensor) and x.device.type != "meta" and is_autocast_enabled(x.device.type):
         x, residual, weight = _to_the_widest(x, residual, weight)
-    plain = are_plain(x, residual, weight)
+    plain = group.is_cpu and are_plain(x, residual, weight)
     if not (plain and _fits(x, residual, weight, codec)):
-        _check_add_norm(x, residual, weight, codec)
+        _check_add_norm(x, residual, weight, codec, group)
     step = _check_eps(x.dtype, eps)
     call = _all_reduce_add_rms_norm if plain else Call.all_reduce_add_rms_norm
     y, residual_out, _ = call(x, residual, weight, group.name, group.world_size, step, codec)
@@ -105,11 +105,11 @@ def _fits(x: Tensor, residual: Tensor | None, weight: Tensor | None, codec: str)
     )
 
 
-def _check_add_norm(x: Any, residual: Any, weight: Any, codec: Any) -> None:
+def _check_add_norm(x: Any, residual: Any, weight: Any, codec: Any, group: Group) -> None:
     op = "all_reduce_add_rms_norm"
-    check_tensor(op, "x", x)
-    check_tensor(op, "residual", residual)
-    check_tensor(op, "weight", weight)
+    check_tensor(op, "x", x, group)
+    check_tensor(op, "residual", residual, group)
+    check_tensor(op, "weight", weight, group)
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: x must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
     if not x.dtype == residual.dtype == weight.dtype:
@@ -239,7 +239,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not found:
         raise ValueError("squared_norm: tensors must have one tensor at least, got none")
     for x in found:
-        check_tensor("squared_norm", "tensors", x)
+        check_tensor("squared_norm", "tensors", x, None)
         if x.dtype not in FLOATS:
             raise ValueError(f"squared_norm: tensors must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
         if x.device != found[0].device:

@@ -34,7 +34,7 @@ def compress(x: Tensor, codec: str) -> Tensor:
     Raises:
         TypeError, ValueError: x or codec do not fit (says which, expected, got).
     """
-    check_tensor("compress", "x", x)
+    check_tensor("compress", "x", x, None)
     check_codec("compress", codec, x.dtype)
     return Call.compress(x.detach(), codec)  # type: ignore[no-any-return]
 
@@ -59,7 +59,7 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
     Raises:
         TypeError, ValueError: wire has not the bytes of such a tensor, or dtype or codec do not fit.
     """
-    check_tensor("decompress", "wire", wire)
+    check_tensor("decompress", "wire", wire, None)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"decompress: dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_codec("decompress", codec, dtype)
@@ -106,8 +106,8 @@ def compress_with_feedback(x: Tensor, residual: Tensor, codec: str, scale: float
     Source: error feedback of Seide et al. 2014 (1-bit SGD) and Karimireddy et al. 2019 (arXiv:1901.09847).
     """
     op = "compress_with_feedback"
-    check_tensor(op, "x", x)
-    check_tensor(op, "residual", residual)
+    check_tensor(op, "x", x, None)
+    check_tensor(op, "residual", residual, None)
     check_codec(op, codec, x.dtype)
     if x.dtype not in PACKABLE:
         raise ValueError(f"{op}: x must have a dtype of {names(PACKABLE)}, got {names([x.dtype])}")

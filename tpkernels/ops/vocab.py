@@ -82,8 +82,8 @@ def vocab_embedding(
     Source: vocabulary-parallel embedding of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    check_tensor("vocab_embedding", "ids", ids)
-    check_tensor("vocab_embedding", "table_shard", table_shard)
+    check_tensor("vocab_embedding", "ids", ids, group)
+    check_tensor("vocab_embedding", "table_shard", table_shard, group)
     if ids.dtype not in _IDS:
         raise ValueError(f"vocab_embedding: ids must have a dtype of {names(_IDS)}, got {names([ids.dtype])}")
     if table_shard.dtype not in FLOATS:
@@ -179,7 +179,7 @@ def vocab_cross_entropy(
     Source: vocabulary-parallel cross entropy of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    _check_loss(logits_shard, target, ignore_index, label_smoothing)
+    _check_loss(logits_shard, target, ignore_index, label_smoothing, group)
     start, size = _place("vocab_cross_entropy", logits_shard.shape[-1], vocab_size, group)
     call = _vocab_cross_entropy if are_plain(logits_shard, target) else Call.vocab_cross_entropy
     smoothing = float(label_smoothing)
@@ -187,10 +187,10 @@ def vocab_cross_entropy(
     return loss  # type: ignore[no-any-return]
 
 
-def _check_loss(logits: Any, target: Any, ignore_index: Any, label_smoothing: Any) -> None:
+def _check_loss(logits: Any, target: Any, ignore_index: Any, label_smoothing: Any, group: Group) -> None:
     op = "vocab_cross_entropy"
-    check_tensor(op, "logits_shard", logits)
-    check_tensor(op, "target", target)
+    check_tensor(op, "logits_shard", logits, group)
+    check_tensor(op, "target", target, group)
     if logits.dtype not in FLOATS:
         raise ValueError(f"{op}: logits_shard must have a dtype of {names(FLOATS)}, got {names([logits.dtype])}")
     if target.dtype not in _IDS:
