@@ -263,7 +263,8 @@ void Block::finish_warp(size_t warp, size_t i) {
 // ---- for people -----------------------------------------------------------------------------------------------------
 
 std::string Block::name() const {
-  return "rank " + std::to_string(launch_.device->rank) + " " + launch_.request.name + " block " + text_of(index_);
+  return "rank " + std::to_string(launch_.device->rank) + " " +
+         text_of_kernel(launch_.request.kernel, launch_.request.name) + " block " + text_of(index_);
 }
 
 std::string Block::describe() const {

@@ -118,7 +118,8 @@ class Watchdog {
     for (const Launch* launch : live_launches()) {
       for (const Block* block : launch->running) text += "\n  " + block->describe();
       if (launch->next_block < launch->blocks()) {
-        text += "\n  rank " + std::to_string(launch->device->rank) + " " + launch->request.name + ": " +
+        text += "\n  rank " + std::to_string(launch->device->rank) + " " +
+                text_of_kernel(launch->request.kernel, launch->request.name) + ": " +
                 std::to_string(launch->blocks() - launch->next_block) + " of " + std::to_string(launch->blocks()) +
                 " blocks wait for room on a device of " + std::to_string(options().resident_blocks);
       }

@@ -110,9 +110,8 @@ class Races : public Detector {
     Clock base;
     base.join(stream.clock.snapshot());
     launch.base = base.others;
-    const std::string name = "rank " + std::to_string(launch.device->rank) + " " + launch.request.name;
-    histories_[stream.clock.id].push_back(
-        {launch.first_moment, name, launch.device->rank, launch.request.grid, launch.threads()});
+    histories_[stream.clock.id].push_back({launch.first_moment, launch.request.kernel, launch.request.name,
+                                           launch.device->rank, launch.blocks(), launch.threads()});
   }
 
   void end_launch(Launch& launch) override {
@@ -225,9 +224,10 @@ class Races : public Detector {
  private:
   struct LaunchRecord {
     uint32_t first_moment;
-    std::string name;
+    const void* kernel;
+    const char* name;
     int rank;
-    dim3 grid;
+    uint64_t blocks;
     uint32_t threads;
   };
   using History = std::vector<LaunchRecord>;
@@ -305,14 +305,14 @@ class Races : public Detector {
   bool scopes_meet(const Access& a, const Access& b) const {
     const auto narrower = static_cast<Scope>(std::min(a.scope, b.scope));
     if (narrower == Scope::System || a.id == b.id) return true;
-    const Who one = who(a), other = who(b);
+    const Who one = who(a, false), other = who(b, false);
     return one.rank == other.rank && (narrower == Scope::Gpu || one.block == other.block);
   }
 
   // ---- reports
   // -------------------------------------------------------------------------------------------------------
 
-  Who who(const Access& access) const {
+  Who who(const Access& access, bool with_text) const {
     const std::shared_lock lock(names_);
     const Id& id = ids_[access.id - 1];
     if (id.history == nullptr) return {id.name};
@@ -320,10 +320,12 @@ class Races : public Detector {
                                  [](uint32_t when, const LaunchRecord& launch) { return when < launch.first_moment; });
     const LaunchRecord& launch = *std::prev(next);
     const uint32_t block = id.number / launch.threads;
-    const std::string text = launch.name + " block " + std::to_string(block) + " of " +
-                             std::to_string(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z) + " thread " +
+    const uint64_t serial = uint64_t{launch.first_moment} << 32 | block;
+    if (!with_text) return {"", launch.rank, serial};
+    const std::string text = "rank " + std::to_string(launch.rank) + " " + text_of_kernel(launch.kernel, launch.name) +
+                             " block " + std::to_string(block) + " of " + std::to_string(launch.blocks) + " thread " +
                              std::to_string(id.number % launch.threads);
-    return {text, launch.rank, uint64_t{launch.first_moment} << 32 | block};
+    return {text, launch.rank, serial};
   }
 
   static std::string place_of(const Access& access) {
@@ -333,7 +335,7 @@ class Races : public Detector {
 
   std::string describe(const Access& access) const {
     return std::string(access.atomic ? "atomic " : "") + (access.writes ? "write" : "read") + " by " +
-           who(access).text + " at " + place_of(access);
+           who(access, true).text + " at " + place_of(access);
   }
 
   // Once for each pair of places.

@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
-#include <array>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,6 +53,25 @@ bool is_own(const std::string& line) {
   return line.find("??") != std::string::npos;
 }
 
+// The lines that addr2line prints about an address of this program.
+std::vector<std::string> ask_debugger(const char* flags, uintptr_t address) {
+  std::vector<std::string> lines;
+  Dl_info info{};
+  if (address == 0 || dladdr(reinterpret_cast<void*>(address), &info) == 0) return lines;
+  char command[512], line[4096];
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(info.dli_fbase);
+  std::snprintf(command, sizeof command, "addr2line %s -e '%s' 0x%zx 2>/dev/null", flags, info.dli_fname,
+                static_cast<size_t>(offset));
+  FILE* pipe = popen(command, "r");
+  if (pipe == nullptr) return lines;
+  while (std::fgets(line, sizeof line, pipe) != nullptr) {
+    line[std::strcspn(line, "\n")] = '\0';
+    lines.emplace_back(line).erase(std::min(lines.back().size(), lines.back().find(" (discriminator")));
+  }
+  pclose(pipe);
+  return lines;
+}
+
 }  // namespace
 
 const char* name_of(Kind kind) {
@@ -95,25 +114,32 @@ std::string text_of_code(uintptr_t address) {
   static std::mutex mutex;
   static auto* const known = new std::map<uintptr_t, std::string>;
   const std::lock_guard lock(mutex);
-  const auto found = known->find(address);
-  if (found != known->end()) return found->second;
-  Dl_info info{};
-  if (address == 0 || dladdr(reinterpret_cast<void*>(address), &info) == 0) return "unknown code";
-  char command[512], line[1024];
-  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(info.dli_fbase);
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
-                static_cast<size_t>(offset));
-  std::string text = std::string(file_name(info.dli_fname)) + "+" + std::to_string(offset);
-  if (FILE* pipe = popen(command, "r")) {
-    while (std::fgets(line, sizeof line, pipe) != nullptr) {
-      line[std::strcspn(line, " \n")] = '\0';
-      if (is_own(line)) continue;
-      text = file_name(line);
-      break;
-    }
-    pclose(pipe);
+  std::string& text = (*known)[address];
+  if (!text.empty()) return text;
+  for (const std::string& line : ask_debugger("-i", address)) {
+    if (!is_own(line)) return text = file_name(line.c_str());
   }
-  return (*known)[address] = text;
+  return text = "unknown code";
+}
+
+std::string text_of_kernel(const void* kernel, const char* otherwise) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<const void*, std::string>;
+  const std::lock_guard lock(mutex);
+  std::string& text = (*known)[kernel];
+  if (!text.empty()) return text;
+  const std::vector<std::string> lines = ask_debugger("-f -C", reinterpret_cast<uintptr_t>(kernel));
+  text = lines.empty() || lines[0].find("??") != std::string::npos ? otherwise : lines[0];
+  if (text.rfind("void ", 0) == 0) text.erase(0, 5);
+  if (!text.empty() && text.back() == ')') {  // the types of the parameters
+    size_t start = text.size();
+    for (int depth = 0; start-- > 0;) {
+      depth += text[start] == ')' ? 1 : text[start] == '(' ? -1 : 0;
+      if (depth == 0) break;
+    }
+    text.erase(start);
+  }
+  return text;
 }
 
 }  // namespace tpk::emu

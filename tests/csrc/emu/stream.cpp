@@ -37,6 +37,9 @@ void learn(HostThread& host) {
   host.clock.join(met().snapshot());
 }
 
+// What the thread that started this one knew then; without it a thread knows what any has waited for.
+thread_local const Snapshot* started_with = nullptr;
+
 void work(Stream& stream) {
   std::unique_lock lock(mutex());
   while (true) {
@@ -121,7 +124,8 @@ HostThread& host_thread() {
   thread_local HostThread one;
   if (detector() != nullptr && one.clock.id == 0) {
     one.clock.id = detector()->new_id("the host");
-    learn(one);
+    if (started_with == nullptr) learn(one);
+    if (started_with != nullptr) one.clock.join(*started_with);
   }
   return one;
 }
@@ -242,12 +246,13 @@ void host_threads_met() {
 
 void run_ranks(int ranks, const std::function<void(int)>& body) {
   host_threads_met();
+  const Snapshot known = host_thread().clock.snapshot();
   std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
   std::vector<std::thread> threads;
   for (int rank = 0; rank < ranks; ++rank) {
     threads.emplace_back([&, rank] {
+      started_with = &known;
       set_current_device(rank);
-      host_threads_met();
       try {
         body(rank);
       } catch (...) {
