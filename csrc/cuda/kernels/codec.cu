@@ -20,13 +20,15 @@ int blocks_for(size_t n) {
 }
 
 template <class Format>
-TPK_KERNEL void __launch_bounds__(kThreads) encode_kernel(const typename Format::Value* values, char* wire, size_t n) {
+TPK_KERNEL void __launch_bounds__(kThreads, 2)
+    encode_kernel(const typename Format::Value* values, char* wire, size_t n) {
   const Length length = length_of<Format>(n);
   Format::encode(values, wire, share_of<Format>(0, units_of(length)), length);
 }
 
 template <class Format>
-TPK_KERNEL void __launch_bounds__(kThreads) decode_kernel(const char* wire, typename Format::Value* values, size_t n) {
+TPK_KERNEL void __launch_bounds__(kThreads, 2)
+    decode_kernel(const char* wire, typename Format::Value* values, size_t n) {
   const Length length = length_of<Format>(n);
   Format::decode(wire, values, share_of<Format>(0, units_of(length)), length, Reach::Own);
 }
@@ -47,7 +49,7 @@ struct Inputs {
 };
 
 template <class Format, bool to_values>
-TPK_KERNEL void __launch_bounds__(kThreads) reduce_kernel(ReduceArgs args) {
+TPK_KERNEL void __launch_bounds__(kThreads, 2) reduce_kernel(ReduceArgs args) {
   const Length length = length_of<Format>(args.n);
   const Range mine = share_of<Format>(0, units_of(length));
   for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
@@ -62,7 +64,7 @@ TPK_KERNEL void __launch_bounds__(kThreads) reduce_kernel(ReduceArgs args) {
 
 // What rounding leaves is kept for the next step; what is not finite is not kept, or it would never go away.
 template <class C, class T>
-TPK_KERNEL void __launch_bounds__(kThreads)
+TPK_KERNEL void __launch_bounds__(kThreads, 2)
     feedback_kernel(const T* values, float* residual, char* wire, float scale, size_t n) {
   using Format = Coded<C, T>;
   const Length length = length_of<Format>(n);

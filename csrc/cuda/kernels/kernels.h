@@ -37,6 +37,12 @@ TPK_HOST_DEVICE constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_o
          static_cast<uint32_t>(codec) << 24;
 }
 
+// The kernels over peers, and what a launch announces of itself beside its call.
+enum class Kernel : uint32_t { Barrier, OneShot, TwoShot, Multicast, ReduceScatter, AllGather, AllReduceAddRmsNorm };
+TPK_HOST_DEVICE constexpr uint32_t plan_of(Kernel kernel, uint32_t blocks, uint32_t threads) {
+  return static_cast<uint32_t>(kernel) | blocks << 8 | threads << 16;
+}
+
 // First thing in an arena, zero when the group opens. Peers write into `arrived` and `stage`; the rest is the owner's.
 // Flags are pushed to whoever waits, so that polling stays in local memory.
 struct Signals {

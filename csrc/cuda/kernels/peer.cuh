@@ -32,9 +32,6 @@
 
 namespace tpk::cuda {
 
-// Kernels over peers; part of Announcement::plan.
-enum class Kernel : uint32_t { Barrier, OneShot, TwoShot, Multicast, ReduceScatter, AllGather, AllReduceAddRmsNorm };
-
 // What a block tells the same-numbered blocks after its announcement: 2 * epoch + one of these. It only grows.
 constexpr uint32_t kCopied = 0;  // an input that cannot be read from its heap has been copied into the slot
 constexpr uint32_t kDone = 1;    // sums can be read; inputs have been read
@@ -44,7 +41,7 @@ class Turn {
   // Reads the epoch. `expected`: what rank threadIdx.x, which this thread listens to, must announce that it brings.
   __device__ __forceinline__ Turn(const Peers& peers, const Call& call, Kernel kernel, uint32_t expected = 0)
       : peers_(peers), call_(call), expected_(expected) {
-    plan_ = static_cast<uint32_t>(kernel) | gridDim.x << 8 | blockDim.x << 16;
+    plan_ = plan_of(kernel, gridDim.x, blockDim.x);
     epoch_ = signals(peers.rank).epoch + 1;
     if (call.piece > 0 && signals(peers.rank).refused != 0) outcome_ = Outcome::Skipped;
   }
