@@ -26,6 +26,10 @@ struct Register {
 
 struct Failure : std::exception {};
 
+// The name of the case that runs, and whether it was asked for on the command line.
+inline const char* current = "";
+inline bool alone = false;
+
 inline void expect(bool holds, const char* condition, const char* file, int line, const std::string& message) {
   if (holds) return;
   std::printf("%s:%d: %s does not hold%s%s\n", file, line, condition, message.empty() ? "" : ": ", message.c_str());
@@ -42,10 +46,13 @@ inline void expect(bool holds, const char* condition, const char* file, int line
 #define EXPECT(condition, ...) \
   ::tpk::testing::expect(condition, #condition, __FILE__, __LINE__, ::tpk::concat("" __VA_OPT__(, ) __VA_ARGS__))
 
-// One executable has one main.
-int main() {
+// One executable has one main. With an argument only the case of that name runs.
+int main(int num_arguments, char** arguments) {
   int failed = 0;
+  tpk::testing::alone = num_arguments > 1;
   for (const auto& test : tpk::testing::cases()) {
+    if (tpk::testing::alone && std::string(arguments[1]) != test.name) continue;
+    tpk::testing::current = test.name;
     try {
       test.body();
       std::printf("ok      %s\n", test.name);
