@@ -4,16 +4,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpkernels.group import Group
 from tpkernels.testing.case import Case, Sizes
+from tpkernels.testing.places import PLACES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def run_at(place: str, body: Callable[..., Any], R: int, *args: Any, **options: Any) -> list[Any]:
+    """body(group, *args) on R ranks of a place; where the place lacks something, the test is skipped and says what."""
+    lacks = PLACES[place].lacks(R)
+    if lacks is not None:
+        pytest.skip(lacks)
+    return PLACES[place].run(body, R, *args, **options)
+
+
+def on_cpu(body: Callable[..., Any], R: int, transport: str = "auto", *args: Any) -> list[Any]:
+    """body(group, *args) on R processes; of one rank there is only one kind of group."""
+    return run_at("cpu", body, R, *args, transport=transport if R > 1 else "auto")
+
+
+def there(group: Group, arguments: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Tensors where the group works."""
+    return [None if x is None else x.to(group.device) for x in arguments]
+
+
+class Drawn:
+    """Random numbers that all ranks draw alike, where the group works: ranks that are threads share torch's own."""
+
+    def __init__(self, group: Group, seed: int = 0) -> None:
+        self._group = group
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device="cpu").to(self._group.device)
+
+    def randint(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        found = torch.randint(high, shape, generator=self._generator, device="cpu", dtype=dtype)
+        return found.to(self._group.device)
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor, what: str) -> None:
@@ -21,7 +56,8 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor, what: str) -> None:
     assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
     if got.numel() == 0:
         return
-    got, want = (x.double() if x.is_floating_point() else x for x in (got.detach(), want.detach()))
+    got, want, bound = got.detach().cpu(), want.detach().cpu(), bound.cpu()
+    got, want = (x.double() if x.is_floating_point() else x for x in (got, want))
     if not want.is_floating_point():
         assert torch.equal(got, want), f"{what}: {got} is not {want}"
         return
@@ -40,7 +76,7 @@ def describe(case: Case, s: Sizes) -> str:
 
 def check_forward(case: Case, s: Sizes, group: Group) -> Tensor:
     """One rank's part of a case, compared with the reference; exact for integers without a codec."""
-    y = case.call(s, case.arguments(s, group.rank), group)
+    y = case.call(s, there(group, case.arguments(s, group.rank)), group)
     want, bound = case.expected(s, group.rank), case.bound(s, group.rank)
     if s.integers and s.codec == "none" and want.dtype.is_floating_point and s.op == "sum" and case.terms(s) < 10_000:
         bound = torch.zeros_like(bound)
@@ -52,12 +88,13 @@ def check_forward(case: Case, s: Sizes, group: Group) -> Tensor:
 
 def check_gradient(case: Case, s: Sizes, group: Group) -> None:
     """All gradients of one rank of a case, compared with those of the unsharded program."""
-    arguments = [
-        x.requires_grad_() if x is not None and x.is_floating_point() else x for x in case.arguments(s, group.rank)
-    ]
+    arguments = there(group, case.arguments(s, group.rank))
+    for x in arguments:
+        if x is not None and x.is_floating_point():
+            x.requires_grad_()
     y = case.call(s, arguments, group)
     dy, wanted, bounds = case.gradients(s, group.rank)
-    y.backward(dy)
+    y.backward(dy.to(y.device))
     for i, (x, want, bound) in enumerate(zip(arguments, wanted, bounds, strict=True)):
         if x is None or not x.is_floating_point():
             continue
@@ -72,14 +109,13 @@ def digest(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for x in tensors:
         found.update(f"{x.dtype}{list(x.shape)}".encode())
-        found.update(x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
-def assert_same_on_all_ranks(what: str, *tensors: Tensor) -> None:
+def assert_same_on_all_ranks(group: Group, what: str, *tensors: Tensor) -> None:
     """Every rank holds the same bits."""
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest(*tensors))
+    digests = group.exchange_sizes(int(digest(*tensors)[:15], 16))
     assert len(set(digests)) == 1, f"{what}: the ranks hold different bits: {digests}"
 
 

@@ -53,11 +53,11 @@ def check_replicated_results_are_the_same_on_all_ranks() -> None:
         for case, s in settings(group.world_size):
             found = results(case, s, group)
             if case.output_cut(s) is None:
-                assert_same_on_all_ranks(f"{case.name} {s}", found[0])
+                assert_same_on_all_ranks(group, f"{case.name} {s}", found[0])
             cuts = [c for name, c in case.cuts(s).items() if case.inputs(s)[name] is not None and name not in IDS]
             for gradient, cut in zip(found[1:], cuts, strict=True):
                 if cut is None:
-                    assert_same_on_all_ranks(f"gradient of {case.name} {s}", gradient)
+                    assert_same_on_all_ranks(group, f"gradient of {case.name} {s}", gradient)
 
 
 IDS = ("ids", "target")

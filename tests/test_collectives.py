@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from op_tools import FLOATS, INTEGERS, assert_same_on_all_ranks, assert_within, check_forward, raised
+from op_tools import FLOATS, INTEGERS, assert_same_on_all_ranks, assert_within, check_forward, on_cpu, raised
 from torch import Tensor
 
 from tpkernels import ops
@@ -32,155 +32,139 @@ SHAPES = {  # M, N, batch, dim
 }
 
 
-def opened(transport: str) -> Group:
-    """A group over that transport; of one rank there is only one kind."""
-    return Group.open(transport=transport if dist.get_world_size() > 1 else "auto")
-
-
 def sizes(R: int, shape: str) -> Sizes:
     """Sizes of that name."""
     M, N, batch, dim = SHAPES[shape]
     return Sizes(R=R, M=M, N=N, batch=batch, dim=dim)
 
 
-def check_every_dtype_and_op(transport: str) -> None:
-    with opened(transport) as group:
-        for shape in SHAPES:
-            s = sizes(group.world_size, shape)
-            large = shape == "many pieces"
-            for dtype in (torch.float32, torch.bfloat16, torch.int32) if large else FLOATS + INTEGERS:
-                for op in ("sum", "max") if large else ("sum", "avg", "max", "min"):
-                    if op == "avg" and not dtype.is_floating_point:
-                        continue
-                    for case in (ALL_REDUCE, REDUCE_SCATTER):
-                        check_forward(case, replace(s, dtype=dtype, op=op), group)
-                check_forward(ALL_GATHER, replace(s, dtype=dtype), group)
+def check_every_dtype_and_op(group: Group) -> None:
+    for shape in SHAPES:
+        s = sizes(group.world_size, shape)
+        large = shape == "many pieces"
+        for dtype in (torch.float32, torch.bfloat16, torch.int32) if large else FLOATS + INTEGERS:
+            for op in ("sum", "max") if large else ("sum", "avg", "max", "min"):
+                if op == "avg" and not dtype.is_floating_point:
+                    continue
+                for case in (ALL_REDUCE, REDUCE_SCATTER):
+                    check_forward(case, replace(s, dtype=dtype, op=op), group)
+            check_forward(ALL_GATHER, replace(s, dtype=dtype), group)
 
 
-def check_integers_in_floats_are_exact(transport: str) -> None:
-    with opened(transport) as group:
-        for shape in SHAPES:
-            for dtype in FLOATS:
+def check_integers_in_floats_are_exact(group: Group) -> None:
+    for shape in SHAPES:
+        for dtype in FLOATS:
+            for case in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER):
+                check_forward(case, replace(sizes(group.world_size, shape), dtype=dtype, integers=True), group)
+
+
+def check_codecs_stay_within_their_bound(group: Group) -> None:
+    for shape in SHAPES:
+        for codec in ("fp16", "bf16"):
+            for dtype in (torch.float32,) if shape == "many pieces" else FLOATS[:3]:
+                s = replace(sizes(group.world_size, shape), dtype=dtype, codec=codec)
                 for case in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER):
-                    check_forward(case, replace(sizes(group.world_size, shape), dtype=dtype, integers=True), group)
+                    y = check_forward(case, s, group)
+                    if case.output_cut(s) is None:
+                        assert_same_on_all_ranks(group, f"{case.name} {s}", y)
+                check_forward(ALL_REDUCE, replace(s, op="avg"), group)
+                check_forward(REDUCE_SCATTER, replace(s, op="avg"), group)
 
 
-def check_codecs_stay_within_their_bound(transport: str) -> None:
-    with opened(transport) as group:
-        for shape in SHAPES:
-            for codec in ("fp16", "bf16"):
-                for dtype in (torch.float32,) if shape == "many pieces" else FLOATS[:3]:
-                    s = replace(sizes(group.world_size, shape), dtype=dtype, codec=codec)
-                    for case in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER):
-                        y = check_forward(case, s, group)
-                        if case.output_cut(s) is None:
-                            assert_same_on_all_ranks(f"{case.name} {s}", y)
-                    check_forward(ALL_REDUCE, replace(s, op="avg"), group)
-                    check_forward(REDUCE_SCATTER, replace(s, op="avg"), group)
+def check_any_strides(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    whole = torch.arange(R * 6 * 10, dtype=torch.float32).reshape(R, 6, 10)
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "transposed": lambda x: x.t().contiguous().t(),
+        "every second": lambda x: torch.stack([x, -x], -1).flatten(-2)[..., ::2],
+        "expanded": lambda x: x[:1].expand(6, 10),
+        "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(6, 10),
+    }
+    for name, layout in layouts.items():
+        views = [layout(x) for x in whole]
+        x, total = views[rank], torch.stack([v.clone() for v in views]).sum(0)
+        assert torch.equal(ops.all_reduce(x, group=group), total), name
+        for dim in (0, 1, -1):
+            mine = ops.reduce_scatter(x, dim, group=group)
+            assert torch.equal(mine, part(total, dim % 2, R, rank)), (name, dim)
+            assert torch.equal(ops.all_gather(x, dim, group=group), torch.cat(views, dim)), (name, dim)
 
 
-def check_any_strides(transport: str) -> None:
-    with opened(transport) as group:
-        R, rank = group.world_size, group.rank
-        whole = torch.arange(R * 6 * 10, dtype=torch.float32).reshape(R, 6, 10)
-        layouts: dict[str, Callable[[Tensor], Tensor]] = {
-            "transposed": lambda x: x.t().contiguous().t(),
-            "every second": lambda x: torch.stack([x, -x], -1).flatten(-2)[..., ::2],
-            "expanded": lambda x: x[:1].expand(6, 10),
-            "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(6, 10),
-        }
-        for name, layout in layouts.items():
-            views = [layout(x) for x in whole]
-            x, total = views[rank], torch.stack([v.clone() for v in views]).sum(0)
-            assert torch.equal(ops.all_reduce(x, group=group), total), name
-            for dim in (0, 1, -1):
-                mine = ops.reduce_scatter(x, dim, group=group)
-                assert torch.equal(mine, part(total, dim % 2, R, rank)), (name, dim)
-                assert torch.equal(ops.all_gather(x, dim, group=group), torch.cat(views, dim)), (name, dim)
+def check_what_lies_in_the_arena(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    make = group.empty if group.transport in ("shm", "peer") else torch.empty
+    for shape in ((5,), (301, 1000)):
+        x = make(shape, dtype=torch.float32)
+        x.copy_(torch.arange(x.numel()).reshape(shape) % 97 + rank)
+        want = torch.stack([torch.arange(x.numel()).reshape(shape) % 97 + r for r in range(R)]).sum(0).float()
+        assert torch.equal(ops.all_reduce(x, group=group), want)
+        assert torch.equal(ops.reduce_scatter(x, group=group), part(want, 0, R, rank))
+        view = x[1:]
+        assert torch.equal(ops.all_reduce(view, group=group), want[1:])
+        assert ops.all_reduce_(x, group=group) is x
+        assert torch.equal(x, want)
 
 
-def check_what_lies_in_the_arena(transport: str) -> None:
-    with opened(transport) as group:
-        R, rank = group.world_size, group.rank
-        make = group.empty if group.transport == "shm" else torch.empty
-        for shape in ((5,), (301, 1000)):
-            x = make(shape, dtype=torch.float32)
-            x.copy_(torch.arange(x.numel()).reshape(shape) % 97 + rank)
-            want = torch.stack([torch.arange(x.numel()).reshape(shape) % 97 + r for r in range(R)]).sum(0).float()
-            assert torch.equal(ops.all_reduce(x, group=group), want)
-            assert torch.equal(ops.reduce_scatter(x, group=group), part(want, 0, R, rank))
-            view = x[1:]
-            assert torch.equal(ops.all_reduce(view, group=group), want[1:])
+def check_in_place(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    for dtype in (*FLOATS, torch.int32):
+        for shape in ((), (1,), (0,), (7, 3), (300, 700)):
+            x = torch.full(shape, rank + 1, dtype=dtype)
+            before = x._version
             assert ops.all_reduce_(x, group=group) is x
-            assert torch.equal(x, want)
+            assert torch.equal(x, torch.full(shape, R * (R + 1) // 2, dtype=dtype))
+            assert x._version > before, "autograd must see that x changed"
+    base = torch.zeros(4, 6)
+    base[:, ::2] = rank + 1
+    ops.all_reduce_(base[:, ::2], group=group, op="max")
+    assert torch.equal(base[:, ::2], torch.full((4, 3), float(R)))
+    assert torch.equal(base[:, 1::2], torch.zeros(4, 3)), "only the view may change"
 
 
-def check_in_place(transport: str) -> None:
-    with opened(transport) as group:
-        R, rank = group.world_size, group.rank
-        for dtype in (*FLOATS, torch.int32):
-            for shape in ((), (1,), (0,), (7, 3), (300, 700)):
-                x = torch.full(shape, rank + 1, dtype=dtype)
-                before = x._version
-                assert ops.all_reduce_(x, group=group) is x
-                assert torch.equal(x, torch.full(shape, R * (R + 1) // 2, dtype=dtype))
-                assert x._version > before, "autograd must see that x changed"
-        base = torch.zeros(4, 6)
-        base[:, ::2] = rank + 1
-        ops.all_reduce_(base[:, ::2], group=group, op="max")
-        assert torch.equal(base[:, ::2], torch.full((4, 3), float(R)))
-        assert torch.equal(base[:, 1::2], torch.zeros(4, 3)), "only the view may change"
+def check_gather_of_any_sizes_and_dtypes(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    dtypes = (torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.int16, torch.float64)
+    for dtype in dtypes:
+        parts = [(torch.arange(3 * (r + 1)) % 2 + r % 2).reshape(r + 1, 3).to(dtype) for r in range(R)]
+        got = ops.all_gather(parts[rank], group=group)
+        want = torch.cat(parts).view(torch.uint8) if dtype.itemsize == 1 else torch.cat(parts)
+        assert torch.equal(got.view(torch.uint8) if dtype.itemsize == 1 else got, want), dtype
+    z = torch.complex(torch.ones(2), torch.full((2,), float(rank)))
+    got = ops.all_gather(z.conj(), group=group)
+    assert torch.equal(got, torch.cat([torch.complex(torch.ones(2), torch.full((2,), -float(r))) for r in range(R)]))
+    assert torch.equal(ops.all_reduce(z.conj().imag, group=group), torch.full((2,), -R * (R - 1) / 2.0))
+    n = 2 * R + 1
+    mine = part_sizes(n, R)[rank]
+    assert ops.all_gather(torch.ones(mine, 2), group=group, dim_size=n).shape == (n, 2)
 
 
-def check_gather_of_any_sizes_and_dtypes(transport: str) -> None:
-    with opened(transport) as group:
-        R, rank = group.world_size, group.rank
-        dtypes = (torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.int16, torch.float64)
-        for dtype in dtypes:
-            parts = [(torch.arange(3 * (r + 1)) % 2 + r % 2).reshape(r + 1, 3).to(dtype) for r in range(R)]
-            got = ops.all_gather(parts[rank], group=group)
-            want = torch.cat(parts).view(torch.uint8) if dtype.itemsize == 1 else torch.cat(parts)
-            assert torch.equal(got.view(torch.uint8) if dtype.itemsize == 1 else got, want), dtype
-        z = torch.complex(torch.ones(2), torch.full((2,), float(rank)))
-        got = ops.all_gather(z.conj(), group=group)
-        assert torch.equal(
-            got, torch.cat([torch.complex(torch.ones(2), torch.full((2,), -float(r))) for r in range(R)])
-        )
-        assert torch.equal(ops.all_reduce(z.conj().imag, group=group), torch.full((2,), -R * (R - 1) / 2.0))
-        n = 2 * R + 1
-        mine = part_sizes(n, R)[rank]
-        assert ops.all_gather(torch.ones(mine, 2), group=group, dim_size=n).shape == (n, 2)
+def check_nan_and_infinity_are_never_hidden(group: Group) -> None:
+    last = group.world_size - 1
+    for n in (5, 200_000):
+        for dtype in FLOATS:
+            for op in ("sum", "avg", "max", "min"):
+                x = torch.full((n,), float(group.rank), dtype=dtype)
+                if group.rank == last:
+                    x[3], x[4] = float("nan"), float("inf")
+                y = ops.all_reduce(x, group=group, op=op)
+                assert y[3].isnan(), (n, dtype, op)
+                assert y[:3].isfinite().all()
+                assert y[4].isinf() or op == "min"
+        for codec in ("fp16", "bf16"):
+            for bad in (float("nan"), float("inf"), float("-inf")):
+                x = torch.ones(n)
+                if group.rank == last:
+                    x[3] = bad
+                assert not ops.all_reduce(x, group=group, codec=codec)[3].isfinite() or group.world_size == 1
 
 
-def check_nan_and_infinity_are_never_hidden(transport: str) -> None:
-    with opened(transport) as group:
-        last = group.world_size - 1
-        for n in (5, 200_000):
-            for dtype in FLOATS:
-                for op in ("sum", "avg", "max", "min"):
-                    x = torch.full((n,), float(group.rank), dtype=dtype)
-                    if group.rank == last:
-                        x[3], x[4] = float("nan"), float("inf")
-                    y = ops.all_reduce(x, group=group, op=op)
-                    assert y[3].isnan(), (n, dtype, op)
-                    assert y[:3].isfinite().all()
-                    assert y[4].isinf() or op == "min"
-            for codec in ("fp16", "bf16"):
-                for bad in (float("nan"), float("inf"), float("-inf")):
-                    x = torch.ones(n)
-                    if group.rank == last:
-                        x[3] = bad
-                    assert not ops.all_reduce(x, group=group, codec=codec)[3].isfinite() or group.world_size == 1
-
-
-def check_codecs_keep_large_and_small_values(transport: str) -> None:
-    with opened(transport) as group:
-        for value in (333_824.0, 1e-6, 1e30, 3e-38):
-            for codec, error in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
-                x = torch.full((3000,), value)
-                y = ops.all_reduce(x, group=group, codec=codec, op="avg")
-                bound = torch.full_like(y, (2 * error + 8 * unit(torch.float32)) * value, dtype=torch.float64)
-                assert_within(y, x.double(), bound, f"{codec} {value}")
+def check_codecs_keep_large_and_small_values(group: Group) -> None:
+    for value in (333_824.0, 1e-6, 1e30, 3e-38):
+        for codec, error in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
+            x = torch.full((3000,), value)
+            y = ops.all_reduce(x, group=group, codec=codec, op="avg")
+            bound = torch.full_like(y, (2 * error + 8 * unit(torch.float32)) * value, dtype=torch.float64)
+            assert_within(y, x.double(), bound, f"{codec} {value}")
 
 
 CHECKS = [
@@ -199,10 +183,10 @@ CHECKS = [
 @RANKS
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_collectives_equal_their_unsharded_program(check: Callable[[str], None], transport: str, R: int) -> None:
+def test_collectives_equal_their_unsharded_program(check: Callable[[Group], None], transport: str, R: int) -> None:
     if R == 1 and transport == "group":
         return  # one rank has one kind of group, tested as "shm"
-    run_ranks(check, R, transport)
+    on_cpu(check, R, transport)
 
 
 def check_a_hundred_megabytes() -> None:
@@ -278,7 +262,7 @@ def test_groups_of_some_ranks_reduce_over_these_only(check: Callable[[], None]) 
 
 def check_wire_bytes() -> None:
     for transport in TRANSPORTS:
-        with opened(transport) as group:
+        with Group.open(transport=transport) as group:
             s = Sizes(R=group.world_size, M=512, N=1024)
             sent = {}
             for codec in ("none", "fp16", "bf16"):

@@ -72,19 +72,19 @@ class Sizes:
     @lru_cache(maxsize=16)  # noqa: B019  one test asks for the same values many times; sizes are small
     def randn(self, name: str, *shape: int) -> Tensor:
         """Values that `dtype` holds exactly, in fp64 (integer dtypes: in themselves), from the seed and the name."""
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()) + self.seed)
         if self.integers or not self.dtype.is_floating_point:
             low = 0 if self.dtype == torch.uint8 else -4
-            found = torch.randint(low, 5, shape, generator=generator)
+            found = torch.randint(low, 5, shape, generator=generator, device="cpu")
         else:
-            found = torch.randn(shape, generator=generator, dtype=torch.float64)
+            found = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
         found = found.to(self.dtype)
         return found.double() if self.dtype.is_floating_point else found
 
     def ids(self, name: str, low: int, *shape: int) -> Tensor:
         """Ids from `low` up to the vocabulary."""
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
-        return torch.randint(low, self.V, shape, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()) + self.seed)
+        return torch.randint(low, self.V, shape, generator=generator, device="cpu")
 
 
 @dataclass(frozen=True)
