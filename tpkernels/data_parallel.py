@@ -43,7 +43,7 @@ def clip_grad_norm_(
 
     Returns:
         the norm before clipping, a scalar with the same bits on all ranks, fp32 unless a gradient is fp64. Summed in
-        fp64 over runs of 1024 elements.
+        fp64, other norms than the second one over runs of 1024 elements.
 
     Raises:
         ValueError: max_norm is negative or NaN, norm_type is not above 0, a gradient is sparse, or a parameter is
@@ -138,6 +138,11 @@ def _power_sum(gradients: list[Tensor], norm_type: float) -> Tensor:
     device = gradients[0].device if gradients else torch.device("cpu")
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=device)
+    if norm_type == 2.0:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for g in filled:
+            by_device.setdefault(g.device, []).append(g)
+        return torch.stack([ops.squared_norm(some).to(device) for some in by_device.values()]).sum()
     stacked = torch.stack([_norm(g, norm_type).to(device) for g in filled])
     return stacked.max() if math.isinf(norm_type) else stacked.pow(norm_type).sum()
 
@@ -156,7 +161,7 @@ def _norm(gradient: Tensor, norm_type: float) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(
             norms if rest is None else torch.cat([norms, rest.reshape(1)]), norm_type
         )
-        # Squares leave the range of fp32 above 1e19 and below 1e-22: then the long way, as for NaN and infinity.
+        # Powers leave the range of fp32, cubes above 1e12 and below 1e-15: then the long way, as for NaN and infinity.
         if 1e-15 < float(norm) < math.inf or not bool(gradient.any()):
             return norm
     exact: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float64)
