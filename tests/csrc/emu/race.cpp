@@ -35,6 +35,7 @@ std::pair<uintptr_t, uintptr_t> thread_locals() {
     *static_cast<std::pair<uintptr_t, uintptr_t>*>(data) = {start, start + bytes};
     return 1;
   };
+  current_thread();  // in a shared library they are only made when the first of them is touched
   dl_iterate_phdr(look, &range);
   return range;
 }
