@@ -67,6 +67,11 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
     return None
 
 
+def add_rms_norm_gloo(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """gloo's all_reduce in place, the residual, torch's RMSNorm."""
+    return F.rms_norm(gloo_all_reduce(x) + residual, weight.shape, weight, eps)
+
+
 def embedding_gloo(ids: Tensor, table_shard: Tensor, start: int) -> Tensor:
     """Rows of other ranks as zeros, then gloo's all_reduce."""
     local = ids - start

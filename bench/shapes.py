@@ -28,6 +28,13 @@ class Vocab(NamedTuple):
     K: int
 
 
+class Rows(NamedTuple):
+    """M tokens of N values."""
+
+    M: int
+    N: int
+
+
 GEMMS = [Gemm(m, 4096, 4096) for m in (1, 16, 128, 512)]
 
 # Published shapes with M, N and K cut to what a rank of 8 would hold, so that two cores finish.
@@ -41,6 +48,7 @@ MODELS = {
     "qwen3_32b_mlp/8": Gemm(512, 3200, 5120),
     "decode": Gemm(8, 7168, 3072),
 }
+NORMS = [Rows(m, 4096) for m in (1, 16, 128, 2048)]
 VOCABS = [Vocab(512, 32_000, 512), Vocab(64, 128_256, 512), Vocab(2048, 256, 256)]
 
 
@@ -88,3 +96,15 @@ def parse_vocab(text: str) -> Vocab:
     if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
         raise ValueError(f"sizes: expected tokens x words x hidden such as 512x32000x512, got {text!r}")
     return Vocab(*(int(n) for n in numbers))
+
+
+def parse_rows(text: str) -> Rows:
+    """'16x4096': tokens x values.
+
+    Raises:
+        ValueError: anything else.
+    """
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise ValueError(f"sizes: expected tokens x values such as 16x4096, got {text!r}")
+    return Rows(*(int(n) for n in numbers))

@@ -27,6 +27,7 @@ RUNS = [
     "gemm_all_reduce --dtype bf16 --sizes 1,16,128,512",
     "gemm_reduce_scatter",
     "all_gather_gemm",
+    "all_reduce_add_rms_norm",
     "vocab_embedding",
     "vocab_cross_entropy",
     "codecs",

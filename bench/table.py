@@ -31,9 +31,9 @@ def ratio(row: Row) -> str:
 
 
 def size(row: Row) -> str:
-    """M x N x K where the op has them, else bytes; a dash for what has one size only."""
+    """M x N (x K) where the op has them, else bytes; a dash for what has one size only."""
     if row["M"] is not None:
-        return f"{row['M']}x{row['N']}x{row['K']}"
+        return "x".join(str(row[name]) for name in "MNK" if row[name] is not None)
     return "-" if row["bytes"] is None else format_bytes(row["bytes"])
 
 

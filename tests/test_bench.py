@@ -162,7 +162,8 @@ def test_sizes_are_read_as_they_are_written() -> None:
     assert shapes.parse_gemm("16") == (16, 4096, 4096)
     assert shapes.parse_gemm("8x16x32") == (8, 16, 32)
     assert shapes.parse_gemm("gpt3_fc1/8") == (512, 6144, 1536)
-    for parse, text in ((shapes.parse_bytes, "4 apples"), (shapes.parse_gemm, "8x16"), (shapes.parse_vocab, "7")):
+    for parse, text in ((shapes.parse_bytes, "4 apples"), (shapes.parse_gemm, "8x16"), (shapes.parse_vocab, "7"),
+                        (shapes.parse_rows, "7x8x9")):  # fmt: skip
         with pytest.raises(ValueError, match=r"sizes: expected .*got"):
             parse(text)
 
@@ -218,6 +219,7 @@ TINY: dict[str, Any] = {
     "all_reduce": 4096, "all_reduce_sym": 4096, "reduce_scatter": 4096, "all_gather": 4096, "codecs": 4096,
     "codecs_group": 4096, "dispatch": 4, "gemm_all_reduce": shapes.Gemm(8, 32, 64),
     "gemm_reduce_scatter": shapes.Gemm(8, 32, 64), "all_gather_gemm": shapes.Gemm(8, 32, 64),
+    "all_reduce_add_rms_norm": shapes.Rows(5, 48),
     "vocab_embedding": shapes.Vocab(16, 64, 8), "vocab_cross_entropy": shapes.Vocab(16, 64, 8),
 }  # fmt: skip
 
