@@ -1,0 +1,66 @@
+"""The steps of scripts/gpu_check.py, as data: what each runs, how long it may take, which tests and files it names."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+TOTAL_S = 530.0  # of all steps together: a little under nine minutes
+
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--maxfail=5")
+SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "77", "--tool")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to check.
+
+    Attributes:
+        name: also of its log file.
+        command: what is run, without the tests; "{out}" is the folder of results.
+        limit_s: seconds after which it is ended and has failed.
+        tests: files or ids of pytest, the last arguments of the command. One of them at least must pass.
+        files: what else must be there.
+        environment: variables beside those of this process.
+        tool: a program without which the step is left out.
+        dry: the command of --dry, None when looking at tests and files is all.
+        opens: whether the steps after it are pointless when it fails.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    tests: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    tool: str | None = None
+    dry: tuple[str, ...] | None = None
+    opens: bool = False
+
+
+def sanitizer(tool: str, tests: tuple[str, ...], name: str | None = None) -> Step:
+    """The tests under one tool of compute-sanitizer, several times slower than alone."""
+    # Blocks that spin are slow there, too: torch's allocator must not hide what lies behind a tensor's end.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name is None else {}
+    return Step(name or tool, (*SANITIZER, tool, *PYTEST), 45.0, tests, environment=alone, tool=SANITIZER[0])
+
+
+LOCAL = ("tests/gpu/test_local.py",)
+
+STEPS = (
+    Step("facts", (sys.executable, "scripts/gpu_facts.py"), 30.0, dry=(sys.executable, "scripts/gpu_facts.py", "--dry"),
+         files=("scripts/gpu_facts.py",)),
+    Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 240.0,
+         files=("setup.py", "CMakeLists.txt", "csrc/cuda/module.cpp"), environment={"TPKERNELS_CUDA": "1"}, opens=True),
+    Step("virtual", PYTEST, 90.0, (*LOCAL, "tests/gpu/test_virtual.py", "tests/gpu/test_cupy.py")),
+    Step("two_processes", PYTEST, 60.0, ("tests/gpu/test_two_processes.py",),
+         environment={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}),
+    Step("nccl", PYTEST, 45.0, ("tests/gpu/test_nccl.py",)),
+    Step("graphs", PYTEST, 45.0, ("tests/gpu/test_graphs.py",)),
+    sanitizer("memcheck", LOCAL),
+    sanitizer("racecheck", LOCAL),
+    sanitizer("synccheck", LOCAL),
+    sanitizer("memcheck", ("tests/gpu/test_virtual.py::test_all_reduce_in_every_launch_shape[2]",), "memcheck_virtual"),
+    Step("bench", (sys.executable, "-m", "bench.gpu", "--out", "{out}/gpu.jsonl"), 150.0, files=("bench/gpu.py",),
+         dry=(sys.executable, "-m", "bench.gpu", "--list")),
+)  # fmt: skip

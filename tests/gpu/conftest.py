@@ -1,0 +1,31 @@
+"""Tests in this folder need a GPU; elsewhere they are skipped and say what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tpkernels.group import Group
+from tpkernels.testing.places import PLACES
+from tpkernels.testing.thread_team import end_resting_thread_teams
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_is_there() -> None:
+    lacks = PLACES["virtual"].lacks(1)
+    if lacks is not None:
+        pytest.skip(lacks)
+
+
+@pytest.fixture
+def alone(a_gpu_is_there: None) -> Iterator[Group]:
+    """A group of this process on its GPU."""
+    with Group.open(device="cuda") as group:
+        yield group
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_of_threads_is_left() -> Iterator[None]:
+    yield
+    end_resting_thread_teams()
