@@ -1,6 +1,7 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
-# make test     every test, Python and C++
+# make test     every test, Python and C++;  make emu  builds the emulated CUDA module for it
 # make bench    time the ops against what else there is; BENCH_ARGS picks
+# make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half, test and time it, with that machine's own python
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
 # make install  .venv with torch and everything else, tpkernels built into it (the others do this first)
 #
@@ -14,17 +15,18 @@ TORCH ?= torch==2.13.0
 RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?= all_reduce --ranks 2
+OUT ?= build/gpu-check
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-CSRC = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp')
+CSRC = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Stamps. The first one carries TORCH in its name, so that another TORCH is noticed.
 empty :=
 TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
 
-.PHONY: run test test-cpp bench lint format install clean
+.PHONY: run test test-cpp emu bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)
 
@@ -41,7 +43,7 @@ $(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard
 run: install
 	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
 
-test: install test-cpp
+test: install test-cpp emu
 	$(BIN)/python -m pytest --junit-xml=build/pytest.xml $(TEST_ARGS)
 
 # Torch-free, therefore quick, and with the sanitizers that find what a value check does not.
@@ -50,8 +52,20 @@ test-cpp: $(TORCH_STAMP)
 	cmake --build build/tests
 	ctest --test-dir build/tests --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
 
+# The CUDA backend on emulated devices, as a Python module that tests put in place of the CPU's.
+emu: $(TORCH_STAMP)
+	cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON \
+		-DTPKERNELS_EMU_MODULE_FILE=$(CURDIR)/build/emu/_C_emu.so \
+		-DTPKERNELS_TORCH="$$($(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')" \
+		-DTPKERNELS_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+	cmake --build build/emu --target _C_emu
+
 bench: install
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
+
+# No .venv: such a machine may have no network. It brings torch, pytest, nvcc, cmake and ninja.
+gpu-check:
+	PATH='$(patsubst $(CURDIR)/$(BIN):%,%,$(PATH))' $(PYTHON) scripts/gpu_check.py --out '$(OUT)'
 
 lint: install
 	ruff check .

@@ -6,6 +6,7 @@ never imported (an import takes seconds and needs numpy).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.json"
+CPU_MODULE, CUDA_MODULE = "tpkernels._C", "tpkernels._C_cuda"
 
 
 class Torch(NamedTuple):
@@ -101,44 +103,64 @@ def need(tool: str) -> str:
     return path or sys.exit(f"tpkernels: {tool} is not on PATH. pip install {tool}, then build again.")
 
 
+def decide() -> tuple[Torch, str | None, Decision]:
+    """The torch and the nvcc of this environment, and what they and TPKERNELS_CUDA come to."""
+    torch, nvcc = find_torch(), find_nvcc()
+    wish = os.environ.get("TPKERNELS_CUDA", "auto")
+    return torch, nvcc, decide_cuda(wish, nvcc, torch, has_sources=(ROOT / "csrc/cuda").is_dir())
+
+
 class CMakeBuild(build_ext):
-    """Build the target `_C` of CMakeLists.txt instead of compiling here."""
+    """Build the modules by CMakeLists.txt instead of compiling here: `_C`, and `_C_cuda` where CUDA is on."""
+
+    def finalize_options(self) -> None:
+        """Add the CUDA module where there will be one. Asked for metadata alone, there need not even be a torch."""
+        with contextlib.suppress(ValueError):  # build_extension says what is wrong
+            if find_spec("torch") is not None and decide()[2].cuda:
+                self.distribution.ext_modules = [Extension(name, sources=[]) for name in (CPU_MODULE, CUDA_MODULE)]
+        super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
-        """Configure and build in build/<python and torch>, then put the module and its build info into the package."""
-        torch, python_include = find_torch(), sysconfig.get_path("include")
+        """Configure and build in build/<python and torch>; put modules and build info into the package."""
+        if ext.name != CPU_MODULE:
+            return  # built with the first one
+        python_include = sysconfig.get_path("include")
         if not Path(python_include, "Python.h").exists():
             sys.exit(f"tpkernels: no Python.h in {python_include}. Install Python's headers (Debian: python3-dev).")
         try:
-            wish = os.environ.get("TPKERNELS_CUDA", "auto")
-            cuda = decide_cuda(wish, find_nvcc(), torch, has_sources=(ROOT / "csrc/cuda").is_dir())
+            torch, nvcc, cuda = decide()
         except ValueError as error:
             sys.exit(f"tpkernels: {error}")
         what = "CPU + CUDA" if cuda.cuda else "CPU only"
         print(f"tpkernels: building {what} for torch {torch.version}, because {cuda.reason}", flush=True)
 
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        module = Path(self.get_ext_fullpath(CPU_MODULE)).resolve()
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.version}"
         module.parent.mkdir(parents=True, exist_ok=True)
+        options, targets = [f"-DTPKERNELS_CUDA={'ON' if cuda.cuda else 'OFF'}"], ["_C"]
+        if cuda.cuda:
+            cuda_module = Path(self.get_ext_fullpath(CUDA_MODULE)).resolve()
+            options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DTPKERNELS_CUDA_MODULE_FILE={cuda_module}"]
+            targets += ["_C_cuda"]
         self.spawn([
             need("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={need('ninja')}",
-            "-DCMAKE_BUILD_TYPE=Release", "-DTPKERNELS_MODULE=ON", f"-DTPKERNELS_CUDA={'ON' if cuda.cuda else 'OFF'}",
-            f"-DTPKERNELS_TORCH={torch.root}", f"-DTPKERNELS_PYTHON_INCLUDE={python_include}",
-            f"-DTPKERNELS_MODULE_FILE={module}",
+            "-DCMAKE_BUILD_TYPE=Release", "-DTPKERNELS_MODULE=ON", f"-DTPKERNELS_TORCH={torch.root}",
+            f"-DTPKERNELS_PYTHON_INCLUDE={python_include}", f"-DTPKERNELS_MODULE_FILE={module}", *options,
         ])  # fmt: skip
-        self.spawn([need("cmake"), "--build", str(folder), "--target", "_C"])
+        self.spawn([need("cmake"), "--build", str(folder), "--target", *targets])
         built: dict[str, Any] = json.loads((folder / "compiler.json").read_text())
         built |= {"torch": torch.version, "python": sys.version.split()[0], "commit": git_commit()}
         built |= {"cuda": cuda.cuda, "cuda_reason": cuda.reason}
+        built |= json.loads((folder / "cuda.json").read_text()) if cuda.cuda else {}
         module.with_name(BUILD_INFO).write_text(json.dumps(built, indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install the build info belongs next to the module, too."""
-        module = Path(self.get_ext_fullpath("tpkernels._C"))  # in the checkout: setuptools asks in place
-        module.unlink(missing_ok=True)  # a new file: processes that run now keep the old one mapped
+        """For an editable install the build info belongs next to the modules, too."""
+        for name in (CPU_MODULE, CUDA_MODULE):
+            module = Path(self.get_ext_fullpath(name))  # in the checkout: setuptools asks in place
+            module.unlink(missing_ok=True)  # a new file: processes that run now keep the old one mapped
         super().copy_extensions_to_source()
-        built = module.with_name(BUILD_INFO)
-        shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), built)
+        shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), module.with_name(BUILD_INFO))
 
     def get_outputs(self) -> list[str]:
         """Name every file that the build makes, so that the wheel's record is complete."""
@@ -146,4 +168,4 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("tpkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=[Extension(CPU_MODULE, sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -69,10 +69,31 @@ def cmake_list(name: str) -> list[str]:
     return found[1].split()
 
 
+def emulated_tests() -> list[str]:
+    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    calls = re.findall(r"tpk_emu_test\(\w+ VARIANTS [^)]*?SOURCES ([^)]*?)(?:KERNELS[^)]*)?\)", text)
+    return [source for call in calls for source in call.split()]
+
+
 # The lists of CMakeLists.txt, and those of them that know neither torch nor Python.
-TORCH_FREE_LISTS = ["TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_HOST_SOURCES", "TEST_SOURCES"]
-SOURCE_LISTS = [*TORCH_FREE_LISTS, "MODULE_SOURCES"]
-TORCH_FREE = [source for name in TORCH_FREE_LISTS for source in cmake_list(name)]
+TORCH_FREE_LISTS = [
+    "TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_HOST_SOURCES", "TEST_SOURCES", "EMU_SOURCES", "EMU_RACE_SOURCES"
+]  # fmt: skip
+MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
+TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]
+MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
+# Where headers are looked for that do not lie beside who includes them.
+HEADERS = [ROOT / "csrc", ROOT / "tests/csrc", ROOT / "tests/csrc/emu"]
+# What makes Python modules, or is a short way from Python into one.
+SPEAKS_PYTHON = {
+    "csrc/module.cpp",
+    "csrc/python_engines.cpp",
+    "csrc/python_side.cpp",
+    "csrc/short_way.cpp",
+    "csrc/cuda/module.cpp",
+    "csrc/cuda/python_device.cpp",
+    "tests/csrc/emu/module_emu.cpp",
+}
 
 
 def includes(path: Path) -> tuple[set[Path], set[str]]:
@@ -83,8 +104,8 @@ def includes(path: Path) -> tuple[set[Path], set[str]]:
         text = current.read_text()
         foreign |= set(re.findall(r"#include <([^>]+)>", text))
         for name in re.findall(r'#include "([^"]+)"', text):
-            near = (current.parent / name).resolve()
-            header = near if near.exists() else ROOT / "csrc" / name
+            places = [current.parent, *HEADERS]
+            header = next((folder / name).resolve() for folder in places if (folder / name).exists())
             if header not in own:
                 own.add(header)
                 queue.append(header)
@@ -111,15 +132,14 @@ def test_no_code_file_is_longer_than_four_hundred_lines() -> None:
     assert {str(path): n for path, n in lines.items() if n > LONGEST_FILE} == {}
 
 
-def test_cmake_builds_every_cpp_file_and_lists_none_that_is_gone() -> None:
-    listed = sorted(source for name in SOURCE_LISTS for source in cmake_list(name))
-    there = sorted(
+def test_cmake_builds_every_source_file_and_lists_none_that_is_gone() -> None:
+    there = {
         str(path.relative_to(ROOT))
         for folder in ("csrc", "tests/csrc")
         for path in (ROOT / folder).rglob("*.c*")
         if path.suffix in (".cpp", ".cu")
-    )
-    assert listed == there
+    }
+    assert set(TORCH_FREE) | set(MODULES) == there
 
 
 def test_sources_and_flags_are_listed_in_cmake_alone() -> None:
@@ -134,20 +154,27 @@ def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
     assert not {name for name in foreign if re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", name)}
 
 
-def test_only_the_module_and_the_short_way_speak_python_in_cpp() -> None:
-    for source in cmake_list("MODULE_SOURCES"):
+def test_only_module_files_and_the_short_way_speak_python_in_cpp() -> None:
+    for source in MODULES:
         _, foreign = includes(ROOT / source)
         speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h", name)}
-        assert not speaks or source in ("csrc/module.cpp", "csrc/short_way.cpp")
+        assert bool(speaks) == (source in SPEAKS_PYTHON), source
 
 
-def test_cpp_includes_only_stable_headers_of_torch() -> None:
-    for source in cmake_list("MODULE_SOURCES"):
-        _, foreign = includes(ROOT / source)
-        torch = {name for name in foreign if re.match(r"torch/|ATen/|c10/", name)}
-        assert not {
-            name for name in torch if not re.match(r"torch/(csrc/stable|csrc/inductor/aoti_torch|headeronly)/", name)
-        }
+@pytest.mark.parametrize("source", MODULES)
+def test_cpp_includes_only_stable_headers_of_torch(source: str) -> None:
+    _, foreign = includes(ROOT / source)
+    torch = {name for name in foreign if re.match(r"torch/|ATen/|c10/", name)}
+    assert not {
+        name for name in torch if not re.match(r"torch/(csrc/stable|csrc/inductor/aoti_torch|headeronly)/", name)
+    }
+
+
+def test_kernels_leave_ptx_to_device_cuh_and_launches_to_launch_h() -> None:
+    for path in (ROOT / "csrc/cuda").rglob("*.cu*"):
+        text = re.sub(r"//.*", "", path.read_text())
+        assert "<<<" not in text, path.name
+        assert path.name == "device.cuh" or not re.search(r"\basm\b|__CUDA_ARCH__", text), path.name
 
 
 def test_there_are_at_most_three_environment_variables_of_our_own() -> None:

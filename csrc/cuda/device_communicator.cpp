@@ -77,6 +77,17 @@ void DeviceCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, c
   });
 }
 
+bool DeviceCommunicator::add_norm(const CallSpec& spec, const Wire& wire, const AddNorm& args) {
+  if (!fuses_norm(wire, args)) return false;
+  as_one_call(spec.op, [&] {
+    run([&] {
+      enter();
+      send_add_norm(spec, wire, args);
+    });
+  });
+  return true;
+}
+
 void DeviceCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                                               const std::function<void()>& meanwhile) {
   run([&] { run_beside([&](int) { send_all_reduce(spec, wire, data, data, n); }, meanwhile); });
@@ -174,14 +185,33 @@ void DeviceCommunicator::do_close() {
   static_cast<void>(cudaStreamSynchronize(last_stream_));
 }
 
+uint32_t* DeviceCommunicator::bad_ids(int64_t vocab_size) {
+  ids_vocab_ = vocab_size;
+  return &static_cast<Notes*>(on_device_->notes.on_device())->bad_ids;
+}
+
+uint32_t* DeviceCommunicator::bad_targets(int64_t vocab_size) {
+  targets_vocab_ = vocab_size;
+  return &static_cast<Notes*>(on_device_->notes.on_device())->bad_targets;
+}
+
+void DeviceCommunicator::raise_bad(uint32_t& count, const char* what, int64_t vocab_size) {
+  const uint32_t bad = __atomic_exchange_n(&count, 0, __ATOMIC_ACQ_REL);
+  TPK_CHECK(bad == 0, what, " must be in [0, ", vocab_size, "), got ", bad,
+            " outside of it in a call before this one; what was computed from them is wrong");
+}
+
 void DeviceCommunicator::raise_failure() {
-  FailureRecord* const written = static_cast<FailureRecord*>(on_device_->failure.on_host());
-  const auto failure = static_cast<Failure>(__atomic_load_n(&written->failure, __ATOMIC_ACQUIRE));
-  if (failure == Failure::None) return;
-  const FailureRecord record = *written;
-  if (failure == Failure::Late) raise_late(record);
-  __atomic_store_n(&written->failure, static_cast<uint32_t>(Failure::None), __ATOMIC_RELEASE);
-  raise_mismatch(record);
+  FailureRecord& written = notes().failure;
+  const auto failure = static_cast<Failure>(__atomic_load_n(&written.failure, __ATOMIC_ACQUIRE));
+  if (failure != Failure::None) {
+    const FailureRecord record = written;
+    if (failure == Failure::Late) raise_late(record);
+    __atomic_store_n(&written.failure, static_cast<uint32_t>(Failure::None), __ATOMIC_RELEASE);
+    raise_mismatch(record);
+  }
+  raise_bad(notes().bad_ids, "vocab_embedding: ids", ids_vocab_);
+  raise_bad(notes().bad_targets, "vocab_cross_entropy: target", targets_vocab_);
 }
 
 void DeviceCommunicator::raise_late(const FailureRecord& record) const {

@@ -23,7 +23,7 @@ struct AddNorm {
   const void *x, *residual, *weight;
   void *y, *residual_out, *inverse_rms;
   size_t tokens, width;
-  float eps;
+  double eps;
 };
 
 // Of every rank's part of a cut the values [begin[r], end[r]), counted from where the part begins.
@@ -50,6 +50,13 @@ class DeviceCommunicator : public Communicator {
   const Forced& forced() const { return forced_; }
   void force(const Forced& forced) { forced_ = forced; }
 
+  // Where kernels count ids and targets outside a vocabulary of that size; a later call raises.
+  uint32_t* bad_ids(int64_t vocab_size);
+  uint32_t* bad_targets(int64_t vocab_size);
+
+  // all_reduce, residual add and norm in one; false when this transport, or this size, has no such way.
+  bool add_norm(const CallSpec&, const Wire&, const AddNorm&);
+
   // --- pipelines: one call in several parts, one of which travels on the communication stream while the caller's
   // stream works on the next. With one part everything is on the caller's stream.
   using Part = std::function<void(int part)>;
@@ -64,8 +71,6 @@ class DeviceCommunicator : public Communicator {
   virtual void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
                                    const Stretch&) = 0;
   virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) = 0;
-  // false when this transport, or this size, has no fused way; nothing was launched then.
-  virtual bool send_add_norm(const CallSpec&, const Wire&, const AddNorm&) { return false; }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) final;
@@ -80,29 +85,38 @@ class DeviceCommunicator : public Communicator {
   // The host waits for what the group launched last.
   virtual void synchronize();
   cudaStream_t last_stream() const { return last_stream_; }
+  virtual bool fuses_norm(const Wire&, const AddNorm&) const { return false; }
+  virtual void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) {}
   // `mine` of every rank; may wait for the device.
   virtual std::vector<int64_t> send_exchange(const CallSpec&) = 0;
   // Raises what the device wrote down; a mismatch is forgotten thereby, a late rank stays.
   void raise_failure();
-  FailureRecord* failure_on_device() const { return static_cast<FailureRecord*>(on_device_->failure.on_device()); }
+  FailureRecord* failure_on_device() const { return &static_cast<Notes*>(on_device_->notes.on_device())->failure; }
   uint64_t timeout_ns() const { return static_cast<uint64_t>(timeout_s() * 1e9); }
   // Launches of the running call so far.
   uint32_t next_piece() { return piece_++; }
 
  private:
+  // What kernels write down for the host.
+  struct Notes {
+    FailureRecord failure;
+    uint32_t bad_ids, bad_targets;
+  };
   // One call: launches what `body` launches, then raises.
   void run(const std::function<void()>& body);
   // What is enqueued on this thread's stream from now on comes after the group's last call.
   void enter();
   void send_part(int part, const Part& send, cudaStream_t caller);
   void run_beside(const Part& send, const std::function<void()>& meanwhile);
+  Notes& notes() const { return *static_cast<Notes*>(on_device_->notes.on_host()); }
+  void raise_bad(uint32_t& count, const char* what, int64_t vocab_size);
   [[noreturn]] void raise_late(const FailureRecord& record) const;
   [[noreturn]] void raise_mismatch(const FailureRecord& record) const;
 
   struct OnDevice {
-    explicit OnDevice(int device) : info(device_info(device)), failure(sizeof(FailureRecord)) {}
+    explicit OnDevice(int device) : info(device_info(device)), notes(sizeof(Notes)) {}
     const DeviceInfo info;
-    PinnedMemory failure;
+    PinnedMemory notes;
     PriorityStream side;  // the communication stream
     Event event;
   };
@@ -114,6 +128,7 @@ class DeviceCommunicator : public Communicator {
   uint64_t last_capture_ = 0;
   bool launched_ = false;
   uint32_t piece_ = 0;
+  int64_t ids_vocab_ = 0, targets_vocab_ = 0;  // of the last calls that have one
 };
 
 // A group of one: nothing travels.

@@ -1,6 +1,7 @@
 #include "peer_communicator.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "../check.h"
 
@@ -143,23 +144,32 @@ void PeerCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, c
   count(static_cast<size_t>(world_size() - 1) * wire.bytes(stretch.size(rank())));
 }
 
-bool PeerCommunicator::send_add_norm(const CallSpec& spec, const Wire& wire, const AddNorm& args) {
-  if (args.width == 0 || wire.bytes(args.width) > arena_.slot_bytes || wire.dtype == DType::F64) return false;
-  // A piece is whole tokens, and whole blocks of the codec.
-  const size_t at_once = wire.values_in(arena_.slot_bytes) / args.width;
-  if (at_once < args.tokens && at_once * args.width % wire.block_values != 0) return false;
-  const int blocks = choose_blocks(machine(), forced(), wire.bytes(args.tokens * args.width));
+// Pieces are whole tokens that end at whole blocks of the codec.
+size_t PeerCommunicator::tokens_at_once(const Wire& wire, const AddNorm& args) const {
+  const size_t fit = args.width == 0 ? 0 : wire.values_in(arena_.slot_bytes) / args.width;
+  if (fit >= args.tokens) return std::max<size_t>(args.tokens, 1);
+  const size_t unit = wire.block_values / std::gcd(wire.block_values, args.width);
+  return fit / unit * unit;
+}
+
+bool PeerCommunicator::fuses_norm(const Wire& wire, const AddNorm& args) const {
+  return args.width > 0 && tokens_at_once(wire, args) > 0;
+}
+
+void PeerCommunicator::send_add_norm(const CallSpec& spec, const Wire& wire, const AddNorm& args) {
+  const size_t at_once = tokens_at_once(wire, args), value = wire.value_bytes;
+  const size_t inverse_bytes = wire.dtype == DType::F64 ? sizeof(double) : sizeof(float);
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(at_once, args.tokens) * args.width));
   for (size_t start = 0; start == 0 || start < args.tokens; start += at_once) {
-    const size_t tokens = std::min(at_once, args.tokens - start), offset = start * args.width * wire.value_bytes;
+    const size_t tokens = std::min(at_once, args.tokens - start), offset = start * args.width * value;
     const char* const x = at(args.x, offset);
     check_cuda(launch_all_reduce_add_rms_norm(peers_, next_call(spec, x), x, at(args.residual, offset), args.weight,
                                               at(args.y, offset), at(args.residual_out, offset),
-                                              static_cast<float*>(args.inverse_rms) + start, tokens, args.width,
-                                              args.eps, blocks, current_stream()),
+                                              at(args.inverse_rms, start * inverse_bytes), tokens, args.width, args.eps,
+                                              blocks, current_stream()),
                "all_reduce_add_rms_norm");
   }
   count_all_reduce(Path::OneShot, wire, args.tokens * args.width);
-  return true;
 }
 
 // One number from every rank, through memory of the host: the launch and one wait.

@@ -38,15 +38,17 @@ class PeerCommunicator final : public DeviceCommunicator {
   void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
                            const Stretch&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
-  bool send_add_norm(const CallSpec&, const Wire&, const AddNorm&) override;
 
  protected:
+  bool fuses_norm(const Wire&, const AddNorm&) const override;
+  void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) override;
   std::vector<int64_t> send_exchange(const CallSpec&) override;
 
  private:
   // A launch of the running call; input: where it reads, if that may be in the heap.
   Call next_call(const CallSpec&, const void* input = nullptr);
   void count_all_reduce(Path path, const Wire&, size_t n);
+  size_t tokens_at_once(const Wire&, const AddNorm&) const;
 
   const DeviceArena arena_;
   Peers peers_{};

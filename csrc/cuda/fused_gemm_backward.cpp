@@ -1,0 +1,148 @@
+// The gradients of the fused GEMMs. What the ranks must sum or gather travels beside the products that do not need it.
+#include "../torch_side/fused_gemm.h"
+#include "row_parts.h"
+
+namespace tpk {
+namespace {
+
+using cuda::as_rows;
+using cuda::data_of;
+using cuda::product_into;
+using cuda::rows_of;
+
+// dx, dw and db of y = x @ w.T + b for gradients that are here; what is not needed stays empty.
+struct LocalGradients {
+  Tensor dx, dw, db;
+
+  explicit LocalGradients(const Tensor& dy) : dx(nothing(dy)), dw(nothing(dy)), db(nothing(dy)) {}
+  Gradients all() const { return {dx, dw, db}; }
+
+  void input(const Tensor& dy, const Tensor& w) {
+    Shape shape = shape_of(dy);
+    shape.back() = w.size(1);
+    dx = fresh_output(dy, shape);
+    product_into(as_rows(dy), w, as_rows(dx));
+  }
+  void weight(const Tensor& dy, const Tensor& x) {
+    dw = fresh_output(dy, {dy.size(dy.dim() - 1), x.size(x.dim() - 1)});
+    product_into(cuda::transpose(as_rows(dy)), as_rows(x), dw);
+  }
+  void bias(const Tensor& dy) {
+    db = fresh_output(dy, {dy.size(dy.dim() - 1)});
+    cuda::sum_rows_into(as_rows(dy), db);
+  }
+};
+
+}  // namespace
+
+Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b) {
+  LocalGradients gradients(dy);
+  if (need_x) gradients.input(dy, w);
+  if (need_w) gradients.weight(dy, x);
+  if (need_b) gradients.bias(dy);
+  return gradients.all();
+}
+
+Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
+                                   bool need_b, std::string group, int64_t world_size, std::string codec) {
+  constexpr Op op = Op::ReplicatedGemmBackward;
+  const auto comm = cuda::device_communicator_of(op, group, world_size);
+  LocalGradients gradients(dy);
+  const auto local = [&] {
+    if (need_w) gradients.weight(dy, x);
+    if (need_b) gradients.bias(dy);
+  };
+  if (!need_x) {
+    local();
+    return gradients.all();
+  }
+  const Wire& wire = wire_for(op, dy, codec);
+  gradients.input(dy, w_shard);
+  const Tensor& dx = gradients.dx;
+  comm->all_reduce_beside(spec_of(op, wire, numel_of(dx), shape_of(dx)), wire, data_of(dx), numel_of(dx), local);
+  return gradients.all();
+}
+
+Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_shard, const Tensor& w_shard,
+                                       bool need_x, bool need_w, bool need_b, std::string group, int64_t world_size,
+                                       int64_t dim, int64_t dim_size, std::string codec) {
+  constexpr Op op = Op::GemmReduceScatterBackward;
+  const auto comm = cuda::device_communicator_of(op, group, world_size);
+  const Wire& wire = wire_for(op, dy_shard, codec);
+  if (dim != 0 || dim_size < 0) {
+    const Tensor dy = all_gather_dim(op, *comm, wire, dy_shard, dim, dim_size);
+    return linear_backward(dy, x_shard, w_shard, need_x, need_w, need_b);
+  }
+  const cuda::RowGather gather(op, *comm, wire, dy_shard, dim_size);
+  const cuda::RowParts parts = gather.parts();
+  LocalGradients gradients(dy_shard);
+  const Tensor dy = gather.rows();
+  if (need_x) gradients.dx = fresh_output(dy_shard, shape_of(x_shard));
+  const Tensor dx = need_x ? as_rows(gradients.dx) : gradients.dx;
+  comm->receive_and_consume(
+      op, parts.count(), [&](int i) { gather.send(parts.stretch(i)); },
+      [&](int i) {
+        if (!need_x) return;
+        parts.each_range(i, [&](int64_t from, int64_t count) {
+          product_into(rows_of(dy, from, count), w_shard, rows_of(dx, from, count));
+        });
+      });
+  if (need_w) gradients.weight(gather.whole(), x_shard);
+  if (need_b) gradients.bias(gather.whole());
+  return gradients.all();
+}
+
+Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
+                                   bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
+                                   int64_t dim, int64_t dim_size, std::string codec) {
+  constexpr Op op = Op::AllGatherGemmBackward;
+  const auto comm = cuda::device_communicator_of(op, group, world_size);
+  check_rank(name_of(op), *comm, rank);
+  const Wire& wire = wire_for(op, dy, codec);
+  LocalGradients gradients(dy);
+  LocalGradients partial(dy);
+  if (dim != 0 || dim_size < 0) {
+    if (need_w) gradients.weight(dy, all_gather_dim(op, *comm, wire, x_shard, dim, dim_size));
+    if (need_x) {
+      partial.input(dy, w_shard);
+      gradients.dx = reduce_scatter_dim(op, *comm, wire, partial.dx, dim);
+    }
+    if (need_b) gradients.bias(dy);
+    return gradients.all();
+  }
+  // x is gathered again instead of kept (that is the memory that sequence parallelism saves), beside the partial dx;
+  // that is summed beside dw.
+  const auto partial_input = [&] {
+    if (need_x) partial.input(dy, w_shard);
+  };
+  Tensor x = nothing(dy);
+  if (need_w) {
+    const cuda::RowGather gather(op, *comm, wire, x_shard, dim_size);
+    x = gather.whole();
+    comm->send_beside(op, [&](int) { gather.send_all(); }, partial_input);
+  } else {
+    partial_input();
+  }
+  const auto local = [&] {
+    if (need_w) gradients.weight(dy, x);
+    if (need_b) gradients.bias(dy);
+  };
+  if (!need_x) {
+    local();
+    return gradients.all();
+  }
+  Shape dx_shape = shape_of(partial.dx);
+  const CutCall scatter = reduce_scatter_call(op, wire, dx_shape.data(), dx_shape.size(), dim, *comm);
+  dx_shape[0] = scatter.rows;
+  gradients.dx = fresh_output(dy, dx_shape);
+  comm->send_beside(
+      op,
+      [&](int) {
+        comm->send_reduce_scatter(scatter.spec, wire, data_of(partial.dx), data_of(gradients.dx), scatter.cut,
+                                  cuda::Stretch::all(scatter.cut));
+      },
+      local);
+  return gradients.all();
+}
+
+}  // namespace tpk

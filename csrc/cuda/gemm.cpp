@@ -1,0 +1,50 @@
+#include "gemm.h"
+
+namespace tpk::cuda {
+
+int64_t num_rows(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+Tensor as_rows(const Tensor& x) {
+  if (x.dim() == 2) return x;
+  return kept(torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)}));
+}
+
+Tensor rows_of(const Tensor& x, int64_t start, int64_t count) {
+  Tensor whole = x;
+  return kept(torch::stable::narrow(whole, 0, start, count));
+}
+
+Tensor transpose(const Tensor& x) { return kept(torch::stable::transpose(x, 0, 1)); }
+
+void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const Tensor& y) {
+  if (!bias.has_value()) return product_into(x, transpose(w), y);
+  call_on_stream("aten::linear", "out", x, w, bias, y);
+}
+
+void product_into(const Tensor& x, const Tensor& w, const Tensor& y) { call_on_stream("aten::mm", "out", x, w, y); }
+
+void sum_rows_into(const Tensor& dy, const Tensor& db) {
+  const std::vector<int64_t> tokens{0};
+  call_on_stream("aten::sum", "IntList_out", dy, std::optional<std::vector<int64_t>>(tokens), false,
+                 std::optional<ScalarType>(), db);
+}
+
+std::pair<Tensor, Tensor> sort_stably(const Tensor& x) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+  settle();
+  const Tensor values = kept(call_op("aten::sort", "stable", stack.data()));
+  return {values, kept(torch::stable::detail::to<Tensor>(stack[1]))};
+}
+
+Tensor to_int64(const Tensor& x) {
+  settle();
+  return kept(torch::stable::to(x, ScalarType::Long));
+}
+
+}  // namespace tpk::cuda

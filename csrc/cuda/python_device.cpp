@@ -1,0 +1,162 @@
+#include "python_device.h"
+
+#include "../check.h"
+#include "device_group.h"
+#include "peer_communicator.h"
+#include "stream.h"
+
+namespace tpk::cuda {
+namespace {
+
+// torch's current stream is the one that this thread launches on, for as long as Python enqueues something.
+class TorchStream {
+ public:
+  explicit TorchStream(int device) : device_(device), before_(torch_stream(device)) {
+    set_torch_stream(device_, current_stream());
+  }
+  ~TorchStream() { set_torch_stream(device_, before_); }
+  TorchStream(const TorchStream&) = delete;
+  TorchStream& operator=(const TorchStream&) = delete;
+
+ private:
+  const int device_;
+  const cudaStream_t before_;
+};
+
+class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
+ public:
+  using Parent = PythonExchange<DeviceExchange>;
+  PythonDeviceExchange(int device, py::object exchange) : Parent(std::move(exchange)), device_(device) {}
+  void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
+    const TorchStream stream(device_);
+    Parent::start(send_bytes, receive_bytes);
+  }
+  void wait(uint64_t call) override {
+    const TorchStream stream(device_);
+    Parent::wait(call);
+  }
+  void synchronise(uint64_t call) override {
+    const TorchStream stream(device_);
+    guarded([&](py::object& exchange) { exchange.attr("synchronise")(call); });
+  }
+  std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& mine) override {
+    return guarded([&](py::object& exchange) {
+      return exchange.attr("agree")(mine).template cast<std::vector<std::vector<int64_t>>>();
+    });
+  }
+
+ private:
+  const int device_;
+};
+
+// Also what must live as long as the communicator: the arena's tensor and its handle.
+template <class Comm, class... Args>
+std::shared_ptr<DeviceCommunicator> registered(py::object keeps, int device, Args&&... args) {
+  const DeviceScope scope(device);
+  auto kept = std::make_shared<Kept>(std::move(keeps));
+  const std::shared_ptr<DeviceCommunicator> comm(new Comm(std::forward<Args>(args)...),
+                                                 [kept](DeviceCommunicator* dead) { delete dead; });
+  register_communicator(comm);
+  return comm;
+}
+
+std::shared_ptr<DeviceCommunicator> open_peer(const std::string& name, const std::string& label, int rank,
+                                              int world_size, double timeout_s, int device,
+                                              const std::vector<uintptr_t>& arenas, uintptr_t multicast,
+                                              size_t arena_bytes, py::object keeps) {
+  return registered<PeerCommunicator>(std::move(keeps), device, name, label, rank, world_size, timeout_s, device,
+                                      arenas, arena_bytes, multicast);
+}
+
+std::shared_ptr<DeviceCommunicator> open_group(const std::string& name, const std::string& label, int rank,
+                                               int world_size, double timeout_s, int device, py::object exchange) {
+  return registered<DeviceGroupCommunicator>(py::none(), device, name, label, rank, world_size, timeout_s, device,
+                                             std::make_unique<PythonDeviceExchange>(device, std::move(exchange)));
+}
+
+// device < 0: this thread's current one.
+std::shared_ptr<Communicator> open_local(const std::string& name, const std::string& label, int device) {
+  if (device < 0) TPK_CUDA_CHECK(cudaGetDevice(&device));
+  std::shared_ptr<Communicator> comm = make_local(name, label, device);
+  register_communicator(comm);
+  return comm;
+}
+
+void force(DeviceCommunicator& comm, const std::string& path, int blocks, int parts) {
+  for (Path candidate : {Path::Rule, Path::OneShot, Path::TwoShot, Path::Multicast}) {
+    if (path != name_of(candidate)) continue;
+    TPK_CHECK(blocks >= 0 && blocks <= kMaxBlocks, "force: blocks must be in [0, ", kMaxBlocks, "], got ", blocks);
+    TPK_CHECK(parts >= 0, "force: parts must not be negative, got ", parts);
+    return comm.force({candidate, blocks, parts});
+  }
+  throw std::invalid_argument(concat("force: path must be '', one_shot, two_shot or multicast, got '", path, "'"));
+}
+
+using Explained = std::pair<std::string, std::string>;
+
+Explained explain_collective(const DeviceCommunicator& comm, const std::string& op, const Wire& wire, size_t numel) {
+  const std::string transport = comm.transport();
+  if (transport == "local") return {"local", "one rank: nothing travels"};
+  if (transport == "group") return {"exchange", "all-to-all of the process group, sums taken locally in rank order"};
+  if (op != "all_reduce" && op != "all_reduce_") return {"direct", "each rank reads what it needs of its peers"};
+  const Choice choice =
+      choose_all_reduce(comm.machine(), comm.forced(), wire.dtype, ReduceOp::Sum, wire.codec, wire.bytes(numel));
+  return {name_of(choice.path), concat(choice.reason, ", ", choice.blocks, " blocks")};
+}
+
+// M, N, K are those of this rank's x[M, K] and w[N, K], numel that of a collective's tensor.
+Explained explain(const DeviceCommunicator& comm, const std::string& op, const std::string& dtype, int64_t M, int64_t N,
+                  int64_t K, size_t numel, const std::string& codec) {
+  const Codec packed = codec_of(codec);
+  TPK_CHECK(packed != Codec::Count, "explain: no codec ", codec);
+  const Wire& wire = wire_of(float_dtype(dtype), packed, ReduceOp::Sum);
+  if (op.find("gemm") == std::string::npos) return explain_collective(comm, op, wire, numel);
+  if (op == "replicated_gemm") return {"unfused", "nothing travels in the forward; the backward sums dx beside dw"};
+  const bool gathers = op == "all_gather_gemm";
+  // Parts are made of each rank's rows: of all of them in gemm_all_reduce, of a share in gemm_reduce_scatter.
+  const int64_t rows = op == "gemm_reduce_scatter" ? M / comm.world_size() : M;
+  const size_t row_bytes = static_cast<size_t>(gathers ? K : N) * wire.value_bytes;
+  const PartsChoice parts = choose_parts(comm.machine(), comm.forced(), rows, row_bytes);
+  const Explained travel =
+      explain_collective(comm,
+                         gathers                   ? "all_gather"
+                         : op == "gemm_all_reduce" ? "all_reduce"
+                                                   : "reduce_scatter",
+                         wire, static_cast<size_t>(M * (gathers ? K : N)) / static_cast<size_t>(parts.parts));
+  return {parts.parts == 1 ? "unfused" : concat("chunked(", parts.parts, ")"),
+          concat(parts.reason, "; travels by ", travel.first, ": ", travel.second)};
+}
+
+}  // namespace
+
+void add_device_groups(py::module_& m) {
+  add_communicator<DeviceCommunicator>(m)
+      .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no short way past the dispatcher
+      .def_property_readonly("device", &DeviceCommunicator::device)
+      .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0);
+  m.def("open_peer", &open_peer, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("device"), py::arg("arenas"), py::arg("multicast"), py::arg("arena_bytes"),
+        py::arg("keeps"));
+  m.def("open_group", &open_group, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("device"), py::arg("exchange"));
+  m.def(
+      "open_local",
+      [](const std::string& name, const std::string& label, int device) {
+        return std::static_pointer_cast<DeviceCommunicator>(open_local(name, label, device));
+      },
+      py::arg("name"), py::arg("label"), py::arg("device") = -1);
+  m.def("explain", &explain, py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("M"), py::arg("N"),
+        py::arg("K"), py::arg("numel"), py::arg("codec"));
+}
+
+void add_device_limits(py::dict& limits) {
+  limits["max_peers"] = kMaxPeers;
+  limits["max_blocks"] = kMaxBlocks;
+  limits["signal_bytes"] = kSignalBytes;
+  limits["min_arena_bytes"] = DeviceArena::kMinBytes;
+  limits["one_shot_bytes_up_to_4"] = kOneShotBytesUpTo4;
+  limits["one_shot_bytes_up_to_8"] = kOneShotBytesUpTo8;
+  limits["multicast_bytes"] = kMulticastBytes;
+}
+
+}  // namespace tpk::cuda

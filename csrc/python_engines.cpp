@@ -1,0 +1,24 @@
+#include "cpu/gemm.h"
+#include "python_side.h"
+
+namespace tpk {
+
+void add_engines(py::module_& m) {
+  m.def("set_onednn_available", &set_onednn_available, py::arg("available"));
+  m.def(
+      "set_measured_engine",
+      [](const std::string& dtype, int64_t M, int64_t N, int64_t K, bool onednn) {
+        set_measured_engine(float_dtype(dtype), M, N, K, onednn ? Engine::OneDnn : Engine::Aten);
+      },
+      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("onednn"));
+  m.def("forget_measured_engines", &forget_measured_engines);
+  m.def(
+      "choose_engine",
+      [](const std::string& dtype, int64_t M, int64_t N, int64_t K) {
+        const EngineChoice choice = choose_engine(float_dtype(dtype), M, N, K);
+        return py::make_tuple(name_of(choice.engine), choice.reason);
+      },
+      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
+}
+
+}  // namespace tpk

@@ -1,0 +1,79 @@
+#include "python_side.h"
+
+#include "check.h"
+#include "codec/codec.h"
+
+namespace tpk {
+namespace {
+
+// Owned by Python, never freed: the interpreter may raise them until its last breath.
+PyObject* rank_mismatch = nullptr;
+PyObject* peer_lost = nullptr;
+
+py::dict stats_of(const OpStats& stats) {
+  py::dict row;
+  row["calls"] = stats.calls;
+  row["wire_bytes"] = stats.wire_bytes;
+  row["seconds"] = static_cast<double>(stats.nanoseconds) * 1e-9;
+  row["wait_seconds"] = static_cast<double>(stats.wait_nanoseconds) * 1e-9;
+  return row;
+}
+
+py::list codec_list() {
+  py::list rows;
+#define TPK_CODEC_ROW(name, id, type) rows.append(py::make_tuple(name, type::kBlockValues, type::kBlockBytes));
+  TPK_CODECS(TPK_CODEC_ROW)
+#undef TPK_CODEC_ROW
+  return rows;
+}
+
+}  // namespace
+
+void translate_errors(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const RankMismatch& error) {
+    PyErr_SetString(rank_mismatch != nullptr ? rank_mismatch : PyExc_RuntimeError, error.what());
+  } catch (const PeerLost& error) {
+    PyErr_SetString(peer_lost != nullptr ? peer_lost : PyExc_RuntimeError, error.what());
+  } catch (const TimeoutFailure& error) {
+    PyErr_SetString(PyExc_TimeoutError, error.what());
+  }
+}
+
+void add_basics(py::module_& m) {
+  // Registered globally, so that errors of torch.ops calls, which run through torch's own bindings, are translated too.
+  py::register_exception_translator(&translate_errors);
+  m.def("set_error_types", [](py::object mismatch, py::object lost) {
+    rank_mismatch = mismatch.release().ptr();
+    peer_lost = lost.release().ptr();
+  });
+  m.def("codecs", &codec_list, "(name, values a block, bytes a block) of every codec but none.");
+}
+
+DType float_dtype(const std::string& name) {
+  for (DType dtype : {DType::F32, DType::F64, DType::BF16, DType::F16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw std::invalid_argument(concat("dtype must be float32, float64, bfloat16 or float16, got ", name));
+}
+
+py::dict stats_by_op(Communicator& comm) {
+  const std::array<OpStats, kOps> all = comm.stats();
+  py::dict rows;
+  for (size_t i = 0; i < kOps; ++i) {
+    if (all[i].calls > 0) rows[name_of(static_cast<Op>(i))] = stats_of(all[i]);
+  }
+  return rows;
+}
+
+Kept::~Kept() {
+  if (!Py_IsInitialized()) {
+    object_.release();  // the interpreter is gone and the object with it
+    return;
+  }
+  py::gil_scoped_acquire gil;
+  object_ = py::object();
+}
+
+}  // namespace tpk
