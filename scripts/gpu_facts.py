@@ -40,7 +40,7 @@ def gpus() -> list[dict[str, Any]]:
 
 def facts() -> dict[str, Any]:
     """Everything, for people and programs."""
-    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -31,7 +31,7 @@ def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 def test_an_op_of_one_rank_is_replayed_on_new_values(case: Case, alone: Group) -> None:
     s = Sizes(R=1, M=8, N=40, K=24, V=33)
     options = {"dim_size": s.M} if "gather" in case.name else {}
-    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(torch.cuda.Stream()):
         xs = there(alone, case.arguments(s, 0))
 
         def call() -> Tensor:

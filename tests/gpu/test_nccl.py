@@ -15,9 +15,9 @@ from tpkernels.testing.spawn import RankError, call_ranks, report
 
 def run_one(body: object) -> None:
     """Call body() in a process whose group has NCCL."""
-    outcomes = call_ranks(body, 1, (), 40.0, False, "cpu:gloo,cuda:nccl")  # type: ignore[arg-type]
+    outcomes = call_ranks(body, 1, (), 40.0, False, "cpu:gloo,cuda:nccl")
     if not outcomes[0].finished:
-        raise RankError(report(body, outcomes), outcomes)  # type: ignore[arg-type]
+        raise RankError(report(body, outcomes), outcomes)
 
 
 def check_the_exchange() -> None:

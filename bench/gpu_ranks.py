@@ -1,0 +1,81 @@
+"""R ranks on one GPU for the bench: a communicator and a stream for each, in one thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels.devices import load_cuda
+from tpkernels.group import Group
+
+# Before CUDA starts: streams must not share a work queue, and no kernel may be loaded while another waits for it.
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+
+_numbers = itertools.count(1)
+
+
+class VirtualRanks:
+    """Groups over arenas that all lie on the current GPU.
+
+    Args:
+        R: how many ranks.
+        arena_bytes: of each.
+        pool_bytes: what each may allocate later: while a kernel waits for a peer's, nothing may ask CUDA for memory.
+    """
+
+    def __init__(self, R: int, arena_bytes: int, pool_bytes: int) -> None:
+        kernels, obstacle = load_cuda()
+        if kernels is None:
+            raise RuntimeError(obstacle)
+        self.R, device = R, torch.device("cuda", torch.cuda.current_device())
+        arenas = [torch.zeros(arena_bytes, dtype=torch.uint8, device=device) for _ in range(R)]
+        torch.cuda.synchronize()
+        pointers, number = [arena.data_ptr() for arena in arenas], next(_numbers)
+        self.streams: list[Any] = [torch.cuda.Stream() for _ in range(R)]
+        self.groups = []
+        for r, stream in enumerate(self.streams):
+            with torch.cuda.stream(stream):
+                held = [torch.empty(pool_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+                held += [torch.empty(1 << 19, dtype=torch.uint8, device=device) for _ in range(64)]
+                del held
+            name = f"bench/{number}@{r}"
+            if R == 1:
+                made = kernels.open_local(name, "bench", device.index)
+            else:
+                made = kernels.open_peer(name, "bench", r, R, 20.0, device.index, pointers, 0, arena_bytes, arenas[r])
+            self.groups.append(Group(made, None, 20.0, "streams of one GPU", device))
+
+    def each(self, work: Callable[[int], Any]) -> list[Any]:
+        """work(rank) on the stream of every rank, behind and in front of what the current stream does."""
+        here, found = torch.cuda.current_stream(), []
+        for r, stream in enumerate(self.streams):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                found.append(work(r))
+        for stream in self.streams:
+            here.wait_stream(stream)
+        return found
+
+    def force(self, path: str = "", blocks: int = 0, parts: int = 0) -> None:
+        """The way that all ranks take, "" and 0: the rule's."""
+        for group in self.groups:
+            group._communicator.force(path=path, blocks=blocks, parts=parts)
+
+    def close(self) -> None:
+        """Report what went wrong on the device, and close."""
+        for group in self.groups:
+            group.check()
+        for group in self.groups:
+            group.close()
+
+
+def in_rank_order(xs: Sequence[Tensor]) -> Tensor:
+    """The sum in fp32 in rank order, rounded once."""
+    total = xs[0].float()
+    for x in xs[1:]:
+        total = total + x.float()
+    return total.to(xs[0].dtype)
