@@ -1,7 +1,7 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     every test, Python and C++;  make emu  builds the emulated CUDA module for it
 # make bench    time the ops against what else there is; BENCH_ARGS picks
-# make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half, test and time it, with that machine's own python
+# make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
 # make install  .venv with torch and everything else, tpkernels built into it (the others do this first)
 #
@@ -63,9 +63,9 @@ emu: $(TORCH_STAMP)
 bench: install
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
-# No .venv: such a machine may have no network. It brings torch, pytest, nvcc, cmake and ninja.
+# Without `install`: such a machine may have no network. It brings python with torch and pytest, nvcc, cmake and ninja.
 gpu-check:
-	PATH='$(patsubst $(CURDIR)/$(BIN):%,%,$(PATH))' $(PYTHON) scripts/gpu_check.py --out '$(OUT)'
+	$(PYTHON) scripts/gpu_check.py --out '$(OUT)'
 
 lint: install
 	ruff check .
