@@ -24,13 +24,17 @@ using Translate = void (*)(std::exception_ptr);
 Translate translate_error = nullptr;
 
 // What is asked of torch. Strong references that are never given back.
-#define TPK_ASKED(X)                                                                                   \
-  X(tensor_type)                                                                                       \
-  X(parameter_type)                                                                                    \
-  X(is_grad_enabled)                                                                                   \
-  X(len_dispatch_modes)                                                                                \
-  X(is_function_mode_enabled) X(peek_transforms) X(is_profiler_enabled) X(tracing_state) X(forward_ad) \
-      X(increment_version)
+#define TPK_ASKED(X)          \
+  X(tensor_type)              \
+  X(parameter_type)           \
+  X(is_grad_enabled)          \
+  X(len_dispatch_modes)       \
+  X(is_function_mode_enabled) \
+  X(peek_transforms)          \
+  X(is_profiler_enabled)      \
+  X(tracing_state)            \
+  X(forward_ad)               \
+  X(increment_version)
 
 struct Asked {
 #define TPK_ASKED_FIELD(name) PyObject* name = nullptr;
