@@ -126,7 +126,7 @@ TPK_KERNEL void fill_local(uint32_t* out, uint32_t n) {
 }
 
 CASE(a_local_array_is_overrun) {
-  must_die("insufficient space", [] {
+  must_die("stack-buffer-overflow", [] {
     TPK_LAUNCH(fill_local, dim3(1), dim3(32), 0, nullptr, filled<uint32_t>(32), 9u);
     return cudaDeviceSynchronize() == cudaSuccess;
   });
