@@ -44,7 +44,7 @@ void check_targets(const std::vector<int64_t>& targets, int64_t vocab_size, int6
 
 template <class T>
 std::vector<RowStats<SumOf<T>>> local_stats(const Tensor& logits, const std::vector<int64_t>& targets,
-                                                             int64_t vocab_start, bool smoothing) {
+                                            int64_t vocab_start, bool smoothing) {
   std::vector<RowStats<SumOf<T>>> stats(targets.size());
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
   const T* row = static_cast<const T*>(logits.const_data_ptr());
