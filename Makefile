@@ -26,7 +26,7 @@ empty :=
 TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
 
-.PHONY: run test test-cpp emu bench gpu-check lint format install clean
+.PHONY: run test test-cpp emu cuda bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)
 
@@ -52,13 +52,22 @@ test-cpp: $(TORCH_STAMP)
 	cmake --build build/tests
 	ctest --test-dir build/tests --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
 
+# What cmake must know of python and torch.
+FIND_TORCH = import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)
+WITH_TORCH = -DTPKERNELS_TORCH="$$($(BIN)/python -c '$(FIND_TORCH)')" \
+	-DTPKERNELS_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+
 # The CUDA backend on emulated devices, as a Python module that tests put in place of the CPU's.
 emu: $(TORCH_STAMP)
-	cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON \
-		-DTPKERNELS_EMU_MODULE_FILE=$(CURDIR)/build/emu/_C_emu.so \
-		-DTPKERNELS_TORCH="$$($(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')" \
-		-DTPKERNELS_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+	cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON $(WITH_TORCH) \
+		-DTPKERNELS_EMU_MODULE_FILE=$(CURDIR)/build/emu/_C_emu.so
 	cmake --build build/emu --target _C_emu
+
+# The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH.
+cuda: $(TORCH_STAMP)
+	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_CUDA=ON -DTPKERNELS_CUDA_STUB=ON $(WITH_TORCH) \
+		-DTPKERNELS_CUDA_REPORT=ON -DTPKERNELS_CUDA_MODULE_FILE=$(CURDIR)/build/cuda/_C_cuda.so
+	cmake --build build/cuda --target _C_cuda
 
 bench: install
 	$(BIN)/python -m bench.run $(BENCH_ARGS)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools import Distribution
 
 import tpkernels as tpk
 from tpkernels import info
@@ -108,21 +109,21 @@ def test_setup_finds_torch_without_importing_it() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_cmake_refuses_a_cuda_build_with_one_clear_sentence(tmp_path: Path) -> None:
-    cmake = setup.need("cmake")
-    command = [
-        cmake,
-        "-S",
-        str(ROOT),
-        "-B",
-        str(tmp_path),
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={setup.need('ninja')}",
-    ]
-    done = subprocess.run([*command, "-DTPKERNELS_CUDA=ON"], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "This version of tpkernels has no CUDA sources yet" in done.stderr
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_cuda_module_is_built_exactly_when_cuda_is_on(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = setup.Decision(cuda, "for this test")
+    monkeypatch.setattr(setup, "decide", lambda: (CUDA_TORCH, NVCC, decision))
+    command = setup.CMakeBuild(Distribution({"ext_modules": [setup.Extension("tpkernels._C", sources=[])]}))
+    command.ensure_finalized()
+    assert [ext.name for ext in command.extensions] == ["tpkernels._C"] + ["tpkernels._C_cuda"] * cuda
+    assert sum("_C_cuda" in path for path in command.get_outputs()) == cuda
+
+
+def test_metadata_can_be_asked_for_where_there_is_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "find_spec", lambda name: None)
+    command = setup.CMakeBuild(Distribution({"ext_modules": [setup.Extension("tpkernels._C", sources=[])]}))
+    command.ensure_finalized()
+    assert [ext.name for ext in command.extensions] == ["tpkernels._C"]
 
 
 # ---- the build backend -----------------------------------------------------------------------------------------------
