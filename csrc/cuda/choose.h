@@ -104,10 +104,10 @@ inline Choice choose_all_reduce(const Machine& machine, const Forced& forced, DT
 // How many parts the M rows of a GEMM are cut into, so that one travels while the next is multiplied.
 // row_bytes: of a row of what travels.
 inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, int64_t M, size_t row_bytes) {
+  if (machine.world_size == 1) return {1, "one rank: nothing travels"};
   if (forced.parts > 0) {
     return {static_cast<int>(std::clamp<int64_t>(M, 1, forced.parts)), "as asked for"};
   }
-  if (machine.world_size == 1) return {1, "one rank: nothing travels"};
   const int64_t by_rows = M / kPartRows;
   const int64_t by_bytes = static_cast<int64_t>(static_cast<size_t>(M) * row_bytes / kPartBytes);
   const int64_t parts = std::min<int64_t>({by_rows, by_bytes, kMostParts});

@@ -77,7 +77,12 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
   const cuda::RowParts parts = gather.parts();
   LocalGradients gradients(dy_shard);
   const Tensor dy = gather.rows();
-  if (need_x) gradients.dx = fresh_output(dy_shard, shape_of(x_shard));
+  if (need_x) {  // x_shard is here only if need_w
+    Shape shape = shape_of(dy_shard);
+    shape.front() = dim_size;
+    shape.back() = w_shard.size(1);
+    gradients.dx = fresh_output(dy_shard, shape);
+  }
   const Tensor dx = need_x ? as_rows(gradients.dx) : gradients.dx;
   comm->receive_and_consume(
       op, parts.count(), [&](int i) { gather.send(parts.stretch(i)); },

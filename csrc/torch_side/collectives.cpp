@@ -75,11 +75,16 @@ Tensor reduce_scatter_dim(Op op, Communicator& comm, const Wire& wire, const Ten
 
 Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim,
                       int64_t dim_size) {
-  const Tensor rows = dim_first(x_shard, dim);
+  Tensor rows = dim_first(x_shard, dim);
   Shape shape = shape_of(rows);
   const Cut items = dim_size < 0 ? Cut::of_sizes(comm.exchange(Op::Sizes, shape[0]))
                                  : Cut::even(static_cast<size_t>(dim_size), comm.world_size());
   const CutCall call = all_gather_call(op, wire, shape.data(), shape.size(), dim, items);
+  if (numel_of(rows) < call.cut.size(comm.rank())) {
+    // The ranks will find out that this one brings too little; until then its part is copied as the cut has it.
+    shape[0] = static_cast<int64_t>(items.size(comm.rank()));
+    rows = empty_of(rows, shape);
+  }
   shape[0] = call.rows;
   Tensor out = fresh_output(rows, shape);
   comm.all_gather(call.spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), call.cut);
