@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tpkernels.testing.spawn import end_resting_teams
+from tpkernels.testing.thread_team import end_resting_thread_teams
 
 SHM = "/dev/shm"
 
@@ -28,3 +29,4 @@ def no_process_is_left() -> Iterator[None]:
     """Rank processes that rest between two tests end with the last one."""
     yield
     end_resting_teams()
+    end_resting_thread_teams()

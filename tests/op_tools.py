@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ from tpkernels.testing.places import PLACES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+ALONE = threading.Lock()
+"""For what begins with torch.manual_seed: ranks that are threads share torch's own generator."""
 
 
 def run_at(place: str, body: Callable[..., Any], R: int, *args: Any, **options: Any) -> list[Any]:
@@ -29,6 +32,11 @@ def run_at(place: str, body: Callable[..., Any], R: int, *args: Any, **options: 
 def on_cpu(body: Callable[..., Any], R: int, transport: str = "auto", *args: Any) -> list[Any]:
     """body(group, *args) on R processes; of one rank there is only one kind of group."""
     return run_at("cpu", body, R, *args, transport=transport if R > 1 else "auto")
+
+
+def is_device(group: Group) -> bool:
+    """Whether calls return before they have run: on a GPU, also an emulated one."""
+    return hasattr(group._communicator, "device")
 
 
 def there(group: Group, arguments: Iterable[Tensor | None]) -> list[Tensor | None]:

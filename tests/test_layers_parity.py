@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from layer_tools import F64, assert_close, assert_equal, assert_same_step, integers, leaf, make_integer, mine
+from op_tools import ALONE, Drawn, on_cpu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -30,8 +32,7 @@ def assert_replicated_gradients_have_the_same_bits(module: nn.Module, group: Gro
 # Linear layers: integers in floats, so everything is compared with torch.equal.
 
 
-def check_column_parallel() -> None:
-    group = Group.open()
+def check_column_parallel(group: Group) -> None:
     for bias, gather_output, N, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if N % unit:
             continue
@@ -48,8 +49,7 @@ def check_column_parallel() -> None:
         assert_same_step(layer, reference, exact=True)
 
 
-def check_column_parallel_on_sequence_shards() -> None:
-    group = Group.open()
+def check_column_parallel_on_sequence_shards(group: Group) -> None:
     for dim, tokens, gather_output in itertools.product((0, 1, -2), (8, 5), (True, False)):
         reference = make_integer(nn.Linear(6, 7, dtype=F64))
         layer = layers.ColumnParallelLinear.from_linear(
@@ -69,8 +69,7 @@ def check_column_parallel_on_sequence_shards() -> None:
         assert_same_step(layer, reference, exact=True)
 
 
-def check_row_parallel() -> None:
-    group = Group.open()
+def check_row_parallel(group: Group) -> None:
     for bias, parallel, K, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if K % unit:
             continue
@@ -89,8 +88,7 @@ def check_row_parallel() -> None:
         assert_same_step(layer, reference, exact=True)
 
 
-def check_row_parallel_to_sequence_shards() -> None:
-    group = Group.open()
+def check_row_parallel_to_sequence_shards(group: Group) -> None:
     for dim, tokens, parallel in itertools.product((0, 1, -2), (8, 5), (True, False)):
         reference = make_integer(nn.Linear(7, 6, dtype=F64))
         layer = layers.RowParallelLinear.from_linear(
@@ -110,14 +108,13 @@ def check_row_parallel_to_sequence_shards() -> None:
         assert_same_step(layer, reference, exact=True)
 
 
-def check_embedding() -> None:
-    group = Group.open()
+def check_embedding(group: Group) -> None:
     for vocab, padding, sequence_dim in itertools.product((12, 11, 3), (None, 0, -1), (None, 0, 1)):
         reference = make_integer(nn.Embedding(vocab, 4, padding_idx=padding, dtype=F64))
         assert isinstance(reference, nn.Embedding)
         options = {} if sequence_dim is None else {"sequence_parallel": True, "sequence_dim": sequence_dim}
         layer = layers.VocabParallelEmbedding.from_embedding(reference, group=group, **options)
-        ids = torch.randint(0, vocab, (5, 7), generator=torch.Generator().manual_seed(3))
+        ids = Drawn(group, 3).randint(vocab, 5, 7)
         dy = integers(5, 7, 4, seed=2)
         y, want = layer(ids), reference(ids)
         cut = sequence_dim is not None
@@ -127,8 +124,7 @@ def check_embedding() -> None:
         assert_same_step(layer, reference, exact=True)
 
 
-def check_take_shard_and_sum_gradient() -> None:
-    group = Group.open()
+def check_take_shard_and_sum_gradient(group: Group) -> None:
     x = integers(5, 6, seed=1)
     weight = integers(6, seed=2)
     ours, theirs, w_ours, w_theirs, frozen = leaf(x), leaf(x), leaf(weight), leaf(weight), weight.clone()
@@ -156,19 +152,18 @@ def check_take_shard_and_sum_gradient() -> None:
     ],
     ids=lambda check: check.__name__.removeprefix("check_"),
 )
-def test_a_layer_equals_its_unsharded_module_bit_for_bit_on_integers(check: object, R: int) -> None:
-    run_ranks(check, R)
+def test_a_layer_equals_its_unsharded_module_bit_for_bit_on_integers(check: Callable[[Group], None], R: int) -> None:
+    on_cpu(check, R)
 
 
 # Loss and norms: rounding differs, so the bound is that of fp64 sums.
 
 
-def check_cross_entropy() -> None:
-    group = Group.open()
-    generator = torch.Generator().manual_seed(0)
+def check_cross_entropy(group: Group) -> None:
+    drawn = Drawn(group)
     for vocab, smoothing, reduction in itertools.product((12, 11), (0.0, 0.1), ("none", "mean", "sum")):
-        x = torch.randn(2, 5, vocab, generator=generator, dtype=F64) * 4
-        target = torch.randint(0, vocab, (2, 5), generator=generator)
+        x = drawn.randn(2, 5, vocab).double() * 4
+        target = drawn.randint(vocab, 2, 5)
         target[0, 1] = target[1, 4] = -100
         ours, theirs = leaf(mine(x, -1, group)), leaf(x)
         loss = layers.VocabParallelCrossEntropy(
@@ -185,9 +180,8 @@ def check_cross_entropy() -> None:
     assert none.isnan(), "the mean over no token is NaN, as in torch"
 
 
-def check_norms_on_sequence_shards() -> None:
-    group = Group.open()
-    generator = torch.Generator().manual_seed(0)
+def check_norms_on_sequence_shards(group: Group) -> None:
+    drawn = Drawn(group)
     modules = [
         (layers.RMSNorm, nn.RMSNorm(6, dtype=F64)),
         (layers.RMSNorm, nn.RMSNorm((5, 6), eps=1e-3, dtype=F64)),
@@ -198,10 +192,9 @@ def check_norms_on_sequence_shards() -> None:
     for (cls, reference), cut in itertools.product(modules, (True, False)):
         reference.zero_grad()
         for parameter in reference.parameters():
-            nn.init.normal_(parameter, generator=generator)
+            parameter.data.copy_(drawn.randn(*parameter.shape))
         layer = cls.from_norm(reference, group=group, sequence_parallel=cut)
-        x = torch.randn(7, 5, 6, generator=generator, dtype=F64)
-        dy = torch.randn(7, 5, 6, generator=generator, dtype=F64)
+        x, dy = drawn.randn(7, 5, 6).double(), drawn.randn(7, 5, 6).double()
         ours, theirs = leaf(mine(x, 0, group) if cut else x), leaf(x)
         y, want = layer(ours), reference(theirs)
         assert_close(y, mine(want, 0, group) if cut else want, "y")
@@ -215,8 +208,8 @@ def check_norms_on_sequence_shards() -> None:
 
 @RANKS
 @pytest.mark.parametrize("check", [check_cross_entropy, check_norms_on_sequence_shards], ids=["loss", "norms"])
-def test_loss_and_norms_equal_their_unsharded_modules_in_fp64(check: object, R: int) -> None:
-    run_ranks(check, R)
+def test_loss_and_norms_equal_their_unsharded_modules_in_fp64(check: Callable[[Group], None], R: int) -> None:
+    on_cpu(check, R)
 
 
 # Compositions.
@@ -240,17 +233,13 @@ class Mlp(nn.Module):
         return new
 
 
-def check_mlp() -> None:
-    check_mlp_over(Group.open())
-
-
 def check_mlp_in_a_mesh() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     for dim in ("tp", "dp"):
-        check_mlp_over(Group.open((mesh, dim)))
+        check_mlp(Group.open((mesh, dim)))
 
 
-def check_mlp_over(group: Group) -> None:
+def check_mlp(group: Group) -> None:
     for cut, dim in ((False, 0), (True, 0), (True, 1)):
         reference = make_integer(Mlp())
         assert isinstance(reference, Mlp)
@@ -316,17 +305,22 @@ class Block(nn.Module):
         return new
 
 
-def check_block() -> None:
-    group = Group.open()
+def first_block() -> Block:
+    """The block that every rank begins with."""
+    with ALONE:
+        torch.manual_seed(0)
+        return Block()
+
+
+def check_block(group: Group) -> None:
     if group.world_size > Block.HEADS:
         return
     for cut, dim in ((False, 0), (True, 0), (True, 1)):
-        torch.manual_seed(0)
-        reference = Block()
+        reference = first_block()
         reference.batch_first = dim == 1
         model = reference.parallel(group, sequence_parallel=cut, sequence_dim=dim)
-        ids = torch.randint(0, Block.VOCAB, (5, 7))
-        target = torch.randint(0, Block.VOCAB, (5, 7))
+        drawn = Drawn(group)
+        ids, target = drawn.randint(Block.VOCAB, 5, 7), drawn.randint(Block.VOCAB, 5, 7)
         loss = layers.VocabParallelCrossEntropy(group=group, vocab_size=Block.VOCAB)(model(ids), target)
         want = F.cross_entropy(reference(ids).flatten(0, 1), target.flatten())
         assert_close(loss, want, "loss")
@@ -336,19 +330,18 @@ def check_block() -> None:
         assert_same_step(model, reference, exact=False, terms=4096)
 
 
-def check_a_block_in_fp32_keeps_the_ranks_alike() -> None:
-    group = Group.open()
+def check_a_block_in_fp32_keeps_the_ranks_alike(group: Group) -> None:
     for cut in (False, True):
-        torch.manual_seed(0)
-        model = Block().parallel(group, sequence_parallel=cut, sequence_dim=1).float()
-        ids, target = torch.randint(0, Block.VOCAB, (5, 7)), torch.randint(0, Block.VOCAB, (5, 7))
+        model = first_block().parallel(group, sequence_parallel=cut, sequence_dim=1).float()
+        drawn = Drawn(group)
+        ids, target = drawn.randint(Block.VOCAB, 5, 7), drawn.randint(Block.VOCAB, 5, 7)
         layers.VocabParallelCrossEntropy(group=group, vocab_size=Block.VOCAB)(model(ids), target).backward()
         assert_replicated_gradients_have_the_same_bits(model, group)
 
 
 @RANKS
 def test_an_mlp_equals_the_unsharded_one_bit_for_bit_on_integers(R: int) -> None:
-    run_ranks(check_mlp, R)
+    on_cpu(check_mlp, R)
 
 
 def test_an_mlp_over_one_dimension_of_a_mesh_equals_the_unsharded_one() -> None:
@@ -357,16 +350,15 @@ def test_an_mlp_over_one_dimension_of_a_mesh_equals_the_unsharded_one() -> None:
 
 @pytest.mark.parametrize("R", [1, 2, 3])
 def test_a_block_of_attention_and_mlp_equals_the_unsharded_one_also_with_uneven_heads(R: int) -> None:
-    run_ranks(check_block, R)
+    on_cpu(check_block, R)
 
 
 @pytest.mark.parametrize("R", [2, 3])
 def test_replicated_parameters_get_the_same_bits_on_all_ranks_in_fp32(R: int) -> None:
-    run_ranks(check_a_block_in_fp32_keeps_the_ranks_alike, R)
+    on_cpu(check_a_block_in_fp32_keeps_the_ranks_alike, R)
 
 
-def check_one_step_is_the_same_for_ranks_without_tokens() -> None:
-    group = Group.open()
+def check_one_step_is_the_same_for_ranks_without_tokens(group: Group) -> None:
     reference = make_integer(Mlp())
     assert isinstance(reference, Mlp)
     model = reference.parallel(group, sequence_parallel=True)
@@ -381,4 +373,4 @@ def check_one_step_is_the_same_for_ranks_without_tokens() -> None:
 
 
 def test_ranks_that_hold_no_token_take_part_in_a_step() -> None:
-    run_ranks(check_one_step_is_the_same_for_ranks_without_tokens, 3)
+    on_cpu(check_one_step_is_the_same_for_ranks_without_tokens, 3)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tpkernels import _C
+from tpkernels.devices import load_cuda
 from tpkernels.tune import tune as measure
 
 if TYPE_CHECKING:
@@ -29,19 +30,23 @@ def explain(
     codec: str = "none",
     tune: bool = False,
 ) -> Explanation:
-    """The path of one call; see Group.explain. tune=True measures the GEMM engines first (tune.py).
+    """The path of one call; see Group.explain. tune=True measures the GEMM engines of the CPU first (tune.py).
 
     Raises:
         ValueError: no such op, or a dtype that it does not take.
     """
     from tpkernels.group import Explanation
 
+    if op not in _COLLECTIVES + _GEMMS:
+        raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
+    device: Any = _C if group.is_cpu else load_cuda()[0]
+    asks_device = hasattr(device, "explain")  # a GPU, or an emulated one
+    if dtype not in _DTYPES and (asks_device or op in _GEMMS):
+        raise ValueError(f"explain: dtype must be one of {list(_DTYPES)}, got {dtype}")
+    if asks_device:
+        return Explanation(*device.explain(group._communicator, op, _DTYPES[dtype], M, N, K, numel, codec))
     if op in _COLLECTIVES:
         return Explanation(*_collective_path(group, op, numel * dtype.itemsize, codec))
-    if op not in _GEMMS:
-        raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"explain: dtype must be one of {list(_DTYPES)}, got {dtype}")
     measured: dict[str, float] = {}
     if tune and dtype == torch.float32 and min(M, N, K) > 0 and torch._C._has_mkldnn:
         measured = measure(group, M, N, K, dtype)

@@ -173,7 +173,8 @@ class Group:
         Args:
             op: name of an op; None explains the choice of the transport.
             shape: M, N, K (this rank's sizes) and dtype for the GEMMs; numel and dtype for the collectives. With
-                tune=True, on all ranks, the GEMM engines are timed for that shape and the faster one is kept.
+                tune=True, on all ranks of a group on the CPU, the GEMM engines are timed for that shape and the faster
+                one is kept.
         """
         from tpkernels.choose import explain
 

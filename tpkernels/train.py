@@ -190,7 +190,9 @@ class Run:
             return False
         limit = self.minutes * 60 * (1 if self.settings.steps is not None else OVERTIME)
         late = self.group.rank == 0 and time.perf_counter() - self.began > limit
-        return bool(ops.all_reduce(torch.tensor([float(late)], device=self.group.device), group=self.group, op="max").item())
+        return bool(
+            ops.all_reduce(torch.tensor([float(late)], device=self.group.device), group=self.group, op="max").item()
+        )
 
     def estimate(self) -> int:
         """How many steps fit into the time, from the steps so far; rank 0 decides."""

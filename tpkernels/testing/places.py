@@ -21,7 +21,7 @@ from tpkernels.group import Group
 
 from .spawn import Outcome, RankError, call_ranks, report
 from .thread_team import call_threads, emulated_module
-from .threads import open_beside
+from .threads import open_beside, where
 
 __all__ = ["PLACES", "Place", "RankError", "open_beside"]
 
@@ -57,6 +57,7 @@ class Place:
         *args: Any,
         timeout: float = 120.0,
         faulty: bool = False,
+        seed: int = 0,
         **opening: Any,
     ) -> list[Any]:
         """Call body(group, *args) on every rank; return what the ranks returned.
@@ -67,12 +68,13 @@ class Place:
             args: pickled.
             timeout: seconds for the whole call. Then every rank's stack is shown and all are ended.
             faulty: the body breaks what it runs on: no call follows in these processes.
+            seed: of the order in which an emulated device runs blocks and threads, 0: as they are numbered.
             opening: of the group: timeout_s, arena_bytes, transport, multicast.
 
         Raises:
             RankError: a rank raised or died, or the deadline passed; the text shows every rank.
         """
-        outcomes = self.outcomes(body, R, *args, timeout=timeout, faulty=faulty, **opening)
+        outcomes = self.outcomes(body, R, *args, timeout=timeout, faulty=faulty, seed=seed, **opening)
         if not all(outcome.finished for outcome in outcomes):
             raise RankError(report(body, outcomes), outcomes)
         return [outcome.value for outcome in outcomes]
@@ -84,18 +86,19 @@ class Place:
         *args: Any,
         timeout: float = 120.0,
         faulty: bool = False,
+        seed: int = 0,
         **opening: Any,
     ) -> list[Outcome]:
         """The same, telling what became of each rank instead of raising."""
         if self.name in ("emu", "virtual"):
-            return call_threads(self.name, body, R, args, opening, timeout, faulty)
+            return call_threads(self.name, body, R, args, opening, timeout, faulty, seed)
         backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
         return call_ranks(in_group, R, (body, opening, args), timeout, faulty, backend)
 
 
 def in_group(body: Callable[..., Any], opening: dict[str, Any], args: tuple[Any, ...]) -> Any:
     """The body of one rank that has a process of its own."""
-    with Group.open(**opening) as group:
+    with Group.open(**opening) as group, where(group):
         return body(group, *args)
 
 

@@ -28,7 +28,7 @@ _STDERR_CHARS = 4000
 _BOOT = """
 import importlib.util, json, sys
 from multiprocessing.connection import Connection
-fd, place, module, stack, path = sys.argv[1:]
+fd, place, module, stack, seed, path = sys.argv[1:]
 sys.path[:] = json.loads(path)
 import torch
 if module:
@@ -36,7 +36,7 @@ if module:
     sys.modules["tpkernels._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["tpkernels._C"])
 from tpkernels.testing.threads import serve
-serve(Connection(int(fd)), place, stack)
+serve(Connection(int(fd)), place, stack, int(seed))
 """
 
 _ENVIRONMENT = {
@@ -59,31 +59,34 @@ def call_threads(
     opening: dict[str, Any],
     timeout: float,
     faulty: bool,
+    seed: int,
 ) -> list[Outcome]:
     """Call body(group, *args) on R ranks of a new or resting process; return what became of each.
 
     A faulty body leaves a device behind that failed: nobody asks it anything more, and its process ends.
     """
-    team = _resting.pop(place, None) or ThreadTeam(place)
+    key = (place, seed)
+    team = _resting.pop(key, None) or ThreadTeam(place, seed)
     try:
         outcomes = team.call(body, R, args, opening, timeout, faulty)
         if not faulty and all(outcome.finished for outcome in outcomes) and team.calls < CALLS_PER_TEAM:
-            _resting[place] = team
+            _resting[key] = team
         return outcomes
     finally:
-        if _resting.get(place) is not team:
+        if _resting.get(key) is not team:
             team.end()
 
 
 class ThreadTeam:
     """A process whose threads are ranks, waiting for bodies to call."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, seed: int) -> None:
         self.calls = 0
         self._folder = Path(tempfile.mkdtemp(prefix="tpkernels-threads-"))
         self._pipe, theirs = Pipe()
         module = emulated_module() if place == "emu" else None
-        arguments = [str(theirs.fileno()), place, str(module or ""), str(self._folder / "stack"), json.dumps(sys.path)]
+        told = [theirs.fileno(), place, module or "", self._folder / "stack", seed, json.dumps(sys.path)]
+        arguments = [str(one) for one in told]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **_ENVIRONMENT[place]}
         with open(self._folder / "stderr", "wb") as stderr:
             self._process = subprocess.Popen(
@@ -161,7 +164,7 @@ def _next(pipe: Connection, deadline: float) -> Any:
         return None
 
 
-_resting: dict[str, ThreadTeam] = {}
+_resting: dict[tuple[str, int], ThreadTeam] = {}
 
 
 @atexit.register

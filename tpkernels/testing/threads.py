@@ -73,7 +73,7 @@ class World:
         rank: int,
         *,
         timeout_s: float = 30.0,
-        arena_bytes: int = 1 << 20,
+        arena_bytes: int = 4 << 20,
         transport: str = "peer",
         multicast: bool = False,
     ) -> Group:
@@ -166,6 +166,11 @@ def open_beside(group: Group, **opening: Any) -> Group:
     return Group.open(group.process_group, device=group.device, **opening)
 
 
+def where(group: Group) -> AbstractContextManager[Any]:
+    """Tensors that a body makes are made where its group works."""
+    return nullcontext() if group.is_cpu else group.device
+
+
 def _kernels(place: str) -> Any:
     if place == "emu":
         return _C
@@ -189,7 +194,7 @@ def _stream(place: str) -> AbstractContextManager[Any]:
     return torch.cuda.stream(stream)
 
 
-def serve(pipe: Connection, place: str, stack_file: str) -> None:
+def serve(pipe: Connection, place: str, stack_file: str, seed: int) -> None:
     """Answer every call with a (rank, finished, value or traceback) for each rank, and None.
 
     A call is (body, R, args, opening, faulty).
@@ -199,6 +204,8 @@ def serve(pipe: Connection, place: str, stack_file: str) -> None:
     faulthandler.enable(stack)
     faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
     torch.set_num_threads(1)
+    if place == "emu":
+        _emulated.configure(seed=seed)
     lock = threading.Lock()
 
     def tell(message: Any) -> None:
@@ -242,7 +249,8 @@ def _be(
         # One thread runs the backwards of a GPU, where one rank's wait would keep another from being launched.
         with _stream(world.place), torch.autograd.set_multithreading_enabled(world.place == "emu"):
             with world.open(rank, **opening) as group:
-                value = body(group, *args)
+                with where(group):
+                    value = body(group, *args)
                 if not faulty:
                     group.check()
                 world.gather(rank, None)  # nobody closes while another still reads
