@@ -310,7 +310,8 @@ void ShmCommunicator::all_gather_read(const CallSpec& spec, const Wire& wire, co
 // wrote the lines last, and an owner rewrites lines that a peer has written several times faster than lines that a peer
 // has only read. One reader of each rank does it; beyond a piece the lines have left the caches anyway.
 void ShmCommunicator::touch_back(const Wire& wire, int r, const char* values, char* lines, size_t n) const {
-  if (!wire.is_plain() || rank() != (r + 1) % world_size() || n * wire.value_bytes > kPieceBytes) return;
+  const bool mine_to_do = wire.is_plain() && rank() == (r + 1) % world_size();
+  if (n == 0 || !mine_to_do || n * wire.value_bytes > kPieceBytes) return;
   std::memcpy(lines, values, n * wire.value_bytes);
 }
 
