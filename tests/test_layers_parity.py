@@ -287,7 +287,8 @@ class Block(nn.Module):
         return self.head(self.norm3(x))
 
     def parallel(self, group: Group, *, sequence_parallel: bool, sequence_dim: int) -> Block:
-        new = Block()
+        with ALONE:  # its draws are not used, but come from the generator of all
+            new = Block()
         new.batch_first = self.batch_first
         cut = {"group": group, "sequence_parallel": sequence_parallel}
         dim = {"sequence_dim": sequence_dim}
