@@ -4,20 +4,11 @@
 #include <limits>
 
 #include "../check.h"
+#include "../codec/plain.h"
 #include "simd.h"
 
 namespace tpk {
 namespace {
-
-// Codec none in the shape of a codec.
-template <class T>
-struct PlainCodec : BlockLayout<T, NoScale, kCodecBlockValues, 0> {
-  using Factors = NoScale;
-  TPK_ALWAYS_INLINE static NoScale packing(NoScale) { return {}; }
-  TPK_ALWAYS_INLINE static NoScale unpacking(NoScale) { return {}; }
-  TPK_ALWAYS_INLINE static T pack(float value, NoScale) { return from_float<T>(value); }
-  TPK_ALWAYS_INLINE static float unpack(T payload, NoScale) { return to_float(payload); }
-};
 
 template <class C, class T>
 TPK_INLINE void feedback_loop(const T* values, float* residual, char* wire, float scale, size_t n) {

@@ -4,6 +4,7 @@
 // Needs      wires of a codec aligned to 16 bytes. An output may be one of the inputs.
 // Sums       fp32 (fp64 in fp64, integers wrapping), in the order of the list, rounded once; codecs to the CPU's bytes.
 // Traffic    each value and each wire is read and written once.
+#include "../../codec/plain.h"
 #include "dispatch.cuh"
 
 namespace tpk::cuda {
@@ -154,20 +155,21 @@ cudaError_t launch_encode_with_feedback(DType dtype, Codec codec, const void* va
                                         float scale, size_t n, cudaStream_t stream) {
   if (!is_aligned_wire(wire)) return cudaErrorInvalidValue;
   if (n == 0) return cudaSuccess;
-  return with_codec(codec, [&](auto c) -> cudaError_t {
-    using C = decltype(c);
-    const auto launch = [&](auto first) {
-      using T = decltype(first);
+  const auto launch = [&](auto first) -> cudaError_t {
+    using T = decltype(first);
+    const auto packed = [&](auto c) -> cudaError_t {
+      using C = decltype(c);
       return TPK_LAUNCH((feedback_kernel<C, T>), (blocks_for<Coded<C, T>>(n)), kThreads, 0, stream,
                         static_cast<const T*>(values), residual, static_cast<char*>(wire), scale, n);
     };
-    switch (dtype) {
-      case DType::F32: return launch(float{});
-      case DType::BF16: return launch(Bfloat16{});
-      case DType::F16: return launch(Half{});
-      default: return cudaErrorInvalidValue;
-    }
-  });
+    return codec == Codec::None ? packed(PlainCodec<T>{}) : with_codec(codec, packed);
+  };
+  switch (dtype) {
+    case DType::F32: return launch(float{});
+    case DType::BF16: return launch(Bfloat16{});
+    case DType::F16: return launch(Half{});
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace tpk::cuda

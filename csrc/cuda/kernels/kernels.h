@@ -152,7 +152,8 @@ cudaError_t launch_reduce_wires(DType, Codec, ReduceOp, const WireList&, int num
 cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList&, int num_inputs, void* values,
                                           size_t n, cudaStream_t);
 // wire = encode(scale * values + residual);  residual = scale * values + residual - decode(wire), in fp32.
-// Where that difference is not finite (a NaN block) the residual stays as it was: loss scaling skips such a step.
+// Where that difference is not finite (a NaN block) the residual stays as it was: loss scaling skips such a step. Codec
+// none rounds to the dtype.
 cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
                                         size_t n, cudaStream_t);
 
