@@ -181,8 +181,12 @@ void DeviceCommunicator::do_check() {
 
 // Leaving must not fail, and nothing that peers still read may go away under them.
 void DeviceCommunicator::do_close() {
-  if (!launched_ || last_capture_ != 0 || cudaSetDevice(device_) != cudaSuccess) return;
-  static_cast<void>(cudaStreamSynchronize(last_stream_));
+  if (!launched_ || last_capture_ != 0) return;
+  try {
+    const DeviceScope scope(device_);
+    TPK_CUDA_CHECK(cudaStreamSynchronize(last_stream_));
+  } catch (const CudaError&) {
+  }
 }
 
 uint32_t* DeviceCommunicator::bad_ids(int64_t vocab_size) {

@@ -133,6 +133,57 @@ CASE(inputs_are_read_from_heaps_when_all_lie_there_and_copied_when_not) {
   }
 }
 
+// The same place in every heap, read where it lies by one call after the other, with a copy over it behind each.
+CASE(an_input_in_a_heap_may_be_overwritten_as_soon_as_its_call_is_over) {
+  constexpr int kRanks = 3, kCalls = 4;
+  constexpr size_t kCount = 384, kPart = kCount / kRanks, kBytes = kCount * 4;
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  for (uint64_t seed = 0; seed < 6; ++seed) {
+    configure(kRanks, seed);
+    EmulatedGroup group(kRanks);
+    DeviceCut cut{}, brought{};
+    for (int r = 0; r < kRanks; ++r) cut.first[r] = static_cast<size_t>(r) * kPart, cut.count[r] = kPart;
+    brought = cut;
+    for (uint32_t& brings : brought.brings) brings = kPart;
+    std::vector<Bytes> values[kCalls];  // of every call and rank
+    std::vector<std::unique_ptr<DeviceBytes>> next[kCalls], out[kCalls];
+    for (size_t i = 0; i < kCalls; ++i) {
+      for (int r = 0; r < kRanks; ++r) {
+        values[i].push_back(random_values(DType::F32, kCount, seed * 64 + i * 8 + static_cast<uint64_t>(r), true));
+        next[i].push_back(std::make_unique<DeviceBytes>(r, values[i].back()));
+        out[i].push_back(std::make_unique<DeviceBytes>(r, Bytes(i == 0 ? kPart * 4 : kBytes)));
+      }
+    }
+    emu::run_ranks(kRanks, [&](int rank) {
+      const size_t r = static_cast<size_t>(rank);
+      const Peers peers = group.peers(rank);
+      char* const heap = group.heap(rank);
+      Call call{};  // at the start of the heap
+      call.op = Op::AllReduce, call.dtype = DType::F32, call.numel = kCount;
+      Call gather = call;
+      gather.op = Op::AllGather, gather.brings = kPart;
+      for (size_t i = 0; i < kCalls; ++i) {
+        char* const to = i == 3 ? heap : out[i][r]->data();
+        EXPECT(cudaMemcpyAsync(heap, next[i][r]->data(), kBytes, cudaMemcpyDeviceToDevice, nullptr) == cudaSuccess);
+        EXPECT(cudaSuccess == (i == 0   ? launch_reduce_scatter(peers, call, heap, to, cut, 2, nullptr)
+                               : i == 1 ? launch_all_gather(peers, gather, heap, to, brought, 2, nullptr)
+                                        : launch_two_shot(peers, call, heap, to, kCount, 2, nullptr)));
+      }
+      EXPECT(cudaDeviceSynchronize() == cudaSuccess);
+    });
+    expect_no_reports("heaps that are written over");
+    Bytes gathered;
+    for (const Bytes& whole : values[1]) gathered.insert(gathered.end(), whole.begin(), whole.begin() + kPart * 4);
+    for (int rank = 0; rank < kRanks; ++rank) {
+      const size_t r = static_cast<size_t>(rank);
+      EXPECT(out[0][r]->values() == slice(reduced(wire, values[0]), r * kPart * 4, kPart * 4), "rank ", r);
+      EXPECT(out[1][r]->values() == gathered && out[2][r]->values() == reduced(wire, values[2]), "rank ", r);
+      EXPECT(Bytes(group.heap(rank), group.heap(rank) + kBytes) == reduced(wire, values[3]), "rank ", r);
+    }
+    emu::reset();
+  }
+}
+
 CASE(any_calls_in_a_row_under_any_schedule) {
   const uint64_t runs = is_slow() ? 24 : 80;
   for (uint64_t run = 1; run <= runs; ++run) {

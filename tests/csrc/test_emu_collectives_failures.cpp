@@ -203,6 +203,29 @@ CASE(a_part_that_the_cut_does_not_give_is_refused_by_all) {
   emu::reset();
 }
 
+CASE(a_part_that_is_too_small_is_not_read_behind_its_end) {
+  configure(2, 0);
+  EmulatedGroup group(2);
+  const std::vector<size_t> brought = {100, 20};
+  DeviceCut cut{};
+  std::vector<std::unique_ptr<DeviceBytes>> in, out;
+  for (int r = 0; r < 2; ++r) {
+    cut.first[r] = static_cast<size_t>(r) * 100, cut.count[r] = 100, cut.brings[r] = 100;
+    in.push_back(std::make_unique<DeviceBytes>(r, Bytes(brought[static_cast<size_t>(r)] * 4)));
+    out.push_back(std::make_unique<DeviceBytes>(r, Bytes(200 * 4)));
+  }
+  launch_on(2, everybody, [&](int rank) {
+    const size_t r = static_cast<size_t>(rank);
+    Call call{};
+    call.op = Op::AllGather, call.numel = 200, call.heap_offset = kNotInHeap;
+    call.brings = static_cast<uint32_t>(brought[r]);
+    return launch_all_gather(group.peers(rank), call, in[r]->data(), out[r]->data(), cut, 2, nullptr);
+  });
+  for (int r = 0; r < 2; ++r) EXPECT(group.record(r).failure == kMismatch && group.record(r).blamed == 1);
+  expect_no_reports("a part that is too small");
+  emu::reset();
+}
+
 // Ranks that disagree about the size of a message launch different numbers of pieces; only the first one counts.
 CASE(the_later_pieces_of_a_refused_call_do_nothing) {
   for (uint64_t seed : {0, 3}) {

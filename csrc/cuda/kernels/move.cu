@@ -130,6 +130,8 @@ cudaError_t launch_all_gather(const Peers& peers, const Call& call, const void* 
     GatherArgs args{peers, call, in, out, cut, heap_units_of(call)};
     for (int r = 0; r < peers.world_size; ++r) args.cut.first[r] *= times, args.cut.count[r] *= times;
     const size_t largest = largest_of(args.cut, peers.world_size);
+    // The ranks will refuse a part that the cut does not give; nothing behind its end is read until then.
+    if (call.brings != cut.brings[peers.rank]) args.cut.count[peers.rank] = 0;
     if (rounded_up(Format::bytes(largest)) > peers.slot_bytes) return cudaErrorInvalidValue;
     return TPK_LAUNCH(all_gather_kernel<Format>, blocks, threads_for<Format>(largest, blocks), 0, stream, args);
   });
