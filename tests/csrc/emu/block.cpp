@@ -202,16 +202,21 @@ uint32_t Block::live_lanes(size_t warp) const {
 
 // What would wait for ever on the hardware, or return garbage; empty when all is well.
 std::string Block::mask_problem(const Thread& thread, uint32_t mask, Finish finish, const Where& where) const {
-  std::ostringstream text;
-  text << "thread " << text_of(thread.index) << " comes to a warp operation at " << text_of(where) << " with mask 0x"
-       << std::hex << mask;
-  if ((mask >> thread.lane() & 1) == 0) return text.str() + ", which does not name it";
+  const auto text = [&](const std::string& end) {
+    std::ostringstream all;
+    all << "thread " << text_of(thread.index) << " comes to a warp operation at " << text_of(where) << " with mask 0x"
+        << std::hex << mask << end;
+    return all.str();
+  };
+  if ((mask >> thread.lane() & 1) == 0) return text(", which does not name it");
   for (const Meeting& other : warps_[thread.number / 32]) {
     const bool same = other.mask == mask && other.finish == finish && same_place(other.where, where);
     const bool waits_for_me = other.mask >> thread.lane() & 1, is_waited_for = other.arrived & mask;
     if (same || !waits_for_me || !is_waited_for) continue;
-    text << " while lanes 0x" << other.arrived << " wait at " << text_of(other.where) << " with mask 0x" << other.mask;
-    return text.str();
+    std::ostringstream end;
+    end << " while lanes 0x" << std::hex << other.arrived << " wait at " << text_of(other.where) << " with mask 0x"
+        << other.mask;
+    return text(end.str());
   }
   return "";
 }

@@ -62,6 +62,7 @@ extern "C" void tpk_emu_start();
 namespace tpk::emu {
 namespace {
 
+constexpr size_t kGuard = 64 << 10;                  // nobody's, below all stacks of a block
 constexpr uint64_t kCanary = 0x7470'6b65'6d75'2121;  // at the far end of every stack
 
 std::mutex pool_mutex;
@@ -145,12 +146,13 @@ Stacks::Stacks(size_t count) : base_(nullptr), count_(count) {
     if (!free.empty()) base_ = free.back(), free.pop_back();
   }
   if (base_ == nullptr) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = mmap(nullptr, kGuard + bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) {
       std::perror("emulator: no memory for the stacks of a block");
       std::abort();
     }
-    base_ = static_cast<char*>(memory);
+    base_ = static_cast<char*>(memory) + kGuard;
   }
   for (size_t i = 0; i < count; ++i) std::memcpy(stack(i), &kCanary, sizeof kCanary);
 }

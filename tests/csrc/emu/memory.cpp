@@ -39,6 +39,7 @@ Known& known() {
 
 void add(char* base, size_t bytes, int owner, bool foreign) {
   const std::unique_lock lock(known().mutex);
+  known().allocations.erase(base);  // memory of others may change its owner without a word
   Allocation& allocation = known().allocations[base];
   allocation.base = base, allocation.bytes = bytes, allocation.owner = owner, allocation.foreign = foreign;
   ++known().releases;

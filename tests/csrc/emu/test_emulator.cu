@@ -113,6 +113,28 @@ CASE(lanes_take_what_cuda_gives_them) {
   expect_no_reports();
 }
 
+#if !defined(__SANITIZE_ADDRESS__)  // whose stacks are larger, and which watches them
+__attribute__((noinline)) __device__ char use_much_stack(int value) {
+  char large[80 << 10];
+  std::memset(large, value, sizeof large);
+  __syncwarp();
+  return large[blockDim.x];
+}
+TPK_KERNEL void deep(char* out) {
+  if (threadIdx.x == 1) *out = use_much_stack(1);  // over the stack of thread 0, which is done
+}
+
+CASE(a_stack_that_is_too_small_is_noticed) {
+  Device<char> out(1);
+  EXPECT(TPK_LAUNCH(deep, dim3(1), dim3(2), 0, nullptr, out.data) == cudaSuccess);
+  EXPECT(cudaDeviceSynchronize() == cudaErrorLaunchFailure);
+  const std::vector<emu::Report> reports = emu::take_reports();
+  EXPECT(reports.size() == 1 && reports[0].kind == emu::Kind::Overflow);
+  emu::reset();
+  out.data = nullptr;
+}
+#endif
+
 TPK_KERNEL void leave_early(uint32_t* out, uint32_t n) {
   if (threadIdx.x >= n) return;
   __syncthreads();
@@ -163,6 +185,22 @@ CASE(the_switch_adds_and_spreads) {
   EXPECT(cudaDeviceSynchronize() == cudaErrorIllegalAddress);
   EXPECT(emu::take_reports().size() == 1);
   emu::reset();
+}
+
+TPK_KERNEL void count_up(uint32_t* counter) { atomicAdd(counter, 1); }
+
+CASE(memory_of_others_belongs_to_whom_they_say) {
+  uint32_t counter = 0;
+  emu::own(&counter, sizeof counter, 0);
+  EXPECT(TPK_LAUNCH(count_up, dim3(1), dim3(1), 0, nullptr, &counter) == cudaSuccess);
+  EXPECT(cudaDeviceSynchronize() == cudaSuccess && counter == 1);
+  expect_no_reports();
+  emu::own(&counter, sizeof counter, 1);
+  EXPECT(TPK_LAUNCH(count_up, dim3(1), dim3(1), 0, nullptr, &counter) == cudaSuccess);
+  EXPECT(cudaDeviceSynchronize() == cudaSuccess && counter == 2);
+  const std::vector<emu::Report> reports = emu::take_reports();
+  EXPECT(reports.size() == 1 && reports[0].kind == emu::Kind::Scope);
+  emu::disown(&counter);
 }
 
 // ---- streams and events ---------------------------------------------------------------------------------------------
