@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tpkernels.devices import load_cuda
 from tpkernels.testing.spawn import end_resting_teams
 from tpkernels.testing.thread_team import end_resting_thread_teams
 
@@ -22,6 +23,14 @@ def nothing_is_left_in_shared_memory() -> Iterator[None]:
     while (left := set(os.listdir(SHM)) - before) and time.monotonic() < deadline:
         time.sleep(0.1)  # of other programs, which come and go
     assert not [name for name in left if "tpk" in name or "tpkernels" in name], left
+
+
+@pytest.fixture
+def cuda_is_looked_for_anew() -> Iterator[None]:
+    """Neither this test nor the next takes over whether the one before found CUDA."""
+    load_cuda.cache_clear()
+    yield
+    load_cuda.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -95,7 +95,7 @@ def test_every_readme_table_can_be_written_from_nothing() -> None:
 def test_the_readme_says_what_the_kept_results_say() -> None:
     path = ROOT / "README.md"
     if not path.exists():
-        pytest.skip("there is no README in this tree")
+        pytest.skip("needs README.md, which a tree without documents lacks")
     assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
 
 

@@ -11,30 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device_tools import GOOD
 from op_tools import raised
 
 from tpkernels import opening, peer, rendezvous
-from tpkernels.devices import CudaFacts, load_cuda, obstacle_to_cuda
+from tpkernels.devices import obstacle_to_cuda
 from tpkernels.group import Group
 from tpkernels.rendezvous import Gpu
 from tpkernels.testing import run_ranks
 
-GOOD = CudaFacts(
-    torch="2.13.0+cu130",
-    torch_cuda="13.0",
-    built=True,
-    built_reason="nvcc is there",
-    driver=(13, 0),
-    gpus=4,
-    visible=None,
-)
-
-
-@pytest.fixture(autouse=True)
-def every_test_looks_anew() -> Iterator[None]:
-    load_cuda.cache_clear()
-    yield
-    load_cuda.cache_clear()
+pytestmark = pytest.mark.usefixtures("cuda_is_looked_for_anew")
 
 
 @dataclass

@@ -6,31 +6,24 @@ The facts of a machine with GPUs are put in place of this one's; the group is op
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from device_tools import GOOD
 from op_tools import raised
 
 from tpkernels import devices, info
-from tpkernels.devices import CudaFacts, device_of, load_cuda, obstacle_to_cuda
+from tpkernels.devices import device_of, load_cuda, obstacle_to_cuda
 from tpkernels.errors import PeerLostError
 from tpkernels.exchange import DeviceExchange
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
 
-GOOD = CudaFacts(
-    torch="2.13.0+cu130",
-    torch_cuda="13.0",
-    built=True,
-    built_reason="nvcc is there",
-    driver=(13, 0),
-    gpus=4,
-    visible=None,
-)
+pytestmark = pytest.mark.usefixtures("cuda_is_looked_for_anew")
 OBSTACLES = {
     "CPU torch": (
         replace(GOOD, torch="2.13.0+cpu", torch_cuda=None),
@@ -48,13 +41,6 @@ OBSTACLES = {
     "no GPU": (replace(GOOD, gpus=0), "this process sees no GPU: run it where there is one"),
     "hidden": (replace(GOOD, gpus=0, visible=""), r"sees no GPU \(CUDA_VISIBLE_DEVICES is ''\)"),
 }
-
-
-@pytest.fixture(autouse=True)
-def every_test_looks_anew() -> Iterator[None]:
-    load_cuda.cache_clear()
-    yield
-    load_cuda.cache_clear()
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
@@ -107,7 +93,7 @@ def test_a_cuda_module_that_cannot_be_loaded_keeps_the_reason(monkeypatch: pytes
 
 def test_a_group_on_cuda_says_what_this_machine_lacks() -> None:
     if obstacle_to_cuda(devices.cuda_facts()) is None:
-        pytest.skip("this machine has CUDA")
+        pytest.skip("needs a machine without CUDA")
     with pytest.raises(RuntimeError, match=r"Group.open: cannot use cuda:\d+: .*: .* or .*device='cpu'"):
         Group.open(device="cuda")
 

@@ -2,25 +2,13 @@
 
 #include <algorithm>
 
-#include "../torch_side/collectives.h"
+#include "../torch_side/packing.h"
 #include "feedback.h"
 
 namespace tpk {
 namespace {
 
 constexpr size_t kGrain = 1 << 16;  // values that are worth a thread of their own
-
-// How a tensor of this dtype is packed; codec none takes every dtype as it lies there.
-const Wire& packing(const char* op, const Tensor& x, const std::string& name) {
-  const Codec codec = codec_of(op, name);
-  const DType dtype = raw_dtype_of(x);
-  if (codec == Codec::None) return wire_of(dtype, codec, dtype < DType::Raw1 ? ReduceOp::Sum : ReduceOp::None);
-  try {
-    return wire_of(dtype, codec, ReduceOp::Sum);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(concat(op, ": ", error.what()));
-  }
-}
 
 // Calls body(start, count) for pieces of n values that begin with a block.
 template <class Body>
@@ -37,10 +25,6 @@ void over_blocks(const Wire& wire, size_t n, Body&& body) {
 const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
 char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
-Tensor empty_wire(const Tensor& like, const Wire& wire, size_t n) {
-  return empty_of(like, {static_cast<int64_t>(wire.bytes(n))}, ScalarType::Byte);
-}
-
 }  // namespace
 
 Tensor compress(const Tensor& x, std::string codec) {
@@ -55,14 +39,8 @@ Tensor compress(const Tensor& x, std::string codec) {
 }
 
 Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, std::string codec) {
-  TPK_CHECK(wire_bytes.scalar_type() == ScalarType::Byte && wire_bytes.dim() == 1,
-            "decompress: wire must be uint8 with one dim, got ", wire_bytes.dim(), " dims of ",
-            wire_bytes.element_size(), " bytes a value");
-  Tensor out = empty_of(wire_bytes, shape, dtype);
-  const Wire& wire = packing("decompress", out, codec);
+  auto [out, wire] = unpacking(wire_bytes, shape, dtype, codec);
   const size_t n = numel_of(out);
-  TPK_CHECK(numel_of(wire_bytes) == wire.bytes(n), "decompress: wire must have ", wire.bytes(n), " bytes for shape ",
-            text_of(shape), ", got ", numel_of(wire_bytes));
   const Tensor packed = dense(wire_bytes);
   over_blocks(wire, n, [&](size_t start, size_t count) {
     wire.decode(at(packed.const_data_ptr(), wire.offset(start)), at(out.mutable_data_ptr(), start * wire.value_bytes),
@@ -73,10 +51,7 @@ Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarTy
 
 Tensor compress_with_feedback(const Tensor& x, Tensor residual, std::string codec, double scale) {
   const char* const op = "compress_with_feedback";
-  TPK_CHECK(residual.scalar_type() == ScalarType::Float && residual.is_contiguous(), op,
-            ": residual must be float32 and contiguous");
-  TPK_CHECK(shape_of(residual) == shape_of(x), op, ": residual must have the shape of x, ", text_of(shape_of(x)),
-            ", got ", text_of(shape_of(residual)));
+  check_residual(op, x, residual);
   const Wire& wire = packing(op, x, codec);
   EncodeWithFeedback encode = nullptr;
   try {

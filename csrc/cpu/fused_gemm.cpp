@@ -10,19 +10,6 @@
 namespace tpk {
 namespace {
 
-Shape check_linear(Op op, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  const Shape bias_shape = bias.has_value() ? shape_of(*bias) : Shape{};
-  const Shape y = linear_shape(name_of(op), shape_of(x), shape_of(w), bias.has_value() ? &bias_shape : nullptr);
-  TPK_CHECK(x.scalar_type() == w.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type()),
-            name_of(op), ": x, w and bias must have the same dtype");
-  return y;
-}
-
-// The bias is added once over the ranks: rank 0 has it in its partial product.
-OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTensor& bias) {
-  return comm.rank() == 0 ? bias : OptionalTensor();
-}
-
 // The partial product in the arena, or nothing when it does not fit or another engine is faster than ATen.
 OptionalTensor product_in_arena(const Communicator& comm, const std::string& group, const Tensor& x, const Tensor& w,
                                 bool has_bias, const Shape& y_shape) {

@@ -1,7 +1,7 @@
 // Packing of tensors outside collectives, on a device.
 #include "../torch_side/compress.h"
 
-#include "../torch_side/collectives.h"
+#include "../torch_side/packing.h"
 #include "kernels/kernels.h"
 #include "stream.h"
 
@@ -9,18 +9,6 @@ namespace tpk {
 namespace {
 
 using cuda::current_stream;
-
-// How a tensor of this dtype is packed; codec none takes every dtype as it lies there.
-const Wire& packing(const char* op, const Tensor& x, const std::string& name) {
-  const Codec codec = codec_of(op, name);
-  const DType dtype = raw_dtype_of(x);
-  if (codec == Codec::None) return wire_of(dtype, codec, dtype < DType::Raw1 ? ReduceOp::Sum : ReduceOp::None);
-  try {
-    return wire_of(dtype, codec, ReduceOp::Sum);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(concat(op, ": ", error.what()));
-  }
-}
 
 void copy(const Tensor& from, const Tensor& to, size_t bytes) {
   if (bytes == 0) return;
@@ -30,10 +18,6 @@ void copy(const Tensor& from, const Tensor& to, size_t bytes) {
 
 // The kernels read whole words of 16 bytes.
 bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
-
-Tensor empty_wire(const Tensor& like, const Wire& wire, size_t n) {
-  return empty_of(like, {static_cast<int64_t>(wire.bytes(n))}, ScalarType::Byte);
-}
 
 }  // namespace
 
@@ -52,14 +36,8 @@ Tensor compress(const Tensor& x, std::string codec) {
 }
 
 Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, std::string codec) {
-  TPK_CHECK(wire_bytes.scalar_type() == ScalarType::Byte && wire_bytes.dim() == 1,
-            "decompress: wire must be uint8 with one dim, got ", wire_bytes.dim(), " dims of ",
-            wire_bytes.element_size(), " bytes a value");
-  const Tensor out = empty_of(wire_bytes, shape, dtype);
-  const Wire& wire = packing("decompress", out, codec);
+  const auto [out, wire] = unpacking(wire_bytes, shape, dtype, codec);
   const size_t n = numel_of(out);
-  TPK_CHECK(numel_of(wire_bytes) == wire.bytes(n), "decompress: wire must have ", wire.bytes(n), " bytes for shape ",
-            text_of(shape), ", got ", numel_of(wire_bytes));
   Tensor packed = dense(wire_bytes);
   if (!is_aligned(packed)) {
     const Tensor aligned = empty_of(packed, shape_of(packed));
@@ -77,10 +55,7 @@ Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarTy
 
 Tensor compress_with_feedback(const Tensor& x, Tensor residual, std::string codec, double scale) {
   const char* const op = "compress_with_feedback";
-  TPK_CHECK(residual.scalar_type() == ScalarType::Float && residual.is_contiguous(), op,
-            ": residual must be float32 and contiguous");
-  TPK_CHECK(shape_of(residual) == shape_of(x), op, ": residual must have the shape of x, ", text_of(shape_of(x)),
-            ", got ", text_of(shape_of(residual)));
+  check_residual(op, x, residual);
   const Wire& wire = packing(op, x, codec);
   TPK_CHECK(wire.dtype == DType::F32 || wire.dtype == DType::BF16 || wire.dtype == DType::F16, op,
             ": error feedback is for float32, bfloat16 or float16, got ", name_of(wire.dtype));

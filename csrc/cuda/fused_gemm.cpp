@@ -11,27 +11,11 @@
 #include "row_parts.h"
 
 namespace tpk {
-namespace {
 
 using cuda::as_rows;
 using cuda::data_of;
 using cuda::linear_into;
 using cuda::rows_of;
-
-Shape check_linear(Op op, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  const Shape bias_shape = bias.has_value() ? shape_of(*bias) : Shape{};
-  const Shape y = linear_shape(name_of(op), shape_of(x), shape_of(w), bias.has_value() ? &bias_shape : nullptr);
-  TPK_CHECK(x.scalar_type() == w.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type()),
-            name_of(op), ": x, w and bias must have the same dtype");
-  return y;
-}
-
-// The bias is added once over the ranks: rank 0 has it in its partial product.
-OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTensor& bias) {
-  return comm.rank() == 0 ? bias : OptionalTensor();
-}
-
-}  // namespace
 
 Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
                        int64_t world_size, std::string codec) {

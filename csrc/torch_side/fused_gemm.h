@@ -7,6 +7,20 @@
 
 namespace tpk {
 
+// The shape of y = x @ w.T + bias.
+inline Shape check_linear(Op op, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  const Shape bias_shape = bias.has_value() ? shape_of(*bias) : Shape{};
+  const Shape y = linear_shape(name_of(op), shape_of(x), shape_of(w), bias.has_value() ? &bias_shape : nullptr);
+  TPK_CHECK(x.scalar_type() == w.scalar_type() && (!bias.has_value() || bias->scalar_type() == x.scalar_type()),
+            name_of(op), ": x, w and bias must have the same dtype");
+  return y;
+}
+
+// The bias is added once over the ranks: rank 0 has it in its partial product.
+inline OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTensor& bias) {
+  return comm.rank() == 0 ? bias : OptionalTensor();
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of x, w, bias; an empty tensor where none was asked for
 
 Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,

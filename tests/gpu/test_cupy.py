@@ -57,7 +57,7 @@ extern "C" __global__ void reduce_bf16(const unsigned short* a, const unsigned s
 def cp() -> Any:
     found = pytest.importorskip("cupy", reason="needs CuPy: pip install 'tpkernels[cuda13]' or [cuda12]")
     if not found.cuda.is_available():
-        pytest.skip("CuPy finds no GPU")
+        pytest.skip("needs a GPU that CuPy can use")
     return found
 
 

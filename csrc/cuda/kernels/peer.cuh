@@ -215,6 +215,7 @@ class Turn {
     if (came()) return true;
     const uint64_t start = global_time_ns();
     do {
+#pragma unroll 1
       for (int i = 0; i < kPollsBetweenClocks; ++i) {
         if (came()) return true;
       }
