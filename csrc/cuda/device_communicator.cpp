@@ -118,9 +118,9 @@ void DeviceCommunicator::produce_and_send(Op op, int parts, const Part& produce,
   as_one_call(op, [&] {
     run([&] {
       const cudaStream_t caller = current_stream();
+      enter();  // first: what is produced may go where peers still read the product of the last call
       if (parts == 1) {
         produce(0);
-        enter();
         return send(0);
       }
       for (int i = 0; i < parts; ++i) {

@@ -126,6 +126,43 @@ CASE(a_part_is_sent_when_it_has_been_produced_and_no_earlier) {
   }
 }
 
+CASE(a_product_on_another_stream_waits_until_peers_have_read_the_one_before) {
+  for (int parts : {1, 2}) {
+    set_up(kRanks, 6);
+    const auto comms = peers(kRanks);
+    const size_t n = scaled(4000);
+    on_ranks(comms, [&](int rank, PeerCommunicator& comm) {
+      constexpr size_t kCalls = 6;
+      float* const product = static_cast<float*>(comm.heap_allocate(n * sizeof(float)));  // the same for all calls
+      std::vector<Floats> sources, sums;
+      for (size_t call = 0; call < kCalls; ++call) {
+        sources.emplace_back(n, [&](size_t i) { return input(rank, i + call); });
+        sums.emplace_back(n);
+      }
+      const Wire& wire = sum_of_floats();
+      const cudaStream_t streams[] = {cuda::current_stream(), new_stream()};
+      const auto start = [&](int i) { return n * static_cast<size_t>(i) / static_cast<size_t>(parts); };
+      for (size_t call = 0; call < kCalls; ++call) {
+        const StreamScope scope(streams[call % 2]);
+        comm.produce_and_send(
+            Op::GemmAllReduce, parts,
+            [&](int i) {
+              copy_on_stream(sources[call].data() + start(i), product + start(i), start(i + 1) - start(i));
+            },
+            [&](int i) {
+              comm.send_all_reduce(spec_of(Op::GemmAllReduce, wire, n), wire, product + start(i),
+                                   sums[call].data() + start(i), start(i + 1) - start(i));
+            });
+      }
+      comm.check();
+      for (size_t call = 0; call < kCalls; ++call) {
+        for (size_t i = 0; i < n; ++i) EXPECT(sums[call][i] == total(i + call), "call ", call, ", value ", i);
+      }
+    });
+    emu::reset();
+  }
+}
+
 CASE(a_part_is_consumed_when_it_has_arrived_and_no_earlier) {
   for (int parts : {1, 2, 4}) {
     set_up(kRanks, static_cast<uint64_t>(parts));
