@@ -1,4 +1,4 @@
-"""Gradients over the ranks: the norm and clipping of a model whose parameters are partly cut, partly replicated."""
+"""The norm of the gradients of a model whose parameters are partly cut, partly replicated, and clipping by it."""
 
 from __future__ import annotations
 
