@@ -2,6 +2,7 @@
 
 from .base import init_shard_
 from .embedding import VocabParallelEmbedding
+from .embedding_bag import VocabParallelEmbeddingBag
 from .functions import sum_gradient, take_shard
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .loss import VocabParallelCrossEntropy
@@ -16,6 +17,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
+    "VocabParallelEmbeddingBag",
     "check_same_rng",
     "init_shard_",
     "rank_rng",
