@@ -6,6 +6,9 @@ disagree about a cut.
 The rule: of n items over R ranks, rank r holds n // R + (r < n % R), in rank order. An item is one index of the cut
 dimension, or `unit` neighbouring ones that must stay together (the rows of an attention head: unit=head_dim).
 A rank may hold nothing when there are fewer items than ranks.
+
+Where the rule is not enough (projections packed into one weight, each cut by itself; key and value heads that several
+ranks share), a table of runs says which indices each rank holds: `ShardInfo.runs`, made by `packed_runs` and others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor
 
 STYLES = ("column", "row", "vocab", "sequence", "replicate")
+
+# The (start, size) of each run of neighbouring indices that a rank holds, in the order in which they lie in its part.
+Runs = tuple[tuple[int, int], ...]
 
 
 def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
@@ -121,6 +127,38 @@ def cut_dim(style: str, ndim: int) -> int | None:
     return 1 if style == "row" and ndim >= 2 else None
 
 
+def merge_runs(runs: Sequence[tuple[int, int]]) -> Runs:
+    """Return the same indices in the same order as few runs as possible; empty ones go."""
+    found: list[tuple[int, int]] = []
+    for start, size in runs:
+        if found and sum(found[-1]) == start:
+            found[-1] = (found[-1][0], found[-1][1] + size)
+        elif size:
+            found.append((start, size))
+    return tuple(found)
+
+
+def packed_runs(sizes: Sequence[int], R: int, units: Sequence[int] | None = None) -> tuple[Runs, ...]:
+    """Return which indices each rank holds of projections packed one after the other, each cut by the rule.
+
+    Args:
+        sizes: of the projections, in the order in which they are packed.
+        R: the number of ranks.
+        units: of each projection, how many neighbouring indices stay together; None means 1.
+    """
+    units = units or [1] * len(sizes)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(
+        merge_runs(
+            [
+                (start + part_start(n, R, rank, unit), part_size(n, R, rank, unit))
+                for start, n, unit in zip(starts, sizes, units, strict=True)
+            ]
+        )
+        for rank in range(R)
+    )
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What a parameter that holds a shard is a part of. It sits there as `tpk_shard`; replicated parameters have none.
@@ -132,6 +170,8 @@ class ShardInfo:
         group_name: the group's registry key, which is good inside this process only.
         group_label: the group's name for people, which survives pickling.
         unit: how many neighbouring indices are one item of the cut.
+        runs: for each rank the runs of indices that it holds, where the rule of this file does not say it; else empty.
+            Together the ranks hold every index; several ranks may hold the same ones (see `owns`).
     """
 
     dim: int
@@ -141,16 +181,39 @@ class ShardInfo:
     group_name: str = ""
     group_label: str = ""
     unit: int = 1
+    runs: tuple[Runs, ...] = ()
+
+    def runs_of(self, rank: int) -> Runs:
+        """Return the (start, size) of each run of indices of the unsharded tensor that make up the rank's part."""
+        if self.runs:
+            return self.runs[rank]
+        return (
+            (
+                part_start(self.full_size, self.world_size, rank, self.unit),
+                part_size(self.full_size, self.world_size, rank, self.unit),
+            ),
+        )
 
     @property
     def start(self) -> int:
-        """The first index of this part in the unsharded tensor."""
-        return part_start(self.full_size, self.world_size, self.rank, self.unit)
+        """The first index of this part in the unsharded tensor. Not the whole story where there are several runs."""
+        mine = self.runs_of(self.rank)
+        return mine[0][0] if mine else 0
 
     @property
     def size(self) -> int:
         """The number of indices in this part."""
-        return part_size(self.full_size, self.world_size, self.rank, self.unit)
+        return sum(size for _, size in self.runs_of(self.rank))
+
+    @property
+    def owns(self) -> bool:
+        """Whether this is the first rank that holds these indices, so that sums over the ranks count them once."""
+        return not self.runs or self.runs.index(self.runs[self.rank]) == self.rank
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks hold the same indices (key and value heads, when there are more ranks)."""
+        return sum(size for rank in range(self.world_size) for _, size in self.runs_of(rank)) > self.full_size
 
     def full_shape(self, shard: Tensor) -> torch.Size:
         """Return the shape of the unsharded tensor that `shard` is this part of."""
@@ -159,7 +222,7 @@ class ShardInfo:
         return torch.Size(shape)
 
     def part(self, full: Tensor) -> Tensor:
-        """Return this part of the unsharded tensor (a view).
+        """Return this part of the unsharded tensor: a view, or a copy where it is made of several runs.
 
         Raises:
             ValueError: the cut dimension of `full` does not have full_size indices.
@@ -168,7 +231,32 @@ class ShardInfo:
             raise ValueError(
                 f"ShardInfo.part: dim {self.dim} must have {self.full_size} indices, got shape {list(full.shape)}"
             )
-        return part(full, self.dim, self.world_size, self.rank, self.unit)
+        mine = self.runs_of(self.rank)
+        if len(mine) == 1:
+            return full.narrow(self.dim, *mine[0])
+        return (
+            torch.cat([full.narrow(self.dim, start, size) for start, size in mine], self.dim)
+            if mine
+            else (full.narrow(self.dim, 0, 0))
+        )
+
+    def assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the unsharded tensor from the parts of all ranks, in rank order; always a copy.
+
+        Raises:
+            ValueError: the parts do not have the sizes of this cut.
+        """
+        expected = [sum(size for _, size in self.runs_of(rank)) for rank in range(self.world_size)]
+        sizes = [p.size(self.dim) for p in parts]
+        if sizes != expected:
+            raise ValueError(f"ShardInfo.assemble: the parts must have sizes {expected}, got {sizes}")
+        full = parts[0].new_empty(self.full_shape(parts[0]))
+        for rank, shard in enumerate(parts):
+            at = 0
+            for start, size in self.runs_of(rank):
+                full.narrow(self.dim, start, size).copy_(shard.narrow(self.dim, at, size))
+                at += size
+        return full
 
 
 def shard_info(parameter: Tensor) -> ShardInfo | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tpkernels import ops
 from tpkernels.group import Group, resolve
-from tpkernels.shard import ShardInfo, mark_shard, shard_info
+from tpkernels.shard import Runs, ShardInfo, mark_shard, shard_info
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -29,6 +29,7 @@ class Cut:
     dim: int
     full_size: int
     unit: int = 1
+    runs: tuple[Runs, ...] = ()
 
 
 class ParallelModule(nn.Module):
@@ -85,11 +86,17 @@ class ParallelModule(nn.Module):
         parameter: Tensor = getattr(self, name)
         value = parameter.detach()
         cut = self._cuts.get(name)
-        return value.clone() if cut is None else gather(value, cut.dim, cut.full_size, self.group, unit=cut.unit)
+        if cut is None:
+            return value.clone()
+        if not cut.runs:
+            return gather(value, cut.dim, cut.full_size, self.group, unit=cut.unit)
+        info = self._info(cut)
+        sizes = [sum(size for _, size in runs) for runs in cut.runs]
+        return info.assemble(ops.all_gather(value, cut.dim, group=self.group).split(sizes, cut.dim))
 
     def _info(self, cut: Cut) -> ShardInfo:
         g = self.group
-        return ShardInfo(cut.dim, cut.full_size, g.world_size, g.rank, g.name, g.label, cut.unit)
+        return ShardInfo(cut.dim, cut.full_size, g.world_size, g.rank, g.name, g.label, cut.unit, cut.runs)
 
     def _mark(self) -> None:
         """Put ShardInfo on the parameters that are cut: torch drops attributes when it makes new Parameter objects."""
@@ -157,7 +164,7 @@ def init_shard_(parameter: Tensor, fill: Callable[[Tensor], Any], *, by_rows: bo
         fill(parameter)
         return parameter
     shape = info.full_shape(parameter)
-    if not (by_rows and parameter.device.type == "cpu"):
+    if info.runs or not (by_rows and parameter.device.type == "cpu"):
         full = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         fill(full)
         parameter.copy_(info.part(full))
