@@ -1,0 +1,185 @@
+"""The communication lane: collectives in a fixed order beside the training thread, over a communicator of their own.
+
+On the CPU one worker thread makes the calls; the ops let Python run while they work and wait. On a GPU a stream beside
+the current one does, ordered by events, and no thread is needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+
+from tpkernels.group import Group
+
+T = TypeVar("T")
+_Job = tuple[Callable[[], Any], "Future[Any]"]
+
+GRACE_S = 5.0  # beyond the group's timeout, for a worker that waits for a lost rank to notice
+
+_open_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+
+class Lane:
+    """Runs jobs one after the other beside the caller. Every rank must submit the same jobs in the same order.
+
+    Attributes:
+        group: the lane's own group, over the ranks of the given one: jobs call ops on it, nobody else does.
+    """
+
+    def __init__(self, group: Group) -> None:
+        """Open the lane; a collective over `group`, which stays free for others.
+
+        Args:
+            group: the ranks. What travels takes the same kind of transport.
+
+        Raises:
+            RuntimeError: the ranks cannot open a process group of their own (says why).
+        """
+        self.group, self._process_group = _private_group(group)
+        self._failure: BaseException | None = None
+        self._closed = False
+        _open_lanes.add(self)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run job() after all jobs before it.
+
+        Returns:
+            a future: its wait() gives what job returned, or raises what it raised.
+
+        Raises:
+            RuntimeError: the lane is closed.
+            TimeoutError, PeerLostError, ...: what an earlier job raised. The lane runs nothing after a failure, because
+                the ranks no longer agree on what comes next.
+        """
+        self.check()
+        return self._submit(job)
+
+    def check(self) -> None:
+        """Raise what a job has raised, if one has, or that the lane is closed."""
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise RuntimeError(f"the communication lane of group {self.group.label!r} is closed")
+
+    def close(self) -> None:
+        """Let the submitted jobs end, which takes the group's timeout at most, and leave the group. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._finish()
+        self.group.close()
+        if self._process_group is not None:
+            dist.destroy_process_group(self._process_group)
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        raise NotImplementedError
+
+
+class _ThreadLane(Lane):
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # The thread must not keep the lane alive, and a lane that nobody holds any more ends its thread.
+        self._thread = threading.Thread(
+            target=_work, args=(self._jobs, weakref.ref(self)), name=f"tpkernels-lane-{group.label}", daemon=True
+        )
+        self._thread.start()
+        weakref.finalize(self, self._jobs.put, None)
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def _finish(self) -> None:
+        self._jobs.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(self.group.timeout_s + GRACE_S)
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None], lane: weakref.ref[Lane]) -> None:
+    """Run jobs until None comes; after a failure the rest fails with it."""
+    failure: BaseException | None = None
+    with torch.no_grad():
+        while (entry := jobs.get()) is not None:
+            job, future = entry
+            if failure is None:
+                try:
+                    value = job()
+                except BaseException as error:  # whatever it is, it belongs to who waits
+                    failure = error
+                    if (owner := lane()) is not None:
+                        owner._failure = error
+                    del owner
+                else:
+                    future.set_result(value)
+            if failure is not None:
+                future.set_exception(failure)
+            del entry, job, future
+            value = None
+
+
+class _StreamLane(Lane):
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future(devices=[self.group.device])
+        self._stream.wait_stream(torch.cuda.current_stream(self.group.device))
+        try:
+            with torch.no_grad(), torch.cuda.stream(self._stream):
+                future.set_result(job())  # remembers the stream: wait() lets the current one wait for it
+        except BaseException as error:
+            self._failure = error
+            raise
+        return future
+
+    def _finish(self) -> None:
+        self._stream.synchronize()
+
+
+def open_lane(group: Group) -> Lane:
+    """Open a lane over the ranks of a group; every rank calls this. See Lane."""
+    return _ThreadLane(group) if group.is_cpu else _StreamLane(group)
+
+
+def _private_group(group: Group) -> tuple[Group, dist.ProcessGroup | None]:
+    """A second group of the same ranks, and the process group made for it, if one had to be."""
+    given = group.process_group
+    if given is None or group.transport != "group":
+        # The process group is needed to open it only: nothing travels through it.
+        transport = "auto" if group.transport == "local" else group.transport
+        return Group.open(given, group.timeout_s, transport=transport, device=group.device), None
+    counts = group.exchange_sizes(len(dist.distributed_c10d._world.pg_names))
+    if len(set(counts)) > 1:  # torch names a group of some ranks by how many there are: different names never meet
+        raise RuntimeError(
+            f"group {group.label!r}: a communication lane needs a process group of its own, and torch can make one "
+            f"only where all its ranks belong to equally many process groups, got {counts} in rank order; create the "
+            f"lane (GradAggregator) before the process groups that only some of these ranks belong to"
+        )
+    ranks = dist.get_process_group_ranks(given)
+    backend = dist.get_backend_config(given)
+    private = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=f"{group.label} lane")
+    return Group.open(private, group.timeout_s, transport="group", device=group.device), private
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before the groups close and Python ends, with threads that still wait for other ranks."""
+    for lane in list(_open_lanes):
+        try:
+            lane.close()
+        except Exception:  # the end of the process is no place to fail
+            continue
