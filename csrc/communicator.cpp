@@ -112,11 +112,11 @@ void Communicator::check() {
   if (!closed_ && broken_.empty()) remember_failure([&] { do_check(); });
 }
 
-void Communicator::all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void Communicator::all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   Turn(*this, spec.op).run([&] { do_all_reduce(spec, wire, in, out, n); });
 }
 
-void Communicator::reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) {
+void Communicator::reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {
   Turn(*this, spec.op).run([&] { do_reduce_scatter(spec, wire, in, out, cut); });
 }
 
@@ -248,11 +248,11 @@ class LocalCommunicator final : public Communicator {
   size_t heap_bytes() const override { return 0; }
 
  protected:
-  void do_all_reduce(const CallSpec&, const Wire& wire, const void* in, void* out, size_t n) override {
-    copy(in, out, n * wire.value_bytes);
+  void do_all_reduce(const CallSpec&, const Wire& wire, Input in, void* out, size_t n) override {
+    take(wire, in, out, n);
   }
-  void do_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut) override {
-    copy(in, out, cut.total() * wire.value_bytes);
+  void do_reduce_scatter(const CallSpec&, const Wire& wire, Input in, void* out, const Cut& cut) override {
+    take(wire, in, out, cut.total());
   }
   void do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
     check_parts(spec, {spec}, cut);
@@ -262,6 +262,10 @@ class LocalCommunicator final : public Communicator {
   void do_close() override {}
 
  private:
+  static void take(const Wire& wire, const Input& in, void* out, size_t n) {
+    if (in.is_packed()) return wire.decode(in.values(), out, n);
+    copy(in.values(), out, n * wire.value_bytes);
+  }
   static void copy(const void* in, void* out, size_t bytes) {
     if (in != out && bytes > 0) std::memcpy(out, in, bytes);
   }

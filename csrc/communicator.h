@@ -71,10 +71,10 @@ class Communicator {
   double timeout_s() const { return timeout_s_; }
   virtual const char* transport() const = 0;
 
-  // out[n] = reduction over the ranks of in[n]. in == out is allowed.
-  void all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n);
+  // out[n] = reduction over the ranks of in[n]. in == out is allowed. Only with a codec is an input packed.
+  void all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n);
   // out = this rank's part of the reduction of in, cut as `cut` says.
-  void reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
+  void reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut);
   // out = the parts of all ranks, in rank order; in is this rank's.
   void all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
   // `mine` of every rank, in rank order.
@@ -95,8 +95,8 @@ class Communicator {
   void reset_stats();
 
  protected:
-  virtual void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) = 0;
-  virtual void do_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  virtual void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) = 0;
+  virtual void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) = 0;
   virtual void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,

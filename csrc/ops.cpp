@@ -94,6 +94,14 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def("decompress(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor");
   // v = scale x + residual (fp32);  wire = encode(v);  residual = v - decode(wire)
   m.def("compress_with_feedback(Tensor x, Tensor(a!) residual, str codec, float scale) -> Tensor");
+  // y = reduce_r decode(wire_r)                                    the wires go out as they are
+  m.def(
+      "all_reduce_packed(Tensor wire, SymInt[] shape, ScalarType dtype, str group, int world_size, str op, str codec) "
+      "-> Tensor");
+  // y = this rank's part of cat_p reduce_r decode(wire_r[p])       wire_r: the parts of all ranks, packed one by one
+  m.def(
+      "reduce_scatter_packed(Tensor wire, SymInt numel, ScalarType dtype, str group, int world_size, int rank, str op, "
+      "str codec) -> Tensor");
 
   // An uninitialised tensor inside this rank's arena.
   m.def("arena_empty(str group, int[] shape, ScalarType dtype) -> Tensor");
@@ -127,6 +135,8 @@ STABLE_TORCH_LIBRARY_IMPL(tpkernels, TPK_KEY, m) {
   m.impl("compress", TPK_BOX(tpk::compress));
   m.impl("decompress", TPK_BOX(tpk::decompress));
   m.impl("compress_with_feedback", TPK_BOX(tpk::compress_with_feedback));
+  m.impl("all_reduce_packed", TPK_BOX(tpk::all_reduce_packed));
+  m.impl("reduce_scatter_packed", TPK_BOX(tpk::reduce_scatter_packed));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {

@@ -195,10 +195,36 @@ def of_gradients() -> list[Bad]:
     ]
 
 
+def of_packed() -> list[Bad]:
+    reduce, scatter, parts = ops.all_reduce_packed, ops.reduce_scatter_packed, ops.compress_parts
+    wire, fp32 = torch.zeros(24, dtype=torch.uint8), torch.float32
+    return [
+        kind(reduce, b"1", [2], fp32, codec="fp16", says="wire must be a torch.Tensor, got bytes"),
+        kind(reduce, wire, [2], "float32", codec="fp16", says="dtype must be a torch.dtype, got str"),
+        value(reduce, wire, [2, 3], fp32, codec="fp16", says=r"wire must have 28 bytes for shape \[2, 3\], got 24"),
+        value(reduce, wire, [-1], fp32, codec="fp16", says=r"shape must not be negative, got \[-1\]"),
+        value(reduce, X, [4], fp32, codec="fp16", says="wire must be uint8 with one dim, got float32 of shape"),
+        value(reduce, wire, [4], fp32, codec="zip", says="codec must be one of .*, got 'zip'"),
+        value(reduce, wire, [4], torch.float64, codec="fp16", says="codec 'fp16' needs a dtype of .*, got float64"),
+        value(reduce, wire, [4], fp32, op="max", codec="fp16", says="op must be 'sum' or 'avg' .*, got 'max'"),
+        value(reduce, wire, [6], torch.int32, op="avg", codec="none", says="op must be .*, got 'avg' for int32"),
+        kind(scatter, wire, None, fp32, codec="fp16", says="numel must be an int, got None"),
+        kind(scatter, wire, 2.0, fp32, codec="fp16", says="numel must be an int or None, got float"),
+        value(scatter, wire, -1, fp32, codec="fp16", says="numel must not be negative, got -1"),
+        value(scatter, wire, 5, fp32, codec="fp16", says="wire must have 26 bytes for 5 values in 1 packed .*, got 24"),
+        value(scatter, wire, 4, fp32, op="min", codec="fp16", says="op must be 'sum' or 'avg' .*, got 'min'"),
+        kind(parts, [1.0], "fp16", says="x must be a torch.Tensor, got list"),
+        value(parts, X, "zip", says="codec must be one of .*, got 'zip'"),
+        value(parts, X.int(), "fp16", says="codec 'fp16' needs a dtype of .*, got int32"),
+        value(parts, X, "fp16", scale=0.5, says="scale must be 1 without a residual, got 0.5"),
+        value(parts, X, "fp16", residual=X[1:], says=r"residual must be .* shape of x, \[4, 3\], got .* \[3, 3\]"),
+    ]
+
+
 LOCAL = ("compress", "compress_with_feedback", "decompress", "squared_norm")
 """Ops without a group."""
 
-ALL_BAD = [*of_reductions(), *of_all_gather(), *of_gemms(), *of_vocab(), *of_norm(), *of_gradients()]
+ALL_BAD = [*of_reductions(), *of_all_gather(), *of_gemms(), *of_vocab(), *of_norm(), *of_gradients(), *of_packed()]
 
 
 @pytest.mark.parametrize("bad", ALL_BAD, ids=[f"{i}-{bad.op.__name__}" for i, bad in enumerate(ALL_BAD)])
@@ -214,9 +240,9 @@ def test_every_public_op_is_tested_with_bad_arguments() -> None:
 @pytest.mark.parametrize("op", [getattr(ops, name) for name in ops.__all__ if name not in LOCAL])
 @pytest.mark.parametrize("group", ["world", 3])
 def test_a_group_must_be_a_group(op: Callable[..., Any], group: object) -> None:
-    args = next(bad.args for bad in ALL_BAD if bad.op is op)
+    bad = next(bad for bad in ALL_BAD if bad.op is op)
     with pytest.raises(TypeError, match=f"group must be .*, got {type(group).__name__}"):
-        op(*args, group=group)
+        op(*bad.args, **{**bad.options, "group": group})
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def op_calls(group: Group) -> list[tuple[Any, tuple[Any, ...]]]:
         (CALLS.compress, (ids, "none")),
         (CALLS.decompress, (torch.zeros(22, dtype=torch.uint8), [3, 1], torch.bfloat16, "fp16")),
         (CALLS.compress_with_feedback, (x.clone(), x.clone(), "bf16", 0.5)),
+        (CALLS.all_reduce_packed, (ops.compress(x, "fp16"), [2 * R, 3], torch.float32, name, R, "sum", "fp16")),
+        (CALLS.reduce_scatter_packed, (ops.compress(x, "none"), 6 * R, torch.float32, name, R, rank, "sum", "none")),
     ]
 
 

@@ -10,6 +10,19 @@ CODECS: tuple[str, ...] = ("none", *_BLOCKS)
 """Every name that an op's `codec` argument takes."""
 
 
+def block_values(codec: str) -> int:
+    """Values that are packed together: a wire may be cut, or put behind another, at multiples of them.
+
+    Raises:
+        ValueError: no such codec.
+    """
+    if codec == "none":
+        return 1
+    if codec not in _BLOCKS:
+        raise ValueError(f"block_values: codec must be one of {CODECS}, got {codec!r}")
+    return _BLOCKS[codec][0]
+
+
 def bytes_per_value(codec: str, itemsize: int = 4) -> float:
     """Bytes that one value takes on the wire in a long message.
 

@@ -67,7 +67,7 @@ const char* GroupCommunicator::inline_payload(int r) const {
   return exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes + 64;
 }
 
-std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const void* payload,
+std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const Input* payload,
                                                    size_t n) {
   const Opening mine{call_,
                      spec.numel,
@@ -81,7 +81,7 @@ std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const W
     char* to = exchange_->send_buffer() + static_cast<size_t>(r) * kOpeningBytes;
     std::memset(to, 0, kOpeningBytes);
     std::memcpy(to, &mine, sizeof mine);
-    if (wire != nullptr) wire->encode(payload, to + 64, n);
+    if (wire != nullptr) payload->encode(*wire, to + 64, n);
   }
   const Sizes sizes(static_cast<size_t>(world_size()), kOpeningBytes);
   run(spec.op, sizes, sizes);
@@ -97,7 +97,7 @@ std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const W
   return all;
 }
 
-void GroupCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void GroupCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   all_reduce_with(spec, wire, in, out, n, nullptr);
 }
 
@@ -106,10 +106,10 @@ void GroupCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& w
   all_reduce_with(spec, wire, data, data, n, &meanwhile);
 }
 
-void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n,
+void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                         const std::function<void()>* meanwhile) {
   if (wire.bytes(n) <= kInlineBytes) {
-    open_call(spec, &wire, in, n);
+    open_call(spec, &wire, &in, n);
     std::vector<const void*> inputs;
     for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
     std::vector<char> packed(wire.bytes(n) + 1);
@@ -118,16 +118,16 @@ void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, 
     wire.decode(result, out, n);
     return;
   }
-  open_call(spec, nullptr, nullptr, 0);
+  open_call(spec);
   const size_t piece = piece_values(wire, 1);
   for (size_t start = 0; start < n; start += piece) {
-    all_reduce_piece(spec, wire, at(in, start * wire.value_bytes), at(out, start * wire.value_bytes),
-                     std::min(piece, n - start), start == 0 ? meanwhile : nullptr);
+    all_reduce_piece(spec, wire, in.from(wire, start), at(out, start * wire.value_bytes), std::min(piece, n - start),
+                     start == 0 ? meanwhile : nullptr);
   }
 }
 
 // Rank r gets chunk r of everyone, sums it, and sends the sum to everyone.
-void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n,
+void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                          const std::function<void()>* meanwhile) {
   const size_t ranks = static_cast<size_t>(world_size());
   Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
@@ -137,7 +137,7 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
   const size_t mine = chunk_bytes[static_cast<size_t>(rank())];
   const Sizes same(ranks, mine), wire_starts = starts_of(chunk_bytes);
 
-  wire.encode(in, exchange_->send_buffer(), n);
+  in.encode(wire, exchange_->send_buffer(), n);
   run(spec.op, chunk_bytes, same, meanwhile);
 
   std::vector<const void*> inputs;
@@ -152,9 +152,8 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
   }
 }
 
-void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                          const Cut& cut) {
-  open_call(spec, nullptr, nullptr, 0);
+void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {
+  open_call(spec);
   const size_t ranks = static_cast<size_t>(world_size());
   const size_t piece = piece_values(wire, ranks);
   for (size_t start = 0; start < cut.largest(); start += piece) {
@@ -162,7 +161,7 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
     Sizes send;
     char* to = exchange_->send_buffer();
     for (int r = 0; r < world_size(); ++r) {
-      wire.encode(at(in, (cut.start(r) + start) * wire.value_bytes), to, part(r));
+      if (part(r) > 0) in.of_part(wire, cut.starts, static_cast<size_t>(r), start).encode(wire, to, part(r));
       send.push_back(wire.bytes(part(r)));
       to += send.back();
     }
@@ -176,7 +175,7 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
 
 void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                       const Cut& cut) {
-  check_parts(spec, open_call(spec, nullptr, nullptr, 0), cut);
+  check_parts(spec, open_call(spec), cut);
   const size_t ranks = static_cast<size_t>(world_size());
   const size_t piece = piece_values(wire, ranks);
   for (size_t start = 0; start < cut.largest(); start += piece) {
@@ -197,7 +196,7 @@ void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, co
 
 std::vector<int64_t> GroupCommunicator::do_exchange(const CallSpec& spec) {
   std::vector<int64_t> all;
-  for (const CallSpec& theirs : open_call(spec, nullptr, nullptr, 0)) all.push_back(theirs.mine);
+  for (const CallSpec& theirs : open_call(spec)) all.push_back(theirs.mine);
   return all;
 }
 

@@ -22,8 +22,8 @@ class GroupCommunicator final : public Communicator {
   size_t heap_bytes() const override { return 0; }
 
  protected:
-  void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void do_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
+  void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) override;
   void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
   std::vector<int64_t> do_exchange(const CallSpec&) override;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
@@ -33,12 +33,13 @@ class GroupCommunicator final : public Communicator {
  private:
   using Sizes = std::vector<size_t>;
   // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns what each rank said.
-  std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire, const void* payload, size_t n);
+  std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
+                                  size_t n = 0);
   const char* inline_payload(int rank) const;
   void run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile = nullptr);
-  void all_reduce_with(const CallSpec&, const Wire&, const void* in, void* out, size_t n,
+  void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                        const std::function<void()>* meanwhile);
-  void all_reduce_piece(const CallSpec&, const Wire&, const void* in, void* out, size_t n,
+  void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                         const std::function<void()>* meanwhile);
   size_t piece_values(const Wire&, size_t parts) const;
 

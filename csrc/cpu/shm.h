@@ -24,8 +24,8 @@ class ShmCommunicator final : public Communicator {
   size_t heap_bytes() const override { return heap_.bytes(); }
 
  protected:
-  void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void do_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
+  void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) override;
   void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
   std::vector<int64_t> do_exchange(const CallSpec&) override;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
@@ -71,21 +71,21 @@ class ShmCommunicator final : public Communicator {
   bool anybody_in_heap() const;
 
   // --- the ways to run a collective (shm_collectives.cpp)
-  void all_reduce_with(const CallSpec&, const Wire&, const void* in, void* out, size_t n,
+  void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                        const std::function<void()>* meanwhile);
-  void one_shot(const CallSpec&, const Wire&, const void* in, void* out, size_t n,
+  void one_shot(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                 const std::function<void()>* meanwhile);
-  void two_shot(const CallSpec&, const Wire&, const void* in, void* out, size_t n);
+  void two_shot(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void two_shot_read(const CallSpec&, const Wire&, void* out, size_t n);
   void two_shot_in_place(const CallSpec&, const Wire&, void* data, size_t n);
   void all_gather_read(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
   void reduce_scatter_read(const CallSpec&, const Wire&, void* out, const Cut&);
   size_t piece_values(const Wire&, size_t parts) const;
-  void copy_in_first(const Wire&, const void* in, size_t n);
-  void copy_in(const Wire&, const void* in, size_t start, const Cut& chunks, size_t piece);
+  void copy_in_first(const Wire&, const Input& in, size_t n);
+  void copy_in(const Wire&, const Input& in, size_t start, const Cut& chunks, size_t piece);
   void copy_out(const Wire&, void* out, size_t start, const Cut& chunks, size_t piece);
   void touch_back(const Wire&, int r, const char* values, char* lines, size_t n) const;
-  void reduce_chunk(const Wire&, const void* in, void* out, size_t start, const Cut& chunks, size_t piece);
+  void reduce_chunk(const Wire&, const Input& in, void* out, size_t start, const Cut& chunks, size_t piece);
 
   const ArenaLayout layout_;
   const bool crowded_;  // more ranks than cores: give up the core early

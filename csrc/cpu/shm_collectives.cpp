@@ -45,7 +45,7 @@ size_t ShmCommunicator::piece_values(const Wire& wire, size_t parts) const {
   return wire.values_in(std::min(layout_.slot_bytes, kPieceBytes) / parts);
 }
 
-void ShmCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void ShmCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   all_reduce_with(spec, wire, in, out, n, nullptr);
 }
 
@@ -55,16 +55,16 @@ void ShmCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wir
 }
 
 // Between announcing the input and waiting for the others lies the time that `meanwhile` can have for nothing.
-void ShmCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n,
+void ShmCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                       const std::function<void()>* meanwhile) {
   if (wire.bytes(n) <= kOneShotBytes) return one_shot(spec, wire, in, out, n, meanwhile);
-  const bool in_heap = wire.is_plain() && heap_.contains(in);
+  const bool in_heap = wire.is_plain() && heap_.contains(in.values());
   if (!in_heap) copy_in_first(wire, in, n);
-  announce(spec, in_heap ? in : nullptr);
+  announce(spec, in_heap ? in.values() : nullptr);
   if (meanwhile != nullptr) (*meanwhile)();
   hear_all(spec);
   if (in_heap && everybody_in_heap()) {
-    return in == out ? two_shot_in_place(spec, wire, out, n) : two_shot_read(spec, wire, out, n);
+    return in.values() == out ? two_shot_in_place(spec, wire, out, n) : two_shot_read(spec, wire, out, n);
   }
   if (anybody_in_heap()) {
     if (in_heap) copy_in_first(wire, in, n);
@@ -74,9 +74,9 @@ void ShmCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, co
   two_shot(spec, wire, in, out, n);
 }
 
-void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n,
+void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                const std::function<void()>* meanwhile) {
-  wire.encode(in, slot(rank(), 0), n);
+  in.encode(wire, slot(rank(), 0), n);
   announce(spec, nullptr);
   if (meanwhile != nullptr) (*meanwhile)();
   hear_all(spec);
@@ -95,19 +95,19 @@ void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const voi
   turn_ += 1;
 }
 
-void ShmCommunicator::copy_in_first(const Wire& wire, const void* in, size_t n) {
+void ShmCommunicator::copy_in_first(const Wire& wire, const Input& in, size_t n) {
   const size_t count = std::min(n, piece_values(wire, 1));
   copy_in(wire, in, 0, chunks_of(wire, count, world_size()), 0);
 }
 
 // This rank's own chunk of a plain message is not copied: only this rank reads it.
-void ShmCommunicator::copy_in(const Wire& wire, const void* in, size_t start, const Cut& chunks, size_t piece) {
+void ShmCommunicator::copy_in(const Wire& wire, const Input& in, size_t start, const Cut& chunks, size_t piece) {
   char* to = slot(rank(), piece);
-  const char* from = at(in, start * wire.value_bytes);
-  if (!wire.is_plain()) return wire.encode(from, to, chunks.total());
+  const Input from = in.from(wire, start);
+  if (!wire.is_plain()) return from.encode(wire, to, chunks.total());
   const size_t mine = chunks.start(rank()) * wire.value_bytes, after = mine + chunks.size(rank()) * wire.value_bytes;
-  wire.encode(from, to, chunks.start(rank()));
-  wire.encode(from + after, to + after, chunks.total() - after / wire.value_bytes);
+  wire.encode(from.values(), to, chunks.start(rank()));
+  wire.encode(at(from.values(), after), to + after, chunks.total() - after / wire.value_bytes);
 }
 
 void ShmCommunicator::copy_out(const Wire& wire, void* out, size_t start, const Cut& chunks, size_t piece) {
@@ -119,7 +119,7 @@ void ShmCommunicator::copy_out(const Wire& wire, void* out, size_t start, const 
   wire.decode(from + after, to + after, chunks.total() - after / wire.value_bytes);
 }
 
-void ShmCommunicator::reduce_chunk(const Wire& wire, const void* in, void* out, size_t start, const Cut& chunks,
+void ShmCommunicator::reduce_chunk(const Wire& wire, const Input& in, void* out, size_t start, const Cut& chunks,
                                    size_t piece) {
   const size_t offset = wire.offset(chunks.start(rank()));
   const size_t value_offset = (start + chunks.start(rank())) * wire.value_bytes;
@@ -127,7 +127,7 @@ void ShmCommunicator::reduce_chunk(const Wire& wire, const void* in, void* out, 
   Outputs outputs;
   for (int r = 0; r < world_size(); ++r) {
     const bool direct = wire.is_plain() && r == rank();
-    inputs[static_cast<size_t>(r)] = direct ? at(in, value_offset) : slot(r, piece) + offset;
+    inputs[static_cast<size_t>(r)] = direct ? at(in.values(), value_offset) : slot(r, piece) + offset;
     outputs[static_cast<size_t>(r)] = direct ? at(out, value_offset) : slot(r, piece) + offset;
   }
   wire.reduce(inputs.data(), world_size(), outputs.data(), world_size(), chunks.size(rank()));
@@ -136,7 +136,7 @@ void ShmCommunicator::reduce_chunk(const Wire& wire, const void* in, void* out, 
   count(wire.bytes(chunks.total()) - chunk_bytes + others * chunk_bytes);
 }
 
-void ShmCommunicator::two_shot(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void ShmCommunicator::two_shot(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n) {
   const size_t piece = piece_values(wire, 1);
   const size_t pieces = (n + piece - 1) / piece;
   for (size_t p = 0; p < pieces; ++p) {
@@ -193,25 +193,25 @@ void ShmCommunicator::two_shot_in_place(const CallSpec& spec, const Wire& wire, 
   count(wire.bytes(n - chunks.size(rank())) + static_cast<size_t>(world_size() - 1) * wire.bytes(chunks.size(rank())));
 }
 
-void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                        const Cut& cut) {
+void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {
   const size_t ranks = static_cast<size_t>(world_size());
   const size_t piece = piece_values(wire, ranks), stride = wire.bytes(piece);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
-  const bool in_heap = wire.is_plain() && heap_.contains(in);
+  const bool in_heap = wire.is_plain() && heap_.contains(in.values());
   const auto part = [&](int r, size_t p) {
     return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
   };
   const auto fill = [&](size_t p) {
     for (int r = 0; r < world_size(); ++r) {
       if (r == rank() && wire.is_plain()) continue;
-      wire.encode(at(in, (cut.start(r) + p * piece) * wire.value_bytes),
-                  slot(rank(), p) + static_cast<size_t>(r) * stride, part(r, p));
+      if (part(r, p) == 0) continue;
+      in.of_part(wire, cut.starts, static_cast<size_t>(r), p * piece)
+          .encode(wire, slot(rank(), p) + static_cast<size_t>(r) * stride, part(r, p));
       if (r != rank()) count(wire.bytes(part(r, p)));
     }
   };
   if (!in_heap) fill(0);
-  announce(spec, in_heap ? in : nullptr);
+  announce(spec, in_heap ? in.values() : nullptr);
   hear_all(spec);
   if (in_heap && everybody_in_heap()) return reduce_scatter_read(spec, wire, out, cut);
   if (anybody_in_heap()) {
@@ -232,7 +232,7 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
     for (int r = 0; r < world_size(); ++r) {
       char* theirs = slot(r, p) + static_cast<size_t>(rank()) * stride;
       const bool direct = r == rank() && wire.is_plain();
-      inputs[static_cast<size_t>(r)] = direct ? at(in, (cut.start(r) + p * piece) * wire.value_bytes) : theirs;
+      inputs[static_cast<size_t>(r)] = direct ? at(in.values(), (cut.start(r) + p * piece) * wire.value_bytes) : theirs;
       if (!direct) outputs[static_cast<size_t>(num_outputs++)] = theirs;
     }
     if (wire.is_plain()) {

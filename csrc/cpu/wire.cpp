@@ -125,6 +125,11 @@ const Wire& raw(DType dtype) {
 
 }  // namespace
 
+void Input::encode(const Wire& wire, void* to, size_t n) const {
+  if (!is_packed_) return wire.encode(data_, to, n);
+  if (n > 0) std::memcpy(to, data_, wire.bytes(n));
+}
+
 size_t Wire::values_in(size_t wire_bytes) const { return wire_bytes / bytes(block_values) * block_values; }
 
 const Wire& wire_of(DType dtype, Codec codec, ReduceOp op) {

@@ -54,14 +54,14 @@ void DeviceCommunicator::enter() {
   launched_ = true;
 }
 
-void DeviceCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void DeviceCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   run([&] {
     enter();
     send_all_reduce(spec, wire, in, out, n);
   });
 }
 
-void DeviceCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+void DeviceCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out,
                                            const Cut& cut) {
   run([&] {
     enter();
@@ -256,12 +256,12 @@ class LocalDevice final : public DeviceCommunicator {
   void heap_free(void*) override {}
   size_t heap_bytes() const override { return 0; }
 
-  void send_all_reduce(const CallSpec&, const Wire& wire, const void* in, void* out, size_t n) override {
-    copy(in, out, n * wire.value_bytes);
+  void send_all_reduce(const CallSpec&, const Wire& wire, Input in, void* out, size_t n) override {
+    take(wire, in, out, n);
   }
-  void send_reduce_scatter(const CallSpec&, const Wire& wire, const void* in, void* out, const Cut& cut,
+  void send_reduce_scatter(const CallSpec&, const Wire& wire, Input in, void* out, const Cut& cut,
                            const Stretch&) override {
-    copy(in, out, cut.total() * wire.value_bytes);
+    take(wire, in, out, cut.total());
   }
   void send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
                        const Stretch&) override {
@@ -273,6 +273,10 @@ class LocalDevice final : public DeviceCommunicator {
   std::vector<int64_t> send_exchange(const CallSpec& spec) override { return {spec.mine}; }
 
  private:
+  static void take(const Wire& wire, const Input& in, void* out, size_t n) {
+    if (!in.is_packed()) return copy(in.values(), out, n * wire.value_bytes);
+    TPK_CUDA_CHECK(launch_decode(wire.dtype, wire.codec, in.values(), out, n, current_stream()));
+  }
   static void copy(const void* in, void* out, size_t bytes) {
     if (in == out || bytes == 0) return;
     TPK_CUDA_CHECK(cudaMemcpyAsync(out, in, bytes, cudaMemcpyDeviceToDevice, current_stream()));

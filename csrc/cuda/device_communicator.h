@@ -67,14 +67,13 @@ class DeviceCommunicator : public Communicator {
 
   // What a part does, inside send or receive. The fingerprint and the tensors are those of the whole call; of
   // all_reduce, whose parts are values in a row, only the fingerprint.
-  virtual void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) = 0;
-  virtual void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
-                                   const Stretch&) = 0;
+  virtual void send_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) = 0;
+  virtual void send_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&, const Stretch&) = 0;
   virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) = 0;
 
  protected:
-  void do_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) final;
-  void do_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) final;
+  void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) final;
+  void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) final;
   void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) final;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                             const std::function<void()>& meanwhile) final;

@@ -28,9 +28,9 @@ void copy(const void* from, void* to, size_t bytes) {
   TPK_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, current_stream()));
 }
 
-void encode(const Wire& wire, const void* values, void* to, size_t n) {
-  if (wire.is_plain()) return copy(values, to, n * wire.value_bytes);
-  if (n > 0) TPK_CUDA_CHECK(launch_encode(wire.dtype, wire.codec, values, to, n, current_stream()));
+void encode(const Wire& wire, const Input& in, void* to, size_t n) {
+  if (in.is_packed() || wire.is_plain()) return copy(in.values(), to, wire.bytes(n));
+  if (n > 0) TPK_CUDA_CHECK(launch_encode(wire.dtype, wire.codec, in.values(), to, n, current_stream()));
 }
 
 void decode(const Wire& wire, const void* from, void* values, size_t n) {
@@ -111,19 +111,17 @@ size_t DeviceGroupCommunicator::piece_values(const Wire& wire, size_t parts) con
   return std::max(wire.values_in(usable / parts) / unit * unit, unit);
 }
 
-void DeviceGroupCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                              size_t n) {
+void DeviceGroupCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   agree(spec);
   const size_t piece = piece_values(wire, 1);
   for (size_t start = 0; start < n; start += piece) {
-    all_reduce_piece(spec, wire, at(in, start * wire.value_bytes), at(out, start * wire.value_bytes),
-                     std::min(piece, n - start));
+    all_reduce_piece(spec, wire, in.from(wire, start), at(out, start * wire.value_bytes), std::min(piece, n - start));
   }
 }
 
 // Rank r gets chunk r of everyone, sums it, and sends the sum to everyone. Chunks begin where the piece's own wire has
 // them, so that one encode and one decode are enough.
-void DeviceGroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+void DeviceGroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
                                                size_t n) {
   const size_t ranks = static_cast<size_t>(world_size()), unit = granule(wire);
   Cut chunks = Cut::even((n + unit - 1) / unit, world_size(), unit);
@@ -146,7 +144,7 @@ void DeviceGroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire&
   count(wire.bytes(n) - wire.bytes(my_values) + (ranks - 1) * wire.bytes(my_values));
 }
 
-void DeviceGroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+void DeviceGroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out,
                                                   const Cut& cut, const Stretch& stretch) {
   agree(spec);
   const size_t ranks = static_cast<size_t>(world_size()), piece = piece_values(wire, ranks);
@@ -155,7 +153,9 @@ void DeviceGroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wi
     char* to = exchange_->send_buffer();
     for (int r = 0; r < world_size(); ++r) {
       const size_t values = stretch.piece_size(r, start, piece);
-      encode(wire, at(in, (cut.start(r) + stretch.piece_begin(r, start)) * wire.value_bytes), to, values);
+      if (values > 0) {
+        encode(wire, in.of_part(wire, cut.starts, static_cast<size_t>(r), stretch.piece_begin(r, start)), to, values);
+      }
       send.push_back(aligned(wire.bytes(values)));
       to += send.back();
       if (r != rank()) count(wire.bytes(values));

@@ -24,9 +24,8 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
   void heap_free(void*) override {}
   size_t heap_bytes() const override { return 0; }
 
-  void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
-                           const Stretch&) override;
+  void send_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
+  void send_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&, const Stretch&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
 
  protected:
@@ -41,7 +40,7 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
   // What every rank says, compared.
   std::vector<CallSpec> ask(const CallSpec&);
   void travel(Op op, const Sizes& send, const Sizes& receive);
-  void all_reduce_piece(const CallSpec&, const Wire&, const void* in, void* out, size_t n);
+  void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   size_t piece_values(const Wire&, size_t parts) const;
   template <class Body>
   auto named(Op op, Body&& body);

@@ -66,7 +66,7 @@ Machine PeerCommunicator::machine() const {
   return machine;
 }
 
-Call PeerCommunicator::next_call(const CallSpec& spec, const void* input) {
+Call PeerCommunicator::next_call(const CallSpec& spec, const Input& in) {
   Call call{};
   call.op = spec.op;
   call.dtype = spec.dtype;
@@ -75,8 +75,9 @@ Call PeerCommunicator::next_call(const CallSpec& spec, const void* input) {
   call.numel = spec.numel;
   call.shape_hash = spec.shape_hash;
   call.heap_offset = kNotInHeap;
-  if (spec.codec == Codec::None && input != nullptr && heap_.contains(input)) {
-    const auto offset = static_cast<uint64_t>(static_cast<const char*>(input) - peers_.arena[rank()]) -
+  call.packed = in.is_packed();
+  if (spec.codec == Codec::None && in.values() != nullptr && heap_.contains(in.values())) {
+    const auto offset = static_cast<uint64_t>(static_cast<const char*>(in.values()) - peers_.arena[rank()]) -
                         static_cast<uint64_t>(heap_offset(peers_));
     if (offset % kHeapUnit == 0) call.heap_offset = offset;
   }
@@ -97,7 +98,7 @@ void PeerCommunicator::count_all_reduce(Path path, const Wire& wire, size_t n) {
   }
 }
 
-void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const void* in, void* out, size_t n) {
+void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
   const Choice choice = choose_all_reduce(machine(), forced(), wire.dtype, wire.op, wire.codec, wire.bytes(n));
   const auto launch = choice.path == Path::OneShot     ? launch_one_shot
                       : choice.path == Path::Multicast ? launch_multicast
@@ -105,23 +106,27 @@ void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, c
   const size_t piece = wire.values_in(arena_.slot_bytes);
   for (size_t start = 0; start == 0 || start < n; start += piece) {
     const size_t values = std::min(piece, n - start);
-    const char* const from = at(in, start * wire.value_bytes);
-    check_cuda(launch(peers_, next_call(spec, from), from, at(out, start * wire.value_bytes), values, choice.blocks,
-                      current_stream()),
+    const Input from = in.from(wire, start);
+    check_cuda(launch(peers_, next_call(spec, from), from.values(), at(out, start * wire.value_bytes), values,
+                      choice.blocks, current_stream()),
                name_of(choice.path));
   }
   count_all_reduce(choice.path, wire, n);
 }
 
-void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const void* in, void* out,
-                                           const Cut& cut, const Stretch& stretch) {
+void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut,
+                                           const Stretch& stretch) {
   const size_t ranks = static_cast<size_t>(world_size()), largest = stretch.largest();
   const size_t piece = wire.values_in(arena_.slot_bytes / ranks / kHeapUnit * kHeapUnit);
   const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest) * ranks));
   for (size_t start = 0; start == 0 || start < largest; start += piece) {
     char* const to = at(out, stretch.piece_begin(rank(), start) * wire.value_bytes);
-    check_cuda(launch_reduce_scatter(peers_, next_call(spec, in), in, to,
-                                     piece_of(cut, stretch, world_size(), start, piece), blocks, current_stream()),
+    DeviceCut part = piece_of(cut, stretch, world_size(), start, piece);
+    for (int r = 0; in.is_packed() && r < world_size(); ++r) {
+      const Input from = in.of_part(wire, cut.starts, static_cast<size_t>(r), stretch.piece_begin(r, start));
+      part.first[r] = static_cast<uint64_t>(at(from.values(), 0) - at(in.values(), 0));
+    }
+    check_cuda(launch_reduce_scatter(peers_, next_call(spec, in), in.values(), to, part, blocks, current_stream()),
                "reduce_scatter");
   }
   for (int r = 0; r < world_size(); ++r) {

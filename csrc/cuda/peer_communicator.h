@@ -34,9 +34,8 @@ class PeerCommunicator final : public DeviceCommunicator {
   size_t heap_bytes() const override { return heap_.bytes(); }
   Machine machine() const override;
 
-  void send_all_reduce(const CallSpec&, const Wire&, const void* in, void* out, size_t n) override;
-  void send_reduce_scatter(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
-                           const Stretch&) override;
+  void send_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
+  void send_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&, const Stretch&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
 
  protected:
@@ -45,8 +44,8 @@ class PeerCommunicator final : public DeviceCommunicator {
   std::vector<int64_t> send_exchange(const CallSpec&) override;
 
  private:
-  // A launch of the running call; input: where it reads, if that may be in the heap.
-  Call next_call(const CallSpec&, const void* input = nullptr);
+  // A launch of the running call; in: what it reads, if that may be in the heap.
+  Call next_call(const CallSpec&, const Input& in = nullptr);
   void count_all_reduce(Path path, const Wire&, size_t n);
   size_t tokens_at_once(const Wire&, const AddNorm&) const;
 

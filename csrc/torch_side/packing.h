@@ -38,6 +38,16 @@ inline Unpacking unpacking(const Tensor& wire_bytes, const Shape& shape, ScalarT
   return {out, wire};
 }
 
+// A wire of bytes where kernels can read it: in words of 16.
+inline Tensor readable(const Tensor& wire_bytes) {
+  const Tensor packed = dense(wire_bytes);
+  if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0) return packed;
+  Tensor aligned = empty_of(packed, shape_of(packed));
+  settle();
+  torch::stable::copy_(aligned, packed);
+  return aligned;
+}
+
 inline void check_residual(const char* op, const Tensor& x, const Tensor& residual) {
   TPK_CHECK(residual.scalar_type() == ScalarType::Float && residual.is_contiguous(), op,
             ": residual must be float32 and contiguous, got ", name_of(raw_dtype_of(residual)),

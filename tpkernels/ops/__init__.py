@@ -8,7 +8,14 @@ from __future__ import annotations
 from .collectives import all_gather, all_reduce, all_reduce_, reduce_scatter
 from .fused_gemm import all_gather_gemm, gemm_all_reduce, gemm_reduce_scatter, replicated_gemm
 from .norm import all_reduce_add_rms_norm, squared_norm
-from .packing import compress, compress_with_feedback, decompress
+from .packing import (
+    all_reduce_packed,
+    compress,
+    compress_parts,
+    compress_with_feedback,
+    decompress,
+    reduce_scatter_packed,
+)
 from .vocab import vocab_cross_entropy, vocab_embedding
 
 __all__ = [
@@ -17,12 +24,15 @@ __all__ = [
     "all_reduce",
     "all_reduce_",
     "all_reduce_add_rms_norm",
+    "all_reduce_packed",
     "compress",
+    "compress_parts",
     "compress_with_feedback",
     "decompress",
     "gemm_all_reduce",
     "gemm_reduce_scatter",
     "reduce_scatter",
+    "reduce_scatter_packed",
     "replicated_gemm",
     "squared_norm",
     "vocab_cross_entropy",

@@ -1,4 +1,9 @@
-"""Packing of tensors outside collectives: to bytes, back, and with error feedback. Gradient aggregation is made of it.
+"""Packing of tensors outside collectives: to bytes, back, and with error feedback; and sums of what is packed already.
+
+Gradient aggregation is made of it. With error feedback, R ranks, and an average:
+
+    wire = compress_with_feedback(gradient, residual, codec, scale=1 / R)
+    mean = all_reduce_packed(wire, gradient.shape, gradient.dtype, codec=codec)
 
 Every function: the public name, the fake kernel (what torch.compile sees). None has a gradient.
 """
@@ -13,9 +18,11 @@ from torch import Tensor
 from torch._C import _increment_version
 from torch.compiler import is_compiling
 
-from tpkernels.compress import wire_bytes
+from tpkernels.compress import block_values, wire_bytes
+from tpkernels.group import Group, resolve
+from tpkernels.shard import part_sizes
 
-from ._check import PACKABLE, check_codec, check_tensor, names
+from ._check import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, names
 from ._register import fake
 
 Call = torch.ops.tpkernels
@@ -63,16 +70,10 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"decompress: dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_codec("decompress", codec, dtype)
-    if wire.dtype != torch.uint8 or wire.dim() != 1:
-        raise ValueError(
-            f"decompress: wire must be uint8 with one dim, got {names([wire.dtype])} of shape {list(wire.shape)}"
-        )
     sizes = list(shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"decompress: shape must not be negative, got {sizes}")
-    expected = wire_bytes(codec, math.prod(sizes), dtype.itemsize)
-    if wire.numel() != expected:
-        raise ValueError(f"decompress: wire must have {expected} bytes for shape {sizes}, got {wire.numel()}")
+    _check_bytes("decompress", wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
     return Call.decompress(wire, sizes, dtype, codec)  # type: ignore[no-any-return]
 
 
@@ -135,3 +136,160 @@ def _check_residual(op: str, x: Tensor, residual: Tensor) -> None:
 @fake("compress_with_feedback")
 def _compress_with_feedback_fake(x: Tensor, residual: Tensor, codec: str, scale: float) -> Tensor:
     return x.new_empty([wire_bytes(codec, x.numel(), x.itemsize)], dtype=torch.uint8)
+
+
+def all_reduce_packed(
+    wire: Tensor, shape: Sequence[int], dtype: torch.dtype, *, group: Group | None = None, op: str = "sum", codec: str
+) -> Tensor:
+    """Reduce over the ranks what every rank has packed already; every rank gets the whole result.
+
+    Equal to, bit for bit and on more than one rank, without packing a second time:
+
+        wire = compress(x, codec)
+        y = all_reduce(x, op=op, codec=codec)            # on one rank, where nothing travels: decompress(wire)
+
+    It is that very call: a rank may bring a wire where another brings values, and the counters are those of all_reduce.
+
+    Args:
+        wire: uint8, one dim, what `compress` or `compress_with_feedback` gave for values of this shape.
+        shape: of the result, the same on every rank.
+        dtype: of the result; it may be another one than was packed, unless codec is "none".
+        group: the ranks; None means all ranks of the default process group.
+        op: "sum" | "avg"; with codec "none" whatever all_reduce takes.
+        codec: the one the wire was packed with.
+
+    Returns:
+        y, contiguous. No gradient: a wire is bytes.
+
+    Raises:
+        TypeError, ValueError: wire has not the bytes of such a tensor, or dtype, op or codec do not fit.
+        RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
+    """
+    name, group = "all_reduce_packed", resolve(group)
+    _check_packed(name, wire, dtype, op, codec, group)
+    sizes = list(shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{name}: shape must not be negative, got {sizes}")
+    _check_bytes(name, wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
+    return Call.all_reduce_packed(wire, sizes, dtype, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+
+
+@fake("all_reduce_packed")
+def _all_reduce_packed_fake(
+    wire: Tensor, shape: list[int], dtype: torch.dtype, group: str, world_size: int, op: str, codec: str
+) -> Tensor:
+    return wire.new_empty(shape, dtype=dtype)
+
+
+def reduce_scatter_packed(
+    wire: Tensor, numel: int, dtype: torch.dtype, *, group: Group | None = None, op: str = "sum", codec: str
+) -> Tensor:
+    """Reduce over the ranks what every rank has packed already; every rank gets its even part of the flat result.
+
+    Equal to, bit for bit and on more than one rank, without packing a second time:
+
+        wire = compress_parts(x, codec)
+        y = reduce_scatter(x.flatten(), op=op, codec=codec)       # on one rank: decompress(wire)
+
+    It is that very call, as `all_reduce_packed` is.
+
+    Args:
+        wire: uint8, one dim: the even parts of all ranks, packed one by one and put behind one another, as
+            `compress_parts` does.
+        numel: values of the whole tensor; the first numel % R ranks get one more.
+        dtype: of the result; it may be another one than was packed, unless codec is "none".
+        group: the ranks; None means all ranks of the default process group.
+        op: "sum" | "avg"; with codec "none" whatever reduce_scatter takes.
+        codec: the one the wire was packed with.
+
+    Returns:
+        this rank's part, one dim. No gradient: a wire is bytes.
+
+    Raises:
+        TypeError, ValueError: wire has not the bytes of such parts, or numel, dtype, op or codec do not fit.
+        RankMismatchError, TimeoutError, PeerLostError: as in `reduce_scatter`.
+    """
+    name, group = "reduce_scatter_packed", resolve(group)
+    _check_packed(name, wire, dtype, op, codec, group)
+    if numel is None:
+        raise TypeError(f"{name}: numel must be an int, got None")
+    check_size(name, "numel", numel)
+    parts = [_part(numel, group.world_size, r) for r in range(group.world_size)]
+    expected = sum(wire_bytes(codec, part, dtype.itemsize) for part in parts)
+    _check_bytes(name, wire, expected, f"{numel} values in {group.world_size} packed parts")
+    call = (group.name, group.world_size, group.rank, op, codec)
+    return Call.reduce_scatter_packed(wire, numel, dtype, *call)  # type: ignore[no-any-return]
+
+
+def _part(numel: int, world_size: int, rank: int) -> int:
+    """The size of an even part, as one division: no guard on a symbolic numel."""
+    return (numel + world_size - 1 - rank) // world_size
+
+
+@fake("reduce_scatter_packed")
+def _reduce_scatter_packed_fake(
+    wire: Tensor, numel: int, dtype: torch.dtype, group: str, world_size: int, rank: int, op: str, codec: str
+) -> Tensor:
+    return wire.new_empty([_part(numel, world_size, rank)], dtype=dtype)
+
+
+def compress_parts(
+    x: Tensor, codec: str, *, group: Group | None = None, residual: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Pack the even parts of a flat tensor one by one: what `reduce_scatter_packed` takes.
+
+    Equal to:
+
+        parts = split(x.flatten(), R)
+        return cat([compress(part, codec) for part in parts])     # with a residual: compress_with_feedback of each
+
+    Args:
+        x: any shape; fp32 | bf16 | fp16, with codec "none" any dtype.
+        codec: a name in `tpkernels.compress.CODECS`.
+        group: the ranks, whose number R is; None means all ranks of the default process group. Nothing is sent.
+        residual: None, or as in `compress_with_feedback`; it is overwritten.
+        scale: with a residual as in `compress_with_feedback`; without one it must be 1.
+
+    Returns:
+        the wire, uint8.
+
+    Raises:
+        TypeError, ValueError: x, codec, residual or scale do not fit.
+    """
+    name, group = "compress_parts", resolve(group)
+    check_tensor(name, "x", x, group)
+    check_codec(name, codec, x.dtype)
+    if residual is None and scale != 1.0:
+        raise ValueError(f"{name}: scale must be 1 without a residual, got {scale}")
+    if residual is not None:
+        check_tensor(name, "residual", residual, group)
+        _check_residual(name, x, residual)
+    sizes = part_sizes(x.numel(), group.world_size)
+    if len(set(sizes)) == 1 and sizes[0] % block_values(codec) == 0:
+        sizes = [x.numel()]  # every part ends with a block: together they are packed to the same bytes
+    parts = torch.split(x.reshape(-1), sizes)
+    if residual is None:
+        wires = [compress(part, codec) for part in parts]
+    else:
+        kept = torch.split(residual.view(-1), sizes)
+        wires = [compress_with_feedback(part, left, codec, scale) for part, left in zip(parts, kept, strict=True)]
+    return wires[0] if len(wires) == 1 else torch.cat(wires)
+
+
+def _check_packed(name: str, wire: Tensor, dtype: torch.dtype, op: str, codec: str, group: Group) -> None:
+    check_tensor(name, "wire", wire, group)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: dtype must be a torch.dtype, got {type(dtype).__name__}")
+    check_codec(name, codec, dtype)
+    if (dtype, op, codec) not in REDUCIBLE:
+        allowed = "'sum' or 'avg' with a codec" if codec != "none" else "one that all_reduce takes for that dtype"
+        raise ValueError(f"{name}: op must be {allowed}, got {op!r} for {names([dtype])} with codec {codec!r}")
+
+
+def _check_bytes(name: str, wire: Tensor, expected: int, what: str) -> None:
+    if wire.dtype != torch.uint8 or wire.dim() != 1:
+        raise ValueError(
+            f"{name}: wire must be uint8 with one dim, got {names([wire.dtype])} of shape {list(wire.shape)}"
+        )
+    if wire.numel() != expected:
+        raise ValueError(f"{name}: wire must have {expected} bytes for {what}, got {wire.numel()}")

@@ -34,7 +34,7 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(Args args) {
   Turn turn(args.peers, args.call, Kernel::OneShot);
   const Length length = length_of<Format>(args.n);
   const Range mine = share_of<Format>(0, units_of(length));
-  const auto copy_in = [&] { Format::encode(static_cast<const T*>(args.in), turn.slot(turn.rank()), mine, length); };
+  const auto copy_in = [&] { bring_in<Format>(args.in, args.call.packed, turn.slot(turn.rank()), mine, length); };
   if (turn.bring(copy_in)) {
     const Sources inputs(args.peers, turn, 0);
     for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
@@ -57,9 +57,7 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) two_shot_kernel(Args args) {
     return share_of<Format>(part_start(units, ranks, r), part_start(units, ranks, r + 1));
   };
   const auto copy_in = [&] {
-    for (int r = 0; r < ranks; ++r) {
-      Format::encode(static_cast<const T*>(args.in), turn.slot(me), chunk(r), length);
-    }
+    for (int r = 0; r < ranks; ++r) bring_in<Format>(args.in, args.call.packed, turn.slot(me), chunk(r), length);
   };
   if (Format::kPlain ? turn.bring_or_leave(args.heap_units, copy_in) : turn.bring(copy_in)) {
     const Sources inputs(args.peers, turn, 0);

@@ -97,11 +97,13 @@ struct Call {
   uint32_t shape_hash;
   uint32_t brings;       // values of this rank's whole part (all_gather), low 32 bits; others 0
   uint64_t heap_offset;  // of `in` in this rank's heap, or kNotInHeap; when every rank has one, nothing is copied in
+  bool packed;           // `in` is a wire already: it is copied where values would be packed; only with a codec
   uint32_t piece;        // 0 opens a call; later pieces of a call whose opening was refused must do nothing at all
 };
 
 // How values are cut over the ranks: rank r has values [first[r], first[r] + count[r]) of the whole tensor. A piece of
-// a larger message gives each rank the same stretch of its part, so the parts of a piece need not touch.
+// a larger message gives each rank the same stretch of its part, so the parts of a piece need not touch. Where the
+// input is packed, first[r] is the byte of its wire where that stretch begins: a multiple of 16 is fast.
 struct DeviceCut {
   uint64_t first[kMaxPeers];
   uint64_t count[kMaxPeers];

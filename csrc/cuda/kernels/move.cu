@@ -33,9 +33,11 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) reduce_scatter_kernel(ScatterA
   const auto copy_in = [&] {
     for (int r = 0; r < ranks; ++r) {
       const Length length = length_of<Format>(args.cut.count[r]);
-      const T* part = static_cast<const T*>(args.in) + args.cut.first[r];
+      const void* part = args.call.packed
+                             ? static_cast<const char*>(args.in) + args.cut.first[r]
+                             : static_cast<const void*>(static_cast<const T*>(args.in) + args.cut.first[r]);
       char* to = turn.slot(me) + static_cast<size_t>(r) * args.part_bytes;
-      Format::encode(part, to, share_of<Format>(0, units_of(length)), length);
+      bring_in<Format>(part, args.call.packed, to, share_of<Format>(0, units_of(length)), length);
     }
   };
   if (Format::kPlain ? turn.bring_or_leave(args.heap_units, copy_in) : turn.bring(copy_in)) {

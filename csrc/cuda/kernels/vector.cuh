@@ -4,6 +4,7 @@
 // of kUnitValues values and kUnitBytes bytes, each worked on by kUnitThreads threads that keep it in registers:
 //
 //   encode(values, wire, range, length)           the units of a range: values -> wire, which has room for whole units
+//   copy_packed(from, wire, range, length)        the same of an input that is packed already, at any alignment
 //   decode(wire, values, range, length, reach)    wire -> values
 //   sum(wires, count, op, unit, length)           Sums of one unit of wires[0], wires[1], ... in that order
 //   as_packed(sums)                               what decoding gives when these sums have been packed
@@ -63,6 +64,15 @@ __device__ __forceinline__ bool is_aligned(const void* pointer, size_t bytes = 1
 
 // Whose memory is read: another rank's may have changed since this kernel began, and is not in the first-level cache.
 enum class Reach : uint32_t { Own, Peer };
+
+// A rank's input on its way into a slot: values, or a wire that is copied as it is.
+template <class Format>
+__device__ __forceinline__ void bring_in(const void* in, bool packed, char* wire, Range range, Length length) {
+  if constexpr (!Format::kPlain) {
+    if (packed) return Format::copy_packed(static_cast<const char*>(in), wire, range, length);
+  }
+  Format::encode(static_cast<const typename Format::Value*>(in), wire, range, length);
+}
 
 // A dtype's values as they are. Any alignment of T will do; 16 bytes are fast.
 template <class T>

@@ -216,6 +216,18 @@ struct Coded {
     }
   }
 
+  __device__ __forceinline__ static void copy_packed(const char* from, char* wire, Range range, Length length) {
+    const bool aligned = is_aligned(from);
+    for (uint32_t unit = range.first; unit < range.end; unit += range.stride) {
+      const char* const block = from + size_t{unit} * kUnitBytes;
+      char* const to = wire + size_t{unit} * kUnitBytes;
+      const uint32_t size = static_cast<uint32_t>(bytes(values_in<Coded>(unit, length)));
+      const uint32_t words = aligned ? size / 16 : 0;
+      for (uint32_t i = lane(); i < words; i += kWarp) store16(to + i * 16, load16(block + i * 16));
+      for (uint32_t i = words * 16 + lane(); i < size; i += kWarp) to[i] = block[i];
+    }
+  }
+
   __device__ __forceinline__ static void decode(const char* wire, T* values, Range range, Length length, Reach reach) {
     for (uint32_t unit = range.first; unit < range.end; unit += range.stride) {
       const LaneWire<C> packed =
