@@ -20,8 +20,9 @@ LEVELS = [
     {"choose", "devices", "exchange", "group", "opening", "peer", "rendezvous", "tune"},
     {"compress", "ops", "shard"},
     {"layers"},
-    {"checkpoint", "ckpt_files", "data_parallel", "ranks"},
-    {"data", "gpt", "job", "launch", "parity", "progress", "report", "runlog", "settings", "train"},
+    {"checkpoint", "ckpt_files", "data_parallel", "derive", "plan", "plan_heads", "plan_layers", "plan_refuse"}
+    | {"plan_styles", "plans", "ranks"},
+    {"data", "gpt", "job", "launch", "layout", "parity", "progress", "replicas", "report", "runlog", "settings", "train"},
     {"__init__", "__main__", "cli", "info", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

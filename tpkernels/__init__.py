@@ -13,6 +13,7 @@ _C.set_onednn_available(_torch._C._has_mkldnn)
 from tpkernels import checkpoint, compress, data_parallel, layers, ops, shard  # noqa: E402
 from tpkernels._build import build_info  # noqa: E402
 from tpkernels.group import Explanation, Group  # noqa: E402
+from tpkernels.plan import Plan, parallelize  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Explanation",
     "Group",
     "PeerLostError",
+    "Plan",
     "RankMismatchError",
     "build_info",
     "checkpoint",
@@ -27,5 +29,6 @@ __all__ = [
     "data_parallel",
     "layers",
     "ops",
+    "parallelize",
     "shard",
 ]

@@ -1,0 +1,321 @@
+"""Cut an unmodified model over the ranks of a group: a plan says how each module is cut, `parallelize` does it.
+
+A plan is data, {module glob: style}; plan_styles.py has the styles. It comes from plans/<model_type>.py, from the model
+itself where transformers ships one, from the tree of its modules (derive.py), or from the caller.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from tpkernels.compress import CODECS
+from tpkernels.group import Group, resolve
+from tpkernels.layers.base import Cut
+from tpkernels.plan_heads import Block, cuts_of_block, find_blocks, sizes_of, tell_heads
+from tpkernels.plan_layers import Column, Row, Tied, Vocab, cut_module
+from tpkernels.plan_refuse import refuse
+from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, packed_sizes, parse_style
+from tpkernels.shard import packed_runs, shard_info
+
+__all__ = ["Plan", "PlanError", "PlanReport", "parallelize"]
+
+log = logging.getLogger("tpkernels")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is cut.
+
+    Attributes:
+        rules: {module glob: style}; of several rules that match a module the last one counts.
+        source: where they come from, for people.
+        strict: an embedding or linear without a rule, and a rule that matches nothing, are errors. Otherwise the first
+            stay whole, as transformers means it in the plans that it ships.
+    """
+
+    rules: Mapping[str, str]
+    source: str = "the caller"
+    strict: bool = True
+
+    @classmethod
+    def resolve(cls, model: nn.Module, plan: str | Mapping[str, str] | Plan = "auto") -> Plan:
+        """Return the plan for a model.
+
+        Args:
+            model: whole; parameters may be on the meta device.
+            plan: "auto" for plans/<model_type>.py, else the model's own, else a derived one; {module glob: style}.
+
+        Raises:
+            PlanError: there is none, with the reason.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if not isinstance(plan, str):
+            return cls(dict(plan))
+        if plan != "auto":
+            raise PlanError(f"Plan: plan must be 'auto' or {{module glob: style}}, got {plan!r}")
+        return _of_ours(model) or _of_the_model(model) or _derived(model)
+
+    def styles(self, model: nn.Module) -> dict[str, Style]:
+        """Return the style of every module that the plan cuts or keeps: {module name: Style}.
+
+        Raises:
+            PlanError: a module without a rule, a rule without a module, or no such style; names them.
+        """
+        parsed = {glob: parse_style(text) for glob, text in self.rules.items()}
+        modules = dict(model.named_modules())
+        found: dict[str, Style] = {}
+        used: set[str] = set()
+        for name in modules:
+            for glob, style in parsed.items():
+                if name and fnmatchcase(name, glob):
+                    found[name] = style
+                    used.add(glob)
+        if self.strict:
+            missing = [name for name, module in modules.items() if is_weighty(module) and not _covered(name, found)]
+            if missing:
+                raise PlanError(f"Plan: no rule for {_few(missing)} ({len(missing)} modules)")
+            if len(used) < len(parsed):
+                raise PlanError(f"Plan: no module for the rules {_few(g for g in parsed if g not in used)}")
+        return found
+
+
+@dataclass
+class PlanReport:
+    """What `parallelize` did; it sits on the model as `tpk_plan`, and str() of it is the line that it logs.
+
+    Attributes:
+        source: where the plan came from.
+        styles: {module name: style}, of every module that was cut.
+        linears: how many linears the model has. whole: the names of those that were left whole.
+        heads: {how: number of attention blocks}.
+        group: over which.
+        sequence_parallel: whether tokens are cut between the blocks.
+    """
+
+    source: str
+    group: Group
+    styles: dict[str, str] = field(default_factory=dict)
+    linears: int = 0
+    whole: list[str] = field(default_factory=list)
+    heads: dict[str, int] = field(default_factory=dict)
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        cut = self.linears - len(self.whole)
+        parts = [f"cut {cut} of {self.linears} linears over {self.group.world_size} ranks by the plan of {self.source}"]
+        parts += [f"{count} attention blocks {how}" for how, count in self.heads.items()]
+        experts = sum(style == "expert" for style in self.styles.values())
+        parts += [f"{experts} mixtures of experts"] * bool(experts)
+        parts += [f"whole: {_few(self.whole)}"] * bool(self.whole)
+        return "; ".join(parts + ["tokens cut between the blocks"] * self.sequence_parallel)
+
+
+def parallelize(
+    model: Model,
+    *,
+    group: Group | None = None,
+    plan: str | Mapping[str, str] | Plan = "auto",
+    sequence_parallel: bool = False,
+    codec: str = "none",
+) -> Model:
+    """Cut a model over the ranks of a group, in place.
+
+    Equal to, for every input, and with gradients that are the unsharded ones' parts:
+
+        y = model(x)                    # on every rank
+
+    The class of the model, its module names and its state-dict keys stay; values of the state dict are this rank's
+    parts (`tpkernels.shard.shard_info(parameter)` says of what). Tied parameters stay tied. `model.tpk_plan` says what
+    was done.
+
+    Args:
+        model: the same on all ranks, on the CPU, the group's device, or meta (then fill the parts by their shard_info).
+        group: over which; None means all ranks.
+        plan: "auto", or {module glob: style}: see `Plan.resolve` and tpkernels/plan_styles.py.
+        sequence_parallel: between the blocks of a decoder each rank keeps its part of the tokens only (less memory for
+            activations, the same traffic).
+        codec: how partial sums travel.
+
+    Returns:
+        the model.
+
+    Raises:
+        PlanError: the plan does not fit, or the model cannot be cut: quantised, already wrapped, too few heads; nothing
+            is changed then.
+        ValueError: no such codec.
+
+    Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
+    """
+    group = resolve(group)
+    if codec not in CODECS:
+        raise ValueError(f"parallelize: codec must be one of {list(CODECS)}, got {codec!r}")
+    refuse(model)
+    plan = Plan.resolve(model, plan)
+    styles = plan.styles(model)
+    modules = dict(model.named_modules())
+    blocks = list(find_blocks(modules, styles))
+    cuts = _all_cuts(modules, styles, blocks, group.world_size)
+    report = _report(plan, styles, modules, blocks, group)
+    tied = Tied(model)
+    for block in blocks:
+        tell_heads(block, group.world_size, group.rank)
+    for name, style in styles.items():
+        _apply(modules[name], style, cuts.get(name), group, tied, codec)
+    model.tpk_plan = report  # type: ignore[assignment]
+    if group.rank == 0:
+        log.info("%s", report)
+    return model
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the Conv1D of transformers: a linear whose weight is [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear, in either layout of its weight."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_weighty(module: nn.Module) -> bool:
+    """Whether a strict plan must say something about this module."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
+def _covered(name: str, found: dict[str, Style]) -> bool:
+    """Whether a rule holds for the module, or a mixture above it is cut as a whole."""
+    parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
+    return name in found or any(p in found and found[p].name in ("expert", "replicate") for p in parents)
+
+
+def _few(names: Iterable[str], most: int = 6) -> str:
+    """A list of names for a message, which may be long."""
+    names = list(names)
+    return str(names[:most])[:-1] + (", ...]" if len(names) > most else "]")
+
+
+def _of_ours(model: nn.Module) -> Plan | None:
+    """The plan of plans/<model_type>.py: RULES, a dict, or a function of the model that gives one."""
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(name, str) or not name.replace("_", "").isalnum():
+        return None
+    where = f"tpkernels.plans.{name}"
+    if importlib.util.find_spec(where) is None:
+        return None
+    rules = importlib.import_module(where).RULES
+    found = dict(rules(model) if callable(rules) else rules)
+    return Plan(found | _of_the_vocabulary(model), f"tpkernels/plans/{name}.py")
+
+
+def _of_the_model(model: nn.Module) -> Plan | None:
+    """The plan that transformers ships with the model, in our words.
+
+    It says nothing about the table that ids look up.
+    """
+    own: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
+    base = getattr(model, "base_model", model)
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    ships = getattr(base.config, "base_model_tp_plan", None) if hasattr(base, "config") else None
+    if not ships:
+        return None
+    rules = {prefix + glob: style for glob, style in ships.items()} | own
+    unknown = [style for style in rules.values() if style not in TRANSLATION]
+    if unknown:
+        log.info("the plan that ships with %s has styles %s", type(model).__name__, _few(set(unknown)))
+        return None
+    found = {glob: str(TRANSLATION[style]) for glob, style in rules.items() if TRANSLATION[style] is not None}
+    return Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
+
+
+def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
+    """Rules for the table that ids look up, and for the linear that makes logits."""
+    names = {id(module): name for name, module in model.named_modules()}
+    table, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
+    rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) else {}
+    return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) else {})
+
+
+def _derived(model: nn.Module) -> Plan:
+    if importlib.util.find_spec("tpkernels.derive") is None:
+        raise PlanError(f"Plan: there is no plan for {type(model).__name__}; pass one as {{module glob: style}}")
+    derive = importlib.import_module("tpkernels.derive")
+    return Plan(derive.derive_plan(model), "its module tree")
+
+
+def _all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: list[Block], R: int) -> dict[str, Cut]:
+    """How the weight of each cut linear and embedding is cut, as [N, K]."""
+    cuts: dict[str, Cut] = {}
+    for block in blocks:
+        cuts |= cuts_of_block(block, R)
+    for name, style in styles.items():
+        module = modules[name]
+        if name in cuts or style.name not in (*LINEAR, "vocab"):
+            continue
+        if style.name == "vocab":
+            if not isinstance(module, nn.Embedding):
+                raise PlanError(f"Plan: style 'vocab' of {name} needs an nn.Embedding, got {type(module).__name__}")
+            cuts[name] = Cut(0, module.num_embeddings)
+            continue
+        if not is_linear(module):
+            raise PlanError(f"Plan: style {style.name!r} of {name} needs a linear, got {type(module).__name__}")
+        N, K = sizes_of(module)
+        if style.name == "packed_column":
+            if not style.packed:
+                raise PlanError(f"Plan: packed_column:qkv of {name} needs an attention block around it")
+            cuts[name] = Cut(0, N, 1, packed_runs(packed_sizes(style, N, name), R))
+        else:
+            cuts[name] = Cut(1, K) if style.name in ("row", "row_split") else Cut(0, N)
+    return cuts
+
+
+def _apply(module: nn.Module, style: Style, cut: Cut | None, group: Group, tied: Tied, codec: str) -> None:
+    """Cut one module by its style."""
+    if cut is None:
+        return
+    if style.name == "vocab":
+        cut_module(module, Vocab, {"weight": cut}, group, tied)
+        return
+    transposed = is_conv1d(module)
+    cuts = {"weight": Cut(1 - cut.dim, cut.full_size, cut.unit, cut.runs) if transposed else cut}
+    common: dict[str, Any] = {"codec": codec, "transposed": transposed}
+    if style.name in ("row", "row_split"):
+        split = style.name == "row_split"
+        cut_module(module, Row, cuts, group, tied, split_input=split, sequence_parallel=False, sequence_dim=1, **common)
+        if not split:
+            setattr(module, "nx" if transposed else "in_features", _size(module))
+        return
+    if module.bias is not None:
+        cuts["bias"] = cut
+    gathers = style.name in ("column_gather", "vocab_head")
+    cut_module(module, Column, cuts, group, tied, gather_output=gathers, entered=False, **common)
+    if not gathers:
+        setattr(module, "nf" if transposed else "out_features", _size(module))
+
+
+def _size(module: nn.Module) -> int:
+    info = shard_info(cast(Tensor, module.weight))
+    assert info is not None
+    return info.size
+
+
+def _report(
+    plan: Plan, styles: dict[str, Style], modules: dict[str, nn.Module], blocks: list[Block], group: Group
+) -> PlanReport:
+    linears = [name for name, module in modules.items() if is_linear(module)]
+    report = PlanReport(plan.source, group, linears=len(linears))
+    report.styles = {name: style.name for name, style in styles.items() if style.name != "replicate"}
+    report.whole = [name for name in linears if name not in styles or styles[name].name not in LINEAR]
+    for block in blocks:
+        how = block.heads.text(group.world_size)
+        report.heads[how] = report.heads.get(how, 0) + 1
+    return report

@@ -1,0 +1,236 @@
+"""Modules that turn into cut ones where they stand: same object, same name, same state-dict keys.
+
+A module becomes cut by changing its class to one of these, which are subclasses of what it was (so that
+`isinstance(module, nn.Linear)` goes on holding for whoever looks), and its parameters to this rank's parts. The sizes
+it tells (in_features, out_features) become those that its forward takes and gives on this rank.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import ops
+from tpkernels.group import Group
+from tpkernels.layers import sum_gradient, take_shard
+from tpkernels.layers.base import Cut, ParallelModule, gather
+from tpkernels.plan_styles import PlanError
+from tpkernels.shard import ShardInfo
+
+
+class CutModule(ParallelModule):
+    """A module whose class was changed by `cut_module`. `_summed` names parameters whose gradients are partial."""
+
+    _origin: tuple[type[nn.Module], type[CutModule]]
+
+    def full_parameter(self, name: str) -> Tensor:
+        """Return an unsharded parameter on every rank (detached). Collective: all ranks must call it."""
+        return self._full(name)
+
+    def full_weight(self) -> Tensor:
+        """Return the unsharded weight on every rank (detached). Collective: all ranks must call it."""
+        return self._full("weight")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by its name, where a copy or a pickle is made of this.
+        original, style = type(self)._origin
+        return _new, (original, style), self.__dict__.copy()
+
+
+@cache
+def cut_class(original: type[nn.Module], style: type[CutModule]) -> type[CutModule]:
+    """Return the class of modules of class `original` that are cut in a style.
+
+    The style's forward takes the place of that of nn.Linear, nn.Embedding and Conv1D. A subclass of the first two that
+    adds something of its own and calls super().forward keeps it.
+    """
+    adds = issubclass(original, (nn.Linear, nn.Embedding)) and original not in (nn.Linear, nn.Embedding)
+    bases = (original, style) if adds else (style, original)
+    made = type(f"{style.__name__}{original.__name__}", bases, {"_origin": (original, style), "__module__": __name__})
+    return cast("type[CutModule]", made)
+
+
+def _new(original: type[nn.Module], style: type[CutModule]) -> CutModule:
+    made = cut_class(original, style)
+    return made.__new__(made)
+
+
+class Tied:
+    """Parameters that several modules have in common, so that they are one parameter after the cut, too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [p for _, p in model.named_parameters(remove_duplicate=False)]
+        seen, self.ids = set[int](), set[int]()
+        for parameter in found:
+            (self.ids if id(parameter) in seen else seen).add(id(parameter))
+        self._done: dict[int, tuple[nn.Parameter, nn.Parameter, Cut | None]] = {}
+
+    def part(self, module: CutModule, name: str, cut: Cut | None) -> nn.Parameter:
+        """Return the parameter that stands in the place of the whole one from now on."""
+        whole = cast(nn.Parameter, module._parameters[name])
+        if id(whole) in self._done:
+            _, part, other = self._done[id(whole)]
+            if cut != other:
+                raise PlanError(f"Plan: {name} of {type(module).__name__} is tied to a parameter that is cut otherwise")
+            return part
+        if cut is None:
+            part = whole
+        else:
+            value = module._info(cut).part(whole.detach()).clone(memory_format=torch.contiguous_format)
+            part = nn.Parameter(value, requires_grad=whole.requires_grad)
+        if id(whole) in self.ids:  # kept, so that no other parameter can get its id
+            self._done[id(whole)] = (whole, part, cut)
+        return part
+
+
+def cut_module(
+    module: nn.Module, style: type[CutModule], cuts: dict[str, Cut], group: Group, tied: Tied, **attributes: Any
+) -> None:
+    """Make a module a cut one in place.
+
+    Args:
+        module: whole, the same on all ranks.
+        style: what it becomes.
+        cuts: of its parameters; those without one stay whole.
+        group: over which.
+        tied: of the whole model.
+        attributes: set on the module.
+    """
+    cut = cast(CutModule, module)
+    object.__setattr__(module, "__class__", cut_class(type(module), style))
+    cut.group = group
+    cut._place = (group.rank, group.world_size)
+    cut._cuts = cuts
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            module._parameters[name] = tied.part(cut, name, cuts.get(name))
+    cut._mark()
+
+
+class _SumShared(torch.autograd.Function):
+    """Forward: the part. Backward: its gradient, summed over the ranks that hold the same part."""
+
+    @staticmethod
+    def forward(x: Tensor, info: ShardInfo) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.info = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        info: ShardInfo = ctx.info
+        # All ranks' parts in their places of the whole: one sum over all ranks serves every set of sharing ranks.
+        whole = grads[0].new_zeros(info.full_shape(grads[0]))
+        at = 0
+        for start, size in info.runs_of(info.rank):
+            whole.narrow(info.dim, start, size).copy_(grads[0].narrow(info.dim, at, size))
+            at += size
+        total = torch.ops.tpkernels.all_reduce(whole, info.group_name, info.world_size, "sum", "none")
+        return info.part(total), None
+
+
+class _CutLinear(CutModule):
+    """What cut linears share: the weight as [N, K], whichever way it lies; gradients summed where parts are shared."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    codec: str
+    transposed: bool  # the weight is [K, N]
+
+    def _own(self, name: str) -> Tensor | None:
+        parameter = self._parameters[name]
+        if parameter is None:
+            return None
+        cut = self._cuts.get(name)
+        if cut is not None and cut.runs and parameter.requires_grad and torch.is_grad_enabled():
+            info = self._info(cut)
+            if info.shared:
+                return cast(Tensor, _SumShared.apply(parameter, info))  # type: ignore[no-untyped-call]
+        return parameter
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        weight = cast(Tensor, self._own("weight"))
+        return (weight.t() if self.transposed else weight), self._own("bias")
+
+    def extra_repr(self) -> str:
+        """Say this rank's sizes and what they are a part of."""
+        weight_cut = self._cuts["weight"]
+        shape = list(self.weight.shape)
+        N, K = reversed(shape) if self.transposed else shape
+        along = "out" if (weight_cut.dim == 0) != self.transposed else "in"
+        text = f"in_features={K}, out_features={N}, bias={self.bias is not None}, {along} cut of {weight_cut.full_size}"
+        return text + f", rank={self.group.rank} of {self.group.world_size}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class Column(_CutLinear):
+    """A linear that computes this rank's outputs of replicated inputs; `gather_output` says whether it gathers them."""
+
+    gather_output: bool
+    entered: bool  # the block's entry sums the gradient of x already (sequence parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N / R], or [..., N] with gather_output."""
+        weight, bias = self._weights()
+        if self.entered and torch.is_grad_enabled():
+            return nn.functional.linear(x, weight, bias)
+        y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.codec)
+        if not self.gather_output:
+            return y
+        cut = self._cuts["weight"]
+        return gather(y, -1, cut.full_size, self.group, unit=cut.unit)
+
+
+class Row(_CutLinear):
+    """A linear that multiplies this rank's inputs, and sums over the ranks."""
+
+    split_input: bool
+    sequence_parallel: bool  # keep this rank's tokens only
+    sequence_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K / R] (whole with split_input) -> [..., N]; [.., S / R, .., N] under sequence parallel."""
+        weight, bias = self._weights()
+        if self.split_input:
+            x = take_shard(x, -1, group=self.group, unit=self._cuts["weight"].unit)
+        if self.sequence_parallel:
+            return ops.gemm_reduce_scatter(x, weight, bias, group=self.group, dim=self.sequence_dim, codec=self.codec)
+        return ops.gemm_all_reduce(x, weight, bias, group=self.group, codec=self.codec)
+
+
+class Vocab(CutModule):
+    """An embedding that looks up this rank's rows; the ranks' rows are summed."""
+
+    weight: nn.Parameter
+    num_embeddings: int
+    padding_idx: int | None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the whole table, on every rank."""
+        y = ops.vocab_embedding(ids, self.weight, group=self.group, vocab_size=self._cuts["weight"].full_size)
+        if self.padding_idx is not None:
+            y = torch.where((ids == self.padding_idx).unsqueeze(-1), y.detach(), y)
+        return y
+
+    def extra_repr(self) -> str:
+        """Say the whole size and this rank's part of it."""
+        return f"{self.num_embeddings} (shard {self.weight.size(0)}), rank={self.group.rank} of {self.group.world_size}"
+
+
+def summed_parameter(name: str) -> property:
+    """A property in the place of a parameter: its gradient is summed over the ranks."""
+
+    def get(module: ParallelModule) -> Tensor | None:
+        parameter = module._parameters[name]
+        return None if parameter is None else sum_gradient(parameter, group=module.group)[0]
+
+    return property(get)

@@ -1,0 +1,103 @@
+"""The styles of a plan: how one module is cut. A plan is data, {module glob: style}.
+
+    column                 a linear cut along its outputs: each rank computes its own (heads, hidden units)
+    column_gather          the same, and the outputs are gathered: what follows sees them all
+    packed_column:3        a fused linear of 3 projections of equal size, each cut by itself
+    packed_column:64,16,16 the same with the sizes of the projections
+    packed_column:qkv      the same with the sizes that the attention block's heads say
+    row                    a linear cut along its inputs, which a column layer leaves cut; the products are summed
+    row_split              the same for inputs that every rank has whole: the layer takes its part
+    vocab                  an embedding cut along its rows
+    vocab_head             the layer that makes logits, cut along the vocabulary; the logits are gathered
+    expert                 a mixture's experts over the ranks, whole experts each; the router stays whole
+    sequence               a norm between the blocks: under sequence parallel it sees this rank's tokens only
+    sum_grad               a small module inside a cut block (a norm of each head): parameters whole, gradients summed
+    replicate              whole on every rank
+
+nn.Linear, [N, K] weights, and the Conv1D of GPT-2, [K, N], take the same styles. In an attention block, a module that
+knows the size or number of its heads, column and row layers are cut by whole groups of heads that share a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
+STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "replicate")
+
+# What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it
+# stands for parameters inside a module that has a rule of its own.
+TRANSLATION: dict[str, str | None] = {
+    "colwise": "column",
+    "rowwise": "row",
+    "colwise_gather_output": "column_gather",
+    "colwise_rep": "column_gather",
+    "rowwise_split_input": "row_split",
+    "rowwise_rep": "row_split",
+    "embedding_rowwise": "vocab",
+    "packed_colwise": "packed_column:2",
+    "replicated_with_grad_allreduce": "sum_grad",
+    "moe_tp_experts": "expert",
+    "sequence_parallel": "sequence",
+    "replicate": "replicate",
+    "all_reduce": None,
+    "packed_rowwise": None,
+    "grouped_gemm": None,
+    "local_params": None,
+}
+
+
+class PlanError(ValueError):
+    """A plan does not fit the model, or a model cannot be cut; the text names the modules and says why."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """A style taken apart.
+
+    Attributes:
+        name: one of STYLES.
+        packed: of packed_column, the number of projections (one number), their sizes, or () for "qkv".
+    """
+
+    name: str
+    packed: tuple[int, ...] = ()
+
+
+def parse_style(text: str) -> Style:
+    """Take a style apart.
+
+    Raises:
+        PlanError: there is no such style.
+    """
+    name, _, rest = text.partition(":")
+    if name not in STYLES:
+        raise PlanError(f"Plan: styles [{text!r}] do not exist; the styles are {list(STYLES)}")
+    if name != "packed_column":
+        if rest:
+            raise PlanError(f"Plan: style {name!r} takes nothing behind a colon, got {text!r}")
+        return Style(name)
+    if rest == "qkv":
+        return Style(name)
+    numbers = rest.split(",")
+    if not all(n.strip().isdigit() and int(n) > 0 for n in numbers):
+        raise PlanError(
+            f"Plan: style 'packed_column' needs the number of projections, their sizes or qkv behind a colon, such as "
+            f"packed_column:3 or packed_column:64,16,16, got {text!r}"
+        )
+    return Style(name, tuple(int(n) for n in numbers))
+
+
+def packed_sizes(style: Style, full_size: int, module: str) -> list[int]:
+    """Return the sizes of the projections in a fused layer of full_size outputs.
+
+    Raises:
+        PlanError: they do not add up.
+    """
+    sizes = list(style.packed)
+    if len(sizes) == 1:
+        count = sizes[0]
+        sizes = [full_size // count] * count
+    if sum(sizes) != full_size:
+        raise PlanError(f"Plan: the projections of {module} must add up to its {full_size} outputs, got {sizes}")
+    return sizes
