@@ -1,6 +1,7 @@
 // Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
 // world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask, and because
-// what torch.compile keeps of a forward must differ between ranks wherever its backward does.
+// what torch.compile keeps of a forward must differ between ranks wherever its backward does. grad_codec packs what the
+// backward sends; forward kernels do not look at it.
 //
 // A module has the kernels of one backend, those in cpu/ or those in cuda/, under the same names; CMake says under
 // which dispatch key (TPK_KEY). The schemas are the CPU module's; that of CUDA only adds its kernels to them.
@@ -27,10 +28,13 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   // x = reduce_r x_r, in place; nothing is copied when x lies in the arena (group.empty)
   m.def("all_reduce_(Tensor(a!) x, str group, int world_size, str op, str codec) -> ()");
   // y = this rank's part along dim of reduce_r x_r
-  m.def("reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec) -> Tensor");
+  m.def(
+      "reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec, str grad_codec) -> "
+      "Tensor");
   // y = cat_r x_r along dim                 dim_size: of y, or -1 to ask the ranks
   m.def(
-      "all_gather(Tensor x_shard, str group, int world_size, int rank, int dim, SymInt dim_size, str codec) -> Tensor");
+      "all_gather(Tensor x_shard, str group, int world_size, int rank, int dim, SymInt dim_size, str codec, "
+      "str grad_codec) -> Tensor");
 
   // y[M, N] = sum_r x_r[M, K/R] @ w_r[N, K/R].T + bias[N]
   m.def(
@@ -38,11 +42,11 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   // y = this rank's part along dim of that
   m.def(
       "gemm_reduce_scatter(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int rank, int dim, "
-      "str codec) -> Tensor");
+      "str codec, str grad_codec) -> Tensor");
   // y[M, N/R] = (cat_r x_r along dim)[M, K] @ w_shard[N/R, K].T + bias[N/R]
   m.def(
       "all_gather_gemm(Tensor x_shard, Tensor w_shard, Tensor? bias, str group, int world_size, int rank, int dim, "
-      "SymInt dim_size, str codec) -> Tensor");
+      "SymInt dim_size, str codec, str grad_codec) -> Tensor");
   // y[M, N/R] = x[M, K] @ w_shard[N/R, K].T + bias[N/R]; x is replicated, and so its gradient is summed
   m.def("replicated_gemm(Tensor x, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
 
@@ -59,9 +63,11 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
       "gemm_reduce_scatter_backward(Tensor dy_shard, Tensor x_shard, Tensor w_shard, bool need_x, bool need_w, "
       "bool need_b, str group, int world_size, int dim, SymInt dim_size, str codec) -> (Tensor, Tensor, Tensor)");
   // dx = this rank's part along dim of sum_r dy_r @ w_r,  dw = dy.T @ (cat_r x_r along dim)
+  // codec packs x, grad_codec dx
   m.def(
       "all_gather_gemm_backward(Tensor dy, Tensor x_shard, Tensor w_shard, bool need_x, bool need_w, bool need_b, "
-      "str group, int world_size, int rank, int dim, SymInt dim_size, str codec) -> (Tensor, Tensor, Tensor)");
+      "str group, int world_size, int rank, int dim, SymInt dim_size, str codec, str grad_codec) -> (Tensor, Tensor, "
+      "Tensor)");
 
   // y[..., D] = table[ids], where table[V, D] = cat_r table_r and table_shard begins at row vocab_start
   m.def(

@@ -51,7 +51,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
 }
 
 Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec) {
+                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string) {
   const auto comm = communicator_of(Op::GemmReduceScatter, group, world_size);
   const Shape y_shape = check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
   check_token_dim("gemm_reduce_scatter", shape_of(x_shard), dim);
@@ -67,7 +67,8 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
 }
 
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec) {
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
+                       std::string) {
   const auto comm = communicator_of(Op::AllGatherGemm, group, world_size);
   check_rank("all_gather_gemm", *comm, rank);
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
@@ -117,15 +118,16 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
 
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
                                    bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec) {
+                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec) {
   const auto comm = communicator_of(Op::AllGatherGemmBackward, group, world_size);
   check_rank("all_gather_gemm_backward", *comm, rank);
-  const Wire& wire = wire_for(Op::AllGatherGemmBackward, dy, codec);
+  const Wire& x_wire = wire_for(Op::AllGatherGemmBackward, x_shard, codec);
+  const Wire& dx_wire = wire_for(Op::AllGatherGemmBackward, dy, grad_codec);
   Tensor dx = nothing(dy), dw = nothing(dy);
   if (need_w) {  // gathered again instead of kept: what sequence parallelism saves is this memory
-    dw = grad_weight(dy, all_gather_dim(Op::AllGatherGemmBackward, *comm, wire, x_shard, dim, dim_size));
+    dw = grad_weight(dy, all_gather_dim(Op::AllGatherGemmBackward, *comm, x_wire, x_shard, dim, dim_size));
   }
-  if (need_x) dx = reduce_scatter_dim(Op::AllGatherGemmBackward, *comm, wire, grad_input(dy, w_shard), dim);
+  if (need_x) dx = reduce_scatter_dim(Op::AllGatherGemmBackward, *comm, dx_wire, grad_input(dy, w_shard), dim);
   return {dx, dw, need_b ? grad_bias(dy) : nothing(dy)};
 }
 

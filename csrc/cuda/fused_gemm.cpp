@@ -47,7 +47,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
 }
 
 Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec) {
+                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string) {
   constexpr Op op = Op::GemmReduceScatter;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   Shape y_shape = check_linear(op, x_shard, w_shard, bias);
@@ -81,7 +81,8 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
 }
 
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec) {
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
+                       std::string) {
   constexpr Op op = Op::AllGatherGemm;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   check_rank(name_of(op), *comm, rank);

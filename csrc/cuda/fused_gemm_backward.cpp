@@ -99,18 +99,19 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
 
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
                                    bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec) {
+                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec) {
   constexpr Op op = Op::AllGatherGemmBackward;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   check_rank(name_of(op), *comm, rank);
-  const Wire& wire = wire_for(op, dy, codec);
+  const Wire& x_wire = wire_for(op, x_shard, codec);
+  const Wire& dx_wire = wire_for(op, dy, grad_codec);
   LocalGradients gradients(dy);
   LocalGradients partial(dy);
   if (dim != 0 || dim_size < 0) {
-    if (need_w) gradients.weight(dy, all_gather_dim(op, *comm, wire, x_shard, dim, dim_size));
+    if (need_w) gradients.weight(dy, all_gather_dim(op, *comm, x_wire, x_shard, dim, dim_size));
     if (need_x) {
       partial.input(dy, w_shard);
-      gradients.dx = reduce_scatter_dim(op, *comm, wire, partial.dx, dim);
+      gradients.dx = reduce_scatter_dim(op, *comm, dx_wire, partial.dx, dim);
     }
     if (need_b) gradients.bias(dy);
     return gradients.all();
@@ -122,7 +123,7 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   };
   Tensor x = nothing(dy);
   if (need_w) {
-    const cuda::RowGather gather(op, *comm, wire, x_shard, dim_size);
+    const cuda::RowGather gather(op, *comm, x_wire, x_shard, dim_size);
     x = gather.whole();
     comm->send_beside(op, [&](int) { gather.send_all(); }, partial_input);
   } else {
@@ -137,13 +138,13 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
     return gradients.all();
   }
   Shape dx_shape = shape_of(partial.dx);
-  const CutCall scatter = reduce_scatter_call(op, wire, dx_shape.data(), dx_shape.size(), dim, *comm);
+  const CutCall scatter = reduce_scatter_call(op, dx_wire, dx_shape.data(), dx_shape.size(), dim, *comm);
   dx_shape[0] = scatter.rows;
   gradients.dx = fresh_output(dy, dx_shape);
   comm->send_beside(
       op,
       [&](int) {
-        comm->send_reduce_scatter(scatter.spec, wire, data_of(partial.dx), data_of(gradients.dx), scatter.cut,
+        comm->send_reduce_scatter(scatter.spec, dx_wire, data_of(partial.dx), data_of(gradients.dx), scatter.cut,
                                   cuda::Stretch::all(scatter.cut));
       },
       local);

@@ -111,7 +111,7 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
 }
 
 Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
-                      std::string codec) {
+                      std::string codec, std::string) {
   const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
   check_rank("reduce_scatter", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x.dim(), "reduce_scatter: dim must be in [0, ", x.dim(), "), got ", dim);
@@ -120,7 +120,7 @@ Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, in
 }
 
 Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
-                  int64_t dim_size, std::string codec) {
+                  int64_t dim_size, std::string codec, std::string) {
   const auto comm = communicator_of(Op::AllGather, group, world_size);
   check_rank("all_gather", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x_shard.dim(), "all_gather: dim must be in [0, ", x_shard.dim(), "), got ", dim);

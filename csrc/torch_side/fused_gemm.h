@@ -26,9 +26,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of x, w, bias; an empt
 Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
                        int64_t world_size, std::string codec);
 Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec);
+                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string grad_codec);
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec);
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
+                       std::string grad_codec);
 Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string group,
                        int64_t world_size, std::string codec);
 Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b);
@@ -39,6 +40,6 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
                                        int64_t dim, int64_t dim_size, std::string codec);
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
                                    bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec);
+                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec);
 
 }  // namespace tpk

@@ -28,6 +28,7 @@ class VocabParallelEmbedding(ParallelModule):
         max_norm, scale_grad_by_freq, sparse: not supported; any other value than the default is a ValueError.
         sequence_parallel: return this rank's part of the tokens only; its gradient is gathered.
         sequence_dim: the token dimension, such as 0 for ids [S, B] and 1 for [B, S].
+        grad_codec: how the gradient is packed where sequence_parallel gathers it; forward nothing is packed.
         device, dtype: as for nn.Embedding; "meta" allocates nothing.
 
     Raises:
@@ -51,6 +52,7 @@ class VocabParallelEmbedding(ParallelModule):
         sparse: bool = False,
         sequence_parallel: bool = False,
         sequence_dim: int = 0,
+        grad_codec: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class VocabParallelEmbedding(ParallelModule):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.sequence_parallel = sequence_parallel
         self.sequence_dim = sequence_dim
+        self.grad_codec = grad_codec
         cut = Cut(0, num_embeddings)
         self._add_parameter("weight", (num_embeddings, embedding_dim), cut, device=device, dtype=dtype)
         self.reset_parameters()
@@ -112,7 +115,9 @@ class VocabParallelEmbedding(ParallelModule):
         if self.padding_idx is not None:
             # The gradient stops at padding tokens; masking them is cheaper than masking a gradient of the table's size.
             y = torch.where((ids == self.padding_idx).unsqueeze(-1), y.detach(), y)
-        return take_shard(y, self.sequence_dim, group=self.group) if self.sequence_parallel else y
+        if not self.sequence_parallel:
+            return y
+        return take_shard(y, self.sequence_dim, group=self.group, grad_codec=self.grad_codec)
 
     def extra_repr(self) -> str:
         """Say the unsharded sizes, this rank's shard, and what differs from the defaults."""

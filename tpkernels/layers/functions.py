@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpkernels.group import Group, resolve
-from tpkernels.ops._grad import gather_alike
+from tpkernels.ops._grad import backward_codec, gather_alike
 from tpkernels.shard import part
 
 # Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.
@@ -18,7 +18,7 @@ class _TakeShard(torch.autograd.Function):
     """Forward: this rank's part. Backward: gather the parts of all ranks."""
 
     @staticmethod
-    def forward(x: Tensor, group: str, world_size: int, rank: int, dim: int) -> Tensor:
+    def forward(x: Tensor, group: str, world_size: int, rank: int, dim: int, grad_codec: str) -> Tensor:
         return part(x, dim, world_size, rank).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
@@ -28,31 +28,32 @@ class _TakeShard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group, world_size, rank, dim, dim_size = ctx.call
-        dx = gather_alike(grads[0], group, world_size, rank, dim, dim_size, "none")
-        return dx, None, None, None, None
+        group, world_size, rank, dim, grad_codec, dim_size = ctx.call
+        dx = gather_alike(grads[0], group, world_size, rank, dim, dim_size, grad_codec)
+        return dx, None, None, None, None, None
 
 
 class _SumGradient(torch.autograd.Function):
     """Forward: the tensors. Backward: the sum over the ranks of their gradients, all in one collective."""
 
     @staticmethod
-    def forward(group: str, world_size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(group: str, world_size: int, grad_codec: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call = inputs[:2]
+        ctx.call = inputs[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat = torch.cat([g.reshape(-1) for g in grads])
-        total = torch.ops.tpkernels.all_reduce(flat, *ctx.call, "sum", "none")
+        group, world_size, grad_codec = ctx.call
+        total = torch.ops.tpkernels.all_reduce(flat, group, world_size, "sum", grad_codec)
         sums = torch.split(total, [g.numel() for g in grads])
-        return None, None, *(s.view(g.shape) for s, g in zip(sums, grads, strict=True))
+        return None, None, None, *(s.view(g.shape) for s, g in zip(sums, grads, strict=True))
 
 
-def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1) -> Tensor:
+def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1, grad_codec: str = "none") -> Tensor:
     """Return this rank's part of a tensor that all ranks hold.
 
     Equal to `split(x, R, dim)[rank]`. The gradient is gathered over the ranks, so that x, which is replicated, gets
@@ -63,29 +64,32 @@ def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1
         dim: the dimension to cut; it need not divide by R (the first ranks take one unit more).
         group: over which to cut; None means all ranks.
         unit: how many neighbouring indices stay together.
+        grad_codec: how the gradient is packed on the wire.
 
     Raises:
-        ValueError: the dimension is not a multiple of unit.
+        ValueError: the dimension is not a multiple of unit; grad_codec does not exist or does not fit the dtype.
     """
     group = resolve(group)
+    backward_codec("take_shard", "none", grad_codec, x)
     if group.world_size == 1:
         return x
     first = dim % x.dim()
     if unit == 1:
-        return _take(x, first, group)
+        return _take(x, first, group, grad_codec)
     if x.size(first) % unit:
         raise ValueError(f"take_shard: dim {dim} of shape {list(x.shape)} must be a multiple of unit, got unit={unit}")
     shape = x.shape
     units = x.reshape(*shape[:first], shape[first] // unit, unit, *shape[first + 1 :])
-    return _take(units, first, group).flatten(first, first + 1)
+    return _take(units, first, group, grad_codec).flatten(first, first + 1)
 
 
-def _take(x: Tensor, dim: int, group: Group) -> Tensor:
-    shard: Tensor = _TakeShard.apply(x, group.name, group.world_size, group.rank, dim)  # type: ignore[no-untyped-call]
+def _take(x: Tensor, dim: int, group: Group, grad_codec: str) -> Tensor:
+    place = (group.name, group.world_size, group.rank)
+    shard: Tensor = _TakeShard.apply(x, *place, dim, grad_codec)  # type: ignore[no-untyped-call]
     return shard
 
 
-def sum_gradient(*tensors: Tensor, group: Group | None = None) -> tuple[Tensor, ...]:
+def sum_gradient(*tensors: Tensor, group: Group | None = None, grad_codec: str = "none") -> tuple[Tensor, ...]:
     """Return the tensors unchanged; their gradients are summed over the ranks on the way back.
 
     For replicated parameters that meet shards of the activations, as in norms under sequence parallel: each rank sees
@@ -95,15 +99,18 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None) -> tuple[Tensor, 
     Args:
         tensors: replicated tensors.
         group: the ranks over which the activations are cut; None means all ranks.
+        grad_codec: how the gradients are packed on the wire.
 
     Raises:
-        ValueError: tensors of several dtypes.
+        ValueError: tensors of several dtypes; grad_codec does not exist or does not fit the dtype.
     """
     group = resolve(group)
     wanted = [t for t in tensors if t.requires_grad]
+    for t in wanted[:1]:
+        backward_codec("sum_gradient", "none", grad_codec, t)
     if len({t.dtype for t in wanted}) > 1:
         raise ValueError(f"sum_gradient: tensors must have one dtype, got {[t.dtype for t in wanted]}")
     if group.world_size == 1 or not wanted or not torch.is_grad_enabled():
         return tensors
-    summed = iter(_SumGradient.apply(group.name, group.world_size, *wanted))  # type: ignore[no-untyped-call]
+    summed = iter(_SumGradient.apply(group.name, group.world_size, grad_codec, *wanted))  # type: ignore[no-untyped-call]
     return tuple(next(summed) if t.requires_grad else t for t in tensors)

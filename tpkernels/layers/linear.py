@@ -33,6 +33,7 @@ class _ParallelLinear(ParallelModule):
         sequence_parallel: bool,
         sequence_dim: int,
         codec: str,
+        grad_codec: str | None,
         unit: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -43,6 +44,7 @@ class _ParallelLinear(ParallelModule):
         self.sequence_parallel = sequence_parallel
         self.sequence_dim = sequence_dim
         self.codec = codec
+        self.grad_codec = codec if grad_codec is None else grad_codec
         self.unit = unit
         cut = Cut(self._weight_dim, (out_features, in_features)[self._weight_dim], unit)
         self._add_parameter("weight", (out_features, in_features), cut, device=device, dtype=dtype)
@@ -96,7 +98,11 @@ class _ParallelLinear(ParallelModule):
         parts += [f"bias={self.bias is not None}", f"rank={self.group.rank} of {self.group.world_size}"]
         if self.sequence_parallel:
             parts.append(f"sequence_dim={self.sequence_dim}")
-        return ", ".join(parts + ([f"codec={self.codec!r}"] if self.codec != "none" else []))
+        if self.codec != "none":
+            parts.append(f"codec={self.codec!r}")
+        if self.grad_codec != self.codec:
+            parts.append(f"grad_codec={self.grad_codec!r}")
+        return ", ".join(parts)
 
 
 class ColumnParallelLinear(_ParallelLinear):
@@ -115,6 +121,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_parallel: x is cut along sequence_dim.
         sequence_dim: the token dimension of x, such as 0 for [S, B, K] and 1 for [B, S, K].
         codec: how values are packed on the wire.
+        grad_codec: how the backward packs the partial gradients of x; None: as `codec`.
         unit: so many neighbouring output features stay on one rank (attention: head_dim).
         device, dtype: as for nn.Linear; "meta" allocates nothing.
 
@@ -137,6 +144,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_parallel: bool = False,
         sequence_dim: int = 0,
         codec: str = "none",
+        grad_codec: str | None = None,
         unit: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -149,6 +157,7 @@ class ColumnParallelLinear(_ParallelLinear):
             sequence_parallel=sequence_parallel,
             sequence_dim=sequence_dim,
             codec=codec,
+            grad_codec=grad_codec,
             unit=unit,
             device=device,
             dtype=dtype,
@@ -175,9 +184,10 @@ class ColumnParallelLinear(_ParallelLinear):
                 dim=self.sequence_dim,
                 dim_size=sequence_size,
                 codec=self.codec,
+                grad_codec=self.grad_codec,
             )
         else:
-            y = ops.replicated_gemm(x, self.weight, self.bias, group=self.group, codec=self.codec)
+            y = ops.replicated_gemm(x, self.weight, self.bias, group=self.group, codec=self.grad_codec)
         return gather(y, -1, self.out_features, self.group, unit=self.unit) if self.gather_output else y
 
 
@@ -196,6 +206,8 @@ class RowParallelLinear(_ParallelLinear):
         sequence_parallel: return this rank's part of the tokens only.
         sequence_dim: the token dimension of y, such as 0 for [S, B, N] and 1 for [B, S, N].
         codec: how partial sums are packed on the wire.
+        grad_codec: how the backward packs a gradient that it gathers (with sequence_parallel that of y, with
+            input_is_parallel=False that of x); None: as `codec`.
         unit: so many neighbouring input features stay on one rank (attention: head_dim).
         device, dtype: as for nn.Linear; "meta" allocates nothing.
 
@@ -218,6 +230,7 @@ class RowParallelLinear(_ParallelLinear):
         sequence_parallel: bool = False,
         sequence_dim: int = 0,
         codec: str = "none",
+        grad_codec: str | None = None,
         unit: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -230,6 +243,7 @@ class RowParallelLinear(_ParallelLinear):
             sequence_parallel=sequence_parallel,
             sequence_dim=sequence_dim,
             codec=codec,
+            grad_codec=grad_codec,
             unit=unit,
             device=device,
             dtype=dtype,
@@ -251,9 +265,15 @@ class RowParallelLinear(_ParallelLinear):
                     f"RowParallelLinear: with input_is_parallel=False x must have the unsharded {self.in_features} "
                     f"features, got shape {list(x.shape)}"
                 )
-            x = take_shard(x, -1, group=self.group, unit=self.unit)
+            x = take_shard(x, -1, group=self.group, unit=self.unit, grad_codec=self.grad_codec)
         if self.sequence_parallel:
             return ops.gemm_reduce_scatter(
-                x, self.weight, self.bias, group=self.group, dim=self.sequence_dim, codec=self.codec
+                x,
+                self.weight,
+                self.bias,
+                group=self.group,
+                dim=self.sequence_dim,
+                codec=self.codec,
+                grad_codec=self.grad_codec,
             )
         return ops.gemm_all_reduce(x, self.weight, self.bias, group=self.group, codec=self.codec)

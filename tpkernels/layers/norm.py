@@ -28,6 +28,7 @@ class _Norm(ParallelModule):
         *,
         group: Group | None,
         sequence_parallel: bool,
+        grad_codec: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -37,6 +38,7 @@ class _Norm(ParallelModule):
         self.eps = eps
         self.elementwise_affine = elementwise_affine
         self.sequence_parallel = sequence_parallel
+        self.grad_codec = grad_codec
         if elementwise_affine:
             self._add_parameter("weight", shape, None, device=device, dtype=dtype)
         else:
@@ -45,7 +47,8 @@ class _Norm(ParallelModule):
     def _parameters_of_shards(self, *parameters: Tensor | None) -> list[Tensor | None]:
         if not self.sequence_parallel:
             return list(parameters)
-        summed = iter(sum_gradient(*[p for p in parameters if p is not None], group=self.group))
+        found = [p for p in parameters if p is not None]
+        summed = iter(sum_gradient(*found, group=self.group, grad_codec=self.grad_codec))
         return [None if p is None else next(summed) for p in parameters]
 
     def extra_repr(self) -> str:
@@ -65,6 +68,7 @@ class RMSNorm(_Norm):
         normalized_shape, eps, elementwise_affine, device, dtype: as for nn.RMSNorm.
         group: the ranks over which the tokens are cut; None means all ranks.
         sequence_parallel: the input is cut over the ranks along any dimension that is not normalised.
+        grad_codec: how the gradients of the weights are packed where sequence_parallel sums them.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class RMSNorm(_Norm):
         *,
         group: Group | None = None,
         sequence_parallel: bool = False,
+        grad_codec: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +89,7 @@ class RMSNorm(_Norm):
             elementwise_affine,
             group=group,
             sequence_parallel=sequence_parallel,
+            grad_codec=grad_codec,
             device=device,
             dtype=dtype,
         )
@@ -116,6 +122,7 @@ class LayerNorm(_Norm):
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as for nn.LayerNorm.
         group: the ranks over which the tokens are cut; None means all ranks.
         sequence_parallel: the input is cut over the ranks along any dimension that is not normalised.
+        grad_codec: how the gradients of the weights are packed where sequence_parallel sums them.
     """
 
     eps: float
@@ -130,6 +137,7 @@ class LayerNorm(_Norm):
         *,
         group: Group | None = None,
         sequence_parallel: bool = False,
+        grad_codec: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -139,6 +147,7 @@ class LayerNorm(_Norm):
             elementwise_affine,
             group=group,
             sequence_parallel=sequence_parallel,
+            grad_codec=grad_codec,
             device=device,
             dtype=dtype,
         )

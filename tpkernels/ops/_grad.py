@@ -12,9 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpkernels.compress import CODECS
 from tpkernels.shard import part_size, part_start
 
+from ._check import PACKABLE, names
+
 Call = torch.ops.tpkernels
+
+
+def backward_codec(op: str, codec: str, grad_codec: Any, x: Any) -> str:
+    """Return how the backward of an op packs what it sends: by `grad_codec`, or as the forward where that is None.
+
+    Raises:
+        ValueError: no such codec, or it cannot pack the dtype of x.
+    """
+    if grad_codec is None:
+        return codec
+    if grad_codec not in CODECS:
+        raise ValueError(f"{op}: grad_codec must be one of {', '.join(map(repr, CODECS))}, got {grad_codec!r}")
+    if grad_codec != "none" and isinstance(x, Tensor) and x.dtype not in PACKABLE:
+        raise ValueError(f"{op}: grad_codec {grad_codec!r} needs a dtype of {names(PACKABLE)}, got {names([x.dtype])}")
+    return grad_codec  # type: ignore[no-any-return]
 
 
 class _Replicated(torch.autograd.Function):
@@ -47,7 +65,7 @@ class _GatherAlike(torch.autograd.Function):
 
     @staticmethod
     def forward(x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str) -> Tensor:
-        y: Tensor = Call.all_gather(x_shard, group, world_size, rank, dim, dim_size, codec)
+        y: Tensor = Call.all_gather(x_shard, group, world_size, rank, dim, dim_size, codec, codec)
         return y
 
     @staticmethod

@@ -17,7 +17,7 @@ from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
 from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
-from ._grad import gather_alike, replicated
+from ._grad import backward_codec, gather_alike, replicated
 from ._plain import direct, is_plain, shortcut
 from ._register import fake, gradient
 
@@ -143,7 +143,13 @@ def _all_reduce_inplace_fake(x: Tensor, group: str, world_size: int, op: str, co
 
 
 def reduce_scatter(
-    x: Tensor, dim: int = 0, *, group: Group | None = None, op: str = "sum", codec: str = "none"
+    x: Tensor,
+    dim: int = 0,
+    *,
+    group: Group | None = None,
+    op: str = "sum",
+    codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Tensor:
     """Reduce over the ranks; every rank gets its part of the result.
 
@@ -158,6 +164,7 @@ def reduce_scatter(
         group: the ranks; None means all ranks of the default process group.
         op: "sum" | "avg" | "max" | "min"; no "avg" of integers.
         codec: how values are packed on the wire, for "sum" and "avg" of fp32 | bf16 | fp16; "none" keeps every bit.
+        grad_codec: how the backward packs the gradient that it gathers; None: as `codec`.
 
     Returns:
         this rank's part of y, contiguous; the same bits as `all_reduce` gives.
@@ -166,21 +173,23 @@ def reduce_scatter(
     R; "max" and "min": to the ranks that hold the extreme value, in equal parts).
 
     Raises:
-        TypeError, ValueError: x, dim, op or codec do not fit.
+        TypeError, ValueError: x, dim, op, codec or grad_codec do not fit.
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
     """
     if type(group) is not Group:
         group = resolve(group)
+    grad_codec = backward_codec("reduce_scatter", codec, grad_codec, x)
     if dim == 0 and not is_dynamo_compiling():
         y = short_reduce_scatter(x, group._address, op, codec, SMALL)
         if y is not None:
             return y
     plain = group.is_cpu and is_plain(x)
-    if plain and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim():
-        return _reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
-    check_reduction("reduce_scatter", x, op, codec, group)
-    dim = check_dim("reduce_scatter", x, dim)
-    return Call.reduce_scatter(x, group.name, group.world_size, group.rank, dim, op, codec)  # type: ignore[no-any-return]
+    if not (plain and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim()):
+        plain = False
+        check_reduction("reduce_scatter", x, op, codec, group)
+        dim = check_dim("reduce_scatter", x, dim)
+    call = _reduce_scatter if plain else Call.reduce_scatter
+    return call(x, group.name, group.world_size, group.rank, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 def shard_shape(shape: torch.Size, world_size: int, rank: int, dim: int) -> list[int]:
@@ -191,7 +200,7 @@ def shard_shape(shape: torch.Size, world_size: int, rank: int, dim: int) -> list
 
 
 @fake("reduce_scatter")
-def _reduce_scatter_fake(x: Tensor, group: str, world_size: int, rank: int, dim: int, op: str, codec: str) -> Tensor:
+def _reduce_scatter_fake(x: Tensor, group: str, world_size: int, rank: int, dim: int, *call: Any) -> Tensor:
     return x.new_empty(shard_shape(x.shape, world_size, rank, dim))
 
 
@@ -203,13 +212,13 @@ def _reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _reduce_scatter_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, rank, dim, op, codec = ctx.call
-    dx = gather_call(dy, group, world_size, rank, dim, ctx.dim_size, codec)
+    group, world_size, rank, dim, op, codec, grad_codec = ctx.call
+    dx = gather_call(dy, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
     if op == "avg":
         dx = dx / world_size
     elif op != "sum":
         x, y_shard = ctx.saved_tensors
-        y = gather_call(y_shard.detach(), group, world_size, rank, dim, ctx.dim_size, "none")
+        y = gather_call(y_shard.detach(), group, world_size, rank, dim, ctx.dim_size, "none", "none")
         dx = _to_the_extreme(dx, x, y, group, world_size)
     return dx, *(None for _ in ctx.call)
 
@@ -225,6 +234,7 @@ def all_gather(
     dim_size: int | None = None,
     grad: str = "reduce",
     codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Tensor:
     """Put the parts of all ranks together; every rank gets the whole.
 
@@ -242,17 +252,19 @@ def all_gather(
         grad: what follows on the ranks. "reduce": something different, which leaves partial gradients, so that the
             gradient is reduce_scatter of them; "split": the same on all ranks, so that it is this rank's part.
         codec: how values are packed on the wire; every rank takes the packed values, the owner too.
+        grad_codec: how the backward packs the partial gradients that it scatters; None: as `codec`.
 
     Returns:
         y, contiguous, the dtype of x_shard, the same bits on every rank.
 
     Raises:
-        TypeError, ValueError: x_shard, dim, dim_size, grad or codec do not fit; or a gradient is wanted for parts that
-            are not the even cut (the first ranks one index more).
+        TypeError, ValueError: x_shard, dim, dim_size, grad, codec or grad_codec do not fit; or a gradient is wanted for
+            parts that are not the even cut (the first ranks one index more).
         RankMismatchError, TimeoutError, PeerLostError: as in `all_reduce`.
     """
     if type(group) is not Group:
         group = resolve(group)
+    grad_codec = backward_codec("all_gather", codec, grad_codec, x_shard)
     if dim == 0 and grad in GRADS and not is_dynamo_compiling():
         y = short_all_gather(x_shard, group._address, dim_size, codec, SMALL)
         if y is not None:
@@ -266,7 +278,7 @@ def all_gather(
         and type(dim) is int
         and 0 <= dim < x_shard.dim()
     ):
-        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec)  # type: ignore[no-any-return]
+        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec, grad_codec)  # type: ignore[no-any-return]
     check_tensor("all_gather", "x_shard", x_shard, group)
     check_codec("all_gather", codec, x_shard.dtype)
     if grad not in GRADS:
@@ -275,11 +287,10 @@ def all_gather(
     check_size("all_gather", "dim_size", dim_size)
     wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
     size = whole_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
-    if plain:
-        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
-    if wants_grad and grad == "split":
+    if not plain and wants_grad and grad == "split":
         return gather_alike(x_shard, group.name, group.world_size, group.rank, dim, size, codec)
-    return Call.all_gather(x_shard, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
+    call = _all_gather if plain else Call.all_gather
+    return call(x_shard, group.name, group.world_size, group.rank, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: Group, wants_grad: bool) -> int:
@@ -304,7 +315,7 @@ def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: 
 
 @fake("all_gather")
 def _all_gather_fake(
-    x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str
+    x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str, grad_codec: str
 ) -> Tensor:
     return x_shard.new_empty(whole_shape(x_shard.shape, world_size, dim, dim_size))
 
@@ -321,9 +332,9 @@ def _all_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, rank, dim, _, codec = ctx.call
+    group, world_size, rank, dim, _, codec, grad_codec = ctx.call
     values = torch.view_as_real(dy) if dy.is_complex() else dy
-    dx = scatter_call(values, group, world_size, rank, dim, "sum", codec)
+    dx = scatter_call(values, group, world_size, rank, dim, "sum", grad_codec, codec)
     return torch.view_as_complex(dx) if dy.is_complex() else dx, *(None for _ in ctx.call)
 
 

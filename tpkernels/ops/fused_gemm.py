@@ -14,7 +14,7 @@ from torch import Tensor, is_autocast_enabled
 from tpkernels.group import Group, resolve
 
 from ._check import check_dim, check_linear, check_size, fits_linear
-from ._grad import replicated
+from ._grad import backward_codec, replicated
 from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
@@ -94,6 +94,7 @@ def gemm_reduce_scatter(
     group: Group | None = None,
     dim: int = 0,
     codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Tensor:
     """Multiply by a weight cut along K, sum over the ranks, keep this rank's tokens.
 
@@ -109,6 +110,7 @@ def gemm_reduce_scatter(
         group: the ranks; None means all ranks of the default process group.
         dim: the token dimension that is cut, any but the last. It need not divide by R: the first ranks get one more.
         codec: how partial sums are packed on the wire; "none" keeps every bit.
+        grad_codec: how the backward packs the gradient that it gathers; None: as `codec`.
 
     Returns:
         this rank's tokens of y, contiguous, the dtype of x_shard; the same bits as `gemm_all_reduce` gives.
@@ -117,7 +119,7 @@ def gemm_reduce_scatter(
     whole sum over all tokens, on every rank. Under autocast all tensors are cast first.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices, dim or codec do not fit (says which, expected, got).
+        TypeError, ValueError: shapes, dtypes, devices, dim or codecs do not fit (says which, expected, got).
         RankMismatchError, TimeoutError, PeerLostError: as in `gemm_all_reduce`.
 
     Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053), split as in Korthikanti et al. 2022
@@ -126,12 +128,14 @@ def gemm_reduce_scatter(
     group = resolve(group)
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
     plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
     if not plain:
         check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
     call = _gemm_reduce_scatter if plain else Call.gemm_reduce_scatter
-    return call(x_shard, w_shard, bias, group.name, group.world_size, group.rank, dim, codec)  # type: ignore[no-any-return]
+    place = (group.name, group.world_size, group.rank)
+    return call(x_shard, w_shard, bias, *place, dim, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @fake("gemm_reduce_scatter")
@@ -144,6 +148,7 @@ def _gemm_reduce_scatter_fake(
     rank: int,
     dim: int,
     codec: str,
+    grad_codec: str,
 ) -> Tensor:
     whole = torch.Size(linear_shape(x_shard, w_shard))
     return x_shard.new_empty(shard_shape(whole, world_size, rank, dim))
@@ -155,12 +160,12 @@ def _gemm_reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tens
 
 
 def _gemm_reduce_scatter_gradient(ctx: Any, dy_shard: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, rank, dim, codec = ctx.call
+    group, world_size, rank, dim, codec, grad_codec = ctx.call
     x, w, needs = saved_linear(ctx, dy_shard)
     if not torch.is_grad_enabled():
-        call = (group, world_size, dim, ctx.dim_size, codec)
+        call = (group, world_size, dim, ctx.dim_size, grad_codec)
         return wanted(ctx, needs, _gemm_reduce_scatter_backward(dy_shard, x, w, *needs, *call))
-    dy = gather_call(dy_shard, group, world_size, rank, dim, ctx.dim_size, codec)
+    dy = gather_call(dy_shard, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
     dx, dw, _ = linear_gradients(dy, x, w, (needs[0], needs[1], False))
     db = reduce_call(rows(dy_shard).sum(0), group, world_size, "sum", "none") if needs[2] else None
     return wanted(ctx, needs, (dx, dw, db))
@@ -178,6 +183,7 @@ def all_gather_gemm(
     dim: int = 0,
     dim_size: int | None = None,
     codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Tensor:
     """Gather the tokens of all ranks and multiply them by a weight cut along N.
 
@@ -194,7 +200,8 @@ def all_gather_gemm(
         dim: the token dimension that is gathered, any but the last.
         dim_size: its size after gathering, cut so that the first ranks have one index more. None lets the ranks tell
             each other (a short call more); under torch.compile it means R equal parts.
-        codec: how x_shard is packed on the wire; "none" keeps every bit.
+        codec: how x_shard is packed on the wire, also where the backward gathers it again; "none" keeps every bit.
+        grad_codec: how the backward packs the partial gradients of x that it scatters; None: as `codec`.
 
     Returns:
         y of all tokens and this rank's part of N, contiguous, the dtype of x_shard.
@@ -203,7 +210,7 @@ def all_gather_gemm(
     keeping it. Under autocast all tensors are cast first.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, devices, dim, dim_size or codec do not fit (says which, expected, got).
+        TypeError, ValueError: shapes, dtypes, devices, dim, dim_size or codecs do not fit (says which, expected, got).
         RankMismatchError, TimeoutError, PeerLostError: as in `gemm_all_reduce`.
 
     Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
@@ -211,6 +218,7 @@ def all_gather_gemm(
     group = resolve(group)
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
     plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
     if not plain:
         check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group)
@@ -219,7 +227,8 @@ def all_gather_gemm(
     wants_grad = not plain and torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
     size = whole_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
     call = _all_gather_gemm if plain else Call.all_gather_gemm
-    return call(x_shard, w_shard, bias, group.name, group.world_size, group.rank, dim, size, codec)  # type: ignore[no-any-return]
+    place = (group.name, group.world_size, group.rank)
+    return call(x_shard, w_shard, bias, *place, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @fake("all_gather_gemm")
@@ -233,6 +242,7 @@ def _all_gather_gemm_fake(
     dim: int,
     dim_size: int,
     codec: str,
+    grad_codec: str,
 ) -> Tensor:
     shape = torch.Size(linear_shape(x_shard, w_shard))
     return x_shard.new_empty(whole_shape(shape, world_size, dim, dim_size))
@@ -244,13 +254,14 @@ def _all_gather_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _all_gather_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    group, world_size, rank, dim, _, codec = ctx.call
+    group, world_size, rank, dim, _, codec, grad_codec = ctx.call
     x, w, needs = saved_linear(ctx, dy)
     if not torch.is_grad_enabled():
-        call = (group, world_size, rank, dim, ctx.dim_size, codec)
+        call = (group, world_size, rank, dim, ctx.dim_size, codec, grad_codec)
         return wanted(ctx, needs, _all_gather_gemm_backward(dy, x, w, *needs, *call))
-    dx = Call.gemm_reduce_scatter(dy, w.t(), None, group, world_size, rank, dim, codec) if needs[0] else None
-    whole = gather_call(x, group, world_size, rank, dim, ctx.dim_size, codec) if needs[1] else x
+    place = (group, world_size, rank, dim)
+    dx = Call.gemm_reduce_scatter(dy, w.t(), None, *place, grad_codec, codec) if needs[0] else None
+    whole = gather_call(x, *place, ctx.dim_size, codec, grad_codec) if needs[1] else x
     _, dw, db = linear_gradients(dy, whole, w, (False, needs[1], needs[2]))
     return wanted(ctx, needs, (dx, dw, db))
 
@@ -259,7 +270,13 @@ gradient("all_gather_gemm", _all_gather_gemm_gradient, _all_gather_gemm_context)
 
 
 def replicated_gemm(
-    x: Tensor, w_shard: Tensor, bias: Tensor | None = None, *, group: Group | None = None, codec: str = "none"
+    x: Tensor,
+    w_shard: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group | None = None,
+    codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Tensor:
     """Multiply what all ranks hold by a weight cut along N; the communication is in the backward.
 
@@ -273,6 +290,7 @@ def replicated_gemm(
         bias: [N / R], this rank's part, or None.
         group: the ranks; None means all ranks of the default process group.
         codec: how the partial gradients of x are packed on the wire; "none" keeps every bit.
+        grad_codec: takes the place of `codec`, so that all ops with a backward of their own read alike.
 
     Returns:
         this rank's part of y, contiguous, the dtype of x. Nothing is sent.
@@ -289,6 +307,7 @@ def replicated_gemm(
     group = resolve(group)
     if is_autocast_enabled(group.device.type):
         x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
+    codec = backward_codec("replicated_gemm", codec, grad_codec, x)
     args = (x, w_shard, bias, group.name, group.world_size, codec)
     if group.is_cpu and are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):
         return _replicated_gemm(*args)  # type: ignore[no-any-return]
@@ -342,6 +361,6 @@ def _gemm_reduce_scatter_backward_fake(
 def _all_gather_gemm_backward_fake(
     dy: Tensor, x_shard: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, world_size, rank, dim, _, _ = call
+    _, world_size, rank, dim, *_ = call
     tokens = shard_shape(dy.shape, world_size, rank, dim)[:-1]
     return gradient_fakes(tokens, dy, x_shard, w_shard, (need_x, need_w, need_b))
