@@ -20,7 +20,9 @@ LEVELS = [
     {"choose", "devices", "exchange", "group", "opening", "peer", "rendezvous", "tune"},
     {"compress", "ops", "shard"},
     {"layers"},
-    {"checkpoint", "ckpt_files", "data_parallel", "derive", "plan", "plan_heads", "plan_layers", "plan_refuse"}
+    {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
+    | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
+    | {"data_parallel", "derive", "plan", "plan_heads", "plan_layers", "plan_refuse"}
     | {"plan_styles", "plans", "ranks"},
     {"data", "gpt", "job", "launch", "layout", "parity", "progress", "replicas", "report", "runlog", "settings", "train"},
     {"__init__", "__main__", "cli", "info", "testing"},

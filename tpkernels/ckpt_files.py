@@ -1,18 +1,37 @@
-"""The files of a checkpoint: written so that they are on the disk, read only when they are whole."""
+"""The files of a checkpoint: written so that they are on the disk, read only when they are whole.
+
+Tensors are safetensors files: a JSON header of names, dtypes, shapes and offsets, then the bytes. They are written here
+one tensor after the other, so that whoever writes needs no more memory than the tensor in hand, and read by slices
+through the safetensors package, which checks that no two tensors overlap and that the header fits the file.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+SAVING = ".saving-"  # what a save has not finished; the next save in the same place removes it
+WRITING = ".writing-"  # the same of a reshard or an export, which may run beside a training that saves
+CHUNK = 1 << 24
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class CheckpointError(ValueError):
@@ -34,30 +53,184 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file and wait until it is on the disk."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they stand in a file; of a contiguous one on the CPU nothing is copied."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
-def read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one rank's file.
+def make_room(final: Path, temporary: Path, left_overs: str) -> None:
+    """Make the hidden folder that `final` is written into, and remove those that match `left_overs` beside it."""
+    if final.exists():
+        raise CheckpointError("it exists already: remove it or save under another name")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(left_overs):
+        shutil.rmtree(left)
+    temporary.mkdir()
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its name, in one step."""
+    sync(temporary)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+class TensorWriter:
+    """A safetensors file that is written one tensor after the other.
+
+    Args:
+        layout: dtype and shape of every tensor, by name.
+        metadata: texts for the header.
+
+    Attributes:
+        names: the order in which `add` expects the tensors: wide dtypes first, because readers want each aligned.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self.path, self.layout = path, layout
+        self.names = sorted(layout, key=lambda name: -layout[name][0].itemsize)
+        self._left = iter(self.names)
+        header = _header(self.names, layout, metadata)
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._write(memoryview(header))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        expected = next(self._left, None)
+        dtype, shape = self.layout[name]
+        if expected != name or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"TensorWriter.add: expected {expected}, {dtype} {list(shape)}, "
+                f"got {name}, {tensor.dtype} {list(tensor.shape)}"
+            )
+        self._write(bytes_of(tensor))
+
+    def finish(self) -> str:
+        """Wait until the file is on the disk; its sha-256.
+
+        Raises:
+            OSError: the disk did not take all of it.
+        """
+        if (left := next(self._left, None)) is not None:
+            raise ValueError(f"TensorWriter.finish: expected all tensors, got none for {left}")
+        os.fsync(self._file)
+        if (there := os.fstat(self._file).st_size) != self.size:
+            raise OSError(f"{self.path} has {there} bytes on the disk and {self.size} were written")
+        return self._hash.hexdigest()
+
+    def _write(self, data: memoryview) -> None:
+        for start in range(0, len(data), CHUNK):
+            chunk = data[start : start + CHUNK]
+            self._hash.update(chunk)
+            self.size += len(chunk)
+            while chunk:  # a write may take less than it was given
+                chunk = chunk[os.write(self._file, chunk) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+
+def _header(names: list[str], layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        dtype, shape = layout[name]
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{name} is {dtype}, which safetensors files cannot hold: convert it first")
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file and wait until it is on the disk; its sha-256."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorWriter(path, layout, metadata) as writer:
+        for name in writer.names:
+            writer.add(name, tensors[name])
+        return writer.finish()
+
+
+def check_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """Read a file through and compare it with what was written.
 
     Raises:
         CheckpointError: the file is missing, or is not what was written.
     """
-    path = folder / name
+    path, written = folder / name, str(manifest["files"][name])
     try:
         digest = digest_of(path)
-        if digest != manifest["files"].get(name):
-            raise _damaged(
-                path, f"its sha-256 is {digest[:12]}..., written was {str(manifest['files'].get(name))[:12]}..."
-            )
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from None
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: copy it back, or load an earlier checkpoint") from None
+    if digest != written:
+        raise damaged(path, f"its sha-256 is {digest[:12]}..., written was {written[:12]}...")
+
+
+def check_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that the folder holds the files of the manifest and nothing else.
+
+    Raises:
+        CheckpointError: a file is missing, or is there that the save did not write.
+    """
+    there, written = {path.name for path in folder.iterdir()}, {MANIFEST, *manifest["files"]}
+    for name in sorted(written - there):
+        raise CheckpointError(f"{folder / name} is missing: copy it back, or load an earlier checkpoint")
+    for name in sorted(there - written):
+        raise CheckpointError(f"{folder / name} does not belong to the checkpoint: move it away")
+
+
+class TensorFile:
+    """A safetensors file, read by slices. Nothing of it stays in memory.
+
+    Raises:
+        CheckpointError: its header does not fit the file, tensors overlap, or a name is not in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = cast(Any, safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: copy it back, or load an earlier checkpoint") from None
+        except SafetensorError as error:
+            raise damaged(path, str(error)) from None
+        self.names: list[str] = list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the file."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the file."""
+        code = self._slice(name).get_dtype()
+        return next(dtype for dtype, known in DTYPES.items() if known == code)
+
+    def read(self, name: str, *ranges: tuple[int, int, int]) -> Tensor:
+        """A tensor, or of each given (dim, start, stop) only that range; backed by the file, so copy what is kept."""
+        if not ranges:
+            tensor: Tensor = self._file.get_tensor(name)
+            return tensor
+        index = [slice(None)] * len(self.shape(name))
+        for dim, start, stop in ranges:
+            index[dim] = slice(start, stop)
+        part: Tensor = self._slice(name)[tuple(index)]
+        return part
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._file.get_slice(name)
+        except SafetensorError:
+            raise damaged(self.path, f"it has no tensor {name}") from None
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -83,9 +256,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint (it has no {MANIFEST}): name another folder") from None
     except (ValueError, AttributeError) as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
     if written != _digest_of_manifest(manifest):
-        raise _damaged(path, "it is not what its sha-256 says")
+        raise damaged(path, "it is not what its sha-256 says")
     return manifest
 
 
@@ -93,5 +266,6 @@ def _digest_of_manifest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The error of a file that is not what was written."""
     return CheckpointError(f"{path} is damaged ({why}): copy it back, or load an earlier checkpoint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -14,7 +14,16 @@ from tpkernels.group import Group
 T = TypeVar("T")
 
 
-def gather(value: T, group: Group) -> list[T]:
+class Ranks(Protocol):
+    """What is asked of a group here: a `Group`, or one that only tells, without tensors."""
+
+    label: str
+    rank: int
+    world_size: int
+    process_group: dist.ProcessGroup | None
+
+
+def gather(value: T, group: Group | Ranks) -> list[T]:
     """Every rank's value, in rank order. Waits as long as the process group does: a rank may have a slow disk.
 
     Raises:

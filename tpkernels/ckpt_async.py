@@ -1,0 +1,90 @@
+"""Saving beside the training: one thread, which talks to the other ranks' threads over process groups of its own.
+
+Collectives of two threads on one process group would meet in another order on each rank, so the thread gets its own,
+made once for each pair of groups and kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tpkernels.ckpt_place import Place, Talk
+from tpkernels.group import Group
+from tpkernels.ranks import Ranks
+
+_talks: dict[tuple[str, int], Talk] = {}
+_pending: dict[int, SaveHandle] = {}  # by rank: ranks may be threads of one process
+
+
+class SaveHandle:
+    """A save that is under way."""
+
+    def __init__(self, work: Callable[[], Path]) -> None:
+        self._work = work
+        self._folder: Path | None = None
+        self._error: BaseException | None = None
+        self.told = False
+        # Not a daemon: a program that ends waits until the checkpoint is written.
+        self._thread = threading.Thread(target=self._run, name="tpkernels-save")
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has come to its end, good or bad."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is on the disk and complete; its folder. All ranks may call it, in any order.
+
+        Raises:
+            CheckpointError, PeerLostError: what `checkpoint.save` would have raised, on every rank.
+        """
+        self._thread.join()
+        self.told = True
+        if self._error is not None:
+            raise self._error
+        assert self._folder is not None, "a save that ended without an error has a folder"
+        return self._folder
+
+    def _run(self) -> None:
+        try:
+            self._folder = self._work()
+        except BaseException as error:  # for wait, whatever it is
+            self._error = error
+
+
+def start(write: Callable[[Place], Path], place: Place) -> SaveHandle:
+    """Begin to write in a thread. Collective when these groups save beside the training for the first time."""
+    apart = Place(_talk(place.group), _talk(place.dp_group) if place.dp_group is not None else None)
+    handle = _pending[place.number] = SaveHandle(lambda: write(apart))
+    return handle
+
+
+def wait_for_pending(place: Place) -> None:
+    """Wait for the save that is under way, if there is one.
+
+    Raises:
+        CheckpointError, PeerLostError: it failed, and nobody has been told yet.
+    """
+    handle = _pending.pop(place.number, None)
+    if handle is None:
+        return
+    if handle.told:
+        return
+    handle.wait()
+
+
+def _talk(group: Group | Ranks) -> Talk:
+    """Process groups over the same ranks, for the thread."""
+    pg = group.process_group
+    if pg is None or group.world_size == 1:
+        return Talk(group.label, group.rank, group.world_size, None)
+    key = (pg.group_name, id(pg))
+    if key not in _talks:
+        ranks = dist.get_process_group_ranks(pg)
+        own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _talks[key] = Talk(group.label, group.rank, group.world_size, own)
+    return _talks[key]

@@ -1,0 +1,207 @@
+"""The manifest: what a checkpoint holds, and which file holds it.
+
+version     of this layout
+world_size  ranks that a replica is cut over; `layout` says it with the replicas and the stages: {tp, dp, pp}
+step, extra what the training said
+files       {name: sha-256}
+tensors     {name: how it is cut}, see ckpt_cuts.py
+own         {file: {tensors: {name: dtype and shape}, aggregator: numbers}} of what belongs to one rank alone
+aliases     {second name: first name} of tied tensors
+optimizer   its options, by parameter group
+sha256      of all this
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels.ckpt_cuts import Entry, Read
+from tpkernels.ckpt_files import CheckpointError, TensorFile, check_file, check_folder, damaged, read_manifest
+from tpkernels.ckpt_place import Place, file_name
+from tpkernels.ckpt_state import Snapshot
+
+VERSION = 2
+
+
+def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
+    """What a rank says of its file, for `join`."""
+    own = {key: snapshot.tensors[key] for key in snapshot.own}
+    return {
+        "file": file,
+        "sha256": digest,
+        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
+        "replicas": replicas,
+        "own": {
+            "tensors": {k: kind_of(t.dtype, t.shape) for k, t in own.items()},
+            "aggregator": snapshot.aggregator,
+        },
+        "optimizer": snapshot.optimizer,
+    }  # fmt: skip
+
+
+def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
+    """What the manifest says of a tensor that belongs to one rank alone."""
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+
+
+def join(said: list[dict[str, Any]], snapshot: Snapshot, place: Place) -> dict[str, Any]:
+    """The manifest, from what the ranks say, replica by replica.
+
+    Raises:
+        CheckpointError: they do not say the same of a tensor or of the optimizer.
+    """
+    for number, other in enumerate(said[1:], start=1):
+        for what in ("tensors", "optimizer"):
+            mine, theirs = said[0][what] or {}, other[what] or {}
+            for key in sorted(mine.keys() | theirs.keys()):
+                if mine.get(key) != theirs.get(key):
+                    raise CheckpointError(
+                        f"ranks disagree about {key}: {mine.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
+                    )
+    tensors = {name: _marked(name, entry, said[: place.tp]).to_json() for name, entry in snapshot.entries.items()}
+    return {
+        "version": VERSION,
+        "world_size": place.tp,
+        "layout": {"tp": place.tp, "dp": place.dp, "pp": 1},
+        "step": snapshot.step,
+        "files": {s["file"]: s["sha256"] for s in said},
+        "tensors": tensors,
+        "own": {s["file"]: s["own"] for s in said},
+        "aliases": snapshot.aliases,
+        "optimizer": snapshot.optimizer,
+        "extra": snapshot.extra,
+    }
+
+
+def _marked(name: str, entry: Entry, said: list[dict[str, Any]]) -> Entry:
+    """The entry, which says so when ranks that should hold the same hold something else."""
+    seen: dict[Any, str] = {}
+    for rank, one in enumerate(said):
+        digest = one["replicas"].get(name)
+        key = None if entry.dim is None else entry.runs_of(rank, len(said))
+        if digest is not None and seen.setdefault(key, digest) != digest:
+            return replace(entry, replicas_differ=True)
+    return entry
+
+
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked against its own digest, in the present layout.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a newer tpkernels wrote it.
+    """
+    manifest = read_manifest(Path(folder))
+    if manifest.get("version") == 1:
+        manifest = _from_version_1(manifest)
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder} has layout version {manifest.get('version')} and this tpkernels reads 1 to {VERSION}: "
+            f"use the tpkernels that wrote it"
+        )
+    return manifest
+
+
+def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had no replicas, and what belongs to one rank stood among the tensors with the style "rank"."""
+    own = {name: said for name, said in old["tensors"].items() if said["style"] == "rank"}
+    shared = {name: said for name, said in old["tensors"].items() if name not in own}
+    return old | {
+        "version": VERSION,
+        "layout": {"tp": old["world_size"], "dp": 1, "pp": 1},
+        "tensors": shared,
+        "own": {file: {"tensors": own, "aggregator": None} for file in old["files"]},
+    }
+
+
+@dataclass
+class Source:
+    """A checkpoint that is read: its manifest and its files, opened when they are needed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        layout = self.manifest["layout"]
+        self.tp, self.dp = int(layout["tp"]), int(layout["dp"])
+        self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
+        self._open: dict[str, TensorFile] = {}
+        if layout["pp"] != 1:
+            raise CheckpointError(
+                f"it was saved by {layout['pp']} stages of a model cut by layer, which this tpkernels does not read"
+            )
+        names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
+        if names != set(self.manifest["files"]) or names != set(self.manifest["own"]):
+            raise CheckpointError(
+                f"the manifest says that {self.tp} ranks of {self.dp} replicas wrote it, and lists "
+                f"{', '.join(sorted(self.manifest['files'])) or 'no files'}"
+            )
+
+    def check_files(self, number: int = 0, of: int = 1) -> None:
+        """Check that the files are those that were written; reads every `of`-th from `number` on.
+
+        Raises:
+            CheckpointError: names the file that is missing, damaged, or too many.
+        """
+        check_folder(self.folder, self.manifest)
+        for name in sorted(self.manifest["files"])[number::of]:
+            check_file(self.folder, name, self.manifest)
+
+    def file(self, rank: int, replica: int = 0) -> TensorFile:
+        """The file of a rank, with the tensors that the manifest says it holds."""
+        name = file_name(rank, self.tp, replica)
+        if name not in self._open:
+            file = TensorFile(self.folder / name)
+            expected = {key: (t["dtype"], tuple(t["shape"])) for key, t in self.own(rank, replica).items()}
+            if replica == 0:
+                for key, entry in self.entries.items():
+                    dtype = str(entry.dtype).removeprefix("torch.")
+                    expected[key] = (dtype, entry.part_shape(rank, self.tp))
+            if differ := sorted(expected.keys() ^ set(file.names)):
+                raise damaged(file.path, f"its tensors are not those of the manifest: {', '.join(differ[:3])}")
+            for key, (dtype, shape) in expected.items():
+                got = (str(file.dtype(key)).removeprefix("torch."), file.shape(key))
+                if got != (dtype, shape):
+                    raise damaged(file.path, f"{key} is {got[0]} {list(got[1])}, expected {dtype} {list(shape)}")
+            self._open[name] = file
+        return self._open[name]
+
+    def own(self, rank: int, replica: int) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the tensors that belong to a rank alone."""
+        found: dict[str, dict[str, Any]] = self.manifest["own"][file_name(rank, self.tp, replica)]["tensors"]
+        return found
+
+    def reader(self, key: str) -> Read:
+        """Reads ranges of a tensor out of the file of a rank."""
+        return lambda rank, *ranges: self.file(rank).read(key, *ranges)
+
+    def own_tensors(self, rank: int, replica: int, kind: str) -> dict[str, Tensor]:
+        """Copies of the tensors of a kind ("rng", "aggregator") that belong to a rank alone, without the kind."""
+        keys = [key for key in self.own(rank, replica) if key.startswith(f"{kind}/")]
+        return {key.partition("/")[2]: self.file(rank, replica).read(key).clone() for key in keys}
+
+    def aggregator_numbers(self, rank: int, replica: int) -> Any:
+        """What the aggregator of a rank said besides tensors; None when none was saved."""
+        return self.manifest["own"][file_name(rank, self.tp, replica)]["aggregator"]
+
+    def rng(self, rank: int, replica: int) -> dict[str, Tensor]:
+        """The random numbers of a rank, also of one that was not there when the checkpoint was saved.
+
+        Rank t of replica d takes those of rank t modulo tp of replica d modulo dp. When replicas were added and the
+        saved ones drew different numbers, an added one gets numbers of its own, derived from these and its place.
+        """
+        state = self.own_tensors(rank % self.tp, replica % self.dp, "rng")
+        if replica >= self.dp > 1:
+            first, second = (self.own_tensors(rank % self.tp, d, "rng") for d in (0, 1))
+            if not torch.equal(first["cpu"], second["cpu"]):
+                text = state["cpu"].numpy().tobytes() + replica.to_bytes(8, "little")
+                seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+                state["cpu"] = torch.Generator().manual_seed(seed).get_state()
+        return state
