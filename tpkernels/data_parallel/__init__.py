@@ -1,5 +1,18 @@
-"""Gradients over the ranks: clipping by the norm of the unsharded model."""
+"""Gradients over the ranks: averaged and packed beside the backward pass, clipped by their norm over all."""
 
-from tpkernels.data_parallel.clip import clip_grad_norm_
+from .aggregator import GradAggregator
+from .clip import clip_grad_norm_
+from .outer import OuterSGD
+from .scaling import unscale_
+from .sparse import TopK
+from .state import AggregatorState, reshard_state
 
-__all__ = ["clip_grad_norm_"]
+__all__ = [
+    "AggregatorState",
+    "GradAggregator",
+    "OuterSGD",
+    "TopK",
+    "clip_grad_norm_",
+    "reshard_state",
+    "unscale_",
+]

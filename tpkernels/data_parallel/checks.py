@@ -1,0 +1,187 @@
+"""What must hold before gradients are aggregated: a model that can be, and ranks that mean the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import ops
+from tpkernels.compress import CODECS
+from tpkernels.group import Group
+from tpkernels.ranks import gather
+
+from .buckets import Member
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PACKABLE = FLOATS[:3]
+MODES = ("sync", "delayed", "local")
+WHO = "GradAggregator"
+
+
+def check_choice(codec: Any, mode: Any) -> None:
+    """Raise ValueError unless codec and mode exist and go together."""
+    codecs = (*CODECS, "topk")
+    if codec not in codecs:
+        raise ValueError(f"{WHO}: codec must be one of {', '.join(map(repr, codecs))}, got {codec!r}")
+    if mode not in MODES:
+        raise ValueError(f"{WHO}: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if codec == "topk" and mode == "local":
+        raise ValueError(
+            f"{WHO}: codec 'topk' sends the largest gradients of every step and needs mode 'sync' or 'delayed', got "
+            f"mode 'local'; pack the difference of the parameters with a codec of {', '.join(map(repr, CODECS))}"
+        )
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise unless all are whole numbers that make sense."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{WHO}: {name} must be an int, got {type(value).__name__}")
+        least = 0 if name == "warmup_steps" else 1
+        if value < least:
+            raise ValueError(f"{WHO}: {name} must be {least} or more, got {value}")
+
+
+def check_unchanged(model: nn.Module, members: list[Member]) -> None:
+    """Raise RuntimeError unless the model's trained parameters are still these."""
+    now = [p for p in model.parameters() if p.requires_grad]
+    if len(now) == len(members) and all(p is member.parameter for p, member in zip(now, members, strict=True)):
+        return
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    new = [name for name, p in named.items() if not any(p is member.parameter for member in members)]
+    gone = [member.name for member in members if not any(p is member.parameter for p in now)]
+    if new or gone:
+        raise RuntimeError(
+            f"{WHO}: the trained parameters of the model have changed since it was made: new {new[:5]}, gone or frozen "
+            f"{gone[:5]}; make a new {WHO} on all ranks when parameters are added, replaced, frozen or unfrozen"
+        )
+
+
+def set_gradient_dtype(members: list[Member]) -> None:
+    """Let torch make gradients in the dtype in which they travel.
+
+    Raises:
+        ValueError: a parameter has a gradient of another dtype already.
+    """
+    for member in members:
+        parameter = member.parameter
+        if parameter.dtype == member.dtype:
+            continue
+        if parameter.grad is not None and parameter.grad.dtype != member.dtype:
+            raise ValueError(
+                f"{WHO}: with gradient_dtype={member.dtype} gradients of other dtypes must be gone, got one of "
+                f"{parameter.grad.dtype} for {member.name!r}; call zero_grad() before"
+            )
+        parameter.grad_dtype = member.dtype
+
+
+def members_of(
+    model: nn.Module, group: Group, codec: str, gradient_dtype: torch.dtype | None, mode: str
+) -> list[Member]:
+    """The trained parameters of a model, each once, checked.
+
+    Raises:
+        TypeError, ValueError: the model, or a parameter that cannot be aggregated (says which, expected, got).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{WHO}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"{WHO}: gradients must be dense, got {name!r} with sparse=True; set it to False")
+    if gradient_dtype not in (None, torch.float32):
+        raise ValueError(f"{WHO}: gradient_dtype must be None or torch.float32, got {gradient_dtype}")
+    found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not found:
+        raise ValueError(f"{WHO}: model must have a parameter that requires a gradient, got none")
+    for name, parameter in found:
+        _check_parameter(name, parameter, group, codec)
+    return [
+        Member(i, name, parameter, _travel_dtype(parameter.dtype, gradient_dtype, mode))
+        for i, (name, parameter) in enumerate(found)
+    ]
+
+
+def _travel_dtype(dtype: torch.dtype, gradient_dtype: torch.dtype | None, mode: str) -> torch.dtype:
+    if dtype == torch.float64:
+        return dtype
+    return torch.float32 if mode == "local" else gradient_dtype or dtype
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, group: Group, codec: str) -> None:
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{WHO}: parameter {name!r} has no shape yet; run the model once before")
+    if parameter.dtype not in FLOATS:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise ValueError(f"{WHO}: parameter {name!r} must have a dtype of {allowed}, got {dtype}")
+    if codec != "none" and parameter.dtype not in PACKABLE:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in PACKABLE)
+        raise ValueError(
+            f"{WHO}: codec {codec!r} needs a dtype of {allowed}, got {dtype} of parameter {name!r}; take codec 'none'"
+        )
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{WHO}: parameter {name!r} must be dense (strided), got layout {parameter.layout}")
+    if parameter.device != group.device:
+        raise ValueError(
+            f"{WHO}: parameter {name!r} must be on {group.device}, where group {group.label!r} works, got device "
+            f"{parameter.device}"
+        )
+
+
+def check_ranks(members: list[Member], settings: dict[str, Any], group: Group) -> None:
+    """Raise ValueError on all ranks unless they have the same settings and the same parameters by name and shape."""
+    mine = [(m.name, list(m.parameter.shape), str(m.parameter.dtype)) for m in members]
+    every: list[tuple[dict[str, Any], list[Any]]] = gather((settings, mine), group)
+    first_settings, first = every[0]
+    for rank, (theirs, parameters) in enumerate(every):
+        for key, value in first_settings.items():
+            if theirs[key] != value:
+                raise ValueError(
+                    f"{WHO}: {key} must be the same on all ranks of group {group.label!r}, got {value!r} on rank 0 and "
+                    f"{theirs[key]!r} on rank {rank}"
+                )
+        for i in range(max(len(first), len(parameters))):
+            zero, other = (found[i] if i < len(found) else None for found in (first, parameters))
+            if zero != other:
+                raise ValueError(
+                    f"{WHO}: the trained parameters must be the same on all ranks of group {group.label!r}, but number "
+                    f"{i} is {_describe(zero)} on rank 0 and {_describe(other)} on rank {rank}"
+                )
+
+
+def _describe(parameter: tuple[str, list[int], str] | None) -> str:
+    if parameter is None:
+        return "missing"
+    name, shape, dtype = parameter
+    return f"{name!r} ({dtype.removeprefix('torch.')}, shape {shape})"
+
+
+def check_same_values(members: list[Member], group: Group) -> None:
+    """Raise ValueError on all ranks, naming the first parameter whose bits differ between ranks of the group."""
+    mine = [_digest(member.parameter) for member in members]
+    every = gather(mine, group)
+    for i, member in enumerate(members):
+        ranks = [rank for rank, theirs in enumerate(every) if theirs[i] != every[0][i]]
+        if ranks:
+            raise ValueError(
+                f"{WHO}: parameters must hold the same values on all ranks of group {group.label!r} at the start, but "
+                f"{member.name!r} differs on ranks {ranks} from rank 0; pass sync_parameters=True to take rank 0's"
+            )
+
+
+def _digest(parameter: Tensor) -> bytes:
+    values = parameter.detach().contiguous().cpu().reshape(-1)
+    return hashlib.blake2b(values.view(torch.uint8).numpy().data, digest_size=16).digest()
+
+
+@torch.no_grad()
+def copy_from_first(model: nn.Module, group: Group) -> None:
+    """Give all ranks the parameters of rank 0, frozen ones too; a collective over the group."""
+    for parameter in model.parameters():
+        values = parameter.detach().contiguous()
+        bits = values.reshape(-1).view(torch.uint8)
+        found = ops.all_reduce(bits if group.rank == 0 else torch.zeros_like(bits), group=group, op="max")
+        parameter.detach().copy_(found.view(values.dtype).view(values.shape))

@@ -1,0 +1,55 @@
+"""The average of a bucket over the ranks, every value of it, packed by a codec."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpkernels import ops
+from tpkernels.group import Group
+
+from .buckets import Bucket
+
+State = dict[str, Tensor]
+"""What a bucket keeps between steps: flat fp32 tensors by kind."""
+
+
+class DenseAverage:
+    """mean = (x_0 + ... + x_{R-1}) / R with every contribution packed by a codec, the same bits on every rank.
+
+    With error feedback what the packing of a step loses goes with the next one (residual, in units of the average):
+
+        v_r = x_r / R + residual_r;  wire_r = pack(v_r);  residual_r = v_r - unpack(wire_r)
+        mean = sum_r unpack(wire_r)
+
+    Values are scaled in fp32 before they are packed: sums of large values do not overflow on the wire, and the block
+    exponents of the codecs keep small ones.
+
+    Attributes:
+        kinds: what it keeps for each bucket.
+    """
+
+    def __init__(self, codec: str, error_feedback: bool) -> None:
+        self.codec = codec
+        self.kinds: tuple[str, ...] = ("residual",) if error_feedback and codec != "none" else ()
+
+    def average(self, bucket: Bucket, flat: Tensor, state: State, step: int, group: Group) -> Tensor:
+        """The average of flat over the group, in the dtype of the bucket. A collective; updates the state.
+
+        Where a value of any rank is not finite, the result is not: loss scaling sees it on every rank alike. What is
+        kept of such a block stays as it was.
+        """
+        if not self.kinds:
+            return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
+        wire = ops.compress_with_feedback(flat, state["residual"], self.codec, 1.0 / group.world_size)
+        return all_reduce_packed(wire, bucket, self.codec, group)
+
+
+def all_reduce_packed(wire: Tensor, bucket: Bucket, codec: str, group: Group) -> Tensor:
+    """The sum of what the ranks packed."""
+    packed = getattr(ops, "all_reduce_packed", None)
+    if packed is not None:
+        found: Tensor = packed(wire, (bucket.numel,), bucket.dtype, group=group, op="sum", codec=codec)
+        return found
+    unpacked = ops.decompress(wire, (bucket.numel,), torch.float32, codec)
+    return ops.all_reduce(unpacked, group=group, codec=codec).to(bucket.dtype)

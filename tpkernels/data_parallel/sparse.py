@@ -1,0 +1,141 @@
+"""Codec "topk", for gradients only: the largest of them now, the others when they have grown.
+
+A message has a fixed size, so that one all_gather carries it: k indices (int32), then k values packed as fp16 with one
+exponent for each block. All ranks add the messages up in rank order and hold the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpkernels import ops
+from tpkernels.compress import wire_bytes
+from tpkernels.group import Group
+
+from .buckets import Bucket
+from .dense import State
+
+VALUES = "fp16"  # the codec of the values
+SAMPLE = 1 << 14  # magnitudes from which a threshold is estimated
+FIRST_RATIO = 0.25  # of the warm-up
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Settings of codec "topk".
+
+    Attributes:
+        ratio: the share of each bucket that is sent in a step, in (0, 1].
+        momentum: momentum correction, in [0, 1): momentum is applied to a gradient before the largest are chosen, and
+            forgotten where one was sent (factor masking). It takes the place of the optimizer's own: with SGD set the
+            optimizer's to 0; with Adam, which has its own, leave 0 here.
+        warmup_steps: over so many steps the share falls exponentially from a quarter to ratio.
+
+    Source: Lin et al. 2018, Deep Gradient Compression (arXiv:1712.01887).
+    """
+
+    ratio: float = 0.01
+    momentum: float = 0.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"TopK: ratio must be in (0, 1], got {self.ratio}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"TopK: momentum must be in [0, 1), got {self.momentum}")
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise ValueError(f"TopK: warmup_steps must be a whole number, 0 or more, got {self.warmup_steps!r}")
+
+    def count(self, numel: int, step: int) -> int:
+        """How many of numel values are sent in this step, the same on all ranks; one at least."""
+        ratio = self.ratio
+        if step < self.warmup_steps and ratio < FIRST_RATIO:
+            ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (step / self.warmup_steps)
+        return min(numel, max(1, math.ceil(ratio * numel)))
+
+    def message_bytes(self, numel: int, step: int) -> int:
+        """Bytes of one rank's message for a bucket of numel values; it goes to each of the R - 1 others."""
+        k = self.count(numel, step)
+        return (4 * k + wire_bytes(VALUES, k) + 3) // 4 * 4
+
+
+class TopKAverage:
+    """The average over the ranks of what each of them sends: its k largest values. What it does not send it keeps.
+
+        u_r = momentum * u_r + x_r / R              # kept only with momentum
+        v_r = v_r + u_r                             # "residual", in units of the average
+        mean = sum_r (v_r at the k largest |v_r|, rounded to fp16);  there v_r keeps the rounding error, and u_r = 0
+
+    Attributes:
+        kinds: what it keeps for each bucket.
+    """
+
+    def __init__(self, settings: TopK) -> None:
+        self.settings = settings
+        self.kinds: tuple[str, ...] = ("residual", "velocity") if settings.momentum else ("residual",)
+
+    def average(self, bucket: Bucket, flat: Tensor, state: State, step: int, group: Group) -> Tensor:
+        """The average, in the dtype of the bucket. A collective; updates the state.
+
+        Where this rank's flat is not finite, it keeps its state as it was and sends NaN, which all ranks then see.
+        """
+        k = self.settings.count(bucket.numel, step)
+        message = self._pack(flat, state, k, group.world_size)
+        gathered = ops.all_gather(message, group=group, dim_size=group.world_size * message.numel())
+        return _add_up(gathered.view(group.world_size, -1), k, bucket).to(bucket.dtype)
+
+    def _pack(self, flat: Tensor, state: State, k: int, world_size: int) -> Tensor:
+        residual, velocity = state["residual"], state.get("velocity")
+        update = flat.float() / world_size
+        if bool(update.isfinite().all()):
+            if velocity is not None:
+                update = velocity.mul_(self.settings.momentum).add_(update)
+            residual.add_(update)
+            index = largest(residual, k)
+            values = residual[index]
+            wire = ops.compress(values, VALUES)
+            residual[index] = values - ops.decompress(wire, (k,), torch.float32, VALUES)
+            if velocity is not None:
+                velocity[index] = 0.0
+        else:
+            index = torch.arange(k, device=flat.device)
+            wire = ops.compress(torch.full((k,), math.nan, device=flat.device), VALUES)
+        message = torch.zeros((4 * k + wire.numel() + 3) // 4 * 4, dtype=torch.uint8, device=flat.device)
+        message[: 4 * k].view(torch.int32).copy_(index)
+        message[4 * k : 4 * k + wire.numel()] = wire
+        return message
+
+
+def _add_up(messages: Tensor, k: int, bucket: Bucket) -> Tensor:
+    """The sum of the messages, one a row, in rank order."""
+    total = bucket.zeros(torch.float32)
+    for message in messages:
+        index = message[: 4 * k].view(torch.int32)
+        wire = message[4 * k : 4 * k + wire_bytes(VALUES, k)]
+        # An index occurs once in a message, so that no order of additions matters but that of the ranks.
+        total.index_add_(0, index, ops.decompress(wire, (k,), torch.float32, VALUES))
+    return total
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """The indices of the k largest magnitudes of a flat tensor, exactly k and exactly the largest, in any order.
+
+    A threshold estimated from a sample throws most values out in one pass; the exact choice is made among the rest.
+    """
+    magnitudes = values.abs()
+    n = values.numel()
+    if n <= 4 * SAMPLE or 8 * k >= n:
+        return torch.topk(magnitudes, k, sorted=False).indices
+    sample = magnitudes[:: n // SAMPLE]
+    expected = k * sample.numel() / n
+    # Four standard deviations more than expected: the threshold is too high once in ten thousand times.
+    rank = min(sample.numel(), math.ceil(expected + 4.0 * math.sqrt(expected) + 4.0))
+    threshold = torch.topk(sample, rank, sorted=False).values.min()
+    candidates = torch.nonzero(magnitudes >= threshold).view(-1)
+    if candidates.numel() < k:
+        return torch.topk(magnitudes, k, sorted=False).indices
+    return candidates[torch.topk(magnitudes[candidates], k, sorted=False).indices]
