@@ -1,0 +1,226 @@
+"""The forward passes of generation: all tokens of a prompt at once, then one token of every sequence at a time.
+
+Two caches of keys and values, both cut by heads, since each rank's attention makes those of its own heads alone:
+
+    DynamicDecoder   grows by a token each step; prompts of a batch are padded on the left
+    SlotDecoder      memory of a fixed size, a slot for each sequence, each at a position of its own: sequences come and
+                     go between steps, and a step can be compiled
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .compiled import compiled
+
+
+class _Decoder:
+    """What both decoders ask of a model: a decoder of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = cast(Any, model)
+        takes = inspect.signature(model.forward).parameters
+        if "past_key_values" not in takes or "position_ids" not in takes or self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"generate: the model must be a decoder with past_key_values and position_ids, "
+                f"got {type(model).__name__}"
+            )
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.vocab_size: int = self.model.config.get_text_config(decoder=True).vocab_size
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        """The logits [B, V] after the last tokens."""
+        found = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._last,
+        )
+        logits: Tensor = found.logits[:, -1]
+        return logits
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor | None]:
+        """The logits [B, V] after the prompts, and the mask [B, T] of their tokens; None where all have T tokens."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        if all(len(prompt) == longest for prompt in prompts):
+            positions = torch.arange(longest).expand(len(prompts), -1)
+            return self._forward(ids, None, positions, cache), None
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        positions = torch.arange(longest) - (longest - lengths)
+        mask = (positions >= 0).long()
+        return self._forward(ids, mask, positions.clamp(min=0), cache), mask
+
+
+class DynamicDecoder(_Decoder):
+    """Generation of one batch with caches that grow."""
+
+    @torch.inference_mode()
+    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Begin with prompts of one token or more each; the logits [B, V] after them."""
+        self._cache = DynamicCache(config=self.model.config)
+        self._lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        logits, self._mask = self._prefill(prompts, self._cache)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Append tokens to the sequences named (something to the others); the logits [B, V] after them."""
+        ids = torch.zeros_like(self._lengths)
+        for row, token in tokens.items():
+            ids[row, 0] = token
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        logits = self._forward(ids, self._mask, self._lengths, self._cache)
+        self._lengths += 1
+        return logits
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, heads of this rank, max_length, head_dim]."""
+
+    is_compileable = True
+    is_sliding = False
+    keys: Any
+    values: Any
+
+    def __init__(self, slots: _Slots) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take memory for every slot, in the dtype and for the heads of what a forward made."""
+        for name, states in (("keys", key_states), ("values", value_states)):
+            _, heads, _, dim = states.shape
+            setattr(self, name, states.new_zeros(self._slots.count, heads, self._slots.max_length, dim))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token of each of the first rows at their positions; the keys and values of those rows."""
+        positions = self._slots.positions
+        rows = positions.shape[0]
+        index = torch.arange(rows)
+        self.keys[index, :, positions] = key_states[:, :, 0]
+        self.values[index, :, positions] = value_states[:, :, 0]
+        return self.keys[:rows], self.values[:rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of keys."""
+        return self._slots.max_length, 0
+
+    def get_seq_length(self) -> int:
+        """Length of the longest sequence; positions are given with each call, so nothing depends on it."""
+        return self._slots.max_length
+
+    def get_max_length(self) -> int:
+        """Tokens that a slot can hold."""
+        return self._slots.max_length
+
+
+class _Slots(Cache):
+    """The memory of all slots; `positions` [rows] is where the next token of each of the first rows belongs."""
+
+    def __init__(self, layers: int, count: int, max_length: int) -> None:
+        self.count, self.max_length = count, max_length
+        self.positions = torch.zeros(1, dtype=torch.long)
+        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def fill(self, slot: int, source: Cache, row: int, length: int) -> None:
+        """Take over the last `length` tokens of a row of another cache."""
+        pairs: Any = zip(self.layers, source.layers, strict=True)
+        for mine, theirs in pairs:
+            if not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            start = theirs.keys.shape[2] - length
+            mine.keys[slot, :, :length] = theirs.keys[row, :, start:]
+            mine.values[slot, :, :length] = theirs.values[row, :, start:]
+
+
+class SlotDecoder(_Decoder):
+    """Generation in slots of a fixed size, which sequences take and leave between steps.
+
+    Args:
+        model: full attention in every layer, or windows that are longer than max_length.
+        slots: sequences at a time.
+        max_length: tokens of a sequence, its prompt among them.
+        compile: compile the step, once for each number of rows.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, max_length: int, *, compile: bool = False) -> None:
+        super().__init__(model)
+        layers = DynamicCache(config=self.model.config).layers
+        if not all(_is_whole(layer, max_length) for layer in layers):
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"generate: a static cache needs full attention in every layer, got {', '.join(kinds)} with "
+                f"max_length {max_length}; take the dynamic cache"
+            )
+        self.slots, self.max_length = slots, max_length
+        self._cache = _Slots(len(layers), slots, max_length)
+        self._lengths = [0] * slots
+        self._bool_mask = self.model.config._attn_implementation == "sdpa"
+        self._step: Any = compiled(self._slot_step) if compile else self._slot_step
+
+    @torch.inference_mode()
+    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Fill the first slots with a batch of prompts of one token or more each; the logits [B, V] after them."""
+        cache = DynamicCache()
+        logits, _ = self._prefill(prompts, cache)
+        for slot, prompt in enumerate(prompts):
+            self._take(slot, cache, slot, len(prompt))
+        return logits
+
+    @torch.inference_mode()
+    def insert(self, slot: int, prompt: Sequence[int]) -> Tensor:
+        """Begin one sequence of one token or more in a slot; the logits [V] after it."""
+        cache = DynamicCache()
+        logits, _ = self._prefill([prompt], cache)
+        self._take(slot, cache, 0, len(prompt))
+        return logits[0]
+
+    @torch.inference_mode()
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Append a token to the sequence of every slot named; the logits [rows, V], a row for each slot.
+
+        Slots that are not named are free from then on, so that all ranks agree on them without another word.
+        There are as many rows as the highest slot asks for, rounded up to a power of two, so that there are few sizes.
+        """
+        rows = min(self.slots, 1 << max(tokens).bit_length())
+        ids = torch.zeros(rows, 1, dtype=torch.long)
+        for slot, token in tokens.items():
+            ids[slot, 0] = token
+        self._lengths = [length if slot in tokens else 0 for slot, length in enumerate(self._lengths)]
+        self._cache.positions = torch.tensor(self._lengths[:rows])
+        logits: Tensor = self._step(ids, self._cache.positions, self._cache)
+        for slot in tokens:
+            self._lengths[slot] += 1
+        return logits
+
+    def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
+        if length >= self.max_length:
+            raise ValueError(
+                f"generate: a prompt must be shorter than max_length {self.max_length}, got {length} tokens"
+            )
+        self._cache.fill(slot, cache, row, length)
+        self._lengths[slot] = length
+
+    def _slot_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        mask = (torch.arange(self.max_length) <= positions[:, None])[:, None, None]
+        if not self._bool_mask:
+            dtype = self.model.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return self._forward(ids, mask, positions[:, None], cache)
+
+
+def _is_whole(layer: Any, max_length: int) -> bool:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.sliding_window >= max_length)
+    return type(layer) is DynamicLayer

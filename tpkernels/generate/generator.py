@@ -1,0 +1,186 @@
+"""Generator: prompts in, pieces of text out, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tpkernels.group import Group, resolve
+
+from .sampling import NOT_A_NUMBER, Sampler, Sampling, draw
+from .text import TextStream, Tokenizer
+
+CACHES = ("static", "dynamic")
+GRAIN = 64  # static caches are made in multiples of so many tokens, so that few sizes are compiled
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to one prompt's continuation.
+
+    Attributes:
+        index: which prompt.
+        token: the new token.
+        text: that is certain since; may be empty, and belong to earlier tokens.
+        finish: None, or why this is the last piece: "stop" (end token, stop string) or "length".
+    """
+
+    index: int
+    token: int
+    text: str
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All pieces of one prompt: its text, its tokens (the end token among them), why it ended."""
+
+    text: str
+    tokens: list[int]
+    finish: str
+
+
+class Running:
+    """One continuation under way: its text so far, and what ends it."""
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
+        self.tokens = 0
+        self.finish: str | None = None
+        self._sampling = sampling
+        self._ends = set(sampling.stop_token_ids)
+        if tokenizer.eos_token_id is not None and not sampling.ignore_eos:
+            self._ends.add(tokenizer.eos_token_id)
+        self._text = TextStream(tokenizer, prompt, sampling.stop)
+
+    def push(self, token: int) -> str:
+        """Take the next token; the text that is certain since. Sets `finish` when it is the last.
+
+        Raises:
+            FloatingPointError: the logits were not numbers.
+        """
+        if token == NOT_A_NUMBER:
+            raise FloatingPointError("generate: the model's logits hold NaN")
+        self.tokens += 1
+        if token in self._ends:
+            self.finish = "stop"
+            return self._text.flush()
+        text = self._text.push(token)
+        if self._text.stopped:
+            self.finish = "stop"
+        elif self.tokens == self._sampling.max_tokens:
+            text += self._text.flush()
+            self.finish = "stop" if self._text.stopped else "length"
+        return text
+
+
+class Generator:
+    """Continues prompts with a causal language model of transformers, whole or cut over the ranks of a group.
+
+    Every rank makes one and calls it alike; tokens and texts are the same on all of them, sampled ones too.
+
+    Args:
+        model: a decoder, such as `tpk.parallelize` leaves it.
+        tokenizer: its tokenizer.
+        group: the ranks; None means all ranks of the default process group.
+        cache: "static" (keys and values in memory of a fixed size) or "dynamic" (they grow).
+        compile: compile the decode step (static cache only): a wait of a minute at first, then two to three times
+            the speed on a CPU. A prompt length and number of tokens that need another size of cache compile anew.
+
+    Raises:
+        ValueError: cache or compile do not fit; the model is no decoder, or its attention needs the dynamic cache.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        group: Group | None = None,
+        *,
+        cache: str = "static",
+        compile: bool = False,
+    ) -> None:
+        if cache not in CACHES:
+            raise ValueError(f"generate: cache must be {' or '.join(map(repr, CACHES))}, got {cache!r}")
+        if compile and cache != "static":
+            raise ValueError("generate: compile needs cache 'static', got 'dynamic'")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.group = resolve(group)
+        self._cache, self._compile = cache, compile
+        self._decoder: Any = None
+
+    def stream(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> Iterator[Piece]:
+        """Continue all prompts together; yield what each step adds.
+
+        Every rank must take all pieces, or all must stop after the same one.
+
+        Args:
+            prompts: texts or token ids, one token at least each.
+            sampling: for all, or one for each; None takes the likeliest tokens.
+
+        Raises:
+            ValueError: a prompt or sampling does not fit.
+            FloatingPointError: the model's logits hold NaN.
+            TimeoutError, PeerLostError: a rank did not come, or died; the text names it.
+        """
+        ids = [self._ids(prompt) for prompt in prompts]
+        every = [sampling or Sampling()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
+        self._check(ids, every)
+        return self._pieces(ids, every) if ids else iter(())
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Completion]:
+        """Return all that `stream` yields, by prompt."""
+        texts, tokens, finish = [""] * len(prompts), [list[int]() for _ in prompts], [""] * len(prompts)
+        for piece in self.stream(prompts, sampling):
+            texts[piece.index] += piece.text
+            tokens[piece.index].append(piece.token)
+            finish[piece.index] = piece.finish or ""
+        return [Completion(*found) for found in zip(texts, tokens, finish, strict=True)]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        return list(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
+
+    def _check(self, ids: list[list[int]], every: list[Sampling]) -> None:
+        if len(every) != len(ids):
+            raise ValueError(f"generate: sampling must be one or one for each of {len(ids)} prompts, got {len(every)}")
+        for index, prompt in enumerate(ids):
+            if not prompt:
+                raise ValueError(f"generate: a prompt must have one token at least, prompt {index} has none")
+        for sampling in every:
+            sampling.check()
+
+    def _pieces(self, prompts: list[list[int]], every: list[Sampling]) -> Iterator[Piece]:
+        running = {
+            i: (Running(p, s, self.tokenizer), Sampler(s)) for i, (p, s) in enumerate(zip(prompts, every, strict=True))
+        }
+        needed = max(len(p) + s.max_tokens for p, s in zip(prompts, every, strict=True))
+        decoder = self._decoder_for(len(prompts), needed)
+        logits = decoder.start(prompts)
+        while True:
+            rows = range(min(len(prompts), len(logits)))
+            drawn = draw([running[i][1] if i in running else None for i in rows], logits, self.group)
+            for i, (sequence, _) in list(running.items()):
+                text = sequence.push(drawn[i])
+                if sequence.finish:
+                    del running[i]
+                yield Piece(i, drawn[i], text, sequence.finish)
+            if not running:
+                return
+            logits = decoder.step({i: drawn[i] for i in running})
+
+    def _decoder_for(self, rows: int, length: int) -> Any:
+        from . import decoders
+
+        if self._cache == "dynamic":
+            return decoders.DynamicDecoder(self.model)
+        kept = self._decoder
+        if kept is None or kept.slots != rows or kept.max_length < length:
+            self._decoder = decoders.SlotDecoder(self.model, rows, -(-length // GRAIN) * GRAIN, compile=self._compile)
+        return self._decoder
