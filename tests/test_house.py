@@ -22,10 +22,11 @@ LEVELS = [
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
-    | {"data_parallel", "derive", "plan", "plan_heads", "plan_layers", "plan_refuse"}
-    | {"plan_styles", "plans", "ranks"},
-    {"data", "gpt", "job", "launch", "layout", "parity", "progress", "replicas", "report", "runlog", "settings", "train"},
-    {"__init__", "__main__", "cli", "info", "testing"},
+    | {"data_parallel", "derive", "plan", "plan_apply", "plan_heads"}
+    | {"plan_layers", "plan_random", "plan_refuse", "plan_sequence", "plan_styles", "plans", "ranks"},
+    {"data", "gpt", "job", "launch", "layout", "parity", "progress", "replicas", "report", "runlog", "settings", "train"}
+    | {"generate", "serve", "train"},
+    {"__init__", "__main__", "cli", "cli_serve", "info", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

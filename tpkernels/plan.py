@@ -12,18 +12,18 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from tpkernels.compress import CODECS
 from tpkernels.group import Group, resolve
-from tpkernels.layers.base import Cut
-from tpkernels.plan_heads import Block, cuts_of_block, find_blocks, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Row, Tied, Vocab, cut_module
+from tpkernels.plan_apply import Place, all_cuts, apply, arrange_random, is_linear
+from tpkernels.plan_heads import Block, find_blocks, tell_heads
+from tpkernels.plan_layers import Tied
 from tpkernels.plan_refuse import refuse
-from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, packed_sizes, parse_style
-from tpkernels.shard import packed_runs, shard_info
+from tpkernels.plan_sequence import check_sequence, cut_sequence
+from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, parse_style
 
 __all__ = ["Plan", "PlanError", "PlanReport", "parallelize"]
 
@@ -127,6 +127,7 @@ def parallelize(
     plan: str | Mapping[str, str] | Plan = "auto",
     sequence_parallel: bool = False,
     codec: str = "none",
+    grad_codec: str | None = None,
 ) -> Model:
     """Cut a model over the ranks of a group, in place.
 
@@ -145,6 +146,7 @@ def parallelize(
         sequence_parallel: between the blocks of a decoder each rank keeps its part of the tokens only (less memory for
             activations, the same traffic).
         codec: how partial sums travel.
+        grad_codec: how the backward packs partial gradients; None: as `codec`.
 
     Returns:
         the model.
@@ -157,34 +159,30 @@ def parallelize(
     Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    if codec not in CODECS:
-        raise ValueError(f"parallelize: codec must be one of {list(CODECS)}, got {codec!r}")
+    place = Place(group, codec, codec if grad_codec is None else grad_codec)
+    if not {place.codec, place.grad_codec} <= set(CODECS):
+        raise ValueError(f"parallelize: codecs must be among {list(CODECS)}, got {place.codec!r}, {place.grad_codec!r}")
     refuse(model)
     plan = Plan.resolve(model, plan)
     styles = plan.styles(model)
     modules = dict(model.named_modules())
     blocks = list(find_blocks(modules, styles))
-    cuts = _all_cuts(modules, styles, blocks, group.world_size)
+    cuts = all_cuts(modules, styles, blocks, group.world_size)
+    layers = check_sequence(model, modules, [block.name for block in blocks]) if sequence_parallel else []
     report = _report(plan, styles, modules, blocks, group)
+    report.sequence_parallel = sequence_parallel
     tied = Tied(model)
     for block in blocks:
         tell_heads(block, group.world_size, group.rank)
     for name, style in styles.items():
-        _apply(modules[name], style, cuts.get(name), group, tied, codec)
+        apply(modules[name], style, cuts.get(name), place, tied)
+    arrange_random(modules, blocks, group)
+    if layers:
+        cut_sequence(layers, group, place.codec, place.grad_codec)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
         log.info("%s", report)
     return model
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the Conv1D of transformers: a linear whose weight is [K, N]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear, in either layout of its weight."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_weighty(module: nn.Module) -> bool:
@@ -250,62 +248,6 @@ def _derived(model: nn.Module) -> Plan:
         raise PlanError(f"Plan: there is no plan for {type(model).__name__}; pass one as {{module glob: style}}")
     derive = importlib.import_module("tpkernels.derive")
     return Plan(derive.derive_plan(model), "its module tree")
-
-
-def _all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: list[Block], R: int) -> dict[str, Cut]:
-    """How the weight of each cut linear and embedding is cut, as [N, K]."""
-    cuts: dict[str, Cut] = {}
-    for block in blocks:
-        cuts |= cuts_of_block(block, R)
-    for name, style in styles.items():
-        module = modules[name]
-        if name in cuts or style.name not in (*LINEAR, "vocab"):
-            continue
-        if style.name == "vocab":
-            if not isinstance(module, nn.Embedding):
-                raise PlanError(f"Plan: style 'vocab' of {name} needs an nn.Embedding, got {type(module).__name__}")
-            cuts[name] = Cut(0, module.num_embeddings)
-            continue
-        if not is_linear(module):
-            raise PlanError(f"Plan: style {style.name!r} of {name} needs a linear, got {type(module).__name__}")
-        N, K = sizes_of(module)
-        if style.name == "packed_column":
-            if not style.packed:
-                raise PlanError(f"Plan: packed_column:qkv of {name} needs an attention block around it")
-            cuts[name] = Cut(0, N, 1, packed_runs(packed_sizes(style, N, name), R))
-        else:
-            cuts[name] = Cut(1, K) if style.name in ("row", "row_split") else Cut(0, N)
-    return cuts
-
-
-def _apply(module: nn.Module, style: Style, cut: Cut | None, group: Group, tied: Tied, codec: str) -> None:
-    """Cut one module by its style."""
-    if cut is None:
-        return
-    if style.name == "vocab":
-        cut_module(module, Vocab, {"weight": cut}, group, tied)
-        return
-    transposed = is_conv1d(module)
-    cuts = {"weight": Cut(1 - cut.dim, cut.full_size, cut.unit, cut.runs) if transposed else cut}
-    common: dict[str, Any] = {"codec": codec, "transposed": transposed}
-    if style.name in ("row", "row_split"):
-        split = style.name == "row_split"
-        cut_module(module, Row, cuts, group, tied, split_input=split, sequence_parallel=False, sequence_dim=1, **common)
-        if not split:
-            setattr(module, "nx" if transposed else "in_features", _size(module))
-        return
-    if module.bias is not None:
-        cuts["bias"] = cut
-    gathers = style.name in ("column_gather", "vocab_head")
-    cut_module(module, Column, cuts, group, tied, gather_output=gathers, entered=False, **common)
-    if not gathers:
-        setattr(module, "nf" if transposed else "out_features", _size(module))
-
-
-def _size(module: nn.Module) -> int:
-    info = shard_info(cast(Tensor, module.weight))
-    assert info is not None
-    return info.size
 
 
 def _report(

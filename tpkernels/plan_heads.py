@@ -168,6 +168,8 @@ def _count(
     kv = number(module, KV_HEADS) or number(config, KV_HEADS)
     if len(columns) > 1 and size and query * size == width and all(w % size == 0 for w in widths):
         kv = min(*widths, width) // size
+    if any(style.packed and set(packed_sizes(style, sizes_of(m)[0], name)) == {width} for m, style in columns.values()):
+        kv = query
     heads = Heads(query, kv if kv is not None and kv < query else query)
     uneven = [w for w in (*widths, width) if w % heads.kv]
     if uneven or heads.query % heads.kv:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from tpkernels import ops
 from tpkernels.group import Group
-from tpkernels.layers import sum_gradient, take_shard
+from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
+from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
 
 
 class CutModule(ParallelModule):
-    """A module whose class was changed by `cut_module`. `_summed` names parameters whose gradients are partial."""
+    """A module whose class was changed by `cut_module`."""
 
-    _origin: tuple[type[nn.Module], type[CutModule]]
+    _origin: tuple[type[nn.Module], type[CutModule], tuple[str, ...]]
 
     def full_parameter(self, name: str) -> Tensor:
         """Return an unsharded parameter on every rank (detached). Collective: all ranks must call it."""
@@ -36,25 +37,34 @@ class CutModule(ParallelModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by its name, where a copy or a pickle is made of this.
-        original, style = type(self)._origin
-        return _new, (original, style), self.__dict__.copy()
+        return _new, type(self)._origin, self.__dict__.copy()
 
 
 @cache
-def cut_class(original: type[nn.Module], style: type[CutModule]) -> type[CutModule]:
+def cut_class(original: type[nn.Module], style: type[CutModule], summed: tuple[str, ...] = ()) -> type[CutModule]:
     """Return the class of modules of class `original` that are cut in a style.
 
     The style's forward takes the place of that of nn.Linear, nn.Embedding and Conv1D. A subclass of the first two that
-    adds something of its own and calls super().forward keeps it.
+    adds something of its own and calls super().forward keeps it. In the place of the parameters named in `summed` stand
+    properties, so that whoever uses them in a forward gets gradients that are summed over the ranks.
     """
     adds = issubclass(original, (nn.Linear, nn.Embedding)) and original not in (nn.Linear, nn.Embedding)
     bases = (original, style) if adds else (style, original)
-    made = type(f"{style.__name__}{original.__name__}", bases, {"_origin": (original, style), "__module__": __name__})
-    return cast("type[CutModule]", made)
+    own = {"_origin": (original, style, summed), "__module__": __name__, "__doc__": style.__doc__}
+    own |= {name: _summed(name) for name in summed}
+    return cast("type[CutModule]", type(f"{style.__name__}{original.__name__}", bases, own))
 
 
-def _new(original: type[nn.Module], style: type[CutModule]) -> CutModule:
-    made = cut_class(original, style)
+def _summed(name: str) -> property:
+    def get(module: ParallelModule) -> Tensor | None:
+        parameter = module._parameters[name]
+        return None if parameter is None else sum_gradient(parameter, group=module.group)[0]
+
+    return property(get)
+
+
+def _new(original: type[nn.Module], style: type[CutModule], summed: tuple[str, ...]) -> CutModule:
+    made = cut_class(original, style, summed)
     return made.__new__(made)
 
 
@@ -87,7 +97,14 @@ class Tied:
 
 
 def cut_module(
-    module: nn.Module, style: type[CutModule], cuts: dict[str, Cut], group: Group, tied: Tied, **attributes: Any
+    module: nn.Module,
+    style: type[CutModule],
+    cuts: dict[str, Cut],
+    group: Group,
+    tied: Tied | None = None,
+    *,
+    summed: tuple[str, ...] = (),
+    **attributes: Any,
 ) -> None:
     """Make a module a cut one in place.
 
@@ -96,18 +113,19 @@ def cut_module(
         style: what it becomes.
         cuts: of its parameters; those without one stay whole.
         group: over which.
-        tied: of the whole model.
+        tied: of the whole model; None: the parameters are parts already.
+        summed: parameters whose gradients are to be summed over the ranks.
         attributes: set on the module.
     """
     cut = cast(CutModule, module)
-    object.__setattr__(module, "__class__", cut_class(type(module), style))
+    object.__setattr__(module, "__class__", cut_class(type(module), style, summed))
     cut.group = group
     cut._place = (group.rank, group.world_size)
     cut._cuts = cuts
     for name, value in attributes.items():
         setattr(module, name, value)
     for name, parameter in list(module._parameters.items()):
-        if parameter is not None:
+        if parameter is not None and tied is not None:
             module._parameters[name] = tied.part(cut, name, cuts.get(name))
     cut._mark()
 
@@ -142,7 +160,9 @@ class _CutLinear(CutModule):
     weight: nn.Parameter
     bias: nn.Parameter | None
     codec: str
+    grad_codec: str
     transposed: bool  # the weight is [K, N]
+    random: BlockRandom | None  # of the stretch that this layer begins or ends
 
     def _own(self, name: str) -> Tensor | None:
         parameter = self._parameters[name]
@@ -181,9 +201,11 @@ class Column(_CutLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N / R], or [..., N] with gather_output."""
         weight, bias = self._weights()
+        if self.random is not None:
+            self.random.enter()
         if self.entered and torch.is_grad_enabled():
             return nn.functional.linear(x, weight, bias)
-        y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.codec)
+        y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.grad_codec)
         if not self.gather_output:
             return y
         cut = self._cuts["weight"]
@@ -200,10 +222,14 @@ class Row(_CutLinear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K / R] (whole with split_input) -> [..., N]; [.., S / R, .., N] under sequence parallel."""
         weight, bias = self._weights()
+        if self.random is not None:
+            self.random.leave()
         if self.split_input:
-            x = take_shard(x, -1, group=self.group, unit=self._cuts["weight"].unit)
+            unit = self._cuts["weight"].unit
+            x = take_shard(x, -1, group=self.group, unit=unit, grad_codec=self.grad_codec)
         if self.sequence_parallel:
-            return ops.gemm_reduce_scatter(x, weight, bias, group=self.group, dim=self.sequence_dim, codec=self.codec)
+            wire: dict[str, Any] = {"dim": self.sequence_dim, "codec": self.codec, "grad_codec": self.grad_codec}
+            return ops.gemm_reduce_scatter(x, weight, bias, group=self.group, **wire)
         return ops.gemm_all_reduce(x, weight, bias, group=self.group, codec=self.codec)
 
 
@@ -226,11 +252,60 @@ class Vocab(CutModule):
         return f"{self.num_embeddings} (shard {self.weight.size(0)}), rank={self.group.rank} of {self.group.world_size}"
 
 
-def summed_parameter(name: str) -> property:
-    """A property in the place of a parameter: its gradient is summed over the ranks."""
+class Summed(CutModule):
+    """A module whose parameters are whole and see a part of the tokens or heads only: their gradients are summed."""
 
-    def get(module: ParallelModule) -> Tensor | None:
-        parameter = module._parameters[name]
-        return None if parameter is None else sum_gradient(parameter, group=module.group)[0]
 
-    return property(get)
+class RankDropout(CutModule):
+    """A dropout of cut activations: each rank draws its own mask, and the default generators stay in step."""
+
+    p: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements in training mode; otherwise return x."""
+        if not self.training or self.p == 0.0:
+            return x
+        with rank_rng(self.group):
+            return nn.functional.dropout(x, self.p, training=True)
+
+
+class _Join(torch.autograd.Function):
+    """Forward: y. Backward: zeros for the other tensors too, so that this rank takes part in their collectives."""
+
+    @staticmethod
+    def forward(y: Tensor, *others: Tensor | None) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
+class Experts(CutModule):
+    """The experts of a mixture, whole ones on each rank: each token's weighted sum over its experts, over the ranks.
+
+    The module's forward takes (tokens, chosen experts, their weights). A choice of another rank's expert becomes the
+    number behind the last own one, which the experts of transformers skip, with weight 0.
+    """
+
+    num_experts: int
+    codec: str
+    grad_codec: str
+    first_expert: int
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *more: Any) -> Tensor:
+        """The sum over all ranks' experts, on every rank."""
+        group, count = self.group, self.num_experts
+        own = (top_k_index >= self.first_expert) & (top_k_index < self.first_expert + count)
+        index = torch.where(own, top_k_index - self.first_expert, count)
+        x = sum_gradient(hidden_states, group=group, grad_codec=self.grad_codec)[0]
+        weights = sum_gradient(top_k_weights, group=group)[0]
+        weights = torch.where(own, weights, torch.zeros_like(weights))
+        y: Tensor = super().forward(x, index, weights, *more)
+        if torch.is_grad_enabled() and not y.requires_grad:  # no token chose an expert of this rank
+            y = _Join.apply(y, x, weights, *self._parameters.values())  # type: ignore[no-untyped-call]
+        return ops.all_reduce(y, group=group, codec=self.codec)

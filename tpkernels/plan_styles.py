@@ -13,6 +13,9 @@
     sequence               a norm between the blocks: under sequence parallel it sees this rank's tokens only
     sum_grad               a small module inside a cut block (a norm of each head): parameters whole, gradients summed
     replicate              whole on every rank
+    counts:n_heads,width   a module whose numbers of these names count what is cut: each rank's become its own part
+    STYLE:units=8          column, packed_column, row and counts: cut into 8 units, the same of all linears of a block,
+                           where no module says how many heads there are; an nn.Embedding takes "column", too (columns)
 
 nn.Linear, [N, K] weights, and the Conv1D of GPT-2, [K, N], take the same styles. In an attention block, a module that
 knows the size or number of its heads, column and row layers are cut by whole groups of heads that share a key.
@@ -23,7 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
-STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "replicate")
+STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "counts", "replicate")
+IN_UNITS = ("column", "packed_column", "row", "counts")
 
 # What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it
 # stands for parameters inside a module that has a rule of its own.
@@ -58,10 +62,14 @@ class Style:
     Attributes:
         name: one of STYLES.
         packed: of packed_column, the number of projections (one number), their sizes, or () for "qkv".
+        units: into how many units it is cut; 0: single features, or what the attention block says.
+        counts: of counts, the names of the numbers.
     """
 
     name: str
     packed: tuple[int, ...] = ()
+    units: int = 0
+    counts: tuple[str, ...] = ()
 
 
 def parse_style(text: str) -> Style:
@@ -70,22 +78,29 @@ def parse_style(text: str) -> Style:
     Raises:
         PlanError: there is no such style.
     """
+    text, _, units = text.partition(":units=")
     name, _, rest = text.partition(":")
     if name not in STYLES:
         raise PlanError(f"Plan: styles [{text!r}] do not exist; the styles are {list(STYLES)}")
+    if units and (name not in IN_UNITS or not units.isdigit() or int(units) < 1):
+        raise PlanError(f"Plan: styles {list(IN_UNITS)} take :units=<a number>, got {text!r} with {units!r}")
+    if name == "counts":
+        if not rest or not units:
+            raise PlanError(f"Plan: style 'counts' needs names and units, such as counts:n_heads:units=8, got {text!r}")
+        return Style(name, units=int(units), counts=tuple(n.strip() for n in rest.split(",")))
     if name != "packed_column":
         if rest:
             raise PlanError(f"Plan: style {name!r} takes nothing behind a colon, got {text!r}")
-        return Style(name)
+        return Style(name, units=int(units or 0))
     if rest == "qkv":
-        return Style(name)
+        return Style(name, units=int(units or 0))
     numbers = rest.split(",")
     if not all(n.strip().isdigit() and int(n) > 0 for n in numbers):
         raise PlanError(
             f"Plan: style 'packed_column' needs the number of projections, their sizes or qkv behind a colon, such as "
             f"packed_column:3 or packed_column:64,16,16, got {text!r}"
         )
-    return Style(name, tuple(int(n) for n in numbers))
+    return Style(name, tuple(int(n) for n in numbers), int(units or 0))
 
 
 def packed_sizes(style: Style, full_size: int, module: str) -> list[int]:

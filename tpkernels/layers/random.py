@@ -107,7 +107,7 @@ def rank_rng(group: Group | None = None) -> Iterator[None]:
     """
     group = resolve(group)
     common = int(torch.randint(0, 2**62, (), device="cpu"))
-    seed = _mix(common, group.rank)
+    seed = mix_seed(common, group.rank)
     devices = [torch.cuda.current_device()] if _cuda_is_in_use() else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -159,7 +159,7 @@ def _sum_over_ranks(size: int, group: Group) -> int:
     return sum(group.exchange_sizes(size))
 
 
-def _mix(seed: int, rank: int) -> int:
+def mix_seed(seed: int, rank: int) -> int:
     """Return 63 bits in which neighbouring ranks have nothing in common: the finaliser of SplitMix64."""
     z = (seed + (rank + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64

@@ -1,0 +1,172 @@
+"""From styles to cuts, and from cuts to modules that are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tpkernels.group import Group
+from tpkernels.layers.base import Cut
+from tpkernels.plan_heads import Block, cuts_of_block, sizes_of
+from tpkernels.plan_layers import Column, Experts, Row, Summed, Tied, Vocab, cut_module
+from tpkernels.plan_random import BlockRandom
+from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
+from tpkernels.shard import packed_runs, part_start, shard_info
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a model is cut: over which group, and how sums travel forward and backward."""
+
+    group: Group
+    codec: str = "none"
+    grad_codec: str = "none"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the Conv1D of transformers: a linear whose weight is [K, N]."""
+    return hasattr(module, "nf") and hasattr(module, "nx") and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear, in either layout of its weight."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: list[Block], R: int) -> dict[str, Cut]:
+    """Return how the weight of each cut linear, as [N, K], each table and each expert is cut.
+
+    Raises:
+        PlanError: a style does not fit its module.
+    """
+    cuts: dict[str, Cut] = {}
+    for block in blocks:
+        cuts |= cuts_of_block(block, R)
+    for name, style in styles.items():
+        if name not in cuts:
+            cut = _cut_of(name, modules[name], style, R)
+            if cut is not None:
+                cuts[name] = cut
+        if style.name in LINEAR or style.name == "vocab":
+            _check_forward(name, modules[name], style)
+    return cuts
+
+
+def _cut_of(name: str, module: nn.Module, style: Style, R: int) -> Cut | None:
+    if style.name == "expert":
+        return _cut_of_experts(name, module, R)
+    if style.name == "vocab":
+        if not isinstance(module, nn.Embedding):
+            raise PlanError(f"Plan: style 'vocab' of {name} needs an nn.Embedding, got {type(module).__name__}")
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            raise PlanError(
+                f"Plan: {name} uses max_norm, sparse or scale_grad_by_freq, which a cut table does not have"
+            )
+        return Cut(0, module.num_embeddings)
+    if style.name not in LINEAR:
+        return None
+    if not is_linear(module):
+        raise PlanError(f"Plan: style {style.name!r} of {name} needs a linear, got {type(module).__name__}")
+    N, K = sizes_of(module)
+    if style.name == "packed_column":
+        if not style.packed:
+            raise PlanError(f"Plan: packed_column:qkv of {name} needs an attention block around it")
+        return Cut(0, N, 1, packed_runs(packed_sizes(style, N, name), R))
+    return Cut(1, K) if style.name in ("row", "row_split") else Cut(0, N)
+
+
+def _check_forward(name: str, module: nn.Module, style: Style) -> None:
+    """A subclass with a forward of its own that does not call ours would compute with a part as if it were whole."""
+    cls = type(module)
+    if cls.forward in (nn.Linear.forward, nn.Embedding.forward) or is_conv1d(module):
+        return
+    if "super" not in cls.forward.__code__.co_names and "__class__" not in cls.forward.__code__.co_freevars:
+        raise PlanError(
+            f"Plan: {name} is a {cls.__name__} with a forward of its own, so it cannot be cut as {style.name!r}; "
+            f"give it 'replicate'"
+        )
+
+
+def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
+    count = getattr(module, "num_experts", None)
+    sizes = {p.size(0) for p in module.parameters(recurse=False)}
+    if not isinstance(count, int) or sizes != {count}:
+        raise PlanError(
+            f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
+            f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
+        )
+    if count < R:
+        raise PlanError(f"Plan: {name} has {count} experts, which leaves some of {R} ranks with none")
+    return Cut(0, count)
+
+
+def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: Tied) -> None:
+    """Cut one module by its style."""
+    group = place.group
+    if style.name == "sum_grad":
+        names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        cut_module(module, Summed, {}, group, tied, summed=names)
+    elif style.name == "expert":
+        assert cut is not None
+        first = part_start(cut.full_size, group.world_size, group.rank)
+        cuts = {name: cut for name, _ in module.named_parameters(recurse=False)}
+        cut_module(
+            module, Experts, cuts, group, tied, codec=place.codec, grad_codec=place.grad_codec, first_expert=first
+        )
+        module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
+    elif style.name == "vocab":
+        assert cut is not None
+        cut_module(module, Vocab, {"weight": cut}, group, tied)
+    elif cut is not None:
+        _apply_linear(module, style, cut, place, tied)
+
+
+def _apply_linear(module: nn.Module, style: Style, cut: Cut, place: Place, tied: Tied) -> None:
+    transposed = is_conv1d(module)
+    cuts = {"weight": Cut(1 - cut.dim, cut.full_size, cut.unit, cut.runs) if transposed else cut}
+    common: dict[str, Any] = {
+        "codec": place.codec, "grad_codec": place.grad_codec, "transposed": transposed, "random": None,
+    }  # fmt: skip
+    if style.name in ("row", "row_split"):
+        split = style.name == "row_split"
+        common |= {"split_input": split, "sequence_parallel": False, "sequence_dim": 1}
+        cut_module(module, Row, cuts, place.group, tied, **common)
+        if not split:
+            setattr(module, "nx" if transposed else "in_features", _size(module.weight))
+        return
+    if module.bias is not None:
+        cuts["bias"] = cut
+    gathers = style.name in ("column_gather", "vocab_head")
+    cut_module(module, Column, cuts, place.group, tied, gather_output=gathers, entered=False, **common)
+    if not gathers:
+        setattr(module, "nf" if transposed else "out_features", _size(module.weight))
+
+
+def _size(parameter: Any) -> int:
+    info = shard_info(cast(Tensor, parameter))
+    assert info is not None
+    return info.size
+
+
+def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Group) -> None:
+    """Give each stretch from column layers to the row layer behind them random numbers of the rank's own."""
+    taken = set()
+    for block in blocks:
+        _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows], group)
+        taken |= {block.name, *(name.rpartition(".")[0] for name in block.rows)}
+    for name, module in modules.items():
+        if name in taken:
+            continue
+        columns = [m for m in module.children() if isinstance(m, Column) and not m.gather_output]
+        rows = [m for m in module.children() if isinstance(m, Row) and not m.split_input]
+        if columns and rows:
+            _stretch(module, columns, rows, group)
+
+
+def _stretch(block: nn.Module, columns: list[nn.Module], rows: list[nn.Module], group: Group) -> None:
+    random = BlockRandom(block, group)
+    columns[0].random = random  # type: ignore[assignment]
+    for row in rows:
+        row.random = random  # type: ignore[assignment]
