@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tpkernels import checkpoint, launch
+from tpkernels import checkpoint, cli, launch
 from tpkernels.cli import app
-from tpkernels.settings import Settings
+from tpkernels.settings import Settings, UserError
 
 TINY = {
     "--layers": 1, "--d-model": 16, "--heads": 2, "--context": 16, "--batch": 2, "--steps": 4, "--eval-every": 2,
@@ -71,6 +71,17 @@ def test_info_says_what_was_built() -> None:
         ("--dtype fp8", "--dtype is one of fp32, bf16, got fp8"),
         ("--codec zip", "--codec is one of none, "),
         ("--tp 0", "--tp must be 1 or more, got 0"),
+        ("--dp 0", "--dp must be 1 or more, got 0"),
+        (
+            "--dp 2 --batch 1",
+            "a batch of 1 cannot be cut over 2 replicas, because each needs a sequence: take",
+        ),
+        ("--dp 2 --grad-codec zip", "--grad-codec is one of none, "),
+        ("--dp 2 --grad-mode never", "--grad-mode is one of sync, delayed, local, got never"),
+        ("--grad-codec fp16", "--grad-codec needs several replicas: take --dp 2 or more, or leave it out"),
+        ("--check-replicas 5", "--check-replicas needs several replicas"),
+        ("--dp 2 --grad-mode local --grad-codec topk", "take --grad-mode sync or delayed"),
+        ("--dp 2 --grad-mode local --check-replicas 3", "make --check-replicas a multiple of it, got 3"),
         ("--lr 0", "--lr must be more than 0, got 0.0"),
         ("--minutes -1", "--minutes must be more than 0"),
         ("--data nowhere", "there is no file or folder nowhere: give --data a folder of text, or leave it out"),
@@ -100,6 +111,7 @@ def saved_run(folder: Path, **changes: Any) -> None:
     [
         ("--tp 4 --heads 4", "was cut over 2 ranks and this is 4: continue it with --tp 2"),
         ("--d-model 512", "has --d-model 256, which a continuation cannot change to 512: leave --d-model out"),
+        ("--dp 2", "has --dp 1, which a continuation cannot change to 2"),
         ("--seed 1", "has --seed 0, which a continuation cannot change to 1"),
     ],
 )
@@ -116,12 +128,33 @@ def test_torchrun_with_another_number_of_ranks_than_tp_is_told() -> None:
     assert "torchrun started 3 ranks and --tp is 2: leave --tp out, or make them equal" in done.stderr
 
 
+def test_torchrun_ranks_are_shared_out_over_replicas() -> None:
+    done = call("--tp", "2", "--dp", "2", RANK="0", WORLD_SIZE="3")
+    assert "torchrun started 3 ranks and --tp is 2 for each of --dp 2: leave --tp out" in done.stderr
+    asked: dict[str, Any] = {"dp": 2}
+    cli._take_all_ranks(asked, 4)
+    assert asked == {"dp": 2, "tp": 2}
+
+
+def test_one_command_trains_two_replicas_and_torchrun_goes_on_with_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = tiny(**{"--tp": 1, "--dp": 2, "--grad-codec": "fp16", "--check-replicas": 1})
+    first = command(*options, "--stop-at", "2", "--folder", str(run), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "no comparison with one process: --grad-codec fp16 changes gradients by more than rounding" in first.stdout
+    second = command("--resume", "--folder", str(run), "--stop-at", "4", cwd=tmp_path, ranks=2)
+    assert second.returncode == 0, second.stderr
+    for words in ("2 replicas (shm, gradients fp16, sync) of 1 rank", "going on from step 2", "sent to other replicas"):
+        assert words in second.stdout, words
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
 def test_too_little_shared_memory_says_how_to_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "no space")
 
     monkeypatch.setattr(launch.Group, "open", full)
-    with pytest.raises(launch.UserError, match=r"/dev/shm has .* MiB free: enlarge it \(docker: --shm-size\)"):
+    with pytest.raises(UserError, match=r"/dev/shm has .* MiB free: enlarge it \(docker: --shm-size\)"):
         launch._open(1.0, 16)
 
 

@@ -24,7 +24,20 @@ LEVELS = [
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
     | {"data_parallel", "derive", "plan", "plan_apply", "plan_heads"}
     | {"plan_layers", "plan_random", "plan_refuse", "plan_sequence", "plan_styles", "plans", "ranks"},
-    {"data", "gpt", "job", "launch", "layout", "parity", "progress", "replicas", "report", "runlog", "settings", "train"}
+    {
+        "data",
+        "gpt",
+        "job",
+        "launch",
+        "layout",
+        "parity",
+        "progress",
+        "replicas",
+        "report",
+        "runlog",
+        "settings",
+        "train",
+    }
     | {"generate", "serve", "train"},
     {"__init__", "__main__", "cli", "cli_serve", "info", "testing"},
 ]

@@ -18,6 +18,7 @@ from tpkernels import checkpoint, parity, report
 from tpkernels.data import check_size, open_corpus, train_batch, validation_batches
 from tpkernels.gpt import whole_parts
 from tpkernels.group import Group
+from tpkernels.layout import open_layout
 from tpkernels.runlog import RunLog, read
 from tpkernels.settings import Settings, UserError
 from tpkernels.testing import run_ranks
@@ -39,7 +40,11 @@ def text(tmp_path: Path) -> str:
 
 @contextmanager
 def run(settings: Settings, folder: str | Path, *, resume: bool = False) -> Iterator[Run]:
-    with Group.open() as group, open_run(settings, Path(folder), group, resume=resume) as opened:
+    with (
+        Group.open() as group,
+        open_layout(group, settings.tp, settings.dp) as layout,
+        open_run(settings, Path(folder), layout, resume=resume) as opened,
+    ):
         yield opened
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from tpkernels import cli_serve
 from tpkernels.settings import Settings
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+cli_serve.register(app)
 MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"
 
 
@@ -44,10 +46,30 @@ def info() -> None:
 def train(
     context: typer.Context,
     tp: Annotated[int, Option(help="Ranks to cut the model over.", rich_help_panel=PARALLEL)] = Settings.tp,
+    dp: Annotated[
+        int, Option(help="Replicas of the cut model; each learns from its part of the batch.", rich_help_panel=PARALLEL)
+    ] = Settings.dp,
     sequence_parallel: Annotated[
         bool, Option("--sequence-parallel", help="Cut activations over the tokens, too.", rich_help_panel=PARALLEL)
     ] = Settings.sequence_parallel,
     codec: Annotated[str, Option(help="How sums travel: none, fp16, bf16.", rich_help_panel=PARALLEL)] = Settings.codec,
+    grad_codec: Annotated[
+        str,
+        Option(help="How gradients travel between replicas: a codec, or topk.", rich_help_panel=PARALLEL),
+    ] = Settings.grad_codec,
+    grad_mode: Annotated[
+        str,
+        Option(
+            help="When replicas average: sync (each step), delayed (a step late), local (every --local-steps).",
+            rich_help_panel=PARALLEL,
+        ),
+    ] = Settings.grad_mode,
+    local_steps: Annotated[
+        int, Option(help="Steps between averages, with --grad-mode local.", rich_help_panel=PARALLEL)
+    ] = Settings.local_steps,
+    check_replicas: Annotated[
+        int, Option(help="Steps between checks that replicas are the same; 0 for none.", rich_help_panel=PARALLEL)
+    ] = Settings.check_replicas,
     timeout: Annotated[
         float, Option(min=1.0, help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
     ] = 60.0,
@@ -107,19 +129,14 @@ def train(
         asked = _asked(context)
         from tpkernels import launch
 
-        if launch.under_torchrun():
-            asked.setdefault("tp", launch.world_size())
+        if launch.under_torchrun() and not resume:
+            _take_all_ranks(asked, launch.world_size())
         settings, path = _resolve(asked, folder, resume)
-        if launch.under_torchrun() and settings.tp != launch.world_size():
-            from tpkernels.settings import UserError
-
-            raise UserError(
-                f"torchrun started {launch.world_size()} ranks and --tp is {settings.tp}: "
-                f"leave --tp out, or make them equal."
-            )
-        if not launch.under_torchrun() and settings.tp > 1:
+        if launch.under_torchrun():
+            _check_ranks(settings, launch.world_size(), resume)
+        elif settings.ranks > 1:
             arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
-            raise typer.Exit(launch.launch(settings.tp, arguments))
+            raise typer.Exit(launch.launch(settings.ranks, arguments))
         from tpkernels.job import work
 
         work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
@@ -137,6 +154,29 @@ def _asked(context: typer.Context) -> dict[str, Any]:
     }
 
 
+def _take_all_ranks(asked: dict[str, Any], ranks: int) -> None:
+    """Without --tp, cut each replica over all ranks that torchrun started for it."""
+    dp = asked.get("dp", 1)
+    if dp >= 1 and ranks % dp == 0:
+        asked.setdefault("tp", ranks // dp)
+
+
+def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:
+    from tpkernels.settings import UserError
+
+    if settings.ranks == ranks:
+        return
+    if resume:
+        raise UserError(
+            f"torchrun started {ranks} ranks and the run has --tp {settings.tp} --dp {settings.dp}: "
+            f"continue it with torchrun --nproc-per-node {settings.ranks}, or start anew without --resume."
+        )
+    each = "" if settings.dp == 1 else f" for each of --dp {settings.dp}"
+    raise UserError(
+        f"torchrun started {ranks} ranks and --tp is {settings.tp}{each}: leave --tp out, or make them equal."
+    )
+
+
 def _resolve(asked: dict[str, Any], folder: Path | None, resume: bool) -> tuple[Settings, Path]:
     """Settings and folder of the run; everything that can be checked before ranks are started is checked."""
     from tpkernels import settings as settings_file
@@ -150,8 +190,8 @@ def _resolve(asked: dict[str, Any], folder: Path | None, resume: bool) -> tuple[
         folder = folder or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
         settings = Settings(**asked)
     settings_file.check(settings)
-    if settings.tp > 1 and not hasattr(os, "sched_getaffinity"):
-        raise UserError("several ranks need Linux: take --tp 1.")
+    if settings.ranks > 1 and not hasattr(os, "sched_getaffinity"):
+        raise UserError("several ranks need Linux: take --tp 1 and --dp 1.")
     check_size(open_corpus(settings.data), settings.context)
     return settings, folder
 
@@ -172,6 +212,7 @@ def plain_errors() -> Iterator[None]:
     """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1)."""
     from tpkernels.ckpt_files import CheckpointError
     from tpkernels.errors import PeerLostError, RankMismatchError
+    from tpkernels.replicas import ReplicasDifferError
     from tpkernels.settings import UserError
 
     rank = os.environ.get("RANK")
@@ -181,6 +222,10 @@ def plain_errors() -> Iterator[None]:
         if rank in (None, "0"):
             typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
+    except ReplicasDifferError as error:
+        if rank in (None, "0"):
+            typer.secho(f"tpkernels: {error} The run was stopped.", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
     except (TimeoutError, PeerLostError, RankMismatchError) as error:
         hint = "The run can go on from its last checkpoint with --resume."
         typer.secho(f"tpkernels: {type(error).__name__}: {error} {hint}", fg=typer.colors.RED, err=True)

@@ -123,9 +123,15 @@ def check_size(corpus: Corpus, context: int) -> None:
         )
 
 
-def train_batch(corpus: Corpus, *, seed: int, step: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
-    """Ids and their successors, both int64 [batch, context]; windows begin anywhere in the training part."""
-    starts = [_draw(f"{seed}:{step}:{row}", corpus.train_size - context) for row in range(batch)]
+def train_batch(
+    corpus: Corpus, *, seed: int, step: int, batch: int, context: int, rows: range | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids and their successors, both int64 [batch, context]; windows begin anywhere in the training part.
+
+    `rows` takes some sequences of the batch only, for ranks that share it: each depends on its own row alone.
+    """
+    rows = range(batch) if rows is None else rows
+    starts = [_draw(f"{seed}:{step}:{row}", corpus.train_size - context) for row in rows]
     return _windows(corpus, starts, context)
 
 

@@ -23,9 +23,9 @@ PROMPT = b"def "
 
 def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, arena_mib: int) -> None:
     """Train, then report. Exits with 3 when the run is not what one process computes."""
-    with launch.all_ranks(timeout_s, arena_mib) as group:
-        folder = gather(folder, group)[0]  # the default name has the time in it, which may differ by a second
-        with open_run(settings, folder, group, resume=resume) as run:
+    with launch.all_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp) as layout:
+        folder = gather(folder, layout.world)[0]  # the default name has the time in it, which may differ by a second
+        with open_run(settings, folder, layout, resume=resume) as run:
             _greet(run)
             run.loop()
         held = _conclude(run)
@@ -34,11 +34,14 @@ def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, ar
 
 
 def _greet(run: Run) -> None:
-    s, corpus, group = run.settings, run.trainer.corpus, run.group
+    s, corpus, layout = run.settings, run.trainer.corpus, run.layout
     whole = report.whole_parameters(run)
     start = f"going on from step {run.step:,} in" if run.step else "run folder"
+    over = f"{s.tp} rank{'' if s.tp == 1 else 's'} ({layout.tp.transport})"
+    if layout.dp is not None:
+        over = f"{s.dp} replicas ({layout.dp.transport}, gradients {s.grad_codec}, {s.grad_mode}) of {over}"
     run.screen.line(
-        f"{whole / 1e6:.2f} M parameters over {group.world_size} ranks ({group.transport}), {s.dtype}\n"
+        f"{whole / 1e6:.2f} M parameters over {over}, {s.dtype}\n"
         f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB)"
     )
     run.screen.line(f"{start} {run.folder}")
@@ -60,6 +63,9 @@ def _conclude(run: Run) -> bool:
 
 def _compare(run: Run) -> parity.Parity | None:
     if not run.settings.parity_steps:
+        return None
+    if (reason := parity.not_the_same_program(run.settings)) is not None:
+        run.screen.line(f"no comparison with one process: {reason}")
         return None
     run.screen.line(f"repeating {run.settings.parity_steps} steps uncut in one process ...")
     before = torch.get_num_threads()

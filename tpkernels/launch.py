@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tpkernels.group import Group
-from tpkernels.settings import UserError
+from tpkernels.layout import Layout, enough_memory, open_layout
 
 
 def under_torchrun() -> bool:
@@ -69,35 +68,30 @@ def threads(ranks: int) -> int:
 
 
 @contextmanager
-def all_ranks(timeout_s: float, arena_mib: int) -> Iterator[Group]:
-    """The group of all ranks of this command.
+def all_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1) -> Iterator[Layout]:
+    """The groups of all ranks of this command: dp replicas, each cut over tp ranks.
 
     Raises:
         UserError: /dev/shm is too small for the ranks' arenas.
     """
     if not under_torchrun():
         with _open(timeout_s, arena_mib) as group:
-            yield group
+            yield Layout(group, group)
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     torch.set_num_threads(threads(local))
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     try:
-        with _open(timeout_s, arena_mib) as group:
-            yield group
+        with ExitStack() as opened:
+            # With several replicas the group of all ranks carries a flag now and then, no tensors.
+            group = opened.enter_context(_open(timeout_s, arena_mib if dp == 1 else 1))
+            with enough_memory(world_size(), arena_mib + 2):
+                layout = opened.enter_context(open_layout(group, tp, dp, arena_bytes=arena_mib << 20))
+            yield layout
     finally:
         dist.destroy_process_group()
 
 
 def _open(timeout_s: float, arena_mib: int) -> Group:
-    try:
+    with enough_memory(world_size(), arena_mib):
         return Group.open(timeout_s=timeout_s, arena_bytes=arena_mib << 20)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = os.statvfs("/dev/shm")
-        raise UserError(
-            f"{world_size()} ranks need {world_size() * arena_mib} MiB of shared memory and /dev/shm has "
-            f"{(free.f_bavail * free.f_frsize) >> 20} MiB free: enlarge it (docker: --shm-size), free some, or take a "
-            f"smaller --arena-mib."
-        ) from None

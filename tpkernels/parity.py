@@ -55,6 +55,15 @@ def compare(trainer: Trainer, records: list[dict[str, float]], total: int | None
     return Parity(steps, *max(losses, key=_excess, default=nothing), *max(norms, key=_excess, default=nothing))
 
 
+def not_the_same_program(settings: Settings) -> str | None:
+    """Why the steps of such a run are not those of one process, even without rounding; None when they are."""
+    if settings.dp > 1 and settings.grad_mode != "sync":
+        return f"--grad-mode {settings.grad_mode} applies other gradients than one process does"
+    if settings.dp > 1 and settings.grad_codec != "none":
+        return f"--grad-codec {settings.grad_codec} changes gradients by more than rounding"
+    return None
+
+
 def _excess(pair: tuple[float, float]) -> float:
     difference, bound = pair
     return float("inf") if difference != difference else difference / bound

@@ -22,12 +22,13 @@ PHASES = ("forward", "backward", "optimizer", "data")
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank says about itself."""
+    """What one rank says about itself; replica_bytes: sent to other replicas in a step of this call."""
 
     parameters: int
     peak_bytes: int
     communication: float
     waiting: float
+    replica_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def collect(run: Run) -> Report:
         peak_bytes=peak_bytes(),
         communication=sum(r["communication"] for r in run.log.records) / seconds if seconds else math.nan,
         waiting=sum(r["waiting"] for r in run.log.records) / seconds if seconds else math.nan,
+        replica_bytes=run.replica_bytes(),
     )
     ranks = gather(mine, run.group)
     validations = [r["validation_loss"] for r in records if "validation_loss" in r]
@@ -61,7 +63,7 @@ def collect(run: Run) -> Report:
     return Report(
         ranks=ranks,
         whole_parameters=whole_parameters(run),
-        transport=run.group.transport,
+        transport=run.layout.transport,
         steps=run.step,
         planned_steps=run.total,
         tokens_per_s=run.settings.tokens * len(last) / sum(r["seconds"] for r in last) if last else math.nan,
@@ -99,6 +101,8 @@ def show(report: Report, console: Console) -> None:
     table.add_row("peak memory", *(f"{r.peak_bytes / 2**20:,.0f} MiB" for r in ranks))
     table.add_row("communication, share of step time", *(f"{r.communication:.1%}" for r in ranks))
     table.add_row("  of it waiting for the other ranks", *(f"{r.waiting:.1%}" for r in ranks))
+    if any(r.replica_bytes for r in ranks):
+        table.add_row("sent to other replicas, a step", *(f"{r.replica_bytes / 1e6:.2f} MB" for r in ranks))
     console.print()
     console.print(table)
     console.print()

@@ -11,10 +11,15 @@ from typing import Any
 from tpkernels.compress import CODECS
 
 DTYPES = ("fp32", "bf16")
+GRAD_CODECS = (*CODECS, "topk")
+GRAD_MODES = ("sync", "delayed", "local")
 # What may differ between a run and its continuation; everything else decides the numbers and is fixed at the start.
 CHANGEABLE = frozenset(
-    {"steps", "minutes", "stop_at", "checkpoint_every", "keep", "eval_every", "sample_bytes", "parity_steps", "data"}
-)
+    {
+        "steps", "minutes", "stop_at", "checkpoint_every", "keep", "eval_every", "sample_bytes", "parity_steps", "data",
+        "check_replicas",
+    }
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -26,6 +31,7 @@ class Settings:
     """Every choice of a run. The defaults are about two minutes on two slow cores."""
 
     tp: int = 2
+    dp: int = 1
     layers: int = 4
     d_model: int = 256
     heads: int = 4
@@ -43,11 +49,25 @@ class Settings:
     dtype: str = "fp32"
     sequence_parallel: bool = False
     codec: str = "none"
+    grad_codec: str = "none"
+    grad_mode: str = "sync"
+    local_steps: int = 8
+    check_replicas: int = 0
     checkpoint_every: int = 100
     keep: int = 2
     eval_every: int = 50
     sample_bytes: int = 400
     parity_steps: int = 10
+
+    @property
+    def warm_up(self) -> int:
+        """Steps until the full learning rate: a short schedule has a short one."""
+        return self.warmup if self.steps is None else min(self.warmup, self.steps // 4)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the run needs."""
+        return self.tp * self.dp
 
     @property
     def tokens(self) -> int:
@@ -80,14 +100,42 @@ def check(settings: Settings) -> None:
         raise UserError(f"--dtype is one of {', '.join(DTYPES)}, got {s.dtype}.")
     if s.codec not in CODECS:
         raise UserError(f"--codec is one of {', '.join(CODECS)}, got {s.codec}.")
+    _check_replicas(s)
+
+
+def _check_replicas(s: Settings) -> None:
+    if s.grad_codec not in GRAD_CODECS:
+        raise UserError(f"--grad-codec is one of {', '.join(GRAD_CODECS)}, got {s.grad_codec}.")
+    if s.grad_mode not in GRAD_MODES:
+        raise UserError(f"--grad-mode is one of {', '.join(GRAD_MODES)}, got {s.grad_mode}.")
+    if s.grad_mode == "local":
+        if s.grad_codec == "topk":
+            raise UserError("--grad-codec topk sends a part of each step's gradient: take --grad-mode sync or delayed.")
+        if s.check_replicas % s.local_steps:
+            raise UserError(
+                f"replicas are the same after every --local-steps {s.local_steps} steps only: "
+                f"make --check-replicas a multiple of it, got {s.check_replicas}."
+            )
+    if s.batch < s.dp:
+        raise UserError(
+            f"a batch of {s.batch} cannot be cut over {s.dp} replicas, because each needs a sequence: "
+            f"take --batch {s.dp} or more, or --dp {s.batch} or less."
+        )
+    alone = Settings()
+    for name in ("grad_codec", "grad_mode", "check_replicas"):
+        if s.dp == 1 and getattr(s, name) != getattr(alone, name):
+            raise UserError(f"{option(name)} needs several replicas: take --dp 2 or more, or leave it out.")
 
 
 def _check_numbers(s: Settings) -> None:
-    least_one = ("tp", "layers", "d_model", "heads", "context", "batch", "checkpoint_every", "keep", "eval_every")
+    least_one = (
+        "tp", "dp", "layers", "d_model", "heads", "context", "batch", "local_steps", "checkpoint_every", "keep",
+        "eval_every",
+    )  # fmt: skip
     for name in least_one:
         if getattr(s, name) < 1:
             raise UserError(f"{option(name)} must be 1 or more, got {getattr(s, name)}.")
-    for name in ("warmup", "sample_bytes", "parity_steps"):
+    for name in ("warmup", "sample_bytes", "parity_steps", "check_replicas"):
         if getattr(s, name) < 0:
             raise UserError(f"{option(name)} must be 0 or more, got {getattr(s, name)}.")
     for name in ("lr", "clip", "minutes", "steps", "stop_at"):
@@ -135,7 +183,7 @@ def resume(folder: Path, asked: dict[str, Any]) -> Settings:
             if name == "tp":
                 raise UserError(
                     f"the run in {folder} was cut over {saved.tp} ranks and this is {value}: "
-                    f"continue it with --tp {saved.tp} (torchrun --nproc-per-node {saved.tp}), "
+                    f"continue it with --tp {saved.tp} (torchrun --nproc-per-node {saved.ranks}), "
                     f"or start anew without --resume."
                 )
             raise UserError(

@@ -19,8 +19,10 @@ from tpkernels import settings as settings_file
 from tpkernels.data import Corpus, check_size, open_corpus, train_batch, validation_batches
 from tpkernels.gpt import GPT, GPTConfig, Parts, sharded_parts
 from tpkernels.group import Group
+from tpkernels.layout import LANE_MIB, Layout, enough_memory
 from tpkernels.progress import Screen
 from tpkernels.ranks import gather, raise_together
+from tpkernels.replicas import OwnState, Replicas, ReplicasDifferError
 from tpkernels.runlog import RunLog
 from tpkernels.settings import Settings, UserError
 
@@ -36,6 +38,7 @@ class Trainer:
 
     Attributes:
         group: over which the gradient norm counts; None for an uncut model.
+        replicas: the other copies of the model that learn from the same batches; None where this is the only one.
     """
 
     settings: Settings
@@ -43,33 +46,66 @@ class Trainer:
     model: GPT
     optimizer: torch.optim.Optimizer
     group: Group | None
+    replicas: Replicas | None = None
 
     @classmethod
-    def new(cls, settings: Settings, corpus: Corpus, parts: Parts, group: Group | None) -> Trainer:
-        """Build from the seed: the same weights whatever the parts and the number of ranks."""
+    def new(
+        cls, settings: Settings, corpus: Corpus, parts: Parts, group: Group | None, dp: Group | None = None
+    ) -> Trainer:
+        """Build from the seed: the same weights whatever the parts and the number of ranks.
+
+        Args:
+            group: the ranks that the model is cut over. dp: the ranks that have the same part of other replicas.
+        """
         torch.manual_seed(settings.seed)
         model = GPT(GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context), parts)
-        return cls(settings, corpus, model, make_optimizer(model, settings), group)
+        replicas = None if dp is None else Replicas(model, dp, settings)
+        return cls(settings, corpus, model, make_optimizer(model, settings), group, replicas)
 
     def step(self, step: int, total: int | None, clock: Clock | None = None) -> dict[str, float]:
         """Learn from the batch of this step; the numbers of the step for the log."""
         clock = clock or Clock(None)
         s = self.settings
         rate = learning_rate(s, step, total)
-        ids, target = train_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, context=s.context)
+        rows = None if self.replicas is None else self.replicas.rows
+        ids, target = train_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, context=s.context, rows=rows)
         clock.lap("data")
         with precision(s):
-            loss = self.model.loss(ids, target)
+            loss = self.loss(ids, target)
         clock.lap("forward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if self.replicas is None else loss * self.replicas.weight).backward()  # type: ignore[no-untyped-call]
         clock.lap("backward")
+        ready = self.replicas is None or self.replicas.wait()
+        clock.lap("communication")
+        norm = self.apply(rate) if ready else 0.0
+        self.optimizer.zero_grad()
+        clock.lap("optimizer")
+        if self.replicas is not None:
+            self.replicas.after_step()
+            clock.lap("communication")
+        return {"step": step, "loss": loss.item(), "grad_norm": float(norm), "lr": rate, **clock.seconds}
+
+    def apply(self, rate: float) -> Tensor:
+        """Clip the gradients and let the optimizer make its step; the norm before clipping."""
         norm = self.clip()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        clock.lap("optimizer")
-        return {"step": step, "loss": loss.item(), "grad_norm": float(norm), "lr": rate, **clock.seconds}
+        return norm
+
+    def finish(self) -> None:
+        """After the last step: apply what is still on its way from other replicas, so that all of them are the same."""
+        if self.replicas is not None and self.replicas.drain():
+            self.apply(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.zero_grad()
+
+    def loss(self, ids: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of these sequences, in nats per byte."""
+        return self.model.loss(ids, target)
+
+    def own_state(self) -> OwnState | None:
+        """What a checkpoint needs of every replica."""
+        return None if self.replicas is None else OwnState(self.replicas, self.optimizer)
 
     def clip(self) -> Tensor:
         """Scale all gradients so that their norm over all ranks is at most `clip`; the norm before."""
@@ -102,10 +138,13 @@ class Clock:
         return stats["seconds"], stats["wait_seconds"]
 
     def lap(self, phase: str) -> None:
-        """The phase that ends now."""
+        """The phase that ends now; "communication" is waiting for other replicas: what the rest does not hide."""
         now, (moved, waited) = time.perf_counter(), self._communication()
-        self.seconds[phase] = now - self.last - (moved - self.moved)
-        self.seconds["communication"] += moved - self.moved
+        took, inside = now - self.last, moved - self.moved
+        if phase != "communication":
+            self.seconds[phase] = took - inside
+            took = inside
+        self.seconds["communication"] += took
         self.seconds["waiting"] += waited - self.waited
         self.last, self.moved, self.waited = now, moved, waited
         self.seconds["seconds"] = now - self.start
@@ -123,7 +162,7 @@ def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
 
 def learning_rate(settings: Settings, step: int, total: int | None) -> float:
     """Linear warm-up, which does not need to know `total`, then half a cosine down to a tenth."""
-    warmup = settings.warmup if settings.steps is None else min(settings.warmup, settings.steps // 4)
+    warmup = settings.warm_up
     if step < warmup or total is None or total <= warmup:
         return settings.lr * min(1.0, (step + 1) / max(1, warmup))
     share = (step - warmup) / (total - warmup)
@@ -141,7 +180,7 @@ class Run:
 
     settings: Settings
     folder: Path
-    group: Group
+    layout: Layout
     trainer: Trainer
     log: RunLog
     screen: Screen
@@ -156,6 +195,11 @@ class Run:
             self.total = self.settings.steps
 
     @property
+    def group(self) -> Group:
+        """All ranks of the run."""
+        return self.layout.world
+
+    @property
     def minutes(self) -> float | None:
         """The limit of this call; None: only the number of steps counts."""
         s = self.settings
@@ -166,21 +210,42 @@ class Run:
         while not self.is_over():
             if self.total is None and self.step >= CALIBRATION_STEPS:
                 self.total = self.estimate()
-            record = self.trainer.step(self.step, self.total, Clock(self.group))
+            record = self.trainer.step(self.step, self.total, Clock(self.layout.tp))
+            if self.trainer.replicas is not None:
+                record["loss"] = self.mean(record["loss"] * self.trainer.replicas.weight)
             if not math.isfinite(record["loss"]):
                 raise UserError(
                     f"the loss is {record['loss']} at step {self.step}: take a smaller --lr and start anew."
                 )
             self.step += 1
             last = self.step in (self.total, self.settings.stop_at)
+            if self.step == self.total:
+                self.trainer.finish()
+            self.check_replicas()
             if self.step % self.settings.eval_every == 0 or last:
-                record["validation_loss"] = self.trainer.evaluate()
+                record["validation_loss"] = self.mean(self.trainer.evaluate())
             self.log.add(record)
             self.screen.step(record, self.total)
             if self.step % self.settings.checkpoint_every == 0:
                 self.save()
         if self.saved_at != self.step and self.step > self.first:
             self.save()
+
+    def mean(self, loss: float) -> float:
+        """Of all replicas; in mode local they differ between two averages, else only their batches do."""
+        return loss if self.trainer.replicas is None else self.trainer.replicas.mean(loss)
+
+    def check_replicas(self) -> None:
+        """Every so many steps, stop all ranks when replicas differ that must not."""
+        replicas, every = self.trainer.replicas, self.settings.check_replicas
+        if replicas is not None and every and self.step % every == 0:
+            with raise_together(self.group, ReplicasDifferError, f"after step {self.step}"):
+                replicas.check_same()
+
+    def replica_bytes(self) -> float:
+        """What this rank has sent to other replicas in a step of this call."""
+        replicas = self.trainer.replicas
+        return 0.0 if replicas is None else replicas.bytes_sent() / max(1, self.step - self.first)
 
     def is_over(self) -> bool:
         """Whether to stop; all ranks go by the clock of rank 0, because theirs differ."""
@@ -211,8 +276,10 @@ class Run:
         checkpoint.save(
             t.model,
             parent / f"step-{self.step:08d}",
-            group=self.group,
+            group=self.layout.tp,
+            dp_group=self.layout.dp,
             optimizer=t.optimizer,
+            aggregator=t.own_state(),
             step=self.step,
             extra=extra,
         )
@@ -226,12 +293,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(settings: Settings, folder: Path, group: Group, *, resume: bool) -> Iterator[Run]:
-    """A new run in `folder`, or the one that is there, at its last checkpoint. Collective.
+def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) -> Iterator[Run]:
+    """A new run in `folder`, or the one that is there, at its last checkpoint. Collective over layout.world.
 
     Raises:
         UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
     """
+    group = layout.world
     with raise_together(group, UserError, ""):
         settings_file.check(settings)
         corpus = open_corpus(settings.data)
@@ -241,16 +309,21 @@ def open_run(settings: Settings, folder: Path, group: Group, *, resume: bool) ->
         raise UserError(
             f"ranks do not see the same data in {corpus.name}: give --data a folder that is equal on all hosts."
         )
-    parts = sharded_parts(group, sequence_parallel=settings.sequence_parallel, codec=settings.codec)
-    trainer = Trainer.new(settings, corpus, parts, group)
-    step, total = _continue(trainer, folder, group) if resume else (0, None)
+    parts = sharded_parts(layout.tp, sequence_parallel=settings.sequence_parallel, codec=settings.codec)
+    with enough_memory(group.world_size, LANE_MIB):
+        trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp)
+    step, total = _continue(trainer, folder, layout) if resume else (0, None)
     with raise_together(group, UserError, ""):
         if group.rank == 0 and not resume:
             _claim(settings, folder)
     chief = group.rank == 0
     log = RunLog(folder / "log.jsonl" if chief else None, keep_below=step)
-    with Screen(chief, settings.tokens) as screen:
-        yield Run(settings, folder, group, trainer, log, screen, step, total)
+    try:
+        with Screen(chief, settings.tokens) as screen:
+            yield Run(settings, folder, layout, trainer, log, screen, step, total)
+    finally:
+        if trainer.replicas is not None:
+            trainer.replicas.close()
 
 
 def _claim(settings: Settings, folder: Path) -> None:
@@ -265,7 +338,7 @@ def _claim(settings: Settings, folder: Path) -> None:
         raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --folder.") from None
 
 
-def _continue(trainer: Trainer, folder: Path, group: Group) -> tuple[int, int | None]:
+def _continue(trainer: Trainer, folder: Path, layout: Layout) -> tuple[int, int | None]:
     """Load the last checkpoint; (steps done, steps planned)."""
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
@@ -279,5 +352,10 @@ def _continue(trainer: Trainer, folder: Path, group: Group) -> tuple[int, int | 
             f"{trainer.corpus.name} is not the data that the run in {folder} began with: "
             f"give its --data, or start anew without --resume."
         )
-    loaded = checkpoint.load(trainer.model, found, group=group, optimizer=trainer.optimizer)
+    own = trainer.own_state()
+    loaded = checkpoint.load(
+        trainer.model, found, group=layout.tp, dp_group=layout.dp, optimizer=trainer.optimizer, aggregator=own
+    )
+    if own is not None:
+        own.finish()
     return loaded.step, loaded.extra["total"]
