@@ -1,6 +1,7 @@
 """Gradients over the ranks: averaged and packed beside the backward pass, clipped by their norm over all."""
 
 from .aggregator import GradAggregator
+from .agree import Agreement, replicas_agree
 from .clip import clip_grad_norm_
 from .outer import OuterSGD
 from .scaling import unscale_
@@ -9,10 +10,12 @@ from .state import AggregatorState, reshard_state
 
 __all__ = [
     "AggregatorState",
+    "Agreement",
     "GradAggregator",
     "OuterSGD",
     "TopK",
     "clip_grad_norm_",
+    "replicas_agree",
     "reshard_state",
     "unscale_",
 ]

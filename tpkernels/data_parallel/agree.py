@@ -1,0 +1,221 @@
+"""replicas_agree: whether the replicas of a model hold the same bits, and if not, which parameter differs first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tpkernels.errors import RankMismatchError
+from tpkernels.group import Group, find, resolve
+from tpkernels.ranks import gather
+from tpkernels.shard import ShardInfo, shard_info
+
+RUN = 1 << 16
+"""Words of 8 bytes that are mixed at a time: what the caches of a core hold."""
+ROWS = {"cpu": 1, "cuda": 64}
+"""Runs that are mixed in one call, by device."""
+
+Entry = tuple[str, str, int]
+"""Of one tensor: its name, what it is (for people), the digest of its bits."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What `replicas_agree` found; true in an `if` when the replicas agree. The same on all ranks.
+
+    Attributes:
+        agree: whether all ranks hold the same bits.
+        first: the name of the first parameter or buffer that differs, None when none does.
+        ranks: the ranks that hold something else there than most do (than the lowest rank, where no majority does).
+        text: one sentence about it.
+    """
+
+    agree: bool
+    first: str | None
+    ranks: tuple[int, ...]
+    text: str
+
+    def __bool__(self) -> bool:
+        return self.agree
+
+    def check(self) -> None:
+        """Raise RankMismatchError, on all ranks, unless they agree."""
+        if not self.agree:
+            raise RankMismatchError(self.text)
+
+
+def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: bool = True) -> Agreement:
+    """Compare the bits of all parameters and buffers over the ranks of a group.
+
+    Equal to, with a digest of 64 bits in the place of every tensor:
+
+        all(torch.equal(p_0, p_r) for every parameter and buffer p and every rank r), where NaN equals itself bit by bit
+        and 0.0 is not -0.0
+
+    Over a data-parallel group everything is compared: rank r holds the same part of a cut parameter as all ranks of
+    that group do. Over the group over which a parameter is cut its parts differ by design: of those only name, dtype
+    and the unsharded shape are compared, so that the replicated parameters remain.
+
+    Costs a pass over the model (2 GB/s and more on one core) and one small collective. Where the ranks differ they also
+    tell each other the digests of all tensors.
+
+    Args:
+        model: any module, on any device. A tied parameter counts once, under its first name.
+        group: the ranks; None means all ranks of the default process group. All of them must call this.
+        buffers: compare buffers, too. Running statistics, as of nn.BatchNorm, differ between replicas that train.
+
+    Returns:
+        what was found. A rank with other names, shapes or dtypes is named like one with other bits.
+
+    Raises:
+        ValueError: a parameter or buffer without bits of its own: on the meta device, sparse, a DTensor.
+        TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
+    """
+    group = resolve(group)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replicas_agree: model must be a torch.nn.Module, got {type(model).__name__}")
+    mine = _entries(model, group, buffers)
+    total = hashlib.blake2b(repr(mine).encode(), digest_size=8).digest()
+    totals = group.exchange_sizes(int.from_bytes(total, "little") >> 1)
+    if len(set(totals)) == 1:
+        what = "parameters and buffers" if buffers else "parameters"
+        return Agreement(True, None, (), f"all {group.world_size} ranks hold the same {len(mine)} {what}")
+    return _compare(gather(mine, group), group)
+
+
+def _compare(every: list[list[Entry]], group: Group) -> Agreement:
+    """The first place at which the lists of the ranks differ."""
+    for i in range(max(map(len, every))):
+        found = [entries[i] if i < len(entries) else None for entries in every]
+        if len(set(found)) == 1:
+            continue
+        # Counter keeps the order of first sight, so that of equally many the lowest rank's comes first.
+        usual = Counter(found).most_common(1)[0][0]
+        ranks = tuple(rank for rank, entry in enumerate(found) if entry != usual)
+        named = usual or next(entry for entry in found if entry is not None)
+        others = {rank: entry for rank, entry in enumerate(found) if entry != usual}
+        text = f"replicas_agree on group {group.label!r}: {named[0]!r} is the first to differ, on ranks {list(ranks)}: "
+        return Agreement(False, named[0], ranks, text + _difference(usual, next(iter(others.values())), ranks[0]))
+    raise AssertionError("other digests of equal lists")
+
+
+def _difference(usual: Entry | None, other: Entry | None, rank: int) -> str:
+    def describe(entry: Entry | None) -> str:
+        return "nothing" if entry is None else f"{entry[0]!r} ({entry[1]})"
+
+    if usual is not None and other is not None and usual[:2] == other[:2]:
+        return f"other bits in {usual[1]}, digest {other[2]:016x} on rank {rank}, {usual[2]:016x} elsewhere"
+    return f"{describe(other)} on rank {rank}, {describe(usual)} elsewhere"
+
+
+def _entries(model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
+    """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
+    tensors = list(_named(model, buffers))
+    digests, what, skipped = [], [], []
+    for name, tensor in tensors:
+        _check(name, tensor)
+        info = shard_info(tensor)
+        cut = info is not None and _is_cut_over(info, group)
+        shape = info.full_shape(tensor) if cut and info is not None else tensor.shape
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        what.append(f"{dtype} {list(shape)}" + (", cut over this group" if cut else ""))
+        skipped.append(cut)
+        digests.append(torch.zeros((), dtype=torch.int64) if cut else digest(tensor))
+    numbers = torch.stack([d.to(group.device) for d in digests]).tolist() if digests else []
+    return [(name, text, number % 2**64) for (name, _), text, number in zip(tensors, what, numbers, strict=True)]
+
+
+def _named(model: nn.Module, buffers: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    if buffers:
+        yield from model.named_buffers()
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(
+            f"replicas_agree: {name!r} must be dense and hold values, got layout {tensor.layout} on {tensor.device}"
+        )
+    if type(tensor.data) is not Tensor:
+        raise ValueError(f"replicas_agree: {name!r} must be a plain tensor, got {type(tensor.data).__name__}")
+
+
+def _is_cut_over(info: ShardInfo, group: Group) -> bool:
+    """Whether the group is the one over which the parameter is cut, or another one of the same ranks."""
+    if info.group_name == group.name:
+        return True
+    cut = find(name=info.group_name)
+    if cut is None:  # closed, or opened by another process: what survives is the label
+        return (info.group_label, info.world_size) == (group.label, group.world_size)
+    return _global_ranks(cut) == _global_ranks(group)
+
+
+def _global_ranks(group: Group) -> list[int]:
+    return [0] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> Tensor:
+    """Return 64 bits that depend on every bit of the values and on its place, as an int64 scalar on their device.
+
+    Words of 8 bytes w are mixed with random numbers that belong to their places i, the same in every process, and
+    summed; the sums of all runs of words are mixed likewise:
+
+        t = (w ^ a_i) b_i;  t = (t ^ (t >> 32)) c_i;  digest = sum of t mod 2^64          # b_i, c_i odd
+
+    For a random choice of a, b and c two different tensors have the same digest with probability of about 2^-64; it
+    does not resist somebody who looks for a pair.
+    """
+    words = _words(tensor)
+    while words.numel() > 1:
+        words = _mix(words)
+    return words.reshape(()) if words.numel() else torch.zeros((), dtype=torch.int64, device=tensor.device)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bytes of the values as int64, the last word filled up with zeros."""
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    values = values.detach().resolve_neg().contiguous().reshape(-1)
+    size = values.numel() * values.element_size()
+    if values.storage_offset() * values.element_size() % 8:
+        values = values.clone()
+    data = values.view(torch.uint8)
+    whole = data[: size // 8 * 8].view(torch.int64)
+    if size == whole.numel() * 8:
+        return whole if size != 8 else torch.cat([whole, whole.new_zeros(1)])  # one word is mixed, too
+    rest = data.new_zeros(8)
+    rest[: size % 8] = data[size // 8 * 8 :]
+    last = rest.view(torch.int64)
+    return torch.cat([whole, last, last.new_zeros(0 if whole.numel() else 1)])
+
+
+def _mix(words: Tensor) -> Tensor:
+    """The sums of all runs, the last one shorter."""
+    rows = ROWS.get(words.device.type, 1)
+    whole = words[: words.numel() // RUN * RUN]
+    sums = [_mix_rows(block) for block in torch.split(whole, rows * RUN) if block.numel()]
+    rest = words[whole.numel() :]
+    return torch.cat([*sums, _mix_rows(rest)] if rest.numel() else sums)
+
+
+def _mix_rows(words: Tensor) -> Tensor:
+    a, b, c = (numbers[: words.numel()] for numbers in _numbers(words.device))
+    rows = words.view(-1, a.numel())
+    mixed = torch.bitwise_xor(rows, a).mul_(b)
+    mixed ^= torch.bitwise_right_shift(mixed, 32)
+    return mixed.mul_(c).sum(-1)
+
+
+@cache
+def _numbers(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The random numbers of RUN places: a, and the odd ones b and c."""
+    generator = torch.Generator("cpu").manual_seed(0x7470)
+    a, b, c = torch.randint(-(2**63), 2**63 - 1, (3, RUN), generator=generator, device="cpu").to(device)
+    return a, b | 1, c | 1
