@@ -1,0 +1,262 @@
+"""The HTTP side of the server: routes, the token, answers whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import engine as engine_side
+from .answers import ChatAnswer, CompletionAnswer
+from .engine import Engine, Event, Refused
+from .metrics import Metrics
+from .protocol import Asked, ChatAsked, CompletionAsked, Invalid, error_body, parse
+
+MOST_BODY = 16 << 20  # bytes
+
+
+class Job:
+    """The sequences of one HTTP request, and their events as they come out of the engine's thread."""
+
+    def __init__(self, engine: Engine, asked: Asked, prompts: Sequence[list[int]], most: int | None) -> None:
+        self._engine = engine
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self.prompt_tokens = sum(map(len, prompts))
+        self.start = time.monotonic()
+        self.requests: list[engine_side.Request] = []
+        for prompt in prompts:
+            room = engine.max_length - len(prompt)
+            if not prompt:
+                raise Invalid("the prompt must have one token at least, got none", "prompt")
+            if room < (most or 1):
+                raise Invalid(
+                    f"prompt and answer may have {engine.max_length} tokens together, got {len(prompt)} and "
+                    f"max_tokens {most or 1}", "max_tokens", code="context_length_exceeded",
+                )  # fmt: skip
+            for choice in range(asked.n):
+                index = len(self.requests)
+                how = asked.sampling(most or room, choice)
+                self.requests.append(engine_side.Request(prompt, how, self._deliver(index)))
+
+    def _deliver(self, index: int) -> Callable[[Event], None]:
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        return deliver
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """(index of the sequence, event), until all have ended. Leaving early cancels what still runs.
+
+        Raises:
+            Refused: a sequence failed.
+        """
+        left = len(self.requests)
+        try:
+            while left:
+                index, event = await self._events.get()
+                if event.failure is not None:
+                    raise event.failure
+                left -= event.last
+                yield index, event
+            self._engine.metrics.whole.observe(time.monotonic() - self.start)
+        finally:
+            if left:
+                for request in self.requests:
+                    self._engine.cancel(request)
+
+
+class Guard:
+    """In front of all routes: asks for the token, counts answers. Plain ASGI, so that it stands in no stream's way."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None) -> None:
+        self._app, self._metrics, self._token = app, metrics, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what may pass."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "other")  # the route's: a label for each URL would not end
+                self._metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        if self._token is not None and scope["path"].startswith("/v1") and not _has_token(scope, self._token):
+            answer = _refusal(Invalid("a valid bearer token is needed", status=401, code="invalid_api_key"))
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            await answer(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+
+def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        engine: started.
+        name: of the model, in answers and as requests must give it.
+        token: which /v1 asks for as a bearer token; None for none.
+    """
+    app = FastAPI(title="tpkernels", docs_url=None, redoc_url=None, openapi_url=None)
+    created = int(time.time())
+    card = {"id": name, "object": "model", "created": created, "owned_by": "tpkernels"}
+
+    app.add_middleware(Guard, metrics=engine.metrics, token=token)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return _refusal(error)
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def unknown(request: Request, error: Any) -> Response:
+        return _refusal(Invalid(f"no such path: {request.method} {request.url.path}", status=error.status_code))
+
+    @app.get("/health")
+    async def health() -> Response:
+        if engine.failure is not None:
+            return JSONResponse({"status": "unhealthy", "reason": engine.failure}, 503)
+        if engine.draining:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        engine.metrics.healthy.set(engine.failure is None)
+        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        _check_model(model, name)
+        return card
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked: CompletionAsked = parse(CompletionAsked, await _body(request))
+        _check_model(asked.model, name)
+        prompts = [await _encoded(engine, prompt) for prompt in asked.prompts()]
+        job = Job(engine, asked, prompts, asked.max_tokens)
+        return await _answered(request, engine, job, asked, CompletionAnswer(name, len(job.requests)))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked: ChatAsked = parse(ChatAsked, await _body(request))
+        _check_model(asked.model, name)
+        prompt = await asyncio.to_thread(_conversation, engine, asked)
+        job = Job(engine, asked, [prompt], asked.max_completion_tokens or asked.max_tokens)
+        return await _answered(request, engine, job, asked, ChatAnswer(name, len(job.requests)))
+
+    return app
+
+
+async def _answered(request: Request, engine: Engine, job: Job, asked: Asked, answer: Any) -> Response:
+    engine.submit(job.requests)
+    if asked.stream:
+        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return StreamingResponse(_stream(job, answer, usage), media_type="text/event-stream")
+    collecting = asyncio.ensure_future(_collect(job, answer))
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(await collecting)
+    finally:
+        for task in (collecting, leaving):
+            task.cancel()
+
+
+async def _collect(job: Job, answer: Any) -> dict[str, Any]:
+    async with contextlib.aclosing(job.events()) as events:
+        async for index, event in events:
+            answer.add(index, event)
+    whole: dict[str, Any] = answer.whole(job.prompt_tokens)
+    return whole
+
+
+async def _stream(job: Job, answer: Any, usage: bool) -> AsyncIterator[str]:
+    try:
+        async with contextlib.aclosing(job.events()) as events:
+            for chunk in answer.opening():
+                yield _sse(chunk)
+            async for index, event in events:
+                answer.add(index, event)
+                if event.text or event.last:
+                    yield _sse(answer.chunk(index, event))
+        if usage:
+            yield _sse(answer.usage_chunk(job.prompt_tokens))
+    except Refused as error:
+        yield _sse(error_body(error))
+    yield "data: [DONE]\n\n"
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_BODY:
+            raise Invalid(f"the body may have {MOST_BODY} bytes, got more", status=413)
+    return bytes(body)
+
+
+async def _encoded(engine: Engine, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(await asyncio.to_thread(engine.tokenizer.encode, prompt))
+    size = engine.vocab_size
+    if any(not 0 <= token < size for token in prompt):
+        raise Invalid(f"prompt: tokens must be 0 to {size - 1}", "prompt")
+    return prompt
+
+
+def _conversation(engine: Engine, asked: ChatAsked) -> list[int]:
+    tokenizer = engine.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise Invalid("the model has no chat template: use /v1/completions", "messages")
+    messages = [message.plain() for message in asked.messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise what they like about roles that they do not take
+        raise Invalid(f"messages: the chat template refuses them: {error}", "messages") from None
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _has_token(scope: Scope, token: str) -> bool:
+    scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def _check_model(asked: str, name: str) -> None:
+    if asked != name:
+        raise Invalid(f"model {asked!r} is not served here, {name!r} is", "model", 404, "model_not_found")
+
+
+def _refusal(error: Refused) -> JSONResponse:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse(error_body(error), error.status, headers)

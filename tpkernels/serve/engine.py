@@ -1,0 +1,234 @@
+"""The engine of rank 0: a queue in front of the slots, and a thread that takes one step of all sequences after another.
+
+A request that waits takes a slot as soon as one is free, between two steps of the others. Its prompt runs by itself,
+without padding, so that its answer does not depend on who else is there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpkernels.errors import PeerLostError, RankMismatchError
+from tpkernels.generate import Sampling
+from tpkernels.generate.generator import Running
+from tpkernels.generate.sampling import Sampler
+from tpkernels.group import Group
+
+from .metrics import Metrics
+from .plan import Channel, Plan, carry_out
+
+HEARTBEAT_S = 0.5  # between empty plans; a dead rank is noticed at the next one
+
+
+class Refused(Exception):
+    """A request that is not, or no longer, served; `status` is that of HTTP."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class Event:
+    """What happened to a request: text that came, its end, or why it failed."""
+
+    text: str = ""
+    tokens: int = 0
+    finish: str | None = None
+    failure: Refused | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows."""
+        return self.finish is not None or self.failure is not None
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence.
+
+    Attributes:
+        prompt: token ids.
+        deliver: called with every Event, in the engine's thread; it must not block.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    deliver: Callable[[Event], None]
+    cancelled: bool = False
+    came: float = field(default_factory=time.monotonic)
+    slot: int = -1
+    token: int = -1
+    running: Any = None
+    sampler: Any = None
+
+
+class Engine:
+    """Serves requests with a decoder that all ranks step together; the others run `plan.follow`.
+
+    Args:
+        decoder: a SlotDecoder.
+        tokenizer: of the model.
+        group: the ranks; this must be rank 0.
+        most_waiting: requests that may wait for a slot.
+        metrics: which are kept up to date.
+    """
+
+    def __init__(self, decoder: Any, tokenizer: Any, group: Group, most_waiting: int, metrics: Metrics) -> None:
+        self.tokenizer, self.metrics = tokenizer, metrics
+        self.max_length: int = decoder.max_length
+        self.vocab_size: int = decoder.vocab_size
+        self._decoder, self._group, self._most_waiting = decoder, group, most_waiting
+        self._channel = Channel(group, decoder.slots)
+        self._waiting: deque[Request] = deque()
+        self._active: dict[int, Request] = {}
+        self._free = list(range(decoder.slots))
+        self._changed = threading.Condition()
+        self._draining = self._stopping = False
+        self._failure: str | None = None
+        self._heartbeat = min(HEARTBEAT_S, group.timeout_s / 4)
+        self._thread = threading.Thread(target=self._run, name="tpkernels-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is served any more; None while all is well."""
+        return self._failure
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the server is about to stop."""
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs."""
+        with self._changed:
+            return not self._waiting and not self._active
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue all of them or none.
+
+        Raises:
+            Refused: 503 when a rank is gone or the server stops, 429 when too many wait.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise Refused(503, f"the model is not available: {self._failure}")
+            if self._draining or self._stopping:
+                raise Refused(503, "the server is stopping")
+            ready = max(0, len(self._free) - len(self._waiting))
+            if len(self._waiting) + len(requests) > self._most_waiting + ready:
+                raise Refused(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request; it is told nothing more. Its slot is free before the next step."""
+        with self._changed:
+            request.cancelled = True
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Refuse new requests; those that are here go on."""
+        with self._changed:
+            self._draining = True
+
+    def stop(self, timeout_s: float) -> None:
+        """Fail what is still here, let the other ranks go, and wait for the thread."""
+        with self._changed:
+            self._draining = self._stopping = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        why = "the server is stopping"
+        try:
+            while not self._stopping:
+                self._step()
+            self._channel.send(Plan(stop=True))
+        except (TimeoutError, PeerLostError, RankMismatchError) as error:
+            why = f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            why = f"the engine failed: {type(error).__name__}: {error}"
+            raise
+        finally:
+            self._fail_all(why)
+
+    def _step(self) -> None:
+        """Let others begin, one more token for everybody; while there is nobody, wait for a heartbeat."""
+        with self._changed:
+            if not self._waiting and not self._active and not self._stopping:
+                self._changed.wait(self._heartbeat)
+            begin = self._admit()
+            going_on = {slot: r.token for slot, r in self._active.items() if slot not in begin}
+        plan = Plan(going_on, {slot: r.prompt for slot, r in begin.items()})
+        self._channel.send(plan)
+        for slot, logits in carry_out(self._decoder, plan).items():
+            request = self._active[slot]
+            if not request.cancelled:
+                self._take(request, request.sampler.draw(logits))
+
+    def _admit(self) -> dict[int, Request]:
+        """Free the slots of requests that nobody waits for, and give free slots to those that wait."""
+        for request in [r for r in self._active.values() if r.cancelled]:
+            self._release(request)
+        begin = dict[int, Request]()
+        while self._waiting and self._free:
+            request = self._waiting.popleft()
+            if request.cancelled:
+                continue
+            slot = request.slot = heapq.heappop(self._free)  # the lowest: the fewer rows, the faster the step
+            request.running = Running(request.prompt, request.sampling, self.tokenizer)
+            request.sampler = Sampler(request.sampling)
+            self._active[slot] = begin[slot] = request
+        self.metrics.queue.set(len(self._waiting))
+        self.metrics.running.set(len(self._active))
+        return begin
+
+    def _take(self, request: Request, token: int) -> None:
+        """The next token of a request."""
+        first = request.token < 0
+        try:
+            text = request.running.push(token)
+        except FloatingPointError as error:
+            self._end(request, Event(failure=Refused(500, str(error))))
+            return
+        request.token = token
+        self.metrics.generated(len(request.prompt) if first else 0, time.monotonic() - request.came if first else None)
+        event = Event(text, request.running.tokens, request.running.finish)
+        if event.last:
+            self._end(request, event)
+        else:
+            request.deliver(event)
+
+    def _end(self, request: Request, event: Event) -> None:
+        with self._changed:
+            self._release(request)
+        request.deliver(event)
+
+    def _release(self, request: Request) -> None:
+        del self._active[request.slot]
+        heapq.heappush(self._free, request.slot)
+
+    def _fail_all(self, why: str) -> None:
+        with self._changed:
+            self._failure = why
+            left = [*self._active.values(), *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+            self.metrics.queue.set(0)
+            self.metrics.running.set(0)
+        for request in left:
+            if not request.cancelled:
+                request.deliver(Event(failure=Refused(503, f"the model is not available: {why}")))
