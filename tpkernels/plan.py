@@ -18,7 +18,7 @@ from torch import nn
 
 from tpkernels.compress import CODECS
 from tpkernels.group import Group, resolve
-from tpkernels.plan_apply import Place, all_cuts, apply, arrange_random, is_linear
+from tpkernels.plan_apply import Place, all_cuts, apply, arrange_random, can_be_cut, is_linear
 from tpkernels.plan_heads import Block, find_blocks, tell_heads
 from tpkernels.plan_layers import Tied
 from tpkernels.plan_refuse import refuse
@@ -187,7 +187,7 @@ def parallelize(
 
 def is_weighty(module: nn.Module) -> bool:
     """Whether a strict plan must say something about this module."""
-    return is_linear(module) or isinstance(module, nn.Embedding)
+    return (is_linear(module) or isinstance(module, nn.Embedding)) and can_be_cut(module)
 
 
 def _covered(name: str, found: dict[str, Style]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from tpkernels.plan_heads import Block, cuts_of_block, sizes_of
 from tpkernels.plan_layers import Column, Experts, Row, Summed, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
+from tpkernels.plan_units import Table, cut_in_units, tell_counts
 from tpkernels.shard import packed_runs, part_start, shard_info
 
 
@@ -67,9 +69,13 @@ def _cut_of(name: str, module: nn.Module, style: Style, R: int) -> Cut | None:
         return Cut(0, module.num_embeddings)
     if style.name not in LINEAR:
         return None
+    if style.name == "column" and isinstance(module, nn.Embedding):
+        return cut_in_units(name, 1, module.embedding_dim, style, R) if style.units else Cut(1, module.embedding_dim)
     if not is_linear(module):
         raise PlanError(f"Plan: style {style.name!r} of {name} needs a linear, got {type(module).__name__}")
     N, K = sizes_of(module)
+    if style.units:
+        return cut_in_units(name, *((1, K) if style.name == "row" else (0, N)), style, R)
     if style.name == "packed_column":
         if not style.packed:
             raise PlanError(f"Plan: packed_column:qkv of {name} needs an attention block around it")
@@ -79,14 +85,20 @@ def _cut_of(name: str, module: nn.Module, style: Style, R: int) -> Cut | None:
 
 def _check_forward(name: str, module: nn.Module, style: Style) -> None:
     """A subclass with a forward of its own that does not call ours would compute with a part as if it were whole."""
-    cls = type(module)
-    if cls.forward in (nn.Linear.forward, nn.Embedding.forward) or is_conv1d(module):
-        return
-    if "super" not in cls.forward.__code__.co_names and "__class__" not in cls.forward.__code__.co_freevars:
+    if not can_be_cut(module):
+        cls = type(module)
         raise PlanError(
             f"Plan: {name} is a {cls.__name__} with a forward of its own, so it cannot be cut as {style.name!r}; "
             f"give it 'replicate'"
         )
+
+
+def can_be_cut(module: nn.Module) -> bool:
+    """Whether a linear, Conv1D or embedding computes what its class says, or something around that."""
+    forward: Any = type(module).forward
+    if forward in (nn.Linear.forward, nn.Embedding.forward) or is_conv1d(module):
+        return True
+    return "__class__" in forward.__code__.co_freevars  # it calls super()
 
 
 def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
@@ -97,15 +109,24 @@ def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
             f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
             f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
         )
+    if not takes_choices(module):
+        raise PlanError(f"Plan: style 'expert' of {name} needs a forward(tokens, top_k_index, top_k_weights)")
     if count < R:
         raise PlanError(f"Plan: {name} has {count} experts, which leaves some of {R} ranks with none")
     return Cut(0, count)
 
 
+def takes_choices(module: nn.Module) -> bool:
+    """Whether experts are called with the tokens, and with which experts each has chosen."""
+    return list(inspect.signature(type(module).forward).parameters)[2:4] == ["top_k_index", "top_k_weights"]
+
+
 def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: Tied) -> None:
     """Cut one module by its style."""
     group = place.group
-    if style.name == "sum_grad":
+    if style.name == "counts":
+        tell_counts(module, style, group.world_size, group.rank)
+    elif style.name == "sum_grad":
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         cut_module(module, Summed, {}, group, tied, summed=names)
     elif style.name == "expert":
@@ -119,6 +140,9 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
     elif style.name == "vocab":
         assert cut is not None
         cut_module(module, Vocab, {"weight": cut}, group, tied)
+    elif isinstance(module, nn.Embedding) and cut is not None:
+        cut_module(module, Table, {"weight": cut}, group, tied)
+        module.embedding_dim = _size(module.weight)
     elif cut is not None:
         _apply_linear(module, style, cut, place, tied)
 

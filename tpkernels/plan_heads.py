@@ -126,7 +126,9 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
         columns = {
             child: (modules[child], styles[child])
             for child in order
-            if child.rpartition(".")[0] == name and styles[child].name in ("column", "packed_column")
+            if child.rpartition(".")[0] == name
+            and styles[child].name in ("column", "packed_column")
+            and not isinstance(modules[child], nn.Embedding)
         }
         if not columns:
             continue
@@ -168,7 +170,10 @@ def _count(
     kv = number(module, KV_HEADS) or number(config, KV_HEADS)
     if len(columns) > 1 and size and query * size == width and all(w % size == 0 for w in widths):
         kv = min(*widths, width) // size
-    if any(style.packed and set(packed_sizes(style, sizes_of(m)[0], name)) == {width} for m, style in columns.values()):
+    units = {style.units for _, style in columns.values()} - {0}
+    if len(units) == 1:  # a derived plan has seen it
+        kv = min(units)
+    elif any(s.packed and set(packed_sizes(s, sizes_of(m)[0], name)) == {width} for m, s in columns.values()):
         kv = query
     heads = Heads(query, kv if kv is not None and kv < query else query)
     uneven = [w for w in (*widths, width) if w % heads.kv]

@@ -49,7 +49,10 @@ def cut_class(original: type[nn.Module], style: type[CutModule], summed: tuple[s
     properties, so that whoever uses them in a forward gets gradients that are summed over the ranks.
     """
     adds = issubclass(original, (nn.Linear, nn.Embedding)) and original not in (nn.Linear, nn.Embedding)
-    bases = (original, style) if adds else (style, original)
+    bases: tuple[type, ...] = (style, original)
+    if adds:  # super().forward in it must find ours before that of its base
+        base = nn.Linear if issubclass(original, nn.Linear) else nn.Embedding
+        bases = (original, type(style.__name__, (style, base), {"__module__": __name__}))
     own = {"_origin": (original, style, summed), "__module__": __name__, "__doc__": style.__doc__}
     own |= {name: _summed(name) for name in summed}
     return cast("type[CutModule]", type(f"{style.__name__}{original.__name__}", bases, own))
