@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from layer_tools import F64, assert_close, assert_equal
 from torch import Tensor, nn
 
@@ -165,6 +166,89 @@ def check_one_small_collective_for_each_group() -> None:
     assert group.stats()["by_op"]["all_reduce"]["calls"] - before == 1
 
 
+def open_layout() -> tuple[Group, Group]:
+    """The groups of this rank in a layout of 2 x 2: its row (tensor parallel), its column."""
+    rank = dist.get_rank()
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return Group.open(rows[rank // 2]), Group.open(columns[rank % 2])
+
+
+NORMS = (1.0, 2.0, 3.0, math.inf)
+
+
+def stage_parameters(whole: dict[str, nn.Parameter], parts: dict[str, nn.Parameter], stage: int) -> list[list[Tensor]]:
+    """What a stage holds, whole and this rank's parts: the first one column and norm, the second one the others and a
+    copy of column, which comes last."""
+    names = (["column", "norm"], ["row", "few", "bias", "column"])[stage]
+    return [[found[name] for name in names] for found in (whole, parts)]
+
+
+def check_stages_count_once_each_and_tied_ones_on_one_of_them() -> None:
+    tp, pp = open_layout()
+    for norm_type, max_norm in itertools.product(NORMS, (0.5, 1000.0)):
+        whole, parts = model(None), model(tp)
+        mine, held = stage_parameters(whole, parts, pp.rank)
+        want = nn.utils.clip_grad_norm_(whole.values(), max_norm, norm_type)
+        tied = held[-1:] if pp.rank == 1 else []
+        got = clip_grad_norm_(held, max_norm, groups=tp, norm_type=norm_type, pipeline=pp, tied=tied)
+        assert_close(got, want, "norm", terms=64)
+        assert_same_on_all_ranks(got, Group.open())
+        for full, part in zip(mine, held, strict=True):
+            info = shard_info(part)
+            assert full.grad is not None
+            assert_close(part.grad, full.grad if info is None else info.part(full.grad), "gradient", terms=64)
+    for value, culprit, norm_type in itertools.product((math.nan, math.inf), range(4), (1.0, 2.0, math.inf)):
+        _, held = stage_parameters(model(None), model(tp), pp.rank)
+        spoiled = held[-1].grad  # the copy on stage 1, which counts elsewhere; on stage 0 the norm
+        assert spoiled is not None
+        if dist.get_rank() == culprit:
+            spoiled.view(-1)[-1] = value
+        tied = held[-1:] if pp.rank == 1 else []
+        norm = clip_grad_norm_(held, 1.0, groups=tp, norm_type=norm_type, pipeline=pp, tied=tied)
+        assert bool(norm.isnan()) if math.isnan(value) else bool(norm.isinf()), (value, culprit, norm_type, norm)
+        others = held[0].grad
+        assert others is not None
+        assert bool(others.isnan().all()) if math.isnan(value) else not bool(others.any())
+    # A stage alone has fp64 gradients, and one has none at all: the norm has one dtype, and the others count.
+    lonely = nn.Parameter(torch.zeros(3, dtype=F64))
+    lonely.grad = torch.full((3,), 2.0, dtype=F64)
+    norm = clip_grad_norm_([lonely] if pp.rank == 0 else [], 1.0, groups=None, pipeline=pp)
+    assert norm.dtype == F64
+    assert_close(norm, torch.tensor(12.0, dtype=F64).sqrt(), "norm of one stage", 4)
+
+
+def check_averaged_gradients_count_once_over_replicas() -> None:
+    tp, dp = open_layout()
+    for norm_type, order in itertools.product(NORMS, (1, -1)):
+        whole, parts = model(None), model(tp)
+        want = nn.utils.clip_grad_norm_(whole.values(), 0.5, norm_type)
+        got = clip_grad_norm_(parts.values(), 0.5, groups=[tp, dp][::order], norm_type=norm_type)
+        assert_close(got, want, "norm", terms=64)
+        assert_same_on_all_ranks(got, Group.open())
+        for name, parameter in parts.items():
+            info, full = shard_info(parameter), whole[name].grad
+            assert full is not None
+            assert_close(parameter.grad, full if info is None else info.part(full), name, terms=64)
+    for value, culprit in itertools.product((math.nan, math.inf), range(4)):
+        parts = model(tp)
+        spoiled = parts["column"].grad
+        assert spoiled is not None
+        if dist.get_rank() == culprit:  # a fault, as replicas hold the same: all ranks must see it
+            spoiled.view(-1)[0] = value
+        norm = clip_grad_norm_(parts.values(), 1.0, groups=[tp, dp])
+        assert bool(norm.isnan()) if math.isnan(value) else bool(norm.isinf()), (value, culprit)
+
+
+def check_layouts_of_four_ranks() -> None:
+    check_stages_count_once_each_and_tied_ones_on_one_of_them()
+    check_averaged_gradients_count_once_over_replicas()
+
+
+def test_clipping_over_tensor_data_and_pipeline_parallel_ranks() -> None:
+    run_ranks(check_layouts_of_four_ranks, 4)
+
+
 @RANKS
 @pytest.mark.parametrize(
     "check",
@@ -199,6 +283,13 @@ def test_bad_arguments_say_what_came() -> None:
     mark_shard(parameter, ShardInfo(0, 6, 2, 0, "no such group", "tp"))
     with pytest.raises(ValueError, match=r"one is cut over 'tp' of 2 ranks, got \['"):
         clip_grad_norm_(parameter, 1.0, groups=None)
+    with pytest.raises(ValueError, match="needs a pipeline, got None"):
+        clip_grad_norm_([parameter], 1.0, groups=(), tied=[parameter])
+    stages = Group.open()
+    with pytest.raises(ValueError, match="tied must be among the parameters, got 1 that"):
+        clip_grad_norm_([], 1.0, groups=(), pipeline=stages, tied=[parameter])
+    with pytest.raises(ValueError, match="pipeline must not be one of groups, got 'local' in both"):
+        clip_grad_norm_([], 1.0, groups=stages, pipeline=stages)
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"must be dense, got one of layout torch\.sparse_coo"):

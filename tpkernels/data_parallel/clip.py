@@ -23,31 +23,40 @@ def clip_grad_norm_(
     groups: Group | Sequence[Group] | None,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    pipeline: Group | None = None,
+    tied: Iterable[Tensor] = (),
 ) -> Tensor:
     """Scale all gradients so that their norm, taken over the unsharded parameters, is max_norm at most.
 
     Equal to torch.nn.utils.clip_grad_norm_ on the unsharded model: a cut parameter counts with the parts of all ranks,
     a replicated one once, not once for every rank, and a parameter that occurs twice (tied weights) once.
 
-        total = (sum over cut p of all_reduce(|grad|^n) + sum over replicated p of |grad|^n) ^ (1 / n)
+        stage = sum over cut p of all_reduce(|grad|^n) + sum over replicated p of |grad|^n
+        total = (sum of stage over the pipeline) ^ (1 / n)               # stage itself without a pipeline
         grad *= min(1, max_norm / (total + 1e-6))
 
     Args:
         model_or_params: a module, its parameters, or one of them. Parameters without a gradient do not count.
         max_norm: the largest norm to leave.
-        groups: the group or groups over which parameters are cut; None means all ranks. Every rank of them must make
-            this call. One collective of two numbers for each.
+        groups: the group or groups over which parameters are cut; None means all ranks, with a pipeline none. A
+            data-parallel group may be among them: gradients that are averaged already count once. Every rank of them
+            must make this call. One collective of two numbers for each.
         norm_type: n > 0, or inf for the largest absolute value.
         error_if_nonfinite: raise, on all ranks, when the norm is NaN or infinite. Otherwise torch's rule holds: NaN
             makes all gradients NaN, an infinity makes them zero or NaN, and the returned norm shows it.
+        pipeline: the ranks that hold the stages of one model, each its own parameters, all of which count. Not among
+            `groups`. One more collective of two numbers.
+        tied: parameters of this stage that are copies of one that another stage counts, with the same gradient (an
+            output layer tied to the embedding of the first stage). They are scaled, but do not count here.
 
     Returns:
         the norm before clipping, a scalar with the same bits on all ranks, fp32 unless a gradient is fp64. Summed in
         fp64, other norms than the second one over runs of 1024 elements.
 
     Raises:
-        ValueError: max_norm is negative or NaN, norm_type is not above 0, a gradient is sparse, or a parameter is
-            cut over a group that is not in `groups`.
+        ValueError: max_norm is negative or NaN, norm_type is not above 0, a gradient is sparse, a parameter is cut over
+            a group that is not in `groups`, `pipeline` is one of `groups`, or `tied` has others than the
+            parameters, or no pipeline.
         RuntimeError: the norm is not finite and error_if_nonfinite is set.
 
     Source: the counting rule of Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
@@ -57,10 +66,16 @@ def clip_grad_norm_(
         raise ValueError(f"clip_grad_norm_: max_norm must be 0 or more, got {max_norm}")
     if not norm_type > 0.0:
         raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
-    over = _as_groups(groups)
-    replicated, cut, gradients = _sort(_parameters(model_or_params), over)
-    total = _combine(replicated, cut, over, norm_type)
+    over = [] if groups is None and pipeline is not None else _as_groups(groups)
+    parameters, copies = _split_tied(_parameters(model_or_params), list(tied), pipeline)
+    replicated, cut, gradients = _sort(parameters, over)
+    *_, uncounted = _sort(copies, over)
+    total = _combine(replicated, cut, uncounted, over, norm_type)
+    gradients += uncounted
     wide = any(g.dtype == torch.float64 for g in gradients)
+    if pipeline is not None:
+        total, wide = _over_stages(total, wide, pipeline, over, norm_type)
+    total = total if math.isinf(norm_type) else total.pow(1.0 / norm_type)
     total = total.to(torch.float64 if wide else torch.float32)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(
@@ -86,6 +101,20 @@ def _parameters(model_or_params: nn.Module | Tensor | Iterable[Tensor]) -> list[
     if isinstance(model_or_params, Tensor):
         return [model_or_params]
     return list({id(p): p for p in model_or_params}.values())
+
+
+def _split_tied(
+    parameters: list[Tensor], tied: list[Tensor], pipeline: Group | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that count here, and the copies of some that count on another stage."""
+    copies = {id(p) for p in tied}
+    if copies and pipeline is None:
+        raise ValueError(
+            "clip_grad_norm_: tied names parameters that another stage counts and needs a pipeline, got None"
+        )
+    if missing := copies - {id(p) for p in parameters}:
+        raise ValueError(f"clip_grad_norm_: tied must be among the parameters, got {len(missing)} that are not")
+    return [p for p in parameters if id(p) not in copies], [p for p in parameters if id(p) in copies]
 
 
 def _sort(parameters: list[Tensor], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
@@ -115,21 +144,42 @@ def _group_of(info: ShardInfo, groups: list[Group]) -> Group:
     return found[0]
 
 
-def _combine(replicated: list[Tensor], cut: dict[str, list[Tensor]], groups: list[Group], norm_type: float) -> Tensor:
-    """Return the norm over everything in fp64, with the same bits on all ranks of all groups.
+def _combine(
+    replicated: list[Tensor],
+    cut: dict[str, list[Tensor]],
+    uncounted: list[Tensor],
+    groups: list[Group],
+    norm_type: float,
+) -> Tensor:
+    """Return the sum of powers over everything (the maximum for inf) in fp64, the same bits on all ranks of all groups.
 
     The message of each group is [own parts, what was counted so far]. The second number should be the same on all its
-    ranks already; taking rank 0's makes sure of it. A rank that sees NaN or infinity there sends it too: it must show.
+    ranks already; taking rank 0's makes sure of it. A rank that sees NaN or infinity there sends it too: it must show,
+    and so must what is not finite in copies that count elsewhere.
     """
     is_max = math.isinf(norm_type)
     total = _power_sum(replicated, norm_type)
+    if uncounted:
+        copies = _power_sum(uncounted, norm_type).to(total.device)
+        total = torch.where(copies.isfinite(), total, total + copies)
     for group in groups:
         parts = _power_sum(cut[group.name], norm_type)
         counted = total if group.rank == 0 else torch.where(total.isfinite(), 0.0, total)
         message = torch.stack([parts, counted.to(parts.device)]).to(group.device)
         message = ops.all_reduce(message, group=group, op="max" if is_max else "sum")
         total = message.max() if is_max else message.sum()
-    return total if is_max else total.pow(1.0 / norm_type)
+    return total
+
+
+def _over_stages(
+    stage: Tensor, wide: bool, pipeline: Group, groups: list[Group], norm_type: float
+) -> tuple[Tensor, bool]:
+    """Return the sum (the maximum for inf) over the stages, and whether any of them has fp64 gradients."""
+    if any(group.name == pipeline.name for group in groups):
+        raise ValueError(f"clip_grad_norm_: pipeline must not be one of groups, got {pipeline.label!r} in both")
+    message = torch.stack([stage, torch.full_like(stage, float(wide))]).to(pipeline.device)
+    total, wides = ops.all_reduce(message, group=pipeline, op="max" if math.isinf(norm_type) else "sum")
+    return total, bool(wides > 0)
 
 
 def _power_sum(gradients: list[Tensor], norm_type: float) -> Tensor:
