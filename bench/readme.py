@@ -1,4 +1,4 @@
-"""Write README's tables from the kept results: `python -m bench.readme`, or `--check` to only compare.
+"""Write the tables of the documents from the kept results: `python -m bench.readme`, or `--check` to only compare.
 
 A table NAME stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. What is there is replaced whole.
 """
@@ -14,14 +14,22 @@ from typing import Annotated, Any
 import typer
 
 from bench import rows as kept
-from bench.goals import GOALS, verdicts
+from bench.goals import GOALS, Verdict, verdicts
 from bench.rows import Row
 from bench.table import digits, size, under
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
 MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 OURS = ("plain", "functional", "sym", "tpkernels", "fp16", "bf16", "op_only")
 Line = Sequence[str]
+# (op, size) of the goals that README shows.
+SUMMARY = {
+    *(("all_reduce", size) for size in (4 << 10, 1 << 20, 64 << 20)),
+    *((op, 1 << 20) for op in ("reduce_scatter", "all_gather")),
+    *(("gemm_all_reduce", m) for m in (16, 512)),
+    ("train_step", 0),
+}
 
 
 def markdown(head: Line, lines: Iterable[Line], foot: str = "") -> str:
@@ -98,12 +106,30 @@ def gemm(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
+def measured(verdict: Verdict) -> str:
+    """What was found; against the GEMM alone there is a median only."""
+    if verdict.found is None:
+        return "-"
+    return ratio(verdict.found) if verdict.found[1] == verdict.found[1] else f"{digits(verdict.found[0])}x"
+
+
 def goals(rows: Sequence[Row]) -> str:
     """What was to be reached and what was."""
     lines = [[v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, f"{digits(v.goal.at_least)}x",
-              ratio(v.found) if v.found and v.found[1] == v.found[1] else f"{digits(v.found[0])}x" if v.found else "-",
-              v.placement, v.word] for v in verdicts(GOALS, rows)]  # fmt: skip
+              measured(v), v.placement, v.word] for v in verdicts(GOALS, rows)]  # fmt: skip
     return markdown(["goal", "dtype", "R", "against", "at least", "found", "where", ""], lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A few goals, and how many there are."""
+    found = list(verdicts(GOALS, rows))
+    shown = [v for v in found if v.found is not None and v.goal.R == 2 and (v.goal.op, v.goal.size) in SUMMARY]
+    lines = [[v.goal.title, v.goal.dtype, v.goal.against, measured(v), f"{digits(v.goal.at_least)}x", v.word]
+             for v in shown]  # fmt: skip
+    words = [v.word for v in found]
+    counts = ", ".join(f"{words.count(word)} {word.lower()}" for word in ("reached", "even", "MISSED", "not measured"))
+    foot = f"Of {len(words)} goals: {counts}."
+    return markdown(["what", "dtype", "against", "times as fast: median [min, max]", "goal", ""], lines, foot)
 
 
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -121,6 +147,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "dispatch": (only("dispatch"), collective),
     "train_step": (only("train_step"), collective),
     "goals": (lambda rows: rows, goals),
+    "summary": (lambda rows: rows, summary),
 }
 
 
@@ -128,10 +155,10 @@ def table(name: str, rows: Sequence[Row]) -> str:
     """The text between the markers of this name.
 
     Raises:
-        ValueError: README asks for a table that does not exist.
+        ValueError: a document asks for a table that does not exist.
     """
     if name not in TABLES:
-        raise ValueError(f"README: no table is called {name!r}; the tables are {', '.join(TABLES)}")
+        raise ValueError(f"no table is called {name!r}; the tables are {', '.join(TABLES)}")
     pick, write = TABLES[name]
     return write(pick(rows))
 
@@ -142,17 +169,18 @@ def filled(text: str, rows: Sequence[Row]) -> str:
 
 
 def main(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 if README differs.")] = False,
-    readme: Annotated[Path, typer.Option()] = README,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 1 if a document differs.")] = False,
     results: Annotated[Path, typer.Option()] = kept.RESULTS,
 ) -> None:
-    """Write README's measured tables from bench/results."""
-    before = readme.read_text()
-    after = filled(before, kept.load(results))
-    if check and before != after:
-        sys.exit(f"{readme.name}: the measured tables differ from bench/results; run python -m bench.readme")
-    if not check:
-        readme.write_text(after)
+    """Write the measured tables of all documents from bench/results."""
+    rows = kept.load(results)
+    for path in (ROOT / name for name in DOCUMENTS):
+        before = path.read_text()
+        after = filled(before, rows)
+        if check and before != after:
+            sys.exit(f"{path.name}: the measured tables differ from bench/results; run python -m bench.readme")
+        if not check:
+            path.write_text(after)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,11 @@ def test_every_readme_table_can_be_written_from_nothing() -> None:
         assert isinstance(readme.table(name, []), str)
 
 
-def test_the_readme_says_what_the_kept_results_say() -> None:
-    path = ROOT / "README.md"
+@pytest.mark.parametrize("name", readme.DOCUMENTS)
+def test_documents_say_what_the_kept_results_say(name: str) -> None:
+    path = ROOT / name
     if not path.exists():
-        pytest.skip("needs README.md, which a tree without documents lacks")
+        pytest.skip(f"needs {name}, which a tree without documents lacks")
     assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
 
 
