@@ -22,11 +22,15 @@ LEVELS = [
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
-    | {"data_parallel", "derive", "plan", "plan_apply", "plan_heads"}
+    | {"data_parallel", "derive", "derive_flow", "derive_groups", "derive_inputs", "derive_labels"}
+    | {"derive_names", "derive_run", "plan", "plan_apply", "plan_heads", "plan_units"}
     | {"plan_layers", "plan_random", "plan_refuse", "plan_sequence", "plan_styles", "plans", "ranks"},
     {
         "data",
         "gpt",
+        "hf",
+        "hf_files",
+        "hf_gguf",
         "job",
         "launch",
         "layout",
@@ -39,7 +43,7 @@ LEVELS = [
         "train",
     }
     | {"generate", "serve", "train"},
-    {"__init__", "__main__", "cli", "cli_serve", "info", "testing"},
+    {"__init__", "__main__", "cli", "cli_reshard", "cli_serve", "info", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from tpkernels import cli_serve
+from tpkernels import cli_reshard, cli_serve
 from tpkernels.settings import Settings
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli_serve.register(app)
+cli_reshard.register(app)
 MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"
 
 

@@ -1,0 +1,264 @@
+"""Hugging Face models that are too large for one rank: built without memory, cut, then filled with this rank's slices.
+
+    model = tpk.hf.load_pretrained("path/to/folder", group=group)        # or path/to/model.gguf
+
+equals `tpk.parallelize(AutoModel....from_pretrained(path), group=group)` bit for bit, and no rank ever holds more than
+its part of the model and one tensor. `checkpoint.export_hf` is the way back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import hf_files, hf_gguf
+from tpkernels.ckpt_files import CheckpointError
+from tpkernels.ckpt_place import Place
+from tpkernels.group import Group, resolve
+from tpkernels.plan import Plan, parallelize
+from tpkernels.shard import shard_info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    group: Group | None = None,
+    plan: str | Mapping[str, str] | Plan = "auto",
+    dtype: torch.dtype | None = None,
+    model_class: type[Any] | None = None,
+    config: PreTrainedConfig | None = None,
+    sequence_parallel: bool = False,
+    codec: str = "none",
+) -> PreTrainedModel:
+    """Load a model of the Hugging Face kind, cut over the ranks of a group. Collective.
+
+    Args:
+        path: a folder with config.json and safetensors (one file, or several with an index), or a GGUF file.
+        group: over which; None means all ranks.
+        plan, sequence_parallel, codec: as for `parallelize`.
+        dtype: of the parameters; None takes that of the config, else that of the file.
+        model_class: a class of transformers, or one of its Auto classes. None takes the class that the config names;
+            AutoModelForCausalLM for a GGUF file.
+        config: in place of the one in the path, for example with another attn_implementation.
+
+    Returns:
+        the model in eval mode, on the group's device, with its generation config. Parameters and buffers are those that
+        `from_pretrained` gives, cut; tied parameters are tied.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or have tensors of other names or shapes than the model (named).
+        PlanError: the model cannot be cut by the plan.
+        ModuleNotFoundError: transformers, accelerate or gguf is not installed; says how to install them.
+    """
+    group, path = resolve(group), Path(path)
+    place, doing = Place(group), f"load {path}"
+    _need_transformers()
+    model: Any = None
+    with place.together(doing):
+        if not path.exists():
+            raise CheckpointError("there is no such file or folder")
+        config = config if config is not None else _config_of(path)
+        files = {} if _is_gguf(path) else hf_files.open_folder(path)
+        model = _empty(config, _class_of(config, model_class), dtype or _dtype_of(config, files))
+    parallelize(model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec)
+    state = _state(model)
+    with place.together(doing):
+        supply = _from_gguf(model, state, path) if _is_gguf(path) else _from_folder(model, state, files)
+        _materialise(model, group.device)
+        _fill(_state(model), supply)
+    _add_generation_config(model, path)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _need_transformers() -> None:
+    try:
+        import accelerate  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"load_pretrained needs {error.name}: pip install 'tpkernels[hf]'", name=error.name
+        ) from None
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file()
+
+
+def _config_of(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        if _is_gguf(path):
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"its config cannot be read: {error}") from None
+
+
+def _class_of(config: Any, asked: type[Any] | None) -> Any:
+    """The class to build, which may be an Auto class."""
+    import transformers
+
+    if asked is not None:
+        return asked
+    for name in config.architectures or ():
+        if (found := getattr(transformers, name, None)) is not None:
+            return found
+    if config.architectures:
+        raise CheckpointError(
+            f"its class {config.architectures[0]} is not one of transformers {transformers.__version__}: "
+            f"pass model_class"
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def _dtype_of(config: Any, files: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that `from_pretrained` takes when it is not told one."""
+    said = getattr(config, "dtype", None)
+    if said is not None:
+        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))  # type: ignore[no-any-return]
+    dtypes = (file.dtype(name) for name, file in files.items())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _empty(config: Any, model_class: Any, dtype: torch.dtype) -> Any:
+    """The model with parameters on meta; buffers that are computed, such as rotary tables, are there."""
+    from accelerate import init_empty_weights
+
+    build = model_class._from_config if hasattr(model_class, "_from_config") else model_class.from_config
+    with init_empty_weights(include_buffers=False):
+        model = build(config, dtype=dtype)
+    model.tie_weights()  # parameters that are moved to meta one by one are no longer tied
+    fp32 = model._get_dtype_plan(dtype)
+    if fp32:
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept = build_glob_alternation(list(fp32))[0]
+        for name, parameter in model.named_parameters():
+            if kept.search(name):
+                _replace(parameter, torch.empty_like(parameter, dtype=torch.float32))
+    return model
+
+
+def _replace(parameter: Tensor, value: Tensor) -> None:
+    """Give the parameter other memory; it stays the same object, so that tied ones stay tied and marks stay on it."""
+    new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, new)
+
+
+def _state(model: Any) -> dict[str, Tensor]:
+    """The tensors to fill, by name; of tied ones every name."""
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def _materialise(model: Any, device: torch.device) -> None:
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            _replace(parameter, torch.empty_like(parameter, device=device))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+Supply = Iterator[tuple[str, hf_files.Shape, hf_files.Fetch]]
+
+
+def _full_shape(tensor: Tensor) -> tuple[int, ...]:
+    info = shard_info(tensor)
+    return tuple(info.full_shape(tensor) if info is not None else tensor.shape)
+
+
+def _from_folder(model: Any, state: dict[str, Tensor], files: Mapping[str, Any]) -> Supply:
+    """What fills each tensor; names and shapes are checked now, tensors are read one by one later."""
+    found = hf_files.find(model, state, dict(files))
+    there = set(found.direct) | {name for names, _ in found.made for name in names}
+    _check_names(model, state, there, sorted(set(found.unexpected) - set(hf_files.ignored(model, found.unexpected))))
+    for name, (shape, _) in found.direct.items():
+        _check_shape(name, shape, state)
+
+    def supply() -> Supply:
+        for name, (shape, fetch) in found.direct.items():
+            yield name, shape, fetch
+        for _, make in found.made:
+            for name, tensor in make().items():
+                yield name, tuple(tensor.shape), _ranges_of(tensor)
+
+    return supply()
+
+
+def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:
+    there = set()
+    for name, tensor in hf_gguf.tensors(path, model):
+        there.add(name)
+        if name in state:
+            yield name, tuple(tensor.shape), _ranges_of(tensor)
+    _check_names(model, state, there, sorted(there - set(state)))
+
+
+def _ranges_of(tensor: Tensor) -> hf_files.Fetch:
+    def fetch(*ranges: tuple[int, int, int]) -> Tensor:
+        part = tensor
+        for dim, start, stop in ranges:
+            part = part.narrow(dim, start, stop - start)
+        return part
+
+    return fetch
+
+
+def _check_names(model: Any, state: dict[str, Tensor], there: set[str], unexpected: list[str]) -> None:
+    filled = {id(state[name]) for name in there if name in state}
+    may_lack = model._keys_to_ignore_on_load_missing or ()
+    missing = [
+        name
+        for name, tensor in state.items()
+        if id(tensor) not in filled and not (not isinstance(tensor, nn.Parameter) and _matches(name, may_lack))
+    ]
+    for text, names in (("lacks", missing), ("has, and the model lacks,", unexpected)):
+        if names:
+            some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise CheckpointError(f"it {text} {some}: is {type(model).__name__} the class that was saved?")
+
+
+def _matches(name: str, patterns: Any) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], state: dict[str, Tensor]) -> None:
+    expected = _full_shape(state[name])
+    if shape != expected:
+        raise CheckpointError(f"{name} has shape {list(shape)} in it and {list(expected)} in the model")
+
+
+@torch.no_grad()
+def _fill(state: dict[str, Tensor], supply: Supply) -> None:
+    """Copy this rank's part of each tensor."""
+    for name, shape, fetch in supply:
+        _check_shape(name, shape, state)
+        tensor = state[name]
+        info = shard_info(tensor)
+        if info is None:
+            tensor.copy_(fetch())
+            continue
+        dim, at = info.dim % tensor.dim(), 0
+        for start, size in info.runs_of(info.rank):
+            if size:
+                tensor.narrow(dim, at, size).copy_(fetch((dim, start, start + size)))
+            at += size
+
+
+def _add_generation_config(model: Any, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if not _is_gguf(path) and (path / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
