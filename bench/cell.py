@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.timing import Candidate
+from tpkernels.testing.case import CODEC_FLOOR, CODEC_ROUNDING
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
     "int32": torch.int32, "int64": torch.int64,
 }  # fmt: skip
-CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def sum_tolerance(setting: Setting, magnitude: Tensor, codec: str = "none") -> T
     each term and then the sum; small values beside large ones in a block lose a fixed amount.
     """
     steps = setting.world_size * rounding(setting.dtype) + 2.02 * CODEC_ROUNDING[codec]
-    lost = float(magnitude.max()) * 2.0**-22 if codec != "none" and magnitude.numel() else 0.0
+    floor = 2.0**-22 + 2.02 * CODEC_FLOOR[codec]
+    lost = float(magnitude.max()) * floor if codec != "none" and magnitude.numel() else 0.0
     return magnitude * steps + lost
 
 
@@ -135,5 +136,6 @@ def product_tolerance(setting: Setting, want: Tensor, inner: int, scale: float, 
     """
     walk = 8 * math.sqrt(inner) * 2.0**-24 * scale * math.sqrt(inner)
     largest = float(want.abs().max()) if want.numel() else 0.0
-    steps = (setting.world_size + 1) * rounding(setting.dtype) + 2.02 * CODEC_ROUNDING[codec]
+    packed = 2.02 * (CODEC_ROUNDING[codec] + CODEC_FLOOR[codec])
+    steps = (setting.world_size + 1) * rounding(setting.dtype) + packed
     return torch.full_like(want, walk + steps * 2 * largest)

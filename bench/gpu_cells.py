@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cell import CODEC_ROUNDING
+from bench.cell import CODEC_FLOOR, CODEC_ROUNDING
 from bench.gpu_ranks import VirtualRanks, in_rank_order
 from bench.gpu_timing import GpuCell, graph_of
 from bench.timing import Candidate
@@ -61,7 +61,7 @@ def codec_cell(codec: str) -> Iterator[GpuCell]:
     x = randn(0, n, dtype=torch.float32)
     y, wire, packed = torch.empty_like(x), ops.compress(x, codec), wire_bytes(codec, n)
     back = ops.decompress(wire, (n,), torch.float32, codec)
-    unpacked = near(x, CODEC_ROUNDING[codec] * 1.01)
+    unpacked = near(x, (CODEC_ROUNDING[codec] + CODEC_FLOOR[codec]) * 1.01)
     yield GpuCell(
         "codec", "codec", "fp32",
         [

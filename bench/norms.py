@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import baselines
-from bench.cell import CODEC_ROUNDING, Cell, Setting, compare, rounding
+from bench.cell import CODEC_FLOOR, CODEC_ROUNDING, Cell, Setting, compare, rounding
 from bench.shapes import Rows
 from bench.timing import Candidate
 from tpkernels import ops
@@ -28,6 +28,7 @@ def check(setting: Setting, shape: Rows, residual: Tensor, weight: Tensor, codec
     inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)
     unit, scale = rounding(setting.dtype), weight.double().abs()
     off = magnitude * inverse * ((setting.world_size + 2) * unit + 2.02 * CODEC_ROUNDING[codec])
+    off = off + magnitude.max() * inverse * 2.02 * CODEC_FLOOR[codec]
     normed = total * inverse
     off = off + normed.abs() * (normed.abs() * off).mean(-1, keepdim=True)
     allowed = scale * (off + normed.abs() * (4 * unit + shape.N**0.5 * rounding(torch.float32)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tpkernels import ops
 from tpkernels.compress import CODECS, bytes_per_value, wire_bytes
-from tpkernels.testing.case import CODEC_ROUNDING, unit
+from tpkernels.testing.case import CODEC_FLOOR, CODEC_ROUNDING, unit
 
 PACKED = tuple(codec for codec in CODECS if codec != "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,11 +30,11 @@ def values(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
 def test_what_was_packed_is_unpacked_within_the_bound_of_the_codec(dtype: torch.dtype, codec: str) -> None:
     for n in LENGTHS:
         x = values(n, dtype)
-        wire = ops.compress(x, codec)
+        wire, largest = ops.compress(x, codec), float(x.abs().max() if n else 0)
         assert (wire.dtype, wire.shape) == (torch.uint8, (wire_bytes(codec, n, x.itemsize),))
         for into in FLOATS if codec != "none" else (dtype,):
             back = ops.decompress(wire, (n,), into, codec)
-            smallest = torch.finfo(into).smallest_normal * unit(into) + 2.0**-39 * float(x.abs().max() if n else 0)
+            smallest = torch.finfo(into).smallest_normal * unit(into) + CODEC_FLOOR[codec] * largest
             bound = (CODEC_ROUNDING[codec] + unit(into)) * x.double().abs() + smallest
             assert_within(back, x.double(), torch.zeros(()) if codec == "none" else bound, f"{n} {dtype} {into}")
 

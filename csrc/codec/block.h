@@ -61,24 +61,44 @@ TPK_ALWAYS_INLINE typename C::Scale read_scale(const char* block, size_t which) 
 }
 
 template <class C>
-TPK_ALWAYS_INLINE typename C::Scale scale_of_values(const float* values, size_t n) {
+TPK_ALWAYS_INLINE uint32_t largest_of(const float* values, size_t n) {
   uint32_t largest = 0;
   for (size_t i = 0; i < n; ++i) {
     const uint32_t magnitude = magnitude_bits(values[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
-  return C::scale_of(largest);
+  return largest;
+}
+
+// A whole block: every count is known, so that the loops become straight vector code, that over the scales, too.
+template <class C>
+TPK_ALWAYS_INLINE void encode_whole_block(const float* values, char* block) {
+  constexpr size_t kEach = C::kScaleValues, kScales = C::kBlockValues / kEach;
+  typename C::Payload* payload = reinterpret_cast<typename C::Payload*>(block + C::kHeaderBytes);
+  typename C::Scale scales[kScales] = {};
+  if constexpr (C::kScaled) {
+    uint32_t largest[kScales];
+    for (size_t g = 0; g < kScales; ++g) largest[g] = largest_of<C>(values + g * kEach, kEach);
+    for (size_t g = 0; g < kScales; ++g) scales[g] = C::scale_of(largest[g]);
+    std::memset(block + sizeof scales, 0, C::kHeaderBytes - sizeof scales);
+    std::memcpy(block, scales, sizeof scales);
+  }
+  for (size_t g = 0; g < kScales; ++g) {
+    const typename C::Factors factors = C::packing(scales[g]);
+    for (size_t i = 0; i < kEach; ++i) payload[g * kEach + i] = C::pack(values[g * kEach + i], factors);
+  }
 }
 
 template <class C>
 TPK_ALWAYS_INLINE void encode_block(const float* values, char* block, size_t n) {
+  if (n == C::kBlockValues) return encode_whole_block<C>(values, block);
   typename C::Payload* payload = reinterpret_cast<typename C::Payload*>(block + C::kHeaderBytes);
   if constexpr (C::kScaled) std::memset(block, 0, C::kHeaderBytes);
   for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
     const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
     typename C::Scale scale{};
     if constexpr (C::kScaled) {
-      scale = scale_of_values<C>(values + start, end - start);
+      scale = C::scale_of(largest_of<C>(values + start, end - start));
       std::memcpy(block + which * sizeof scale, &scale, sizeof scale);
     }
     const typename C::Factors factors = C::packing(scale);
@@ -86,24 +106,33 @@ TPK_ALWAYS_INLINE void encode_block(const float* values, char* block, size_t n) 
   }
 }
 
-template <class C>
-TPK_ALWAYS_INLINE void decode_block(const char* block, float* values, size_t n) {
+// take(i, value) for every value of a block.
+template <class C, class Take>
+TPK_ALWAYS_INLINE void for_each_of_block(const char* block, size_t n, Take take) {
+  constexpr size_t kEach = C::kScaleValues, kScales = C::kBlockValues / kEach;
   const typename C::Payload* payload = reinterpret_cast<const typename C::Payload*>(block + C::kHeaderBytes);
-  for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
-    const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
+  if (n == C::kBlockValues) {
+    for (size_t g = 0; g < kScales; ++g) {
+      const typename C::Factors factors = C::unpacking(read_scale<C>(block, g));
+      for (size_t i = 0; i < kEach; ++i) take(g * kEach + i, C::unpack(payload[g * kEach + i], factors));
+    }
+    return;
+  }
+  for (size_t start = 0, which = 0; start < n; start += kEach, ++which) {
+    const size_t end = n - start < kEach ? n : start + kEach;
     const typename C::Factors factors = C::unpacking(read_scale<C>(block, which));
-    for (size_t i = start; i < end; ++i) values[i] = C::unpack(payload[i], factors);
+    for (size_t i = start; i < end; ++i) take(i, C::unpack(payload[i], factors));
   }
 }
 
 template <class C>
+TPK_ALWAYS_INLINE void decode_block(const char* block, float* values, size_t n) {
+  for_each_of_block<C>(block, n, [=](size_t i, float value) { values[i] = value; });
+}
+
+template <class C>
 TPK_ALWAYS_INLINE void add_block(const char* block, float* sums, size_t n) {
-  const typename C::Payload* payload = reinterpret_cast<const typename C::Payload*>(block + C::kHeaderBytes);
-  for (size_t start = 0, which = 0; start < n; start += C::kScaleValues, ++which) {
-    const size_t end = n - start < C::kScaleValues ? n : start + C::kScaleValues;
-    const typename C::Factors factors = C::unpacking(read_scale<C>(block, which));
-    for (size_t i = start; i < end; ++i) sums[i] += C::unpack(payload[i], factors);
-  }
+  for_each_of_block<C>(block, n, [=](size_t i, float value) { sums[i] += value; });
 }
 
 }  // namespace tpk

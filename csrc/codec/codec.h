@@ -18,11 +18,15 @@
 
 #include "bf16.h"
 #include "fp16.h"
+#include "fp8.h"
+#include "int8.h"
 
 //        name    enumerator  implementation
 #define TPK_CODECS(X)        \
   X("fp16", Fp16, Fp16Codec) \
-  X("bf16", Bf16, Bf16Codec)
+  X("bf16", Bf16, Bf16Codec) \
+  X("int8", Int8, Int8Codec) \
+  X("fp8", Fp8, Fp8Codec)
 
 namespace tpk {
 

@@ -3,6 +3,7 @@
 //
 // Wire    header (16 bytes, of which the first 2 are the shift), then up to 512 fp16 values: 2.03 bytes a value.
 // Error   |x - decoded| <= 2^-11 |x|, and never more than 2^-39 of the largest magnitude of x's block below that.
+//         What rounds to 2^128 is infinity afterwards.
 // NaN     a NaN or infinity makes its whole block decode to NaN, never to a number; the payloads of such a block are 0,
 //         because what arithmetic makes of a NaN's bits differs between processors and the wire must not.
 #pragma once

@@ -54,8 +54,12 @@ TPK_INLINE void encode_loop(const T* values, char* wire, size_t n) {
   float block[C::kBlockValues];
   for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
     const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
-    for (size_t i = 0; i < count; ++i) block[i] = to_float(values[start + i]);
-    encode_block<C>(block, wire, count);
+    if constexpr (std::is_same_v<T, float>) {
+      encode_block<C>(values + start, wire, count);
+    } else {
+      for (size_t i = 0; i < count; ++i) block[i] = to_float(values[start + i]);
+      encode_block<C>(block, wire, count);
+    }
   }
 }
 
@@ -64,8 +68,12 @@ TPK_INLINE void decode_loop(const char* wire, T* values, size_t n) {
   float block[C::kBlockValues];
   for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
     const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
-    decode_block<C>(wire, block, count);
-    for (size_t i = 0; i < count; ++i) values[start + i] = from_float<T>(block[i]);
+    if constexpr (std::is_same_v<T, float>) {
+      decode_block<C>(wire, values + start, count);
+    } else {
+      decode_block<C>(wire, block, count);
+      for (size_t i = 0; i < count; ++i) values[start + i] = from_float<T>(block[i]);
+    }
   }
 }
 

@@ -187,6 +187,9 @@ inline Bytes decoded(const Wire& wire, const Bytes& packed, size_t n) {
   return values;
 }
 
+// Some codec that packs: another one for each i, so that a test need not take all of them with everything.
+inline Codec packing_codec(size_t i) { return static_cast<Codec>(1 + i % (static_cast<size_t>(Codec::Count) - 1)); }
+
 inline std::vector<const void*> pointers_to(const std::vector<Bytes>& all) {
   std::vector<const void*> pointers;
   for (const Bytes& one : all) pointers.push_back(one.data());

@@ -23,6 +23,7 @@ struct Step {
   bool uneven = false;
   uint64_t seed = 1;
   bool all_finite = false;
+  bool packed = false;  // the inputs are wires already; in_shift then counts bytes
 };
 
 inline bool moves(Kind kind) { return kind == Kind::AllGather; }
@@ -34,7 +35,7 @@ inline std::string text_of(const Step& step) {
   return concat(kinds[static_cast<int>(step.kind)], " of ", step.n, " ", name_of(step.dtype), " codec ",
                 name_of(step.codec), " op ", name_of(step.op), " blocks ", step.blocks, " shifts ", step.in_shift, " ",
                 step.out_shift, step.in_place ? " in place" : "", " heap ", heaps[static_cast<int>(step.heap)],
-                step.uneven ? " uneven" : "", " seed ", step.seed);
+                step.uneven ? " uneven" : "", step.packed ? " packed" : "", " seed ", step.seed);
 }
 
 // Even as the library cuts, or anyhow: some parts empty.
@@ -70,6 +71,10 @@ class PreparedStep {
       cut_.count[r] = sizes[static_cast<size_t>(r)];
       if (moves(step.kind)) cut_.brings[r] = static_cast<uint32_t>(cut_.count[r]);
     }
+    launched_ = cut_;
+    for (int r = 1; step.packed && r < group.ranks(); ++r) {
+      launched_.first[r] = launched_.first[r - 1] + wire_.bytes(cut_.count[r - 1]);
+    }
     for (int r = 0; r < group.ranks(); ++r) prepare(r, heap);
     heap.used += (step.n * wire_.value_bytes + 511) / 256 * 256;
     EXPECT(heap.used <= group.heap_bytes(), "the heap is too small for this test");
@@ -84,6 +89,7 @@ class PreparedStep {
     call.numel = step_.n, call.shape_hash = 4711;
     call.brings = cut_.brings[rank];
     call.heap_offset = heap_offsets_[rank];
+    call.packed = step_.packed;
     return call;
   }
 
@@ -94,7 +100,8 @@ class PreparedStep {
       case Kind::OneShot: return launch_one_shot(peers, call, in_[rank], out_[rank], step_.n, blocks, stream);
       case Kind::TwoShot: return launch_two_shot(peers, call, in_[rank], out_[rank], step_.n, blocks, stream);
       case Kind::Multicast: return launch_multicast(peers, call, in_[rank], out_[rank], step_.n, blocks, stream);
-      case Kind::ReduceScatter: return launch_reduce_scatter(peers, call, in_[rank], out_[rank], cut_, blocks, stream);
+      case Kind::ReduceScatter:
+        return launch_reduce_scatter(peers, call, in_[rank], out_[rank], launched_, blocks, stream);
       default: return launch_all_gather(peers, call, in_[rank], out_[rank], cut_, blocks, stream);
     }
   }
@@ -136,13 +143,24 @@ class PreparedStep {
     heap_offsets_[r] = kNotInHeap;
     if (step_.in_place) return;
     if (step_.heap == Heap::None || (step_.heap == Heap::Some && r == 0)) {
-      sources_.push_back(std::make_unique<DeviceBytes>(r, input, step_.in_shift * size()));
+      const size_t shift = step_.packed ? step_.in_shift : step_.in_shift * size();
+      sources_.push_back(std::make_unique<DeviceBytes>(r, step_.packed ? packed(input) : input, shift));
       in_[r] = sources_.back()->data();
       return;
     }
     heap_offsets_[r] = heap.used + 16 * static_cast<size_t>(r) + (step_.heap == Heap::Crooked ? size() : 0);
     in_[r] = group_.heap(r) + heap_offsets_[r];
     std::copy(input.begin(), input.end(), in_[r]);
+  }
+
+  Bytes packed(const Bytes& input) const {
+    if (!cuts(step_.kind)) return encoded(wire_, input);
+    Bytes parts;
+    for (int r = 0; r < group_.ranks(); ++r) {
+      const Bytes part = encoded(wire_, slice(input, part_start(r), part_bytes(r)));
+      parts.insert(parts.end(), part.begin(), part.end());
+    }
+    return parts;
   }
 
   Bytes result(int r) const {
@@ -168,7 +186,7 @@ class PreparedStep {
   const EmulatedGroup& group_;
   const Step step_;
   const Wire& wire_;
-  DeviceCut cut_{};
+  DeviceCut cut_{}, launched_{};
   std::vector<Bytes> inputs_, before_;
   std::vector<std::unique_ptr<DeviceBytes>> outputs_, sources_;
   char* in_[kMaxPeers] = {};

@@ -100,6 +100,8 @@ CASE(zeros_keep_their_sign_and_integers_their_value) {
 CASE(bytes_on_the_wire_are_what_the_headers_say) {
   EXPECT(Fp16Codec::bytes(512) == 1040 && Fp16Codec::bytes(513) == 1040 + 18 && Fp16Codec::bytes(0) == 0);
   EXPECT(Bf16Codec::bytes(513) == 1026);
+  EXPECT(Int8Codec::bytes(512) == 544 && Int8Codec::bytes(513) == 544 + 33 && Int8Codec::bytes(0) == 0);
+  EXPECT(Fp8Codec::bytes(512) == 528 && Fp8Codec::bytes(513) == 528 + 17 && Fp8Codec::bytes(0) == 0);
 }
 
 // The sum of three wires, decoded, against double; and packing the sum again costs one more rounding.

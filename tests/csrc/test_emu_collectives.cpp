@@ -58,6 +58,8 @@ Step any_step(std::mt19937_64& random, int ranks) {
   if (step.dtype == DType::Raw16 && step.heap == Heap::Crooked) step.heap = Heap::All;
   step.uneven = random() % 2 == 0;
   step.seed = random() % 100000;
+  step.packed = step.codec != Codec::None && !moves(step.kind) && step.seed % 3 == 0;
+  if (step.packed) step.in_place = false, step.heap = Heap::None;
   return step;
 }
 
@@ -90,7 +92,7 @@ CASE(any_number_of_ranks_and_values) {
       EmulatedGroup group(ranks);
       std::vector<Step> steps;
       for (Kind kind : {Kind::OneShot, Kind::TwoShot, Kind::ReduceScatter, Kind::AllGather}) {
-        for (Codec codec : {Codec::None, Codec::Fp16}) {
+        for (Codec codec : {Codec::None, packing_codec(i)}) {
           const DType dtype = i % 2 == 0 ? DType::F32 : DType::BF16;
           steps.push_back({.kind = kind, .dtype = dtype, .codec = codec, .n = std::min(n, largest()), .seed = ++i});
         }
@@ -106,10 +108,33 @@ CASE(parts_may_be_uneven_and_empty) {
     configure(4, seed);
     EmulatedGroup group(4);
     std::vector<Step> steps;
-    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Bf16}) {
+    for (Codec codec : {Codec::None, packing_codec(seed), packing_codec(seed + 1)}) {
       for (Kind kind : {Kind::ReduceScatter, Kind::AllGather}) {
         steps.push_back(
             {.kind = kind, .dtype = DType::BF16, .codec = codec, .n = largest() / 2, .uneven = true, .seed = seed});
+      }
+    }
+    run_steps(group, steps);
+    emu::reset();
+  }
+}
+
+CASE(inputs_that_are_packed_already_are_summed_as_they_are) {
+  size_t i = 0;
+  for (int c = 1; c < static_cast<int>(Codec::Count); ++c) {
+    configure(3, i % 3);
+    EmulatedGroup group(3);
+    std::vector<Step> steps;
+    for (Kind kind : kReductions) {
+      for (size_t n : {size_t{0}, size_t{1}, size_t{1100}, std::min<size_t>(3 * 512, largest())}) {
+        steps.push_back({.kind = kind,
+                         .dtype = std::array{DType::F32, DType::BF16, DType::F16}[i % 3],
+                         .codec = static_cast<Codec>(c),
+                         .n = n,
+                         .in_shift = i % 4 == 3 ? i % 16 : 0,
+                         .uneven = i % 2 == 0,
+                         .seed = ++i,
+                         .packed = true});
       }
     }
     run_steps(group, steps);

@@ -6,7 +6,8 @@ the rounding of the dtypes, not from a guess: with u half the distance between 1
 
     |error| <= (terms * u(sums) + roundings * u(dtype) + packings * u(codec)) * magnitude
 
-where magnitude is the program on the absolute values of its inputs, which for sums of products is the worst case.
+where magnitude is the program on the absolute values of its inputs, which for sums of products is the worst case. A
+codec also loses a share of the largest magnitude that shares its scale, for which the largest of all stands here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ PARTIAL = "partial"
 Cut = int | str | None
 """The dimension along which a tensor is cut, None when all ranks hold the whole, or PARTIAL."""
 
-CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
+CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.0, "fp8": 2.0**-4}
+"""What packing loses of a value, as a share of it: the heads of csrc/codec/*.h."""
+
+CODEC_FLOOR = {"none": 0.0, "fp16": 2.0**-39, "bf16": 0.0, "int8": 1 / 252, "fp8": 2.0**-17}
+"""And of the largest magnitude beside it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,8 @@ class Case:
     def bound(self, s: Sizes, rank: int) -> Tensor:
         """How far from that it may be, elementwise."""
         magnitude = self.run(s, {name: absolute(x) for name, x in self.inputs(s).items()}).abs()
-        return self.rounding(s, self.packings) * present(shard(magnitude, self.output_cut(s), s, rank, round_to=None))
+        mine = present(shard(magnitude, self.output_cut(s), s, rank, round_to=None))
+        return self.rounding(s, self.packings) * mine + self.packings * floor_of(s, magnitude)
 
     def rounding(self, s: Sizes, packings: int) -> float:
         """The bound's factor before magnitude."""
@@ -163,7 +169,8 @@ class Case:
         }
         bounds = [shard(g, cuts[name], s, rank, round_to=None) for name, g in larger.items()]
         dy = present(shard(arriving, self.output_cut(s), s, rank))
-        return dy, wanted, [None if b is None else factor * b for b in bounds]
+        floors = [0.0 if g is None else 4 * floor_of(s, g) for g in larger.values()]
+        return dy, wanted, [None if b is None else factor * b + f for b, f in zip(bounds, floors, strict=True)]
 
     def _backward(self, s: Sizes, see: Callable[[Any], Any]) -> tuple[dict[str, Tensor | None], Tensor]:
         leaves = {}
@@ -176,6 +183,11 @@ class Case:
         found = torch.autograd.grad(y, list(wanted.values()), dy)
         gradients = dict(zip(wanted, found, strict=True))
         return {name: gradients.get(name) for name in leaves}, dy
+
+
+def floor_of(s: Sizes, magnitude: Tensor) -> float:
+    """What one packing loses whatever the value."""
+    return CODEC_FLOOR[s.codec] * float(magnitude.max()) if magnitude.numel() else 0.0
 
 
 def unit(dtype: torch.dtype) -> float:

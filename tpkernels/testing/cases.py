@@ -14,7 +14,7 @@ from torch import Tensor
 from tpkernels import ops
 from tpkernels.compress import bytes_per_value
 
-from .case import PARTIAL, Case, Cut, Sizes, present, sums_dtype, unit
+from .case import PARTIAL, Case, Cut, Sizes, floor_of, present, sums_dtype, unit
 
 # --- collectives: x[..., M, N], the cut along dim
 
@@ -233,7 +233,8 @@ class _AddNorm(Case):
         x, residual = (present(self.inputs(s)[name]) for name in ("x", "residual"))
         r = x.sum(0) + residual
         i = _inverse_rms(r)
-        off_r = self.rounding(s, self.packings) * (x.abs().sum(0) + residual.abs())
+        magnitude = x.abs().sum(0) + residual.abs()
+        off_r = self.rounding(s, self.packings) * magnitude + self.packings * floor_of(s, magnitude)
         off_i = i * ((r * i).abs() * off_r).mean(-1, keepdim=True) + (s.N + 8) * unit(sums_dtype(s.dtype))
         return r, i, off_r, off_i, i * off_r + (r * i).abs() * off_i
 
