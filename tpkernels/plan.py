@@ -176,6 +176,7 @@ def parallelize(
         tell_heads(block, group.world_size, group.rank)
     for name, style in styles.items():
         apply(modules[name], style, cuts.get(name), place, tied)
+    tied.rejoin(model)
     arrange_random(modules, blocks, group)
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)

@@ -98,6 +98,13 @@ class Tied:
             self._done[id(whole)] = (whole, part, cut)
         return part
 
+    def rejoin(self, model: nn.Module) -> None:
+        """Give the part to modules that were not cut themselves and only hold the parameter (BERT's head, a bias)."""
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in self._done:
+                    module._parameters[name] = self._done[id(parameter)][1]
+
 
 def cut_module(
     module: nn.Module,

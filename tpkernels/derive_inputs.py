@@ -1,0 +1,88 @@
+"""Sample inputs, with which a model that nobody described runs once: small, and the same on all ranks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH, TOKENS = 2, 6
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def candidates(model: nn.Module) -> list[Call]:
+    """Return arguments for model(*args, **kwargs), the likeliest first.
+
+    A model of transformers says by its config and by the names of its arguments what it takes; of another module the
+    arguments without a default are tried as token ids, as features and as images.
+    """
+    with torch.device("cpu"):
+        known = getattr(model, "config", None) is not None and hasattr(model, "main_input_name")
+        return [*(_of_transformers(model) if known else ()), *_of_module(model)]
+
+
+def _of_transformers(model: nn.Module) -> Iterator[Call]:
+    names = inspect.signature(model.forward).parameters
+    config = model.config
+    known = {name: value for name, value in _known(config).items() if name in names and value is not None}
+    fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
+    required = [n for n, p in names.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    main = str(model.main_input_name)
+    text = [n for n in ("input_ids", "decoder_input_ids", "bbox") if n in known]
+    for chosen in (list(known), [main, "decoder_input_ids"], text, [main, *required]):
+        if chosen and all(n in known for n in required if n in chosen):
+            yield (), {**{n: known[n] for n in chosen if n in known}, **fixed}
+
+
+def _known(config: Any) -> dict[str, Tensor | None]:
+    text, vision, audio = (
+        getattr(config, name, None) or config for name in ("text_config", "vision_config", "audio_config")
+    )
+    ids = torch.ones(BATCH, TOKENS, dtype=torch.int64)
+    mels = getattr(audio, "num_mel_bins", None)
+    frames = 2 * getattr(audio, "max_source_positions", 50)
+    return {
+        "input_ids": ids if getattr(text, "vocab_size", None) else None,
+        "pixel_values": _image(vision),
+        "input_features": torch.zeros(BATCH, mels, frames) if mels else None,
+        "input_values": torch.zeros(BATCH, 4000) if hasattr(config, "conv_kernel") else None,
+        "decoder_input_ids": ids if getattr(config, "is_encoder_decoder", False) else None,
+        "bbox": torch.zeros(BATCH, TOKENS, 4, dtype=torch.int64),
+        **_patches(config),
+    }
+
+
+def _patches(config: Any) -> dict[str, Tensor]:
+    """Vision towers that take patches of images of any size in one row, and the sizes of the images."""
+    if not hasattr(config, "temporal_patch_size"):
+        return {}
+    edge = 2 * getattr(config, "spatial_merge_size", 1)
+    width = getattr(config, "in_channels", 3) * config.temporal_patch_size * config.patch_size**2
+    return {"hidden_states": torch.zeros(edge**2, width), "grid_thw": torch.tensor([[1, edge, edge]])}
+
+
+def _image(config: Any) -> Tensor | None:
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)
+
+
+def _of_module(model: nn.Module) -> Iterator[Call]:
+    names = inspect.signature(model.forward).parameters.values()
+    count = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in names)
+    if not count:
+        return
+    modules = list(model.modules())
+    if any(isinstance(m, nn.Embedding) for m in modules):
+        yield (torch.ones(BATCH, TOKENS, dtype=torch.int64),) * count, {}
+    for width in dict.fromkeys(m.in_features for m in modules if isinstance(m, nn.Linear)):
+        yield (torch.zeros(BATCH, TOKENS, width),) * count, {}
+        yield (torch.zeros(BATCH, width),) * count, {}
+    for conv in [m for m in modules if isinstance(m, nn.Conv2d)][:1]:
+        for size in (32, 224):
+            yield (torch.zeros(BATCH, conv.in_channels, size, size),) * count, {}

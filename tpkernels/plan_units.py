@@ -1,0 +1,56 @@
+"""Cuts into units that the plan itself states, for modules that do not say how many heads they have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tpkernels.layers.base import Cut
+from tpkernels.plan_layers import CutModule
+from tpkernels.plan_styles import PlanError, Style, packed_sizes
+from tpkernels.shard import packed_runs, part_size
+
+
+def cut_in_units(name: str, dim: int, size: int, style: Style, R: int) -> Cut:
+    """Return the cut of a dimension into `style.units` units, or of each packed projection into as many.
+
+    Raises:
+        PlanError: there are fewer units than ranks, or the size is no multiple of them.
+    """
+    check_units(name, style, R)
+    sizes = packed_sizes(style, size, name) if style.name == "packed_column" else [size]
+    if any(n % style.units for n in sizes):
+        raise PlanError(f"Plan: {name} is to be cut into {style.units} units, of which {sizes} is no multiple")
+    if len(sizes) == 1:
+        return Cut(dim, size, size // style.units)
+    return Cut(dim, size, 1, packed_runs(sizes, R, [n // style.units for n in sizes]))
+
+
+def check_units(name: str, style: Style, R: int) -> None:
+    """Raise PlanError when some ranks would have none of the units."""
+    if style.units < R:
+        raise PlanError(f"Plan: {name} is cut into {style.units} units, which leaves some of {R} ranks with none")
+
+
+def tell_counts(module: nn.Module, style: Style, R: int, rank: int) -> None:
+    """Set the numbers of a module that count what is cut to what they are on this rank."""
+    for name in style.counts:
+        whole = getattr(module, name, None)
+        if not isinstance(whole, int) or whole % style.units:
+            raise PlanError(f"Plan: {name} of {type(module).__name__} must be a multiple of {style.units}, got {whole}")
+        setattr(module, name, part_size(whole, R, rank, whole // style.units))
+
+
+class Table(CutModule):
+    """An embedding cut along its columns: each rank looks up its own (a bias for each of its heads)."""
+
+    weight: nn.Parameter
+    padding_idx: int | None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., D / R]."""
+        return nn.functional.embedding(ids, self.weight, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        """Say the whole size and this rank's part of it."""
+        full = self._cuts["weight"].full_size
+        return f"{self.weight.size(0)}, {full} (shard {self.weight.size(1)}), rank={self._place[0]} of {self._place[1]}"
