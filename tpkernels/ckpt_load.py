@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from tpkernels.ckpt_manifest import Source, read
 from tpkernels.ckpt_place import Place
 from tpkernels.ckpt_residuals import residuals_for
 from tpkernels.ckpt_state import Aggregator, aliases_of
+from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.shard import Runs, shard_info
-
-if TYPE_CHECKING:
-    from tpkernels.data_parallel.state import AggregatorState
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,14 @@ of replicas goes the rule of `data_parallel.state.reshard_state`; here it is app
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from tpkernels.ckpt_cuts import Entry, Read, read_part
 from tpkernels.ckpt_files import CheckpointError
 from tpkernels.ckpt_manifest import Source
+from tpkernels.data_parallel.state import OWN, AggregatorState, reshard_state
 from tpkernels.shard import Runs
-
-if TYPE_CHECKING:
-    from tpkernels.data_parallel.state import AggregatorState
 
 
 def residuals_for(
@@ -31,8 +27,6 @@ def residuals_for(
     Raises:
         CheckpointError: none was saved, or what was saved fits no other number of ranks.
     """
-    from tpkernels.data_parallel.state import reshard_state
-
     numbers = [source.aggregator_numbers(rank % source.tp, q) for q in range(source.dp)]
     if any(n is None for n in numbers):
         raise CheckpointError("it holds no state of an aggregator: load it without one")
@@ -56,8 +50,6 @@ def _tensor(
     dp: int,
     cuts: dict[str, tuple[int | None, Runs]] | None,
 ) -> Tensor:
-    from tpkernels.data_parallel.state import OWN
-
     kind, _, parameter = name.partition(".")
     entry = _entry_of(source, parameter)
     dim, runs = entry.dim, () if entry.dim is None else entry.runs_of(rank, tp)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from tpkernels import layers
 from tpkernels.ckpt_cuts import Entry
 from tpkernels.ckpt_files import CheckpointError, bytes_of
 from tpkernels.ckpt_place import Place
+from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.shard import ShardInfo, shard_info
-
-if TYPE_CHECKING:
-    from tpkernels.data_parallel.state import AggregatorState
 
 STYLE_OF: dict[type[nn.Module], str] = {
     layers.ColumnParallelLinear: "column",
@@ -186,13 +184,14 @@ def _entry(tensor: Tensor, info: ShardInfo | None, style: str | None) -> Entry:
 
 
 def _styles(model: nn.Module) -> dict[str, str]:
-    """The style of each module's parameters, by parameter name; a cut of no known layer is called by its dim."""
+    """The style of each module's parameters, by parameter name; a cut that nothing names is called by its dim."""
     found = {}
+    planned = getattr(getattr(model, "tpk_plan", None), "styles", {})
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             info = shard_info(parameter)
             known = next((style for kind, style in STYLE_OF.items() if isinstance(module, kind)), None)
-            found[name] = known or (f"dim {info.dim}" if info is not None else "replicate")
+            found[name] = planned.get(prefix) or known or (f"dim {info.dim}" if info is not None else "replicate")
     return found
 
 

@@ -125,7 +125,7 @@ def _dtype_of(config: Any, files: Mapping[str, Any]) -> torch.dtype:
     """The dtype that `from_pretrained` takes when it is not told one."""
     said = getattr(config, "dtype", None)
     if said is not None:
-        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))  # type: ignore[no-any-return]
+        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
     dtypes = (file.dtype(name) for name, file in files.items())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
@@ -153,7 +153,7 @@ def _replace(parameter: Tensor, value: Tensor) -> None:
     """Give the parameter other memory; it stays the same object, so that tied ones stay tied and marks stay on it."""
     new = nn.Parameter(value, requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, new)
+    torch.utils.swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
 
 
 def _state(model: Any) -> dict[str, Tensor]:
