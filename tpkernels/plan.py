@@ -18,12 +18,23 @@ from torch import nn
 
 from tpkernels.compress import CODECS
 from tpkernels.group import Group, resolve
-from tpkernels.plan_apply import Place, all_cuts, apply, arrange_random, can_be_cut, is_linear
-from tpkernels.plan_heads import Block, find_blocks, tell_heads
+from tpkernels.plan_apply import (
+    Place,
+    all_cuts,
+    apply,
+    apply_to_blocks,
+    arrange_random,
+    can_be_cut,
+    is_linear,
+    takes_choices,
+    unsaid,
+)
+from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import Tied
 from tpkernels.plan_refuse import refuse
 from tpkernels.plan_sequence import check_sequence, cut_sequence
 from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, parse_style
+from tpkernels.plan_units import check_ties
 
 __all__ = ["Plan", "PlanError", "PlanReport", "parallelize"]
 
@@ -168,12 +179,12 @@ def parallelize(
     modules = dict(model.named_modules())
     blocks = list(find_blocks(modules, styles))
     cuts = all_cuts(modules, styles, blocks, group.world_size)
+    check_ties(modules, cuts)
     layers = check_sequence(model, modules, [block.name for block in blocks]) if sequence_parallel else []
     report = _report(plan, styles, modules, blocks, group)
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
-    for block in blocks:
-        tell_heads(block, group.world_size, group.rank)
+    apply_to_blocks(blocks, styles, place, tied)
     for name, style in styles.items():
         apply(modules[name], style, cuts.get(name), place, tied)
     tied.rejoin(model)
@@ -233,7 +244,14 @@ def _of_the_model(model: nn.Module) -> Plan | None:
         log.info("the plan that ships with %s has styles %s", type(model).__name__, _few(set(unknown)))
         return None
     found = {glob: str(TRANSLATION[style]) for glob, style in rules.items() if TRANSLATION[style] is not None}
-    return Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
+    plan = Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
+    modules, styles = dict(model.named_modules()), plan.styles(model)
+    silent = unsaid(modules, styles)
+    silent += [n for n, style in styles.items() if style.name == "expert" and not takes_choices(modules[n])]
+    if silent:
+        log.info("the plan that ships with %s is not enough for %s", type(model).__name__, _few(silent))
+        return None
+    return plan
 
 
 def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
@@ -248,7 +266,12 @@ def _derived(model: nn.Module) -> Plan:
     if importlib.util.find_spec("tpkernels.derive") is None:
         raise PlanError(f"Plan: there is no plan for {type(model).__name__}; pass one as {{module glob: style}}")
     derive = importlib.import_module("tpkernels.derive")
-    return Plan(derive.derive_plan(model), "its module tree")
+    try:
+        return Plan(derive.derive_plan(model), "its module tree")
+    except derive.DeriveError as error:
+        raise PlanError(
+            f"Plan: there is no plan for {type(model).__name__}, and none can be derived: {error}"
+        ) from None
 
 
 def _report(

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from tpkernels.group import Group
 from tpkernels.layers.base import Cut
-from tpkernels.plan_heads import Block, cuts_of_block, sizes_of
-from tpkernels.plan_layers import Column, Experts, Row, Summed, Tied, Vocab, cut_module
+from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
+from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, cut_in_units, tell_counts
 from tpkernels.shard import packed_runs, part_start, shard_info
+
+# What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
+# that is behind the last expert.
+CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
     cuts: dict[str, Cut] = {}
     for block in blocks:
         cuts |= cuts_of_block(block, R)
+        if block.name not in styles:
+            cuts_of_own(block, R)
     for name, style in styles.items():
         if name not in cuts:
             cut = _cut_of(name, modules[name], style, R)
@@ -118,7 +124,7 @@ def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
 
 def takes_choices(module: nn.Module) -> bool:
     """Whether experts are called with the tokens, and with which experts each has chosen."""
-    return list(inspect.signature(type(module).forward).parameters)[2:4] == ["top_k_index", "top_k_weights"]
+    return tuple(inspect.signature(type(module).forward).parameters)[2:4] in CHOICES
 
 
 def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: Tied) -> None:
@@ -133,9 +139,9 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
         assert cut is not None
         first = part_start(cut.full_size, group.world_size, group.rank)
         cuts = {name: cut for name, _ in module.named_parameters(recurse=False)}
-        cut_module(
-            module, Experts, cuts, group, tied, codec=place.codec, grad_codec=place.grad_codec, first_expert=first
-        )
+        skips = tuple(inspect.signature(type(module).forward).parameters)[2:4] == CHOICES[0]
+        wire: dict[str, Any] = {"codec": place.codec, "grad_codec": place.grad_codec}
+        cut_module(module, Experts, cuts, group, tied, first_expert=first, skips=skips, **wire)
         module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
     elif style.name == "vocab":
         assert cut is not None
@@ -187,6 +193,34 @@ def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Gr
         rows = [m for m in module.children() if isinstance(m, Row) and not m.split_input]
         if columns and rows:
             _stretch(module, columns, rows, group)
+
+
+def unsaid(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]:
+    """Return the modules with weights that lie beside column and row layers, and that the plan says nothing about.
+
+    Whether such a module sees this rank's part only, so that its gradients are partial, depends on the forward.
+    """
+    found = []
+    for name, module in modules.items():
+        inside = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        names = {styles[child].name for child in inside if child in styles}
+        if {"column", "packed_column"} & names and "row" in names:
+            found += [
+                child
+                for child in inside
+                if child not in styles and any(True for _ in modules[child].parameters(recurse=False))
+            ]
+    return found
+
+
+def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], place: Place, tied: Tied) -> None:
+    """Tell attention blocks how many heads they have on this rank, and cut parameters of their own."""
+    group = place.group
+    for block in blocks:
+        own = cuts_of_own(block, group.world_size) if block.name not in styles else {}
+        tell_heads(block, group.world_size, group.rank)
+        if own:
+            cut_module(block.module, HeadParameters, own, group, tied)
 
 
 def _stretch(block: nn.Module, columns: list[nn.Module], rows: list[nn.Module], group: Group) -> None:

@@ -173,7 +173,9 @@ def _count(
     units = {style.units for _, style in columns.values()} - {0}
     if len(units) == 1:  # a derived plan has seen it
         kv = min(units)
-    elif any(s.packed and set(packed_sizes(s, sizes_of(m)[0], name)) == {width} for m, s in columns.values()):
+    elif any(s.packed and set(packed_sizes(s, sizes_of(m)[0], name)) == {width} for m, s in columns.values()) or (
+        len(widths) == 1 and widths[0] == 3 * width
+    ):
         kv = query
     heads = Heads(query, kv if kv is not None and kv < query else query)
     uneven = [w for w in (*widths, width) if w % heads.kv]
@@ -220,6 +222,22 @@ def _runs(at: int, size: int, heads: Heads, R: int, rank: int, is_query: bool) -
     return ((at + start * unit, count * unit),)
 
 
+def cuts_of_own(block: Block, R: int) -> dict[str, Cut]:
+    """Return how the block's own parameters are cut, such as a number for each head (attention sinks).
+
+    Raises:
+        PlanError: they are not one for each query head.
+    """
+    own = dict(block.module.named_parameters(recurse=False))
+    odd = [name for name, p in own.items() if p.dim() < 1 or p.size(0) != block.heads.query]
+    if odd:
+        raise PlanError(
+            f"Plan: {block.name} has parameters of its own, {odd}, that are not one for each of its "
+            f"{block.heads.query} heads"
+        )
+    return {name: _cut(0, block.heads.query, block.heads, R, is_query=True) for name in own}
+
+
 def _packed(name: str, size: int, style: Style, heads: Heads, width: int, R: int) -> Cut:
     """Fused projections: the first is that of the queries, and others are, too, when they are as wide."""
     if style.packed:
@@ -235,6 +253,18 @@ def _packed(name: str, size: int, style: Style, heads: Heads, width: int, R: int
     return Cut(0, size, 1, tuple(runs))
 
 
+class LocalConfig:
+    """The config of a block whose forward asks it how many heads there are: the rank's; all else is the model's."""
+
+    def __init__(self, config: Any, **own: int) -> None:
+        self.__dict__.update(own, _whole=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_whole" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_whole"], name)
+
+
 def tell_heads(block: Block, R: int, rank: int) -> None:
     """Set what the block's module knows about its heads to what it has on this rank."""
     module, heads = block.module, block.heads
@@ -248,5 +278,7 @@ def tell_heads(block: Block, R: int, rank: int) -> None:
         for name in names:
             if name in vars(module) and vars(module)[name] == whole:
                 setattr(module, name, mine)
+    if any(style.name == "packed_column" and len(style.packed) != 1 for _, style in block.columns.values()):
+        module.config = LocalConfig(module.config, num_attention_heads=query, num_key_value_heads=kv)  # type: ignore
     if "num_key_value_groups" in vars(module):
         module.num_key_value_groups = query // kv  # type: ignore[assignment]

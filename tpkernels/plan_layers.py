@@ -262,6 +262,10 @@ class Vocab(CutModule):
         return f"{self.num_embeddings} (shard {self.weight.size(0)}), rank={self.group.rank} of {self.group.world_size}"
 
 
+class HeadParameters(CutModule):
+    """An attention block with parameters of its own, one for each head: the rank has those of its heads."""
+
+
 class Summed(CutModule):
     """A module whose parameters are whole and see a part of the tokens or heads only: their gradients are summed."""
 
@@ -298,20 +302,21 @@ class _Join(torch.autograd.Function):
 class Experts(CutModule):
     """The experts of a mixture, whole ones on each rank: each token's weighted sum over its experts, over the ranks.
 
-    The module's forward takes (tokens, chosen experts, their weights). A choice of another rank's expert becomes the
-    number behind the last own one, which the experts of transformers skip, with weight 0.
+    The module's forward takes (tokens, chosen experts, their weights). A choice of another rank's expert gets weight 0,
+    and becomes the number behind the last own one where the forward skips that, else the first own one.
     """
 
     num_experts: int
     codec: str
     grad_codec: str
     first_expert: int
+    skips: bool
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *more: Any) -> Tensor:
         """The sum over all ranks' experts, on every rank."""
         group, count = self.group, self.num_experts
         own = (top_k_index >= self.first_expert) & (top_k_index < self.first_expert + count)
-        index = torch.where(own, top_k_index - self.first_expert, count)
+        index = torch.where(own, top_k_index - self.first_expert, count if self.skips else 0)
         x = sum_gradient(hidden_states, group=group, grad_codec=self.grad_codec)[0]
         weights = sum_gradient(top_k_weights, group=group)[0]
         weights = torch.where(own, weights, torch.zeros_like(weights))
