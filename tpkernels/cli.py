@@ -213,7 +213,6 @@ def plain_errors() -> Iterator[None]:
     """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1)."""
     from tpkernels.ckpt_files import CheckpointError
     from tpkernels.errors import PeerLostError, RankMismatchError
-    from tpkernels.replicas import ReplicasDifferError
     from tpkernels.settings import UserError
 
     rank = os.environ.get("RANK")
@@ -223,10 +222,6 @@ def plain_errors() -> Iterator[None]:
         if rank in (None, "0"):
             typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
-    except ReplicasDifferError as error:
-        if rank in (None, "0"):
-            typer.secho(f"tpkernels: {error} The run was stopped.", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
     except (TimeoutError, PeerLostError, RankMismatchError) as error:
         hint = "The run can go on from its last checkpoint with --resume."
         typer.secho(f"tpkernels: {type(error).__name__}: {error} {hint}", fg=typer.colors.RED, err=True)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.data_parallel import AggregatorState, GradAggregator, TopK
+from tpkernels.data_parallel import AggregatorState, GradAggregator, OuterSGD, TopK
+from tpkernels.data_parallel.agree import replicas_agree
 from tpkernels.group import Group
 from tpkernels.layout import rows_of
-from tpkernels.ranks import gather
 from tpkernels.settings import Settings
 
 APART = "local_steps_apart"  # in the numbers of a saved state: local steps since the replicas were one
-
-
-class ReplicasDifferError(RuntimeError):
-    """Replicas that must hold the same bits do not; the text names the parameter."""
 
 
 class Replicas:
@@ -43,6 +37,7 @@ class Replicas:
             codec=settings.grad_codec,
             mode=settings.grad_mode,
             local_steps=settings.local_steps,
+            outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # few local steps want the plain mean
             topk=TopK(warmup_steps=settings.warm_up),
         )
 
@@ -55,13 +50,9 @@ class Replicas:
         """Raise on all ranks of the group when a parameter has other bits here than in another replica.
 
         Raises:
-            ReplicasDifferError: names the first such parameter.
+            RankMismatchError: names the first such parameter.
         """
-        every = gather([_digest(p) for p in self.model.parameters()], self.group)
-        for i, (name, _) in enumerate(self.model.named_parameters()):
-            differ = [replica for replica, theirs in enumerate(every) if theirs[i] != every[0][i]]
-            if differ:
-                raise ReplicasDifferError(f"{name} has other bits in replicas {differ} than in replica 0")
+        replicas_agree(self.model, group=self.group).check()
 
     def wait(self) -> bool:
         """Put the averages into the gradients; whether there are any to apply (see GradAggregator.wait)."""
@@ -129,7 +120,3 @@ class OwnState:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     found[f"replica_{field}.{name}"] = value
         return found
-
-
-def _digest(parameter: Tensor) -> bytes:
-    return hashlib.blake2b(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy(), digest_size=16).digest()

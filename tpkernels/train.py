@@ -17,12 +17,13 @@ from torch import Tensor
 from tpkernels import checkpoint, data_parallel, ops
 from tpkernels import settings as settings_file
 from tpkernels.data import Corpus, check_size, open_corpus, train_batch, validation_batches
+from tpkernels.errors import RankMismatchError
 from tpkernels.gpt import GPT, GPTConfig, Parts, sharded_parts
 from tpkernels.group import Group
 from tpkernels.layout import LANE_MIB, Layout, enough_memory
 from tpkernels.progress import Screen
 from tpkernels.ranks import gather, raise_together
-from tpkernels.replicas import OwnState, Replicas, ReplicasDifferError
+from tpkernels.replicas import OwnState, Replicas
 from tpkernels.runlog import RunLog
 from tpkernels.settings import Settings, UserError
 
@@ -239,7 +240,7 @@ class Run:
         """Every so many steps, stop all ranks when replicas differ that must not."""
         replicas, every = self.trainer.replicas, self.settings.check_replicas
         if replicas is not None and every and self.step % every == 0:
-            with raise_together(self.group, ReplicasDifferError, f"after step {self.step}"):
+            with raise_together(self.group, RankMismatchError, f"after step {self.step}"):
                 replicas.check_same()
 
     def replica_bytes(self) -> float:

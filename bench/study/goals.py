@@ -1,0 +1,114 @@
+"""What was to be reached, and whether the rows say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.study.rows import Row, select, values
+
+BASE, PLAIN = "none", "DDP"  # of the losses and bytes, and of the speed
+EVEN = 0.98  # of a ratio of times that says "not slower"; medians repeat within this
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One goal and what was found."""
+
+    goal: str
+    found: str
+    reached: bool | None
+
+    @property
+    def word(self) -> str:
+        return {True: "reached", False: "MISSED", None: "not measured"}[self.reached]
+
+
+def verdicts(kept: Sequence[Row]) -> Iterator[Verdict]:
+    """All goals, for the layouts that they are about."""
+    for layout in ("dp2", "tp2dp2"):
+        yield loss_goal(kept, layout, "fp16", 0.51, None)
+        yield loss_goal(kept, layout, "int8", 0.275, 0.005)
+        yield loss_goal(kept, layout, "topk", 0.03, 0.02)
+    for method, factor in (("fp16", 1.8), ("int8", 3.0)):
+        yield speed_goal(kept, "100mbit", method, factor)
+    for link in ("1gbit", "10gbit"):
+        for method in ("none", "fp16", "int8"):
+            yield speed_goal(kept, link, method, 1.0)
+    for link in ("100mbit", "1gbit", "10gbit"):
+        for codec in ("none", "fp16", "int8"):
+            yield hidden_goal(kept, link, codec)
+
+
+def losses(kept: Sequence[Row], layout: str, method: str) -> list[float]:
+    """Of the seeds in their order, at the number of steps that was measured last."""
+    found = select(kept, kind="loss", layout=layout, method=method)
+    longest = [row for row in found if row["steps"] == found[-1]["steps"]]
+    return values(sorted(longest, key=lambda row: row["seed"]), "validation_loss")
+
+
+def loss_goal(kept: Sequence[Row], layout: str, method: str, share: float, within: float | None) -> Verdict:
+    """The loss within a share of that of fp32, or, for None, within the spread of the seeds; and the bytes."""
+    allowed = "the seeds' spread" if within is None else f"{within:.1%}"
+    goal = f"{layout}: {method} at {share:.3g} of the bytes, loss within {allowed}"
+    base, mine = losses(kept, layout, BASE), losses(kept, layout, method)
+    if len(base) < 2 or len(base) != len(mine):
+        return Verdict(goal, "", None)
+    sent = [select(kept, kind="loss", layout=layout, method=name)[-1]["bytes_per_step"] for name in (method, BASE)]
+    ratio, worse = sent[0] / sent[1], mean(mine) / mean(base) - 1
+    limit = (max(base) - min(base)) / mean(base) if within is None else within
+    said = f"{ratio:.3f} of the bytes, loss {worse:+.2%} (seeds spread {(max(base) - min(base)) / mean(base):.2%})"
+    inside = abs(worse) <= limit if within is None else worse <= limit
+    return Verdict(goal, said, ratio <= share and inside)
+
+
+def tokens(kept: Sequence[Row], layout: str, link: str, method: str) -> float | None:
+    """Tokens per second, of the latest row."""
+    found = select(kept, kind="speed", layout=layout, link=link, method=method)
+    return float(found[-1]["tokens_per_s"]) if found else None
+
+
+def speed_goal(kept: Sequence[Row], link: str, method: str, factor: float) -> Verdict:
+    """Times as fast as DDP plain."""
+    goal = f"dp2, {link}: {method} {f'{factor:g}x' if factor > 1 else 'not slower than'} DDP plain"
+    mine, plain = (tokens(kept, "dp2", link, name) for name in (method, PLAIN))
+    if mine is None or plain is None:
+        return Verdict(goal, "", None)
+    return Verdict(
+        goal, f"{mine / plain:.2f}x ({mine:,.0f} tokens/s)", mine / plain >= (factor if factor > 1 else EVEN)
+    )
+
+
+def hidden_goal(kept: Sequence[Row], link: str, codec: str) -> Verdict:
+    """How much of the averaging that fits under forward and backward the mode delayed hides there.
+
+    fits = min(averaging alone, computing alone); what is left over is a step that takes longer than computing alone, by
+    more than what does not fit.
+    """
+    goal = f"dp2, {link}: delayed hides 90 % of what fits, {codec}"
+    alone = {row["method"]: float(row["step_seconds"]) for row in select(kept, kind="alone", layout="dp2", link=link)}
+    name = f"{codec} delayed" if codec != "none" else "none delayed"
+    steps = select(kept, kind="speed", layout="dp2", link=link, method=name)
+    computing, averaging = alone.get("computing alone"), alone.get(f"averaging alone, {codec}")
+    if not steps or computing is None or averaging is None:
+        return Verdict(goal, "", None)
+    fits = min(computing, averaging)
+    step = float(steps[-1]["step_seconds"])
+    whole = alone["step alone"]
+    hidden = 1 - (step - whole - (averaging - fits)) / fits
+    said = (
+        f"{hidden:.0%}: step {1e3 * step:.0f} ms, alone {1e3 * whole:.0f} ms, averaging alone {1e3 * averaging:.0f} ms"
+    )
+    return Verdict(goal, said, hidden >= 0.9)
+
+
+def show(kept: Sequence[Row], console: Console) -> None:
+    """Print the table of goals."""
+    table = Table("goal", "found", "", title="goals", title_justify="left")
+    for verdict in verdicts(kept):
+        table.add_row(verdict.goal, verdict.found, verdict.word)
+    console.print(table)

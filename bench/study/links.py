@@ -1,0 +1,128 @@
+"""Links of a known bandwidth between two "hosts" of this machine: network namespaces, a veth pair, a token bucket.
+
+    host 0 (namespace) -- v0 10.77.0.1 ==== v1 10.77.0.2 -- host 1 (namespace)      each end sends at `rate` at most
+
+Needs root and the programs `ip` and `tc`. Names carry the process id, and what a killed process has left is removed by
+the next one. The loopback of the machine stands in where namespaces cannot be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PREFIX = "tpkstudy"
+PLACES = ("/usr/sbin", "/sbin")  # where tc and ip lie when PATH does not say
+# Bits per second of the shaped links. A token bucket must hold what a tick of the kernel's timer lets through.
+RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}
+LOOPBACK = "loopback"
+LEAST_BURST, TICK_S = 64 << 10, 0.004
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a rank runs: what to put before its command, the name of its network interface, and its address."""
+
+    command: tuple[str, ...] = ()
+    interface: str = "lo"
+    address: str = "127.0.0.1"
+
+    def sent_bytes(self) -> int:
+        """Bytes that have left through the interface, headers of the network included."""
+        path = f"/sys/class/net/{self.interface}/statistics/tx_bytes"
+        return int(run(*self.command, "cat", path))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two hosts and what is between them."""
+
+    name: str
+    hosts: tuple[Host, Host] = field(default_factory=lambda: (Host(), Host()))
+
+
+def run(*command: str) -> str:
+    """The output of a program that must end well."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def program(name: str) -> str:
+    """Its path, also where PATH does not reach."""
+    found = shutil.which(name) or next((f"{p}/{name}" for p in PLACES if os.access(f"{p}/{name}", os.X_OK)), None)
+    if found is None:
+        raise OSError(f"there is no program {name} (package iproute2)")
+    return found
+
+
+def obstacle() -> str | None:
+    """Why no shaped link can be made on this machine; None when it can."""
+    try:
+        with shaped("1gbit"):
+            return None
+    except OSError as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Link]:
+    """The link of that name: one of RATES, or the loopback."""
+    if name == LOOPBACK:
+        yield Link(name)
+    else:
+        with shaped(name) as link:
+            yield link
+
+
+@contextlib.contextmanager
+def shaped(name: str) -> Iterator[Link]:
+    """Two namespaces joined at a rate of RATES; gone afterwards, whatever happens in between.
+
+    Raises:
+        OSError: namespaces, interfaces or token buckets cannot be made here; says which command failed and why.
+    """
+    ip, tc = program("ip"), program("tc")
+    remove_left_behind(ip)
+    rate = RATES[name]
+    names = [f"{PREFIX}-{os.getpid()}-{side}" for side in (0, 1)]
+    ends = [(f"v{side}", f"10.77.0.{1 + side}") for side in (0, 1)]
+    burst = max(LEAST_BURST, int(rate / 8 * TICK_S))
+    try:
+        for namespace in names:
+            run(ip, "netns", "add", namespace)
+        run(ip, "link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v1", "netns", names[1])
+        for namespace, (end, address) in zip(names, ends, strict=True):
+            run(ip, "-n", namespace, "addr", "add", f"{address}/24", "dev", end)
+            for interface in ("lo", end):
+                run(ip, "-n", namespace, "link", "set", interface, "up")
+            bucket = ("rate", f"{rate:.0f}bit", "burst", f"{burst}b", "latency", "50ms")
+            run(ip, "netns", "exec", namespace, tc, "qdisc", "add", "dev", end, "root", "tbf", *bucket)
+        first, second = (
+            Host((ip, "netns", "exec", namespace), end, address)
+            for namespace, (end, address) in zip(names, ends, strict=True)
+        )
+        yield Link(name, (first, second))
+    finally:
+        remove(ip, names)
+
+
+def remove(ip: str, namespaces: Sequence[str]) -> None:
+    """Delete namespaces with their interfaces; those that were never made are no error."""
+    for namespace in namespaces:
+        subprocess.run([ip, "netns", "del", namespace], capture_output=True, timeout=30, check=False)
+
+
+def remove_left_behind(ip: str) -> None:
+    """Delete the namespaces of studies whose process is gone."""
+    for line in run(ip, "netns", "list").splitlines():
+        found = re.match(rf"{PREFIX}-(\d+)-\d", line)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            remove(ip, [found[0]])

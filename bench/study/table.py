@@ -1,0 +1,145 @@
+"""The study as tables: in the terminal, and in docs/compression_study.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.study import goals
+from bench.study.links import LOOPBACK, RATES
+from bench.study.methods import LAYOUTS, POWER_RANK, POWER_START, methods
+from bench.study.rows import Row, select
+
+LINKS = (LOOPBACK, *RATES)
+TITLES = {
+    "dp2": "two replicas",
+    "tp2": "one model cut over two ranks (the codec packs sums of activations and of their gradients)",
+    "tp2dp2": "two replicas, each cut over two ranks (four ranks)",
+}
+
+
+def cells(kept: Sequence[Row], layout: str) -> Iterator[list[str]]:
+    """A line for each method that has been measured: name, bytes, share, loss, against fp32, tokens/s for each link."""
+    base_name = next(m.name for m in methods(layout))
+    base = select(kept, kind="loss", layout=layout, method="none")
+    plain = mean(goals.losses(kept, layout, "none")) if base else None
+    for method in methods(layout):
+        rows = select(kept, kind="loss", layout=layout, method=method.name)
+        speeds = [goals.tokens(kept, layout, link, method.name) for link in LINKS]
+        if not rows and not any(speeds):
+            continue
+        line = [method.name]
+        if rows:
+            found = goals.losses(kept, layout, method.name)
+            sent = rows[-1]["bytes_per_step"]
+            share = f"{sent / base[-1]['bytes_per_step']:.3f}" if base and sent else ""
+            spread = f"{mean(found):.4f} [{min(found):.4f}, {max(found):.4f}]"
+            against = f"{mean(found) / plain - 1:+.2%}" if plain else ""
+            line += [f"{sent:,}" if sent else "not counted", share, spread, against]
+        else:
+            line += [""] * 4
+        for link, speed in zip(LINKS, speeds, strict=True):
+            against_base = goals.tokens(kept, layout, link, base_name)
+            ratio = f" ({speed / against_base:.2f}x)" if speed and against_base else ""
+            line.append(f"{speed:,.0f}{ratio}" if speed else "")
+        yield line
+
+
+HEADS = ["method", "bytes a step", "of fp32", "validation loss [seeds]", "against fp32"]
+
+
+def show(kept: Sequence[Row], console: Console) -> None:
+    """Print the tables."""
+    for layout in LAYOUTS:
+        lines = list(cells(kept, layout))
+        if lines:
+            table = Table(*HEADS, *(f"tokens/s {link}" for link in LINKS), title=TITLES[layout], title_justify="left")
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+
+
+def write(kept: Sequence[Row], folder: Path) -> Path:
+    """The same as markdown, with what was measured, how, and the goals."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "compression_study.md"
+    path.write_text("\n".join(lines_of(kept)) + "\n")
+    return path
+
+
+def lines_of(kept: Sequence[Row]) -> Iterator[str]:
+    yield "# Compression of gradients: loss and speed"
+    yield ""
+    yield "Written by `python examples/compression_study.py` from `bench/results/study/compression_study.jsonl`."
+    yield ""
+    yield "![loss over bytes, loss over steps, tokens per second over links](compression_study.png)"
+    yield ""
+    yield from circumstances(kept)
+    for layout in LAYOUTS:
+        lines = list(cells(kept, layout))
+        if not lines:
+            continue
+        yield f"## {layout}: {TITLES[layout]}"
+        yield ""
+        yield from markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
+        yield ""
+    yield "## Goals"
+    yield ""
+    found = list(goals.verdicts(kept))
+    yield from markdown(["goal", "found", ""], [[v.goal, v.found, v.word] for v in found])
+    yield ""
+    yield from notes()
+
+
+def circumstances(kept: Sequence[Row]) -> Iterator[str]:
+    losses, speeds = select(kept, kind="loss"), select(kept, kind="speed")
+    if losses:
+        last = losses[-1]
+        yield (
+            f"Loss: the byte-level GPT of `tpkernels train`, {largest(losses) / 1e6:.2f} M parameters, {last['steps']} "
+            f"steps of 512 bytes on Python's standard library, AdamW, {len({r['seed'] for r in losses})} seeds (other "
+            f"weights and other data), validation on 256 windows. In brackets: the seeds' least and most."
+        )
+        yield ""
+    if speeds:
+        yield (
+            "Speed: the model of `make run` (3.28 M parameters, 1024 bytes a step), one core and one thread a rank, "
+            "transport `group` (gloo over TCP); each method in turn, "
+            f"{speeds[-1]['rounds']} rounds, the slowest rank counts, medians. Links: network namespaces joined by "
+            "veth, `tbf` at the rate named, at both ends. In parentheses: against the first line."
+        )
+        yield ""
+    if kept:
+        last = kept[-1]
+        machine = last["machine"]
+        yield f"Machine: {machine['cores']} cores, {machine['cpu']}; torch {last['torch']}; {last['date']}."
+        yield ""
+
+
+def largest(rows: Sequence[Row]) -> int:
+    """Parameters of the uncut model: of a rank where nothing is cut."""
+    return max(int(row["parameters"]) for row in rows)
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table."""
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    for line in lines:
+        yield "| " + " | ".join(line) + " |"
+
+
+def notes() -> Iterator[str]:
+    yield f"""## How to read it
+
+- bytes a step: sent by each rank for the averages, counted by the communicator in the second half of the run; for DDP
+  from the sizes of what its hooks reduce, as a ring sends them.
+- `none`, `fp16`, ... are codecs of `GradAggregator`, with error feedback; `delayed` applies each average one step
+  later, `local` averages parameters every 8 steps (outer SGD with momentum), and its bytes are spread over them.
+- PowerSGD: rank {POWER_RANK}, from step {POWER_START} on, in one bucket: over gloo its callbacks start collectives in
+  an order that differs between ranks as soon as there are two, and the process aborts.
+- `topk` falls to its share within the warm-up of the learning rate; its bytes are those after it."""
