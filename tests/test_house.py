@@ -24,7 +24,8 @@ LEVELS = [
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
     | {"data_parallel", "derive", "derive_flow", "derive_groups", "derive_inputs", "derive_labels"}
     | {"derive_names", "derive_run", "plan", "plan_apply", "plan_heads", "plan_units"}
-    | {"plan_layers", "plan_random", "plan_refuse", "plan_sequence", "plan_styles", "plans", "ranks"},
+    | {"plan_layers", "plan_peft", "plan_random", "plan_refuse", "plan_save", "plan_sequence", "plan_table"}
+    | {"plan_styles", "plans", "ranks"},
     {
         "data",
         "gpt",
@@ -43,7 +44,7 @@ LEVELS = [
         "train",
     }
     | {"generate", "serve", "train"},
-    {"__init__", "__main__", "cli", "cli_reshard", "cli_serve", "info", "testing"},
+    {"__init__", "__main__", "cli", "cli_plan", "cli_reshard", "cli_serve", "info", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

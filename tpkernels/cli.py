@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from tpkernels import cli_reshard, cli_serve
+from tpkernels import cli_plan, cli_reshard, cli_serve
 from tpkernels.settings import Settings
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 cli_serve.register(app)
 cli_reshard.register(app)
+cli_plan.register(app)
 MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"
 
 

@@ -30,8 +30,10 @@ from tpkernels.plan_apply import (
     unsaid,
 )
 from tpkernels.plan_heads import Block, find_blocks
-from tpkernels.plan_layers import Tied
+from tpkernels.plan_layers import CutModule, Tied
+from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_refuse import refuse
+from tpkernels.plan_save import SavePretrained
 from tpkernels.plan_sequence import check_sequence, cut_sequence
 from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, parse_style
 from tpkernels.plan_units import check_ties
@@ -191,10 +193,20 @@ def parallelize(
     arrange_random(modules, blocks, group)
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)
+    _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
         log.info("%s", report)
     return model
+
+
+def _guard(model: nn.Module, group: Group) -> None:
+    """Keep from going wrong in silence what others do with a model without knowing that it is cut."""
+    first = next((module for module in model.modules() if isinstance(module, CutModule)), None)
+    if first is not None:
+        first.register_forward_pre_hook(AdapterGuard(model))
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = SavePretrained(model, group)  # type: ignore[assignment]
 
 
 def is_weighty(module: nn.Module) -> bool:

@@ -173,9 +173,7 @@ def _count(
     units = {style.units for _, style in columns.values()} - {0}
     if len(units) == 1:  # a derived plan has seen it
         kv = min(units)
-    elif any(s.packed and set(packed_sizes(s, sizes_of(m)[0], name)) == {width} for m, s in columns.values()) or (
-        len(widths) == 1 and widths[0] == 3 * width
-    ):
+    elif len(widths) == 1 and _packs_equal(*next(iter(columns.values())), width):
         kv = query
     heads = Heads(query, kv if kv is not None and kv < query else query)
     uneven = [w for w in (*widths, width) if w % heads.kv]
@@ -185,6 +183,13 @@ def _count(
             f"inputs, which are no multiple of them"
         )
     return heads
+
+
+def _packs_equal(linear: nn.Module, style: Style, width: int) -> bool:
+    """Whether a fused linear has as many keys and values as queries: one behind the other, or head by head."""
+    size = sizes_of(linear)[0]
+    packed = style.packed and set(packed_sizes(style, size, "a fused linear")) == {width}
+    return bool(packed) or (style.name == "column" and size == 3 * width)
 
 
 def cuts_of_block(block: Block, R: int) -> dict[str, Cut]:

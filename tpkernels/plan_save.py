@@ -1,0 +1,54 @@
+"""A cut model's whole state dict, and save_pretrained of a cut model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import ops
+from tpkernels.group import Group
+from tpkernels.shard import shard_info
+
+
+@torch.no_grad()
+def full_state_dict(model: nn.Module, group: Group) -> dict[str, Tensor]:
+    """Return the state dict of the unsharded model, on the CPU, on rank 0; empty on the others. Collective.
+
+    Args:
+        model: cut over `group`.
+        group: over which.
+    """
+    found: dict[str, Tensor] = {}
+    done: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        info = shard_info(value)
+        if id(value) not in done:
+            whole = value.detach()
+            if info is not None:
+                sizes = [sum(size for _, size in info.runs_of(rank)) for rank in range(info.world_size)]
+                parts = ops.all_gather(whole, info.dim, group=group).split(sizes, info.dim)
+                whole = info.assemble(parts) if group.rank == 0 else whole
+            done[id(value)] = whole.cpu()
+        if group.rank == 0:
+            found[name] = done[id(value)]
+    return found
+
+
+class SavePretrained:
+    """What `save_pretrained` of a cut model does: it saves the unsharded one. Every rank must call it."""
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        self._model = [model]
+        self.group = group
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Gather, and save on rank 0."""
+        model = self._model[0]
+        state = kwargs.pop("state_dict", None) or full_state_dict(model, self.group)
+        if self.group.rank == 0:
+            save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
+            save(model, save_directory, *args, state_dict=state, **kwargs)
+        self.group.barrier()

@@ -1,0 +1,97 @@
+"""A plan as a table: what is cut how, for so many ranks, without any rank."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tpkernels.plan import Plan
+from tpkernels.plan_apply import all_cuts, is_linear
+from tpkernels.plan_heads import find_blocks
+from tpkernels.shard import ShardInfo
+
+
+@dataclass
+class Row:
+    """Modules that differ by numbers in their names only and are cut alike.
+
+    Attributes:
+        name: with * in the place of the numbers. count: how many modules.
+        style: as the plan says it; "whole" where it says nothing.
+        shape: of the weight. parts: how many outputs (rows of a table, experts) or inputs each rank has, "" for whole ones.
+        parameters: of all of these modules. rank_parameters: of them on the fullest rank.
+    """
+
+    name: str
+    style: str
+    shape: str
+    parts: str
+    count: int = 0
+    parameters: int = 0
+    rank_parameters: int = 0
+
+
+@dataclass
+class Table:
+    """What `plan_table` found. heads: {how: number of blocks}; totals: parameters, and those on the fullest rank."""
+
+    source: str
+    rows: list[Row] = field(default_factory=list)
+    heads: dict[str, int] = field(default_factory=dict)
+    totals: tuple[int, int] = (0, 0)
+
+
+def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
+    """Describe how a plan cuts a model over R ranks.
+
+    Args:
+        model: whole; parameters may be on the meta device.
+        plan: for it.
+        R: the number of ranks.
+
+    Raises:
+        PlanError: the plan does not fit the model or R.
+    """
+    styles = plan.styles(model)
+    modules = dict(model.named_modules())
+    blocks = list(find_blocks(modules, styles))
+    cuts = all_cuts(modules, styles, blocks, R)
+    table = Table(plan.source)
+    for block in blocks:
+        how = block.heads.text(R)
+        table.heads[how] = table.heads.get(how, 0) + 1
+    rows: dict[tuple[str, ...], Row] = {}
+    seen: set[int] = set()
+    for name, module in modules.items():
+        own = list(module.parameters(recurse=False))
+        if not own or (name not in styles and not is_linear(module) and not isinstance(module, nn.Embedding)):
+            _count(table, own, seen, 1.0)
+            continue
+        style, cut = styles.get(name), cuts.get(name)
+        sizes = [0] if cut is None else [_size(cut, R, rank) for rank in range(R)]
+        share = 1.0 if cut is None else max(sizes) / cut.full_size
+        parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
+        shape = " x ".join(map(str, own[0].shape))
+        key = (re.sub(r"\d+", "*", name), style.name if style else "whole", shape, parts)
+        row = rows.setdefault(key, Row(*key))
+        row.count += 1
+        row.parameters += sum(p.numel() for p in own)
+        row.rank_parameters += _count(table, own, seen, share)
+    table.rows = list(rows.values())
+    return table
+
+
+def _size(cut: object, R: int, rank: int) -> int:
+    dim, full_size, unit, runs = (getattr(cut, name) for name in ("dim", "full_size", "unit", "runs"))
+    return ShardInfo(dim, full_size, R, rank, unit=unit, runs=runs).size
+
+
+def _count(table: Table, own: list[nn.Parameter], seen: set[int], share: float) -> int:
+    """Add parameters to the totals, tied ones once; return how many of them the fullest rank holds."""
+    fresh = [p for p in own if id(p) not in seen]
+    seen.update(id(p) for p in fresh)
+    whole = sum(p.numel() for p in fresh)
+    table.totals = (table.totals[0] + whole, table.totals[1] + round(whole * share))
+    return round(sum(p.numel() for p in own) * share)
