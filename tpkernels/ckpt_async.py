@@ -16,7 +16,7 @@ from tpkernels.ckpt_place import Place, Talk
 from tpkernels.group import Group
 from tpkernels.ranks import Ranks
 
-_talks: dict[tuple[str, int], Talk] = {}
+_talks: dict[int, tuple[dist.ProcessGroup, Talk]] = {}  # by id; the group is kept, so that no other gets its id
 _pending: dict[int, SaveHandle] = {}  # by rank: ranks may be threads of one process
 
 
@@ -82,9 +82,8 @@ def _talk(group: Group | Ranks) -> Talk:
     pg = group.process_group
     if pg is None or group.world_size == 1:
         return Talk(group.label, group.rank, group.world_size, None)
-    key = (pg.group_name, id(pg))
-    if key not in _talks:
+    if id(pg) not in _talks:
         ranks = dist.get_process_group_ranks(pg)
         own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        _talks[key] = Talk(group.label, group.rank, group.world_size, own)
-    return _talks[key]
+        _talks[id(pg)] = (pg, Talk(group.label, group.rank, group.world_size, own))
+    return _talks[id(pg)][1]

@@ -97,7 +97,7 @@ class _Target:
             "aggregator": numbers,
         }
         if replica == 0:
-            layout |= {name: (e.dtype, e.part_shape(rank, self.tp)) for name, e in self.entries.items()}
+            layout = {name: (e.dtype, e.part_shape(rank, self.tp)) for name, e in self.entries.items()} | layout
         with TensorWriter(path, layout) as writer:
             for name in writer.names:
                 writer.add(name, own[name] if name in own else self._part(name, rank))

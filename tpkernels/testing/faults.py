@@ -1,14 +1,21 @@
-"""Faults on purpose: a rank that dies, stands still or comes late, at a chosen moment.
+"""Faults on purpose: a rank that dies, stands still or comes late, a disk that is full, at a chosen moment.
 
 Signals come from a helper process, so that they strike in the middle of a C++ call, too.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import pkgutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 
 def kill_myself(after_s: float = 0.0) -> None:
@@ -35,3 +42,36 @@ def _signal_myself(name: str, after_s: float, continue_s: float | None = None) -
     if continue_s is not None:
         script += f"; sleep {continue_s}; kill -CONT {pid}"
     subprocess.Popen(["sh", "-c", script], stdin=subprocess.DEVNULL)
+
+
+@contextmanager
+def at_call(target: str, number: int, do: Callable[[], object]) -> Iterator[None]:
+    """Do something right before the number-th call, counted from 1, of a function of this process.
+
+    Args:
+        target: the function by its name where it is looked up: "os.fsync", "tpkernels.checkpoint.write_manifest".
+        do: kills the process, raises an error in the place of the call, or notes that the call came.
+    """
+    real = pkgutil.resolve_name(target)
+    calls = itertools.count(1)
+
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            do()
+        return real(*args, **kwargs)
+
+    with mock.patch(target, planted):
+        yield
+
+
+def full_disk() -> None:
+    """Raise what a write to a full disk raises."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def short_writes(most: int) -> Iterator[None]:
+    """Let every os.write of this process take no more than so many bytes, as a disk under pressure may."""
+    real = os.write
+    with mock.patch("os.write", lambda file, data: real(file, data[:most])):
+        yield
