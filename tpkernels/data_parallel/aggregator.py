@@ -46,7 +46,7 @@ class GradAggregator:
     - "sync": each step applies its own average, (g_0 + ... + g_{R-1}) / R. `after_step` and `drain` do nothing.
     - "delayed": step t applies the average of step t - 1, while its own is in flight beside the whole next forward and
       backward pass. The first `warmup_steps` steps are as in "sync"; in the step after them there is nothing to apply
-      (`wait` returns False). `drain` gives the last average. A loss scale must not change while one is in flight.
+      (`wait` returns False). `drain` gives the last average.
     - "local": `wait` leaves gradients as they are; after every `local_steps` calls of `after_step` the parameters
       become one again through an outer optimizer (see OuterSGD). `drain` does that for the steps that are left.
 
@@ -58,7 +58,8 @@ class GradAggregator:
     zero. With tensor parallelism the group is the data-parallel one: cut or replicated, each parameter is averaged over
     the ranks that hold the same one. Buffers (running statistics) are not touched.
 
-    Loss scaling: a NaN or infinity on one rank shows on all ranks of the group (see `unscale_` for other groups).
+    Loss scaling: a NaN or infinity on one rank shows on all ranks of the group (see `unscale_` for other groups), and
+    `set_loss_scale` keeps residuals right when the scale changes.
 
     The ranks work together over a communicator of their own, so that `group` may be used meanwhile. Ranks agree on the
     order of messages after the first step: that in which gradients became ready on rank 0. Should a rank die or not
@@ -77,6 +78,7 @@ class GradAggregator:
         gradient_dtype: torch.float32 makes p.grad of bf16 and fp16 parameters fp32 (torch's grad_dtype): passes of an
             accumulation and ranks are then summed in fp32. The optimizer must take that, or get fp32 copies.
         sync_parameters: begin with the parameters of rank 0 instead of demanding that all ranks have the same.
+        check_parameters: demand it. False is for who resumes mode "local" between two averages, where they differ.
         warmup_steps: synchronous steps of mode "delayed".
         local_steps: of mode "local", between two averages.
         outer: the outer optimizer of mode "local".
@@ -98,6 +100,7 @@ class GradAggregator:
         bucket_bytes: int | None = None,
         gradient_dtype: torch.dtype | None = None,
         sync_parameters: bool = False,
+        check_parameters: bool = True,
         warmup_steps: int = 10,
         local_steps: int = 16,
         outer: OuterSGD | None = None,
@@ -111,13 +114,14 @@ class GradAggregator:
         members = checks.members_of(model, group, codec, gradient_dtype, mode)
         settings = {
             "codec": codec, "error_feedback": error_feedback, "mode": mode, "bucket_bytes": bucket_bytes,
-            "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters, "warmup_steps": warmup_steps,
+            "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters,
+            "check_parameters": check_parameters, "warmup_steps": warmup_steps,
             "local_steps": local_steps, "outer": outer, "topk": topk,
         }  # fmt: skip
         checks.check_ranks(members, settings, group)
         if sync_parameters:
             checks.copy_from_first(model, group)
-        else:
+        elif check_parameters:
             checks.check_same_values(members, group)
         self.group, self.mode, self.codec = group, mode, codec
         self._model, self._members = model, members
@@ -127,6 +131,7 @@ class GradAggregator:
         self._traffic = Traffic(self._lane, average, sets=2 if mode == "delayed" else 1)
         self._sender = Sender(members, self._traffic, bucket_bytes)
         self._in_flight: Callable[[], Averages] | None = None
+        self._loss_scale = 1.0
         self._outer = OuterLoop(self._traffic, outer) if mode == "local" else None
         if mode != "local":
             checks.set_gradient_dtype(members)
@@ -149,6 +154,7 @@ class GradAggregator:
             RuntimeError: no backward pass since the last call; trained parameters of the model have changed (named).
             TimeoutError, PeerLostError, RankMismatchError: of ranks; p.grad is still the local gradient.
         """
+        self._lane.check()
         checks.check_unchanged(self._model, self._members)
         if self._outer is not None:
             return True
@@ -217,6 +223,22 @@ class GradAggregator:
         optimizer.zero_grad()
         return ready
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Say by what the loss will be multiplied in the steps to come; call it on all ranks alike, between steps.
+
+        What is kept of earlier gradients, and an average in flight, are then brought to the new scale. With a scaler:
+
+            aggregator.set_loss_scale(scaler.get_scale())            # before the backward passes of a step
+        """
+        self._check_between_steps("set_loss_scale")
+        factor, self._loss_scale = scale / self._loss_scale, scale
+        if factor != 1.0:
+            in_flight = self._in_flight() if self._in_flight is not None else {}
+            flats = [flat for kept in self._traffic.state for flat in kept.values()] if self._outer is None else []
+            for kept in (*in_flight.values(), *flats):
+                if kept is not None:
+                    kept.mul_(factor)
+
     def restore_parameters(self) -> None:
         """Mode "local": forget the local steps since the last average; the parameters are that average again."""
         if self._outer is None:
@@ -267,7 +289,8 @@ class GradAggregator:
         numbers: dict[str, Any] = {
             "version": VERSION, "mode": self.mode, "codec": self.codec, "world_size": self.group.world_size,
             "rank": self.group.rank, "step": self._sender.step, "local_step": self._outer.steps if self._outer else 0,
-            "rounds": self._outer.rounds if self._outer else self._sender.step, "settled": self._sender.settled,
+            "rounds": self._outer.rounds if self._outer else self._sender.step,
+            "settled": self._sender.settled, "loss_scale": self._loss_scale,
             "in_flight": averages is not None, "order": self._sender.order,
         }  # fmt: skip
         return {"tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()}, "numbers": numbers}
@@ -291,6 +314,7 @@ class GradAggregator:
             self._in_flight()
         self._sender.lay_out([index[name] for name in numbers["order"]])
         self._sender.step, self._sender.settled = numbers["step"], numbers["settled"]
+        self._loss_scale = numbers["loss_scale"]
         fill_state(self._traffic.buckets, self._traffic.state, tensors)
         if self._outer is not None:
             self._outer = OuterLoop(self._traffic, self._outer_settings)

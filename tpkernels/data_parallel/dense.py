@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tpkernels import ops
@@ -42,14 +41,5 @@ class DenseAverage:
         if not self.kinds:
             return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
         wire = ops.compress_with_feedback(flat, state["residual"], self.codec, 1.0 / group.world_size)
-        return all_reduce_packed(wire, bucket, self.codec, group)
-
-
-def all_reduce_packed(wire: Tensor, bucket: Bucket, codec: str, group: Group) -> Tensor:
-    """The sum of what the ranks packed."""
-    packed = getattr(ops, "all_reduce_packed", None)
-    if packed is not None:
-        found: Tensor = packed(wire, (bucket.numel,), bucket.dtype, group=group, op="sum", codec=codec)
-        return found
-    unpacked = ops.decompress(wire, (bucket.numel,), torch.float32, codec)
-    return ops.all_reduce(unpacked, group=group, codec=codec).to(bucket.dtype)
+        shape = (bucket.numel,)
+        return ops.all_reduce_packed(wire, shape, bucket.dtype, group=group, op="sum", codec=self.codec)
