@@ -14,6 +14,7 @@ so that the study can be interrupted and goes on. Table and picture are docs/com
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -46,6 +47,7 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="Two methods, few steps, the loopback; no files.")] = False,
 ) -> None:
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and namespaces are cleaned up
     study = plan.Study(
         layouts=tuple(layout or LAYOUTS), links=tuple(link or plan.Study.links), only=tuple(only or ()),
         steps=steps, seeds=seeds, rounds=rounds, minutes=minutes,

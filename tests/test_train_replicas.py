@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tpkernels import parity, report
+from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group
 from tpkernels.layout import open_layout
@@ -105,3 +106,19 @@ def check_a_difference_stops_the_run(folder: str, settings: Settings) -> None:
 
 def test_a_bit_that_differs_between_replicas_stops_the_run_on_all_ranks_and_is_named(tmp_path: Path, text: str) -> None:
     run_ranks(check_a_difference_stops_the_run, 4, str(tmp_path / "run"), replace(TINY, tp=2, data=text))
+
+
+def check_aggregators_follow_each_other() -> None:
+    """Over a process group, where each needs one of its own: torch must not be made to reuse a name."""
+    with Group.open(transport="group") as group:
+        for turn in range(4):
+            model = torch.nn.Linear(2, 1, bias=False)
+            torch.nn.init.ones_(model.weight)
+            with GradAggregator(model, group=group, codec="none") as first:
+                model(torch.full((1, 2), float(group.rank))).sum().backward()
+                assert first.wait()
+                assert model.weight.grad.tolist() == [[0.5, 0.5]], turn
+
+
+def test_an_aggregator_over_a_process_group_can_follow_one_that_was_closed() -> None:
+    run_ranks(check_aggregators_follow_each_other, 2, timeout=60.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from bench.study.methods import LAYOUTS
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE_PORT = 29_500  # a namespace has all ports to itself
 GRACE_S = 10.0  # for a rank to end after it was asked to
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 SHOWN = 2_000  # characters of what a failed rank said
 
 
@@ -63,8 +65,14 @@ def start(job: dict[str, Any], link: Link, rank: int, world: int, port: int, fol
             stderr=errors,
             env=env,
             cwd=ROOT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cores[rank * len(cores) // world % len(cores)]}),
+            preexec_fn=lambda: settle(cores[rank * len(cores) // world % len(cores)]),
         )
+
+
+def settle(core: int) -> None:
+    """In the new process: stay on a core, and end when the study ends, however it does."""
+    os.sched_setaffinity(0, {core})
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def follow(ranks: list[subprocess.Popen[bytes]], folder: Path, deadline: float) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ the current one does, ordered by events, and no thread is needed.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import queue
 import threading
 import weakref
@@ -24,6 +25,9 @@ _Job = tuple[Callable[[], Any], "Future[Any]"]
 
 GRACE_S = 5.0  # beyond the group's timeout, for a worker that waits for a lost rank to notice
 
+# Process groups of closed lanes, for the next one. They are not destroyed: torch gives a new group of the same ranks
+# the name of the old one, whose addresses are still in the store, and some of the ranks may wait for them for ever.
+_idle: list[dist.ProcessGroup] = []
 _open_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 
 
@@ -76,8 +80,8 @@ class Lane:
         self._closed = True
         self._finish()
         self.group.close()
-        if self._process_group is not None:
-            dist.destroy_process_group(self._process_group)
+        if self._process_group is not None and self._failure is None:
+            _idle.append(self._process_group)
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
@@ -171,8 +175,24 @@ def _private_group(group: Group) -> tuple[Group, dist.ProcessGroup | None]:
         )
     ranks = dist.get_process_group_ranks(given)
     backend = dist.get_backend_config(given)
-    private = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=f"{group.label} lane")
+    private = _take_idle(group, ranks, backend)
+    if private is None:
+        desc = f"{group.label} lane"
+        private = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=desc)
     return Group.open(private, group.timeout_s, transport="group", device=group.device), private
+
+
+def _take_idle(group: Group, ranks: list[int], backend: str) -> dist.ProcessGroup | None:
+    """The process group of a lane that is closed, when all ranks have the same one left, else None."""
+    known = dist.distributed_c10d._world.pg_map
+    _idle[:] = [pg for pg in _idle if pg in known]  # torch.distributed may have been started anew
+    fit = [p for p in _idle if (dist.get_process_group_ranks(p), dist.get_backend_config(p)) == (ranks, backend)]
+    first = min(fit, key=lambda pg: pg.group_name, default=None)
+    digest = 0 if first is None else 1 + int.from_bytes(hashlib.sha256(first.group_name.encode()).digest()[:6], "big")
+    if len(set(group.exchange_sizes(digest))) > 1 or first is None:
+        return None
+    _idle.remove(first)
+    return first
 
 
 @atexit.register
