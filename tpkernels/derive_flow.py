@@ -209,7 +209,8 @@ class Flow(TorchDispatchMode):
             if labels is not None
         )
         numbers = tuple(x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, float))
-        self.trace.append((name, numbers, self.where))
+        if name not in VIEWS | MOVES | KEEPS:  # of these other sizes may need others
+            self.trace.append((name, numbers, self.where))
         if func._schema.is_mutable:
             self._write(func, args, tensors, given, outs, why)
             return

@@ -84,7 +84,7 @@ def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str
     for group in groups:
         whole = [s for s in (*group.sources, *group.sinks) if s in direct]
         if whole and not group.reason:
-            group.reason = f"{whole[0]}: {direct[whole[0]]}"
+            group.reason = direct[whole[0]] if whole[0] in group.sources[:1] else f"{whole[0]}: {direct[whole[0]]}"
         if not group.reason:
             _judge(flow, group, out, into, root, modules)
     return groups
@@ -132,8 +132,7 @@ def _judge(
     """Find the units of a group and the styles of its linears, or the reason why it stays whole."""
     if any(WHOLE in out[s] for s in group.sources) or not group.sinks:
         inside = np.isin(root, np.unique(np.concatenate([out[s] for s in group.sources])))
-        why = flow.edges.reason(root, inside & (root == WHOLE)) if group.sinks else None
-        group.reason = why or "no linear takes what they give"
+        group.reason = flow.edges.reason(root, inside) or "no linear takes what they give"
         return
     order = list(dict.fromkeys(into[group.sinks[0]].tolist()))
     if len(order) < 2:

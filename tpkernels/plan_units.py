@@ -54,3 +54,21 @@ class Table(CutModule):
         """Say the whole size and this rank's part of it."""
         full = self._cuts["weight"].full_size
         return f"{self.weight.size(0)}, {full} (shard {self.weight.size(1)}), rank={self._place[0]} of {self._place[1]}"
+
+
+def check_ties(modules: dict[str, nn.Module], cuts: dict[str, Cut]) -> None:
+    """A linear or embedding cannot stay whole when its weight is tied to one that is cut.
+
+    Raises:
+        PlanError: one would; names both.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            holders.setdefault(id(module.weight), []).append(name)
+    for names in holders.values():
+        cut, whole = [n for n in names if n in cuts], [n for n in names if n not in cuts]
+        if cut and whole:
+            raise PlanError(
+                f"Plan: {cut[0]} is cut, and {whole[0]}, which has the same weight, has no rule that cuts it"
+            )
