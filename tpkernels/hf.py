@@ -192,6 +192,8 @@ def _from_folder(model: Any, state: dict[str, Tensor], files: Mapping[str, Any])
             yield name, shape, fetch
         for _, make in found.made:
             for name, tensor in make().items():
+                if name not in state:
+                    raise CheckpointError(f"it gives {name}, which the model lacks")
                 yield name, tuple(tensor.shape), _ranges_of(tensor)
 
     return supply()

@@ -112,7 +112,13 @@ def _names_made(converter: Any, first: str) -> list[str]:
 
 def _maker(converter: Any, first: str, model: Any) -> Callable[[], dict[str, Tensor]]:
     def make() -> dict[str, Tensor]:
-        made = converter.convert(first, model=model, config=model.config)
+        try:
+            made = converter.convert(first, model=model, config=model.config)
+        except (RuntimeError, LookupError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{', '.join(_names_made(converter, first))} cannot be made of {converter.source_patterns} ({error}): "
+                f"are they all there?"
+            ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     return make
