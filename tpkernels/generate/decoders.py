@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .compiled import compiled
 
+GRAIN = 64  # the span of a step is a multiple of it, for the sake of alignment
+
 
 class _Decoder:
     """What both decoders ask of a model: a decoder of transformers."""
@@ -110,11 +112,12 @@ class _SlotLayer(CacheLayerMixin):
         index = torch.arange(rows)
         self.keys[index, :, positions] = key_states[:, :, 0]
         self.values[index, :, positions] = value_states[:, :, 0]
-        return self.keys[:rows], self.values[:rows]
+        span = self._slots.span
+        return self.keys[:rows, :, :span], self.values[:rows, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of keys."""
-        return self._slots.max_length, 0
+        return self._slots.span, 0
 
     def get_seq_length(self) -> int:
         """Length of the longest sequence; positions are given with each call, so nothing depends on it."""
@@ -126,10 +129,13 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class _Slots(Cache):
-    """The memory of all slots; `positions` [rows] is where the next token of each of the first rows belongs."""
+    """The memory of all slots.
+
+    `positions` [rows] is where the next token of each of the first rows belongs, `span` how far any of them looks back.
+    """
 
     def __init__(self, layers: int, count: int, max_length: int) -> None:
-        self.count, self.max_length = count, max_length
+        self.count, self.max_length, self.span = count, max_length, max_length
         self.positions = torch.zeros(1, dtype=torch.long)
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
@@ -167,6 +173,7 @@ class SlotDecoder(_Decoder):
         self._cache = _Slots(len(layers), slots, max_length)
         self._lengths = [0] * slots
         self._bool_mask = self.model.config._attn_implementation == "sdpa"
+        self._compiled = compile
         self._step: Any = compiled(self._slot_step) if compile else self._slot_step
 
     @torch.inference_mode()
@@ -198,6 +205,8 @@ class SlotDecoder(_Decoder):
         for slot, token in tokens.items():
             ids[slot, 0] = token
         self._lengths = [length if slot in tokens else 0 for slot, length in enumerate(self._lengths)]
+        if not self._compiled:  # for which it must not change
+            self._cache.span = min(self.max_length, -(-(max(self._lengths) + 1) // GRAIN) * GRAIN)
         self._cache.positions = torch.tensor(self._lengths[:rows])
         logits: Tensor = self._step(ids, self._cache.positions, self._cache)
         for slot in tokens:
@@ -213,7 +222,7 @@ class SlotDecoder(_Decoder):
         self._lengths[slot] = length
 
     def _slot_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        mask = (torch.arange(self.max_length) <= positions[:, None])[:, None, None]
+        mask = (torch.arange(self._cache.span) <= positions[:, None])[:, None, None]
         if not self._bool_mask:
             dtype = self.model.dtype
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -45,42 +45,64 @@ def require(extra: str, *modules: str) -> None:
 
 
 def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
-    """The model, cut over the group, and its tokenizer; nothing is looked for on the network.
+    """The model, cut over the group, and its tokenizer; nothing is looked for on the network. Collective.
 
     Args:
         name: what `find` takes.
-        group: over which to cut.
+        group: over which to cut; each rank reads its slices only.
         dtype: fp32, bf16, fp16, or auto for that of the file (of a GGUF file: fp32).
 
     Raises:
-        UserError: there is no such model, or what loads it is not installed.
+        UserError: there is no such model, it cannot be cut, or what loads it is not installed.
     """
-    from tpkernels.plan import parallelize
+    if group.world_size == 1:
+        return load_whole(name, dtype)
+    from tpkernels.ckpt_files import CheckpointError
+    from tpkernels.hf import load_pretrained
+    from tpkernels.plan import PlanError
 
-    model, tokenizer = load_whole(name, dtype)
-    return parallelize(model, group=group) if group.world_size > 1 else model, tokenizer
+    path, wanted = _prepare(name, dtype)
+    try:
+        return load_pretrained(path, group=group, dtype=wanted), _tokenizer(path)
+    except (CheckpointError, PlanError) as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def load_whole(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """The same, not cut."""
-    require("hf", "transformers", "accelerate")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    path = find(name)
-    if path.suffix == ".gguf":
-        require("hf", "gguf")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    _quiet()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path, wanted = _prepare(name, dtype)
+    from transformers import AutoModelForCausalLM
 
     model: Any
     if path.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype] or "auto")
-        return model.eval(), AutoTokenizer.from_pretrained(path)
-    wanted = DTYPES[dtype] or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=wanted)
-    _forget_packing(model)
-    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=wanted)
+        _forget_packing(model)
+    return model.eval(), _tokenizer(path)
+
+
+def _prepare(name: str, dtype: str) -> tuple[Path, torch.dtype | None]:
+    """The path and the dtype that are meant, checked."""
+    require("hf", "transformers", "accelerate")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    path, wanted = find(name), DTYPES[dtype]
+    if path.is_file():
+        require("hf", "gguf")
+        wanted = wanted or torch.float32
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _quiet()
+    return path, wanted
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizers: Any = AutoTokenizer
+    if path.is_dir():
+        return tokenizers.from_pretrained(path)
+    return tokenizers.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _forget_packing(model: Any) -> None:

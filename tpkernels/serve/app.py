@@ -55,6 +55,10 @@ class Job:
 
         return deliver
 
+    def leave(self) -> None:
+        """The client has gone: `events` ends at once."""
+        self._events.put_nowait((0, Event(failure=Refused(499, "the client has gone"))))
+
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """(index of the sequence, event), until all have ended. Leaving early cancels what still runs.
 
@@ -120,6 +124,10 @@ def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
     async def refused(request: Request, error: Refused) -> Response:
         return _refusal(error)
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _refusal(Refused(500, f"the server failed: {type(error).__name__}"))
+
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def unknown(request: Request, error: Any) -> Response:
@@ -168,19 +176,15 @@ def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
 
 async def _answered(request: Request, engine: Engine, job: Job, asked: Asked, answer: Any) -> Response:
     engine.submit(job.requests)
+    leaving = asyncio.ensure_future(_left(request))
+    leaving.add_done_callback(lambda task: task.cancelled() or job.leave())
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return StreamingResponse(_stream(job, answer, usage), media_type="text/event-stream")
-    collecting = asyncio.ensure_future(_collect(job, answer))
-    leaving = asyncio.ensure_future(_left(request))
+        return StreamingResponse(_stream(job, answer, usage, leaving), media_type="text/event-stream")
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(await collecting)
+        return JSONResponse(await _collect(job, answer))
     finally:
-        for task in (collecting, leaving):
-            task.cancel()
+        leaving.cancel()
 
 
 async def _collect(job: Job, answer: Any) -> dict[str, Any]:
@@ -191,7 +195,7 @@ async def _collect(job: Job, answer: Any) -> dict[str, Any]:
     return whole
 
 
-async def _stream(job: Job, answer: Any, usage: bool) -> AsyncIterator[str]:
+async def _stream(job: Job, answer: Any, usage: bool, leaving: asyncio.Future[None]) -> AsyncIterator[str]:
     try:
         async with contextlib.aclosing(job.events()) as events:
             for chunk in answer.opening():
@@ -204,6 +208,8 @@ async def _stream(job: Job, answer: Any, usage: bool) -> AsyncIterator[str]:
             yield _sse(answer.usage_chunk(job.prompt_tokens))
     except Refused as error:
         yield _sse(error_body(error))
+    finally:
+        leaving.cancel()
     yield "data: [DONE]\n\n"
 
 

@@ -126,8 +126,7 @@ class Engine:
                 raise Refused(503, f"the model is not available: {self._failure}")
             if self._draining or self._stopping:
                 raise Refused(503, "the server is stopping")
-            ready = max(0, len(self._free) - len(self._waiting))
-            if len(self._waiting) + len(requests) > self._most_waiting + ready:
+            if len(self._waiting) + len(requests) > self._most_waiting + len(self._free):
                 raise Refused(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
             self._waiting.extend(requests)
             self._changed.notify()
@@ -164,6 +163,8 @@ class Engine:
             raise
         finally:
             self._fail_all(why)
+            if not self._stopping:
+                self._group.close()  # so that the other ranks need not wait for their deadline
 
     def _step(self) -> None:
         """Let others begin, one more token for everybody; while there is nobody, wait for a heartbeat."""

@@ -143,8 +143,8 @@ def parse(kind: type[Asked], body: bytes) -> Any:
 
 
 def _is_branch(part: int | str) -> bool:
-    """Pydantic names the member of a union in the location of an error; fields are lower-case words."""
-    return isinstance(part, str) and not part.replace("_", "").isalnum()
+    """Pydantic names the member of a union in the location of an error, as it names no field."""
+    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
 
 
 def error_body(refused: Refused) -> dict[str, Any]:

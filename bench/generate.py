@@ -1,0 +1,309 @@
+"""Tokens/s of decoding at batch 1, against transformers, alone and cut by its own tp_plan: `python -m bench.generate`.
+
+Three teams of processes live side by side, and only the one whose turn it is runs (the others sleep in a pipe):
+
+    alone      one process with as many threads as there are ranks: transformers with its dynamic cache, and with its
+               static cache and torch.compile
+    tpkernels  a process of one thread for each rank, the model cut by tpkernels.parallelize
+    tp_plan    the same with transformers' tp_plan="auto" over gloo; it needs heads that divide evenly, which those of
+               SmolLM2 (9 and 3) do not over 2 ranks, so that it has a model of the same size with 8 and 4 heads
+
+A round runs every candidate once for so many tokens; a ratio is taken inside a round. Verified before: logits after a
+prompt and one decoded token against fp32 logits of the whole model, within the rounding of the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing as mp
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.cell import DTYPES, Cell
+from bench.rows import RESULTS, Row, circumstances, row_of, save
+from bench.table import digits, under
+from bench.timing import Candidate, Timing
+
+PROMPT = list(range(1000, 1016))
+CHECKED_TOKEN = 504
+MOST = 256  # tokens of a static cache
+ROUNDING = {"fp32": 2e-4, "bf16": 0.06}  # of the largest logit; 30 layers, each rounding several times
+EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4}
+WAIT_S = 600.0
+
+
+def make_model(even: bool, dtype: torch.dtype, **options: Any) -> Any:
+    """SmolLM2 with its weights, or a model of its size with heads that divide."""
+    if not even:
+        from tpkernels.generate.load import load_whole
+
+        return load_whole("smollm2", {v: k for k, v in DTYPES.items()}[dtype])[0]
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.pop("folder"), dtype=dtype, **options).eval()
+
+
+def write_even(folder: Path) -> None:
+    """The folder of the model that divides: sizes of SmolLM2, weights at random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "head_dim": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes, **EVEN, tie_word_embeddings=True)).save_pretrained(folder)
+
+
+class Transformers:
+    """Decoding by transformers alone: its model, a cache of its own, the likeliest token."""
+
+    def __init__(self, model: Any, *, static: bool = False) -> None:
+        self._model, self._static = model, static
+        self._run = torch.compile(self._forward, dynamic=False) if static else self._forward
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        found = self._model(ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = found.logits[:, -1]
+        return logits
+
+    @torch.inference_mode()
+    def start(self) -> Tensor:
+        from transformers import DynamicCache, StaticCache
+
+        config = self._model.config
+        self._cache = StaticCache(config=config, max_cache_len=MOST) if self._static else DynamicCache(config=config)
+        self._position = torch.tensor([[len(PROMPT)]])
+        return self._forward(torch.tensor([PROMPT]), torch.arange(len(PROMPT))[None], self._cache)
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        logits = self._run(torch.tensor([[token]]), self._position, self._cache)
+        self._position = self._position + 1
+        return logits
+
+
+class Ours:
+    """Decoding by tpkernels.generate."""
+
+    def __init__(self, model: Any, cache: str) -> None:
+        from tpkernels.generate import decoders
+
+        self._made: Any = (
+            decoders.DynamicDecoder(model)
+            if cache == "dynamic"
+            else decoders.SlotDecoder(model, 1, MOST, compile=cache == "compiled")
+        )
+
+    def start(self) -> Tensor:
+        found: Tensor = self._made.start([PROMPT])
+        return found
+
+    def step(self, token: int) -> Tensor:
+        found: Tensor = self._made.step({0: token})
+        return found
+
+
+def decode(runner: Any, count: int, share: Callable[[int], int]) -> float:
+    """Seconds for so many tokens after the first."""
+    token = share(int(runner.start().argmax()))
+    start = time.perf_counter()
+    for _ in range(count):
+        token = share(int(runner.step(token).argmax()))
+    return time.perf_counter() - start
+
+
+def error_of(runner: Any, want: Tensor, allowed: float) -> float:
+    runner.start()
+    got = runner.step(CHECKED_TOKEN)[0].float()
+    return float((got - want).abs().max() / (allowed * want.abs().max()))
+
+
+def candidates_of(
+    team: str, even: bool, dtype: torch.dtype, folder: str
+) -> tuple[dict[str, Any], Callable[[int], int]]:
+    """What a process of a team can run, and how its ranks come to the same token."""
+    if team == "alone":
+        model = make_model(even, dtype, folder=folder)
+        return {"transformers": Transformers(model), "transformers_compiled": Transformers(model, static=True)}, int
+    import torch.distributed as dist
+
+    if team == "tp_plan":
+        model = make_model(even, dtype, folder=folder, tp_plan="auto")
+        return {"tp_plan_gloo": Transformers(model)}, int
+    dist.init_process_group("gloo")
+    from tpkernels import Group
+    from tpkernels.generate.sampling import share
+    from tpkernels.plan import parallelize
+
+    group = Group.open(timeout_s=WAIT_S)
+    model = parallelize(make_model(even, dtype, folder=folder), group=group)
+    runners = {f"tpkernels_{kind}": Ours(model, kind) for kind in ("dynamic", "static", "compiled")}
+    return runners, lambda token: share([token], group)[0]
+
+
+def process(pipe: Connection, team: str, rank: int, ranks: int, port: int, even: bool, dtype: str, folder: str) -> None:
+    """Serve one process of a team: {"want"}, then ("check", name) and ("run", name, count) until None comes."""
+    try:
+        if team != "alone":
+            size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **where})
+        torch.set_num_threads(ranks if team == "alone" else 1)
+        want = None
+        if team == "alone" and dtype != "fp32":
+            want = _logits(make_model(even, torch.float32, folder=folder))
+        runners, share = candidates_of(team, even, DTYPES[dtype], folder)
+        if team == "alone":
+            pipe.send(("ok", want if want is not None else _logits(runners["transformers"])))
+        want = pipe.recv()
+        while (order := pipe.recv()) is not None:
+            what, name, count = order
+            if what == "check":
+                pipe.send(("ok", error_of(runners[name], want, ROUNDING[dtype])))
+            else:
+                pipe.send(("ok", decode(runners[name], count, share)))
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def _logits(model: Any) -> Tensor:
+    runner = model if isinstance(model, Transformers) else Transformers(model)
+    runner.start()
+    return runner.step(CHECKED_TOKEN)[0].float().clone()
+
+
+class Team:
+    """The processes of one team, asked all at once."""
+
+    def __init__(self, name: str, ranks: int, even: bool, dtype: str, folder: str, port: int) -> None:
+        context, size = mp.get_context("spawn"), 1 if name == "alone" else ranks
+        self.name, self._pipes, self._processes = name, list[Any](), list[Any]()
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, name, rank, ranks, port, even, dtype, folder)
+            made = context.Process(target=process, args=arguments, daemon=True)
+            made.start()
+            self._pipes.append(ours)
+            self._processes.append(made)
+
+    def send(self, message: Any) -> None:
+        for pipe in self._pipes:
+            pipe.send(message)
+
+    def ask(self, message: Any) -> float:
+        """The largest answer of the processes."""
+        self.send(message)
+        return max(self.answer(pipe) for pipe in self._pipes)
+
+    def answer(self, pipe: Any = None) -> Any:
+        pipe = pipe or self._pipes[0]
+        if not pipe.poll(WAIT_S):
+            raise TimeoutError(f"{self.name}: no answer within {WAIT_S:.0f} s")
+        state, value = pipe.recv()
+        if state != "ok":
+            raise RuntimeError(f"{self.name}:\n{value}")
+        return value
+
+    def end(self) -> None:
+        for made in self._processes:
+            made.kill()
+            made.join()
+
+
+def measured(teams: list[Team], names: dict[str, list[str]], rounds: int, count: int) -> list[Timing]:
+    """Every candidate once a round, in turning order; seconds are of one token."""
+    where = {name: team for team in teams for name in names[team.name]}
+    timings = {name: Timing(name, team.ask(("check", name, 0)), calls=count) for name, team in where.items()}
+    timed = [name for name in where if timings[name].verified]
+    for name in timed:
+        where[name].ask(("run", name, 3))
+    for turn in range(rounds):
+        for name in timed if turn % 2 == 0 else reversed(timed):
+            timings[name].seconds.append(where[name].ask(("run", name, count)) / count)
+    return list(timings.values())
+
+
+def rows_of(timings: list[Timing], op: str, dtype: str, ranks: int, where: Row) -> list[Row]:
+    made = {t.name: Candidate(t.name, lambda: None, lambda _: 0.0, label={"codec": "none"}) for t in timings}
+    cell = Cell(op, dtype, ranks, {"M": 1}, list(made.values()), baseline="transformers")
+    rounds = max(len(t.seconds) for t in timings)
+    by_name = {t.name: t for t in timings}
+    rows = [
+        row_of(cell, c, by_name, [math.nan] * (rounds + 1), where) for c in made.values() if by_name[c.name].seconds
+    ]
+    return [{**row, "tokens_per_s": round(1e6 / row["median_us"], 2)} for row in rows]
+
+
+def show(rows: list[Row], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("decode", "dtype", "R", "ms/token", "p90", "tokens/s", "vs transformers", "least", "most", "error"):
+        table.add_column(name, justify="left" if name == "decode" else "right")
+    for row in rows:
+        ms = [digits(row[key] / 1e3) for key in ("median_us", "p90_us")]
+        ratio = [digits(row[key]) for key in ("ratio", "ratio_min", "ratio_max")]
+        speed = f"{row['tokens_per_s']:.1f}"
+        table.add_row(row["variant"], row["dtype"], str(row["R"]), *ms, speed, *ratio, digits(row["error"]))
+    console.print(table)
+    console.print(under(rows[0]), style="dim", markup=False)
+
+
+def main(
+    ranks: Annotated[int, typer.Option(min=2)] = 2,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16")] = "fp32",
+    even: Annotated[
+        Path | None, typer.Option(help="Folder for the model whose heads divide; measure that one, tp_plan among it.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Candidates, separated by commas; all of them when empty.")] = "",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a candidate in a round.")] = 24,
+    port: Annotated[int, typer.Option(help="And the next one: where ranks meet.")] = 29533,
+    out: Annotated[Path | None, typer.Option(help="JSON lines to add the rows to.")] = RESULTS / "generate.jsonl",
+) -> None:
+    """Measure decoding of SmolLM2 at batch 1."""
+    if even is not None and not (even / "config.json").exists():
+        write_even(even)
+    names = {
+        "alone": ["transformers", "transformers_compiled"],
+        "tpkernels": [f"tpkernels_{kind}" for kind in ("dynamic", "static", "compiled")],
+        "tp_plan": ["tp_plan_gloo"] if even is not None else [],
+    }
+    chosen = {t: [n for n in found if not only or n in only.split(",")] for t, found in names.items()}
+    chosen["alone"] = list(dict.fromkeys(["transformers", *chosen["alone"]]))
+    kinds = [name for name, found in chosen.items() if found]
+    teams = [Team(n, ranks, even is not None, dtype, str(even), port + i) for i, n in enumerate(kinds)]
+    try:
+        want = teams[0].answer()
+        for team in teams:
+            team.send(want)
+        timings = measured(teams, chosen, rounds, tokens)
+    finally:
+        for team in teams:
+            team.end()
+    op = "decode_llama_8_heads" if even is not None else "decode_smollm2"
+    found = rows_of(timings, op, dtype, ranks, circumstances(pinned=False))
+    show(found, Console(width=max(140, Console().width)))
+    wrong = [t.name for t in timings if not t.verified]
+    if wrong:
+        print(f"wrong and not timed: {', '.join(wrong)}")
+    elif out is not None:
+        save(out, found)
+    raise typer.Exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    typer.run(main)
