@@ -24,7 +24,16 @@ LEVELS = [
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
     | {"data_parallel", "derive", "derive_flow", "derive_groups", "derive_inputs", "derive_labels"}
     | {"derive_names", "derive_run", "plan", "plan_apply", "plan_heads", "plan_units"}
-    | {"plan_layers", "plan_peft", "plan_random", "plan_refuse", "plan_save", "plan_sequence", "plan_table"}
+    | {
+        "plan_layers",
+        "plan_peft",
+        "plan_random",
+        "plan_refuse",
+        "plan_save",
+        "plan_sequence",
+        "plan_table",
+        "plan_trainer",
+    }
     | {"plan_styles", "plans", "ranks"},
     {
         "data",

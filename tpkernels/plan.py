@@ -186,6 +186,7 @@ def parallelize(
     report = _report(plan, styles, modules, blocks, group)
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
+    tied.check(modules, cuts)
     apply_to_blocks(blocks, styles, place, tied)
     for name, style in styles.items():
         apply(modules[name], style, cuts.get(name), place, tied)

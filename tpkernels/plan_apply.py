@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpkernels.group import Group
 from tpkernels.layers.base import Cut
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, Tied, Vocab, cut_module
+from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, cut_in_units, tell_counts
@@ -135,6 +135,8 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
     elif style.name == "sum_grad":
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         cut_module(module, Summed, {}, group, tied, summed=names)
+    elif style.name == "sum_tail":
+        cut_module(module, SumTail, {}, group, tied, tail=style.packed[0])
     elif style.name == "expert":
         assert cut is not None
         first = part_start(cut.full_size, group.world_size, group.rank)

@@ -81,6 +81,21 @@ class Tied:
             (self.ids if id(parameter) in seen else seen).add(id(parameter))
         self._done: dict[int, tuple[nn.Parameter, nn.Parameter, Cut | None]] = {}
 
+    def check(self, modules: dict[str, nn.Module], cuts: dict[str, Cut]) -> None:
+        """Raise before anything is changed when a tied parameter would be cut in one place and not alike in another.
+
+        Raises:
+            PlanError: names the modules.
+        """
+        holders: dict[int, dict[str, Cut | None]] = {}
+        for name, module in modules.items():
+            for own, parameter in module._parameters.items():
+                if id(parameter) in self.ids:
+                    holders.setdefault(id(parameter), {})[name] = cuts.get(name) if own != "bias" else None
+        for found in holders.values():
+            if len(set(found.values())) > 1:
+                raise PlanError(f"Plan: {list(found)} share a parameter, so their styles must cut it alike")
+
     def part(self, module: CutModule, name: str, cut: Cut | None) -> nn.Parameter:
         """Return the parameter that stands in the place of the whole one from now on."""
         whole = cast(nn.Parameter, module._parameters[name])
@@ -268,6 +283,18 @@ class HeadParameters(CutModule):
 
 class Summed(CutModule):
     """A module whose parameters are whole and see a part of the tokens or heads only: their gradients are summed."""
+
+
+class SumTail(CutModule):
+    """A whole linear whose last `tail` outputs are used on cut heads without a column layer between."""
+
+    tail: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module gives; the gradient of the last outputs is summed over the ranks."""
+        y: Tensor = super().forward(*args, **kwargs)
+        kept, tail = y[..., : -self.tail], y[..., -self.tail :]
+        return torch.cat([kept, sum_gradient(tail, group=self.group)[0]], -1)
 
 
 class RankDropout(CutModule):

@@ -47,8 +47,20 @@ class SavePretrained:
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Gather, and save on rank 0."""
         model = self._model[0]
-        state = kwargs.pop("state_dict", None) or full_state_dict(model, self.group)
+        state = kwargs.pop("state_dict", None)
+        if state is not None and _is_of_parts(state, model):
+            raise ValueError("save_pretrained: state_dict holds this rank's parts only; leave it out")
+        state = state or full_state_dict(model, self.group)
         if self.group.rank == 0:
             save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
             save(model, save_directory, *args, state_dict=state, **kwargs)
         self.group.barrier()
+
+
+def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether a state dict has parts where the unsharded model has whole tensors."""
+    cut = ((state.get(name), p, shard_info(p)) for name, p in model.named_parameters())
+    return any(
+        value is not None and info is not None and value.shape != info.full_shape(p) and value.shape == p.shape
+        for value, p, info in cut
+    )

@@ -12,6 +12,7 @@
     expert                 a mixture's experts over the ranks, whole experts each; the router stays whole
     sequence               a norm between the blocks: under sequence parallel it sees this rank's tokens only
     sum_grad               a small module inside a cut block (a norm of each head): parameters whole, gradients summed
+    sum_tail:64            a whole linear whose last 64 outputs go straight into cut heads: their gradient is summed
     replicate              whole on every rank
     counts:n_heads,width   a module whose numbers of these names count what is cut: each rank's become its own part
     STYLE:units=8          column, packed_column, row and counts: cut into 8 units, the same of all linears of a block,
@@ -26,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
-STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "counts", "replicate")
+STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "sum_tail", "counts", "replicate")
 IN_UNITS = ("column", "packed_column", "row", "counts")
 
 # What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it
@@ -61,7 +62,8 @@ class Style:
 
     Attributes:
         name: one of STYLES.
-        packed: of packed_column, the number of projections (one number), their sizes, or () for "qkv".
+        packed: of packed_column, the number of projections (one number), their sizes, or () for "qkv"; of sum_tail, how
+            many outputs.
         units: into how many units it is cut; 0: single features, or what the attention block says.
         counts: of counts, the names of the numbers.
     """
@@ -88,6 +90,10 @@ def parse_style(text: str) -> Style:
         if not rest or not units:
             raise PlanError(f"Plan: style 'counts' needs names and units, such as counts:n_heads:units=8, got {text!r}")
         return Style(name, units=int(units), counts=tuple(n.strip() for n in rest.split(",")))
+    if name == "sum_tail":
+        if not (rest.isdigit() and int(rest) > 0):
+            raise PlanError(f"Plan: style 'sum_tail' needs a number of outputs behind a colon, got {text!r}")
+        return Style(name, (int(rest),))
     if name != "packed_column":
         if rest:
             raise PlanError(f"Plan: style {name!r} takes nothing behind a colon, got {text!r}")

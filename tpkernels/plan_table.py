@@ -20,7 +20,7 @@ class Row:
     Attributes:
         name: with * in the place of the numbers. count: how many modules.
         style: as the plan says it; "whole" where it says nothing.
-        shape: of the weight. parts: how many outputs (rows of a table, experts) or inputs each rank has, "" for whole ones.
+        shape: of the weight. parts: how many outputs (or rows, experts) or inputs each rank has, "" if whole.
         parameters: of all of these modules. rank_parameters: of them on the fullest rank.
     """
 

@@ -121,6 +121,7 @@ def _sort(parameters: list[Tensor], groups: list[Group]) -> tuple[list[Tensor], 
     """Return the gradients of replicated parameters, those of cut ones by group name, and all of them."""
     replicated: list[Tensor] = []
     cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    counted_elsewhere: list[Tensor] = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -128,8 +129,11 @@ def _sort(parameters: list[Tensor], groups: list[Group]) -> tuple[list[Tensor], 
         if gradient.layout != torch.strided:
             raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
         info = shard_info(parameter)
+        if info is not None and not info.owns:  # another rank holds the same part and counts it
+            counted_elsewhere.append(gradient)
+            continue
         (replicated if info is None else cut[_group_of(info, groups).name]).append(gradient)
-    return replicated, cut, replicated + [g for gradients in cut.values() for g in gradients]
+    return replicated, cut, replicated + [g for gradients in cut.values() for g in gradients] + counted_elsewhere
 
 
 def _group_of(info: ShardInfo, groups: list[Group]) -> Group:
