@@ -26,6 +26,7 @@ LEVELS = [
     | {"derive_names", "derive_run", "plan", "plan_apply", "plan_heads", "plan_units"}
     | {
         "plan_layers",
+        "plan_loss",
         "plan_peft",
         "plan_random",
         "plan_refuse",

@@ -31,6 +31,7 @@ from tpkernels.plan_apply import (
 )
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import CutModule, Tied
+from tpkernels.plan_loss import check_cut_logits, cut_logits
 from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_refuse import refuse
 from tpkernels.plan_save import SavePretrained
@@ -141,6 +142,7 @@ def parallelize(
     sequence_parallel: bool = False,
     codec: str = "none",
     grad_codec: str | None = None,
+    gather_logits: bool = True,
 ) -> Model:
     """Cut a model over the ranks of a group, in place.
 
@@ -160,6 +162,8 @@ def parallelize(
             activations, the same traffic).
         codec: how partial sums travel.
         grad_codec: how the backward packs partial gradients; None: as `codec`.
+        gather_logits: False leaves the logits of a causal language model cut over the vocabulary and computes its loss
+            from the parts; for training, where whole logits may be the largest tensors of all.
 
     Returns:
         the model.
@@ -183,6 +187,9 @@ def parallelize(
     cuts = all_cuts(modules, styles, blocks, group.world_size)
     check_ties(modules, cuts)
     layers = check_sequence(model, modules, [block.name for block in blocks]) if sequence_parallel else []
+    heads = [name for name, style in styles.items() if style.name == "vocab_head"]
+    if not gather_logits:
+        check_cut_logits(model, heads)
     report = _report(plan, styles, modules, blocks, group)
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
@@ -194,6 +201,8 @@ def parallelize(
     arrange_random(modules, blocks, group)
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)
+    if not gather_logits:
+        cut_logits(model, modules[heads[0]], group)
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:

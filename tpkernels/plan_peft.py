@@ -98,20 +98,29 @@ def _cut_one(module: Any, base: Column | Row, adapter: str) -> None:
     A, B, group = module.lora_A[adapter], module.lora_B[adapter], base.group
     whole = base._cuts["weight"]
     wire = {"codec": base.codec, "grad_codec": base.grad_codec, "transposed": False, "random": None}
-    if isinstance(base, Row) and not base.split_input:
+    if isinstance(base, Row):
         cuts = {"weight": Cut(1, whole.full_size, whole.unit, whole.runs)}
-        tokens = {"sequence_parallel": base.sequence_parallel, "sequence_dim": base.sequence_dim}
-        cut_module(A, Row, cuts, group, split_input=False, **tokens, **wire)
+        here = {"split_input": base.split_input, "sequence_parallel": base.sequence_parallel}
+        _take_part(A, cuts, base, whole_now=base.split_input)
+        cut_module(A, Row, cuts, group, sequence_dim=base.sequence_dim, **here, **wire)
         init_shard_(A.weight, lambda w: init.kaiming_uniform_(w, a=math.sqrt(5)), by_rows=True)
         if base.sequence_parallel:
             cut_module(B, Summed, {}, group, summed=tuple(n for n, _ in B.named_parameters(recurse=False)))
         dropout = module.lora_dropout[adapter]
-        if isinstance(dropout, nn.Dropout) and not isinstance(dropout, CutModule):
+        if isinstance(dropout, nn.Dropout) and not base.split_input and not isinstance(dropout, CutModule):
             cut_module(dropout, RankDropout, {}, group)
         return
     A.weight.copy_(_of_rank_0(A.weight, group))
-    if isinstance(base, Column) and not base.gather_output:
-        cuts = {name: Cut(0, whole.full_size, whole.unit, whole.runs) for name, _ in B.named_parameters(recurse=False)}
-        cut_module(B, Column, cuts, group, gather_output=False, entered=base.entered, **wire)
-        if base.entered:
-            cut_module(A, Summed, {}, group, summed=("weight",))
+    cuts = {name: Cut(0, whole.full_size, whole.unit, whole.runs) for name, _ in B.named_parameters(recurse=False)}
+    _take_part(B, cuts, base, whole_now=base.gather_output)
+    cut_module(B, Column, cuts, group, gather_output=base.gather_output, entered=base.entered, **wire)
+    if base.entered:
+        cut_module(A, Summed, {}, group, summed=("weight",))
+
+
+def _take_part(linear: nn.Module, cuts: dict[str, Cut], base: CutModule, *, whole_now: bool) -> None:
+    """Shrink parameters that peft made whole, because the layer takes or gives whole tensors; the objects stay."""
+    if whole_now:
+        for name, cut in cuts.items():
+            parameter = linear.get_parameter(name)
+            parameter.data = base._info(cut).part(parameter.data).clone(memory_format=torch.contiguous_format)
