@@ -159,7 +159,7 @@ def parallelize(
         group: over which; None means all ranks.
         plan: "auto", or {module glob: style}: see `Plan.resolve` and tpkernels/plan_styles.py.
         sequence_parallel: between the blocks of a decoder each rank keeps its part of the tokens only (less memory for
-            activations, the same traffic).
+            activations, the same traffic). Hidden states of single layers that the model returns are such parts, too.
         codec: how partial sums travel.
         grad_codec: how the backward packs partial gradients; None: as `codec`.
         gather_logits: False leaves the logits of a causal language model cut over the vocabulary and computes its loss
@@ -215,8 +215,14 @@ def _guard(model: nn.Module, group: Group) -> None:
     first = next((module for module in model.modules() if isinstance(module, CutModule)), None)
     if first is not None:
         first.register_forward_pre_hook(AdapterGuard(model))
+    if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the whole model
+        model._get_static_cache_init_shape = _lazily  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model, group)  # type: ignore[assignment]
+
+
+def _lazily() -> None:
+    """What transformers takes for: let static caches take their shape from the first keys."""
 
 
 def is_weighty(module: nn.Module) -> bool:
