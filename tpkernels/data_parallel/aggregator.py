@@ -78,7 +78,8 @@ class GradAggregator:
         gradient_dtype: torch.float32 makes p.grad of bf16 and fp16 parameters fp32 (torch's grad_dtype): passes of an
             accumulation and ranks are then summed in fp32. The optimizer must take that, or get fp32 copies.
         sync_parameters: begin with the parameters of rank 0 instead of demanding that all ranks have the same.
-        check_parameters: demand it. False is for who resumes mode "local" between two averages, where they differ.
+        check_parameters: demand it, of frozen ones too. False is for who resumes mode "local" between two averages,
+            where they differ.
         warmup_steps: synchronous steps of mode "delayed".
         local_steps: of mode "local", between two averages.
         outer: the outer optimizer of mode "local".
@@ -122,7 +123,7 @@ class GradAggregator:
         if sync_parameters:
             checks.copy_from_first(model, group)
         elif check_parameters:
-            checks.check_same_values(members, group)
+            checks.check_same_values(model, group)
         self.group, self.mode, self.codec = group, mode, codec
         self._model, self._members = model, members
         self._warmup_steps, self._local_steps, self._outer_settings = warmup_steps, local_steps, outer
@@ -240,7 +241,7 @@ class GradAggregator:
                     kept.mul_(factor)
 
     def restore_parameters(self) -> None:
-        """Mode "local": forget the local steps since the last average; the parameters are that average again."""
+        """Mode "local": drop what the local steps since the last average changed on this rank; they still count."""
         if self._outer is None:
             raise RuntimeError(f"GradAggregator.restore_parameters: mode must be 'local', got {self.mode!r}")
         self._outer.restore_parameters()

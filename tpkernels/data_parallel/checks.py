@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpkernels import ops
 from tpkernels.compress import CODECS
 from tpkernels.group import Group
 from tpkernels.ranks import gather
 
+from .agree import replicas_agree
 from .buckets import Member
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -159,22 +159,14 @@ def _describe(parameter: tuple[str, list[int], str] | None) -> str:
     return f"{name!r} ({dtype.removeprefix('torch.')}, shape {shape})"
 
 
-def check_same_values(members: list[Member], group: Group) -> None:
+def check_same_values(model: nn.Module, group: Group) -> None:
     """Raise ValueError on all ranks, naming the first parameter whose bits differ between ranks of the group."""
-    mine = [_digest(member.parameter) for member in members]
-    every = gather(mine, group)
-    for i, member in enumerate(members):
-        ranks = [rank for rank, theirs in enumerate(every) if theirs[i] != every[0][i]]
-        if ranks:
-            raise ValueError(
-                f"{WHO}: parameters must hold the same values on all ranks of group {group.label!r} at the start, but "
-                f"{member.name!r} differs on ranks {ranks} from rank 0; pass sync_parameters=True to take rank 0's"
-            )
-
-
-def _digest(parameter: Tensor) -> bytes:
-    values = parameter.detach().contiguous().cpu().reshape(-1)
-    return hashlib.blake2b(values.view(torch.uint8).numpy().data, digest_size=16).digest()
+    found = replicas_agree(model, group=group, buffers=False)
+    if not found:
+        raise ValueError(
+            f"{WHO}: parameters must hold the same values on all ranks of group {group.label!r} at the start, but "
+            f"{found.first!r} differs on ranks {list(found.ranks)}; pass sync_parameters=True to take rank 0's"
+        )
 
 
 @torch.no_grad()

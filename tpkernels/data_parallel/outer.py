@@ -87,11 +87,10 @@ class OuterLoop:
         self.rounds += 1
 
     def restore_parameters(self) -> None:
-        """Let the parameters be the anchor again, as if there had been no local steps."""
+        """Let the parameters be the anchor again. The steps still count: the ranks must stay in step."""
         for bucket, kept in zip(self._traffic.buckets, self.state, strict=True):
             for i, member in enumerate(bucket.members):
                 member.parameter.detach().copy_(bucket.part(kept["anchor"], i))
-        self.steps = 0
 
     def _apply(self, bucket: Bucket, kept: dict[str, Tensor], delta: Tensor) -> None:
         settings = self._settings

@@ -96,24 +96,24 @@ class Sender:
         return current
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
-        if self._quiet:
-            self._heard_quietly = True
-            return
-        name, gradient = self._members[index].name, parameter.grad
+        current, name, gradient = self._round, self._members[index].name, parameter.grad
         if gradient is None:
             return
+        if current is not None and (self._quiet or current.is_complete or current.has(index)):
+            raise RuntimeError(
+                f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
+                f"passes of a step but the last one under no_sync(), and call wait() after each step"
+            )
         if gradient.layout != torch.strided:
             raise ValueError(
                 f"GradAggregator: gradients must be dense, got layout {gradient.layout} for parameter {name!r} "
                 f"(an embedding with sparse=True?)"
             )
+        if self._quiet:
+            self._heard_quietly = True
+            return
         if self._round is None:
             self._round = Round(self._traffic, self.step)
-        if self._round.is_complete or self._round.has(index):
-            raise RuntimeError(
-                f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
-                f"passes of a step but the last one under no_sync(), and call wait() after each step"
-            )
         if not self._expects_end:
             self._expects_end = True
             torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
