@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tpkernels.errors import PeerLostError
 
 _SLICE_SECONDS = 0.2
+_PIECE = 64 << 10
 _REPORT_SECONDS = 1.0
 
 
@@ -57,17 +59,41 @@ class ProcessGroupExchange:
         self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._receive = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._work: Any = None
+        self._works: list[Any] = []
         self.capacity = capacity
         self.send_pointer = self._send.data_ptr()
         self.receive_pointer = self._receive.data_ptr()
 
     def start(self, send_bytes: list[int], receive_bytes: list[int]) -> None:
         """Begin to send `send_bytes[r]` bytes to rank r and to receive `receive_bytes[r]` from it, in rank order."""
+        send, receive = self._send[: sum(send_bytes)], self._receive[: sum(receive_bytes)]
+        if len(send_bytes) == 2:
+            self._works = self._start_pair(send, receive, send_bytes, receive_bytes)
+        else:
+            self._works = [self._begin(send, receive, send_bytes, receive_bytes)]
+
+    def _start_pair(
+        self, send: Tensor, receive: Tensor, send_bytes: list[int], receive_bytes: list[int]
+    ) -> list[dist.Work]:
+        """Between two ranks, in pieces that are under way at the same time.
+
+        One large message after the other's is what gloo makes of a large all-to-all: over a link of 100 Mbit 6 MB each
+        way took 1.05 s, in pieces 0.54 s, as long as one way takes. Both ranks count the same pieces.
+        """
+        mine, other = self._rank, 1 - self._rank
+        parts_out, parts_in = torch.split(send, send_bytes), torch.split(receive, receive_bytes)
+        parts_in[mine].copy_(parts_out[mine])
+        works = []
+        for first in range(0, max(send_bytes[other], receive_bytes[other], 1), _PIECE):
+            out, into = parts_out[other][first : first + _PIECE], parts_in[other][first : first + _PIECE]
+            sizes = [[part.numel() if r == other else 0 for r in range(2)] for part in (out, into)]
+            works.append(self._begin(out, into, *sizes))
+        return works
+
+    def _begin(self, send: Tensor, receive: Tensor, send_bytes: list[int], receive_bytes: list[int]) -> dist.Work:
         options = dist.AllToAllOptions()
         options.timeout = timedelta(seconds=self._timeout_s)
-        self._work = self._group.alltoall_base(
-            self._receive[: sum(receive_bytes)], self._send[: sum(send_bytes)], receive_bytes, send_bytes, options
-        )
+        return self._group.alltoall_base(receive, send, receive_bytes, send_bytes, options)
 
     def wait(self, call: int) -> None:
         """Return when everything has arrived.
@@ -80,10 +106,14 @@ class ProcessGroupExchange:
             PeerLostError: a rank died, closed the group or gave up, or the backend failed.
         """
         deadline = time.monotonic() + self._timeout_s
+        for work in self._works:
+            self._wait_for(work, call, deadline)
+
+    def _wait_for(self, work: dist.Work, call: int, deadline: float) -> None:
         while True:
-            ended = self._work.is_completed()  # asked before: it may end well while a slice runs out
+            ended = work.is_completed()  # asked before: it may end well while a slice runs out
             try:
-                self._work.wait(timedelta(seconds=_SLICE_SECONDS))
+                work.wait(timedelta(seconds=_SLICE_SECONDS))
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= deadline

@@ -13,6 +13,7 @@ from tpkernels.layout import rows_of
 from tpkernels.settings import Settings
 
 TOPK_RATIO = 0.0195  # a value travels with its index in 6.1 bytes: 3 % of what all take in fp32
+DELAY_FROM = 10  # steps of mode delayed that are synchronous
 APART = "local_steps_apart"  # in the numbers of a saved state: local steps since the replicas were one
 
 
@@ -37,6 +38,7 @@ class Replicas:
             group=group,
             codec=settings.grad_codec,
             mode=settings.grad_mode,
+            warmup_steps=min(DELAY_FROM, settings.warm_up),
             local_steps=settings.local_steps,
             outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # few local steps want the plain mean
             topk=TopK(TOPK_RATIO, warmup_steps=settings.warm_up),

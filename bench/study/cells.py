@@ -118,17 +118,21 @@ def timed(session: Session, methods: list[Method], rounds: int, steps: int) -> I
             seconds[method.name].append(float(took) / length)
             exposed[method.name].append(mean(r["communication"] for r in records))
             close(trainer)
-    for method in methods:
-        each = seconds[method.name]
-        yield {
-            "method": method.name,
-            "step_seconds": median(each),
-            "step_seconds_all": [round(x, 5) for x in each],
-            "tokens_per_s": session.settings.tokens / median(each),
-            "exposed_seconds": median(exposed[method.name]),
-            "steps": steps,
-            "rounds": rounds,
-        }
+        for method in methods:
+            yield summary(session, method, seconds[method.name], exposed[method.name], steps)
+
+
+def summary(session: Session, method: Method, seconds: list[float], exposed: list[float], steps: int) -> Row:
+    """The row of a method after so many rounds; that of a later round replaces it."""
+    return {
+        "method": method.name,
+        "step_seconds": median(seconds),
+        "step_seconds_all": [round(x, 5) for x in seconds],
+        "tokens_per_s": session.settings.tokens / median(seconds),
+        "exposed_seconds": median(exposed),
+        "steps": steps,
+        "rounds": len(seconds),
+    }
 
 
 def alone(session: Session, codecs: list[str], rounds: int) -> Iterator[Row]:

@@ -114,13 +114,14 @@ class DDPTrainer(Trainer):
         assert groups.dp is not None
         self.replicas = Share(rows_of(self.settings.batch, groups.dp))  # type: ignore[assignment]
         self.hook, self.world_size, self.counted = hook, groups.dp.world_size, 0
+        self.power_start = POWER_START if self.settings.warmup else 2  # the least that it takes
         process_group = groups.dp.process_group
         # Over gloo the callbacks of PowerSGD start collectives in an order that differs between ranks as soon as there
         # are two buckets, and the process aborts ("Received data size doesn't match"). So it gets one.
         cap = 1000 if hook == "powersgd" else None
         self.ddp = DistributedDataParallel(Losses(self.model), process_group=process_group, bucket_cap_mb=cap)
         self.power = powerSGD_hook.PowerSGDState(
-            process_group, matrix_approximation_rank=POWER_RANK, start_powerSGD_iter=POWER_START
+            process_group, matrix_approximation_rank=POWER_RANK, start_powerSGD_iter=self.power_start
         )
         if hook == "fp16":
             self.ddp.register_comm_hook(process_group, default_hooks.fp16_compress_hook)
@@ -139,6 +140,6 @@ class DDPTrainer(Trainer):
         ring = 2 * (self.world_size - 1) / self.world_size
         values = sum(p.numel() for p in self.model.parameters())
         if self.hook == "powersgd":  # which counts by itself, from its start on
-            plain = min(self.counted, POWER_START) * values
+            plain = min(self.counted, self.power_start) * values
             return int(ring * 4 * (plain + self.power.total_numel_after_compression))
         return int(ring * {"plain": 4, "fp16": 2}[self.hook] * self.counted * values)
