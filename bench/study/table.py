@@ -85,6 +85,12 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
             continue
         yield f"## {layout}: {TITLES[layout]}"
         yield ""
+        runs = select(kept, kind="loss", layout=layout)
+        if runs:
+            counts = sorted({len(goals.losses(kept, layout, row["method"])) for row in runs})
+            seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            yield f"Loss after {runs[-1]['steps']} steps, {seeds} seeds."
+            yield ""
         yield from markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
         yield ""
     yield "## Goals"
@@ -98,18 +104,18 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
 def circumstances(kept: Sequence[Row]) -> Iterator[str]:
     losses, speeds = select(kept, kind="loss"), select(kept, kind="speed")
     if losses:
-        last = losses[-1]
         yield (
-            f"Loss: the byte-level GPT of `tpkernels train`, {largest(losses) / 1e6:.2f} M parameters, {last['steps']} "
-            f"steps of 512 bytes on Python's standard library, AdamW, {len({r['seed'] for r in losses})} seeds (other "
-            f"weights and other data), validation on 256 windows. In brackets: the seeds' least and most."
+            f"Loss: the byte-level GPT of `tpkernels train`, {largest(losses) / 1e6:.2f} M parameters (narrower "
+            "than that of `make run`), steps of 512 bytes on Python's standard library, AdamW; each seed means other "
+            "weights and other data; validation on 256 windows. In brackets: the seeds' least and most."
         )
         yield ""
     if speeds:
+        rounds = sorted(int(row["rounds"]) for row in speeds)
         yield (
             "Speed: the model of `make run` (3.28 M parameters, 1024 bytes a step), one core and one thread a rank, "
             "transport `group` (gloo over TCP); each method in turn, "
-            f"{speeds[-1]['rounds']} rounds, the slowest rank counts, medians. Links: network namespaces joined by "
+            f"{rounds[0]} to {rounds[-1]} rounds, the slowest rank counts, medians. Links: namespaces joined by "
             "veth, `tbf` at the rate named, at both ends. In parentheses: against the first line."
         )
         yield ""
@@ -139,7 +145,7 @@ def notes() -> Iterator[str]:
 - bytes a step: sent by each rank for the averages, counted by the communicator in the second half of the run; for DDP
   from the sizes of what its hooks reduce, as a ring sends them.
 - `none`, `fp16`, ... are codecs of `GradAggregator`, with error feedback; `delayed` applies each average one step
-  later, `local` averages parameters every 8 steps (outer SGD with momentum), and its bytes are spread over them.
+  later, `local` averages parameters every 8 steps (their plain mean), and its bytes are spread over them.
 - PowerSGD: rank {POWER_RANK}, from step {POWER_START} on, in one bucket: over gloo its callbacks start collectives in
   an order that differs between ranks as soon as there are two, and the process aborts.
 - `topk` falls to its share within the warm-up of the learning rate; its bytes are those after it."""
