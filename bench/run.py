@@ -63,6 +63,7 @@ BENCHES = {
     "vocab_cross_entropy": Bench("bench.vocab:vocab_cross_entropy", shapes.parse_vocab, VOCABS),
     "codecs": Bench("bench.overheads:codecs", shapes.parse_bytes, BYTES),
     "codecs_group": Bench("bench.overheads:codecs_group", shapes.parse_bytes, BYTES),
+    "codec_moves": Bench("bench.codecs:moves", shapes.parse_bytes, (256 << 10, 4 << 20, 64 << 20)),
     "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
 }
 

@@ -32,6 +32,7 @@ RUNS = [
     "vocab_cross_entropy",
     "codecs",
     "codecs_group",
+    "codec_moves --ranks 1",
     "dispatch",
     "train_step",
 ]

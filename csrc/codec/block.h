@@ -29,6 +29,9 @@ struct BlockLayout {
   static_assert(!kScaled || kBlockValues / kScaleValues * sizeof(Scale) <= kHeaderBytes,
                 "the scales fit in the header");
 
+  // Whether what shares this scale can be packed; if not, its payloads are zero.
+  TPK_ALWAYS_INLINE static bool is_finite(Scale) { return true; }
+
   // Bytes of n values, the last block cut to what it holds.
   TPK_ALWAYS_INLINE static constexpr size_t bytes(size_t n) {
     return (n + kBlockValues - 1) / kBlockValues * kHeaderBytes + n * sizeof(Payload);
@@ -49,6 +52,13 @@ TPK_ALWAYS_INLINE int exponent_of(uint32_t magnitude) {
 
 // 2^exponent for an exponent in [-126, 127].
 TPK_ALWAYS_INLINE float power_of_two(int exponent) { return from_bits(static_cast<uint32_t>(exponent + 127) << 23); }
+
+// In front of a loop over the scales of a block: unrolled whole, which the compiler likes to do, it is no vector code.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define TPK_ROLLED _Pragma("GCC unroll 1")
+#else
+#define TPK_ROLLED
+#endif
 
 // ---- the loops of the CPU over one block, n <= kBlockValues
 // -------------------------------------------------------------
@@ -79,13 +89,25 @@ TPK_ALWAYS_INLINE void encode_whole_block(const float* values, char* block) {
   if constexpr (C::kScaled) {
     uint32_t largest[kScales];
     for (size_t g = 0; g < kScales; ++g) largest[g] = largest_of<C>(values + g * kEach, kEach);
+    TPK_ROLLED
     for (size_t g = 0; g < kScales; ++g) scales[g] = C::scale_of(largest[g]);
     std::memset(block + sizeof scales, 0, C::kHeaderBytes - sizeof scales);
     std::memcpy(block, scales, sizeof scales);
   }
+  typename C::Factors factors[kScales];
+  TPK_ROLLED
+  for (size_t g = 0; g < kScales; ++g) factors[g] = C::packing(scales[g]);
+  TPK_ROLLED
   for (size_t g = 0; g < kScales; ++g) {
-    const typename C::Factors factors = C::packing(scales[g]);
-    for (size_t i = 0; i < kEach; ++i) payload[g * kEach + i] = C::pack(values[g * kEach + i], factors);
+    for (size_t i = 0; i < kEach; ++i)
+      payload[g * kEach + i] = static_cast<typename C::Payload>(C::pack(values[g * kEach + i], factors[g]));
+  }
+  if constexpr (!C::kScaled) return;
+  size_t finite = 0;
+  TPK_ROLLED
+  for (size_t g = 0; g < kScales; ++g) finite += C::is_finite(scales[g]) ? 1 : 0;
+  for (size_t g = 0; finite < kScales && g < kScales; ++g) {
+    if (!C::is_finite(scales[g])) std::memset(payload + g * kEach, 0, kEach * sizeof *payload);
   }
 }
 
@@ -102,7 +124,8 @@ TPK_ALWAYS_INLINE void encode_block(const float* values, char* block, size_t n) 
       std::memcpy(block + which * sizeof scale, &scale, sizeof scale);
     }
     const typename C::Factors factors = C::packing(scale);
-    for (size_t i = start; i < end; ++i) payload[i] = C::pack(values[i], factors);
+    for (size_t i = start; i < end; ++i) payload[i] = static_cast<typename C::Payload>(C::pack(values[i], factors));
+    if (C::kScaled && !C::is_finite(scale)) std::memset(payload + start, 0, (end - start) * sizeof *payload);
   }
 }
 
@@ -112,9 +135,14 @@ TPK_ALWAYS_INLINE void for_each_of_block(const char* block, size_t n, Take take)
   constexpr size_t kEach = C::kScaleValues, kScales = C::kBlockValues / kEach;
   const typename C::Payload* payload = reinterpret_cast<const typename C::Payload*>(block + C::kHeaderBytes);
   if (n == C::kBlockValues) {
+    typename C::Scale scales[kScales] = {};
+    if constexpr (C::kScaled) std::memcpy(scales, block, sizeof scales);
+    typename C::Factors factors[kScales];
+    TPK_ROLLED
+    for (size_t g = 0; g < kScales; ++g) factors[g] = C::unpacking(scales[g]);
+    TPK_ROLLED
     for (size_t g = 0; g < kScales; ++g) {
-      const typename C::Factors factors = C::unpacking(read_scale<C>(block, g));
-      for (size_t i = 0; i < kEach; ++i) take(g * kEach + i, C::unpack(payload[g * kEach + i], factors));
+      for (size_t i = 0; i < kEach; ++i) take(g * kEach + i, C::unpack(payload[g * kEach + i], factors[g]));
     }
     return;
   }

@@ -5,12 +5,13 @@
 //   scale_of(largest)               what the header holds of values whose largest magnitude has these float bits
 //   packing(scale)                  Factors: what pack needs of the scale, computed once for all its values;
 //   unpacking(scale)                the same for unpack
-//   pack(value, factors)            one value; values are float, sums are taken in float
-//   unpack(payload, factors)
+//   is_finite(scale)                (where that can be) whether its values can be packed; if not, payloads become 0
+//   pack(value, factors)            one value's payload, or 32 bits that end in it; values are float
+//   unpack(payload, factors)        sums are taken in float
 //
-// all TPK_ALWAYS_INLINE, and the last two without branches: the CPU makes vector loops of them, and a CUDA warp works
-// on a block in registers. Its header says what it does to the values: wire layout, error bound, NaN.
-// To add one: write codec/<name>.h and add a line here.
+// all TPK_ALWAYS_INLINE, and but for scale_of without branches: the CPU makes vector loops of them, and a CUDA warp
+// works on a block in registers. A loop narrows best what comes out of a float addition: see fp8.h. Its header says
+// what it does to the values: wire layout, error bound, NaN. To add one: write codec/<name>.h and add a line here.
 #pragma once
 
 #include <cstdint>

@@ -14,11 +14,11 @@ namespace tpk {
 
 struct Fp16Codec : BlockLayout<Half, int16_t, kCodecBlockValues, 16> {
   static constexpr int16_t kNotFinite = INT16_MIN;
+  static constexpr uint32_t kSmallestNormal = 0x38800000u;  // 2^-14
 
   // 2^shift as two factors, each representable: the shift can be 163 for a block of subnormals.
   struct Factors {
     float first, second;
-    uint16_t keep;
   };
 
   TPK_ALWAYS_INLINE static int16_t scale_of(uint32_t largest) {
@@ -26,21 +26,29 @@ struct Fp16Codec : BlockLayout<Half, int16_t, kCodecBlockValues, 16> {
     return static_cast<int16_t>(largest == 0 ? 0 : 14 - exponent_of(largest));
   }
 
+  TPK_ALWAYS_INLINE static bool is_finite(int16_t shift) { return shift != kNotFinite; }
   TPK_ALWAYS_INLINE static Factors powers(int shift) {
-    return {power_of_two(shift / 2), power_of_two(shift - shift / 2), 0xffffu};
+    return {power_of_two(shift / 2), power_of_two(shift - shift / 2)};
   }
-  TPK_ALWAYS_INLINE static Factors packing(int16_t shift) {
-    return shift == kNotFinite ? Factors{0.0f, 0.0f, 0} : powers(shift);
-  }
+  TPK_ALWAYS_INLINE static Factors packing(int16_t shift) { return powers(shift); }
   TPK_ALWAYS_INLINE static Factors unpacking(int16_t shift) {
-    return shift == kNotFinite ? Factors{from_bits(0x7fc00000u), 1.0f, 0} : powers(-shift);
+    return shift == kNotFinite ? Factors{from_bits(0x7fc00000u), 1.0f} : powers(-shift);
   }
 
-  TPK_ALWAYS_INLINE static Half pack(float value, const Factors& by) {
-    return static_cast<Half>(static_cast<uint16_t>(to_half(value * by.first * by.second)) & by.keep);
+  TPK_ALWAYS_INLINE static uint32_t pack(float value, const Factors& by) {
+    // Adding the right power of two rounds to the last place and leaves the significand in the low bits, behind what
+    // that power's own low bits hold: sign and exponent. to_half gives the same, and tells apart what cannot come here.
+    const uint32_t bits = bits_of(value * by.first * by.second), magnitude = bits & 0x7fffffffu;
+    const uint32_t own = magnitude & 0x7f800000u, exponent = own > kSmallestNormal ? own : kSmallestNormal;
+    const uint32_t rest = (exponent >> 13) + (bits >> 16 & 0x8000u);
+    return bits_of(from_bits(magnitude) + from_bits(exponent + rest + ((13u << 23) - (kSmallestNormal >> 13))));
   }
   TPK_ALWAYS_INLINE static float unpack(Half payload, const Factors& by) {
-    return to_float(payload) * by.first * by.second;
+    const uint32_t sign = (static_cast<uint32_t>(payload) & 0x8000u) << 16;
+    const uint32_t magnitude = (static_cast<uint32_t>(payload) & 0x7fffu) << 13;
+    const float subnormal = from_bits(magnitude + kSmallestNormal) - 0x1p-14f;
+    const uint32_t bits = magnitude < 0x00800000u ? bits_of(subnormal) : magnitude + (kSmallestNormal - 0x00800000u);
+    return from_bits(bits | sign) * by.first * by.second;
   }
 };
 

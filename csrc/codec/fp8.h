@@ -20,7 +20,6 @@ struct Fp8Codec : BlockLayout<Fp8, uint8_t, 32, 16> {
 
   struct Factors {
     float by;
-    uint32_t keep;
   };
 
   // Values are e4m3 times 2^-7 between the two multiplications, which leaves both factors representable.
@@ -33,25 +32,24 @@ struct Fp8Codec : BlockLayout<Fp8, uint8_t, 32, 16> {
     return static_cast<uint8_t>(largest >= 0x7f800000u ? kNotFinite : exponent < 1 ? 0 : exponent - 1);
   }
 
+  TPK_ALWAYS_INLINE static bool is_finite(uint8_t scale) { return scale != kNotFinite; }
+
   // 2^(exponent - 127) for an exponent in [0, 254].
   TPK_ALWAYS_INLINE static float power(uint32_t exponent) {
     return from_bits(exponent == 0 ? 0x00400000u : exponent << 23);
   }
-  TPK_ALWAYS_INLINE static Factors packing(uint8_t scale) {
-    return scale == kNotFinite ? Factors{0.0f, 0u} : Factors{power(254u - scale), 0xffu};
-  }
+  TPK_ALWAYS_INLINE static Factors packing(uint8_t scale) { return {power(254u - scale)}; }
   TPK_ALWAYS_INLINE static Factors unpacking(uint8_t scale) {
-    return {scale == kNotFinite ? from_bits(0x7fc00000u) : power(scale), 0xffu};
+    return {scale == kNotFinite ? from_bits(0x7fc00000u) : power(scale)};
   }
 
-  // Adding the right power of two rounds to a multiple of the last place and leaves the significand in the low bits.
-  TPK_ALWAYS_INLINE static Fp8 pack(float value, const Factors& factors) {
+  // Adding the right power of two rounds to the last place and leaves the significand in the low bits, behind what that
+  // power's own low bits hold: sign and exponent.
+  TPK_ALWAYS_INLINE static uint32_t pack(float value, const Factors& factors) {
     const uint32_t bits = bits_of(value * factors.by), magnitude = bits & 0x7fffffffu;
-    const uint32_t exponent = (magnitude > kSmallestNormal ? magnitude : kSmallestNormal) & 0x7f800000u;
-    const uint32_t sum = bits_of(from_bits(magnitude) + from_bits(exponent + kStepBelowIt));
-    const uint32_t significand = sum - (exponent + kStepBelowIt);
-    const uint32_t payload = ((exponent - kSmallestNormal) >> 20) + significand;
-    return static_cast<Fp8>(static_cast<uint8_t>((payload | (bits >> 24 & 0x80u)) & factors.keep));
+    const uint32_t own = magnitude & 0x7f800000u, exponent = own > kSmallestNormal ? own : kSmallestNormal;
+    const uint32_t rest = (exponent >> 20) + (bits >> 24 & 0x80u);
+    return bits_of(from_bits(magnitude) + from_bits(exponent + rest + (kStepBelowIt - (kSmallestNormal >> 20))));
   }
   TPK_ALWAYS_INLINE static float unpack(Fp8 payload, const Factors& factors) {
     const uint32_t sign = (static_cast<uint32_t>(payload) & 0x80u) << 24;

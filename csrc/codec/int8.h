@@ -20,7 +20,6 @@ struct Int8Codec : BlockLayout<int8_t, uint16_t, 32, 32> {
   // The scale or its inverse as two factors, each representable: its exponent lies between -157 and 122.
   struct Factors {
     float first, second;
-    uint32_t keep;
   };
 
   TPK_ALWAYS_INLINE static uint16_t scale_of(uint32_t largest) {
@@ -31,24 +30,24 @@ struct Int8Codec : BlockLayout<int8_t, uint16_t, 32, 32> {
     return static_cast<uint16_t>(largest >= 0x7f800000u ? kNotFinite : rounded_up);
   }
 
+  TPK_ALWAYS_INLINE static bool is_finite(uint16_t scale) { return scale != kNotFinite; }
   TPK_ALWAYS_INLINE static int exponent(uint16_t scale) { return (scale >> 7) - kBias; }
   TPK_ALWAYS_INLINE static float mantissa(uint16_t scale) {
     return from_bits(0x3f800000u | static_cast<uint32_t>(scale & 127) << 16);
   }
   TPK_ALWAYS_INLINE static Factors packing(uint16_t scale) {
-    const int shift = scale == kNotFinite ? 0 : -exponent(scale), half = shift >> 1;
-    return {power_of_two(half), 1.0f / mantissa(scale) * power_of_two(shift - half),
-            scale == kNotFinite ? 0u : 0xffffffffu};
+    const int shift = -exponent(scale), half = shift >> 1;
+    return {power_of_two(half), 1.0f / mantissa(scale) * power_of_two(shift - half)};
   }
   TPK_ALWAYS_INLINE static Factors unpacking(uint16_t scale) {
     const int shift = scale == kNotFinite ? 0 : exponent(scale), half = shift >> 1;
     return {scale == kNotFinite ? from_bits(0x7fc00000u) : mantissa(scale) * power_of_two(half),
-            power_of_two(shift - half), 0xffffffffu};
+            power_of_two(shift - half)};
   }
 
   // Adding 1.5 * 2^23 rounds to the nearest whole number, even in the middle, and leaves it in the low bits.
-  TPK_ALWAYS_INLINE static int8_t pack(float value, const Factors& by) {
-    return static_cast<int8_t>(static_cast<uint8_t>(bits_of(value * by.first * by.second + 0x1.8p23f) & by.keep));
+  TPK_ALWAYS_INLINE static uint32_t pack(float value, const Factors& by) {
+    return bits_of(value * by.first * by.second + 0x1.8p23f);
   }
   TPK_ALWAYS_INLINE static float unpack(int8_t payload, const Factors& by) {
     return static_cast<float>(payload) * by.first * by.second;

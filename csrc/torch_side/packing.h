@@ -19,7 +19,7 @@ inline const Wire& packing(const char* op, const Tensor& x, const std::string& n
 
 // Room for n packed values.
 inline Tensor empty_wire(const Tensor& like, const Wire& wire, size_t n) {
-  return empty_of(like, {static_cast<int64_t>(wire.bytes(n))}, ScalarType::Byte);
+  return fresh_output(empty_of(like, {0}, ScalarType::Byte), {static_cast<int64_t>(wire.bytes(n))});
 }
 
 // What decompress writes to, and how its bytes are to be read.
@@ -31,7 +31,7 @@ inline Unpacking unpacking(const Tensor& wire_bytes, const Shape& shape, ScalarT
   TPK_CHECK(wire_bytes.scalar_type() == ScalarType::Byte && wire_bytes.dim() == 1,
             "decompress: wire must be uint8 with one dim, got ", wire_bytes.dim(), " dims of ",
             wire_bytes.element_size(), " bytes a value");
-  const Tensor out = empty_of(wire_bytes, shape, dtype);
+  const Tensor out = fresh_output(empty_of(wire_bytes, {0}, dtype), shape);
   const Wire& wire = packing("decompress", out, codec);
   TPK_CHECK(numel_of(wire_bytes) == wire.bytes(numel_of(out)), "decompress: wire must have ", wire.bytes(numel_of(out)),
             " bytes for shape ", text_of(shape), ", got ", numel_of(wire_bytes));

@@ -77,6 +77,11 @@ Bytes cpu_reduced(const Wire& wire, const std::vector<Bytes>& wires, size_t n) {
   return packed;
 }
 
+// Half of all dtypes with all codecs in one round, the other half in the next.
+bool is_the_turn_of(DType dtype, Codec codec, uint64_t round) {
+  return (static_cast<uint64_t>(dtype) + static_cast<uint64_t>(codec) + round) % 2 == 0;
+}
+
 }  // namespace
 
 CASE(a_device_writes_the_bytes_of_the_cpu_and_reads_them) {
@@ -84,6 +89,7 @@ CASE(a_device_writes_the_bytes_of_the_cpu_and_reads_them) {
     configure(1, seed);
     for (DType dtype : kPacked) {
       for (Codec codec : codecs()) {
+        if (!is_the_turn_of(dtype, codec, seed)) continue;
         const Wire& wire = wire_of(dtype, codec, ReduceOp::Sum);
         for (size_t n : kLengths) {
           const Bytes values = values_of_all_kinds(dtype, n, seed + n), packed = encoded(wire, values);
@@ -124,6 +130,7 @@ CASE(wires_are_reduced_to_the_bytes_of_the_cpu) {
   for (DType dtype : kPacked) {
     for (Codec codec : codecs()) {
       for (ReduceOp op : {ReduceOp::Sum, ReduceOp::Avg}) {
+        if (!is_the_turn_of(dtype, codec, static_cast<uint64_t>(op))) continue;
         for (int count : {1, 2, 3, 4, 5, 8, 9, 64}) {
           configure(1, ++seed % 5);
           const size_t n = kLengths[seed % std::size(kLengths)];
@@ -178,6 +185,7 @@ CASE(what_packing_loses_is_kept_for_the_next_time) {
   for (DType dtype : kPacked) {
     for (Codec codec : all) {
       for (size_t n : kLengths) {
+        if (!is_the_turn_of(dtype, codec, n)) continue;
         configure(1, ++seed % 5);
         const float scale = seed % 2 == 0 ? 1.0f : 0.3f;
         const Bytes values = values_of_all_kinds(dtype, n, seed);

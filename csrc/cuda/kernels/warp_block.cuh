@@ -125,7 +125,10 @@ struct LaneWire {
       wire.scale[half] = C::scale_of(largest[half]);
       const typename C::Factors factors = C::packing(wire.scale[half]);
 #pragma unroll
-      for (uint32_t i = 0; i < kLaneValues; ++i) wire.payload[half].of[i] = C::pack(values.of[half][i], factors);
+      for (uint32_t i = 0; i < kLaneValues; ++i) {
+        const auto payload = static_cast<typename C::Payload>(C::pack(values.of[half][i], factors));
+        wire.payload[half].of[i] = C::is_finite(wire.scale[half]) ? payload : typename C::Payload{};
+      }
     }
     return wire;
   }

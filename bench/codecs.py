@@ -1,0 +1,108 @@
+"""Packing by itself: how near encode, decode and encode with error feedback come to a copy of the same values.
+
+One rank, one core. A share is bytes read and written in a second over what `copy_` of the same number of fp32 values
+reads and writes; a row's `ratio` is of times, `share` makes the one of the other. `python -m bench.codecs` prints them.
+The bytes of the op are those of the fp32 values: 256 KiB lie in the second-level cache, 4 MiB in the third, 64 MiB in
+memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench import rows as kept
+from bench.cell import CODEC_FLOOR, CODEC_ROUNDING, Cell, Setting
+from bench.rows import Row
+from bench.shapes import format_bytes
+from bench.timing import Candidate
+from tpkernels import ops
+from tpkernels.compress import CODECS, wire_bytes
+
+OP = "codec_moves"
+SIZES = (256 << 10, 4 << 20, 64 << 20)
+GOAL = 0.7
+"""Of one core's copy bandwidth."""
+
+
+def moved(move: str, codec: str, numel: int) -> int:
+    """Bytes that a move reads and writes."""
+    if move == "copy":
+        return 8 * numel
+    residual = 8 * numel if move == "feedback" else 0
+    return 4 * numel + residual + wire_bytes(codec, numel)
+
+
+def share(row: Row) -> float:
+    """Of the copy's bandwidth."""
+    move, _, codec = row["variant"].partition("_")
+    numel = row["bytes"] // 4
+    return float(row["ratio"]) * moved(move, codec, numel) / moved("copy", codec, numel)
+
+
+def moves(setting: Setting, nbytes: int) -> Cell:
+    """Every move of every codec that packs, beside a copy."""
+    n = nbytes // 4
+    x = setting.values(setting.rank, n)
+    y, residual = torch.empty_like(x), torch.zeros_like(x)
+    largest = float(x.abs().max())
+
+    def near(codec: str, read: Callable[[Any], Tensor]) -> Callable[[Any], float]:
+        allowed = 1.01 * (CODEC_ROUNDING[codec] * x.abs() + CODEC_FLOOR[codec] * largest) + 1e-30
+        return lambda found: float(((read(found) - x).abs() / allowed).max())
+
+    def of(codec: str) -> Iterator[Candidate]:
+        wire = ops.compress(x, codec)
+
+        def unpacked(found: Tensor) -> Tensor:
+            return ops.decompress(found, (n,), torch.float32, codec)
+
+        label: dict[str, str | None] = {"codec": codec, "path": None, "transport": None}
+        yield Candidate(f"encode_{codec}", lambda: ops.compress(x, codec), near(codec, unpacked), label=label)
+        yield Candidate(f"decode_{codec}", lambda: unpacked(wire), near(codec, lambda found: found), label=label)
+        yield Candidate(
+            f"feedback_{codec}",
+            call=lambda: ops.compress_with_feedback(x, residual, codec),
+            error=near(codec, unpacked),
+            load=residual.zero_,
+            label=label,
+        )
+
+    def copied(found: Tensor) -> float:
+        return 0.0 if torch.equal(found, x) else 9.0
+
+    candidates = [Candidate("copy", lambda: y.copy_(x), copied)]
+    for codec in CODECS:
+        candidates += of(codec) if codec != "none" else ()
+    wanted = [c for c in candidates if not setting.only or c.name in ("copy", *setting.only)]
+    return Cell(OP, setting.dtype_name, setting.world_size, {"bytes": nbytes}, wanted, "copy")
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="A file of JSON lines.")] = kept.RESULTS / "codecs.jsonl",
+    strict: Annotated[bool, typer.Option(help="Exit 1 if a move misses the goal beyond the caches.")] = False,
+) -> None:
+    """Print shares of the copy's bandwidth from the kept rows."""
+    found = [row for row in kept.load(results) if row["op"] == OP and row["variant"] != "copy" and row["ratio"]]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    sizes = sorted({row["bytes"] for row in found})
+    for name in ("move", *map(format_bytes, sizes)):
+        table.add_column(name)
+    for variant in dict.fromkeys(row["variant"] for row in found):
+        by_size = {row["bytes"]: share(row) for row in found if row["variant"] == variant}
+        table.add_row(variant, *(f"{by_size[size]:.0%}" if size in by_size else "-" for size in sizes))
+    Console(width=120).print(table)
+    if strict and (not found or any(share(row) < GOAL for row in found if row["bytes"] == max(sizes))):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
