@@ -1,9 +1,8 @@
 """Packing by itself: how near encode, decode and encode with error feedback come to a copy of the same values.
 
-One rank, one core. A share is bytes read and written in a second over what `copy_` of the same number of fp32 values
-reads and writes; a row's `ratio` is of times, `share` makes the one of the other. `python -m bench.codecs` prints them.
-The bytes of the op are those of the fp32 values: 256 KiB lie in the second-level cache, 4 MiB in the third, 64 MiB in
-memory.
+One rank, one core. A share is bytes read and written in a second over what `copy_` of the same values reads and writes;
+a row's `ratio` is of times, `share` makes the one of the other. `python -m bench.codecs` prints them. The bytes of a
+row are those of the values: 256 KiB lie in the second-level cache, 4 MiB in the third, 64 MiB in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import rows as kept
-from bench.cell import CODEC_FLOOR, CODEC_ROUNDING, Cell, Setting
+from bench.cell import CODEC_FLOOR, CODEC_ROUNDING, DTYPES, Cell, Setting, compare, rounding
 from bench.rows import Row
 from bench.shapes import format_bytes
 from bench.timing import Candidate
@@ -33,45 +32,50 @@ GOAL = 0.7
 """Of one core's copy bandwidth."""
 
 
-def moved(move: str, codec: str, numel: int) -> int:
-    """Bytes that a move reads and writes."""
+def moved(move: str, codec: str, nbytes: int, itemsize: int) -> int:
+    """Bytes that a move of so many bytes of values reads and writes."""
     if move == "copy":
-        return 8 * numel
+        return 2 * nbytes
+    numel = nbytes // itemsize
     residual = 8 * numel if move == "feedback" else 0
-    return 4 * numel + residual + wire_bytes(codec, numel)
+    return nbytes + residual + wire_bytes(codec, numel, itemsize)
 
 
 def share(row: Row) -> float:
     """Of the copy's bandwidth."""
     move, _, codec = row["variant"].partition("_")
-    numel = row["bytes"] // 4
-    return float(row["ratio"]) * moved(move, codec, numel) / moved("copy", codec, numel)
+    size = (codec, row["bytes"], DTYPES[row["dtype"]].itemsize)
+    return float(row["ratio"]) * moved(move, *size) / moved("copy", *size)
 
 
 def moves(setting: Setting, nbytes: int) -> Cell:
     """Every move of every codec that packs, beside a copy."""
-    n = nbytes // 4
+    n = nbytes // setting.itemsize
     x = setting.values(setting.rank, n)
-    y, residual = torch.empty_like(x), torch.zeros_like(x)
-    largest = float(x.abs().max())
+    y, residual = torch.empty_like(x), torch.zeros(n)
+    exact = x.double()
+    magnitude = exact.abs()
 
-    def near(codec: str, read: Callable[[Any], Tensor]) -> Callable[[Any], float]:
-        allowed = 1.01 * (CODEC_ROUNDING[codec] * x.abs() + CODEC_FLOOR[codec] * largest) + 1e-30
-        return lambda found: float(((read(found) - x).abs() / allowed).max())
+    def near(codec: str) -> Callable[[Tensor], float]:
+        share_lost = 1.01 * CODEC_ROUNDING[codec] + rounding(setting.dtype)
+        return compare(exact, share_lost * magnitude + 1.01 * CODEC_FLOOR[codec] * magnitude.max())
 
     def of(codec: str) -> Iterator[Candidate]:
         wire = ops.compress(x, codec)
 
         def unpacked(found: Tensor) -> Tensor:
-            return ops.decompress(found, (n,), torch.float32, codec)
+            return ops.decompress(found, (n,), setting.dtype, codec)
+
+        def right(found: Tensor) -> float:
+            return near(codec)(unpacked(found))
 
         label: dict[str, str | None] = {"codec": codec, "path": None, "transport": None}
-        yield Candidate(f"encode_{codec}", lambda: ops.compress(x, codec), near(codec, unpacked), label=label)
-        yield Candidate(f"decode_{codec}", lambda: unpacked(wire), near(codec, lambda found: found), label=label)
+        yield Candidate(f"encode_{codec}", lambda: ops.compress(x, codec), right, label=label)
+        yield Candidate(f"decode_{codec}", lambda: unpacked(wire), near(codec), label=label)
         yield Candidate(
             f"feedback_{codec}",
             call=lambda: ops.compress_with_feedback(x, residual, codec),
-            error=near(codec, unpacked),
+            error=right,
             load=residual.zero_,
             label=label,
         )
@@ -87,7 +91,7 @@ def moves(setting: Setting, nbytes: int) -> Cell:
 
 
 def main(
-    results: Annotated[Path, typer.Argument(help="A file of JSON lines.")] = kept.RESULTS / "codecs.jsonl",
+    results: Annotated[Path, typer.Argument(help="A file of JSON lines.")] = kept.RESULTS / "codec_moves.jsonl",
     strict: Annotated[bool, typer.Option(help="Exit 1 if a move misses the goal beyond the caches.")] = False,
 ) -> None:
     """Print shares of the copy's bandwidth from the kept rows."""
