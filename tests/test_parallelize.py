@@ -13,6 +13,11 @@ from tpkernels.testing import run_ranks
 pytest.importorskip("transformers")
 
 MOE = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+LATENT = {
+    "num_key_value_heads": 9, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+    "v_head_dim": 5, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "gpt2": {"n_inner": 50},
@@ -27,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "starcoder2": {},
     "gpt_neox": {},
+    "deepseek_v3": MOE | LATENT,
     "gpt_oss": MOE | {"head_dim": 4, "attention": "eager"},
 }
 SEQUENCE = [name for name in FAMILIES if name != "olmo2"]  # its heads are not cut: see test_plan.py

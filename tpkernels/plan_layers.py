@@ -17,6 +17,7 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
+from tpkernels.ops._linear import linear_gradients
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
@@ -179,6 +180,37 @@ class _SumShared(torch.autograd.Function):
         return info.part(total), None
 
 
+class _LocalLinear(torch.autograd.Function):
+    """A linear whose input gradient stays this rank's, with the GEMMs that the fused ops would take."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, world_size: int) -> Tensor:
+        y: Tensor = torch.ops.tpkernels.replicated_gemm(x, weight, bias, group, world_size, "none")
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            found = linear_gradients(grads[0], x, weight, needs)
+        else:
+            found = torch.ops.tpkernels.linear_backward(grads[0], x, weight, *needs)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """Return x @ weight.T + bias; nothing is sent, also in the backward."""
+    if torch.is_autocast_enabled(x.device.type):  # which casts what torch's own linear gets
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = _LocalLinear.apply(x, weight, bias, group.name, group.world_size)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _CutLinear(CutModule):
     """What cut linears share: the weight as [N, K], whichever way it lies; gradients summed where parts are shared."""
 
@@ -229,7 +261,7 @@ class Column(_CutLinear):
         if self.random is not None:
             self.random.enter()
         if self.entered and torch.is_grad_enabled():
-            return nn.functional.linear(x, weight, bias)
+            return local_linear(x, weight, bias, self.group)
         y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.grad_codec)
         if not self.gather_output:
             return y
