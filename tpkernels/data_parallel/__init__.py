@@ -3,6 +3,7 @@
 from .aggregator import GradAggregator
 from .agree import Agreement, replicas_agree
 from .clip import clip_grad_norm_
+from .hooks import CommHook, comm_hook
 from .outer import OuterSGD
 from .scaling import unscale_
 from .sparse import TopK
@@ -11,10 +12,12 @@ from .state import AggregatorState, reshard_state
 __all__ = [
     "AggregatorState",
     "Agreement",
+    "CommHook",
     "GradAggregator",
     "OuterSGD",
     "TopK",
     "clip_grad_norm_",
+    "comm_hook",
     "replicas_agree",
     "reshard_state",
     "unscale_",

@@ -1,0 +1,290 @@
+"""comm_hook: gradients of torch's DistributedDataParallel and fully_shard, averaged and packed by this library."""
+
+# Annotations are not postponed in this file: DDP compares those of a hook with the types themselves.
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from tpkernels import ops
+from tpkernels.group import Group, resolve
+from tpkernels.ops._check import check_codec
+
+from .feedback import average_with_feedback
+from .lane import Lane, open_lane
+
+WHO = "comm_hook"
+
+
+def comm_hook(codec: str = "fp16", error_feedback: bool = True, *, group: Group | None = None) -> "CommHook":
+    """Make a hook through which DDP or FSDP2 averages gradients, packed on the wire.
+
+        hook = comm_hook("fp16", group=dp)
+        hook.register(model)                                 # DistributedDataParallel, or modules of fully_shard
+        ddp.register_comm_hook(hook.state, hook)             # the same for DDP, in torch's own words
+
+    Equal to, for the gradients x_r of a bucket on rank r, with one residual for each parameter:
+
+        v_r = x_r / R + residual_r;  wire_r = pack(v_r);  residual_r = v_r - unpack(wire_r)
+        mean = sum_r unpack(wire_r)                          # in fp32, in rank order: the same bits on all ranks
+
+    What packing the mean on its way back loses is kept as well, by the rank that sums it (see `average_with_feedback`).
+
+    Values are scaled in fp32 before they are packed: neither do sums of large gradients overflow nor do small ones
+    vanish. A NaN or infinity on one rank shows on all; what is kept of its block stays as it was.
+
+    Under DDP the messages travel beside the backward pass, over a communicator of the hook's own. FSDP2 asks for each
+    reduce-scatter when it needs the result, so that on the CPU the backward pass waits for it. The gathers of its
+    parameters remain torch's, and so does the all-reduce between replicas of a sharded group.
+
+    Args:
+        codec: a name in `tpkernels.compress.CODECS`.
+        error_feedback: what packing loses is kept and added to the next message (codec "none" loses nothing). Needs
+            fp32 memory of the size of the gradients. A parameter that no rank used in a step loses what was kept of it.
+        group: the ranks over which DDP or FSDP2 works; None means all ranks of the default process group.
+
+    Raises:
+        ValueError: no such codec.
+
+    Source: error feedback of Seide et al. 2014 (1-bit SGD) and Karimireddy et al. 2019 (arXiv:1901.09847).
+    """
+    return CommHook(codec, error_feedback, resolve(group))
+
+
+class Residuals:
+    """What packing has lost so far, in fp32, by parameter, so that it survives when DDP lays its buckets out anew."""
+
+    def __init__(self) -> None:
+        self._flats: dict[tuple[int, ...], Tensor] = {}
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # the parameter too: an id is good while it lives
+
+    def of(self, parameters: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The residual of a bucket of these parameters, flat, as it lies in the bucket `like`."""
+        key = tuple(map(id, parameters))
+        if key in self._flats:
+            return self._flats[key]
+        flat = torch.zeros_like(like, dtype=torch.float32)
+        if sum(p.numel() for p in parameters) != flat.numel():
+            raise RuntimeError(f"{WHO}: a bucket must be filled by its parameters, got {flat.numel()} values")
+        for p, values in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            part = values.view(p.shape)  # in the order in which DDP lays it out, which is the same in every bucket
+            if id(p) in self._parts:
+                part.copy_(self._parts[id(p)][1])
+            self._parts[id(p)] = (p, part)
+        self._flats = {k: v for k, v in self._flats.items() if not set(k) & set(key)} | {key: flat}
+        return flat
+
+    def get(self, parameter: Tensor) -> Tensor | None:
+        """The residual of a parameter, in its shape."""
+        return self._parts[id(parameter)][1] if id(parameter) in self._parts else None
+
+    def put(self, parameter: Tensor, residual: Tensor) -> None:
+        """Replace the residual of a parameter."""
+        known = self.get(parameter)
+        if known is None:
+            known = torch.empty_like(residual, dtype=torch.float32, device=parameter.device)
+            self._parts[id(parameter)] = (parameter, known)
+        known.copy_(residual)
+
+
+class CommHook:
+    """What `comm_hook` makes.
+
+    Attributes:
+        codec, error_feedback, group: as given.
+        state: the residuals of DDP's parameters; what `register_comm_hook` takes beside the hook.
+    """
+
+    def __init__(self, codec: str, error_feedback: bool, group: Group) -> None:
+        check_codec(WHO, codec, torch.float32)
+        self.codec, self.group = codec, group
+        self.error_feedback = error_feedback and codec != "none"
+        self.state = Residuals()
+        self._scatters: dict[str, _ReduceScatter] = {}
+        self._lane: Lane | None = None
+        self.__name__ = WHO  # DDP asks for these two, as if every hook were a function
+        self.__qualname__ = f"{WHO}({codec!r}, error_feedback={error_feedback})"
+
+    def register(self, model: nn.Module) -> None:
+        """Let the gradients of a model travel through this hook, from the next backward pass on. All ranks call it.
+
+        Args:
+            model: wrapped by DistributedDataParallel over the ranks of the group; or one in which fully_shard was
+                applied to some modules.
+
+        Raises:
+            TypeError: the model is neither.
+            ValueError: its ranks are not those of the group, or a parameter does not fit the codec.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, DistributedDataParallel):
+            self._check_ranks(model.process_group)
+            for name, p in model.module.named_parameters():
+                if p.requires_grad:
+                    check_codec(f"{WHO}: parameter {name!r}", self.codec, p.dtype)
+            self.lane()
+            model.register_comm_hook(self.state, self)
+            return
+        sharded = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+        if not sharded:
+            raise TypeError(
+                f"{WHO}: model must be wrapped by DistributedDataParallel or sharded by fully_shard, got "
+                f"{type(model).__name__}"
+            )
+        self.lane()
+        for name, module in sharded.items():
+            self._scatters[name] = _ReduceScatter(self)
+            module.set_custom_reduce_scatter(self._scatters[name])  # type: ignore[arg-type]
+
+    def __call__(self, state: Residuals, bucket: GradBucket) -> Future[Tensor]:
+        """DDP's call for a bucket whose gradients are ready: send it off.
+
+        Raises:
+            TimeoutError, PeerLostError: a rank did not come, or died, in an earlier bucket. In the bucket in which it
+                happens, torch makes a RuntimeError of it in the backward pass, with the same text.
+        """
+        flat = bucket.buffer()
+        if flat.layout != torch.strided:
+            raise ValueError(f"{WHO}: gradients must be dense, got layout {flat.layout}; set sparse=False")
+        residual = state.of(bucket.parameters(), flat) if self.error_feedback else None
+        sent = self.lane().submit(partial(self._average, flat, residual))
+        return sent.then(_value)
+
+    def _average(self, flat: Tensor, residual: Tensor | None) -> Tensor:
+        group = self.lane().group
+        if residual is None:
+            return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
+        return average_with_feedback(flat, residual, self.codec, group)
+
+    def lane(self) -> Lane:
+        """Where the messages travel, beside the caller; opened by the first call, on all ranks together."""
+        if self._lane is None:
+            self._lane = open_lane(self.group)
+        return self._lane
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of what the hook sends; see Group.stats."""
+        return self.lane().group.stats()
+
+    def reset_stats(self) -> None:
+        """Set all counters to zero."""
+        self.lane().group.reset_stats()
+
+    def close(self) -> None:
+        """Leave the ranks; the model can make no backward pass after it. Closing twice does nothing."""
+        if self._lane is not None:
+            self._lane.close()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The residuals of this rank, copied: every rank has its own. Call it between steps.
+
+        In units of the average: for another number of ranks the sum over all ranks is what must stay the same.
+
+        Args:
+            model: the one that was registered.
+
+        Returns:
+            {"residual.<parameter>": in its shape} for DDP; {"residual.<module>:<values>": flat} for the modules of
+            fully_shard, by the number of values that take part.
+        """
+        found = {
+            f"residual.{name}": residual.detach().clone(memory_format=torch.contiguous_format)
+            for name, p in _inner(model).named_parameters()
+            if (residual := self.state.get(p)) is not None
+        }
+        for name, scatter in self._scatters.items():
+            found |= {f"residual.{name}:{numel}": flat.clone() for numel, flat in scatter.residuals.items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state is not one of this model (says which entry); nothing has changed.
+        """
+        parameters = dict(_inner(model).named_parameters())
+        puts: list[Any] = []
+        for key, residual in state.items():
+            name = key.removeprefix("residual.")
+            module, _, numel = name.rpartition(":")
+            if name in parameters and residual.shape == parameters[name].shape:
+                puts.append(partial(self.state.put, parameters[name], residual))
+            elif module in self._scatters and numel == str(residual.numel()):
+                puts.append(partial(self._scatters[module].put, residual))
+            else:
+                raise ValueError(f"{WHO}: {key!r} of shape {list(residual.shape)} belongs to nothing in this model")
+        for put in puts:
+            put()
+
+    def _check_ranks(self, process_group: dist.ProcessGroup) -> None:
+        own = self.group.process_group
+        ranks = [dist.get_rank()] if own is None else dist.get_process_group_ranks(own)
+        theirs = dist.get_process_group_ranks(process_group)
+        if ranks != theirs:
+            raise ValueError(f"{WHO}: group must have the ranks of the model, {theirs}, got {ranks}")
+
+
+class _ReduceScatter:
+    """What FSDPModule.set_custom_reduce_scatter takes, one for each module of fully_shard.
+
+    Attributes:
+        residuals: what packing has lost, flat, by the number of values: that changes with the set of parameters that
+            have a gradient.
+    """
+
+    def __init__(self, hook: CommHook) -> None:
+        self._hook = hook
+        self.residuals: dict[int, Tensor] = {}
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent, and for what is received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """output = this rank's even part of the sum or average of the ranks' inputs, both flat."""
+        hook = self._hook
+        hook._check_ranks(group)
+        if async_op:
+            raise NotImplementedError(f"{WHO}: async_op must be False, got True")
+        kinds = {"avg": op == dist.ReduceOp.AVG, "sum": op == dist.ReduceOp.SUM}
+        if not any(kinds.values()):
+            raise ValueError(f"{WHO}: gradients must be averaged or summed (no set_gradient_divide_factor), got {op}")
+        kind = "avg" if kinds["avg"] else "sum"
+        hook.lane().submit(partial(self._reduce, output_tensor, input_tensor, kind)).wait()
+
+    def _reduce(self, output: Tensor, flat: Tensor, kind: str) -> None:
+        hook, group = self._hook, self._hook.lane().group
+        if not hook.error_feedback:
+            output.copy_(ops.reduce_scatter(flat, group=group, op=kind, codec=hook.codec))
+            return
+        residual = self.residuals.get(flat.numel())
+        if residual is None:
+            residual = self.residuals[flat.numel()] = torch.zeros_like(flat, dtype=torch.float32)
+        scale = 1.0 / group.world_size if kind == "avg" else 1.0
+        wire = ops.compress_parts(flat, hook.codec, group=group, residual=residual, scale=scale)
+        output.copy_(ops.reduce_scatter_packed(wire, flat.numel(), flat.dtype, group=group, codec=hook.codec))
+
+    def put(self, residual: Tensor) -> None:
+        """Replace the residual of messages of this size."""
+        self.residuals[residual.numel()] = residual.detach().to(self._hook.group.device, torch.float32, copy=True)
+
+
+def _value(future: Future[Tensor]) -> Tensor:
+    """What the job gave. Raised from here, its error reaches torch as an error, and not as a result."""
+    return future.value()
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
