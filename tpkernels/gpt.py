@@ -91,15 +91,23 @@ def whole_loss(logits: Tensor, target: Tensor, vocab: int) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="none")
 
 
-def sharded_parts(group: Group | None = None, *, sequence_parallel: bool = False, codec: str = "none") -> Parts:
+def sharded_parts(
+    group: Group | None = None,
+    *,
+    sequence_parallel: bool = False,
+    codec: str = "none",
+    grad_codec: str | None = None,
+) -> Parts:
     """The parallel layers of this library over `group` (None: all ranks).
 
     Args:
         sequence_parallel: keep activations between the linear layers cut over the tokens (less memory, same traffic).
         codec: how partial sums travel in the linear layers; embedding and loss always travel unpacked.
+        grad_codec: the same for what the backward sends; None: as `codec`.
     """
     group = resolve(group)
     cut: dict[str, Any] = {"group": group, "sequence_parallel": sequence_parallel}
+    packed: dict[str, Any] = {"codec": codec, "grad_codec": grad_codec, **cut}
 
     def loss(logits_shard: Tensor, target: Tensor, vocab: int) -> Tensor:
         return ops.vocab_cross_entropy(logits_shard, target, group=group, vocab_size=vocab)
@@ -109,8 +117,8 @@ def sharded_parts(group: Group | None = None, *, sequence_parallel: bool = False
 
     return Parts(
         embedding=partial(layers.VocabParallelEmbedding, **cut),
-        column=partial(layers.ColumnParallelLinear, codec=codec, **cut),
-        row=partial(layers.RowParallelLinear, codec=codec, **cut),
+        column=partial(layers.ColumnParallelLinear, **packed),
+        row=partial(layers.RowParallelLinear, **packed),
         norm=partial(layers.LayerNorm, **cut),
         loss=loss,
         gather_logits=gather_logits,
