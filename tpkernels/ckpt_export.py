@@ -219,18 +219,23 @@ def _write_shard(model: Any, path: Path, units: Sequence[Unit], place: Place, do
                 problem = error
         state = model.state_dict(keep_vars=True)
         for unit in units:
-            whole = {name: gathered(state[name], place) for name in unit.names}
-            if writer is not None and problem is None:
-                try:
-                    for name, tensor in _as_in_files(model, {k: v for k, v in whole.items() if v is not None}).items():
-                        writer.add(name, tensor)
-                except OSError as error:
-                    problem = error
+            try:
+                _add(model, writer if problem is None else None, unit, state, place)
+            except OSError as error:
+                problem = error
         with place.together(doing):
             if problem is not None:
                 raise problem
             if writer is not None:
                 writer.finish()
+
+
+def _add(model: Any, writer: TensorWriter | None, unit: Unit, state: dict[str, Tensor], place: Place) -> None:
+    """Gather the tensors of a unit and write what they become; none of it outlives the call."""
+    whole = {name: gathered(state[name], place) for name in unit.names}
+    if writer is not None:
+        for name, tensor in _as_in_files(model, {k: v for k, v in whole.items() if v is not None}).items():
+            writer.add(name, tensor)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ rank has more than one dequantised tensor at a time, but for mixtures, whose exp
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
         family = read_field(reader, "general.architecture")[0]
         processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=model.config.to_dict())
         names = _names(model, processor)
-    except (ValueError, IndexError, KeyError, NotImplementedError) as error:
+    except (ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from None
     together: dict[str, Tensor] = {}  # what the processor makes of several tensors of the file
     for tensor in reader.tensors:
