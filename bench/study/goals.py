@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -34,6 +35,9 @@ def verdicts(kept: Sequence[Row]) -> Iterator[Verdict]:
         yield loss_goal(kept, layout, "fp16", 0.51, None)
         yield loss_goal(kept, layout, "int8", 0.275, 0.005)
         yield loss_goal(kept, layout, "topk", 0.03, 0.02)
+        for steps in sorted({int(row["steps"]) for row in select(kept, kind="loss", layout=layout, method="topk")}):
+            if steps > main_steps(kept, layout):
+                yield loss_goal(kept, layout, "topk", 0.03, 0.02, steps)
     for method, factor in (("fp16", 1.8), ("int8", 3.0)):
         yield speed_goal(kept, "100mbit", method, factor)
     for link in ("1gbit", "10gbit"):
@@ -44,21 +48,35 @@ def verdicts(kept: Sequence[Row]) -> Iterator[Verdict]:
             yield hidden_goal(kept, link, codec)
 
 
-def losses(kept: Sequence[Row], layout: str, method: str) -> list[float]:
-    """Of the seeds in their order, at the number of steps that was measured last."""
-    found = select(kept, kind="loss", layout=layout, method=method)
-    longest = [row for row in found if row["steps"] == found[-1]["steps"]]
-    return values(sorted(longest, key=lambda row: row["seed"]), "validation_loss")
+def main_steps(kept: Sequence[Row], layout: str) -> int:
+    """The length of most runs of a layout; longer ones are extra."""
+    counts = Counter(int(row["steps"]) for row in select(kept, kind="loss", layout=layout))
+    return counts.most_common(1)[0][0] if counts else 0
 
 
-def loss_goal(kept: Sequence[Row], layout: str, method: str, share: float, within: float | None) -> Verdict:
+def runs(kept: Sequence[Row], layout: str, method: str, steps: int | None = None) -> list[Row]:
+    """The rows of a method in the order of the seeds."""
+    steps = main_steps(kept, layout) if steps is None else steps
+    found = select(kept, kind="loss", layout=layout, method=method, steps=steps)
+    return sorted(found, key=lambda row: int(row["seed"]))
+
+
+def losses(kept: Sequence[Row], layout: str, method: str, steps: int | None = None) -> list[float]:
+    """Of the seeds in their order."""
+    return values(runs(kept, layout, method, steps), "validation_loss")
+
+
+def loss_goal(
+    kept: Sequence[Row], layout: str, method: str, share: float, within: float | None, steps: int | None = None
+) -> Verdict:
     """The loss within a share of that of fp32, or, for None, within the spread of the seeds; and the bytes."""
     allowed = "the seeds' spread" if within is None else f"{within:.1%}"
-    goal = f"{layout}: {method} at {share:.3g} of the bytes, loss within {allowed}"
-    base, mine = losses(kept, layout, BASE), losses(kept, layout, method)
-    if len(base) < 2 or len(base) != len(mine):
+    after = "" if steps is None else f", {steps} steps"
+    goal = f"{layout}{after}: {method} at {share:.3g} of the bytes, loss within {allowed}"
+    base, mine = losses(kept, layout, BASE, steps), losses(kept, layout, method, steps)
+    if not base or len(base) != len(mine) or (steps is None and len(base) < 2):
         return Verdict(goal, "", None)
-    sent = [select(kept, kind="loss", layout=layout, method=name)[-1]["bytes_per_step"] for name in (method, BASE)]
+    sent = [runs(kept, layout, name, steps)[-1]["bytes_per_step"] for name in (method, BASE)]
     ratio, worse = sent[0] / sent[1], mean(mine) / mean(base) - 1
     limit = (max(base) - min(base)) / mean(base) if within is None else within
     said = f"{ratio:.3f} of the bytes, loss {worse:+.2%} (seeds spread {(max(base) - min(base)) / mean(base):.2%})"

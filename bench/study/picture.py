@@ -10,7 +10,7 @@ from typing import Any
 from bench.study import goals
 from bench.study.links import RATES
 from bench.study.methods import methods
-from bench.study.rows import Row, select
+from bench.study.rows import Row
 
 LAYOUT = "dp2"
 CURVES = ("DDP", "none", "fp16", "int8", "fp8", "topk", "fp16 delayed", "int8 local", "PowerSGD")
@@ -41,7 +41,7 @@ def draw(kept: Sequence[Row], folder: Path) -> Path | None:
 
 def draw_curves(axes: Any, kept: Sequence[Row]) -> None:
     for name in CURVES:
-        rows = select(kept, kind="loss", layout=LAYOUT, method=name)
+        rows = goals.runs(kept, LAYOUT, name)
         if rows:
             points = [mean(column) for column in zip(*(row["curve"] for row in rows), strict=True)]
             each = rows[-1]["steps"] / len(points)
@@ -54,7 +54,7 @@ def draw_curves(axes: Any, kept: Sequence[Row]) -> None:
 def draw_bytes(axes: Any, kept: Sequence[Row]) -> None:
     """The price in loss of fewer bytes."""
     for method in methods(LAYOUT):
-        rows = select(kept, kind="loss", layout=LAYOUT, method=method.name)
+        rows = goals.runs(kept, LAYOUT, method.name)
         if rows:
             found = goals.losses(kept, LAYOUT, method.name)
             sent = rows[-1]["bytes_per_step"] / 1e6

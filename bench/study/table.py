@@ -25,10 +25,10 @@ TITLES = {
 def cells(kept: Sequence[Row], layout: str) -> Iterator[list[str]]:
     """A line for each method that has been measured: name, bytes, share, loss, against fp32, tokens/s for each link."""
     base_name = next(m.name for m in methods(layout))
-    base = select(kept, kind="loss", layout=layout, method="none")
+    base = goals.runs(kept, layout, "none")
     plain = mean(goals.losses(kept, layout, "none")) if base else None
     for method in methods(layout):
-        rows = select(kept, kind="loss", layout=layout, method=method.name)
+        rows = goals.runs(kept, layout, method.name)
         speeds = [goals.tokens(kept, layout, link, method.name) for link in LINKS]
         if not rows and not any(speeds):
             continue
@@ -89,7 +89,7 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
         if runs:
             counts = sorted({len(goals.losses(kept, layout, row["method"])) for row in runs})
             seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-            yield f"Loss after {runs[-1]['steps']} steps, {seeds} seeds."
+            yield f"Loss after {goals.main_steps(kept, layout)} steps, {seeds} seeds."
             yield ""
         yield from markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
         yield ""
