@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -152,7 +153,7 @@ def parallelize(
 
     The class of the model, its module names and its state-dict keys stay; values of the state dict are this rank's
     parts (`tpkernels.shard.shard_info(parameter)` says of what). Tied parameters stay tied. `model.tpk_plan` says what
-    was done.
+    was done; rank 0 logs it in one line (logger "tpkernels", or stderr where logging is not set up).
 
     Args:
         model: the same on all ranks, on the CPU, the group's device, or meta (then fill the parts by their shard_info).
@@ -206,8 +207,16 @@ def parallelize(
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
-        log.info("%s", report)
+        _say(report)
     return model
+
+
+def _say(report: PlanReport) -> None:
+    """One line: to the logger "tpkernels" where somebody has set up logging, else to stderr."""
+    if log.level != logging.NOTSET or log.hasHandlers():
+        log.info("%s", report)
+    else:
+        print(f"tpkernels: {report}", file=sys.stderr, flush=True)
 
 
 def _guard(model: nn.Module, group: Group) -> None:
