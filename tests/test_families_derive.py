@@ -167,6 +167,59 @@ def test_a_block_that_is_half_understood_stays_whole_and_its_neighbour_is_cut() 
     assert {names[0]: why for names, why in found.whole}["bad.up"] == "they meet in native_layer_norm in bad.norm"
 
 
+def test_torchs_own_encoder_stays_whole_and_what_is_around_it_is_cut() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(self.inner(x)).relu())
+
+    found = derive(Around())
+    assert {name for name, style in found.plan.items() if style == "replicate"} == {
+        "inner.self_attn.out_proj", "inner.linear1", "inner.linear2",
+    }  # fmt: skip
+    assert found.plan["up"] == "column"
+    assert any("fast path" in why for _, why in found.whole)
+
+
+def test_a_feature_that_becomes_a_number_is_needed_on_every_rank() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.up(x).relu()
+            return self.down(hidden) * float(hidden[0, 0, 3])
+
+    with pytest.raises(DeriveError, match="up, down: they meet in _local_scalar_dense in the model"):
+        derive_plan(Branches(), inputs=((torch.zeros(1, 2, 8),), {}))
+
+
+def test_a_parameter_inside_the_cut_that_is_also_used_outside_of_it_keeps_its_block_whole() -> None:
+    class Shared(nn.Module):
+        def __init__(self, outside: bool) -> None:
+            super().__init__()
+            self.up, self.down, self.gain = nn.Linear(8, 20), nn.Linear(20, 8), nn.Parameter(torch.ones(1))
+            self.outside = outside
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.down(self.up(x).relu() * self.gain)
+            return y * self.gain if self.outside else y
+
+    inside = derive_plan(nn.Sequential(Shared(outside=False)))
+    assert {name: resolve(inside, name) for name in ("0", "0.up", "0.down")} == {
+        "0": "sum_grad", "0.up": "column", "0.down": "row",
+    }  # fmt: skip
+    with pytest.raises(DeriveError, match=r"0\.gain also meets features that stay whole"):
+        derive_plan(nn.Sequential(Shared(outside=True)))
+    with pytest.raises(DeriveError, match="gain meets them, and no rule can name the model itself"):
+        derive_plan(Shared(outside=False))
+
+
 def test_of_a_chain_of_linears_every_second_pair_is_cut() -> None:
     chain = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(8, 8), nn.ReLU())))
     assert [derive_plan(chain).get(str(2 * i)) for i in range(5)] == ["column", "row", "column", "row", "replicate"]

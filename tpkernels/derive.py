@@ -20,6 +20,7 @@ from tpkernels.derive_groups import Group, choose, find_groups, refuse_unsummabl
 from tpkernels.derive_inputs import Call
 from tpkernels.derive_names import generalise
 from tpkernels.derive_run import Mismatch, Run, check, evaluating, first_that_runs
+from tpkernels.plan_apply import can_be_cut, is_conv1d, is_linear
 from tpkernels.plan_styles import PlanError, parse_style
 
 RANKS = 2  # how many the second run pretends to be
@@ -76,7 +77,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
             for run in runs
             for parameter in run.flow.used
             for name in owners[parameter]
-        }
+        } | _past_forward(model)
         groups = [group for run in runs for group in find_groups(run.flow, sources, direct)]
         refuse_unsummable(model, groups, owners, sources)
         styles = _checked(model, sources, owners, groups, runs, direct)
@@ -97,12 +98,13 @@ def _checked(
     direct: dict[str, str],
 ) -> dict[str, str]:
     """Take groups away, or tell their modules how many heads they have, until every rank computes its part."""
+    whole = [*sources, *(n for n, m in model.named_modules() if n not in sources and is_linear(m) and can_be_cut(m))]
     while True:
         cut = choose(groups)
         styles = {name: style for group in cut for name, style in group.styles.items()}
         styles |= _vocab(model, sources, {*styles, *direct})
         styles |= {owner: "sum_grad" for group in cut for p in group.summed for owner in owners[p]}
-        styles |= {name: "replicate" for name in sources if name not in styles}
+        styles |= {name: "replicate" for name in whole if name not in styles}
         parsed = {name: parse_style(style) for name, style in styles.items()}
         try:
             for run in runs:
@@ -140,11 +142,19 @@ def _near(groups: list[Group], where: str) -> list[Group]:
 
 def is_source(module: nn.Module) -> bool:
     """Whether a module is a linear, a Conv1D (GPT-2) or an embedding, and its forward that or one around it."""
-    kind = type(module)
-    plain = any(kind.forward is known.forward for known in (nn.Linear, nn.Embedding) if isinstance(module, known))
-    if isinstance(module, nn.Embedding) and "__class__" in kind.forward.__code__.co_freevars:
-        return True  # a scaled embedding: its own forward calls super().forward
-    return plain or (kind.__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"))
+    if isinstance(module, nn.Embedding):
+        return can_be_cut(module)
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def _past_forward(model: nn.Module) -> dict[str, str]:
+    """The layers of torch's own encoder, whose fast path takes their weights and not their forward."""
+    return {
+        f"{name}.{child}": "torch's encoder layer has a fast path that takes its weight past its forward"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child in ("linear1", "linear2", "self_attn.out_proj")
+    }
 
 
 def _reasons(groups: list[Group]) -> list[tuple[list[str], str]]:
@@ -171,6 +181,7 @@ def _owners(model: nn.Module) -> dict[str, list[str]]:
 def _vocab(model: nn.Module, sources: dict[str, nn.Module], taken: set[str]) -> dict[str, str]:
     """Cut the tables of words along the words, and with them the layers that make logits of as many."""
     tables = [t for t in _word_tables(model, sources) if isinstance(t, nn.Embedding)]
+    tables = [t for t in tables if t.max_norm is None and not t.sparse and not t.scale_grad_by_freq]
     styles: dict[str, str] = {}
     for table in tables:
         tied = {n: m for n, m in sources.items() if getattr(m, "weight", None) is table.weight}

@@ -54,6 +54,7 @@ class Flow(TorchDispatchMode):
         self.plain: set[str] = set()  # sources that were called with an input that no feature reached
         self.called: list[str] = []  # sources in the order of their first call
         self.used: set[str] = set()  # parameters that an op outside of a source's own forward takes
+        self.returned: set[str] = set()  # parameters on which the output depends past all features
         self.met: list[tuple[str, Tensor]] = []  # a replicated parameter and the labels it met
         self.trace: list[tuple[str, tuple[float, ...], str]] = []  # op, numbers, module: where features take part
         self._labels: Any = WeakIdKeyDictionary()
@@ -61,7 +62,7 @@ class Flow(TorchDispatchMode):
         self._parameters: Any = WeakIdKeyDictionary()
         self.take_parameters(parameters)
         self._even: Any = WeakIdKeyDictionary()  # constants: the dimensions along which all is the same
-        self._written: dict[int, int] = {}  # storage -> a label that everything in it has
+        self._written: dict[int, tuple[int, Any]] = {}  # memory -> a label that all in it has, and what keeps it alive
         self.sources = sources
         self._quiet = 0
         self._stack: list[str] = [""]
@@ -159,15 +160,16 @@ class Flow(TorchDispatchMode):
             labels = self.labels_of(tensor)
             if labels is not None:
                 self.whole(labels, "it leaves the model")
+            self.returned |= self._learned_from(tensor)
 
     # ---- ops -------------------------------------------------------------------------------------------------------
 
     def labels_of(self, x: Tensor) -> Tensor | None:
         """Return the labels of a tensor, None where no feature reached it."""
         if self._written:
-            taint = self._written.get(_storage(x))
-            if taint is not None:
-                return torch.full(x.shape, taint, device="cpu")
+            written = self._written.get(x.untyped_storage()._cdata)
+            if written is not None:
+                return torch.full(x.shape, written[0], device="cpu")
         labels: Tensor | None = self._labels.get(x)
         return labels
 
@@ -213,6 +215,11 @@ class Flow(TorchDispatchMode):
             self.trace.append((name, numbers, self.where))
         if func._schema.is_mutable:
             self._write(func, args, tensors, given, outs, why)
+            return
+        if not outs:  # a number, of which Python may make anything
+            for labels in given:
+                if labels is not None:
+                    self.whole(labels, why)
             return
         found = self._rule(func, name, args, kwargs, tensors, given, outs, why)
         if found is None:  # not known: everything in it meets
@@ -328,7 +335,8 @@ class Flow(TorchDispatchMode):
         labelled = torch.cat([g.reshape(-1) for g in given if g is not None])
         label = int(labelled[0])
         meet_all(self.edges, labelled, why + " (written in place)", also=label)
-        self._written[_storage(target)] = label
+        storage = target.untyped_storage()
+        self._written[storage._cdata] = (label, storage)
 
 
 def _argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
@@ -367,10 +375,6 @@ def _side_by_side(args: Any, kwargs: Any) -> tuple[Any, Any]:
             (args, kwargs),
         )
     return args, kwargs
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str
         whole = [s for s in (*group.sources, *group.sinks) if s in direct]
         if whole and not group.reason:
             group.reason = direct[whole[0]] if whole[0] in group.sources[:1] else f"{whole[0]}: {direct[whole[0]]}"
+        if group.summed & flow.returned and not group.reason:
+            group.reason = f"{min(group.summed & flow.returned)} leaves the model, too"
         if not group.reason:
             _judge(flow, group, out, into, root, modules)
     return groups
@@ -200,8 +202,10 @@ def refuse_unsummable(
         for parameter in group.summed:
             for owner in owners[parameter]:
                 own = {names[id(p)] for p in model.get_submodule(owner).parameters(recurse=False)}
-                if owner in sources or not own <= group.summed:
-                    group.refuse(f"{parameter} meets them, and not all parameters of {owner or 'its module'} do")
+                if not owner:
+                    group.refuse(f"{parameter} meets them, and no rule can name the model itself")
+                elif owner in sources or not own <= group.summed:
+                    group.refuse(f"{parameter} meets them, and not all parameters of {owner} do")
 
 
 def choose(groups: list[Group]) -> list[Group]:
@@ -236,7 +240,7 @@ def possible_counts(model: nn.Module, group: Group) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     heads: dict[str, list[str]] = {}
     widths: dict[str, list[str]] = {}
-    for parent in group.parents():
+    for parent in filter(None, group.parents()):  # no rule can name the model itself
         module = model.get_submodule(parent)
         inside = [model.get_submodule(n) for n in (*group.sources, *group.sinks) if n.rpartition(".")[0] == parent]
         sizes = {p.size(d) for m in inside for p in m.parameters(recurse=False) for d in range(p.dim())}

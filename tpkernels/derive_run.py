@@ -80,8 +80,13 @@ def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -
     args, kwargs = tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, run.call)
     flow.take_parameters(values)
     paths = {module: name for name, module in model.named_modules()}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flow.hooked(run.part, paths), flow:
-        output = functional_call(run.part, local, args, kwargs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flow.hooked(run.part, paths), flow:
+            output = functional_call(run.part, local, args, kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     flow.leave_model(output)
     run.shapes = run.shapes or [t.shape for t in tensors_in(output)]
     if [t.shape for t in tensors_in(output)] != run.shapes:
