@@ -14,6 +14,8 @@ from tpkernels import checkpoint, compress, data_parallel, layers, ops, shard  #
 from tpkernels._build import build_info  # noqa: E402
 from tpkernels.group import Explanation, Group  # noqa: E402
 from tpkernels.plan import Plan, parallelize  # noqa: E402
+from tpkernels.plan_peft import cut_adapters  # noqa: E402
+from tpkernels.plan_trainer import fit_trainer, one_replica  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -26,8 +28,11 @@ __all__ = [
     "build_info",
     "checkpoint",
     "compress",
+    "cut_adapters",
     "data_parallel",
+    "fit_trainer",
     "layers",
+    "one_replica",
     "ops",
     "parallelize",
     "shard",

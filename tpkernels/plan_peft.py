@@ -70,7 +70,7 @@ class AdapterGuard:
         model = self._model[0]
         adapters = getattr(model, "peft_config", None)
         if adapters and not set(adapters) <= vars(model).get("tpk_adapters", set()):
-            raise PlanError("a cut model has new adapters of peft: call tpkernels.plan_peft.cut_adapters(model) once")
+            raise PlanError("a cut model has new adapters of peft: call tpkernels.cut_adapters(model) once")
 
 
 def _check(name: str, module: nn.Module, top: nn.Module, adapters: set[str]) -> None:
