@@ -220,6 +220,26 @@ def test_a_parameter_inside_the_cut_that_is_also_used_outside_of_it_keeps_its_bl
         derive_plan(Shared(outside=False))
 
 
+def test_dropout_between_modules_in_which_no_rank_can_draw_its_own_numbers_keeps_them_whole() -> None:
+    class Up(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.lift, self.drop = nn.Linear(8, 20), nn.Dropout(rate)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(self.lift(x).relu())
+
+    def model(rate: float) -> nn.Module:
+        return nn.Sequential(Up(rate), nn.Sequential(nn.Linear(20, 8)))
+
+    assert set(derive_plan(model(0.0)).values()) == {"column", "row"}
+    with pytest.raises(DeriveError, match=r"0\.drop drops what is cut"):
+        derive_plan(model(0.1))
+    for rate, second in ((0.0, "column"), (0.1, "replicate")):
+        stretches = nn.Sequential(*(nn.Linear(8, 8) if i % 2 == 0 else nn.Dropout(rate) for i in range(7)))
+        assert [derive_plan(stretches)[name] for name in ("0", "4")] == ["column", second]
+
+
 def test_of_a_chain_of_linears_every_second_pair_is_cut() -> None:
     chain = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(8, 8), nn.ReLU())))
     assert [derive_plan(chain).get(str(2 * i)) for i in range(5)] == ["column", "row", "column", "row", "replicate"]

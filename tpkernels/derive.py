@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tpkernels.derive_groups import Group, choose, find_groups, refuse_unsummable
+from tpkernels.derive_groups import Group, choose, find_groups, refuse_undroppable, refuse_unsummable
 from tpkernels.derive_inputs import Call
 from tpkernels.derive_names import generalise
 from tpkernels.derive_run import Mismatch, Run, check, evaluating, first_that_runs
@@ -80,6 +80,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         } | _past_forward(model)
         groups = [group for run in runs for group in find_groups(run.flow, sources, direct)]
         refuse_unsummable(model, groups, owners, sources)
+        refuse_undroppable(model, groups)
         styles = _checked(model, sources, owners, groups, runs, direct)
     if not any(style != "replicate" for style in styles.values()):
         raise DeriveError(f"derive_plan: nothing in {type(model).__name__} can be cut:\n{_text(_reasons(groups))}")

@@ -55,6 +55,7 @@ class Flow(TorchDispatchMode):
         self.called: list[str] = []  # sources in the order of their first call
         self.used: set[str] = set()  # parameters that an op outside of a source's own forward takes
         self.returned: set[str] = set()  # parameters on which the output depends past all features
+        self.dropped: list[tuple[str, Tensor]] = []  # a dropout and the labels of what it drops
         self.met: list[tuple[str, Tensor]] = []  # a replicated parameter and the labels it met
         self.trace: list[tuple[str, tuple[float, ...], str]] = []  # op, numbers, module: where features take part
         self._labels: Any = WeakIdKeyDictionary()
@@ -99,9 +100,13 @@ class Flow(TorchDispatchMode):
     def _enter(self, name: str, source: str | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stack.append(name)
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            labels = self.labels_of(given[0]) if isinstance(module, nn.Dropout) and module.p > 0 and given else None
+            if labels is not None:
+                with _out_of_sight():
+                    self.dropped.append((name, labels.unique()))
             if source is not None:
                 self._quiet += 1
-                given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
                 with _out_of_sight():
                     self._arrive(source, given[0] if given else None)
 

@@ -10,6 +10,7 @@ from torch import nn
 from tpkernels.derive_flow import Flow
 from tpkernels.derive_labels import WHOLE
 from tpkernels.derive_names import glob_of
+from tpkernels.plan_heads import HEAD_SIZE, HEADS, number
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Group:
         summed: replicated parameters that meet the features: inside a cut their gradients are parts.
         reason: why they cannot be cut.
         weight: how many parameters a cut would cut.
+        drops: dropouts that its features go through.
         counts: styles for the modules around that were not tried yet.
     """
 
@@ -35,6 +37,7 @@ class Group:
     reason: str = ""
     weight: int = 0
 
+    drops: list[str] = field(default_factory=list)
     counts: list[dict[str, str]] | None = None
 
     def parents(self) -> list[str]:
@@ -76,11 +79,14 @@ def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str
     into = {name: root[labels.numpy()] for name, labels in flow.arrived.items()}
     for name, classes in into.items():
         reached = {group_of.get(int(c), -1) for c in np.unique(classes)}
-        for number in reached - {-1}:
-            groups[number].sinks.append(name)
+        for i in reached - {-1}:
+            groups[i].sinks.append(name)
             if len(reached) > 1:
-                groups[number].reason = f"at the input of {name} they lie beside others"
+                groups[i].reason = f"at the input of {name} they lie beside others"
     _note_summed(flow, groups, group_of, root)
+    for name, labels in flow.dropped:
+        for i in {group_of[c] for c in root[labels.numpy()].tolist() if c in group_of}:
+            groups[i].drops.append(name)
     for group in groups:
         whole = [s for s in (*group.sources, *group.sinks) if s in direct]
         if whole and not group.reason:
@@ -109,10 +115,10 @@ def _connect(called: list[str], out: dict[str, np.ndarray]) -> tuple[list[Group]
     numbers: dict[int, int] = {}
     groups: list[Group] = []
     for i, name in enumerate(called):
-        number = numbers.setdefault(find(i), len(groups))
-        if number == len(groups):
+        place = numbers.setdefault(find(i), len(groups))
+        if place == len(groups):
             groups.append(Group([]))
-        groups[number].sources.append(name)
+        groups[place].sources.append(name)
     return groups, {c: numbers[find(i)] for c, i in owner.items()}
 
 
@@ -206,6 +212,21 @@ def refuse_unsummable(
                     group.refuse(f"{parameter} meets them, and no rule can name the model itself")
                 elif owner in sources or not own <= group.summed:
                     group.refuse(f"{parameter} meets them, and not all parameters of {owner} do")
+
+
+def refuse_undroppable(model: nn.Module, groups: list[Group]) -> None:
+    """Ranks drop numbers of their own between columns and rows of one module, or of a block that knows its heads."""
+    for group in groups:
+        columns, rows = ({name.rpartition(".")[0] for name in names} for names in (group.sources, group.sinks))
+        blocks = all(number(model.get_submodule(name), (*HEAD_SIZE, *HEADS)) for name in columns)
+        if group.drops and columns != rows and not blocks:
+            group.refuse(f"{group.drops[0]} drops what is cut, and {min(columns)} does not hold {group.sinks[:1]}, too")
+        # Of several stretches in one module only the one of its first linear is known.
+        for parent in columns if group.drops else ():
+            cut = {name for other in groups if other.units for name in other.sources}
+            children = [f"{parent}.{key}" if parent else key for key, _ in model.get_submodule(parent).named_children()]
+            if next((child for child in children if child in cut), group.sources[0]) not in group.sources:
+                group.refuse(f"{group.drops[0]} drops what is cut, and {parent} cuts other linears before")
 
 
 def choose(groups: list[Group]) -> list[Group]:
