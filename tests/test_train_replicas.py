@@ -109,8 +109,17 @@ def test_a_bit_that_differs_between_replicas_stops_the_run_on_all_ranks_and_is_n
 
 
 def check_aggregators_follow_each_other() -> None:
-    """Over a process group, where each needs one of its own: torch must not be made to reuse a name."""
+    """Over a process group, where each needs one of its own: torch must not be made to reuse a name.
+
+    The second kind is asked for its counters while a message is under way.
+    """
     with Group.open(transport="group") as group:
+        for _ in range(3):
+            big = torch.nn.Linear(2048, 2048, bias=False)
+            with GradAggregator(big, group=group, mode="delayed", warmup_steps=0, sync_parameters=True) as second:
+                big(torch.ones(1, 2048)).sum().backward()
+                second.wait()
+                assert second.stats()["wire_bytes"] >= 2 * 2048 * 2048
         for turn in range(4):
             model = torch.nn.Linear(2, 1, bias=False)
             torch.nn.init.ones_(model.weight)

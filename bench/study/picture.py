@@ -28,9 +28,9 @@ def draw(kept: Sequence[Row], folder: Path) -> Path | None:
         return None
     figure = Figure(figsize=(15, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    (curves, bytes_), (bars, more) = figure.subplots(2, 2)
+    (curves, sizes), (bars, more) = figure.subplots(2, 2)
     draw_curves(curves, kept)
-    draw_bytes(bytes_, kept)
+    draw_bytes(sizes, kept)
     draw_bars(bars, kept, "")
     draw_bars(more, kept, " delayed")
     figure.suptitle("compressed gradients, two replicas of the byte-level GPT", fontsize=12)
@@ -61,7 +61,9 @@ def draw_bytes(axes: Any, kept: Sequence[Row]) -> None:
             spread = [[mean(found) - min(found)], [max(found) - mean(found)]]
             marker = "s" if method.torch else {"sync": "o", "delayed": ">", "local": "^"}[method.mode]
             axes.errorbar([sent], [mean(found)], yerr=spread, marker=marker, capsize=2, linewidth=1)
-            axes.annotate(method.name, (sent, mean(found)), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                method.name, (sent, mean(found)), xytext=(3, 5), textcoords="offset points", fontsize=7, rotation=35
+            )
     axes.set(
         xscale="log",
         xlabel="MB a step and rank",

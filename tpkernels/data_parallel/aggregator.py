@@ -254,11 +254,11 @@ class GradAggregator:
         Returns:
             those, and exposed_seconds: how long the training thread has waited for averages.
         """
-        return self._lane.group.stats() | {"exposed_seconds": self._traffic.exposed_s}
+        return self._lane.ask(self._lane.group.stats) | {"exposed_seconds": self._traffic.exposed_s}
 
     def reset_stats(self) -> None:
         """Set all counters to zero."""
-        self._lane.group.reset_stats()
+        self._lane.ask(self._lane.group.reset_stats)
         self._traffic.exposed_s = 0.0
 
     def close(self) -> None:

@@ -73,6 +73,14 @@ class Lane:
         if self._closed:
             raise RuntimeError(f"the communication lane of group {self.group.label!r} is closed")
 
+    def ask(self, question: Callable[[], T]) -> T:
+        """question() to the group of the lane, between two jobs.
+
+        The communicator answers when the call that runs has ended; asked from the training thread, which holds Python
+        meanwhile, it would wait for a job that waits for Python.
+        """
+        return question()
+
     def close(self) -> None:
         """Let the submitted jobs end, which takes the group's timeout at most, and leave the group. Twice is once."""
         if self._closed:
@@ -105,6 +113,11 @@ class _ThreadLane(Lane):
         future: Future[T] = Future()
         self._jobs.put((job, future))
         return future
+
+    def ask(self, question: Callable[[], T]) -> T:
+        if self._failure is not None or self._closed:
+            return question()
+        return self._submit(question).wait()
 
     def _finish(self) -> None:
         self._jobs.put(None)
