@@ -99,7 +99,7 @@ def serve_one(check: Callable[[Served], Awaitable[Any]], engine: Engine, decoder
     thread.start()
 
     async def main() -> Any:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {token}"} if token else None
         where = f"http://127.0.0.1:{listening.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=where, limits=limits, timeout=DEADLINE_S, headers=headers) as client:

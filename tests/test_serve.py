@@ -85,7 +85,8 @@ async def too_many_are_refused(served: Served) -> None:
         await served.until(served.gate.waiting.is_set)
         most = QUEUE + SLOTS - 1  # the slots that are free are no queue
         waiting = [asyncio.ensure_future(served.complete("ab", max_tokens=4)) for _ in range(most)]
-        await served.until(lambda: len(served.engine._waiting) == most)
+        await served.until(lambda: len(served.engine._waiting) == most or any(task.done() for task in waiting))
+        assert not [task.result().text for task in waiting if task.done()]
         refused = await served.complete("ab")
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -280,7 +281,7 @@ def test_a_dead_rank_fails_what_is_pending_with_503_and_shows_in_health(tmp_path
     assert found["statuses"] == [503]
     assert "PeerLostError" in found["message"]
     assert found["health"][:2] == (503, "unhealthy")
-    assert "[1]" in found["health"][2]
+    assert "rank 1 died" in found["health"][2]
     assert found["seconds"] < 20.0, "bounded by the group's timeout"
 
 

