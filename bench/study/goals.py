@@ -66,6 +66,14 @@ def losses(kept: Sequence[Row], layout: str, method: str, steps: int | None = No
     return values(runs(kept, layout, method, steps), "validation_loss")
 
 
+def against(kept: Sequence[Row], layout: str, method: str, steps: int | None = None) -> float | None:
+    """The loss over that of fp32, less one, over the seeds that both have."""
+    base = {row["seed"]: float(row["validation_loss"]) for row in runs(kept, layout, BASE, steps)}
+    mine = {row["seed"]: float(row["validation_loss"]) for row in runs(kept, layout, method, steps)}
+    both = sorted(base.keys() & mine.keys())
+    return sum(mine[s] for s in both) / sum(base[s] for s in both) - 1 if both else None
+
+
 def loss_goal(
     kept: Sequence[Row], layout: str, method: str, share: float, within: float | None, steps: int | None = None
 ) -> Verdict:

@@ -26,7 +26,6 @@ def cells(kept: Sequence[Row], layout: str) -> Iterator[list[str]]:
     """A line for each method that has been measured: name, bytes, share, loss, against fp32, tokens/s for each link."""
     base_name = next(m.name for m in methods(layout))
     base = goals.runs(kept, layout, "none")
-    plain = mean(goals.losses(kept, layout, "none")) if base else None
     for method in methods(layout):
         rows = goals.runs(kept, layout, method.name)
         speeds = [goals.tokens(kept, layout, link, method.name) for link in LINKS]
@@ -38,7 +37,8 @@ def cells(kept: Sequence[Row], layout: str) -> Iterator[list[str]]:
             sent = rows[-1]["bytes_per_step"]
             share = f"{sent / base[-1]['bytes_per_step']:.3f}" if base and sent else ""
             spread = f"{mean(found):.4f} [{min(found):.4f}, {max(found):.4f}]"
-            against = f"{mean(found) / plain - 1:+.2%}" if plain else ""
+            worse = goals.against(kept, layout, method.name)
+            against = f"{worse:+.2%}" if worse is not None else ""
             line += [f"{sent:,}" if sent else "not counted", share, spread, against]
         else:
             line += [""] * 4
