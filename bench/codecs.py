@@ -27,7 +27,7 @@ from tpkernels import ops
 from tpkernels.compress import CODECS, wire_bytes
 
 OP = "codec_moves"
-SIZES = (256 << 10, 4 << 20, 64 << 20)
+MOVES = ("encode", "decode", "feedback")
 GOAL = 0.7
 """Of one core's copy bandwidth."""
 
@@ -46,6 +46,12 @@ def share(row: Row) -> float:
     move, _, codec = row["variant"].partition("_")
     size = (codec, row["bytes"], DTYPES[row["dtype"]].itemsize)
     return float(row["ratio"]) * moved(move, *size) / moved("copy", *size)
+
+
+def least_ratio(move: str, codec: str, itemsize: int = 4) -> float:
+    """The ratio of times at which a move of many values reaches the goal."""
+    many = 1 << 20
+    return GOAL * moved("copy", codec, many, itemsize) / moved(move, codec, many, itemsize)
 
 
 def moves(setting: Setting, nbytes: int) -> Cell:

@@ -16,10 +16,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench import codecs
 from bench import rows as kept
 from bench.rows import Row
 from bench.shapes import format_bytes
 from bench.table import digits
+from tpkernels.compress import CODECS
 
 KIB, MIB = 1 << 10, 1 << 20
 GEMM_ALONE = "gemm alone"
@@ -33,6 +35,7 @@ class Goal:
     Args:
         size: bytes of a collective, M of a GEMM with N = K = 4096, 0: any.
         against: a candidate of the same run, or GEMM_ALONE: the faster GEMM by itself.
+        codec: of the row.
     """
 
     op: str
@@ -42,10 +45,11 @@ class Goal:
     against: str = "gloo"
     dtype: str = "fp32"
     R: int = 2
+    codec: str = "none"
 
     def fits(self, row: Row) -> bool:
         size = row["bytes"] if row["M"] is None else row["M"] if (row["N"], row["K"]) == (4096, 4096) else None
-        asked = (self.op, self.variant, self.dtype, self.R, "none")
+        asked = (self.op, self.variant, self.dtype, self.R, self.codec)
         return asked == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec")) and self.size in (0, size)
 
     @property
@@ -67,6 +71,12 @@ GOALS = [
     *(Goal("gemm_all_reduce", "tpkernels", m, r, "linear_gloo") for m, r in ((16, 1.4), (128, 1.4), (512, 1.3))),
     *(Goal("gemm_all_reduce", "tpkernels", m, 1 / 1.03, GEMM_ALONE) for m in (16, 128, 512)),
     *(Goal("gemm_all_reduce", "tpkernels", m, 1.0, "linear_tpk", "bf16") for m in (1, 16, 128, 512)),
+    *(
+        Goal(codecs.OP, f"{move}_{codec}", 64 * MIB, codecs.least_ratio(move, codec), "copy", R=1, codec=codec)
+        for move in codecs.MOVES
+        for codec in CODECS
+        if codec != "none"
+    ),
     Goal("train_step", "tpkernels", 0, 1.2),
 ]
 

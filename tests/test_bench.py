@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_tools import Clock, Team, candidate, right, where, wrong
 
-from bench import placement, rows, shapes, suite
+from bench import codecs, placement, rows, shapes, suite
 from bench import run as bench_run
 from bench.cell import Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
@@ -242,6 +242,16 @@ def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> No
     spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, math.inf, where())
     (told,) = bench_run.run(spec, 2, pin=False)
     assert isinstance(told, str) and "1 does not divide by 2 ranks" in told
+
+
+def test_a_share_of_the_copy_is_of_bytes_and_not_of_times() -> None:
+    row = {"variant": "encode_bf16", "bytes": 4 << 20, "dtype": "fp32", "ratio": 1.0}
+    assert codecs.share(row) == 0.75, "in the time in which 8 bytes are copied, 4 are read and 2 written"
+    assert codecs.share({**row, "variant": "feedback_bf16"}) == 1.75
+    for move in codecs.MOVES:
+        for codec in ("fp16", "int8"):
+            least = {**row, "variant": f"{move}_{codec}", "ratio": codecs.least_ratio(move, codec)}
+            assert codecs.share(least) == pytest.approx(codecs.GOAL)
 
 
 def test_every_run_of_the_suite_is_one_that_the_bench_knows() -> None:
