@@ -18,6 +18,7 @@ from tpkernels.cli import app
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.data_parallel.state import reshard_state
 from tpkernels.group import Group, resolve
+from tpkernels.layers.base import Cut
 from tpkernels.testing import run_ranks
 
 # (tp, dp) of each stage; every one loads what the one before saved.
@@ -42,25 +43,27 @@ def stage(folder: str, number: int) -> None:
     with grid(tp, dp) as (cut, replicas):
         model, llama = small_gpt(cut, seed=number + 1), small_llama(cut)
         optimizer, sgd = adamw(model), torch.optim.SGD(llama.parameters(), lr=0.1, momentum=0.9)
-        aggregator = GradAggregator(model, group=replicas, codec="int8", mode="sync")
+        aggregator, other = (GradAggregator(m, group=replicas, codec="int8") for m in (model, llama))
         torch.manual_seed(100 * number)
         both = {"group": cut, "dp_group": replicas}
         before = {"gpt": root / f"gpt-{number - 1}", "llama": root / f"llama-{number - 1}"}
         if number == 0:
             learn(model, optimizer, range(2), aggregator, replicas.rank)
-            llama(input_ids=torch.arange(12)[None]).logits.square().sum().backward()
+            llama(input_ids=(torch.arange(12)[None] + replicas.rank) % 13).logits.square().sum().backward()
+            other.wait()
             sgd.step()
             torch.rand(replicas.rank + 1)  # so that the replicas' random numbers differ
         else:
             loaded = checkpoint.load(model, before["gpt"], optimizer=optimizer, aggregator=aggregator, **both)
-            checkpoint.load(llama, before["llama"], optimizer=sgd, **both)
+            checkpoint.load(llama, before["llama"], optimizer=sgd, aggregator=other, **both)
             assert (loaded.step, loaded.extra) == (2, {"note": "x"})
             assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
             assert llama.lm_head.weight is llama.model.embed_tokens.weight
         more = {"step": 2, "extra": {"note": "x"}}
         checkpoint.save(model, root / f"gpt-{number}", optimizer=optimizer, aggregator=aggregator, **both, **more)
-        checkpoint.save(llama, root / f"llama-{number}", optimizer=sgd, **both, **more)
+        checkpoint.save(llama, root / f"llama-{number}", optimizer=sgd, aggregator=other, **both, **more)
         aggregator.close()
+        other.close()
 
 
 def test_a_checkpoint_goes_from_1_to_2_to_3_to_4_ranks_and_back_without_losing_a_bit(tmp_path: Path) -> None:
@@ -71,24 +74,27 @@ def test_a_checkpoint_goes_from_1_to_2_to_3_to_4_ranks_and_back_without_losing_a
         assert any(name.startswith("optimizer/") for name in first)
         for number in range(1, len(STAGES)):
             assert_same(whole(tmp_path / f"{kind}-{number}"), first)
-    check_residuals(tmp_path)
+        check_residuals(tmp_path, kind)
     check_random_numbers(tmp_path)
     check_resharding(tmp_path)
 
 
-def check_residuals(root: Path) -> None:
+def check_residuals(root: Path, kind: str) -> None:
     """Cut like their parameters; of fewer replicas they add up, of more the new ones begin with nothing."""
-    old = [residuals(root / "gpt-0", replica) for replica in (0, 1)]
+    old = [residuals(root / f"{kind}-0", replica) for replica in (0, 1)]
     assert all(any(t.any() for t in state.values()) for state in old)
     for replica in (0, 1):
-        assert_same(residuals(root / "gpt-1", replica), old[replica])
+        assert_same(residuals(root / f"{kind}-1", replica), old[replica])
     total = {name: old[0][name] + old[1][name] for name in old[0]}
-    assert_same(residuals(root / "gpt-2", 0), total)
-    assert_same(residuals(root / "gpt-3", 0), total)
-    assert_same(residuals(root / "gpt-4", 0), total)
-    assert not any(t.any() for t in residuals(root / "gpt-4", 1).values())
+    assert_same(residuals(root / f"{kind}-2", 0), total)
+    assert_same(residuals(root / f"{kind}-3", 0), total)
+    assert_same(residuals(root / f"{kind}-4", 0), total)
+    assert not any(t.any() for t in residuals(root / f"{kind}-4", 1).values())
     states = [
-        {"tensors": {name.partition("/")[2]: t for name, t in state.items()}, "numbers": numbers_of(root / "gpt-0", r)}
+        {
+            "tensors": {name.partition("/")[2]: t for name, t in state.items()},
+            "numbers": numbers_of(root / f"{kind}-0", r),
+        }
         for r, state in enumerate(old)
     ]
     rule = reshard_state(states, 1)[0]["tensors"]  # type: ignore[arg-type]
@@ -125,6 +131,7 @@ def check_resharding(root: Path) -> None:
     for number, tp in ((0, 4), (3, 2)):  # heads that ranks share: plain parts, of which the same tensors come together
         made = checkpoint.reshard(root / f"llama-{number}", root / f"made-llama-{number}", tp=tp, dp=1)
         assert_same(whole(made), whole(root / "llama-0"))
+        assert_same(residuals(made, 0), residuals(root / "llama-2", 0))
     run_ranks(load_made, 2, str(root))
 
 
@@ -183,12 +190,46 @@ def test_replicas_that_differ_get_their_own_back_and_other_ranks_are_warned(tmp_
     assert torch.equal(model.norm.weight, torch.ones(24))
 
 
+def test_listed_runs_and_residuals_go_through_any_number_of_ranks(tmp_path: Path) -> None:
+    group = resolve(None)
+    model = layers.ColumnParallelLinear(4, 6, group=group)
+    backwards = Cut(0, 6, runs=(((3, 3), (0, 3)),))
+    model._cuts = {"weight": backwards, "bias": backwards}
+    model._mark()
+    aggregator = GradAggregator(model, group=group, codec="int8")
+    model(torch.rand(2, 4)).square().sum().backward()
+    aggregator.wait()
+    state = aggregator.state_dict()
+    assert sorted(state["tensors"]) == ["residual.bias", "residual.weight"]
+    for tensor in state["tensors"].values():
+        tensor.uniform_()  # one rank alone packs nothing
+    aggregator.load_state_dict(state)
+    checkpoint.save(model, tmp_path / "a", dp_group=group, aggregator=aggregator)
+    checkpoint.reshard(tmp_path / "a", tmp_path / "b", tp=4, dp=3)
+    assert_same(whole(tmp_path / "b"), whole(tmp_path / "a"))
+    assert_same(residuals(tmp_path / "b", 0), residuals(tmp_path / "a", 0))
+    checkpoint.reshard(tmp_path / "b", tmp_path / "c", tp=2, dp=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state["tensors"].items()}
+    aggregator.load_state_dict({"tensors": zeros, "numbers": state["numbers"]})
+    checkpoint.load(model, tmp_path / "c", dp_group=group, aggregator=aggregator)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert_same(aggregator.state_dict()["tensors"], state["tensors"])
+    aggregator.close()
+
+
 def test_a_reshard_holds_two_tensors_at_a_time(tmp_path: Path) -> None:
-    side = 1024  # 4 MiB each; half of them cut by columns, whose slices are not neighbours in the file
+    side = 768  # 2.25 MiB each; half of them cut by columns, whose slices are not neighbours in the file
     group = resolve(None)
     kinds = (layers.RowParallelLinear, layers.ColumnParallelLinear)
     model = nn.Sequential(*(kinds[i % 2](side, side, bias=False, group=group) for i in range(16)))
-    checkpoint.save(model, tmp_path / "1")
+    aggregator = GradAggregator(model, group=group, codec="int8")
+    checkpoint.save(model, tmp_path / "1", group=group, dp_group=group, aggregator=aggregator)
+    aggregator.close()
+    assert len(residuals(tmp_path / "1", 0)) == 16
     for before, after, tp in (("1", "3", 3), ("3", "2", 2), ("2", "back", 1)):
         with PeakMemory() as peak:
             checkpoint.reshard(tmp_path / before, tmp_path / after, tp=tp)

@@ -213,7 +213,10 @@ class TensorFile:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the file."""
         code = self._slice(name).get_dtype()
-        return next(dtype for dtype, known in DTYPES.items() if known == code)
+        dtype = next((dtype for dtype, known in DTYPES.items() if known == code), None)
+        if dtype is None:
+            raise CheckpointError(f"{self.path} holds {name} as {code}, which this tpkernels does not read")
+        return dtype
 
     def read(self, name: str, *ranges: tuple[int, int, int]) -> Tensor:
         """A tensor, or of each given (dim, start, stop) only that range; backed by the file, so copy what is kept."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,9 +13,9 @@ from torch import Tensor, nn
 from tpkernels import layers
 from tpkernels.ckpt_cuts import read_part
 from tpkernels.ckpt_files import CheckpointError
-from tpkernels.ckpt_manifest import Source, read
+from tpkernels.ckpt_manifest import Source, few, read
 from tpkernels.ckpt_place import Place
-from tpkernels.ckpt_residuals import residuals_for
+from tpkernels.ckpt_residuals import Residuals
 from tpkernels.ckpt_state import Aggregator, aliases_of
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.shard import Runs, shard_info
@@ -48,12 +46,13 @@ def restore(
             _check_optimizer(model, optimizer, source)
         if aggregator is not None:
             cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
-            residuals = residuals_for(source, place.rank, place.tp, place.replica, place.dp, cuts)
-            _load_aggregator(aggregator, residuals)
+            residuals = Residuals(source, place.rank, place.tp, place.replica, place.dp, cuts)
+            _load_aggregator(aggregator, residuals.state())
         for rank in range(source.tp) if place.tp != source.tp else [place.rank]:
             source.file(rank)
         rng = source.rng(place.rank, place.replica)
-    _warn_of_replicas(source, place)
+    if place.is_first and place.tp != source.tp:
+        source.warn_of_replicas()
     with torch.no_grad():
         for key, tensor in targets:
             _fill(source, place, key, tensor, _cut(tensor))
@@ -77,7 +76,7 @@ def _targets(model: nn.Module, source: Source) -> list[tuple[str, Tensor]]:
         ("has, and the model lacks,", saved - set(names.values())),
     ):
         if some:
-            raise CheckpointError(f"it {text} {_some(some)}: build the model that was saved")
+            raise CheckpointError(f"it {text} {few(some)}: build the model that was saved")
     targets = []
     for name, tensor in state.items():
         key, info = f"model/{names[name]}", shard_info(tensor)
@@ -89,11 +88,6 @@ def _targets(model: nn.Module, source: Source) -> list[tuple[str, Tensor]]:
             )
         targets.append((key, tensor))
     return targets
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source) -> None:
@@ -113,16 +107,6 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source:
         raise CheckpointError(
             f"its optimizer has other parameter groups (of {list(map(len, there))} parameters, here "
             f"{list(map(len, groups))}{first}): group the parameters as they were"
-        )
-
-
-def _warn_of_replicas(source: Source, place: Place) -> None:
-    differ = [name.removeprefix("model/") for name, entry in source.entries.items() if entry.replicas_differ]
-    if differ and place.tp != source.tp and place.is_first:
-        warnings.warn(
-            f"{source.folder}: the ranks that saved it did not hold the same bits of {_some(differ)}; the first that "
-            f"holds each is taken",
-            stacklevel=4,
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,12 @@ def _marked(name: str, entry: Entry, said: list[dict[str, Any]]) -> Entry:
         if digest is not None and seen.setdefault(key, digest) != digest:
             return replace(entry, replicas_differ=True)
     return entry
+
+
+def few(names: Iterable[str]) -> str:
+    """Some of the names, for a message."""
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -190,6 +197,16 @@ class Source:
     def aggregator_numbers(self, rank: int, replica: int) -> Any:
         """What the aggregator of a rank said besides tensors; None when none was saved."""
         return self.manifest["own"][file_name(rank, self.tp, replica)]["aggregator"]
+
+    def warn_of_replicas(self) -> None:
+        """Say which tensors were not the same on all ranks that should hold the same."""
+        differ = [name.removeprefix("model/") for name, entry in self.entries.items() if entry.replicas_differ]
+        if differ:
+            warnings.warn(
+                f"{self.folder}: the ranks that saved it did not hold the same bits of {few(differ)}; the first that "
+                f"holds each is taken",
+                stacklevel=4,
+            )
 
     def rng(self, rank: int, replica: int) -> dict[str, Tensor]:
         """The random numbers of a rank, also of one that was not there when the checkpoint was saved.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from tpkernels.ckpt_files import (
 )
 from tpkernels.ckpt_manifest import Source, kind_of, read
 from tpkernels.ckpt_place import file_name
-from tpkernels.ckpt_residuals import residuals_for
+from tpkernels.ckpt_residuals import Residuals
+from tpkernels.shard import Runs
 
 
 def reshard(
@@ -47,21 +49,25 @@ def reshard(
         CheckpointError: src is no checkpoint or damaged (named), dst exists, or the disk is full.
     """
     source_folder, final = Path(src), Path(dst)
+    temporary = final.with_name(f"{WRITING}{final.name}")
     try:
-        return _reshard(source_folder, final, tp, dp)
+        return _reshard(source_folder, final, temporary, tp, dp)
     except (CheckpointError, OSError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"reshard {source_folder} to {final}: {error}") from None
 
 
-def _reshard(source_folder: Path, final: Path, tp: int | None, dp: int | None) -> Path:
+def _reshard(source_folder: Path, final: Path, temporary: Path, tp: int | None, dp: int | None) -> Path:
     source = Source(source_folder, read(source_folder))
     tp, dp = source.tp if tp is None else tp, source.dp if dp is None else dp
     if tp < 1 or dp < 1:
         raise CheckpointError(f"tp and dp must be 1 or more, got tp={tp}, dp={dp}")
     source.check_files()
-    temporary = final.with_name(f"{WRITING}{final.name}")
     make_room(final, temporary, temporary.name)
-    entries = source.entries if tp == source.tp else {k: replace(e, runs=None) for k, e in source.entries.items()}
+    entries = source.entries
+    if tp != source.tp:
+        source.warn_of_replicas()
+        entries = {name: replace(e, runs=None, replicas_differ=False) for name, e in entries.items()}
     target = _Target(source, entries, tp, dp)
     manifest = dict(source.manifest) | {
         "world_size": tp,
@@ -90,18 +96,34 @@ class _Target:
 
     def write(self, path: Path, rank: int, replica: int) -> tuple[str, dict[str, Any]]:
         """Write the file of a rank; its digest, and what the manifest says of what is the rank's own."""
-        own, numbers = self._own(rank, replica)
+        own = {f"rng/{key}": value for key, value in self.source.rng(rank, replica).items()}
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
-        said = {
-            "tensors": {name: kind_of(*kind) for name, kind in layout.items()},
-            "aggregator": numbers,
-        }
+        said: dict[str, Any] = {"aggregator": None}
+        residuals: Residuals | None = None
+        if self.source.aggregator_numbers(0, 0) is not None:
+            residuals = Residuals(self.source, rank, self.tp, replica, self.dp, self._cuts(rank))
+            said["aggregator"] = residuals.numbers()
+            layout |= {f"aggregator/{name}": kind for name, kind in residuals.layout().items()}
+        said["tensors"] = {name: kind_of(*kind) for name, kind in layout.items()}
         if replica == 0:
             layout = {name: (e.dtype, e.part_shape(rank, self.tp)) for name, e in self.entries.items()} | layout
         with TensorWriter(path, layout) as writer:
             for name in writer.names:
-                writer.add(name, own[name] if name in own else self._part(name, rank))
+                if name in own:
+                    writer.add(name, own[name])
+                elif residuals is not None and name.startswith("aggregator/"):
+                    writer.add(name, residuals.tensor(name.partition("/")[2]))
+                else:
+                    writer.add(name, self._part(name, rank))
             return writer.finish(), said
+
+    def _cuts(self, rank: int) -> dict[str, tuple[int | None, Runs]]:
+        """What the rank holds of each tensor of the model."""
+        return {
+            name.partition("/")[2]: (e.dim, () if e.dim is None else e.runs_of(rank, self.tp))
+            for name, e in self.entries.items()
+            if name.startswith("model/")
+        }
 
     def _part(self, name: str, rank: int) -> Tensor:
         entry = self.entries[name]
@@ -110,11 +132,3 @@ class _Target:
         first = rank if self.tp == self.source.tp else 0
         read_part(self.source.entries[name], self.source.tp, self.source.reader(name), entry.dim, runs, out, first)
         return out
-
-    def _own(self, rank: int, replica: int) -> tuple[dict[str, Tensor], Any]:
-        own = {f"rng/{key}": value for key, value in self.source.rng(rank, replica).items()}
-        if self.source.aggregator_numbers(0, 0) is None:
-            return own, None
-        state = residuals_for(self.source, rank, self.tp, replica, self.dp)
-        own |= {f"aggregator/{key}": value for key, value in state["tensors"].items()}
-        return own, state["numbers"]

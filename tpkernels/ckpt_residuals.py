@@ -6,6 +6,10 @@ of replicas goes the rule of `data_parallel.state.reshard_state`; here it is app
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,67 +20,80 @@ from tpkernels.data_parallel.state import OWN, AggregatorState, reshard_state
 from tpkernels.shard import Runs
 
 
-def residuals_for(
-    source: Source, rank: int, tp: int, replica: int, dp: int, cuts: dict[str, tuple[int | None, Runs]] | None = None
-) -> AggregatorState:
+@dataclass(frozen=True)
+class Residuals:
     """What rank `rank` of `tp` of replica `replica` of `dp` begins with.
 
     Args:
-        cuts: what this rank holds of each parameter, as (dim, runs), where it is not what the manifest says.
+        cuts: what this rank holds of each parameter, as (dim, runs).
 
     Raises:
         CheckpointError: none was saved, or what was saved fits no other number of ranks.
     """
-    numbers = [source.aggregator_numbers(rank % source.tp, q) for q in range(source.dp)]
-    if any(n is None for n in numbers):
-        raise CheckpointError("it holds no state of an aggregator: load it without one")
-    try:
-        state = reshard_state([{"tensors": {}, "numbers": n} for n in numbers], dp)[replica]
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    for key in source.own(rank % source.tp, 0):
-        kind, _, name = key.partition("/")
-        if kind == "aggregator":
-            state["tensors"][name] = _tensor(source, name, rank, tp, replica, dp, cuts)
-    return state
 
+    source: Source
+    rank: int
+    tp: int
+    replica: int
+    dp: int
+    cuts: Mapping[str, tuple[int | None, Runs]]
 
-def _tensor(
-    source: Source,
-    name: str,
-    rank: int,
-    tp: int,
-    replica: int,
-    dp: int,
-    cuts: dict[str, tuple[int | None, Runs]] | None,
-) -> Tensor:
-    kind, _, parameter = name.partition(".")
-    entry = _entry_of(source, parameter)
-    dim, runs = entry.dim, () if entry.dim is None else entry.runs_of(rank, tp)
-    if cuts is not None:
-        dim, runs = cuts[parameter]
-    shape = list(entry.shape)
-    if dim is not None:
-        shape[dim] = sum(size for _, size in runs)
-    dtype = getattr(torch, source.own(rank % source.tp, 0)[f"aggregator/{name}"]["dtype"])
-    first = rank if tp == source.tp else 0
-    total = torch.zeros(shape, dtype=dtype)
-    same = dp == source.dp
-    old = [replica] if same else list(range(replica, source.dp, dp)) if kind in OWN else [0]
-    for q in old:
-        part = torch.empty(shape, dtype=dtype) if len(old) > 1 else total
-        read_part(entry, source.tp, _reader(source, q, f"aggregator/{name}"), dim, runs, part, first)
-        if part is not total:
-            total += part
-    return total
+    def numbers(self) -> dict[str, Any]:
+        """What goes with the tensors."""
+        said = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
+        if any(n is None for n in said):
+            raise CheckpointError("it holds no state of an aggregator: load it without one")
+        try:
+            return reshard_state([{"tensors": {}, "numbers": n} for n in said], self.dp)[self.replica]["numbers"]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor."""
+        own = self.source.own(self._old_rank, 0)
+        names = [key.partition("/")[2] for key in own if key.startswith("aggregator/")]
+        return {n: (getattr(torch, own[f"aggregator/{n}"]["dtype"]), self._cut(n)[2]) for n in names}
 
-def _entry_of(source: Source, parameter: str) -> Entry:
-    key = f"model/{source.manifest['aliases'].get(parameter, parameter)}"
-    if key not in source.entries:
-        raise CheckpointError(f"it holds the aggregator's state of {parameter}, which is no parameter of the model")
-    return source.entries[key]
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors; besides it there is no more in memory than another of its size and a slice."""
+        entry, (dim, runs, shape) = self._entry(name), self._cut(name)
+        first = self.rank if self.tp == self.source.tp else 0
+        total = torch.zeros(shape, dtype=self.layout()[name][0])
+        old = [0] if name.partition(".")[0] not in OWN else list(range(self.replica, self.source.dp, self.dp))
+        if self.dp == self.source.dp:
+            old = [self.replica]
+        for q in old:
+            part = torch.empty_like(total) if len(old) > 1 else total
+            read_part(entry, self.source.tp, self._reader(q, f"aggregator/{name}"), dim, runs, part, first)
+            if part is not total:
+                total += part
+        return total
 
+    def state(self) -> AggregatorState:
+        """All of it."""
+        return {"tensors": {name: self.tensor(name) for name in self.layout()}, "numbers": self.numbers()}
 
-def _reader(source: Source, replica: int, key: str) -> Read:
-    return lambda rank, *ranges: source.file(rank, replica).read(key, *ranges)
+    @property
+    def _old_rank(self) -> int:
+        return self.rank % self.source.tp
+
+    def _entry(self, name: str) -> Entry:
+        parameter = name.partition(".")[2]
+        key = f"model/{self.source.manifest['aliases'].get(parameter, parameter)}"
+        if key not in self.source.entries:
+            raise CheckpointError(f"it holds the aggregator's state of {parameter}, which is no parameter of the model")
+        return self.source.entries[key]
+
+    def _cut(self, name: str) -> tuple[int | None, Runs, tuple[int, ...]]:
+        """What this rank holds of a tensor, (dim, runs), and the shape of it."""
+        entry, parameter = self._entry(name), name.partition(".")[2]
+        if parameter not in self.cuts:
+            raise CheckpointError(f"it holds the aggregator's state of {parameter}, which the model lacks")
+        dim, runs = self.cuts[parameter]
+        shape = list(entry.shape)
+        if dim is not None:
+            shape[dim] = sum(size for _, size in runs)
+        return dim, runs, tuple(shape)
+
+    def _reader(self, replica: int, key: str) -> Read:
+        return lambda rank, *ranges: self.source.file(rank, replica).read(key, *ranges)
