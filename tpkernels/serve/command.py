@@ -62,7 +62,11 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, engine: Engine, listening: socket.socket, drain_s: float) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=5
+            )
+        )
         self._engine, self._listening, self._drain_s = engine, listening, drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

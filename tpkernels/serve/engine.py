@@ -129,6 +129,7 @@ class Engine:
             if len(self._waiting) + len(requests) > self._most_waiting + len(self._free):
                 raise Refused(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
             self._waiting.extend(requests)
+            self._count()
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
@@ -193,9 +194,12 @@ class Engine:
             request.running = Running(request.prompt, request.sampling, self.tokenizer)
             request.sampler = Sampler(request.sampling)
             self._active[slot] = begin[slot] = request
+        self._count()
+        return begin
+
+    def _count(self) -> None:
         self.metrics.queue.set(len(self._waiting))
         self.metrics.running.set(len(self._active))
-        return begin
 
     def _take(self, request: Request, token: int) -> None:
         """The next token of a request."""
@@ -221,6 +225,7 @@ class Engine:
     def _release(self, request: Request) -> None:
         del self._active[request.slot]
         heapq.heappush(self._free, request.slot)
+        self._count()
 
     def _fail_all(self, why: str) -> None:
         with self._changed:
@@ -228,8 +233,7 @@ class Engine:
             left = [*self._active.values(), *self._waiting]
             self._active.clear()
             self._waiting.clear()
-            self.metrics.queue.set(0)
-            self.metrics.running.set(0)
+            self._count()
         for request in left:
             if not request.cancelled:
                 request.deliver(Event(failure=Refused(503, f"the model is not available: {why}")))
