@@ -109,6 +109,27 @@ def logits_that_stay_cut_give_the_same_loss(group: Group) -> None:
         compare_steps(cut, whole, [o.loss for o in outputs], "cut logits")
 
 
+def codecs_pack_what_travels(group: Group) -> None:
+    for sequence_parallel in (False, True):
+        sent, losses = [], []
+        for codec, grad_codec in (("none", None), ("fp16", "none"), ("fp16", "int8")):
+            cut = parallelize(
+                tiny("llama").float(),
+                group=group, sequence_parallel=sequence_parallel, codec=codec, grad_codec=grad_codec,
+            )  # fmt: skip
+            group.reset_stats()
+            loss = loss_of(cut)
+            loss.backward()
+            sent.append(group.stats()["wire_bytes"])
+            losses.append(float(loss.detach()))
+            assert all(bool(p.grad.isfinite().all()) for p in cut.parameters())
+        assert sent[0] > sent[1] > sent[2], sent
+        assert abs(losses[1] - losses[0]) < 1e-3 * losses[0]
+        assert losses[1] == losses[2]
+    with pytest.raises(ValueError, match="codecs must be among"):
+        parallelize(tiny("llama"), group=group, codec="zip")
+
+
 def lora_on_cut_layers_equals_lora_on_whole_ones(group: Group) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -214,6 +235,7 @@ def uses(folder: str) -> None:
 
 def slower_uses(folder: str) -> None:
     with Group.open() as group:
+        codecs_pack_what_travels(group)
         compiled_models_give_the_same(group)
         the_trainer_trains_it(group, folder)
 
@@ -224,7 +246,7 @@ def test_a_cut_model_is_used_like_any_other(R: int, tmp_path: Path) -> None:
     run_ranks(uses, R, str(tmp_path))
 
 
-def test_a_cut_model_is_compiled_and_trained_by_the_trainer(tmp_path: Path) -> None:
+def test_a_cut_model_is_packed_compiled_and_trained_by_the_trainer(tmp_path: Path) -> None:
     run_ranks(slower_uses, 2, str(tmp_path))
 
 
