@@ -73,7 +73,7 @@ def bound_of(magnitude: Tensor, R: int, codec: str, largest: float, dtype: torch
     Args:
         magnitude: the average of what was summed, taken absolutely.
         largest: of its bucket.
-        packings: that a value has gone through: as a contribution, as a sum, and as the residual of the step before.
+        packings: that a value has gone through: as a contribution, as a sum, and as what those two lost a step before.
     """
     packed = OF_VALUE[codec] * magnitude if codec in OF_VALUE else magnitude * 0.0 + OF_LARGEST[codec] * largest
     rounding = (R + 6) * unit(torch.float32) + 3 * unit(dtype)
@@ -92,7 +92,7 @@ def assert_averaged(model: nn.Module, R: int, codec: str, steps: int = 1, *, car
     for name, p in names.items():
         assert p.grad is not None, name
         want, magnitude = average(name, p, R, range(steps)), every[name].abs().sum(0) / R
-        bound = bound_of(magnitude, R, codec, largest, p.grad.dtype, packings=3 if carried else 2)
+        bound = bound_of(magnitude, R, codec, largest, p.grad.dtype, packings=4 if carried else 2)
         assert_within(p.grad.double(), want, bound, name)
 
 

@@ -145,7 +145,7 @@ def check_local_packs_differences_and_keeps_fp32_anchors_of_bf16() -> None:
                 assert torch.equal(p, kept[f"anchor.{name}"].to(torch.bfloat16))
                 assert not torch.equal(kept[f"anchor.{name}"], before[name].float())
             least = 2 * (group.world_size - 1) / group.world_size * 2 * sum(p.numel() for p in model.parameters())
-            assert agg.stats()["by_op"]["all_reduce"]["wire_bytes"] < 1.2 * least
+            assert agg.stats()["wire_bytes"] < 1.2 * least
 
 
 def check_a_changed_loss_scale_changes_nothing_else() -> None:
@@ -282,8 +282,7 @@ def test_other_ranks_still_owe_what_was_owed(old: int, new: int) -> None:
             owed = sum(s["tensors"][f"residual.{name}"].double() for s in states)
             exact = owed + average(name, p, new, [1])
             found = after[0][f"sent.{name}"].double() + sum(tensors[f"residual.{name}"].double() for tensors in after)
-            # The sum is packed once more on its way back, which nobody keeps (topk packs once).
-            bound = 2.0**-8 * after[0][f"sent.{name}"].abs() + 1e-5 * (1 + exact.abs())
+            bound = 1e-5 * (1 + exact.abs())
             assert bool(((found - exact).abs() <= bound).all()), (way, name)
 
 

@@ -8,6 +8,7 @@ from tpkernels import ops
 from tpkernels.group import Group
 
 from .buckets import Bucket
+from .feedback import average_with_feedback
 
 State = dict[str, Tensor]
 """What a bucket keeps between steps: flat fp32 tensors by kind."""
@@ -16,13 +17,9 @@ State = dict[str, Tensor]
 class DenseAverage:
     """mean = (x_0 + ... + x_{R-1}) / R with every contribution packed by a codec, the same bits on every rank.
 
-    With error feedback what the packing of a step loses goes with the next one (residual, in units of the average):
-
-        v_r = x_r / R + residual_r;  wire_r = pack(v_r);  residual_r = v_r - unpack(wire_r)
-        mean = sum_r unpack(wire_r)
-
-    Values are scaled in fp32 before they are packed: sums of large values do not overflow on the wire, and the block
-    exponents of the codecs keep small ones.
+    With error feedback what packing loses of a step, on the way to the owner of a part and on the way back, goes with
+    the next one (residual, in units of the average; see average_with_feedback). Values are scaled in fp32 before they
+    are packed: sums of large values do not overflow on the wire, and the block exponents of the codecs keep small ones.
 
     Attributes:
         kinds: what it keeps for each bucket.
@@ -40,6 +37,4 @@ class DenseAverage:
         """
         if not self.kinds:
             return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
-        wire = ops.compress_with_feedback(flat, state["residual"], self.codec, 1.0 / group.world_size)
-        shape = (bucket.numel,)
-        return ops.all_reduce_packed(wire, shape, bucket.dtype, group=group, op="sum", codec=self.codec)
+        return average_with_feedback(flat, state["residual"], self.codec, group)
