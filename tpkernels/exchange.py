@@ -94,8 +94,8 @@ class ProcessGroupExchange:
         """Between two ranks, in pieces that are under way at the same time.
 
         One large message after the other's is what gloo makes of a large all-to-all: over a link of 100 Mbit 6 MB each
-        way took 1.05 s, in pieces 0.54 s, as long as one way takes. On fast links pieces cost more than they gain: ranks
-        of one core, 10 Gbit, 13 MB: 0.28 s against 0.02. Both ranks count the same pieces.
+        way took 1.05 s, in pieces 0.54 s, as long as one way takes. On fast links pieces cost more than they gain (10
+        Gbit, ranks of one core, 13 MB: 0.28 s against 0.02). Both ranks count the same pieces.
         """
         mine, other = self._rank, 1 - self._rank
         parts_out, parts_in = torch.split(send, send_bytes), torch.split(receive, receive_bytes)
