@@ -28,6 +28,7 @@ class Study:
 
     Attributes:
         only: patterns; a cell is taken when its name, "dp2/int8 delayed", fits one of them. Empty: all.
+        alone: time computing and averaging apart, too.
         minutes: no session begins after so many; None: until all is done.
     """
 
@@ -39,6 +40,7 @@ class Study:
     rounds: int = 3
     timed_steps: int = 4
     minutes: float | None = None
+    alone: bool = True
     loss_settings: Settings = SMALL
     speed_settings: Settings = FULL
 
@@ -51,7 +53,7 @@ def smoke() -> Study:
     """Two methods, a few steps of a tiny model, no links."""
     return Study(
         layouts=("dp2",), links=(links.LOOPBACK,), only=("dp2/DDP fp16 hook", "dp2/fp16"), seeds=1, steps=4, rounds=1,
-        timed_steps=1, loss_settings=TINY, speed_settings=TINY,
+        timed_steps=1, alone=False, loss_settings=TINY, speed_settings=TINY,
     )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def speed_jobs(study: Study, kept: Sequence[rows.Row]) -> Iterator[Job]:
             if wanted and set(wanted) - done:
                 yield common | job, common, link
             alone = common | {"kind": "alone"}
-            if wanted and LAYOUTS[layout][1] > 1 and not rows.select(kept, **alone):
+            if study.alone and wanted and LAYOUTS[layout][1] > 1 and not rows.select(kept, **alone):
                 yield job | alone, alone, link
 
 
