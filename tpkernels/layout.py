@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from tpkernels.group import Group
 from tpkernels.settings import UserError
@@ -71,7 +71,7 @@ def open_layout(world: Group, tp: int, dp: int, *, arena_bytes: int | None = Non
     if dp == 1:
         yield Layout(world, world)
         return
-    mesh = dist.init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
     with ExitStack() as opened:
         # Gradients travel over a communicator of the aggregator's own; the dp group carries losses and digests.
         tp_group, dp_group = (
