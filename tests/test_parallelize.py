@@ -59,4 +59,6 @@ def test_families_give_the_unsharded_logits_loss_gradients_and_step(R: int) -> N
 @pytest.mark.parametrize("R", [2, 3, 4])
 def test_families_with_cut_tokens_give_the_same(R: int) -> None:
     names = {3: ["llama", "gpt2", "qwen2_moe"], 4: ["llama", "qwen3_moe", "gpt2"]}.get(R, SEQUENCE)
-    run_ranks(families_equal_the_unsharded_model, R, names, True)
+    reports = run_ranks(families_equal_the_unsharded_model, R, names, True)[0]
+    assert len(reports) == len(names)
+    assert all("tokens cut between the blocks" in report for report in reports)
