@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import Candidate
-from tpkernels.testing.case import CODEC_FLOOR, CODEC_ROUNDING
+from tpkernels.testing.case import CODEC_FLOOR as CODEC_FLOOR
+from tpkernels.testing.case import CODEC_ROUNDING as CODEC_ROUNDING
 
 DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,

@@ -96,7 +96,7 @@ def check_feedback_closes() -> None:
                         for one in sent[1:]:
                             exact += one
                         arrived = ops.reduce_scatter_packed(wires[rank], n, torch.float32, group=group, codec=codec)
-                        assert torch.equal(arrived, exact.split(sizes)[rank]), (codec, n, step)
+                        assert torch.equal(arrived, torch.split(exact, sizes)[rank]), (codec, n, step)
                         # The same through all_reduce_packed, whose owner packs the sum again.
                         again = ops.compress_with_feedback(gradients[rank], torch.zeros(n), codec, 1 / R)
                         mean = ops.all_reduce_packed(again, (n,), torch.float32, group=group, codec=codec)
@@ -105,7 +105,7 @@ def check_feedback_closes() -> None:
 
 
 def unpacked(wire: Tensor, sizes: list[int], codec: str) -> Tensor:
-    parts = wire.split([wire_bytes(codec, size) for size in sizes])
+    parts = torch.split(wire, [wire_bytes(codec, size) for size in sizes])
     return torch.cat([ops.decompress(p, (s,), torch.float32, codec) for p, s in zip(parts, sizes, strict=True)])
 
 
