@@ -177,7 +177,7 @@ def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
 async def _answered(request: Request, engine: Engine, job: Job, asked: Asked, answer: Any) -> Response:
     engine.submit(job.requests)
     leaving = asyncio.ensure_future(_left(request))
-    leaving.add_done_callback(lambda task: task.cancelled() or job.leave())
+    leaving.add_done_callback(lambda task: None if task.cancelled() else job.leave())
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return StreamingResponse(_stream(job, answer, usage, leaving), media_type="text/event-stream")

@@ -90,7 +90,7 @@ class CompletionAsked(Asked):
     def prompts(self) -> list[str | list[int]]:
         """One or several."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [cast("str | list[int]", self.prompt)]
+            return [self.prompt]
         return list(cast("list[str | list[int]]", self.prompt))
 
 
