@@ -32,6 +32,7 @@ LEVELS = [
         "plan_refuse",
         "plan_save",
         "plan_sequence",
+        "plan_shared",
         "plan_table",
         "plan_trainer",
     }

@@ -27,6 +27,7 @@ from tpkernels.plan_apply import (
     arrange_random,
     can_be_cut,
     is_linear,
+    share_inputs,
     takes_choices,
     unsaid,
 )
@@ -202,6 +203,7 @@ def parallelize(
     arrange_random(modules, blocks, group)
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)
+    share_inputs(modules)
     if not gather_logits:
         cut_logits(model, modules[heads[0]], group)
     _guard(model, group)

@@ -13,6 +13,7 @@ from tpkernels.layers.base import Cut
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
 from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
+from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, cut_in_units, tell_counts
 from tpkernels.shard import packed_runs, part_start, shard_info
@@ -195,6 +196,20 @@ def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Gr
         rows = [m for m in module.children() if isinstance(m, Row) and not m.split_input]
         if columns and rows:
             _stretch(module, columns, rows, group)
+
+
+def share_inputs(modules: dict[str, nn.Module]) -> None:
+    """Let column layers that are children of one module share what they are handed."""
+
+    for module in modules.values():
+        columns = [m for m in module.children() if isinstance(m, Column) and not (m.gather_output or m.entered)]
+        if len(columns) < 2 or columns[0].group.world_size == 1:
+            continue
+        shared = SharedInput(columns[0].group, columns[0].grad_codec)
+        for column in columns:
+            column.shared = shared
+        module.register_forward_pre_hook(shared.begin)
+        module.register_forward_hook(shared.end, always_call=True)
 
 
 def unsaid(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]:

@@ -19,6 +19,7 @@ from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
 from tpkernels.ops._linear import linear_gradients
 from tpkernels.plan_random import BlockRandom
+from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
 
@@ -254,14 +255,17 @@ class Column(_CutLinear):
 
     gather_output: bool
     entered: bool  # the block's entry sums the gradient of x already (sequence parallel)
+    shared: SharedInput | None = None  # with whom the sum of the gradient of x is shared
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N / R], or [..., N] with gather_output."""
         weight, bias = self._weights()
         if self.random is not None:
             self.random.enter()
-        if self.entered and torch.is_grad_enabled():
-            return local_linear(x, weight, bias, self.group)
+        if torch.is_grad_enabled():
+            entered = x if self.entered else None if self.shared is None else self.shared.enter(x)
+            if entered is not None:
+                return local_linear(entered, weight, bias, self.group)
         y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.grad_codec)
         if not self.gather_output:
             return y
