@@ -215,7 +215,7 @@ CASE(any_calls_in_a_row_under_any_schedule) {
     std::mt19937_64 random(run);
     const int ranks = is_slow() ? 2 + static_cast<int>(run % 3) : std::array{2, 3, 4, 8}[run % 4];
     configure(ranks, run);
-    EmulatedGroup group(ranks);
+    EmulatedGroup group(ranks, {.slot_bytes = size_t{512} << 10});  // the largest uneven part, once for each rank
     std::vector<Step> steps;
     for (int i = 0; i < 5; ++i) steps.push_back(any_step(random, ranks));
     run_steps(group, steps);
