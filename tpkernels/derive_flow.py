@@ -38,7 +38,7 @@ NORMS = {"native_layer_norm": 1, "_fused_rms_norm": 1}
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 
 
-class Flow(TorchDispatchMode):
+class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A run in which labels are followed. Modules of `sources` start features; at their inputs features arrive.
 
     Args:
@@ -47,7 +47,7 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self, sources: dict[str, nn.Module], parameters: dict[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.edges = Edges()
         self.first: dict[str, Tensor] = {}  # source -> labels of its output features
         self.arrived: dict[str, Tensor] = {}  # source -> labels of its input features, where they are labelled
@@ -104,7 +104,7 @@ class Flow(TorchDispatchMode):
             labels = self.labels_of(given[0]) if isinstance(module, nn.Dropout) and module.p > 0 and given else None
             if labels is not None:
                 with _out_of_sight():
-                    self.dropped.append((name, labels.unique()))
+                    self.dropped.append((name, labels.unique()))  # type: ignore[no-untyped-call]
             if source is not None:
                 self._quiet += 1
                 with _out_of_sight():

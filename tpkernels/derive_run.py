@@ -100,7 +100,7 @@ def _stand_in(tensor: Tensor, device: str) -> Tensor:
 # ---- as one rank of the cut model ----------------------------------------------------------------------------------
 
 
-class CutFlow(Flow):
+class CutFlow(Flow):  # type: ignore[no-untyped-call]
     """A run with this rank's parts. Features keep the labels of the whole run, so that the two can be compared.
 
     Args:

@@ -31,14 +31,14 @@ def tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
 
     try:
         reader = GGUFReader(path)
-        family = read_field(reader, "general.architecture")[0]
-        processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=model.config.to_dict())
+        family = read_field(reader, "general.architecture")[0]  # type: ignore[no-untyped-call]
+        processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=model.config.to_dict())  # type: ignore[no-untyped-call]
         names = _names(model, processor)
     except (ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from None
     together: dict[str, Tensor] = {}  # what the processor makes of several tensors of the file
     for tensor in reader.tensors:
-        done = processor.process(
+        done = processor.process(  # type: ignore[no-untyped-call]
             weights=dequantize(tensor.data, tensor.tensor_type),
             name=tensor.name,
             tensor_key_mapping=names,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -240,7 +241,7 @@ def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], place: Place,
             cut_module(block.module, HeadParameters, own, group, tied)
 
 
-def _stretch(block: nn.Module, columns: list[nn.Module], rows: list[nn.Module], group: Group) -> None:
+def _stretch(block: nn.Module, columns: Sequence[nn.Module], rows: Sequence[nn.Module], group: Group) -> None:
     random = BlockRandom(block, group)
     columns[0].random = random  # type: ignore[assignment]
     for row in rows:

@@ -55,7 +55,7 @@ def cut_class(original: type[nn.Module], style: type[CutModule], summed: tuple[s
     if adds:  # super().forward in it must find ours before that of its base
         base = nn.Linear if issubclass(original, nn.Linear) else nn.Embedding
         bases = (original, type(style.__name__, (style, base), {"__module__": __name__}))
-    own = {"_origin": (original, style, summed), "__module__": __name__, "__doc__": style.__doc__}
+    own: dict[str, Any] = {"_origin": (original, style, summed), "__module__": __name__, "__doc__": style.__doc__}
     own |= {name: _summed(name) for name in summed}
     return cast("type[CutModule]", type(f"{style.__name__}{original.__name__}", bases, own))
 
@@ -69,7 +69,7 @@ def _summed(name: str) -> property:
 
 
 def _new(original: type[nn.Module], style: type[CutModule], summed: tuple[str, ...]) -> CutModule:
-    made = cut_class(original, style, summed)
+    made: type[CutModule] = cut_class(cast(Any, original), cast(Any, style), summed)
     return made.__new__(made)
 
 
@@ -145,7 +145,7 @@ def cut_module(
         attributes: set on the module.
     """
     cut = cast(CutModule, module)
-    object.__setattr__(module, "__class__", cut_class(type(module), style, summed))
+    object.__setattr__(module, "__class__", cut_class(cast(Any, type(module)), cast(Any, style), summed))
     cut.group = group
     cut._place = (group.rank, group.world_size)
     cut._cuts = cuts

@@ -77,7 +77,7 @@ def _check(name: str, module: nn.Module, top: nn.Module, adapters: set[str]) -> 
     if not (hasattr(module, "lora_A") and hasattr(module, "lora_B")):
         raise PlanError(f"cut_adapters: {name} is a {type(module).__name__}; on cut layers only LoRA is known")
     for adapter in adapters:
-        config = top.peft_config[adapter]  # type: ignore[index, union-attr]
+        config = top.peft_config[adapter]  # type: ignore[index]
         if getattr(config, "use_dora", False) or getattr(config, "init_lora_weights", True) is not True:
             raise PlanError(f"cut_adapters: adapter {adapter!r} must be LoRA without DoRA, initialised as usual")
 
@@ -97,10 +97,10 @@ def _of_rank_0(value: Tensor, group: Group) -> Tensor:
 def _cut_one(module: Any, base: Column | Row, adapter: str) -> None:
     A, B, group = module.lora_A[adapter], module.lora_B[adapter], base.group
     whole = base._cuts["weight"]
-    wire = {"codec": base.codec, "grad_codec": base.grad_codec, "transposed": False, "random": None}
+    wire: dict[str, Any] = {"codec": base.codec, "grad_codec": base.grad_codec, "transposed": False, "random": None}
     if isinstance(base, Row):
         cuts = {"weight": Cut(1, whole.full_size, whole.unit, whole.runs)}
-        here = {"split_input": base.split_input, "sequence_parallel": base.sequence_parallel}
+        here: dict[str, Any] = {"split_input": base.split_input, "sequence_parallel": base.sequence_parallel}
         _take_part(A, cuts, base, whole_now=base.split_input)
         cut_module(A, Row, cuts, group, sequence_dim=base.sequence_dim, **here, **wire)
         init_shard_(A.weight, lambda w: init.kaiming_uniform_(w, a=math.sqrt(5)), by_rows=True)

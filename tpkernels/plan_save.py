@@ -29,7 +29,7 @@ def full_state_dict(model: nn.Module, group: Group) -> dict[str, Tensor]:
             whole = value.detach()
             if info is not None:
                 sizes = [sum(size for _, size in info.runs_of(rank)) for rank in range(info.world_size)]
-                parts = ops.all_gather(whole, info.dim, group=group).split(sizes, info.dim)
+                parts = torch.split(ops.all_gather(whole, info.dim, group=group), sizes, info.dim)
                 whole = info.assemble(parts) if group.rank == 0 else whole
             done[id(value)] = whole.cpu()
         if group.rank == 0:

@@ -92,7 +92,7 @@ class ParallelModule(nn.Module):
             return gather(value, cut.dim, cut.full_size, self.group, unit=cut.unit)
         info = self._info(cut)
         sizes = [sum(size for _, size in runs) for runs in cut.runs]
-        return info.assemble(ops.all_gather(value, cut.dim, group=self.group).split(sizes, cut.dim))
+        return info.assemble(torch.split(ops.all_gather(value, cut.dim, group=self.group), sizes, cut.dim))
 
     def _info(self, cut: Cut) -> ShardInfo:
         g = self.group
