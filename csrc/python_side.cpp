@@ -58,8 +58,12 @@ DType float_dtype(const std::string& name) {
   throw std::invalid_argument(concat("dtype must be float32, float64, bfloat16 or float16, got ", name));
 }
 
+// Without the GIL: the counters wait for a call in progress, which may need it to come to its end.
 py::dict stats_by_op(Communicator& comm) {
-  const std::array<OpStats, kOps> all = comm.stats();
+  const std::array<OpStats, kOps> all = [&] {
+    py::gil_scoped_release release;
+    return comm.stats();
+  }();
   py::dict rows;
   for (size_t i = 0; i < kOps; ++i) {
     if (all[i].calls > 0) rows[name_of(static_cast<Op>(i))] = stats_of(all[i]);

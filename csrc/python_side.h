@@ -95,7 +95,7 @@ py::class_<Comm, std::shared_ptr<Comm>> add_communicator(py::module_& m) {
       .def_property_readonly("transport", &Comm::transport)
       .def_property_readonly("heap_bytes", &Comm::heap_bytes)
       .def("stats_by_op", [](Comm& comm) { return stats_by_op(comm); })
-      .def("reset_stats", &Comm::reset_stats)
+      .def("reset_stats", &Comm::reset_stats, py::call_guard<py::gil_scoped_release>())
       .def("check", &Comm::check, py::call_guard<py::gil_scoped_release>())
       .def(
           "barrier", [](Comm& comm) { comm.exchange(Op::Barrier, 0); }, py::call_guard<py::gil_scoped_release>())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 
@@ -330,3 +331,23 @@ def many_calls() -> float:
 def test_eight_ranks_on_few_cores_do_not_spin_each_other_out() -> None:
     seconds = max(run_ranks(many_calls, 8))
     assert seconds < 60.0, f"300 calls of 8 ranks took {seconds:.1f} s"
+
+
+def check_counters_during_a_call() -> None:
+    """Rank 0 asks for the counters while its own call waits for rank 1, over a transport whose waits are Python's."""
+    store = dist.distributed_c10d._get_default_store()
+    with Group.open(transport="group", timeout_s=60) as group:
+        call = threading.Thread(target=ops.all_reduce, args=(torch.ones(1 << 20),), kwargs={"group": group})
+        if group.rank == 0:
+            call.start()
+            store.set("asks", "now")
+        else:
+            store.wait(["asks"])
+            call.start()
+        assert group.stats()["calls"] in (0, 1)
+        group.reset_stats()
+        call.join()
+
+
+def test_counters_can_be_read_while_another_thread_is_in_a_call() -> None:
+    run_ranks(check_counters_during_a_call, 2, timeout=60)
