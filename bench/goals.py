@@ -72,12 +72,16 @@ GOALS = [
     *(Goal("gemm_all_reduce", "tpkernels", m, 1 / 1.03, GEMM_ALONE) for m in (16, 128, 512)),
     *(Goal("gemm_all_reduce", "tpkernels", m, 1.0, "linear_tpk", "bf16") for m in (1, 16, 128, 512)),
     *(
-        Goal(codecs.OP, f"{move}_{codec}", 64 * MIB, codecs.least_ratio(move, codec), "copy", R=1, codec=codec)
+        Goal(codecs.OP, f"{move}_{codec}", size, codecs.least_ratio(move, codec), "copy", R=1, codec=codec)
+        for size in (256 * KIB, 4 * MIB, 64 * MIB)
         for move in codecs.MOVES
         for codec in CODECS
         if codec != "none"
     ),
     Goal("train_step", "tpkernels", 0, 1.2),
+    Goal("decode_smollm2", "tpkernels_static", 0, 1.0, "transformers"),
+    Goal("decode_smollm2", "tpkernels_compiled", 0, 1.3, "transformers"),
+    Goal("decode_llama_8_heads", "tpkernels_static", 0, 1.0, "tp_plan_gloo"),
 ]
 
 

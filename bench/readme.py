@@ -14,14 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from bench import rows as kept
+from bench.codecs import OP, share
 from bench.goals import GOALS, Verdict, verdicts
 from bench.rows import Row
+from bench.shapes import format_bytes
 from bench.table import digits, size, under
+from tpkernels.compress import CODECS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
 MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
-OURS = ("plain", "functional", "sym", "tpkernels", "fp16", "bf16", "op_only")
+OURS = ("plain", "functional", "sym", "tpkernels", "op_only", *CODECS[1:])
 Line = Sequence[str]
 # (op, size) of the goals that README shows.
 SUMMARY = {
@@ -29,6 +32,7 @@ SUMMARY = {
     *((op, 1 << 20) for op in ("reduce_scatter", "all_gather")),
     *(("gemm_all_reduce", m) for m in (16, 512)),
     ("train_step", 0),
+    ("decode_smollm2", 0),
 }
 
 
@@ -106,6 +110,28 @@ def gemm(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
+def moves(rows: Sequence[Row]) -> str:
+    """One line for each move of each codec: the share of a copy's bandwidth, for each size."""
+    rows = [row for row in rows if row["verified"] and row["variant"] != "copy"]
+    sizes = sorted({row["bytes"] for row in rows})
+    newest = {(row["variant"], row["bytes"]): row for row in sorted(rows, key=lambda r: r["date"])}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = [newest.get((variant, size)) for size in sizes]
+        lines.append([variant.replace("_", " "), *(f"{share(row):.0%}" if row else "-" for row in found)])
+    head = ["move", *(f"{format_bytes(size)} of fp32" for size in sizes)]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def decode(rows: Sequence[Row]) -> str:
+    """One line for each way to decode: milliseconds a token, and how often as fast as the baseline."""
+    rows = [row for row in rows if row["verified"]]
+    lines = [[row["op"].removeprefix("decode_"), row["variant"], row["dtype"], digits(row["median_us"] / 1e3),
+              ratio((row["ratio"], row["ratio_min"], row["ratio_max"]))] for row in rows]  # fmt: skip
+    head = ["model", "program", "dtype", "ms a token", "times as fast as transformers"]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
 def measured(verdict: Verdict) -> str:
     """What was found; against the GEMM alone there is a median only."""
     if verdict.found is None:
@@ -146,6 +172,8 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "codecs": (only("codecs", "codecs_group"), collective),
     "dispatch": (only("dispatch"), collective),
     "train_step": (only("train_step"), collective),
+    "codec_moves": (only(OP), moves),
+    "decode": (lambda rows: [row for row in rows if str(row["op"]).startswith("decode_")], decode),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
 }
