@@ -324,7 +324,12 @@ CASE(a_process_group_gives_the_same_sums_and_compares_a_signature_once) {
       const Floats x(3000, [&](size_t i) { return input(rank, i); }), out(3000);
       all_reduce(comm, x, out, static_cast<Codec>(codec));
       wait();
-      for (size_t i = 0; i < 3000; ++i) EXPECT(std::abs(out[i] - total(i)) <= 8, name_of(static_cast<Codec>(codec)));
+      for (size_t i = 0; i < 3000; ++i) {
+        float packed = std::abs(total(i));  // what is rounded on the way: R inputs, and their sum
+        for (int r = 0; r < kRanks; ++r) packed += std::abs(input(r, i));
+        const float lost = static_cast<Codec>(codec) == Codec::Fp8 ? packed / 16 : 0;
+        EXPECT(std::abs(out[i] - total(i)) <= 8 + lost, name_of(static_cast<Codec>(codec)));
+      }
     }
     EXPECT((comm.exchange(Op::Sizes, rank) == std::vector<int64_t>{0, 1, 2}));
     comm.exchange(Op::Barrier, 0);

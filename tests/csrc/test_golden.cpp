@@ -97,7 +97,8 @@ CASE(every_e4m3_survives_the_way_through_float) {
     for (uint32_t bits = 0; bits < 256; ++bits) {
       if ((bits & 0x7f) == 0x7f) continue;  // e4m3's NaN, which is never sent
       const float value = Fp8Codec::unpack(static_cast<Fp8>(bits), Fp8Codec::unpacking(exponent));
-      EXPECT(std::isfinite(value) && static_cast<uint32_t>(Fp8Codec::pack(value, Fp8Codec::packing(exponent))) == bits);
+      const auto packed = static_cast<uint8_t>(Fp8Codec::pack(value, Fp8Codec::packing(exponent)));
+      EXPECT(std::isfinite(value) && packed == bits, bits);
       const int e = static_cast<int>(bits >> 3 & 15);
       const double significand = static_cast<double>((bits & 7) + (e > 0 ? 8 : 0)) * (bits & 0x80 ? -1 : 1);
       EXPECT(static_cast<double>(value) == std::ldexp(significand, (e > 0 ? e : 1) - 10 + exponent - 134), bits);
