@@ -184,7 +184,8 @@ def test_an_error_of_the_ranks_is_said_once_and_without_a_stack_trace(tmp_path: 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    program = [sys.executable, "-m", "tpkernels", "train", *tiny(**{"--steps": 10**6}), "--folder", str(run)]
+    often = {"--steps": 10**6, "--checkpoint-every": 200, "--eval-every": 10**6}
+    program = [sys.executable, "-m", "tpkernels", "train", *tiny(**often), "--folder", str(run)]
     started = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/step-*/manifest.json")) and time.monotonic() < deadline:
@@ -195,9 +196,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 1
-    assert "rank 1 was ended by SIGKILL" in errors
-    assert "PeerLostError" in errors
-    assert "The run can go on from its last checkpoint with --resume" in errors
+    assert "rank 1 was ended by SIGKILL. The run can go on from its last checkpoint with --resume." in errors
+    # The other rank says what it saw, unless torchrun, which ends it a tenth of a second later, was quicker.
+    assert all("PeerLostError" in line for line in errors.splitlines() if "SIGKILL" not in line)
     assert "Traceback" not in errors
     assert checkpoint.latest(run / "checkpoints") is not None
 

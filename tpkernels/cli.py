@@ -28,6 +28,7 @@ app = typer.Typer(
 cli_serve.register(app)
 cli_reshard.register(app)
 cli_plan.register(app)
+GO_ON = "The run can go on from its last checkpoint with --resume."
 MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"
 
 
@@ -138,7 +139,7 @@ def train(
             _check_ranks(settings, launch.world_size(), resume)
         elif settings.ranks > 1:
             arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
-            raise typer.Exit(launch.launch(settings.ranks, arguments))
+            raise typer.Exit(launch.launch(settings.ranks, arguments, GO_ON))
         from tpkernels.job import work
 
         work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
@@ -224,8 +225,7 @@ def plain_errors() -> Iterator[None]:
             typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
     except (TimeoutError, PeerLostError, RankMismatchError) as error:
-        hint = "The run can go on from its last checkpoint with --resume."
-        typer.secho(f"tpkernels: {type(error).__name__}: {error} {hint}", fg=typer.colors.RED, err=True)
+        typer.secho(f"tpkernels: {type(error).__name__}: {error} {GO_ON}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if rank in (None, "0"):

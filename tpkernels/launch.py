@@ -31,7 +31,7 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
-def launch(ranks: int, arguments: Sequence[str]) -> int:
+def launch(ranks: int, arguments: Sequence[str], hint: str = "") -> int:
     """Run `python -m tpkernels <arguments>` on so many ranks, as torchrun does; the exit code of the first that failed.
 
     The ranks write to this terminal and say themselves what went wrong, so torchrun's own report of it is kept quiet.
@@ -53,7 +53,8 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
         if first.exitcode < 0:  # a killed rank cannot speak for itself
-            print(f"tpkernels: rank {rank} was ended by {signal.Signals(-first.exitcode).name}.", file=sys.stderr)
+            name = signal.Signals(-first.exitcode).name
+            print(f"tpkernels: rank {rank} was ended by {name}. {hint}".rstrip(), file=sys.stderr)
         return next((f.exitcode for f in failed.failures.values() if f.exitcode > 0), 1)
     except (SignalException, KeyboardInterrupt):
         return 130
@@ -87,7 +88,12 @@ def all_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1) -> Iter
             group = opened.enter_context(_open(timeout_s, arena_mib if dp == 1 else 1))
             with enough_memory(world_size(), arena_mib + 2):
                 layout = opened.enter_context(open_layout(group, tp, dp, arena_bytes=arena_mib << 20))
-            yield layout
+            try:
+                yield layout
+            except Exception:
+                # torchrun ends all ranks as soon as one is gone; this one is to say first what it met.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                raise
     finally:
         dist.destroy_process_group()
 
