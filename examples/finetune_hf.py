@@ -53,21 +53,17 @@ def save(model: Any, folder: Path, layout: Layout, *, lora: bool) -> None:
         return
     if lora:
         whole = {
-            name: value if (info := tpk.shard.shard_info(value)) is None else gathered(value, info, layout.tp)
-            for name, value in model.named_parameters()
+            f"{prefix}.{name}": value if tpk.shard.shard_info(value) is None else module.full_parameter(name)
+            for prefix, module in model.named_modules()
+            for name, value in module.named_parameters(recurse=False)
             if value.requires_grad
         }
         if layout.tp.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: value.detach().contiguous() for name, value in whole.items()}, folder / "adapters.safetensors"
-            )
+            adapters = {name: value.detach().contiguous() for name, value in whole.items()}
+            save_file(adapters, folder / "adapters.safetensors")
     else:
         tpk.checkpoint.export_hf(model, folder, group=layout.tp)
-
-
-def gathered(value: Tensor, info: Any, group: tpk.Group) -> Tensor:
-    return tpk.ops.all_gather(value.detach(), info.dim, group=group, dim_size=info.full_size)
 
 
 def train(
