@@ -184,14 +184,14 @@ def main(
     agrees = True
     with tpk.Group.open() as group:
         training = Training.new(flights, width, group)
-        todo = batches(flights, train, batch, steps)
-        losses = [training.step(b) for b in todo]
+        chosen = batches(flights, train, batch, steps)
+        losses = [training.step(b) for b in chosen]
         held_out = flights.rows(kept)
         loss, area = training.evaluate(held_out)
         if group.rank == 0:
             report(flights, training.model, group, losses, loss, area, held_out[-1].mean().item())
             whole = Training.new(flights, width, None)
-            again = [whole.step(b) for b in todo[:parity_steps]]
+            again = [whole.step(b) for b in chosen[:parity_steps]]
             apart = max((abs(a - b) for a, b in zip(again, losses, strict=False)), default=0.0)
             print(f"uncut model, {min(parity_steps, steps)} steps: losses differ by {apart:.1e} at most")
             agrees = apart < 1e-4

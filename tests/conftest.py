@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ def nothing_is_left_in_shared_memory() -> Iterator[None]:
     yield
     deadline = time.monotonic() + 5.0
     while (left := set(os.listdir(SHM)) - before) and time.monotonic() < deadline:
-        time.sleep(0.1)  # of other programs, which come and go
+        time.sleep(0.1)  # between two looks: files of other programs come and go
     assert not [name for name in left if "tpk" in name or "tpkernels" in name], left
 
 
@@ -31,6 +32,14 @@ def cuda_is_looked_for_anew() -> Iterator[None]:
     load_cuda.cache_clear()
     yield
     load_cuda.cache_clear()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A small file that a model can learn something from."""
+    path = tmp_path / "text.py"
+    path.write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n" for i in range(300)))
+    return str(path)
 
 
 @pytest.fixture(scope="session", autouse=True)

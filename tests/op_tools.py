@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpkernels.group import Group
 from tpkernels.testing.case import Case, Sizes
-from tpkernels.testing.places import PLACES
+from tpkernels.testing.places import PLACES, Place
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -21,12 +21,18 @@ ALONE = threading.Lock()
 """For what begins with torch.manual_seed: ranks that are threads share torch's own generator."""
 
 
+def place_for(name: str, R: int) -> Place:
+    """The place, for R ranks; where this machine lacks something, the test is skipped and says what it needs."""
+    place = PLACES[name]
+    needs = place.lacks(R)
+    if needs is not None:
+        pytest.skip(needs)  # "virtual needs a CUDA GPU: ..."
+    return place
+
+
 def run_at(place: str, body: Callable[..., Any], R: int, *args: Any, **options: Any) -> list[Any]:
     """body(group, *args) on R ranks of a place; where the place lacks something, the test is skipped and says what."""
-    lacks = PLACES[place].lacks(R)
-    if lacks is not None:
-        pytest.skip(lacks)
-    return PLACES[place].run(body, R, *args, **options)
+    return place_for(place, R).run(body, R, *args, **options)
 
 
 def on_cpu(body: Callable[..., Any], R: int, transport: str = "auto", *args: Any) -> list[Any]:

@@ -96,7 +96,7 @@ def test_every_readme_table_can_be_written_from_nothing() -> None:
 def test_documents_say_what_the_kept_results_say(name: str) -> None:
     path = ROOT / name
     if not path.exists():
-        pytest.skip(f"needs {name}, which a tree without documents lacks")
+        pytest.skip(f"needs the document {name}, which an archive of the sources may not have")
     assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_tools import assert_same_on_all_ranks, check_forward, check_gradient
+from op_tools import assert_same_on_all_ranks, check_forward, check_gradient, place_for, run_at
 from torch import Tensor
 
 from tpkernels import ops
@@ -21,7 +21,6 @@ from tpkernels.shard import part_sizes
 from tpkernels.testing import run_ranks
 from tpkernels.testing.case import CODEC_FLOOR, CODEC_ROUNDING, Sizes
 from tpkernels.testing.cases import ALL_REDUCE_ADD_RMS_NORM, CASES
-from tpkernels.testing.places import PLACES
 
 PACKED = tuple(codec for codec in CODECS if codec != "none")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,11 +72,10 @@ def body_of_bits(group: Group) -> list[list[Tensor]]:
 
 
 def test_emulated_devices_get_the_bits_of_the_cpu() -> None:
-    if lacks := PLACES["emu"].lacks(3):
-        pytest.skip(lacks)
-    want = PLACES["cpu"].run(body_of_bits, 3)
+    emulated = place_for("emu", 3)
+    want = run_at("cpu", body_of_bits, 3)
     for transport in ("peer", "group"):
-        got = PLACES["emu"].run(body_of_bits, 3, transport=transport)
+        got = emulated.run(body_of_bits, 3, transport=transport)
         for rank, (here, there) in enumerate(zip(got, want, strict=True)):
             for i, (found, expected) in enumerate(zip(here, there, strict=True)):
                 for a, b in zip(found, expected, strict=True):

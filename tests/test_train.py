@@ -5,57 +5,26 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from train_tools import finished, run
 
 from tpkernels import checkpoint, parity, report
 from tpkernels.data import check_size, open_corpus, train_batch, validation_batches
 from tpkernels.gpt import whole_parts
-from tpkernels.group import Group
-from tpkernels.layout import open_layout
 from tpkernels.runlog import RunLog, read
 from tpkernels.settings import Settings, UserError
 from tpkernels.testing import run_ranks
-from tpkernels.train import Run, Trainer, learning_rate, open_run
+from tpkernels.train import Run, Trainer, learning_rate
 
 TINY = Settings(
     tp=2, layers=1, d_model=24, heads=3, context=16, batch=4,
     steps=8, warmup=2, lr=0.01, checkpoint_every=4, eval_every=4,
 )  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A small file that a model can learn something from."""
-    path = tmp_path / "text.py"
-    path.write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n" for i in range(300)))
-    return str(path)
-
-
-@contextmanager
-def run(settings: Settings, folder: str | Path, *, resume: bool = False) -> Iterator[Run]:
-    with (
-        Group.open() as group,
-        open_layout(group, settings.tp, settings.dp) as layout,
-        open_run(settings, Path(folder), layout, resume=resume) as opened,
-    ):
-        yield opened
-
-
-def finished(settings: Settings, folder: str | Path, *, resume: bool = False) -> tuple[list[torch.Tensor], list[float]]:
-    """Parameters, optimizer state and losses at the end."""
-    with run(settings, folder, resume=resume) as opened:
-        opened.loop()
-        parameters, state = list(opened.trainer.model.parameters()), opened.trainer.optimizer.state
-        moments = [v for p in parameters for _, v in sorted(state[p].items())]
-        tensors = [t.detach().clone() for t in (*parameters, *moments)]
-        return tensors, [r["loss"] for r in opened.log.records]
 
 
 def check_resume(folder: str, settings: Settings) -> None:

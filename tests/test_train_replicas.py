@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from train_tools import finished, run
 
 from tpkernels import parity, report
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group
-from tpkernels.layout import open_layout
 from tpkernels.runlog import read
 from tpkernels.settings import Settings
 from tpkernels.testing import run_ranks
-from tpkernels.train import Run, open_run
 
 TINY = Settings(
     tp=1, dp=2, layers=1, d_model=24, heads=3, context=16, batch=4,
     steps=8, warmup=2, lr=0.01, checkpoint_every=4, eval_every=4, local_steps=3, parity_steps=8,
 )  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.py"
-    path.write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n" for i in range(300)))
-    return str(path)
-
-
-@contextmanager
-def run(settings: Settings, folder: str | Path, *, resume: bool = False) -> Iterator[Run]:
-    with (
-        Group.open() as group,
-        open_layout(group, settings.tp, settings.dp) as layout,
-        open_run(settings, Path(folder), layout, resume=resume) as opened,
-    ):
-        yield opened
-
-
-def finished(settings: Settings, folder: str | Path, *, resume: bool = False) -> tuple[list[torch.Tensor], list[float]]:
-    """Parameters, optimizer state, what the aggregator keeps, and losses at the end."""
-    with run(settings, folder, resume=resume) as opened:
-        opened.loop()
-        trainer = opened.trainer
-        parameters, state = list(trainer.model.parameters()), trainer.optimizer.state
-        moments = [v for p in parameters for _, v in sorted(state[p].items())]
-        kept = [t for _, t in sorted(trainer.replicas.aggregator.state_dict()["tensors"].items())]
-        tensors = [t.detach().clone() for t in (*parameters, *moments, *kept)]
-        return tensors, [r["loss"] for r in opened.log.records]
 
 
 def check_parity(folder: str, settings: Settings) -> None:

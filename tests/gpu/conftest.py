@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from op_tools import place_for
 
 from tpkernels.group import Group
-from tpkernels.testing.places import PLACES
 from tpkernels.testing.thread_team import end_resting_thread_teams
 
 
 @pytest.fixture(autouse=True)
 def a_gpu_is_there() -> None:
-    lacks = PLACES["virtual"].lacks(1)
-    if lacks is not None:
-        pytest.skip(lacks)
+    place_for("virtual", 1)
 
 
 @pytest.fixture

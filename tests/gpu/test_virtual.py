@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_tools import FLOATS, check_forward, check_gradient, run_at
+from op_tools import FLOATS, check_forward, check_gradient, place_for, run_at
 from torch import Tensor
 
 from tpkernels import RankMismatchError, ops
 from tpkernels.group import Group
 from tpkernels.testing.case import Sizes
 from tpkernels.testing.cases import CASES, COLLECTIVES
-from tpkernels.testing.places import PLACES
 
 PLACE = "virtual"
 
@@ -117,8 +116,5 @@ def wait_in_vain(group: Group) -> str:
 
 
 def test_a_rank_that_does_not_come_is_named_within_the_deadline() -> None:
-    lacks = PLACES[PLACE].lacks(2)
-    if lacks is not None:
-        pytest.skip(lacks)
-    waiting, _ = PLACES[PLACE].outcomes(wait_in_vain, 2, timeout=30.0, faulty=True, timeout_s=1.0)
+    waiting, _ = place_for(PLACE, 2).outcomes(wait_in_vain, 2, timeout=30.0, faulty=True, timeout_s=1.0)
     assert "ranks [1] did not signal within 1 s" in str(waiting.value or waiting.error), waiting

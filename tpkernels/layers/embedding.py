@@ -1,4 +1,4 @@
-"""nn.Embedding whose rows are cut over the ranks."""
+"""Tables whose rows are cut over the ranks, and nn.Embedding as one of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,61 @@ from .base import Cut, ParallelModule, init_shard_
 from .functions import take_shard
 
 
-class VocabParallelEmbedding(ParallelModule):
+class VocabParallelTable(ParallelModule):
+    """A table of embeddings of which each rank holds its rows; what the layers that look rows up have in common.
+
+    Args:
+        num_embeddings, embedding_dim: of the unsharded table. num_embeddings need not divide by R.
+        group: over which to cut; None means all ranks.
+        padding_idx: this row starts as zeros. Negative counts from the end.
+        device, dtype: as for nn.Embedding; "meta" allocates nothing.
+
+    Raises:
+        ValueError: padding_idx is outside the table.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        group: Group | None,
+        padding_idx: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(group)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        cut = Cut(0, num_embeddings)
+        self._add_parameter("weight", (num_embeddings, embedding_dim), cut, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew: bit for bit this rank's part of what torch's own layer draws for the same seed."""
+        init_shard_(self.weight, init.normal_, by_rows=True)
+        start, end = self._rows()
+        if self.padding_idx is not None and start <= self.padding_idx < end:
+            with torch.no_grad():
+                self.weight[self.padding_idx - start].fill_(0)
+
+    def full_weight(self) -> Tensor:
+        """Return the unsharded table on every rank (detached). Collective: all ranks must call it."""
+        return self._full("weight")
+
+    def _rows(self) -> tuple[int, int]:
+        """This rank has the rows from the first of these to before the second."""
+        info = self._info(self._cuts["weight"])
+        return info.start, info.start + info.size
+
+
+class VocabParallelEmbedding(VocabParallelTable):
     """nn.Embedding whose vocabulary is cut: each rank looks up its own rows, the others' are zero, and the ranks sum.
 
         y = table[ids]                                   # [..., H] on every rank
@@ -38,8 +92,6 @@ class VocabParallelEmbedding(ParallelModule):
     Source: Shoeybi et al. 2019 (arXiv:1909.08053).
     """
 
-    weight: nn.Parameter
-
     def __init__(
         self,
         num_embeddings: int,
@@ -56,30 +108,11 @@ class VocabParallelEmbedding(ParallelModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(group)
         _refuse(max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"VocabParallelEmbedding: padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
-            )
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        super().__init__(num_embeddings, embedding_dim, group, padding_idx, device, dtype)
         self.sequence_parallel = sequence_parallel
         self.sequence_dim = sequence_dim
         self.grad_codec = grad_codec
-        cut = Cut(0, num_embeddings)
-        self._add_parameter("weight", (num_embeddings, embedding_dim), cut, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew: bit for bit this rank's part of what nn.Embedding draws for the same seed."""
-        init_shard_(self.weight, init.normal_, by_rows=True)
-        if self.padding_idx is not None:
-            info = self._info(self._cuts["weight"])
-            if info.start <= self.padding_idx < info.start + info.size:
-                with torch.no_grad():
-                    self.weight[self.padding_idx - info.start].fill_(0)
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding, *, group: Group | None = None, **options: Any) -> Self:
@@ -104,10 +137,6 @@ class VocabParallelEmbedding(ParallelModule):
             **options,
         )
         return new._copy_from(module)
-
-    def full_weight(self) -> Tensor:
-        """Return the unsharded table on every rank (detached). Collective: all ranks must call it."""
-        return self._full("weight")
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of the table for ids (replicated, any shape): [..., H], or this rank's tokens of it."""

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.nn import init
 
 from tpkernels import ops
 from tpkernels.group import Group
 
-from .base import Cut, ParallelModule, init_shard_
+from .embedding import VocabParallelTable
 from .functions import sum_gradient
 
 MODES = ("sum", "mean")
 
 
-class VocabParallelEmbeddingBag(ParallelModule):
+class VocabParallelEmbeddingBag(VocabParallelTable):
     """nn.EmbeddingBag whose rows are cut: each rank sums its own rows of each bag, and the ranks sum the bags.
 
         y[b] = sum_i w_i table[ids_i]                    # over the ids of bag b; [B, H] on every rank
@@ -40,8 +39,6 @@ class VocabParallelEmbeddingBag(ParallelModule):
     Source: row-wise cut tables of Naumov et al. 2019 (arXiv:1906.00091).
     """
 
-    weight: nn.Parameter
-
     def __init__(
         self,
         num_embeddings: int,
@@ -55,30 +52,12 @@ class VocabParallelEmbeddingBag(ParallelModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(group)
         if mode not in MODES:
             raise ValueError(f"VocabParallelEmbeddingBag: mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"VocabParallelEmbeddingBag: padding_idx must be within the {num_embeddings} rows, got {padding_idx}"
-            )
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        super().__init__(num_embeddings, embedding_dim, group, padding_idx, device, dtype)
         self.mode = mode
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.include_last_offset = include_last_offset
         self.codec = codec
-        cut = Cut(0, num_embeddings)
-        self._add_parameter("weight", (num_embeddings, embedding_dim), cut, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew: bit for bit this rank's part of what nn.EmbeddingBag draws for the same seed."""
-        init_shard_(self.weight, init.normal_, by_rows=True)
-        start, end = self._range()
-        if self.padding_idx is not None and start <= self.padding_idx < end:
-            with torch.no_grad():
-                self.weight[self.padding_idx - start].fill_(0)
 
     @classmethod
     def from_embedding_bag(cls, module: nn.EmbeddingBag, *, group: Group | None = None, codec: str = "none") -> Self:
@@ -108,10 +87,6 @@ class VocabParallelEmbeddingBag(ParallelModule):
         )
         return new._copy_from(module)
 
-    def full_weight(self) -> Tensor:
-        """Return the unsharded table on every rank (detached). Collective: all ranks must call it."""
-        return self._full("weight")
-
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Sum the rows of each bag.
 
@@ -124,7 +99,7 @@ class VocabParallelEmbeddingBag(ParallelModule):
             [B, H] on every rank, the dtype of the table.
         """
         ids, offsets, weights = self._checked(ids, offsets, per_sample_weights)
-        start, end = self._range()
+        start, end = self._rows()
         counted = torch.ones_like(ids, dtype=torch.bool) if self.padding_idx is None else ids != self.padding_idx
         mine = (ids >= start) & (ids < end) & counted
         if weights is not None:
@@ -134,10 +109,6 @@ class VocabParallelEmbeddingBag(ParallelModule):
             return y
         sizes = _count(counted, offsets).clamp(min=1).unsqueeze(1)
         return y / sizes.to(y.dtype)
-
-    def _range(self) -> tuple[int, int]:
-        info = self._info(self._cuts["weight"])
-        return info.start, info.start + info.size
 
     def _bags(self, local: Tensor, offsets: Tensor, weights: Tensor | None, mine: Tensor) -> Tensor:
         """This rank's part of the sum of every bag. Ids of other ranks are left out, so that R ranks share the work.
