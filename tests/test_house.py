@@ -55,7 +55,7 @@ LEVELS = [
         "train",
     }
     | {"generate", "serve", "train"},
-    {"__init__", "__main__", "cli", "cli_plan", "cli_reshard", "cli_serve", "info", "testing"},
+    {"__init__", "__main__", "cli", "cli_errors", "cli_plan", "cli_reshard", "cli_serve", "info", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

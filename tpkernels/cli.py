@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,7 @@ import typer
 from typer import Option
 
 from tpkernels import cli_plan, cli_reshard, cli_serve
+from tpkernels.cli_errors import plain_errors
 from tpkernels.settings import Settings
 
 app = typer.Typer(
@@ -128,7 +127,7 @@ def train(
 
     Starts the ranks by itself. Under torchrun it is one of them: torchrun --nproc-per-node 2 -m tpkernels train
     """
-    with plain_errors():
+    with plain_errors(GO_ON):
         asked = _asked(context)
         from tpkernels import launch
 
@@ -208,26 +207,3 @@ def _newest_run(parent: Path) -> Path:
             f"there is no run to resume in {parent.absolute()}: name its folder with --folder, or leave out --resume."
         )
     return found[-1]
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1)."""
-    from tpkernels.ckpt_files import CheckpointError
-    from tpkernels.errors import PeerLostError, RankMismatchError
-    from tpkernels.settings import UserError
-
-    rank = os.environ.get("RANK")
-    try:
-        yield
-    except (UserError, CheckpointError) as error:
-        if rank in (None, "0"):
-            typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
-    except (TimeoutError, PeerLostError, RankMismatchError) as error:
-        typer.secho(f"tpkernels: {type(error).__name__}: {error} {GO_ON}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        if rank in (None, "0"):
-            typer.secho("tpkernels: stopped; --resume goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None

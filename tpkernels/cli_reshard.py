@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from tpkernels.cli_errors import plain_errors
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -22,17 +24,14 @@ def reshard(
 ) -> None:
     """Write a checkpoint anew for another number of ranks, bit for bit, with two tensors in memory.
 
-    A resumed run needs none of it: it reads the checkpoint of any number of ranks.
+    checkpoint.load needs none of it: it reads the checkpoint of any number of ranks.
     """
     from tpkernels import checkpoint
     from tpkernels.ckpt_files import MANIFEST
 
     if not (src / MANIFEST).exists():
         src = checkpoint.latest(src) or src
-    try:
+    with plain_errors():
         checkpoint.reshard(src, dst, tp=tp, dp=dp)
-    except checkpoint.CheckpointError as error:
-        typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
     layout = checkpoint.peek(dst)["layout"]
     typer.echo(f"{dst}: {src} for {layout['tp']} ranks of {layout['dp']} replicas")

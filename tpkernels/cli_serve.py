@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
+
+from tpkernels.cli_errors import plain_errors
 
 SAMPLING, PARALLEL, SERVING = "Sampling", "Parallel", "Serving"
 TOKEN_VARIABLE = "TPKERNELS_TOKEN"
@@ -155,23 +155,3 @@ def _without(arguments: list[str], option: str) -> list[str]:
             kept.append(argument)
         skip = argument == option and not skip
     return kept
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1)."""
-    from tpkernels.errors import PeerLostError, RankMismatchError
-    from tpkernels.settings import UserError
-
-    first = os.environ.get("RANK") in (None, "0")
-    try:
-        yield
-    except UserError as error:
-        if first:
-            typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
-    except (TimeoutError, PeerLostError, RankMismatchError, FloatingPointError) as error:
-        typer.secho(f"tpkernels: {type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
