@@ -150,12 +150,12 @@ def summary(rows: Sequence[Row]) -> str:
     """A few goals, and how many there are."""
     found = list(verdicts(GOALS, rows))
     shown = [v for v in found if v.found is not None and v.goal.R == 2 and (v.goal.op, v.goal.size) in SUMMARY]
-    lines = [[v.goal.title, v.goal.dtype, v.goal.against, measured(v), f"{digits(v.goal.at_least)}x", v.word]
-             for v in shown]  # fmt: skip
+    lines = [[v.goal.title, v.goal.dtype, v.goal.against, measured(v), v.placement,
+              f"{digits(v.goal.at_least)}x", v.word] for v in shown]  # fmt: skip
     words = [v.word for v in found]
     counts = ", ".join(f"{words.count(word)} {word.lower()}" for word in ("reached", "even", "MISSED", "not measured"))
     foot = f"Of {len(words)} goals: {counts}."
-    return markdown(["what", "dtype", "against", "times as fast: median [min, max]", "goal", ""], lines, foot)
+    return markdown(["what", "dtype", "against", "times as fast: median [min, max]", "where", "goal", ""], lines, foot)
 
 
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:

@@ -131,6 +131,8 @@ def test_torchrun_with_another_number_of_ranks_than_tp_is_told() -> None:
 def test_torchrun_ranks_are_shared_out_over_replicas() -> None:
     done = call("--tp", "2", "--dp", "2", RANK="0", WORLD_SIZE="3")
     assert "torchrun started 3 ranks and --tp is 2 for each of --dp 2: leave --tp out" in done.stderr
+    done = call("--dp", "3", RANK="0", WORLD_SIZE="4")
+    assert "torchrun started 4 ranks, which --dp 3 does not divide: start a multiple of 3" in done.stderr
     asked: dict[str, Any] = {"dp": 2}
     cli._take_all_ranks(asked, 4)
     assert asked == {"dp": 2, "tp": 2}

@@ -65,7 +65,7 @@ def test_packed_projections_are_cut_each_by_itself_and_assembled_again() -> None
     assert [info.size for info in infos] == [7, 7]
     assert torch.equal(infos[0].assemble(parts), full)
     assert not infos[0].shared
-    assert infos[1].owns
+    assert [info.owned_by(info.rank) for info in infos] == [((0, 3), (3, 2), (5, 2))] * 2
     with pytest.raises(ValueError, match=r"sizes \[7, 7\], got \[7, 6\]"):
         infos[0].assemble([parts[0], parts[1][:6]])
     assert merge_runs([(0, 2), (2, 3), (5, 0), (7, 1)]) == ((0, 5), (7, 1))
@@ -74,8 +74,20 @@ def test_packed_projections_are_cut_each_by_itself_and_assembled_again() -> None
 def test_shared_parts_are_owned_once() -> None:
     runs = (((0, 2),), ((0, 2),), ((2, 2),))
     infos = [ShardInfo(0, 4, 3, rank, runs=runs) for rank in range(3)]
-    assert [info.owns for info in infos] == [True, False, True]
+    assert [info.owned_by(info.rank) for info in infos] == [((0, 2),), (), ((0, 2),)]
     assert all(info.shared for info in infos)
+
+
+def test_of_runs_that_ranks_share_in_part_each_index_is_owned_once() -> None:
+    q_and_shared_kv = packed_runs([8, 4], 4, [4, 2])  # q by itself; k and v of two heads over four ranks
+    odd = (((0, 3), (6, 2)), ((2, 5),), ((1, 7), (9, 1)), ((8, 2),))
+    for runs, size in ((q_and_shared_kv, 12), (odd, 10)):
+        info = ShardInfo(0, size, 4, 0, runs=runs)
+        owned = []
+        for rank in range(4):
+            part = [i for start, count in runs[rank] for i in range(start, start + count)]
+            owned += [part[at] for start, count in info.owned_by(rank) for at in range(start, start + count)]
+        assert sorted(owned) == list(range(size)), runs
 
 
 def test_styles_are_taken_apart() -> None:

@@ -125,7 +125,8 @@ def load(
 
     The ranks may be more or fewer than those that saved, and the model may be cut in another way: each rank reads the
     slices that it holds, bit for bit those of the unsharded model. Everything is checked on all ranks before anything
-    is changed: an error leaves model and optimizer as they were.
+    is changed: an error leaves model and optimizer as they were. (An aggregator that was made otherwise refuses on its
+    rank; those of others may then have taken their state.)
 
     Random numbers of ranks that were not there: those of rank t modulo tp of replica d modulo dp; see `Source.rng`.
 

@@ -6,6 +6,7 @@ parameter in another form than its files (experts fused into one tensor, for exa
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -68,7 +69,7 @@ def export_hf(
             raise CheckpointError(f"expected a transformers model with a config, got {type(model).__name__}")
         shards = _packed(units_of(model), max_shard_bytes)
         if place.is_first:
-            make_room(final, temporary, temporary.name)
+            make_room(final, temporary, glob.escape(temporary.name))
             _write_texts(model, temporary, tokenizer, files)
     names = _file_names(len(shards))
     for name, units in zip(names, shards, strict=True):
@@ -208,24 +209,24 @@ def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[U
 
 def _write_shard(model: Any, path: Path, units: Sequence[Unit], place: Place, doing: str) -> None:
     """Rank 0 writes what all ranks send; its disk's errors are told when all is sent, so that nobody waits in vain."""
-    problem: OSError | None = None
+    problem: OSError | ValueError | None = None
     with ExitStack() as stack:
         writer: TensorWriter | None = None
         if place.is_first:
             try:
                 layout = {name: kind for unit in units for name, kind in unit.outputs.items()}
                 writer = stack.enter_context(TensorWriter(path, layout, {"format": "pt"}))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problem = error
         state = model.state_dict(keep_vars=True)
         for unit in units:
             try:
                 _add(model, writer if problem is None else None, unit, state, place)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 problem = error
         with place.together(doing):
             if problem is not None:
-                raise problem
+                raise CheckpointError(str(problem)) from problem
             if writer is not None:
                 writer.finish()
 
@@ -249,7 +250,7 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
     if info is None or place.tp == 1:
         return tensor.detach() if place.rank == 0 else None
     pg, dim = place.group.process_group, info.dim % tensor.dim()
-    senders = [r for r in range(place.tp) if not info.runs or info.runs.index(info.runs[r]) == r]
+    senders = [r for r in range(place.tp) if info.owned_by(r)]
     device = tensor.device if dist.get_backend(pg) != "gloo" else torch.device("cpu")
     try:
         if place.rank != 0:
@@ -270,6 +271,8 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
                 full.narrow(dim, start, count).copy_(part.narrow(dim, at, count))
                 at += count
         return full
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerLostError(
             f"a rank of group '{place.group.label}' died or left while rank {place.rank} of {place.tp} gathered a "

@@ -60,7 +60,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def make_room(final: Path, temporary: Path, left_overs: str) -> None:
-    """Make the hidden folder that `final` is written into, and remove those that match `left_overs` beside it."""
+    """Make the hidden folder that `final` is written into, and remove what matches the glob `left_overs` beside it."""
     if final.exists():
         raise CheckpointError("it exists already: remove it or save under another name")
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -46,11 +46,13 @@ def restore(
             _check_optimizer(model, optimizer, source)
         if aggregator is not None:
             cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
-            residuals = Residuals(source, place.rank, place.tp, place.replica, place.dp, cuts)
-            _load_aggregator(aggregator, residuals.state())
+            state = Residuals(source, place.rank, place.tp, place.replica, place.dp, cuts).state()
         for rank in range(source.tp) if place.tp != source.tp else [place.rank]:
             source.file(rank)
         rng = source.rng(place.rank, place.replica)
+    if aggregator is not None:
+        with place.together(f"load {folder}"):
+            _load_aggregator(aggregator, state)
     if place.is_first and place.tp != source.tp:
         source.warn_of_replicas()
     with torch.no_grad():

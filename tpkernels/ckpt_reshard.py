@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ def _reshard(source_folder: Path, final: Path, temporary: Path, tp: int | None, 
     if tp < 1 or dp < 1:
         raise CheckpointError(f"tp and dp must be 1 or more, got tp={tp}, dp={dp}")
     source.check_files()
-    make_room(final, temporary, temporary.name)
+    make_room(final, temporary, glob.escape(temporary.name))
     entries = source.entries
     if tp != source.tp:
         source.warn_of_replicas()

@@ -152,7 +152,7 @@ def _check_aggregator(numbers: dict[str, Any], place: Place) -> None:
             f"the aggregator is rank {numbers['rank']} of {numbers['world_size']} and this is replica {place.replica} "
             f"of {place.dp}: pass its group as dp_group"
         )
-    if place.dp > 1 and numbers.get("local_step"):
+    if place.dp > 1 and numbers.get("local_step") and not numbers.get("own_parameters"):
         raise CheckpointError(
             f"the replicas are {numbers['local_step']} local steps after their last average, so that each has "
             f"parameters of its own and only those of the first would be saved: call the aggregator's drain() first"

@@ -158,9 +158,17 @@ def _asked(context: typer.Context) -> dict[str, Any]:
 
 def _take_all_ranks(asked: dict[str, Any], ranks: int) -> None:
     """Without --tp, cut each replica over all ranks that torchrun started for it."""
+    from tpkernels.settings import UserError
+
     dp = asked.get("dp", 1)
-    if dp >= 1 and ranks % dp == 0:
-        asked.setdefault("tp", ranks // dp)
+    if dp < 1 or "tp" in asked:
+        return
+    if ranks % dp:
+        raise UserError(
+            f"torchrun started {ranks} ranks, which --dp {dp} does not divide: start a multiple of {dp}, or take "
+            f"another --dp."
+        )
+    asked["tp"] = ranks // dp
 
 
 def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from tpkernels.cli_errors import plain_errors
+
 AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
 
@@ -24,23 +26,25 @@ def plan_model(
     """Show how a model of transformers would be cut: each linear's style and parts, heads, parameters on a rank."""
     from tpkernels.plan import Plan, PlanError
     from tpkernels.plan_table import plan_table
+    from tpkernels.settings import UserError
 
-    whole = _model_without_weights(model)
-    try:
-        table = plan_table(whole, Plan.resolve(whole), tp)
-    except PlanError as error:
-        typer.secho(f"tpkernels: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
+    with plain_errors():
+        whole = _model_without_weights(model)
+        try:
+            table = plan_table(whole, Plan.resolve(whole), tp)
+        except PlanError as error:
+            raise UserError(str(error)) from None
     _print(table, type(whole).__name__, tp)
 
 
 def _model_without_weights(model: str) -> Any:
     """The model on the meta device."""
+    from tpkernels.settings import UserError
+
     try:
         import transformers
     except ImportError:
-        typer.secho("tpkernels: plan-model needs transformers: pip install 'tpkernels[hf]'", err=True)
-        raise typer.Exit(2) from None
+        raise UserError("plan-model needs transformers: pip install 'tpkernels[hf]'") from None
     import torch
 
     path = Path(model)
@@ -52,21 +56,18 @@ def _model_without_weights(model: str) -> Any:
         else:
             config = transformers.AutoConfig.for_model(model)
     except (OSError, ValueError, TypeError) as error:
-        why = "needs a folder with config.json, a config file or a model type"
-        typer.secho(
-            f"tpkernels: plan-model {why}, got {model!r}: {str(error).partition('. ')[0]}",
-            fg=typer.colors.RED,
-            err=True,
-        )
-        raise typer.Exit(2) from None
+        raise UserError(
+            f"plan-model needs a folder with config.json, a config file or a model type, got {model!r}: "
+            f"{str(error).partition('. ')[0]}"
+        ) from None
+    why = ""
     for name in AUTO:
         with torch.device("meta"):
             try:
                 return getattr(transformers, name).from_config(config)
-            except ValueError:  # no such head for this type
-                continue
-    typer.secho(f"tpkernels: transformers makes no model of type {config.model_type}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(2)
+            except ValueError as error:  # no such head for this type, or a config that fits no model
+                why = str(error).partition("\n")[0]
+    raise UserError(f"transformers makes no model of type {config.model_type} from it: {why}")
 
 
 def _print(table: Any, model: str, tp: int) -> None:

@@ -59,6 +59,7 @@ def generate(
     """
     with plain_errors():
         from tpkernels.generate import Sampling
+        from tpkernels.generate.generator import CACHES
         from tpkernels.settings import UserError
 
         sampling = Sampling(
@@ -70,8 +71,10 @@ def generate(
             stop=tuple(stop or ()),
             ignore_eos=ignore_eos,
         )
-        if cache not in ("static", "dynamic"):
-            raise UserError(f"--cache must be static or dynamic, got {cache!r}.")
+        if cache not in CACHES:
+            raise UserError(f"--cache must be {' or '.join(CACHES)}, got {cache!r}.")
+        if compile_ and cache != "static":
+            raise UserError(f"--compile needs --cache static, got {cache!r}.")
         try:
             sampling.check()
         except ValueError as error:

@@ -1,10 +1,10 @@
 """The codecs: how values are packed on the wire. Names and sizes come from the C++ list (csrc/codec/codec.h).
 
 When one pays: packing costs a core 0.3 to 0.7 ns a value of an all_reduce (1 MiB between two ranks, all of it: bf16
-0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. So every codec wins on links below about
-3 GB/s a rank and loses where ranks share memory: there an fp32 all_reduce takes 1.4 to 4 times as long with one.
-Small messages (below some 10 KiB) are latency, which no codec shortens. At one byte a value int8 is 3 to 5 times nearer
-to gradients than fp8. Rows: bench/results/codecs.jsonl, codec_moves.jsonl.
+0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. Where ranks share memory every codec
+loses: an fp32 all_reduce takes 1.4 to 4 times as long with one. Over links an average by itself is quicker with each of
+them, up to 10 Gbit, the fastest link that was measured; a whole training step need not be. Rows:
+bench/results/codecs.jsonl, codec_moves.jsonl, study/.
 """
 
 from __future__ import annotations

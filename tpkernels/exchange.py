@@ -23,7 +23,7 @@ from tpkernels.errors import PeerLostError
 _SLICE_SECONDS = 0.2
 _PIECE = 64 << 10
 _PROBE = 256 << 10  # bytes by which a link is timed when it is opened
-_SLOW = 40e6  # bytes a second: 100 Mbit is, 1 Gbit is not
+_SLOW = 40e6  # bytes a second in such a probe: a link of 100 Mbit is slower, one of 1 Gbit without a long way is not
 _REPORT_SECONDS = 1.0
 
 
@@ -82,10 +82,12 @@ class ProcessGroupExchange:
         took = []
         for _ in range(3):
             began = time.monotonic_ns()
-            self._begin(self._send[: 2 * _PROBE], self._receive[: 2 * _PROBE], part, part).wait()
+            self._works = [self._begin(self._send[: 2 * _PROBE], self._receive[: 2 * _PROBE], part, part)]
+            self.wait(0)
             took.append(time.monotonic_ns() - began)
         self._send[:16].view(torch.int64).fill_(min(took))
-        self._begin(self._send[:16], self._receive[:16], [8, 8], [8, 8]).wait()
+        self._works = [self._begin(self._send[:16], self._receive[:16], [8, 8], [8, 8])]
+        self.wait(0)
         return int(self._receive[:16].view(torch.int64).max()) * 1e-9 > _PROBE / _SLOW
 
     def _start_pair(

@@ -16,7 +16,7 @@ from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, 
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
-from tpkernels.plan_units import Table, cut_in_units, tell_counts
+from tpkernels.plan_units import Table, check_counts, cut_in_units, tell_counts
 from tpkernels.shard import packed_runs, part_start, shard_info
 
 # What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
@@ -55,6 +55,8 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
         if block.name not in styles:
             cuts_of_own(block, R)
     for name, style in styles.items():
+        if style.name == "counts":
+            check_counts(name, modules[name], style, R)
         if name not in cuts:
             cut = _cut_of(name, modules[name], style, R)
             if cut is not None:

@@ -283,7 +283,9 @@ def tell_heads(block: Block, R: int, rank: int) -> None:
         for name in names:
             if name in vars(module) and vars(module)[name] == whole:
                 setattr(module, name, mine)
-    if any(style.name == "packed_column" and len(style.packed) != 1 for _, style in block.columns.values()):
+    if hasattr(module, "config") and any(
+        style.name == "packed_column" and len(style.packed) != 1 for _, style in block.columns.values()
+    ):
         module.config = LocalConfig(module.config, num_attention_heads=query, num_key_value_heads=kv)  # type: ignore
     if "num_key_value_groups" in vars(module):
         module.num_key_value_groups = query // kv  # type: ignore[assignment]

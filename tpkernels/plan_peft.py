@@ -48,6 +48,11 @@ def cut_adapters(model: nn.Module) -> nn.Module:
         base = getattr(module, "base_layer", None)
         if isinstance(base, (Column, Row)):
             _check(name, module, top, adapters - known)
+        elif isinstance(base, CutModule):
+            raise PlanError(
+                f"cut_adapters: {name} must adapt a column or row layer, or one that is whole, got a "
+                f"{type(base).__name__} with adapters {sorted(adapters - known)}"
+            )
     _share_rng(group, top)
     for module in list(model.modules()):
         base = getattr(module, "base_layer", None)
@@ -55,6 +60,8 @@ def cut_adapters(model: nn.Module) -> nn.Module:
             for adapter in sorted(adapters - known):
                 if adapter in module.lora_A:  # type: ignore[operator]
                     _cut_one(module, base, adapter)
+        elif base is not None:
+            _share_adapters(module, adapters - known, group)
     known |= adapters
     return model
 
@@ -80,6 +87,14 @@ def _check(name: str, module: nn.Module, top: nn.Module, adapters: set[str]) -> 
         config = top.peft_config[adapter]  # type: ignore[index]
         if getattr(config, "use_dora", False) or getattr(config, "init_lora_weights", True) is not True:
             raise PlanError(f"cut_adapters: adapter {adapter!r} must be LoRA without DoRA, initialised as usual")
+
+
+@torch.no_grad()
+def _share_adapters(module: nn.Module, adapters: set[str], group: Group) -> None:
+    """Give the adapters of a layer that is whole on every rank rank 0's values."""
+    for name, parameter in module.named_parameters():
+        if not name.startswith("base_layer.") and adapters & set(name.split(".")):
+            parameter.copy_(_of_rank_0(parameter, group))
 
 
 def _share_rng(group: Group, top: nn.Module) -> None:

@@ -8,11 +8,10 @@ from the common state; behind it they go on as if one number had been drawn (lay
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tpkernels.group import Group
-from tpkernels.layers.random import mix_seed, rng_state, set_rng_state
+from tpkernels.layers.random import seed_for_rank, set_rng_state
 
 # Rates that modules keep as plain numbers and hand to functions.
 RATES = (
@@ -43,9 +42,7 @@ class BlockRandom:
         self._before = None
         block = self._modules[0]
         if self.group.world_size > 1 and block.training and drops(block):
-            common = int(torch.randint(0, 2**62, (), device="cpu"))
-            self._before = rng_state()
-            torch.manual_seed(mix_seed(common, self.group.rank))
+            self._before = seed_for_rank(self.group)
 
     def leave(self) -> None:
         """Go back to the common numbers."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tpkernels.layers.base import Cut
 from tpkernels.plan import Plan
 from tpkernels.plan_apply import all_cuts, is_linear
 from tpkernels.plan_heads import find_blocks
@@ -21,7 +22,6 @@ class Row:
         name: with * in the place of the numbers. count: how many modules.
         style: as the plan says it; "whole" where it says nothing.
         shape: of the weight. parts: how many outputs (or rows, experts) or inputs each rank has, "" if whole.
-        parameters: of all of these modules. rank_parameters: of them on the fullest rank.
     """
 
     name: str
@@ -29,8 +29,6 @@ class Row:
     shape: str
     parts: str
     count: int = 0
-    parameters: int = 0
-    rank_parameters: int = 0
 
 
 @dataclass
@@ -67,7 +65,7 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
     for name, module in modules.items():
         own = list(module.parameters(recurse=False))
         if not own or (name not in styles and not is_linear(module) and not isinstance(module, nn.Embedding)):
-            _count(table, own, seen, 1.0)
+            _count(table, module, seen, None, 1.0)
             continue
         style, cut = styles.get(name), cuts.get(name)
         sizes = [0] if cut is None else [_size(cut, R, rank) for rank in range(R)]
@@ -77,21 +75,22 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
         key = (re.sub(r"\d+", "*", name), style.name if style else "whole", shape, parts)
         row = rows.setdefault(key, Row(*key))
         row.count += 1
-        row.parameters += sum(p.numel() for p in own)
-        row.rank_parameters += _count(table, own, seen, share)
+        _count(table, module, seen, cut, share)
     table.rows = list(rows.values())
     return table
 
 
-def _size(cut: object, R: int, rank: int) -> int:
-    dim, full_size, unit, runs = (getattr(cut, name) for name in ("dim", "full_size", "unit", "runs"))
-    return ShardInfo(dim, full_size, R, rank, unit=unit, runs=runs).size
+def _size(cut: Cut, R: int, rank: int) -> int:
+    return ShardInfo(cut.dim, cut.full_size, R, rank, unit=cut.unit, runs=cut.runs).size
 
 
-def _count(table: Table, own: list[nn.Parameter], seen: set[int], share: float) -> int:
-    """Add parameters to the totals, tied ones once; return how many of them the fullest rank holds."""
-    fresh = [p for p in own if id(p) not in seen]
-    seen.update(id(p) for p in fresh)
-    whole = sum(p.numel() for p in fresh)
-    table.totals = (table.totals[0] + whole, table.totals[1] + round(whole * share))
-    return round(sum(p.numel() for p in own) * share)
+def _count(table: Table, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:
+    """Add a module's parameters to the totals, tied ones once; the bias of a layer that is cut by inputs is whole."""
+    whole, mine = table.totals
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            is_whole = cut is None or (name == "bias" and cut.dim == 1)
+            whole += parameter.numel()
+            mine += parameter.numel() if is_whole else round(parameter.numel() * share)
+    table.totals = (whole, mine)

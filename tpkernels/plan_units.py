@@ -31,12 +31,21 @@ def check_units(name: str, style: Style, R: int) -> None:
         raise PlanError(f"Plan: {name} is cut into {style.units} units, which leaves some of {R} ranks with none")
 
 
+def check_counts(name: str, module: nn.Module, style: Style, R: int) -> None:
+    """Raise PlanError unless the numbers that a style names are there and can be cut."""
+    check_units(name, style, R)
+    for count in style.counts:
+        whole = getattr(module, count, None)
+        if not isinstance(whole, int) or whole % style.units:
+            raise PlanError(
+                f"Plan: {count} of {name} ({type(module).__name__}) must be a multiple of {style.units}, got {whole}"
+            )
+
+
 def tell_counts(module: nn.Module, style: Style, R: int, rank: int) -> None:
     """Set the numbers of a module that count what is cut to what they are on this rank."""
     for name in style.counts:
-        whole = getattr(module, name, None)
-        if not isinstance(whole, int) or whole % style.units:
-            raise PlanError(f"Plan: {name} of {type(module).__name__} must be a multiple of {style.units}, got {whole}")
+        whole = getattr(module, name)
         setattr(module, name, part_size(whole, R, rank, whole // style.units))
 
 

@@ -14,7 +14,6 @@ from tpkernels.settings import Settings
 
 TOPK_RATIO = 0.0195  # a value travels with its index in 6.1 bytes: 3 % of what all take in fp32
 DELAY_FROM = 10  # steps of mode delayed that are synchronous
-APART = "local_steps_apart"  # in the numbers of a saved state: local steps since the replicas were one
 
 
 class Replicas:
@@ -96,14 +95,12 @@ class OwnState:
         state = self._aggregator.state_dict()
         if self._aggregator.mode != "local":
             return state
-        apart = {"local_step": 0, APART: state["numbers"]["local_step"]}  # nothing is missing: all replicas are saved
         own = {key: tensor.detach().clone() for key, tensor in self._own().items()}
-        return {"tensors": state["tensors"] | own, "numbers": state["numbers"] | apart}
+        return {"tensors": state["tensors"] | own, "numbers": state["numbers"] | {"own_parameters": True}}
 
     def load_state_dict(self, state: AggregatorState) -> None:
         """Give the aggregator its part; the rest waits for `finish`, because the first replica's is loaded later."""
-        numbers = dict(state["numbers"])
-        numbers["local_step"] = numbers.pop(APART, numbers["local_step"])
+        numbers = {key: number for key, number in state["numbers"].items() if key != "own_parameters"}
         kept = {key: tensor for key, tensor in state["tensors"].items() if not key.startswith("replica_")}
         self._aggregator.load_state_dict({"tensors": kept, "numbers": numbers})
         self._loaded = {key: tensor for key, tensor in state["tensors"].items() if key not in kept}

@@ -171,7 +171,7 @@ class ShardInfo:
         group_label: the group's name for people, which survives pickling.
         unit: how many neighbouring indices are one item of the cut.
         runs: for each rank the runs of indices that it holds, where the rule of this file does not say it; else empty.
-            Together the ranks hold every index; several ranks may hold the same ones (see `owns`).
+            Together the ranks hold every index; several ranks may hold the same ones (see `owned_by`).
     """
 
     dim: int
@@ -205,10 +205,26 @@ class ShardInfo:
         """The number of indices in this part."""
         return sum(size for _, size in self.runs_of(self.rank))
 
-    @property
-    def owns(self) -> bool:
-        """Whether this is the first rank that holds these indices, so that sums over the ranks count them once."""
-        return not self.runs or self.runs.index(self.runs[self.rank]) == self.rank
+    def owned_by(self, rank: int) -> Runs:
+        """Return what of the rank's part no lower rank holds, so that sums over the ranks count every index once.
+
+        Returns:
+            (start, size) of each stretch, counted along `dim` from the beginning of the part.
+        """
+        if not self.runs:
+            return ((0, self.runs_of(rank)[0][1]),)
+        lower = sorted(run for r in range(rank) for run in self.runs[r])
+        owned, at = list[tuple[int, int]](), 0
+        for start, size in self.runs[rank]:
+            free, end = start, start + size
+            for other, count in [*lower, (end, 0)]:
+                if other > free:
+                    owned.append((at + free - start, min(other, end) - free))
+                free = max(free, other + count)
+                if free >= end:
+                    break
+            at += size
+        return tuple(owned)
 
     @property
     def shared(self) -> bool:

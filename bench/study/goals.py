@@ -113,12 +113,12 @@ def speed_goal(kept: Sequence[Row], link: str, method: str, factor: float) -> Ve
 def hidden_goal(kept: Sequence[Row], link: str, codec: str) -> Verdict:
     """How much of the averaging that fits under forward and backward the mode delayed hides there.
 
-    fits = min(averaging alone, computing alone); what is left over is a step that takes longer than computing alone, by
-    more than what does not fit.
+    fits = min(averaging alone, computing alone); what is left over is a step that takes longer than the same step
+    without replicas, by more than what does not fit. Negative: the step loses more than the averaging takes by itself.
     """
     goal = f"dp2, {link}: delayed hides 90 % of what fits, {codec}"
     alone = {row["method"]: float(row["step_seconds"]) for row in select(kept, kind="alone", layout="dp2", link=link)}
-    name = f"{codec} delayed" if codec != "none" else "none delayed"
+    name = f"{codec} delayed"
     steps = select(kept, kind="speed", layout="dp2", link=link, method=name)
     computing, averaging = alone.get("computing alone"), alone.get(f"averaging alone, {codec}")
     if not steps or computing is None or averaging is None:

@@ -14,7 +14,7 @@ from bench.study import links, rows, session
 from bench.study.methods import LAYOUTS, Method, methods
 from tpkernels.settings import Settings
 
-# Of the runs for the loss: three quarters narrower than `make run`, so that three seeds of everything take an hour.
+# Of the runs for the loss: a third of the parameters of `make run`, so that three seeds of everything take an hour.
 SMALL = Settings(layers=3, d_model=160, heads=4, context=64, batch=8, warmup=40)
 FULL = Settings(warmup=0)  # of the runs for speed: the model of `make run`, past all warm-ups
 TINY = replace(SMALL, layers=1, d_model=32, heads=2, context=16, batch=4, warmup=2)

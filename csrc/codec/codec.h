@@ -10,7 +10,7 @@
 //   unpack(payload, factors)        sums are taken in float
 //
 // all TPK_ALWAYS_INLINE, and but for scale_of without branches: the CPU makes vector loops of them, and a CUDA warp
-// works on a block in registers. A loop narrows best what comes out of a float addition: see fp8.h. Its header says
+// works on a block in registers. Its header says
 // what it does to the values: wire layout, error bound, NaN. To add one: write codec/<name>.h and add a line here.
 #pragma once
 

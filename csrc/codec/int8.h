@@ -17,7 +17,8 @@ struct Int8Codec : BlockLayout<int8_t, uint16_t, 32, 32> {
   static constexpr uint16_t kNotFinite = 0xffff;
   static constexpr int kBias = 191;
 
-  // The scale or its inverse as two factors, each representable: its exponent lies between -157 and 122.
+  // The scale or its inverse as two factors, each representable: its exponent lies between
+  // -156 and 121, and is -191 in a group of zeros.
   struct Factors {
     float first, second;
   };

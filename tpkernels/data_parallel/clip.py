@@ -118,22 +118,27 @@ def _split_tied(
 
 
 def _sort(parameters: list[Tensor], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
-    """Return the gradients of replicated parameters, those of cut ones by group name, and all of them."""
+    """Return what counts here of the gradients of replicated parameters and, by group name, of cut ones; all gradients.
+
+    Of a part that several ranks hold the first of them counts each index.
+    """
     replicated: list[Tensor] = []
     cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
-    counted_elsewhere: list[Tensor] = []
+    gradients: list[Tensor] = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
             continue
         if gradient.layout != torch.strided:
             raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
+        gradients.append(gradient)
         info = shard_info(parameter)
-        if info is not None and not info.owns:  # another rank holds the same part and counts it
-            counted_elsewhere.append(gradient)
-            continue
-        (replicated if info is None else cut[_group_of(info, groups).name]).append(gradient)
-    return replicated, cut, replicated + [g for gradients in cut.values() for g in gradients] + counted_elsewhere
+        if info is None:
+            replicated.append(gradient)
+        else:
+            counted = cut[_group_of(info, groups).name]
+            counted += [gradient.narrow(info.dim, *stretch) for stretch in info.owned_by(info.rank)]
+    return replicated, cut, gradients
 
 
 def _group_of(info: ShardInfo, groups: list[Group]) -> Group:

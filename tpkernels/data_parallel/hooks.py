@@ -171,12 +171,19 @@ class CommHook:
         return self._lane
 
     def stats(self) -> dict[str, Any]:
-        """Counters of what the hook sends; see Group.stats."""
-        return self.lane().group.stats()
+        """Counters of what the hook sends; see Group.stats. Only after `register`, or the first message."""
+        lane = self._opened("stats")
+        return lane.ask(lane.group.stats)
 
     def reset_stats(self) -> None:
         """Set all counters to zero."""
-        self.lane().group.reset_stats()
+        lane = self._opened("reset_stats")
+        lane.ask(lane.group.reset_stats)
+
+    def _opened(self, what: str) -> Lane:
+        if self._lane is None:
+            raise RuntimeError(f"{WHO}.{what}: the hook must be registered first, got one that has sent nothing")
+        return self._lane
 
     def close(self) -> None:
         """Leave the ranks; the model can make no backward pass after it. Closing twice does nothing."""

@@ -92,6 +92,7 @@ class Round:
         self._came: dict[int, None] = {}  # in the order in which they came
         self._futures: list[Future[Tensor]] = []
         self._control: Future[Tensor] | None = None
+        self._has: Tensor | None = None
         self._averages: Averages | None = None
 
     @property
@@ -130,7 +131,8 @@ class Round:
         has = torch.zeros(len(self._traffic.place), dtype=torch.uint8)
         has[list(self._came)] = 1
         lane = self._traffic.lane
-        has = has.to(lane.group.device)
+        # Kept until the answer is there: on a GPU the lane's stream reads it later, and torch does not know of that.
+        self._has = has = has.to(lane.group.device)
         self._control = lane.submit(lambda: ops.all_reduce(has, group=lane.group, op="max"))
 
     def finish(self) -> Averages:
@@ -143,6 +145,7 @@ class Round:
             assert self._control is not None
             means = [self._traffic.wait(future) for future in self._futures]
             has = self._traffic.wait(self._control).tolist()
+            self._has = None
             self._averages = {
                 member.index: bucket.part(mean, i) if has[member.index] else None
                 for bucket, mean in zip(self._buckets, means, strict=True)

@@ -18,6 +18,7 @@ from tpkernels.settings import UserError
 from .generator import Generator
 from .load import load
 from .sampling import Sampling
+from .text import chat_ids
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,19 @@ def work(asked: Asked) -> None:
     with launch.all_ranks(asked.timeout_s, asked.arena_mib, tp=launch.world_size()) as layout:
         group = layout.tp
         model, tokenizer = load(asked.model, group, asked.dtype)
-        generator = Generator(model, tokenizer, group, cache=asked.cache, compile=asked.compile)
-        prompts = [chat_ids(tokenizer, asked, text) if asked.chat else text for text in asked.prompts]
         gather(None, group)  # a rank may have a slow disk: from here on waits have a short deadline
         try:
+            generator = Generator(model, tokenizer, group, cache=asked.cache, compile=asked.compile)
+            chat = [chat_ids(tokenizer, _messages(asked, text)) for text in asked.prompts] if asked.chat else None
+            prompts = asked.prompts if chat is None else chat
             _write(generator, prompts, asked, group)
         except ValueError as error:
             raise UserError(str(error)) from None
 
 
-def chat_ids(tokenizer: Any, asked: Asked, text: str) -> list[int]:
-    """The tokens of a conversation whose last message is `text`, up to where the answer begins.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {asked.model} has no chat template: leave out --chat.")
-    messages = [{"role": "system", "content": asked.system}] if asked.system is not None else []
-    messages.append({"role": "user", "content": text})
-    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer.encode(found, add_special_tokens=False))
+def _messages(asked: Asked, text: str) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": asked.system}] if asked.system is not None else []
+    return [*system, {"role": "user", "content": text}]
 
 
 def _write(generator: Generator, prompts: Sequence[Any], asked: Asked, group: Group) -> None:

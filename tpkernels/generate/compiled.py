@@ -1,8 +1,9 @@
 """torch.compile for the decode step, where a product has one row and all that counts is how fast weights are read.
 
-BLAS reads them at a half (fp32) or a third (bf16) of what one core can. Written as a sum of products, inductor makes a
-loop of it that reads at the speed of memory. So products of few rows are rewritten before inductor sees them: those of
-torch and those inside the ops of this package, whatever module they stand in.
+BLAS does not read them as fast as one core can. Written as a sum of products, inductor makes a loop of it that reads at
+the speed of memory: a token of SmolLM2 in fp32 takes half the time (bench/results/generate.jsonl). So products of few
+rows are rewritten before inductor sees them: those of torch and those inside the ops of this package, whatever module
+they stand in.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 MOST_ROWS = 4  # more rows are for a real GEMM
+MOST_SHAPES = 64  # of a step in one process
 Call = torch.ops.tpkernels
 
 
 def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a step of fixed shapes, with its products rewritten."""
+    """Compile a step of fixed shapes, with its products rewritten; other shapes compile anew, up to MOST_SHAPES."""
     made: Callable[..., Tensor] = torch.compile(step, backend=_backend, dynamic=False, fullgraph=True)
-    return made
+
+    def call(*args: Any, **options: Any) -> Tensor:
+        # torch counts shapes by the code of the step, whichever decoder it belongs to, and gives up at the ninth.
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            return made(*args, **options)
+
+    return call
 
 
 def sum_of_products(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

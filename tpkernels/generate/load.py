@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,10 @@ def load_whole(name: str, dtype: str = "auto") -> tuple[Any, Any]:
 
     model: Any
     if path.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto", local_files_only=True)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=wanted)
+        file = {"gguf_file": path.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=wanted, **file)
         _forget_packing(model)
     return model.eval(), _tokenizer(path)
 
@@ -91,7 +91,6 @@ def _prepare(name: str, dtype: str) -> tuple[Path, torch.dtype | None]:
     if path.is_file():
         require("hf", "gguf")
         wanted = wanted or torch.float32
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _quiet()
     return path, wanted
 
@@ -101,8 +100,8 @@ def _tokenizer(path: Path) -> Any:
 
     tokenizers: Any = AutoTokenizer
     if path.is_dir():
-        return tokenizers.from_pretrained(path)
-    return tokenizers.from_pretrained(path.parent, gguf_file=path.name)
+        return tokenizers.from_pretrained(path, local_files_only=True)
+    return tokenizers.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
 
 
 def _forget_packing(model: Any) -> None:

@@ -73,7 +73,8 @@ class Sampler:
         if how.temperature == 0.0:
             best = int(logits.argmax())  # which finds NaN first
             return NOT_A_NUMBER if math.isnan(logits[best].item()) else best
-        probabilities = torch.softmax(logits.float() / how.temperature, dim=-1)
+        wide = logits.float()
+        probabilities = torch.softmax((wide - wide.max()) / how.temperature, dim=-1)  # no quotient overflows
         if math.isnan(probabilities[0].item()):  # one NaN makes all of them NaN
             return NOT_A_NUMBER
         kept, ids = _likeliest(probabilities, how)

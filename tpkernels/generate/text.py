@@ -21,6 +21,21 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
 
 
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The tokens of a conversation up to where the answer begins, by the tokenizer's chat template.
+
+    Raises:
+        ValueError: there is no template, or it refuses the conversation (says why).
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise what they like about roles that they do not take
+        raise ValueError(f"the chat template refuses the messages: {error}") from None
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 class TextStream:
     """The text of one sequence of tokens.
 

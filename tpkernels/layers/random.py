@@ -106,14 +106,25 @@ def rank_rng(group: Group | None = None) -> Iterator[None]:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
     """
     group = resolve(group)
-    common = int(torch.randint(0, 2**62, (), device="cpu"))
-    seed = mix_seed(common, group.rank)
-    devices = [torch.cuda.current_device()] if _cuda_is_in_use() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed(seed)
+    before = seed_for_rank(group)
+    try:
         yield
+    finally:
+        set_rng_state(before)
+
+
+def seed_for_rank(group: Group) -> dict[str, Tensor]:
+    """Seed the default generators (CPU and the current CUDA device) for this rank, from a number drawn by all alike.
+
+    Returns:
+        the state to go back to by `set_rng_state`: that behind the number drawn.
+    """
+    seed = mix_seed(int(torch.randint(0, 2**62, (), device="cpu")), group.rank)
+    before = rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device there is
+    if _cuda_is_in_use():
+        torch.cuda.manual_seed(seed)
+    return before
 
 
 def rng_state() -> dict[str, Tensor]:

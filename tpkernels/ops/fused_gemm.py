@@ -13,7 +13,7 @@ from torch import Tensor, is_autocast_enabled
 
 from tpkernels.group import Group, resolve
 
-from ._check import check_dim, check_linear, check_size, fits_linear
+from ._check import check_codec, check_dim, check_linear, check_size, fits_linear
 from ._grad import backward_codec, replicated
 from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
 from ._plain import are_plain, direct, shortcut
@@ -307,6 +307,8 @@ def replicated_gemm(
     group = resolve(group)
     if is_autocast_enabled(group.device.type):
         x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
+    if grad_codec is not None and isinstance(x, Tensor):
+        check_codec("replicated_gemm", codec, x.dtype)
     codec = backward_codec("replicated_gemm", codec, grad_codec, x)
     args = (x, w_shard, bias, group.name, group.world_size, codec)
     if group.is_cpu and are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpkernels.generate.text import chat_ids
+
 from . import engine as engine_side
 from .answers import ChatAnswer, CompletionAnswer
 from .engine import Engine, Event, Refused
@@ -92,10 +94,17 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        answered = False
+
+        def count(status: int) -> None:
+            nonlocal answered
+            answered = True
+            path = getattr(scope.get("route"), "path", "other")  # the route's: a label for each URL would not end
+            self._metrics.requests.labels(path, str(status)).inc()
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")  # the route's: a label for each URL would not end
-                self._metrics.requests.labels(path, str(message["status"])).inc()
+                count(message["status"])
             await send(message)
 
         if self._token is not None and scope["path"].startswith("/v1") and not _has_token(scope, self._token):
@@ -103,7 +112,12 @@ class Guard:
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, counted)
             return
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not answered:  # what stands in front of this one answers then
+                count(500)
+            raise
 
 
 def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
@@ -242,15 +256,10 @@ async def _encoded(engine: Engine, prompt: str | list[int]) -> list[int]:
 
 
 def _conversation(engine: Engine, asked: ChatAsked) -> list[int]:
-    tokenizer = engine.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise Invalid("the model has no chat template: use /v1/completions", "messages")
-    messages = [message.plain() for message in asked.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise what they like about roles that they do not take
-        raise Invalid(f"messages: the chat template refuses them: {error}", "messages") from None
-    return list(tokenizer.encode(text, add_special_tokens=False))
+        return chat_ids(engine.tokenizer, [message.plain() for message in asked.messages])
+    except ValueError as error:
+        raise Invalid(f"messages: {error}", "messages") from None
 
 
 def _has_token(scope: Scope, token: str) -> bool:

@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from tpkernels import launch
-from tpkernels.errors import PeerLostError
 from tpkernels.generate.decoders import SlotDecoder
 from tpkernels.generate.load import load
 from tpkernels.group import Group
@@ -89,7 +88,7 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self._drain_s
         while not self._engine.idle and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
-        await asyncio.to_thread(self._engine.stop, self._drain_s)  # what is left fails with 503
+        await asyncio.to_thread(self._engine.stop)  # what is left fails with 503
         self.should_exit = True
 
 
@@ -163,9 +162,9 @@ def _lead(asked: Asked, group: Group, decoder: SlotDecoder, tokenizer: Any, list
         typer.echo(f"serving {name} over {group.world_size} ranks at http://{host}:{port}/v1", err=True)
         asyncio.run(server.serve_until_stopped())
     finally:
-        engine.stop(asked.drain_s)
-    if engine.failure is not None and engine.failure != "the server is stopping":
-        raise PeerLostError(engine.failure)
+        engine.stop()
+    if engine.error is not None:
+        raise engine.error
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tpkernels.group import Group
 from .metrics import Metrics
 from .plan import Channel, Plan, carry_out
 
+STOPPING = "the server is stopping"
 HEARTBEAT_S = 0.5  # between empty plans; a dead rank is noticed at the next one
 
 
@@ -93,6 +94,7 @@ class Engine:
         self._draining = self._stopping = False
         self._failure: str | None = None
         self._heartbeat = min(HEARTBEAT_S, group.timeout_s / 4)
+        self.error: BaseException | None = None  # what ended it, unless it was told to stop
         self._thread = threading.Thread(target=self._run, name="tpkernels-engine", daemon=True)
 
     def start(self) -> None:
@@ -125,7 +127,7 @@ class Engine:
             if self._failure is not None:
                 raise Refused(503, f"the model is not available: {self._failure}")
             if self._draining or self._stopping:
-                raise Refused(503, "the server is stopping")
+                raise Refused(503, STOPPING)
             if len(self._waiting) + len(requests) > self._most_waiting + len(self._free):
                 raise Refused(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
             self._waiting.extend(requests)
@@ -143,24 +145,24 @@ class Engine:
         with self._changed:
             self._draining = True
 
-    def stop(self, timeout_s: float) -> None:
-        """Fail what is still here, let the other ranks go, and wait for the thread."""
+    def stop(self) -> None:
+        """Fail what is still here, let the other ranks go, and wait for the thread, which may have a step to end."""
         with self._changed:
             self._draining = self._stopping = True
             self._changed.notify()
         if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(self._group.timeout_s)
 
     def _run(self) -> None:
-        why = "the server is stopping"
+        why = STOPPING
         try:
             while not self._stopping:
                 self._step()
             self._channel.send(Plan(stop=True))
         except (TimeoutError, PeerLostError, RankMismatchError) as error:
-            why = f"{type(error).__name__}: {error}"
+            self.error, why = error, f"{type(error).__name__}: {error}"
         except BaseException as error:
-            why = f"the engine failed: {type(error).__name__}: {error}"
+            self.error, why = error, f"the engine failed: {type(error).__name__}: {error}"
             raise
         finally:
             self._fail_all(why)

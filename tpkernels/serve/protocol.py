@@ -53,7 +53,7 @@ class Asked(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @field_validator("temperature", "top_p", "n", mode="before")
+    @field_validator("temperature", "top_p", "n", "top_k", "stream", "ignore_eos", "stop_token_ids", mode="before")
     @classmethod
     def _null_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
@@ -88,7 +88,13 @@ class CompletionAsked(Asked):
     max_tokens: int | None = Field(16, ge=1)
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """One or several.
+
+        Raises:
+            Invalid: there is none.
+        """
+        if not self.prompt:
+            raise Invalid("prompt must be one text or token at least, got none", "prompt")
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]
         return list(cast("list[str | list[int]]", self.prompt))
