@@ -187,7 +187,8 @@ def check_a_rank_that_skips_its_backward_pass(transport: str) -> None:
             backward(model, group.rank, 1)
             mine = {name: p.grad.clone() for name, p in model.named_parameters()}
             text = raised(aggregator.wait, TimeoutError)
-            assert re.search(r"ranks? \[?1\]? did not (signal|come) within 0.5 s", text), text
+            # Whoever waits second may hear of it from the first to give up, in its words.
+            assert re.search(r"ranks? \[?1\]? did not (signal|come)", text), text
             assert all(torch.equal(p.grad, mine[name]) for name, p in model.named_parameters()), "still the local ones"
             # What comes after says the same, at once.
             assert raised(lambda: backward(model, group.rank, 1), TimeoutError) == text

@@ -13,6 +13,7 @@ from generate_tools import byte_tokenizer, save_tiny, tiny_llama
 
 from tpkernels import Group
 from tpkernels.generate import Completion, Generator, Sampling
+from tpkernels.generate.compiled import compiled
 from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
 from tpkernels.generate.text import TextStream
 from tpkernels.testing import run_ranks
@@ -83,8 +84,15 @@ def test_draws_come_from_the_tokens_that_top_k_and_top_p_leave() -> None:
     assert seen(top_p=0.71) == {1, 2, 3}
     assert seen(top_k=3, top_p=0.8) == {1, 3}, "0.7 of 0.85 is over 0.8"
     assert seen(top_p=1e-9) == {1}
-    assert Sampler(Sampling(temperature=1e-3, seed=0)).draw(logits) == 1
+    for temperature in (1e-3, 1e-38):
+        assert Sampler(Sampling(temperature=temperature, seed=0)).draw(logits) == 1
     assert Sampler(Sampling()).draw(logits) == 1
+
+
+def test_a_compiled_step_takes_more_shapes_than_torch_allows_by_itself() -> None:
+    step = compiled(lambda x: x * 2)
+    for n in range(1, 11):
+        assert torch.equal(step(torch.ones(n)), torch.full((n,), 2.0))
 
 
 def test_the_nucleus_is_found_whole_when_it_is_larger_than_the_first_try() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tpkernels.plan import Plan, PlanError
 from tpkernels.plan_apply import all_cuts
-from tpkernels.plan_heads import Heads, LocalConfig, find_blocks
+from tpkernels.plan_heads import Heads, LocalConfig, find_blocks, tell_heads
 from tpkernels.plan_layers import Tied
 from tpkernels.plan_refuse import refuse
 from tpkernels.plan_sequence import check_sequence
@@ -211,6 +211,36 @@ def test_a_local_config_answers_with_the_ranks_numbers_and_the_models_else() -> 
     assert local.hidden_size == 7
     with pytest.raises(AttributeError):
         _ = local.no_such_thing
+
+
+def test_counts_that_cannot_be_cut_are_refused_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    plan = Plan({"0": "column:units=3", "1": "row:units=3"})
+    for count, says in ((None, "got None"), (4, "got 4")):
+        module = nn.Module()
+        module.lanes = count
+        holder = nn.ModuleDict({"pair": model, "odd": module})
+        styles = {f"pair.{name}": style for name, style in plan.styles(model).items()}
+        styles["odd"] = parse_style("counts:lanes:units=3")
+        with pytest.raises(PlanError, match=rf"lanes of odd \(Module\) must be a multiple of 3, {says}"):
+            all_cuts(dict(holder.named_modules()), styles, [], 2)
+
+
+def test_heads_are_told_to_a_module_without_a_config() -> None:
+    block = nn.Module()
+    block.qkv, block.out = nn.Linear(32, 64), nn.Linear(32, 32)
+    block.n_heads, block.n_kv_heads, block.head_dim = 4, 2, 8
+    model = nn.ModuleDict({"mix": block})
+    styles = Plan({"mix.qkv": "packed_column:32,16,16", "mix.out": "row"}).styles(model)
+    (found,) = find_blocks(dict(model.named_modules()), styles)
+    tell_heads(found, 2, 1)
+    assert (block.n_heads, block.n_kv_heads, block.head_dim) == (2, 1, 8)
+
+
+def test_the_table_counts_the_bias_of_a_row_layer_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+    table = plan_table(model, Plan({"0": "column", "1": "row"}), 2)
+    assert table.totals == (8 * 16 + 16 + 16 * 8 + 8, 64 + 8 + 64 + 8)
 
 
 def test_the_table_counts_tied_parameters_once() -> None:

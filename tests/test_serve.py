@@ -169,13 +169,17 @@ async def what_is_wrong_is_named(served: Served) -> None:
     for change, param in [
         ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"max_tokens": 0}, "max_tokens"),
         ({"n": 99}, "n"), ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": [""]}, "stop"),
-        ({"prompt": [300]}, "prompt"), ({"prompt": ""}, "prompt"), ({"logprobs": 3}, "logprobs"),
+        ({"prompt": [300]}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"),
+        ({"logprobs": 3}, "logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"), ({"max_tokens": MAX_LENGTH}, "max_tokens"),
         ({"prompt": "a" * MAX_LENGTH, "max_tokens": 1}, "max_tokens"), ({"temperature": "warm"}, "temperature"),
     ]:  # fmt: skip
         status, where, message = await said(**change)
         assert (status, where) == (400, param), message
         assert where in message or where == "prompt", message
+    nulls = dict.fromkeys(("stream", "top_k", "ignore_eos", "stop_token_ids", "temperature"))
+    answer = await served.client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1} | nulls)
+    assert answer.status_code == 200, answer.text
     assert (await said(raw=b"{not json"))[0] == 400
     assert (await said(raw=b"x" * (17 << 20)))[0] == 413
     assert (await said(model="other"))[:2] == (404, "model")
