@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from checkpoint_tools import adamw, assert_same, grid, learn, small_gpt, whole
+from op_tools import raised
 
 from tpkernels import checkpoint, ops
+from tpkernels.data_parallel.lane import open_lane
+from tpkernels.group import Group
 from tpkernels.testing import run_ranks
 
 
@@ -71,3 +76,33 @@ def test_training_goes_on_and_changes_nothing_of_what_is_being_saved(tmp_path: P
     run_ranks(train_on, 4, str(tmp_path))
     assert_same(whole(tmp_path / "got"), whole(tmp_path / "want"))
     assert checkpoint.peek(tmp_path / "got")["tensors"] == checkpoint.peek(tmp_path / "want")["tensors"]
+
+
+def save_with_a_group_that_others_lack(folder: str) -> list[str]:
+    """Rank 0 has a process group more, so that torch would give those made from here on other names on it."""
+    root = Path(folder)
+    with grid(2, 2) as (cut, replicas), Group.open(transport="group") as everyone:
+        model = small_gpt(cut)
+        if dist.get_rank() == 0:
+            dist.new_group([0], use_local_synchronization=True)
+        both: dict[str, Any] = {"group": cut, "dp_group": replicas}
+        said = [
+            raised(lambda: checkpoint.save_async(model, root / "beside", **both), checkpoint.CheckpointError),
+            raised(lambda: open_lane(everyone), RuntimeError),
+        ]
+        checkpoint.save(model, root / "plain", **both)
+        if dist.get_rank() != 0:
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        assert checkpoint.save_async(model, root / "beside", **both).wait() == root / "beside"
+        open_lane(everyone).close()
+    return said
+
+
+def test_ranks_of_unequally_many_process_groups_get_an_error_and_do_not_wait_for_ever(tmp_path: Path) -> None:
+    for said in run_ranks(save_with_a_group_that_others_lack, 4, str(tmp_path), timeout=60.0, fresh=True):
+        beside, lane = said
+        assert "of replica 0: group 'tp': its saving thread needs a process group of its own" in beside
+        assert re.search(r"got \[(\d), (?!\1)\d\] in rank order; create it \(save_async\) before", beside), beside
+        assert "group 'world': its lane needs a process group of its own" in lane
+        assert "create it (GradAggregator, comm_hook) before" in lane
+    assert checkpoint.latest(tmp_path) == tmp_path / "plain"

@@ -109,7 +109,7 @@ def save_async(
     ckpt_async.wait_for_pending(place)
     with place.together(f"save {final}"):
         snapshot = take(model, optimizer, aggregator, place, step, extra).copied()
-    return ckpt_async.start(lambda talk: _write(snapshot, final, talk), place)
+    return ckpt_async.start(lambda talk: _write(snapshot, final, talk), place, final)
 
 
 def load(

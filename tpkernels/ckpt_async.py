@@ -6,17 +6,20 @@ made once for each pair of groups and kept.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
+from tpkernels.ckpt_files import CheckpointError
 from tpkernels.ckpt_place import Place, Talk
 from tpkernels.group import Group
-from tpkernels.ranks import Ranks
+from tpkernels.ranks import Ranks, UnequalGroupsError, private_process_group
 
 _talks: dict[int, tuple[dist.ProcessGroup, Talk]] = {}  # by id; the group is kept, so that no other gets its id
+atexit.register(_talks.clear)  # no process group is to be left when Python ends; see Group.close
 _pending: dict[int, SaveHandle] = {}  # by rank: ranks may be threads of one process
 
 
@@ -56,9 +59,17 @@ class SaveHandle:
             self._error = error
 
 
-def start(write: Callable[[Place], Path], place: Place) -> SaveHandle:
-    """Begin to write in a thread. Collective when these groups save beside the training for the first time."""
-    apart = Place(_talk(place.group), _talk(place.dp_group) if place.dp_group is not None else None)
+def start(write: Callable[[Place], Path], place: Place, final: Path) -> SaveHandle:
+    """Begin to write in a thread; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when some cannot have process groups for the thread.
+    """
+    with place.together(f"save {final}"):
+        talk = _talk(place.group)
+    with place.together(f"save {final}"):
+        dp_talk = _talk(place.dp_group) if place.dp_group is not None else None
+    apart = Place(talk, dp_talk)
     handle = _pending[place.number] = SaveHandle(lambda: write(apart))
     return handle
 
@@ -78,12 +89,14 @@ def wait_for_pending(place: Place) -> None:
 
 
 def _talk(group: Group | Ranks) -> Talk:
-    """Process groups over the same ranks, for the thread."""
+    """A process group over the same ranks, for the thread; collective when it is asked for the first time."""
     pg = group.process_group
     if pg is None or group.world_size == 1:
         return Talk(group.label, group.rank, group.world_size, None)
     if id(pg) not in _talks:
-        ranks = dist.get_process_group_ranks(pg)
-        own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        try:
+            own = private_process_group(group, "saving thread", "save_async", "gloo")
+        except UnequalGroupsError as error:
+            raise CheckpointError(f"{error}, or take `save`") from None
         _talks[id(pg)] = (pg, Talk(group.label, group.rank, group.world_size, own))
     return _talks[id(pg)][1]

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides tensors, and errors that all of them see."""
+"""What ranks tell each other besides tensors, over which process groups, and errors that all of them see."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from tpkernels.errors import PeerLostError
 from tpkernels.group import Group
 
 T = TypeVar("T")
+
+
+class UnequalGroupsError(RuntimeError):
+    """Ranks belong to different numbers of process groups, so that torch can make no more for some of them only."""
 
 
 class Ranks(Protocol):
@@ -41,6 +45,35 @@ def gather(value: T, group: Group | Ranks) -> list[T]:
             f"other how they stand, because one of them died or left ({why})."
         ) from None
     return values  # type: ignore[return-value]
+
+
+def private_process_group(group: Group | Ranks, user: str, made_by: str, backend: str) -> dist.ProcessGroup:
+    """A new process group of the same ranks, for one who speaks beside the others; a collective over the group.
+
+    Args:
+        group: the ranks; has a process group.
+        user: who speaks there; messages call it "<label of the group> <user>".
+        made_by: what a program calls to have it made.
+        backend: as `torch.distributed.new_group` takes it.
+
+    Raises:
+        UnequalGroupsError: torch cannot make one, on all ranks of the group. It names a group of some ranks by how many
+            each of them belongs to, and ranks that look for each other under different names wait for ever.
+    """
+    assert group.process_group is not None, "ranks without a process group have nobody to speak with"
+    here = len(dist.distributed_c10d._world.pg_names)
+    counts = group.exchange_sizes(here) if isinstance(group, Group) else gather(here, group)
+    if len(set(counts)) > 1:
+        raise UnequalGroupsError(
+            f"group {group.label!r}: its {user} needs a process group of its own, and torch can make one only where "
+            f"all its ranks belong to equally many process groups, got {counts} in rank order; create it ({made_by}) "
+            f"before the process groups that only some of these ranks belong to"
+        )
+    ranks = dist.get_process_group_ranks(group.process_group)
+    made: dist.ProcessGroup = dist.new_group(
+        ranks, backend=backend, use_local_synchronization=True, group_desc=f"{group.label} {user}"
+    )
+    return made
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from tpkernels.group import Group
+from tpkernels.ranks import private_process_group
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
@@ -179,19 +180,10 @@ def _private_group(group: Group) -> tuple[Group, dist.ProcessGroup | None]:
         # The process group is needed to open it only: nothing travels through it.
         transport = "auto" if group.transport == "local" else group.transport
         return Group.open(given, group.timeout_s, transport=transport, device=group.device), None
-    counts = group.exchange_sizes(len(dist.distributed_c10d._world.pg_names))
-    if len(set(counts)) > 1:  # torch names a group of some ranks by how many there are: different names never meet
-        raise RuntimeError(
-            f"group {group.label!r}: a communication lane needs a process group of its own, and torch can make one "
-            f"only where all its ranks belong to equally many process groups, got {counts} in rank order; create the "
-            f"lane (GradAggregator) before the process groups that only some of these ranks belong to"
-        )
-    ranks = dist.get_process_group_ranks(given)
     backend = dist.get_backend_config(given)
-    private = _take_idle(group, ranks, backend)
+    private = _take_idle(group, dist.get_process_group_ranks(given), backend)
     if private is None:
-        desc = f"{group.label} lane"
-        private = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=desc)
+        private = private_process_group(group, "lane", "GradAggregator, comm_hook", backend)
     return Group.open(private, group.timeout_s, transport="group", device=group.device), private
 
 
@@ -216,3 +208,4 @@ def _close_all() -> None:
             lane.close()
         except Exception:  # the end of the process is no place to fail
             continue
+    _idle.clear()
