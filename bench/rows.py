@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 # Two rows with the same identity measure the same thing; the later one replaces the earlier.
 IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
+OF_SOME = ("slots", "clients")  # which the rows of a server have besides
 FIELDS = (
     *IDENTITY,
     "path", "transport",
@@ -155,7 +156,7 @@ def over_roof(row: Row) -> float:
 
 def identity(row: Row) -> tuple[Any, ...]:
     """What the row measures."""
-    return tuple(row[name] for name in IDENTITY)
+    return (*(row[name] for name in IDENTITY), *(row.get(name) for name in OF_SOME))
 
 
 def load(path: Path) -> list[Row]:

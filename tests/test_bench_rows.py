@@ -43,6 +43,14 @@ def test_a_newer_row_replaces_the_one_that_measured_the_same(tmp_path: Path) -> 
     assert len(rows.load(path)) == 2 * len(again), "near and far are kept side by side"
 
 
+def test_rows_of_a_server_with_other_slots_or_clients_are_kept_side_by_side(tmp_path: Path) -> None:
+    path, one = tmp_path / "a.jsonl", some_rows()[0]
+    served = [{**one, "slots": slots, "clients": clients} for slots in (1, 8) for clients in (1, 64)]
+    rows.save(path, served[:2])
+    rows.save(path, [*served[1:], one])
+    assert rows.load(path) == [*served, one]
+
+
 def test_a_goal_counts_in_every_placement_that_was_measured() -> None:
     goal = goals.Goal("all_reduce", "plain", 4096, 80)
     found = list(goals.verdicts([goal], [*some_rows(), *some_rows([500.0] * 3)]))
