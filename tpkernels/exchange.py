@@ -55,7 +55,7 @@ class ProcessGroupExchange:
         self._group = process_group
         self._label = label
         self._timeout_s = timeout_s
-        self._rank = process_group.rank()
+        self._rank, self._world_size = process_group.rank(), process_group.size()
         self._pids = list(pids)
         self._store = dist.distributed_c10d._get_process_group_store(process_group)
         self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
@@ -65,7 +65,7 @@ class ProcessGroupExchange:
         self.capacity = capacity
         self.send_pointer = self._send.data_ptr()
         self.receive_pointer = self._receive.data_ptr()
-        self._in_pieces = self.device.type == "cpu" and process_group.size() == 2 and self._is_slow()
+        self._in_pieces = self.device.type == "cpu" and self._world_size == 2 and self._is_slow()
 
     def start(self, send_bytes: list[int], receive_bytes: list[int]) -> None:
         """Begin to send `send_bytes[r]` bytes to rank r and to receive `receive_bytes[r]` from it, in rank order."""
@@ -148,8 +148,12 @@ class ProcessGroupExchange:
             raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
 
     def close(self, last_call: int) -> None:
-        """Tell the others that this rank leaves after `last_call`."""
+        """Tell the others that this rank leaves after `last_call`, and let go of the process group."""
         self._tell("closed", last_call, [], False)
+        # The end of a process group of gloo waits for what is under way, which a lost rank never answers.
+        if self.device.type == "cpu" and all(work.is_completed() for work in self._works):
+            self._works = []
+            del self._group
 
     def _trouble(self, call: int) -> _Trouble | None:
         """What is known to have gone wrong: a dead process, a rank that left, a rank that gave up."""
@@ -179,7 +183,7 @@ class ProcessGroupExchange:
         return _Trouble(f"ranks {silent} were lost. The backend said: {backend}", silent, False)
 
     def _others(self) -> list[int]:
-        return [r for r in range(self._group.size()) if r != self._rank]
+        return [r for r in range(self._world_size) if r != self._rank]
 
     def _tell(self, what: str, call: int, culprits: list[int], late: bool) -> None:
         with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
@@ -237,7 +241,7 @@ class DeviceExchange(ProcessGroupExchange):
         """
         self._agreed += 1
         self._call += 1  # it belongs to the call after the last one; `wait` knows its number
-        keys = [f"tpkernels/{self._label}/agree/{self._agreed}/{r}" for r in range(self._group.size())]
+        keys = [f"tpkernels/{self._label}/agree/{self._agreed}/{r}" for r in range(self._world_size)]
         self._store.set(keys[self._rank], json.dumps(numbers))
         deadline = time.monotonic() + self._timeout_s
         while True:

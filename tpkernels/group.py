@@ -53,7 +53,6 @@ class Group:
         transport: how bytes travel: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
             other's memory), "group" (any c10d backend), "local" (one rank).
         timeout_s: seconds that a rank waits for another before it raises TimeoutError.
-        process_group: the c10d group underneath, None when there is none.
     """
 
     def __init__(
@@ -72,7 +71,8 @@ class Group:
         self.device = device
         self.is_cpu = device.type == "cpu"
         self.timeout_s = timeout_s
-        self.process_group = process_group
+        self._process_group = process_group
+        self._closed = False
         self._communicator = communicator
         self._address: int = communicator.address  # for the short way of ops/_plain.py; 0: there is none
         self._reason = reason
@@ -120,6 +120,17 @@ class Group:
             )
         opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport, multicast)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The c10d group underneath, None when there is none.
+
+        Raises:
+            RuntimeError: this group is closed, and keeps no process group alive.
+        """
+        if self._closed:
+            raise RuntimeError(f"group {self.label!r} is closed")
+        return self._process_group
 
     def empty(self, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor inside this rank's arena: a collective on it copies nothing in.
@@ -201,6 +212,9 @@ class Group:
     def close(self) -> None:
         """Leave the group; calls of other ranks that need this one raise PeerLostError. Closing twice does nothing."""
         self._communicator.close()
+        # A process group that is still there when Python ends can end the process by a signal: a thread of gloo lets
+        # go of a tensor, wants Python for it, and is cancelled. Models keep their groups, so the groups let go.
+        self._closed, self._process_group = True, None
         _open_groups.pop(self.name, None)
         global _default
         if _default is self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -81,6 +82,9 @@ def all_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1) -> Iter
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     torch.set_num_threads(threads(local))
+    # Default arguments of this module take hold of the world's process group where it is imported after this line, and
+    # one that is there when Python ends may end the process by a signal (see Group.close).
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     try:
         with ExitStack() as opened:

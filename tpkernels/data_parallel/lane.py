@@ -91,6 +91,7 @@ class Lane:
         self.group.close()
         if self._process_group is not None and self._failure is None:
             _idle.append(self._process_group)
+            self._process_group = None
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
