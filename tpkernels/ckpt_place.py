@@ -9,8 +9,7 @@ t of replica d writes:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from tpkernels.ckpt_files import CheckpointError
 from tpkernels.group import Group
-from tpkernels.ranks import Ranks, gather
+from tpkernels.ranks import Ranks, gather, raise_together
 
 T = TypeVar("T")
 
@@ -77,22 +76,9 @@ class Place:
             return values
         return [v for replica in gather(values, self.dp_group) for v in replica]
 
-    @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str) -> AbstractContextManager[None]:
         """If the body fails on any rank, raise a CheckpointError on all, naming the ranks and what they met."""
-        problem: str | None = None
-        try:
-            yield
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-        problems = self.gather(problem)
-        met = {number: text for number, text in enumerate(problems) if text is not None}
-        if not met:
-            return
-        texts = list(dict.fromkeys(met.values()))
-        if len(met) == len(problems) and len(texts) == 1:
-            raise CheckpointError(f"{doing}: {texts[0]}")
-        raise CheckpointError(f"{doing}: " + "; ".join(f"{self._name(n)}: {text}" for n, text in met.items()))
+        return raise_together(self.group, CheckpointError, doing, ask=self.gather, name=self._name)
 
     def _name(self, number: int) -> str:
         replica, rank = divmod(number, self.tp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -47,6 +47,13 @@ def gather(value: T, group: Group | Ranks) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def global_ranks(group: Group | Ranks) -> list[int]:
+    """The ranks of a group as the default process group counts them, in rank order."""
+    if group.process_group is None:
+        return [dist.get_rank() if dist.is_initialized() else 0]
+    return dist.get_process_group_ranks(group.process_group)
+
+
 def private_process_group(group: Group | Ranks, user: str, made_by: str, backend: str) -> dist.ProcessGroup:
     """A new process group of the same ranks, for one who speaks beside the others; a collective over the group.
 
@@ -69,29 +76,39 @@ def private_process_group(group: Group | Ranks, user: str, made_by: str, backend
             f"all its ranks belong to equally many process groups, got {counts} in rank order; create it ({made_by}) "
             f"before the process groups that only some of these ranks belong to"
         )
-    ranks = dist.get_process_group_ranks(group.process_group)
+    desc = f"{group.label} {user}"
     made: dist.ProcessGroup = dist.new_group(
-        ranks, backend=backend, use_local_synchronization=True, group_desc=f"{group.label} {user}"
+        global_ranks(group), backend=backend, use_local_synchronization=True, group_desc=desc
     )
     return made
 
 
 @contextmanager
-def raise_together(group: Group, error_type: type[Exception], doing: str) -> Iterator[None]:
+def raise_together(
+    group: Group | Ranks,
+    error_type: type[Exception],
+    doing: str,
+    *,
+    ask: Callable[[str | None], list[str | None]] | None = None,
+    name: Callable[[int], str] = "rank {}".format,
+) -> Iterator[None]:
     """If the body fails on any rank, raise on all ranks, naming the ranks, what they met and what they were `doing`.
 
     Only expected failures are shared: `error_type` and OSError. Anything else is a bug and goes its own way.
+
+    Args:
+        ask: gives what each rank says; None asks those of the group. `name` calls one by its place among these.
     """
     problem: str | None = None
     try:
         yield
     except (error_type, OSError) as error:
         problem = str(error)
-    problems = gather(problem, group)
-    met = {rank: text for rank, text in enumerate(problems) if text is not None}
+    problems = gather(problem, group) if ask is None else ask(problem)
+    met = {number: text for number, text in enumerate(problems) if text is not None}
     if not met:
         return
     texts = list(dict.fromkeys(met.values()))
     common = len(met) == len(problems) and len(texts) == 1
-    text = texts[0] if common else "; ".join(f"rank {rank}: {text}" for rank, text in met.items())
+    text = texts[0] if common else "; ".join(f"{name(number)}: {text}" for number, text in met.items())
     raise error_type(f"{doing}: {text}" if doing else text)
