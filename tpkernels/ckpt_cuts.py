@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tpkernels.ckpt_files import CheckpointError
-from tpkernels.shard import Runs, ShardInfo, part_size, part_start
+from tpkernels.shard import Runs, ShardInfo, lay_out, rule_runs, run_size
 
 Read = Callable[..., Tensor]  # (rank, *(dim, start, stop)) -> that range of what the rank's file holds
 
@@ -99,14 +99,13 @@ class Entry:
             if len(self.runs) != world_size:
                 raise CheckpointError(f"the manifest lists the runs of {len(self.runs)} ranks, not of {world_size}")
             return self.runs[rank]
-        n = self.shape[self.dim]
-        return ((part_start(n, world_size, rank, self.unit), part_size(n, world_size, rank, self.unit)),)
+        return rule_runs(self.shape[self.dim], world_size, rank, self.unit)
 
     def part_shape(self, rank: int, world_size: int) -> tuple[int, ...]:
         """The shape of what the rank holds."""
         if self.dim is None:
             return self.shape
-        size = sum(size for _, size in self.runs_of(rank, world_size))
+        size = run_size(self.runs_of(rank, world_size))
         return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
 
 
@@ -122,10 +121,7 @@ def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:
     assert entry.dim is not None, "a tensor that is not cut has no stretches"
     held = []
     for rank in (first, *(r for r in range(world_size) if r != first)):
-        at = 0
-        for start, size in entry.runs_of(rank, world_size):
-            held.append(Stretch(rank, at, start, size))
-            at += size
+        held += [Stretch(rank, *run) for run in lay_out(entry.runs_of(rank, world_size))]
     found, end = [], 0
     while end < entry.shape[entry.dim]:
         next_one = next((s for s in held if s.start <= end < s.start + s.size), None)
@@ -163,7 +159,7 @@ class _Box(NamedTuple):
 
 
 def _boxes(entry: Entry, world_size: int, dim: int | None, runs: Runs, first: int) -> Iterator[_Box]:
-    wanted = _offsets(runs)
+    wanted = lay_out(runs)
     if entry.dim is None:
         if dim is None:
             yield _Box(first, [], [])
@@ -184,12 +180,3 @@ def _boxes(entry: Entry, world_size: int, dim: int | None, runs: Runs, first: in
             for at, low, count in wanted:
                 ranges = [(entry.dim, held, held + size), (dim, low, low + count)]
                 yield _Box(rank, ranges, [(entry.dim, start, size), (dim, at, count)])
-
-
-def _offsets(runs: Runs) -> list[tuple[int, int, int]]:
-    """Each run as (where it lies in the part, start, size)."""
-    found, at = [], 0
-    for start, size in runs:
-        found.append((at, start, size))
-        at += size
-    return [item for item in found if item[2]]

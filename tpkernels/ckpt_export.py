@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpkernels.ckpt_files import (
+    INDEX,
+    SINGLE,
     WRITING,
     CheckpointError,
     TensorWriter,
@@ -31,9 +33,7 @@ from tpkernels.ckpt_files import (
 from tpkernels.ckpt_place import Place
 from tpkernels.errors import PeerLostError
 from tpkernels.group import Group, resolve
-from tpkernels.shard import ShardInfo, shard_info
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from tpkernels.shard import full_shape, shard_info
 
 
 def export_hf(
@@ -100,7 +100,7 @@ class Unit:
 def units_of(model: Any) -> list[Unit]:
     """What the files of the model hold, in the order in which it is written: wide dtypes first."""
     state = _saved_state(model)
-    meta = {name: _meta(tensor, shard_info(tensor)) for name, tensor in state.items()}
+    meta = {name: torch.empty(full_shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
     units = []
     for names in _grouped(model, list(state)):
         turned = _as_in_files(model, {name: meta[name] for name in names})
@@ -123,10 +123,6 @@ def _saved_state(model: Any) -> dict[str, Tensor]:
             kept[id(tensor)] = name
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
     return {name: state[name] for name in kept.values() if name not in ignored}
-
-
-def _meta(tensor: Tensor, info: ShardInfo | None) -> Tensor:
-    return torch.empty(info.full_shape(tensor) if info else tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _conversions(model: Any) -> list[Any]:
@@ -260,16 +256,12 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
             return None
         full = torch.empty(info.full_shape(tensor), dtype=tensor.dtype, device=device)
         for rank in senders:
-            size = sum(size for _, size in info.runs_of(rank))
-            part = tensor.detach()
+            part, shape = tensor.detach(), (*full.shape[:dim], info.sizes[rank], *full.shape[dim + 1 :])
             if rank != 0:
-                part = torch.empty((*full.shape[:dim], size, *full.shape[dim + 1 :]), dtype=tensor.dtype, device=device)
+                part = torch.empty(shape, dtype=tensor.dtype, device=device)
                 if part.numel():
                     dist.recv(part.reshape(-1).view(torch.uint8), group=pg, group_src=rank)
-            at = 0
-            for start, count in info.runs_of(rank):
-                full.narrow(dim, start, count).copy_(part.narrow(dim, at, count))
-                at += count
+            info.put(part, rank, full)
         return full
     except torch.OutOfMemoryError:
         raise

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 SAVING = ".saving-"  # what a save has not finished; the next save in the same place removes it
 WRITING = ".writing-"  # the same of a reshard or an export, which may run beside a training that saves
 CHUNK = 1 << 24
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights of a Hugging Face folder
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",

@@ -18,7 +18,7 @@ from tpkernels.ckpt_place import Place
 from tpkernels.ckpt_residuals import Residuals
 from tpkernels.ckpt_state import Aggregator, aliases_of
 from tpkernels.data_parallel.state import AggregatorState
-from tpkernels.shard import Runs, shard_info
+from tpkernels.shard import Runs, full_shape, shard_info
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def _targets(model: nn.Module, source: Source) -> list[tuple[str, Tensor]]:
             raise CheckpointError(f"it {text} {few(some)}: build the model that was saved")
     targets = []
     for name, tensor in state.items():
-        key, info = f"model/{names[name]}", shard_info(tensor)
-        entry, shape = source.entries[key], tuple(info.full_shape(tensor) if info else tensor.shape)
+        key = f"model/{names[name]}"
+        entry, shape = source.entries[key], tuple(full_shape(tensor))
         if (entry.dtype, entry.shape) != (tensor.dtype, shape):
             raise CheckpointError(
                 f"{name} is {entry.dtype} {list(entry.shape)} in it and "
@@ -153,8 +153,7 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: 
         if kind == "optimizer":
             name, _, field = rest.rpartition("/")
             parameter = parameters[name]
-            info = shard_info(parameter)
-            like = entry.shape == tuple(info.full_shape(parameter) if info else parameter.shape)
+            like = entry.shape == tuple(full_shape(parameter))
             device = parameter.device if like or on_device.get(parameter) or entry.shape else torch.device("cpu")
             shape = parameter.shape if like else torch.Size(entry.shape)
             value = torch.empty(shape, dtype=entry.dtype, device=device)

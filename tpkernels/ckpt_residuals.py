@@ -17,7 +17,7 @@ from tpkernels.ckpt_cuts import Entry, Read, read_part
 from tpkernels.ckpt_files import CheckpointError
 from tpkernels.ckpt_manifest import Source
 from tpkernels.data_parallel.state import OWN, AggregatorState, reshard_state
-from tpkernels.shard import Runs
+from tpkernels.shard import Runs, run_size
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Residuals:
         dim, runs = self.cuts[parameter]
         shape = list(entry.shape)
         if dim is not None:
-            shape[dim] = sum(size for _, size in runs)
+            shape[dim] = run_size(runs)
         return dim, runs, tuple(shape)
 
     def _reader(self, replica: int, key: str) -> Read:

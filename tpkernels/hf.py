@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from tpkernels import hf_files, hf_gguf
 from tpkernels.ckpt_files import CheckpointError
+from tpkernels.ckpt_manifest import few
 from tpkernels.ckpt_place import Place
 from tpkernels.group import Group, resolve
 from tpkernels.plan import Plan, parallelize
-from tpkernels.shard import shard_info
+from tpkernels.shard import full_shape, lay_out, shard_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -175,11 +176,6 @@ def _materialise(model: Any, device: torch.device) -> None:
 Supply = Iterator[tuple[str, hf_files.Shape, hf_files.Fetch]]
 
 
-def _full_shape(tensor: Tensor) -> tuple[int, ...]:
-    info = shard_info(tensor)
-    return tuple(info.full_shape(tensor) if info is not None else tensor.shape)
-
-
 def _from_folder(model: Any, state: dict[str, Tensor], files: Mapping[str, Any]) -> Supply:
     """What fills each tensor; names and shapes are checked now, tensors are read one by one later."""
     found = hf_files.find(model, state, dict(files))
@@ -229,8 +225,7 @@ def _check_names(model: Any, state: dict[str, Tensor], there: set[str], unexpect
     ]
     for text, names in (("lacks", missing), ("has, and the model lacks,", unexpected)):
         if names:
-            some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise CheckpointError(f"it {text} {some}: is {type(model).__name__} the class that was saved?")
+            raise CheckpointError(f"it {text} {few(names)}: is {type(model).__name__} the class that was saved?")
 
 
 def _matches(name: str, patterns: Any) -> bool:
@@ -238,7 +233,7 @@ def _matches(name: str, patterns: Any) -> bool:
 
 
 def _check_shape(name: str, shape: tuple[int, ...], state: dict[str, Tensor]) -> None:
-    expected = _full_shape(state[name])
+    expected = tuple(full_shape(state[name]))
     if shape != expected:
         raise CheckpointError(f"{name} has shape {list(shape)} in it and {list(expected)} in the model")
 
@@ -253,11 +248,9 @@ def _fill(state: dict[str, Tensor], supply: Supply) -> None:
         if info is None:
             tensor.copy_(fetch())
             continue
-        dim, at = info.dim % tensor.dim(), 0
-        for start, size in info.runs_of(info.rank):
-            if size:
-                tensor.narrow(dim, at, size).copy_(fetch((dim, start, start + size)))
-            at += size
+        dim = info.dim % tensor.dim()
+        for at, start, size in lay_out(info.runs_of(info.rank)):
+            tensor.narrow(dim, at, size).copy_(fetch((dim, start, start + size)))
 
 
 def _add_generation_config(model: Any, path: Path) -> None:

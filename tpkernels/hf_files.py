@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tpkernels.ckpt_files import CheckpointError, TensorFile, damaged
+from tpkernels.ckpt_files import INDEX, SINGLE, CheckpointError, TensorFile, damaged
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Shape = tuple[int, ...]
 Fetch = Callable[..., Tensor]  # (*(dim, start, stop)) -> that range of the tensor, or all of it
 

@@ -173,10 +173,7 @@ class _SumShared(torch.autograd.Function):
         info: ShardInfo = ctx.info
         # All ranks' parts in their places of the whole: one sum over all ranks serves every set of sharing ranks.
         whole = grads[0].new_zeros(info.full_shape(grads[0]))
-        at = 0
-        for start, size in info.runs_of(info.rank):
-            whole.narrow(info.dim, start, size).copy_(grads[0].narrow(info.dim, at, size))
-            at += size
+        info.put(grads[0], info.rank, whole)
         total = torch.ops.tpkernels.all_reduce(whole, info.group_name, info.world_size, "sum", "none")
         return info.part(total), None
 

@@ -28,8 +28,7 @@ def full_state_dict(model: nn.Module, group: Group) -> dict[str, Tensor]:
         if id(value) not in done:
             whole = value.detach()
             if info is not None:
-                sizes = [sum(size for _, size in info.runs_of(rank)) for rank in range(info.world_size)]
-                parts = torch.split(ops.all_gather(whole, info.dim, group=group), sizes, info.dim)
+                parts = torch.split(ops.all_gather(whole, info.dim, group=group), info.sizes, info.dim)
                 whole = info.assemble(parts) if group.rank == 0 else whole
             done[id(value)] = whole.cpu()
         if group.rank == 0:

@@ -11,7 +11,6 @@ from tpkernels.layers.base import Cut
 from tpkernels.plan import Plan
 from tpkernels.plan_apply import all_cuts, is_linear
 from tpkernels.plan_heads import find_blocks
-from tpkernels.shard import ShardInfo
 
 
 @dataclass
@@ -68,7 +67,7 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
             _count(table, module, seen, None, 1.0)
             continue
         style, cut = styles.get(name), cuts.get(name)
-        sizes = [0] if cut is None else [_size(cut, R, rank) for rank in range(R)]
+        sizes = [0] if cut is None else cut.info(R).sizes
         share = 1.0 if cut is None else max(sizes) / cut.full_size
         parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
         shape = " x ".join(map(str, own[0].shape))
@@ -78,10 +77,6 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
         _count(table, module, seen, cut, share)
     table.rows = list(rows.values())
     return table
-
-
-def _size(cut: Cut, R: int, rank: int) -> int:
-    return ShardInfo(cut.dim, cut.full_size, R, rank, unit=cut.unit, runs=cut.runs).size
 
 
 def _count(table: Table, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:

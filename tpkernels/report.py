@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tpkernels.parity import Parity
 from tpkernels.ranks import gather
-from tpkernels.shard import shard_info
+from tpkernels.shard import full_shape
 from tpkernels.train import Run
 
 LAST = 50  # steps that count for loss and speed "at the end"
@@ -75,11 +75,7 @@ def collect(run: Run) -> Report:
 
 def whole_parameters(run: Run) -> int:
     """The size of the uncut model: cut parameters count with their full size, replicated ones once."""
-    total = 0
-    for parameter in run.trainer.model.parameters():
-        info = shard_info(parameter)
-        total += (info.full_shape(parameter) if info else parameter.shape).numel()
-    return total
+    return sum(full_shape(parameter).numel() for parameter in run.trainer.model.parameters())
 
 
 def peak_bytes() -> int:

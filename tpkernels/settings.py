@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tpkernels.compress import CODECS
+from tpkernels.data_parallel import checks
 
 DTYPES = ("fp32", "bf16")
-GRAD_CODECS = (*CODECS, "topk")
-GRAD_MODES = ("sync", "delayed", "local")
+GRAD_CODECS, GRAD_MODES = checks.GRAD_CODECS, checks.MODES
 # What may differ between a run and its continuation; everything else decides the numbers and is fixed at the start.
 CHANGEABLE = frozenset(
     {

@@ -127,6 +127,26 @@ def cut_dim(style: str, ndim: int) -> int | None:
     return 1 if style == "row" and ndim >= 2 else None
 
 
+def rule_runs(n: int, R: int, rank: int, unit: int = 1) -> Runs:
+    """Return the one run of indices that the rule gives a rank."""
+    return ((part_start(n, R, rank, unit), part_size(n, R, rank, unit)),)
+
+
+def run_size(runs: Runs) -> int:
+    """Return how many indices the runs have together."""
+    return sum(size for _, size in runs)
+
+
+def lay_out(runs: Runs) -> list[tuple[int, int, int]]:
+    """Return each run that is not empty as (where it lies in the part, its start in the whole, its size)."""
+    found, at = [], 0
+    for start, size in runs:
+        if size:
+            found.append((at, start, size))
+        at += size
+    return found
+
+
 def merge_runs(runs: Sequence[tuple[int, int]]) -> Runs:
     """Return the same indices in the same order as few runs as possible; empty ones go."""
     found: list[tuple[int, int]] = []
@@ -185,14 +205,7 @@ class ShardInfo:
 
     def runs_of(self, rank: int) -> Runs:
         """Return the (start, size) of each run of indices of the unsharded tensor that make up the rank's part."""
-        if self.runs:
-            return self.runs[rank]
-        return (
-            (
-                part_start(self.full_size, self.world_size, rank, self.unit),
-                part_size(self.full_size, self.world_size, rank, self.unit),
-            ),
-        )
+        return self.runs[rank] if self.runs else rule_runs(self.full_size, self.world_size, rank, self.unit)
 
     @property
     def start(self) -> int:
@@ -203,7 +216,12 @@ class ShardInfo:
     @property
     def size(self) -> int:
         """The number of indices in this part."""
-        return sum(size for _, size in self.runs_of(self.rank))
+        return run_size(self.runs_of(self.rank))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of indices in the part of each rank."""
+        return [run_size(self.runs_of(rank)) for rank in range(self.world_size)]
 
     def owned_by(self, rank: int) -> Runs:
         """Return what of the rank's part no lower rank holds, so that sums over the ranks count every index once.
@@ -214,8 +232,8 @@ class ShardInfo:
         if not self.runs:
             return ((0, self.runs_of(rank)[0][1]),)
         lower = sorted(run for r in range(rank) for run in self.runs[r])
-        owned, at = list[tuple[int, int]](), 0
-        for start, size in self.runs[rank]:
+        owned = list[tuple[int, int]]()
+        for at, start, size in lay_out(self.runs[rank]):
             free, end = start, start + size
             for other, count in [*lower, (end, 0)]:
                 if other > free:
@@ -223,13 +241,12 @@ class ShardInfo:
                 free = max(free, other + count)
                 if free >= end:
                     break
-            at += size
         return tuple(owned)
 
     @property
     def shared(self) -> bool:
         """Whether several ranks hold the same indices (key and value heads, when there are more ranks)."""
-        return sum(size for rank in range(self.world_size) for _, size in self.runs_of(rank)) > self.full_size
+        return sum(self.sizes) > self.full_size
 
     def full_shape(self, shard: Tensor) -> torch.Size:
         """Return the shape of the unsharded tensor that `shard` is this part of."""
@@ -256,28 +273,35 @@ class ShardInfo:
             else (full.narrow(self.dim, 0, 0))
         )
 
+    def put(self, part: Tensor, rank: int, full: Tensor) -> None:
+        """Copy the part of a rank to its places in the unsharded tensor."""
+        for at, start, size in lay_out(self.runs_of(rank)):
+            full.narrow(self.dim, start, size).copy_(part.narrow(self.dim, at, size))
+
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the unsharded tensor from the parts of all ranks, in rank order; always a copy.
 
         Raises:
             ValueError: the parts do not have the sizes of this cut.
         """
-        expected = [sum(size for _, size in self.runs_of(rank)) for rank in range(self.world_size)]
         sizes = [p.size(self.dim) for p in parts]
-        if sizes != expected:
-            raise ValueError(f"ShardInfo.assemble: the parts must have sizes {expected}, got {sizes}")
+        if sizes != self.sizes:
+            raise ValueError(f"ShardInfo.assemble: the parts must have sizes {self.sizes}, got {sizes}")
         full = parts[0].new_empty(self.full_shape(parts[0]))
-        for rank, shard in enumerate(parts):
-            at = 0
-            for start, size in self.runs_of(rank):
-                full.narrow(self.dim, start, size).copy_(shard.narrow(self.dim, at, size))
-                at += size
+        for rank, part in enumerate(parts):
+            self.put(part, rank, full)
         return full
 
 
 def shard_info(parameter: Tensor) -> ShardInfo | None:
     """Return what the parameter is a part of, or None for a replicated one."""
     return getattr(parameter, "tpk_shard", None)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the unsharded tensor: of what `tensor` is a part of, or its own where nothing is cut."""
+    info = shard_info(tensor)
+    return tensor.shape if info is None else info.full_shape(tensor)
 
 
 def mark_shard(parameter: Tensor, info: ShardInfo) -> None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group, find, resolve
-from tpkernels.ranks import gather
-from tpkernels.shard import ShardInfo, shard_info
+from tpkernels.ranks import gather, global_ranks
+from tpkernels.shard import ShardInfo, full_shape, shard_info
 
 RUN = 1 << 16
 """Words of 8 bytes that are mixed at a time: what the caches of a core hold."""
@@ -123,7 +122,7 @@ def _entries(model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
         _check(name, tensor)
         info = shard_info(tensor)
         cut = info is not None and _is_cut_over(info, group)
-        shape = info.full_shape(tensor) if cut and info is not None else tensor.shape
+        shape = full_shape(tensor) if cut else tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         what.append(f"{dtype} {list(shape)}" + (", cut over this group" if cut else ""))
         skipped.append(cut)
@@ -154,11 +153,7 @@ def _is_cut_over(info: ShardInfo, group: Group) -> bool:
     cut = find(name=info.group_name)
     if cut is None:  # closed, or opened by another process: what survives is the label
         return (info.group_label, info.world_size) == (group.label, group.world_size)
-    return _global_ranks(cut) == _global_ranks(group)
-
-
-def _global_ranks(group: Group) -> list[int]:
-    return [0] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+    return global_ranks(cut) == global_ranks(group)
 
 
 @torch.no_grad()

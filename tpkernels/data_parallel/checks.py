@@ -17,15 +17,15 @@ from .buckets import Member
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKABLE = FLOATS[:3]
+GRAD_CODECS = (*CODECS, "topk")
 MODES = ("sync", "delayed", "local")
 WHO = "GradAggregator"
 
 
 def check_choice(codec: Any, mode: Any) -> None:
     """Raise ValueError unless codec and mode exist and go together."""
-    codecs = (*CODECS, "topk")
-    if codec not in codecs:
-        raise ValueError(f"{WHO}: codec must be one of {', '.join(map(repr, codecs))}, got {codec!r}")
+    if codec not in GRAD_CODECS:
+        raise ValueError(f"{WHO}: codec must be one of {', '.join(map(repr, GRAD_CODECS))}, got {codec!r}")
     if mode not in MODES:
         raise ValueError(f"{WHO}: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if codec == "topk" and mode == "local":

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tpkernels import ops
 from tpkernels.group import Group, resolve
 from tpkernels.ops._check import check_codec
+from tpkernels.ranks import global_ranks
 
 from .feedback import average_with_feedback
 from .lane import Lane, open_lane
@@ -234,9 +235,7 @@ class CommHook:
             put()
 
     def _check_ranks(self, process_group: dist.ProcessGroup) -> None:
-        own = self.group.process_group
-        ranks = [dist.get_rank()] if own is None else dist.get_process_group_ranks(own)
-        theirs = dist.get_process_group_ranks(process_group)
+        ranks, theirs = global_ranks(self.group), dist.get_process_group_ranks(process_group)
         if ranks != theirs:
             raise ValueError(f"{WHO}: group must have the ranks of the model, {theirs}, got {ranks}")
 

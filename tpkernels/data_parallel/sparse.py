@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tpkernels.group import Group
 from .buckets import Bucket
 from .dense import State
 
+INDEX = torch.int32
 VALUES = "fp16"  # the codec of the values
 SAMPLE = 1 << 14  # magnitudes from which a threshold is estimated
 FIRST_RATIO = 0.25  # of the warm-up
@@ -59,8 +61,21 @@ class TopK:
 
     def message_bytes(self, numel: int, step: int) -> int:
         """Bytes of one rank's message for a bucket of numel values; it goes to each of the R - 1 others."""
-        k = self.count(numel, step)
-        return (4 * k + wire_bytes(VALUES, k) + 3) // 4 * 4
+        return _Message.of(self.count(numel, step)).bytes
+
+
+class _Message(NamedTuple):
+    """How a message of k values is laid out: indices [0, indices), values [indices, end), filled up to `bytes`."""
+
+    indices: int
+    end: int
+    bytes: int
+
+    @classmethod
+    def of(cls, k: int) -> _Message:
+        indices = INDEX.itemsize * k
+        end = indices + wire_bytes(VALUES, k)
+        return cls(indices, end, -(-end // INDEX.itemsize) * INDEX.itemsize)  # the next message's indices are aligned
 
 
 class TopKAverage:
@@ -104,18 +119,18 @@ class TopKAverage:
         else:
             index = torch.arange(k, device=flat.device)
             wire = ops.compress(torch.full((k,), math.nan, device=flat.device), VALUES)
-        message = torch.zeros((4 * k + wire.numel() + 3) // 4 * 4, dtype=torch.uint8, device=flat.device)
-        message[: 4 * k].view(torch.int32).copy_(index)
-        message[4 * k : 4 * k + wire.numel()] = wire
+        at = _Message.of(k)
+        message = torch.zeros(at.bytes, dtype=torch.uint8, device=flat.device)
+        message[: at.indices].view(INDEX).copy_(index)
+        message[at.indices : at.end] = wire
         return message
 
 
 def _add_up(messages: Tensor, k: int, bucket: Bucket) -> Tensor:
     """The sum of the messages, one a row, in rank order."""
-    total = bucket.zeros(torch.float32)
+    total, at = bucket.zeros(torch.float32), _Message.of(k)
     for message in messages:
-        index = message[: 4 * k].view(torch.int32)
-        wire = message[4 * k : 4 * k + wire_bytes(VALUES, k)]
+        index, wire = message[: at.indices].view(INDEX), message[at.indices : at.end]
         # An index occurs once in a message, so that no order of additions matters but that of the ranks.
         total.index_add_(0, index, ops.decompress(wire, (k,), torch.float32, VALUES))
     return total

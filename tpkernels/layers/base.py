@@ -31,6 +31,10 @@ class Cut:
     unit: int = 1
     runs: tuple[Runs, ...] = ()
 
+    def info(self, R: int, rank: int = 0, name: str = "", label: str = "") -> ShardInfo:
+        """Return the whole of it: this cut over R ranks, seen from one of them; name and label are the group's."""
+        return ShardInfo(self.dim, self.full_size, R, rank, name, label, self.unit, self.runs)
+
 
 class ParallelModule(nn.Module):
     """A module of which each rank of a group holds a part. Subclasses fill `_cuts`: {parameter name: Cut}."""
@@ -91,12 +95,11 @@ class ParallelModule(nn.Module):
         if not cut.runs:
             return gather(value, cut.dim, cut.full_size, self.group, unit=cut.unit)
         info = self._info(cut)
-        sizes = [sum(size for _, size in runs) for runs in cut.runs]
-        return info.assemble(torch.split(ops.all_gather(value, cut.dim, group=self.group), sizes, cut.dim))
+        return info.assemble(torch.split(ops.all_gather(value, cut.dim, group=self.group), info.sizes, cut.dim))
 
     def _info(self, cut: Cut) -> ShardInfo:
         g = self.group
-        return ShardInfo(cut.dim, cut.full_size, g.world_size, g.rank, g.name, g.label, cut.unit, cut.runs)
+        return cut.info(g.world_size, g.rank, g.name, g.label)
 
     def _mark(self) -> None:
         """Put ShardInfo on the parameters that are cut: torch drops attributes when it makes new Parameter objects."""
