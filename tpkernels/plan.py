@@ -19,6 +19,7 @@ from torch import nn
 
 from tpkernels.compress import CODECS
 from tpkernels.group import Group, resolve
+from tpkernels.layers.base import Cut
 from tpkernels.plan_apply import (
     Place,
     all_cuts,
@@ -31,6 +32,7 @@ from tpkernels.plan_apply import (
     takes_choices,
     unsaid,
 )
+from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import CutModule, Tied
 from tpkernels.plan_loss import check_cut_logits, cut_logits
@@ -38,7 +40,7 @@ from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_refuse import refuse
 from tpkernels.plan_save import SavePretrained
 from tpkernels.plan_sequence import check_sequence, cut_sequence
-from tpkernels.plan_styles import LINEAR, TRANSLATION, PlanError, Style, parse_style
+from tpkernels.plan_styles import TRANSLATION, PlanError, Style, parse_style
 from tpkernels.plan_units import check_ties
 
 __all__ = ["Plan", "PlanError", "PlanReport", "parallelize"]
@@ -96,6 +98,7 @@ class Plan:
                 if name and fnmatchcase(name, glob):
                     found[name] = style
                     used.add(glob)
+        settle(found, modules)
         if self.strict:
             missing = [name for name, module in modules.items() if is_weighty(module) and not _covered(name, found)]
             if missing:
@@ -192,7 +195,7 @@ def parallelize(
     heads = [name for name, style in styles.items() if style.name == "vocab_head"]
     if not gather_logits:
         check_cut_logits(model, heads)
-    report = _report(plan, styles, modules, blocks, group)
+    report = _report(plan, styles, cuts, modules, blocks, group)
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
     tied.check(modules, cuts)
@@ -204,6 +207,7 @@ def parallelize(
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)
     share_inputs(modules)
+    leave_fast_paths(model)
     if not gather_logits:
         cut_logits(model, modules[heads[0]], group)
     _guard(model, group)
@@ -244,7 +248,7 @@ def is_weighty(module: nn.Module) -> bool:
 def _covered(name: str, found: dict[str, Style]) -> bool:
     """Whether a rule holds for the module, or a mixture above it is cut as a whole."""
     parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
-    return name in found or any(p in found and found[p].name in ("expert", "replicate") for p in parents)
+    return name in found or any(p in found and found[p].name in (STYLE, "expert", "replicate") for p in parents)
 
 
 def _few(names: Iterable[str], most: int = 6) -> str:
@@ -314,12 +318,17 @@ def _derived(model: nn.Module) -> Plan:
 
 
 def _report(
-    plan: Plan, styles: dict[str, Style], modules: dict[str, nn.Module], blocks: list[Block], group: Group
+    plan: Plan,
+    styles: dict[str, Style],
+    cuts: dict[str, Cut],
+    modules: dict[str, nn.Module],
+    blocks: list[Block],
+    group: Group,
 ) -> PlanReport:
     linears = [name for name, module in modules.items() if is_linear(module)]
     report = PlanReport(plan.source, group, linears=len(linears))
     report.styles = {name: style.name for name, style in styles.items() if style.name != "replicate"}
-    report.whole = [name for name in linears if name not in styles or styles[name].name not in LINEAR]
+    report.whole = [name for name in linears if name not in cuts]
     for block in blocks:
         how = block.heads.text(group.world_size)
         report.heads[how] = report.heads.get(how, 0) + 1

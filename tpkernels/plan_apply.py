@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpkernels.group import Group
 from tpkernels.layers.base import Cut
+from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
 from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
@@ -52,6 +53,8 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
     cuts: dict[str, Cut] = {}
     for block in blocks:
         cuts |= cuts_of_block(block, R)
+        if isinstance(block.module, nn.MultiheadAttention):
+            cuts[block.name] = next(iter(cuts_of_attention(block.module, R).values()))
         if block.name not in styles:
             cuts_of_own(block, R)
     for name, style in styles.items():
@@ -136,6 +139,8 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
     group = place.group
     if style.name == "counts":
         tell_counts(module, style, group.world_size, group.rank)
+    elif style.name == STYLE:
+        cut_attention(cast(nn.MultiheadAttention, module), group, place.codec, place.grad_codec, tied)
     elif style.name == "sum_grad":
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         cut_module(module, Summed, {}, group, tied, summed=names)
@@ -190,7 +195,8 @@ def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Gr
     """Give each stretch from column layers to the row layer behind them random numbers of the rank's own."""
     taken = set()
     for block in blocks:
-        _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows], group)
+        if block.columns:  # nn.MultiheadAttention goes over to them by itself
+            _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows], group)
         taken |= {block.name, *(name.rpartition(".")[0] for name in block.rows)}
     for name, module in modules.items():
         if name in taken:

@@ -80,7 +80,8 @@ class Block:
 
     Attributes:
         name, module: of the block.
-        columns: its linears that make heads: {name: (module, style)}.
+        columns: its linears that make heads: {name: (module, style)}; none of an nn.MultiheadAttention, which makes
+            them itself and goes on telling the numbers of the whole.
         rows: its linears that take the heads.
         heads: how many.
     """
@@ -121,6 +122,9 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
     taken: set[str] = set()
     order = [name for name in modules if name in styles]
     for name, module in modules.items():
+        if name in styles and styles[name].name == "multihead_attention":
+            out, count = f"{name}.out_proj", number(module, HEADS) or 1
+            yield Block(name, module, {}, {out: modules[out]}, Heads(count, count))
         if name in styles or (number(module, HEAD_SIZE) is None and number(module, HEADS) is None):
             continue
         columns = {
@@ -273,6 +277,8 @@ class LocalConfig:
 def tell_heads(block: Block, R: int, rank: int) -> None:
     """Set what the block's module knows about its heads to what it has on this rank."""
     module, heads = block.module, block.heads
+    if not block.columns:
+        return
     query, kv = heads.query_of(R, rank)[1], heads.kv_of(R, rank)[1]
     width = sizes_of(next(iter(block.rows.values())))[1]
     for names, whole, mine in (

@@ -23,6 +23,8 @@ from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
 
+BASES = (nn.Linear, nn.Embedding, nn.MultiheadAttention)
+
 
 class CutModule(ParallelModule):
     """A module whose class was changed by `cut_module`."""
@@ -46,14 +48,13 @@ class CutModule(ParallelModule):
 def cut_class(original: type[nn.Module], style: type[CutModule], summed: tuple[str, ...] = ()) -> type[CutModule]:
     """Return the class of modules of class `original` that are cut in a style.
 
-    The style's forward takes the place of that of nn.Linear, nn.Embedding and Conv1D. A subclass of the first two that
+    The style's forward takes the place of that of the classes in BASES and of Conv1D. A subclass of one of BASES that
     adds something of its own and calls super().forward keeps it. In the place of the parameters named in `summed` stand
     properties, so that whoever uses them in a forward gets gradients that are summed over the ranks.
     """
-    adds = issubclass(original, (nn.Linear, nn.Embedding)) and original not in (nn.Linear, nn.Embedding)
+    base = next((base for base in BASES if issubclass(original, base)), original)
     bases: tuple[type, ...] = (style, original)
-    if adds:  # super().forward in it must find ours before that of its base
-        base = nn.Linear if issubclass(original, nn.Linear) else nn.Embedding
+    if original is not base:  # super().forward in it must find ours before that of its base
         bases = (original, type(style.__name__, (style, base), {"__module__": __name__}))
     own: dict[str, Any] = {"_origin": (original, style, summed), "__module__": __name__, "__doc__": style.__doc__}
     own |= {name: _summed(name) for name in summed}

@@ -7,6 +7,7 @@
     packed_column:qkv      the same with the sizes that the attention block's heads say
     row                    a linear cut along its inputs, which a column layer leaves cut; the products are summed
     row_split              the same for inputs that every rank has whole: the layer takes its part
+    multihead_attention    an nn.MultiheadAttention cut by heads, with its out_proj
     vocab                  an embedding cut along its rows
     vocab_head             the layer that makes logits, cut along the vocabulary; the logits are gathered
     expert                 a mixture's experts over the ranks, whole experts each; the router stays whole
@@ -27,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
-STYLES = (*LINEAR, "vocab", "expert", "sequence", "sum_grad", "sum_tail", "counts", "replicate")
+STYLES = (*LINEAR, "multihead_attention", "vocab", "expert", "sequence", "sum_grad", "sum_tail", "counts", "replicate")
 IN_UNITS = ("column", "packed_column", "row", "counts")
 
 # What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it

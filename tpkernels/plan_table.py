@@ -71,7 +71,7 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
         share = 1.0 if cut is None else max(sizes) / cut.full_size
         parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
         shape = " x ".join(map(str, own[0].shape))
-        key = (re.sub(r"\d+", "*", name), style.name if style else "whole", shape, parts)
+        key = (re.sub(r"\d+", "*", name), style.name if style else "row" if cut else "whole", shape, parts)
         row = rows.setdefault(key, Row(*key))
         row.count += 1
         _count(table, module, seen, cut, share)
