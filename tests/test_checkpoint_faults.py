@@ -187,13 +187,19 @@ def test_headers_that_lie_are_refused_even_with_the_right_digest(saved: tuple[nn
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
+def in_stage(manifest: dict[str, Any], stage: int) -> None:
+    manifest["tensors"]["model/0.weight"].update(stage=stage)
+
+
 def test_a_manifest_that_does_not_fit_its_files_is_refused(saved: tuple[nn.Module, Path]) -> None:
     model, folder = saved
     good = (folder / "manifest.json").read_text()
     cases: list[tuple[Callable[[dict[str, Any]], None], str]] = [
         (lambda m: m["layout"].update(tp=2), r"2 ranks of 1 replicas wrote it, and lists rank-0-of-1"),
         (lambda m: m["layout"].update(dp=2), r"1 ranks of 2 replicas wrote it"),
-        (lambda m: m["layout"].update(pp=2), r"saved by 2 stages"),
+        (lambda m: m["layout"].update(pp=2), r"saved by 2 stages of a model cut by layer, which this tpkernels does"),
+        (lambda m: in_stage(m, 1) or m["layout"].update(pp=2), r"saved by 2 stages of a model cut by layer"),
+        (lambda m: in_stage(m, 1), r"entry of model/0\.weight makes no sense \(.*a stage of a model that is not cut"),
         (lambda m: m.update(version=9), r"has layout version 9 and this tpkernels reads 1 to 2"),
         (lambda m: m["tensors"]["model/0.weight"].update(dim=7), r"entry of model/0\.weight makes no sense"),
         (lambda m: m["tensors"]["model/0.weight"].update(dim=0, runs=[[[0, 2]]]), r"is damaged|no rank holds index 2"),

@@ -69,29 +69,31 @@ def test_a_reslice_from_any_R_to_any_R_equals_joining_and_cutting_again(dim: int
                 assert torch.equal(got, shard.part(full, dim, R_to, rank, unit))
 
 
-def test_pieces_touch_only_the_ranks_that_overlap() -> None:
-    assert shard.pieces(8, 4, 2, 1) == [(2, 0, 2), (3, 0, 2)]
-    assert shard.pieces(7, 3, 2, 0) == [(0, 0, 3), (1, 0, 1)]
-    assert shard.pieces(1, 2, 4, 3) == []
-
-
-def test_styles_cut_the_dimension_that_their_gemm_needs() -> None:
-    assert [shard.cut_dim("column", ndim) for ndim in (2, 1)] == [0, 0]
-    assert [shard.cut_dim("row", ndim) for ndim in (2, 1)] == [1, None]
-    assert [shard.cut_dim("vocab", ndim) for ndim in (2, 1)] == [0, 0]
-    assert [shard.cut_dim(style, 2) for style in ("sequence", "replicate")] == [None, None]
-    with pytest.raises(ValueError, match=r"style must be one of .* got 'colwise'"):
-        shard.cut_dim("colwise", 2)
-
-
 def test_shard_info_knows_its_part_of_the_unsharded_tensor() -> None:
     full = torch.arange(14).reshape(7, 2)
     info = shard.ShardInfo(dim=0, full_size=7, world_size=3, rank=1)
     assert (info.start, info.size) == (3, 2)
     assert torch.equal(info.part(full), full[3:5])
-    assert info.full_shape(full[3:5]) == full.shape
+    assert info.sizes == [3, 2, 2]
+    part = torch.nn.Parameter(full[3:5].float())
+    assert shard.full_shape(part) == part.shape
+    shard.mark_shard(part, info)
+    assert shard.full_shape(part) == info.full_shape(part) == full.shape
     with pytest.raises(ValueError, match=r"dim 0 must have 7 indices, got shape \[2, 7\]"):
         info.part(full.t())
+
+
+def test_parts_of_listed_runs_are_put_where_they_belong() -> None:
+    runs = (((0, 2), (5, 0), (6, 1)), ((2, 2), (6, 1)), ())
+    full = torch.arange(14).reshape(2, 7)
+    infos = [shard.ShardInfo(-1, 7, 3, rank, runs=runs) for rank in range(3)]
+    assert infos[0].sizes == [3, 3, 0]
+    assert shard.lay_out(runs[0]) == [(0, 0, 2), (2, 6, 1)]
+    whole = torch.full_like(full, -1)
+    for rank, info in enumerate(infos):
+        info.put(info.part(full), rank, whole)
+    assert whole[:, [0, 1, 2, 3, 6]].equal(full[:, [0, 1, 2, 3, 6]]), "what a rank holds"
+    assert (whole[:, 4:6] == -1).all(), "what nobody holds"
 
 
 def test_shard_info_sits_on_parameters_and_survives_copy_and_pickle() -> None:

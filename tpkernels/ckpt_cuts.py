@@ -8,7 +8,7 @@ An entry of the manifest:
 `shape` is that of the unsharded tensor and `dim` the cut dimension, null for a tensor that every rank holds whole.
 `runs` is null where the rule of shard.py says what each rank holds; else the (start, size) of each run of indices, rank
 by rank: for projections packed into one weight, and for heads that several ranks share. `stage` is the stage of a model
-cut by layer that holds the tensor.
+cut by layer that holds the tensor; models that are cut so are not written yet, and refused when they are read.
 
 Any cut can be read as any other: along another dimension, with other units, over another number of ranks.
 """
@@ -47,7 +47,6 @@ class Entry:
     dim: int | None = None
     unit: int = 1
     runs: tuple[Runs, ...] | None = None
-    stage: int = 0
     replicas_differ: bool = False
 
     @classmethod
@@ -72,10 +71,9 @@ class Entry:
             runs = None if table is None else tuple(tuple((int(a), int(n)) for a, n in rank) for rank in table)
             if not isinstance(dtype, torch.dtype) or (dim is not None and not 0 <= dim < len(shape)):
                 raise ValueError("dtype or dim")
-            return cls(
-                dtype, shape, said["style"], dim, int(said["unit"]), runs, said.get("stage", 0),
-                said.get("replicas_differ", False),
-            )  # fmt: skip
+            if said.get("stage", 0) != 0:
+                raise ValueError("a stage of a model that is not cut by layer")
+            return cls(dtype, shape, said["style"], dim, int(said["unit"]), runs, said.get("replicas_differ", False))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the manifest's entry of {name} makes no sense ({error!r})") from None
 
@@ -88,7 +86,7 @@ class Entry:
             "dim": self.dim,
             "unit": self.unit,
             "runs": self.runs,
-            "stage": self.stage,
+            "stage": 0,
         }
         return said | ({"replicas_differ": True} if self.replicas_differ else {})
 

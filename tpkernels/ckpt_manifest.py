@@ -138,12 +138,12 @@ class Source:
     def __post_init__(self) -> None:
         layout = self.manifest["layout"]
         self.tp, self.dp = int(layout["tp"]), int(layout["dp"])
-        self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
-        self._open: dict[str, TensorFile] = {}
         if layout["pp"] != 1:
             raise CheckpointError(
                 f"it was saved by {layout['pp']} stages of a model cut by layer, which this tpkernels does not read"
             )
+        self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
+        self._open: dict[str, TensorFile] = {}
         names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
         if names != set(self.manifest["files"]) or names != set(self.manifest["own"]):
             raise CheckpointError(

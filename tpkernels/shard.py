@@ -15,12 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-STYLES = ("column", "row", "vocab", "sequence", "replicate")
 
 # The (start, size) of each run of neighbouring indices that a rank holds, in the order in which they lie in its part.
 Runs = tuple[tuple[int, int], ...]
@@ -76,55 +73,24 @@ def join(parts: Sequence[Tensor], dim: int, unit: int = 1) -> Tensor:
     return torch.cat(list(parts), dim)
 
 
-class Piece(NamedTuple):
-    """A run of indices inside one part: indices [start, stop) of the part of rank `rank`."""
-
-    rank: int
-    start: int
-    stop: int
-
-
-def pieces(n: int, R_from: int, R_to: int, rank: int, unit: int = 1) -> list[Piece]:
-    """Return where the part of `rank` of R_to lies in the parts of R_from ranks, in order and without empty pieces.
-
-    A reshard reads these pieces and nothing else, so no rank ever needs a whole tensor.
-    """
-    begin = part_start(n, R_to, rank, unit)
-    end = begin + part_size(n, R_to, rank, unit)
-    found = []
-    for source in range(R_from):
-        start = part_start(n, R_from, source, unit)
-        stop = start + part_size(n, R_from, source, unit)
-        low, high = max(begin, start), min(end, stop)
-        if low < high:
-            found.append(Piece(source, low - start, high - start))
-    return found
-
-
 def reslice(parts: Sequence[Tensor], dim: int, R_to: int, rank: int, unit: int = 1) -> Tensor:
     """Return the part that `rank` of R_to holds, from the parts of another number of ranks.
 
     Equal to `part(join(parts, dim), dim, R_to, rank)`, bit for bit, without ever joining; always a copy.
     """
-    n = sum(p.size(dim) for p in parts)
     sizes = [p.size(dim) for p in parts]
+    n = sum(sizes)
     if sizes != part_sizes(n, len(parts), unit):
         raise ValueError(f"reslice: the parts of {n} have sizes {part_sizes(n, len(parts), unit)}, got {sizes}")
-    found = [parts[p.rank].narrow(dim, p.start, p.stop - p.start) for p in pieces(n, len(parts), R_to, rank, unit)]
+    begin = part_start(n, R_to, rank, unit)
+    end, at = begin + part_size(n, R_to, rank, unit), 0
+    found = []
+    for source, size in zip(parts, sizes, strict=True):
+        low, high = max(begin, at), min(end, at + size)
+        if low < high:
+            found.append(source.narrow(dim, low - at, high - low))
+        at += size
     return torch.cat(found, dim) if found else parts[0].narrow(dim, 0, 0).clone()
-
-
-def cut_dim(style: str, ndim: int) -> int | None:
-    """Return the dimension along which a style cuts a parameter of ndim dimensions; None means it is replicated.
-
-    "column" (an nn.Linear weight [N, K] over N, and its bias [N]) and "vocab" (an embedding table over its rows) cut
-    dimension 0; "row" cuts the weight over K and keeps the bias whole; "sequence" and "replicate" cut no parameter.
-    """
-    if style not in STYLES:
-        raise ValueError(f"cut_dim: style must be one of {list(STYLES)}, got {style!r}")
-    if style in ("column", "vocab"):
-        return 0
-    return 1 if style == "row" and ndim >= 2 else None
 
 
 def rule_runs(n: int, R: int, rank: int, unit: int = 1) -> Runs:
