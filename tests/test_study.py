@@ -15,6 +15,16 @@ from bench.study.methods import LAYOUTS, methods, settings_of
 from tpkernels.settings import check
 
 ROOT = Path(__file__).resolve().parent.parent
+# Sends 1000 bytes to a host that nobody listens on. Its refusal of the second connection says that they have left.
+SEND = """
+import contextlib, socket, sys
+def knock():
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection((sys.argv[1], 9), timeout=10)
+knock()
+socket.socket(type=socket.SOCK_DGRAM).sendto(bytes(1000), (sys.argv[1], 9))
+knock()
+"""
 
 
 def loss_row(method: str, seed: int, loss: float, sent: int, steps: int = 300) -> dict[str, Any]:
@@ -95,7 +105,11 @@ def test_a_shaped_link_joins_two_namespaces_and_is_gone_after_an_error() -> None
         pytest.skip(f"shaped links cannot be made here: {why}")
     with pytest.raises(RuntimeError, match="on the way"), links.shaped("100mbit") as link:
         assert "rate 100Mbit" in links.run(*link.hosts[0].command, links.program("tc"), "qdisc", "show", "dev", "v0")
-        assert link.hosts[1].sent_bytes() >= 0
+        before = [host.sent_bytes() for host in link.hosts]
+        links.run(*link.hosts[1].command, sys.executable, "-c", SEND, link.hosts[0].address)
+        sent = [host.sent_bytes() - was for host, was in zip(link.hosts, before, strict=True)]
+        assert 1042 <= sent[1] < 4000, "a datagram of 1000 bytes with its headers, two requests, an address looked up"
+        assert 0 < sent[0] < 1000, "two refusals"
         raise RuntimeError("on the way")
     assert f"{links.PREFIX}-{os.getpid()}" not in links.run(links.program("ip"), "netns", "list")
 
