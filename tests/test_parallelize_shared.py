@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tpkernels as tpk
 from tpkernels.group import Group
+from tpkernels.plan_layers import CutModule
 from tpkernels.testing import run_ranks
 
 PLAN = {"*.q": "column", "*.k": "column", "*.v": "column", "*.out": "row", "*.gate": "replicate"}
@@ -71,9 +72,27 @@ def check_without_grad(cut: nn.Module, whole: nn.Module) -> None:
         assert_close(cut(x), whole(x), "without gradients")
 
 
+def check_that_another_group_can_take_over() -> None:
+    """The layers' group is closed after they were given another; what they share among them follows."""
+    first, second = Group.open(), Group.open()
+    whole = nn.Sequential(make_integer(Block(), 1))
+    cut = tpk.parallelize(copy.deepcopy(whole), group=first, plan=PLAN)
+    for module in cut.modules():
+        if isinstance(module, CutModule):
+            module.set_group(second)
+    first.close()
+    second.reset_stats()
+    x, y = leaf(integers(4, 6, seed=3)), leaf(integers(4, 6, seed=3))
+    cut(x).sum().backward()
+    assert second.stats()["by_op"]["all_reduce"]["calls"] == 2
+    whole(y).sum().backward()
+    compare(cut, whole, x, y)
+
+
 def run() -> None:
     with Group.open() as group:
         check(group)
+    check_that_another_group_can_take_over()
 
 
 @pytest.mark.parametrize("R", [2, 3])

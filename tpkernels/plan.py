@@ -203,7 +203,7 @@ def parallelize(
     for name, style in styles.items():
         apply(modules[name], style, cuts.get(name), place, tied)
     tied.rejoin(model)
-    arrange_random(modules, blocks, group)
+    arrange_random(modules, blocks)
     if layers:
         cut_sequence(layers, group, place.codec, place.grad_codec)
     share_inputs(modules)

@@ -191,12 +191,12 @@ def _size(parameter: Any) -> int:
     return info.size
 
 
-def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Group) -> None:
+def arrange_random(modules: dict[str, nn.Module], blocks: list[Block]) -> None:
     """Give each stretch from column layers to the row layer behind them random numbers of the rank's own."""
     taken = set()
     for block in blocks:
         if block.columns:  # nn.MultiheadAttention goes over to them by itself
-            _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows], group)
+            _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows])
         taken |= {block.name, *(name.rpartition(".")[0] for name in block.rows)}
     for name, module in modules.items():
         if name in taken:
@@ -204,7 +204,7 @@ def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Gr
         columns = [m for m in module.children() if isinstance(m, Column) and not m.gather_output]
         rows = [m for m in module.children() if isinstance(m, Row) and not m.split_input]
         if columns and rows:
-            _stretch(module, columns, rows, group)
+            _stretch(module, columns, rows)
 
 
 def share_inputs(modules: dict[str, nn.Module]) -> None:
@@ -214,7 +214,7 @@ def share_inputs(modules: dict[str, nn.Module]) -> None:
         columns = [m for m in module.children() if isinstance(m, Column) and not (m.gather_output or m.entered)]
         if len(columns) < 2 or columns[0].group.world_size == 1:
             continue
-        shared = SharedInput(columns[0].group, columns[0].grad_codec)
+        shared = SharedInput(columns[0].grad_codec)
         for column in columns:
             column.shared = shared
         module.register_forward_pre_hook(shared.begin)
@@ -249,8 +249,8 @@ def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], place: Place,
             cut_module(block.module, HeadParameters, own, group, tied)
 
 
-def _stretch(block: nn.Module, columns: Sequence[nn.Module], rows: Sequence[nn.Module], group: Group) -> None:
-    random = BlockRandom(block, group)
+def _stretch(block: nn.Module, columns: Sequence[nn.Module], rows: Sequence[nn.Module]) -> None:
+    random = BlockRandom(block)
     columns[0].random = random  # type: ignore[assignment]
     for row in rows:
         row.random = random  # type: ignore[assignment]

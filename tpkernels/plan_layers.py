@@ -259,9 +259,9 @@ class Column(_CutLinear):
         """[..., K] -> [..., N / R], or [..., N] with gather_output."""
         weight, bias = self._weights()
         if self.random is not None:
-            self.random.enter()
+            self.random.enter(self.group)
         if torch.is_grad_enabled():
-            entered = x if self.entered else None if self.shared is None else self.shared.enter(x)
+            entered = x if self.entered else None if self.shared is None else self.shared.enter(x, self.group)
             if entered is not None:
                 return local_linear(entered, weight, bias, self.group)
         y = ops.replicated_gemm(x, weight, bias, group=self.group, codec=self.grad_codec)

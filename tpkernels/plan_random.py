@@ -28,21 +28,20 @@ RATES = (
 class BlockRandom:
     """The two ends of the stretch of one block in which numbers are the rank's own."""
 
-    def __init__(self, block: nn.Module, group: Group) -> None:
+    def __init__(self, block: nn.Module) -> None:
         self._modules = [block]  # in a list: a reference, and no child of anything
-        self.group = group
         self._before: dict[str, Tensor] | None = None
 
-    def enter(self) -> None:
-        """Go over to this rank's own numbers, if the block drops anything.
+    def enter(self, group: Group) -> None:
+        """Go over to this rank's own numbers, if the block drops anything. The group is that of the layer that enters.
 
         A stretch that an error, or a recomputation that had seen enough, left open is forgotten: whoever caused it has
         set the generators since.
         """
         self._before = None
         block = self._modules[0]
-        if self.group.world_size > 1 and block.training and drops(block):
-            self._before = seed_for_rank(self.group)
+        if group.world_size > 1 and block.training and drops(block):
+            self._before = seed_for_rank(group)
 
     def leave(self) -> None:
         """Go back to the common numbers."""

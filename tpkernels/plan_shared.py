@@ -21,18 +21,21 @@ from tpkernels.layers import sum_gradient
 class SharedInput:
     """The inputs that the column layers of one module have in common while that module runs."""
 
-    def __init__(self, group: Group, grad_codec: str) -> None:
-        self.group, self.grad_codec = group, grad_codec
+    def __init__(self, grad_codec: str) -> None:
+        self.grad_codec = grad_codec
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # nothing is kept between calls
 
-    def enter(self, x: Tensor) -> Tensor | None:
-        """Return x with a gradient that is summed over the ranks, the same tensor for the same x; None outside."""
+    def enter(self, x: Tensor, group: Group) -> Tensor | None:
+        """Return x with a gradient that is summed over the ranks, the same tensor for the same x; None outside.
+
+        The group is that of the layer that asks.
+        """
         if self._seen is None:
             return None
         for seen, entered in self._seen:
             if seen is x:
                 return entered
-        (entered,) = sum_gradient(x, group=self.group, grad_codec=self.grad_codec)
+        (entered,) = sum_gradient(x, group=group, grad_codec=self.grad_codec)
         self._seen.append((x, entered))
         return entered
 
