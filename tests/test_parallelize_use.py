@@ -253,12 +253,21 @@ def test_a_cut_model_is_packed_compiled_and_trained_by_the_trainer(tmp_path: Pat
 def faults_are_noticed() -> None:
     with Group.open() as group:
         whole, cut = pair(group)
-        linear = cut.model.layers[0].mlp.down_proj
-        assert isinstance(linear, Row) and isinstance(linear, nn.Linear)
+        mlp = cut.model.layers[0].mlp
+        assert isinstance(mlp.down_proj, Row) and isinstance(mlp.down_proj, nn.Linear)
         assert isinstance(cut.lm_head, Column)
-        linear.split_input = True  # a planted fault: the products of other inputs are summed
-        with pytest.raises((AssertionError, ValueError, RuntimeError)):
-            close(loss_of(cut), loss_of(whole), "fault")
+        mlp.down_proj.split_input = True  # cuts what is cut already
+        with pytest.raises(ValueError, match="gemm_all_reduce: x_shard and w_shard must have the same K"):
+            loss_of(cut)
+        mlp.down_proj.split_input = False
+        cut.lm_head.weight.data = cut.lm_head.weight.flip(0)  # rows in another order
+        with pytest.raises(AssertionError, match="rows: off by"):
+            close(loss_of(cut), loss_of(whole), "rows")
+        cut.lm_head.weight.data = cut.lm_head.weight.flip(0)
+        close(loss_of(cut), loss_of(whole), "put right")
+        mlp.gate_proj.entered = mlp.up_proj.entered = True  # nobody sums the gradient of their input
+        with pytest.raises(AssertionError, match=r"sum: gradient of model\.embed_tokens\.weight: off by"):
+            compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], "sum")
         with pytest.raises(PlanError, match="cut already"):
             parallelize(cut, group=group)
 
