@@ -167,22 +167,35 @@ def test_a_block_that_is_half_understood_stays_whole_and_its_neighbour_is_cut() 
     assert {names[0]: why for names, why in found.whole}["bad.up"] == "they meet in native_layer_norm in bad.norm"
 
 
-def test_torchs_own_encoder_stays_whole_and_what_is_around_it_is_cut() -> None:
-    class Around(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+class Around(nn.Module):
+    """torch's own encoder layer, and linears behind it."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(self.up(self.inner(x)).relu())
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(8, heads, 16, batch_first=True)
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
 
-    found = derive(Around())
-    assert {name for name, style in found.plan.items() if style == "replicate"} == {
-        "inner.self_attn.out_proj", "inner.linear1", "inner.linear2",
-    }  # fmt: skip
-    assert found.plan["up"] == "column"
-    assert any("fast path" in why for _, why in found.whole)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.inner(x)).relu())
+
+
+class ReadsAttention(Around):
+    """The weights of the attention are used past its forward, where a part of them would be taken for the whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.inner.self_attn.in_proj_weight.mean())
+
+
+def test_torchs_own_attention_is_cut_by_heads_and_its_encoder_layer_around_it() -> None:
+    hidden_layers = {"inner.linear1": "column", "inner.linear2": "row", "up": "column", "down": "row"}
+    assert derive_plan(Around()) == {"inner.self_attn": "multihead_attention"} | hidden_layers
+    for model, why in (
+        (Around(heads=1), "it has one head"),
+        (ReadsAttention(), "its in_proj_weight is used outside of its forward"),
+    ):
+        found = derive(model)
+        assert found.plan == {"inner.self_attn.out_proj": "replicate"} | hidden_layers
+        assert {names[0]: reason for names, reason in found.whole}["inner.self_attn"] == why
 
 
 def test_a_feature_that_becomes_a_number_is_needed_on_every_rank() -> None:

@@ -22,7 +22,16 @@ LEVELS = [
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
-    | {"data_parallel", "derive", "derive_flow", "derive_groups", "derive_inputs", "derive_labels"}
+    | {
+        "data_parallel",
+        "derive",
+        "derive_attention",
+        "derive_calls",
+        "derive_flow",
+        "derive_groups",
+        "derive_inputs",
+        "derive_labels",
+    }
     | {"derive_names", "derive_run", "plan", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {
         "plan_layers",

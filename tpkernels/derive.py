@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tpkernels.derive_attention import attention_left_whole, find_attention
 from tpkernels.derive_groups import Group, choose, find_groups, refuse_undroppable, refuse_unsummable
 from tpkernels.derive_inputs import Call
 from tpkernels.derive_names import generalise
 from tpkernels.derive_run import Mismatch, Run, check, evaluating, first_that_runs
 from tpkernels.plan_apply import can_be_cut, is_conv1d, is_linear
+from tpkernels.plan_attention import STYLE
 from tpkernels.plan_styles import PlanError, parse_style
 
 RANKS = 2  # how many the second run pretends to be
@@ -66,28 +68,35 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
     Raises:
         DeriveError: the model could not be run, or nothing in it can be cut; the text says which module is in the way.
     """
-    sources = {name: module for name, module in model.named_modules() if is_source(module)}
-    if not sources:
-        raise DeriveError(f"derive_plan: {type(model).__name__} has no linear, Conv1D or embedding to cut")
+    attention = find_attention(model)
+    inside = {f"{name}.out_proj" for name in attention}
+    sources = {n: module for n, module in model.named_modules() if is_source(module) and n not in inside}
+    if not sources and not attention:
+        raise DeriveError(f"derive_plan: {type(model).__name__} has no linear, Conv1D, embedding or attention to cut")
     owners = _owners(model)
     with evaluating(model):
-        runs = _runs(model, sources, inputs)
+        runs = _runs(model, sources, attention, inputs)
         direct = {
             name: f"its {parameter.rpartition('.')[2]} is used outside of its forward"
             for run in runs
             for parameter in run.flow.used
             for name in owners[parameter]
-        } | _past_forward(model)
+        }
         groups = [group for run in runs for group in find_groups(run.flow, sources, direct)]
         refuse_unsummable(model, groups, owners, sources)
         refuse_undroppable(model, groups)
         styles = _checked(model, sources, owners, groups, runs, direct)
+    for name, why in attention_left_whole(attention, owners, direct, RANKS).items():
+        groups.append(Group([name], reason=why))
+        del attention[name]
+    styles = {n: s for n, s in styles.items() if n not in {f"{name}.out_proj" for name in attention}}
+    styles |= dict.fromkeys(attention, STYLE)
     if not any(style != "replicate" for style in styles.values()):
         raise DeriveError(f"derive_plan: nothing in {type(model).__name__} can be cut:\n{_text(_reasons(groups))}")
     names = [name for name, _ in model.named_modules()]
     plan = generalise({name: styles[name] for name in names if name in styles}, names)
     called = {name for run in runs for name in run.flow.called}
-    return Derived(plan, _reasons(groups), [name for name in sources if name not in called])
+    return Derived(plan, _reasons(groups), [n for n in (*sources, *attention) if n not in called])
 
 
 def _checked(
@@ -146,16 +155,6 @@ def is_source(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return can_be_cut(module)
     return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-
-
-def _past_forward(model: nn.Module) -> dict[str, str]:
-    """The layers of torch's own encoder, whose fast path takes their weights and not their forward."""
-    return {
-        f"{name}.{child}": "torch's encoder layer has a fast path that takes its weight past its forward"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child in ("linear1", "linear2", "self_attn.out_proj")
-    }
 
 
 def _reasons(groups: list[Group]) -> list[tuple[list[str], str]]:
@@ -230,15 +229,20 @@ def _all_held(model: nn.Module, weight: Tensor, tied: dict[str, nn.Module]) -> b
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
-def _runs(model: nn.Module, sources: dict[str, nn.Module], inputs: Call | None) -> list[Run]:
+def _runs(
+    model: nn.Module, sources: dict[str, nn.Module], attention: dict[str, nn.Module], inputs: Call | None
+) -> list[Run]:
     """Run the model, and then those models in it that it did not call (a vision tower without an image)."""
     first: Exception | None = None
     runs: list[Run] = []
+    watched = [*sources, *attention]
     for name, part in [("", model), *_models_in(model)]:
-        own = {s for s in sources if s.startswith(f"{name}." if name else "")}
+        own = {s for s in watched if s.startswith(f"{name}." if name else "")}
         if not own or any(own & set(run.flow.called) for run in runs):
             continue
-        run, error = first_that_runs(model, part, sources, [inputs] if inputs is not None and not name else None)
+        run, error = first_that_runs(
+            model, part, sources, attention, [inputs] if inputs is not None and not name else None
+        )
         runs += [run] if run else []
         first = first or error
     if not runs:

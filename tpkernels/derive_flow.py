@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tpkernels.derive_calls import argument, side_by_side, tensors_in
 from tpkernels.derive_labels import NONE, WHOLE, Edges, broadcast, meet, meet_all, meet_along
 
 # Ops that move elements: the labels take the same way. VIEWS go by strides, which differ.
@@ -44,9 +45,12 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         sources: {name: module}: linears, Conv1D, embeddings that may be cut.
         parameters: {name: the tensor that stands for this parameter in the run}.
+        closed: {name: module}: what is cut by itself, if at all: it takes whole features and gives whole ones.
     """
 
-    def __init__(self, sources: dict[str, nn.Module], parameters: dict[str, Tensor]) -> None:
+    def __init__(
+        self, sources: dict[str, nn.Module], parameters: dict[str, Tensor], closed: dict[str, nn.Module]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.edges = Edges()
         self.first: dict[str, Tensor] = {}  # source -> labels of its output features
@@ -64,7 +68,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.take_parameters(parameters)
         self._even: Any = WeakIdKeyDictionary()  # constants: the dimensions along which all is the same
         self._written: dict[int, tuple[int, Any]] = {}  # memory -> a label that all in it has, and what keeps it alive
-        self.sources = sources
+        self.sources, self.closed = sources, closed
         self._quiet = 0
         self._stack: list[str] = [""]
         self._next = WHOLE + 1
@@ -89,7 +93,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for module in model.modules():
             enter = self._enter(paths[module], names.get(module))
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(names.get(module))))
+            handles.append(module.register_forward_hook(self._leave(paths[module], names.get(module))))
         try:
             yield
         finally:
@@ -109,16 +113,27 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._quiet += 1
                 with _out_of_sight():
                     self._arrive(source, given[0] if given else None)
+            if name in self.closed:
+                self._quiet += 1
+                self.called.append(name)
+                with _out_of_sight():
+                    for t in given:
+                        if (labels := self.labels_of(t)) is not None:
+                            self.whole(labels, f"{name} takes them whole")
 
         return hook
 
-    def _leave(self, source: str | None) -> Any:
+    def _leave(self, name: str, source: str | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._stack.pop()
             if source is not None:
                 self._quiet -= 1
                 with _out_of_sight():
                     self._start(source, output)
+            if name in self.closed:
+                self._quiet -= 1
+                for tensor in tensors_in(output):
+                    self._labels[tensor] = torch.full((), WHOLE, device="cpu").expand(tensor.shape)
 
         return hook
 
@@ -181,7 +196,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = None if self._quiet else self._before(func, args, kwargs)
-        run_args, run_kwargs = _side_by_side(args, kwargs)
+        run_args, run_kwargs = side_by_side(args, kwargs)
         out = func(*run_args, **run_kwargs)
         if before is not None:
             self._follow(func, args, kwargs, out, *before)
@@ -280,7 +295,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name in KEEPS:
                 return [x if t.shape == x.shape else None for t in outs]
             if name in ALONG:
-                meet_along(edges, x, _argument(func, args, kwargs, "dim", -1), why)
+                meet_along(edges, x, argument(func, args, kwargs, "dim", -1), why)
                 return [x] * len(outs)
             if name in REDUCES:
                 return self._reduce(func, x, args, kwargs, outs, why)
@@ -323,7 +338,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [self._meet(parts, labels, out, why)]
 
     def _reduce(self, func: Any, x: Tensor, args: Any, kwargs: Any, outs: Any, why: str) -> list[Tensor | None]:
-        dims = _argument(func, args, kwargs, "dim", None)
+        dims = argument(func, args, kwargs, "dim", None)
         dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
         reduced = x
         for d in dims:
@@ -342,44 +357,6 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         meet_all(self.edges, labelled, why + " (written in place)", also=label)
         storage = target.untyped_storage()
         self._written[storage._cdata] = (label, storage)
-
-
-def _argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
-    """Return an argument of an op by its name in the schema."""
-    names = [argument.name for argument in func._schema.arguments]
-    if name in names and names.index(name) < len(args):
-        return args[names.index(name)]
-    return kwargs.get(name, default)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dict-like outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from tensors_in(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from tensors_in(v)
-
-
-def _side_by_side(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Let meta tensors (all that depends on parameters) and real ones (ids, positions, masks) meet in one op.
-
-    What does not depend on parameters stays real, so that code which looks at its values goes on as it always does.
-    """
-    device = kwargs.get("device")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    on_meta = [t.is_meta for t in tensors]
-    if device is not None and torch.device(device).type == "meta" and not any(on_meta):
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    if any(on_meta) and not all(on_meta):
-        args, kwargs = tree_map(
-            lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) and not t.is_meta else t,
-            (args, kwargs),
-        )
-    return args, kwargs
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from tpkernels.derive_flow import Flow, tensors_in
+from tpkernels.derive_calls import tensors_in
+from tpkernels.derive_flow import Flow
 from tpkernels.derive_inputs import Call, candidates
 from tpkernels.layers.base import Cut
 from tpkernels.plan_apply import all_cuts, is_conv1d
@@ -53,7 +54,11 @@ class Mismatch(Exception):
 
 
 def first_that_runs(
-    model: nn.Module, part: nn.Module, sources: dict[str, nn.Module], calls: list[Call] | None
+    model: nn.Module,
+    part: nn.Module,
+    sources: dict[str, nn.Module],
+    closed: dict[str, nn.Module],
+    calls: list[Call] | None,
 ) -> tuple[Run | None, Exception | None]:
     """Try inputs until the part runs with one: on meta tensors, else, where it looks at values, with real ones."""
     first: Exception | None = None
@@ -62,7 +67,7 @@ def first_that_runs(
     for device in devices:
         for call in calls if calls is not None else candidates(part):
             own = {name: module for name, module in sources.items() if module in set(part.modules())}
-            run = Run(part, call, device, Flow(own, {}))
+            run = Run(part, call, device, Flow(own, {}, closed))
             try:
                 whole = {name: _stand_in(p, device) for name, p in model.named_parameters()}
                 execute(model, run, run.flow, whole)
@@ -109,7 +114,7 @@ class CutFlow(Flow):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, whole: Flow, root: np.ndarray, parts: dict[str, tuple[Tensor, bool]]) -> None:
-        super().__init__(whole.sources, {})
+        super().__init__(whole.sources, {}, whole.closed)
         self._whole, self._root, self._parts = whole, root, parts
         self._next = whole.count
 

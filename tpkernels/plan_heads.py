@@ -127,6 +127,8 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
             yield Block(name, module, {}, {out: modules[out]}, Heads(count, count))
         if name in styles or (number(module, HEAD_SIZE) is None and number(module, HEADS) is None):
             continue
+        if _tells_of_a_child(module):
+            continue
         columns = {
             child: (modules[child], styles[child])
             for child in order
@@ -141,6 +143,12 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
             raise PlanError(f"Plan: {name} makes heads in {list(columns)}, and no row layer takes them")
         taken.update(rows)
         yield Block(name, module, columns, rows, _count(name, module, columns, rows))
+
+
+def _tells_of_a_child(module: nn.Module) -> bool:
+    """Whether the heads of which a module knows are those of an nn.MultiheadAttention in it."""
+    children = [child for child in module.children() if isinstance(child, nn.MultiheadAttention)]
+    return any(number(module, names) == number(child, names) for child in children for names in (HEADS, HEAD_SIZE))
 
 
 def _rows_behind(

@@ -1,0 +1,48 @@
+"""What there is to ask about one call of an op, and how tensors of the run meet in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
+    """Return an argument of an op by its name in the schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    if name in names and names.index(name) < len(args):
+        return args[names.index(name)]
+    return kwargs.get(name, default)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dict-like outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from tensors_in(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors_in(v)
+
+
+def side_by_side(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Let meta tensors (all that depends on parameters) and real ones (ids, positions, masks) meet in one op.
+
+    What does not depend on parameters stays real, so that code which looks at its values goes on as it always does.
+    """
+    device = kwargs.get("device")
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    on_meta = [t.is_meta for t in tensors]
+    if device is not None and torch.device(device).type == "meta" and not any(on_meta):
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if any(on_meta) and not all(on_meta):
+        args, kwargs = tree_map(
+            lambda t: torch.empty_like(t, device="meta") if isinstance(t, Tensor) and not t.is_meta else t,
+            (args, kwargs),
+        )
+    return args, kwargs
