@@ -102,8 +102,9 @@ def save_async(
         a handle: `wait()` returns the folder when the checkpoint is on the disk and complete.
 
     Raises:
-        CheckpointError: something cannot be saved. What goes wrong in the thread is raised by `wait()` on all ranks,
-            or by the next save when nobody waited.
+        CheckpointError: something cannot be saved, or some ranks belong to more process groups than others, so that
+            torch can make none for the threads (before the first `save_async`). What goes wrong in the thread is raised
+            by `wait()` on all ranks, or by the next save when nobody waited.
     """
     place, final = Place(resolve(group), dp_group), Path(folder)
     ckpt_async.wait_for_pending(place)
