@@ -21,7 +21,7 @@ from tpkernels.compress import CODECS
 from tpkernels.group import Group, resolve
 from tpkernels.layers.base import Cut
 from tpkernels.plan_apply import (
-    Place,
+    CutSettings,
     all_cuts,
     apply,
     apply_to_blocks,
@@ -181,9 +181,11 @@ def parallelize(
     Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    place = Place(group, codec, codec if grad_codec is None else grad_codec)
-    if not {place.codec, place.grad_codec} <= set(CODECS):
-        raise ValueError(f"parallelize: codecs must be among {list(CODECS)}, got {place.codec!r}, {place.grad_codec!r}")
+    settings = CutSettings(group, codec, codec if grad_codec is None else grad_codec)
+    if not {settings.codec, settings.grad_codec} <= set(CODECS):
+        raise ValueError(
+            f"parallelize: codecs must be among {list(CODECS)}, got {settings.codec!r}, {settings.grad_codec!r}"
+        )
     refuse(model)
     plan = Plan.resolve(model, plan)
     styles = plan.styles(model)
@@ -199,13 +201,13 @@ def parallelize(
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
     tied.check(modules, cuts)
-    apply_to_blocks(blocks, styles, place, tied)
+    apply_to_blocks(blocks, styles, settings, tied)
     for name, style in styles.items():
-        apply(modules[name], style, cuts.get(name), place, tied)
+        apply(modules[name], style, cuts.get(name), settings, tied)
     tied.rejoin(model)
     arrange_random(modules, blocks)
     if layers:
-        cut_sequence(layers, group, place.codec, place.grad_codec)
+        cut_sequence(layers, group, settings.codec, settings.grad_codec)
     share_inputs(modules)
     leave_fast_paths(model)
     if not gather_logits:

@@ -26,7 +26,7 @@ CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights
 
 
 @dataclass(frozen=True)
-class Place:
+class CutSettings:
     """Where and how a model is cut: over which group, and how sums travel forward and backward."""
 
     group: Group
@@ -134,13 +134,13 @@ def takes_choices(module: nn.Module) -> bool:
     return tuple(inspect.signature(type(module).forward).parameters)[2:4] in CHOICES
 
 
-def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: Tied) -> None:
+def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
     """Cut one module by its style."""
-    group = place.group
+    group = settings.group
     if style.name == "counts":
         tell_counts(module, style, group.world_size, group.rank)
     elif style.name == STYLE:
-        cut_attention(cast(nn.MultiheadAttention, module), group, place.codec, place.grad_codec, tied)
+        cut_attention(cast(nn.MultiheadAttention, module), group, settings.codec, settings.grad_codec, tied)
     elif style.name == "sum_grad":
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         cut_module(module, Summed, {}, group, tied, summed=names)
@@ -151,7 +151,7 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
         first = part_start(cut.full_size, group.world_size, group.rank)
         cuts = {name: cut for name, _ in module.named_parameters(recurse=False)}
         skips = tuple(inspect.signature(type(module).forward).parameters)[2:4] == CHOICES[0]
-        wire: dict[str, Any] = {"codec": place.codec, "grad_codec": place.grad_codec}
+        wire: dict[str, Any] = {"codec": settings.codec, "grad_codec": settings.grad_codec}
         cut_module(module, Experts, cuts, group, tied, first_expert=first, skips=skips, **wire)
         module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
     elif style.name == "vocab":
@@ -161,26 +161,26 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, place: Place, tied: 
         cut_module(module, Table, {"weight": cut}, group, tied)
         module.embedding_dim = _size(module.weight)
     elif cut is not None:
-        _apply_linear(module, style, cut, place, tied)
+        _apply_linear(module, style, cut, settings, tied)
 
 
-def _apply_linear(module: nn.Module, style: Style, cut: Cut, place: Place, tied: Tied) -> None:
+def _apply_linear(module: nn.Module, style: Style, cut: Cut, settings: CutSettings, tied: Tied) -> None:
     transposed = is_conv1d(module)
     cuts = {"weight": Cut(1 - cut.dim, cut.full_size, cut.unit, cut.runs) if transposed else cut}
     common: dict[str, Any] = {
-        "codec": place.codec, "grad_codec": place.grad_codec, "transposed": transposed, "random": None,
+        "codec": settings.codec, "grad_codec": settings.grad_codec, "transposed": transposed, "random": None,
     }  # fmt: skip
     if style.name in ("row", "row_split"):
         split = style.name == "row_split"
         common |= {"split_input": split, "sequence_parallel": False, "sequence_dim": 1}
-        cut_module(module, Row, cuts, place.group, tied, **common)
+        cut_module(module, Row, cuts, settings.group, tied, **common)
         if not split:
             setattr(module, "nx" if transposed else "in_features", _size(module.weight))
         return
     if module.bias is not None:
         cuts["bias"] = cut
     gathers = style.name in ("column_gather", "vocab_head")
-    cut_module(module, Column, cuts, place.group, tied, gather_output=gathers, entered=False, **common)
+    cut_module(module, Column, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
     if not gathers:
         setattr(module, "nf" if transposed else "out_features", _size(module.weight))
 
@@ -239,9 +239,9 @@ def unsaid(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]
     return found
 
 
-def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], place: Place, tied: Tied) -> None:
+def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], settings: CutSettings, tied: Tied) -> None:
     """Tell attention blocks how many heads they have on this rank, and cut parameters of their own."""
-    group = place.group
+    group = settings.group
     for block in blocks:
         own = cuts_of_own(block, group.world_size) if block.name not in styles else {}
         tell_heads(block, group.world_size, group.rank)

@@ -56,7 +56,7 @@ class BehindIt:
         raise PlanError(f"sequence_parallel: {type(module).__name__} returned no hidden states")
 
 
-class Cut:
+class CutTokens:
     """This rank's part of replicated tokens."""
 
     def __init__(self, group: Group, grad_codec: str) -> None:
@@ -67,7 +67,7 @@ class Cut:
         return take_shard(x, TOKENS, group=self.group, grad_codec=self.grad_codec)
 
 
-class Gather:
+class GatherTokens:
     """All tokens of all ranks. `grad` as in ops.all_gather: what becomes of the gradient."""
 
     def __init__(self, group: Group, grad: str, codec: str, grad_codec: str) -> None:
@@ -119,9 +119,9 @@ def _check_layer(layer: nn.Module, why: str) -> None:
 
 def cut_sequence(layers: list[nn.Module], group: Group, codec: str, grad_codec: str) -> None:
     """Cut the tokens in front of the first layer, gather them behind the last, and arrange what is between."""
-    cut = Cut(group, grad_codec)
-    inside = Gather(group, "reduce", codec, grad_codec)
-    outside = Gather(group, "split", codec, grad_codec)
+    cut = CutTokens(group, grad_codec)
+    inside = GatherTokens(group, "reduce", codec, grad_codec)
+    outside = GatherTokens(group, "split", codec, grad_codec)
     for layer in layers:
         for child in layer.children():
             if isinstance(child, nn.Dropout):
@@ -148,7 +148,7 @@ def _is_cut_block(module: nn.Module) -> bool:
     return bool(columns and rows) and len(columns) + len(rows) + len(between) == len(holders)
 
 
-def _open_block(module: nn.Module, gather: Gather, group: Group) -> None:
+def _open_block(module: nn.Module, gather: GatherTokens, group: Group) -> None:
     """Gather at the door, scatter in the row layer; what comes behind the row layer sees the rank's tokens."""
     module.register_forward_pre_hook(AtTheDoor(gather), with_kwargs=True)
     seen_row = False

@@ -11,7 +11,6 @@
     vocab                  an embedding cut along its rows
     vocab_head             the layer that makes logits, cut along the vocabulary; the logits are gathered
     expert                 a mixture's experts over the ranks, whole experts each; the router stays whole
-    sequence               a norm between the blocks: under sequence parallel it sees this rank's tokens only
     sum_grad               a small module inside a cut block (a norm of each head): parameters whole, gradients summed
     sum_tail:64            a whole linear whose last 64 outputs go straight into cut heads: their gradient is summed
     replicate              whole on every rank
@@ -28,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
-STYLES = (*LINEAR, "multihead_attention", "vocab", "expert", "sequence", "sum_grad", "sum_tail", "counts", "replicate")
+STYLES = (*LINEAR, "multihead_attention", "vocab", "expert", "sum_grad", "sum_tail", "counts", "replicate")
 IN_UNITS = ("column", "packed_column", "row", "counts")
 
 # What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it
@@ -44,7 +43,7 @@ TRANSLATION: dict[str, str | None] = {
     "packed_colwise": "packed_column:2",
     "replicated_with_grad_allreduce": "sum_grad",
     "moe_tp_experts": "expert",
-    "sequence_parallel": "sequence",
+    "sequence_parallel": "replicate",  # which norms see a part of the tokens follows from the layers
     "replicate": "replicate",
     "all_reduce": None,
     "packed_rowwise": None,

@@ -14,7 +14,7 @@ from tpkernels.plan_heads import find_blocks
 
 
 @dataclass
-class Row:
+class PlanRow:
     """Modules that differ by numbers in their names only and are cut alike.
 
     Attributes:
@@ -31,16 +31,16 @@ class Row:
 
 
 @dataclass
-class Table:
+class PlanTable:
     """What `plan_table` found. heads: {how: number of blocks}; totals: parameters, and those on the fullest rank."""
 
     source: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[PlanRow] = field(default_factory=list)
     heads: dict[str, int] = field(default_factory=dict)
     totals: tuple[int, int] = (0, 0)
 
 
-def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
+def plan_table(model: nn.Module, plan: Plan, R: int) -> PlanTable:
     """Describe how a plan cuts a model over R ranks.
 
     Args:
@@ -55,11 +55,11 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
     modules = dict(model.named_modules())
     blocks = list(find_blocks(modules, styles))
     cuts = all_cuts(modules, styles, blocks, R)
-    table = Table(plan.source)
+    table = PlanTable(plan.source)
     for block in blocks:
         how = block.heads.text(R)
         table.heads[how] = table.heads.get(how, 0) + 1
-    rows: dict[tuple[str, ...], Row] = {}
+    rows: dict[tuple[str, ...], PlanRow] = {}
     seen: set[int] = set()
     for name, module in modules.items():
         own = list(module.parameters(recurse=False))
@@ -72,14 +72,14 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> Table:
         parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
         shape = " x ".join(map(str, own[0].shape))
         key = (re.sub(r"\d+", "*", name), style.name if style else "row" if cut else "whole", shape, parts)
-        row = rows.setdefault(key, Row(*key))
+        row = rows.setdefault(key, PlanRow(*key))
         row.count += 1
         _count(table, module, seen, cut, share)
     table.rows = list(rows.values())
     return table
 
 
-def _count(table: Table, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:
+def _count(table: PlanTable, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:
     """Add a module's parameters to the totals, tied ones once; the bias of a layer that is cut by inputs is whole."""
     whole, mine = table.totals
     for name, parameter in module.named_parameters(recurse=False):
