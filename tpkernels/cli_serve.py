@@ -80,9 +80,9 @@ def generate(
         except ValueError as error:
             raise UserError(str(error)) from None
         _start_ranks(model, tp)
-        from tpkernels.generate.command import Asked, work
+        from tpkernels.generate.command import GenerateArguments, work
 
-        work(Asked(model, prompt, sampling, chat, system, dtype, cache, compile_, timeout, arena_mib))
+        work(GenerateArguments(model, prompt, sampling, chat, system, dtype, cache, compile_, timeout, arena_mib))
 
 
 def serve(
@@ -121,10 +121,12 @@ def serve(
         if token is not None:
             os.environ[TOKEN_VARIABLE] = token  # which the ranks inherit; a command line can be seen by others
         _start_ranks(model, tp, hide="--token", stopped=0)  # a signal is how a server ends
-        from tpkernels.serve.command import Asked, work
+        from tpkernels.serve.command import ServeArguments, work
 
         work(
-            Asked(model, host, port, token, name, slots, queue, max_length, drain, compile_, dtype, timeout, arena_mib)
+            ServeArguments(
+                model, host, port, token, name, slots, queue, max_length, drain, compile_, dtype, timeout, arena_mib
+            )
         )
 
 

@@ -22,7 +22,7 @@ from .text import chat_ids
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerateArguments:
     """The command's arguments: a model, prompts, how to go on from them, and how to run.
 
     Attributes:
@@ -45,7 +45,7 @@ class Asked:
     arena_mib: int = 16
 
 
-def work(asked: Asked) -> None:
+def work(asked: GenerateArguments) -> None:
     """Load, continue every prompt, write the texts to stdout (rank 0), and how fast it was to stderr."""
     with launch.all_ranks(asked.timeout_s, asked.arena_mib, tp=launch.world_size()) as layout:
         group = layout.tp
@@ -60,12 +60,12 @@ def work(asked: Asked) -> None:
             raise UserError(str(error)) from None
 
 
-def _messages(asked: Asked, text: str) -> list[dict[str, str]]:
+def _messages(asked: GenerateArguments, text: str) -> list[dict[str, str]]:
     system = [{"role": "system", "content": asked.system}] if asked.system is not None else []
     return [*system, {"role": "user", "content": text}]
 
 
-def _write(generator: Generator, prompts: Sequence[Any], asked: Asked, group: Group) -> None:
+def _write(generator: Generator, prompts: Sequence[Any], asked: GenerateArguments, group: Group) -> None:
     one, texts = len(prompts) == 1, [""] * len(prompts)
     tokens, start, first = 0, time.perf_counter(), 0.0
     for piece in generator.stream(prompts, asked.sampling):

@@ -32,7 +32,7 @@ POLL_S = 0.05  # how often a draining server looks whether it is done
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServeArguments:
     """The command's arguments; see its help."""
 
     model: str
@@ -105,7 +105,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}.") from None
 
 
-def work(asked: Asked) -> None:
+def work(asked: ServeArguments) -> None:
     """Load, then serve or follow until rank 0 is told to stop."""
     with launch.all_ranks(asked.timeout_s, asked.arena_mib, tp=launch.world_size()) as layout:
         group = layout.tp
@@ -119,7 +119,7 @@ def work(asked: Asked) -> None:
 
 
 @contextlib.contextmanager
-def _listening(asked: Asked, group: Group) -> Iterator[socket.socket | None]:
+def _listening(asked: ServeArguments, group: Group) -> Iterator[socket.socket | None]:
     """Rank 0's socket; a port that is taken is an error on every rank before anything is loaded."""
     found, problem = None, None
     if group.rank == 0:
@@ -137,7 +137,7 @@ def _listening(asked: Asked, group: Group) -> Iterator[socket.socket | None]:
             found.close()
 
 
-def _prepared(asked: Asked, group: Group) -> tuple[SlotDecoder, Any]:
+def _prepared(asked: ServeArguments, group: Group) -> tuple[SlotDecoder, Any]:
     model, tokenizer = load(asked.model, group, asked.dtype)
     try:
         decoder = SlotDecoder(model, asked.slots, asked.max_length, compile=asked.compile)
@@ -152,7 +152,7 @@ def _prepared(asked: Asked, group: Group) -> tuple[SlotDecoder, Any]:
     return decoder, tokenizer
 
 
-def _lead(asked: Asked, group: Group, decoder: SlotDecoder, tokenizer: Any, listening: socket.socket) -> None:
+def _lead(asked: ServeArguments, group: Group, decoder: SlotDecoder, tokenizer: Any, listening: socket.socket) -> None:
     engine = Engine(decoder, tokenizer, group, asked.queue, Metrics())
     engine.start()
     try:

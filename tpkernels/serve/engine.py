@@ -21,10 +21,10 @@ from tpkernels.generate.sampling import Sampler
 from tpkernels.group import Group
 
 from .metrics import Metrics
-from .plan import Channel, Plan, carry_out
+from .plan import Channel, Step, carry_out
 
 STOPPING = "the server is stopping"
-HEARTBEAT_S = 0.5  # between empty plans; a dead rank is noticed at the next one
+HEARTBEAT_S = 0.5  # between empty steps; a dead rank is noticed at the next one
 
 
 class Refused(Exception):
@@ -158,7 +158,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._step()
-            self._channel.send(Plan(stop=True))
+            self._channel.send(Step(stop=True))
         except (TimeoutError, PeerLostError, RankMismatchError) as error:
             self.error, why = error, f"{type(error).__name__}: {error}"
         except BaseException as error:
@@ -176,9 +176,9 @@ class Engine:
                 self._changed.wait(self._heartbeat)
             begin = self._admit()
             going_on = {slot: r.token for slot, r in self._active.items() if slot not in begin}
-        plan = Plan(going_on, {slot: r.prompt for slot, r in begin.items()})
-        self._channel.send(plan)
-        for slot, logits in carry_out(self._decoder, plan).items():
+        step = Step(going_on, {slot: r.prompt for slot, r in begin.items()})
+        self._channel.send(step)
+        for slot, logits in carry_out(self._decoder, step).items():
             request = self._active[slot]
             if not request.cancelled:
                 self._take(request, request.sampler.draw(logits))

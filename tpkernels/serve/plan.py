@@ -24,7 +24,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Step:
     """One step.
 
     Attributes:
@@ -39,12 +39,12 @@ class Plan:
 
 
 class Channel:
-    """Carries plans from rank 0 to the others."""
+    """Carries steps from rank 0 to the others."""
 
     def __init__(self, group: Group, slots: int) -> None:
         self._group, self._slots = group, slots
 
-    def send(self, plan: Plan) -> None:
+    def send(self, step: Step) -> None:
         """Tell the others (on rank 0).
 
         Raises:
@@ -52,33 +52,33 @@ class Channel:
         """
         if self._group.world_size == 1:
             return
-        text = json.dumps({str(slot): ids for slot, ids in plan.begin.items()}).encode() if plan.begin else b""
-        head = [STOP if plan.stop else STEP, len(text)]
-        head += [plan.tokens.get(slot, NO_TOKEN) for slot in range(self._slots)]
+        text = json.dumps({str(slot): ids for slot, ids in step.begin.items()}).encode() if step.begin else b""
+        head = [STOP if step.stop else STEP, len(text)]
+        head += [step.tokens.get(slot, NO_TOKEN) for slot in range(self._slots)]
         self._carry(torch.tensor(head))
         if text:
             self._carry(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
-    def receive(self) -> Plan:
+    def receive(self) -> Step:
         """Wait for rank 0 (on the others)."""
         command, size, *tokens = self._carry(torch.zeros(HEAD + self._slots, dtype=torch.int64)).tolist()
         begin: dict[str, list[int]] = {}
         if size:
             begin = json.loads(bytes(self._carry(torch.zeros(size, dtype=torch.uint8)).numpy()))
         going_on = {slot: token for slot, token in enumerate(tokens) if token != NO_TOKEN}
-        return Plan(going_on, {int(slot): ids for slot, ids in begin.items()}, command == STOP)
+        return Step(going_on, {int(slot): ids for slot, ids in begin.items()}, command == STOP)
 
     def _carry(self, mine: Tensor) -> Tensor:
         return ops.all_reduce(mine, group=self._group)
 
 
-def carry_out(decoder: Any, plan: Plan) -> dict[int, Tensor]:
-    """Do what a plan says, on every rank; the logits [V] of every slot named in it."""
+def carry_out(decoder: Any, step: Step) -> dict[int, Tensor]:
+    """Do what a step says, on every rank; the logits [V] of every slot named in it."""
     found = dict[int, Tensor]()
-    if plan.tokens:
-        logits = decoder.step(plan.tokens)
-        found |= {slot: logits[slot] for slot in plan.tokens}
-    for slot, prompt in plan.begin.items():
+    if step.tokens:
+        logits = decoder.step(step.tokens)
+        found |= {slot: logits[slot] for slot in step.tokens}
+    for slot, prompt in step.begin.items():
         found[slot] = decoder.insert(slot, prompt)
     return found
 
@@ -86,11 +86,11 @@ def carry_out(decoder: Any, plan: Plan) -> dict[int, Tensor]:
 def follow(decoder: Any, group: Group, slots: int) -> None:
     """What ranks other than 0 do until rank 0 stops.
 
-    Between requests they sleep: rank 0 sends an empty plan more often than the group's deadline.
+    Between requests they sleep: rank 0 sends an empty step more often than the group's deadline.
 
     Raises:
         TimeoutError, PeerLostError: a rank did not come, or died.
     """
     channel = Channel(group, slots)
-    while not (plan := channel.receive()).stop:
-        carry_out(decoder, plan)
+    while not (step := channel.receive()).stop:
+        carry_out(decoder, step)
