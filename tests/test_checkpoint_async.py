@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from op_tools import raised
 from tpkernels import checkpoint, ops
 from tpkernels.data_parallel.lane import open_lane
 from tpkernels.group import Group
+from tpkernels.ranks import global_ranks, private_process_group
 from tpkernels.testing import run_ranks
 
 
@@ -95,7 +97,17 @@ def save_with_a_group_that_others_lack(folder: str) -> list[str]:
             dist.new_group([dist.get_rank()], use_local_synchronization=True)
         assert checkpoint.save_async(model, root / "beside", **both).wait() == root / "beside"
         open_lane(everyone).close()
+    check_order_of_ranks()
     return said
+
+
+def check_order_of_ranks() -> None:
+    """A process group may count its ranks in another order than torch's default one does."""
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
+        with Group.open(dist.new_group([1, 3, 0, 2], sort_ranks=False)) as turned:
+            own = private_process_group(turned, "test", "a test", "gloo")
+            assert global_ranks(turned) == dist.get_process_group_ranks(own) == [1, 3, 0, 2]
+            assert dist.get_rank(own) == turned.rank
 
 
 def test_ranks_of_unequally_many_process_groups_get_an_error_and_do_not_wait_for_ever(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -76,9 +76,10 @@ def private_process_group(group: Group | Ranks, user: str, made_by: str, backend
             f"all its ranks belong to equally many process groups, got {counts} in rank order; create it ({made_by}) "
             f"before the process groups that only some of these ranks belong to"
         )
-    desc = f"{group.label} {user}"
+    ranks, desc = global_ranks(group), f"{group.label} {user}"
+    order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # older torch has sorted ones only
     made: dist.ProcessGroup = dist.new_group(
-        global_ranks(group), backend=backend, use_local_synchronization=True, group_desc=desc
+        ranks, backend=backend, use_local_synchronization=True, group_desc=desc, **order
     )
     return made
 
