@@ -158,12 +158,15 @@ def test_a_block_that_is_half_understood_stays_whole_and_its_neighbour_is_cut() 
         def __init__(self) -> None:
             super().__init__()
             self.bad, self.up, self.down = UsedTwice(), nn.Linear(8, 20), nn.Linear(20, 8)
+            self.idle = nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down(self.up(self.bad(x)).relu())
 
     found = derive(Both())
-    assert found.plan == {"bad.up": "replicate", "bad.down": "replicate", "up": "column", "down": "row"}
+    whole = dict.fromkeys(("bad.up", "bad.down", "idle"), "replicate")
+    assert found.plan == whole | {"up": "column", "down": "row"}
+    assert found.whole[-1] == (["idle"], "the run did not reach them")
     assert {names[0]: why for names, why in found.whole}["bad.up"] == "they meet in native_layer_norm in bad.norm"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpkernels.derive_attention import attention_left_whole, find_attention
-from tpkernels.derive_groups import Group, choose, find_groups, refuse_undroppable, refuse_unsummable
+from tpkernels.derive_groups import LinearGroup, choose, find_groups, refuse_undroppable, refuse_unsummable
 from tpkernels.derive_inputs import Call
 from tpkernels.derive_names import generalise
 from tpkernels.derive_run import Mismatch, Run, check, evaluating, first_that_runs
@@ -38,13 +38,11 @@ class Derived:
 
     Attributes:
         plan: {module glob: style}.
-        whole: (linears, why they are not cut), in the order of the run.
-        not_run: the sources that the run did not reach: nothing is known of them, they stay whole.
+        whole: (linears, why they are not cut), in the order of the run; those that it did not reach last.
     """
 
     plan: dict[str, str]
     whole: list[tuple[list[str], str]]
-    not_run: list[str]
 
 
 def derive_plan(model: nn.Module, *, inputs: Call | None = None) -> dict[str, str]:
@@ -87,7 +85,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         refuse_undroppable(model, groups)
         styles = _checked(model, sources, owners, groups, runs, direct)
     for name, why in attention_left_whole(attention, owners, direct, RANKS).items():
-        groups.append(Group([name], reason=why))
+        groups.append(LinearGroup([name], reason=why))
         del attention[name]
     styles = {n: s for n, s in styles.items() if n not in {f"{name}.out_proj" for name in attention}}
     styles |= dict.fromkeys(attention, STYLE)
@@ -96,14 +94,15 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
     names = [name for name, _ in model.named_modules()]
     plan = generalise({name: styles[name] for name in names if name in styles}, names)
     called = {name for run in runs for name in run.flow.called}
-    return Derived(plan, _reasons(groups), [n for n in (*sources, *attention) if n not in called])
+    unknown = [name for name in sources if name not in called and styles.get(name) == "replicate"]
+    return Derived(plan, _reasons(groups) + [(unknown, "the run did not reach them")] * bool(unknown))
 
 
 def _checked(
     model: nn.Module,
     sources: dict[str, nn.Module],
     owners: dict[str, list[str]],
-    groups: list[Group],
+    groups: list[LinearGroup],
     runs: list[Run],
     direct: dict[str, str],
 ) -> dict[str, str]:
@@ -136,10 +135,10 @@ def _checked(
                 group.refuse(why)
 
 
-def _near(groups: list[Group], where: str) -> list[Group]:
+def _near(groups: list[LinearGroup], where: str) -> list[LinearGroup]:
     """The groups whose linears lie nearest to a module, the nearest first; all of them when nothing is known."""
 
-    def shared(group: Group) -> int:
+    def shared(group: LinearGroup) -> int:
         names = [name.split(".") for name in (*group.sources, *group.sinks)]
         place = where.split(".")
         return max(
@@ -157,7 +156,7 @@ def is_source(module: nn.Module) -> bool:
     return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
-def _reasons(groups: list[Group]) -> list[tuple[list[str], str]]:
+def _reasons(groups: list[LinearGroup]) -> list[tuple[list[str], str]]:
     return [(group.sources, group.reason) for group in groups if group.reason]
 
 

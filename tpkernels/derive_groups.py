@@ -14,7 +14,7 @@ from tpkernels.plan_heads import HEAD_SIZE, HEADS, number
 
 
 @dataclass
-class Group:
+class LinearGroup:
     """Linears that can only be cut together: what they give belongs to the same units.
 
     Attributes:
@@ -64,7 +64,7 @@ class Group:
         self.units, self.reason = 0, self.reason or reason
 
 
-def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str]) -> list[Group]:
+def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str]) -> list[LinearGroup]:
     """Return all groups of sources that were called, those that cannot be cut with the reason.
 
     Args:
@@ -98,7 +98,7 @@ def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str
     return groups
 
 
-def _connect(called: list[str], out: dict[str, np.ndarray]) -> tuple[list[Group], dict[int, int]]:
+def _connect(called: list[str], out: dict[str, np.ndarray]) -> tuple[list[LinearGroup], dict[int, int]]:
     """Sources that have a class of features in common are one group. Returns the groups and {class: group}."""
     parent = list(range(len(called)))
     owner: dict[int, int] = {}
@@ -113,16 +113,16 @@ def _connect(called: list[str], out: dict[str, np.ndarray]) -> tuple[list[Group]
             a, b = find(owner.setdefault(c, i)), find(i)
             parent[max(a, b)] = min(a, b)
     numbers: dict[int, int] = {}
-    groups: list[Group] = []
+    groups: list[LinearGroup] = []
     for i, name in enumerate(called):
         place = numbers.setdefault(find(i), len(groups))
         if place == len(groups):
-            groups.append(Group([]))
+            groups.append(LinearGroup([]))
         groups[place].sources.append(name)
     return groups, {c: numbers[find(i)] for c, i in owner.items()}
 
 
-def _note_summed(flow: Flow, groups: list[Group], group_of: dict[int, int], root: np.ndarray) -> None:
+def _note_summed(flow: Flow, groups: list[LinearGroup], group_of: dict[int, int], root: np.ndarray) -> None:
     for parameter, labels in flow.met:
         for c in np.unique(root[labels.numpy()][labels.numpy() >= 0]).tolist():
             if c in group_of:
@@ -131,7 +131,7 @@ def _note_summed(flow: Flow, groups: list[Group], group_of: dict[int, int], root
 
 def _judge(
     flow: Flow,
-    group: Group,
+    group: LinearGroup,
     out: dict[str, np.ndarray],
     into: dict[str, np.ndarray],
     root: np.ndarray,
@@ -200,7 +200,7 @@ def style_text(column: bool, sizes: list[int], units: int) -> str:
 
 
 def refuse_unsummable(
-    model: nn.Module, groups: list[Group], owners: dict[str, list[str]], sources: dict[str, nn.Module]
+    model: nn.Module, groups: list[LinearGroup], owners: dict[str, list[str]], sources: dict[str, nn.Module]
 ) -> None:
     """A module inside a cut is given partial gradients for all of its own parameters, or for none."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -214,7 +214,7 @@ def refuse_unsummable(
                     group.refuse(f"{parameter} meets them, and not all parameters of {owner} do")
 
 
-def refuse_undroppable(model: nn.Module, groups: list[Group]) -> None:
+def refuse_undroppable(model: nn.Module, groups: list[LinearGroup]) -> None:
     """Ranks drop numbers of their own between columns and rows of one module, or of a block that knows its heads."""
     for group in groups:
         columns, rows = ({name.rpartition(".")[0] for name in names} for names in (group.sources, group.sinks))
@@ -229,13 +229,13 @@ def refuse_undroppable(model: nn.Module, groups: list[Group]) -> None:
                 group.refuse(f"{group.drops[0]} drops what is cut, and {parent} cuts other linears before")
 
 
-def choose(groups: list[Group]) -> list[Group]:
+def choose(groups: list[LinearGroup]) -> list[LinearGroup]:
     """Of the groups that can be cut take the heaviest ones that do not exclude each other, in the order of the run.
 
     A linear cannot be cut along its inputs and its outputs at once, so of a chain every second group is cut. Groups
     that share a replicated parameter are all cut, or none: only then is its gradient partial everywhere.
     """
-    taken: dict[str, Group] = {}
+    taken: dict[str, LinearGroup] = {}
     for group in sorted((g for g in groups if g.units), key=lambda g: -g.weight):
         both = [name for name in (*group.sources, *group.sinks) if name in taken]
         if both:
@@ -253,7 +253,7 @@ def choose(groups: list[Group]) -> list[Group]:
     return [g for g in groups if g.units]
 
 
-def possible_counts(model: nn.Module, group: Group) -> list[dict[str, str]]:
+def possible_counts(model: nn.Module, group: LinearGroup) -> list[dict[str, str]]:
     """Return sets of numbers of the modules around a group that may count its units: heads, widths, or both.
 
     Which of them do is for a run of the cut model to find out.
