@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 BATCH, TOKENS = 2, 6
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -17,11 +18,14 @@ def candidates(model: nn.Module) -> list[Call]:
     """Return arguments for model(*args, **kwargs), the likeliest first.
 
     A model of transformers says by its config and by the names of its arguments what it takes; of another module the
-    arguments without a default are tried as token ids, as features and as images.
+    arguments without a default are tried as token ids, as features and as images, in the dtype of its parameters.
     """
     with torch.device("cpu"):
         known = getattr(model, "config", None) is not None and hasattr(model, "main_input_name")
-        return [*(_of_transformers(model) if known else ()), *_of_module(model)]
+        calls = [*(_of_transformers(model) if known else ()), *_of_module(model)]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    found: list[Call] = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, calls)
+    return found
 
 
 def _of_transformers(model: nn.Module) -> Iterator[Call]:
