@@ -3,6 +3,7 @@
 #include "arena.h"
 #include "cpu/group_transport.h"
 #include "cpu/shm.h"
+#include "cpu/sockets.h"
 #include "python_side.h"
 #include "short_way.h"
 
@@ -27,6 +28,33 @@ std::shared_ptr<Communicator> open_group(const std::string& name, const std::str
       name, label, rank, world_size, timeout_s, std::make_unique<PythonExchange<Exchange>>(std::move(exchange))));
 }
 
+// What a Python object knows of the other ranks: tpkernels/watch.py.
+class PythonWatch final : public SocketExchange::Watch {
+ public:
+  explicit PythonWatch(py::object watch) : kept_(std::move(watch)) {}
+  void look(uint64_t call, bool late, bool ended, const std::string& what) override {
+    in_python(kept_.get(), [&](py::object& watch) { watch.attr("look")(call, late, ended, what); });
+  }
+  void leave(uint64_t last_call) noexcept override {
+    py::gil_scoped_acquire gil;
+    try {
+      kept_.get().attr("close")(last_call);
+    } catch (const py::error_already_set&) {  // leaving must not fail
+    }
+  }
+
+ private:
+  Kept kept_;
+};
+
+std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::string& label, int rank, int world_size,
+                                           double timeout_s, size_t capacity, const std::vector<int>& sockets,
+                                           py::object watch) {
+  auto exchange = std::make_unique<SocketExchange>(sockets, rank, capacity, timeout_s,
+                                                   std::make_unique<PythonWatch>(std::move(watch)));
+  return registered(std::make_shared<GroupCommunicator>(name, label, rank, world_size, timeout_s, std::move(exchange)));
+}
+
 std::shared_ptr<Communicator> open_local(const std::string& name, const std::string& label) {
   return registered(make_local(name, label));
 }
@@ -47,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("timeout_s"), py::arg("fd"), py::arg("arena_bytes"), py::arg("pids"), py::arg("cores"));
   m.def("open_group", &open_group, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("exchange"));
+  m.def("open_sockets", &open_sockets, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("capacity"), py::arg("sockets"), py::arg("watch"));
   m.def("open_local", &open_local, py::arg("name"), py::arg("label"));
   m.def("limits", [] {
     py::dict limits;

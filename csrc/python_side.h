@@ -36,6 +36,19 @@ class Kept {
   py::object object_;
 };
 
+// Errors that Python raises go on as ours.
+template <class Body>
+auto in_python(py::object& object, Body&& body) {
+  py::gil_scoped_acquire gil;
+  try {
+    return body(object);
+  } catch (py::error_already_set& error) {
+    const std::string text = py::str(error.value());
+    if (error.matches(PyExc_TimeoutError)) throw TimeoutFailure(text);
+    throw PeerLost(text);
+  }
+}
+
 // An exchange (Exchange or DeviceExchange) whose work a Python object does: tpkernels/exchange.py. A process group
 // cannot pass through torch's stable ABI.
 template <class Base>
@@ -64,17 +77,9 @@ class PythonExchange : public Base {
   }
 
  protected:
-  // Errors of Python go on as ours.
   template <class Body>
   auto guarded(Body&& body) {
-    py::gil_scoped_acquire gil;
-    try {
-      return body(kept_.get());
-    } catch (py::error_already_set& error) {
-      const std::string text = py::str(error.value());
-      if (error.matches(PyExc_TimeoutError)) throw TimeoutFailure(text);
-      throw PeerLost(text);
-    }
+    return in_python(kept_.get(), body);
   }
 
  private:

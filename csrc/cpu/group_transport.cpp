@@ -46,9 +46,10 @@ size_t GroupCommunicator::piece_values(const Wire& wire, size_t parts) const {
   return std::max(wire.values_in(usable / parts), wire.block_values);
 }
 
-void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile) {
+template <class Start>
+void GroupCommunicator::run_started(Op op, const Start& start, const std::function<void()>* meanwhile) {
   try {
-    exchange_->start(send, receive);
+    start();
     if (meanwhile != nullptr) (*meanwhile)();
     const uint64_t started = now_nanoseconds();
     exchange_->wait(call_);
@@ -58,9 +59,19 @@ void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, cons
   } catch (const PeerLost& error) {
     throw PeerLost(concat(describe_call(op), ": ", error.what()));
   }
+}
+
+void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile) {
+  run_started(op, [&] { exchange_->start(send, receive); }, meanwhile);
   for (int r = 0; r < world_size(); ++r) {
     if (r != rank()) count(send[static_cast<size_t>(r)]);
   }
+}
+
+void GroupCommunicator::run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
+                                    const std::function<void()>* meanwhile) {
+  run_started(op, [&] { exchange_->start_between(send, receive); }, meanwhile);
+  for (const Outgoing& part : send) count(part.bytes);
 }
 
 const char* GroupCommunicator::inline_payload(int r) const {
@@ -129,6 +140,10 @@ void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, 
 // Rank r gets chunk r of everyone, sums it, and sends the sum to everyone.
 void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                          const std::function<void()>* meanwhile) {
+  if (wire.is_plain() && exchange_->takes_any_memory()) {
+    return all_reduce_where_it_lies(spec, wire, static_cast<const char*>(in.values()), static_cast<char*>(out), n,
+                                    meanwhile);
+  }
   const size_t ranks = static_cast<size_t>(world_size());
   Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
   for (size_t& start : chunks.starts) start = std::min(start, n);
@@ -150,6 +165,36 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
     wire.decode(exchange_->receive_buffer() + wire_starts[static_cast<size_t>(r)],
                 at(out, chunks.start(r) * wire.value_bytes), chunks.size(r));
   }
+}
+
+// The same without a copy: what travels is the tensor itself. in == out is allowed.
+void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wire& wire, const char* in, char* out,
+                                                 size_t n, const std::function<void()>* meanwhile) {
+  const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
+  const Cut chunks = Cut::even(n, world_size());
+  const Cut bytes = chunks.times(wire.value_bytes);
+  const size_t mine = bytes.size(rank());
+  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
+
+  std::vector<Outgoing> send(ranks, {nullptr, 0});
+  std::vector<Incoming> receive(ranks, {nullptr, 0});
+  std::vector<const void*> inputs(ranks, in + bytes.starts[me]);
+  for (size_t r = 0; r < ranks; ++r) {
+    if (r == me) continue;
+    send[r] = {in + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
+    receive[r] = {scratch + r * mine, mine};
+    inputs[r] = receive[r].to;
+  }
+  run_between(spec.op, send, receive, meanwhile);
+
+  void* const sum = out + bytes.starts[me];
+  wire.reduce(inputs.data(), world_size(), &sum, 1, chunks.size(rank()));
+  for (size_t r = 0; r < ranks; ++r) {
+    if (r == me) continue;
+    send[r] = {out + bytes.starts[me], mine};
+    receive[r] = {out + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
+  }
+  run_between(spec.op, send, receive);
 }
 
 void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {

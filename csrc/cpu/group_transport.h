@@ -37,10 +37,16 @@ class GroupCommunicator final : public Communicator {
                                   size_t n = 0);
   const char* inline_payload(int rank) const;
   void run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile = nullptr);
+  void run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
+                   const std::function<void()>* meanwhile = nullptr);
+  template <class Start>
+  void run_started(Op op, const Start& start, const std::function<void()>* meanwhile);
   void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                        const std::function<void()>* meanwhile);
   void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                         const std::function<void()>* meanwhile);
+  void all_reduce_where_it_lies(const CallSpec&, const Wire&, const char* in, char* out, size_t n,
+                                const std::function<void()>* meanwhile);
   size_t piece_values(const Wire&, size_t parts) const;
 
   std::unique_ptr<Exchange> exchange_;
