@@ -67,7 +67,7 @@ def _collective_path(group: Group, op: str, nbytes: int, codec: str) -> tuple[st
     if group.transport == "local":
         return "local", "one rank: nothing travels"
     if group.transport == "group":
-        return "exchange", "all-to-all of the process group, sums taken locally in rank order"
+        return "exchange", "all-to-all between the ranks, sums taken locally in rank order"
     limits: dict[str, Any] = _C.limits()
     if op.startswith("all_reduce") and nbytes <= limits["one_shot_bytes"]:
         return "one_shot", f"{nbytes} bytes: every rank reads all inputs, up to {limits['one_shot_bytes']} bytes"

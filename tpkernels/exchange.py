@@ -34,7 +34,93 @@ class _Trouble:
     late: bool
 
 
-class ProcessGroupExchange:
+class Watch:
+    """What a rank knows of the fate of the others: processes of this host, and last words in the group's store.
+
+    Args:
+        process_group: of the ranks.
+        label: what messages call the group.
+        timeout_s: seconds that one exchange may take.
+        pids: process of each rank that runs on this host, None for the others.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup, label: str, timeout_s: float, pids: Sequence[int | None]
+    ) -> None:
+        self._label, self._timeout_s, self._pids = label, timeout_s, list(pids)
+        self._rank, self._world_size = process_group.rank(), process_group.size()
+        self._store = dist.distributed_c10d._get_process_group_store(process_group)
+
+    def look(self, call: int, late: bool, ended: bool, backend: str) -> None:
+        """Raise what is known to have gone wrong, and something has when the deadline has passed or the wait ended.
+
+        Args:
+            call: number of the call that waits.
+            late: the deadline has passed.
+            ended: nothing more can come.
+            backend: how it looks to what carries the bytes.
+
+        Raises:
+            TimeoutError: not within the deadline; names the ranks that were silent.
+            PeerLostError: a rank died, closed the group or gave up, or the backend failed.
+        """
+        trouble = self._trouble(call)
+        if trouble is None and (late or ended):
+            trouble = self._silence(call, late or "imed out" in backend, backend)
+        if trouble is not None:
+            self._tell("failed", call, trouble.culprits, trouble.late)
+            raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
+
+    def close(self, last_call: int) -> None:
+        """Tell the others that this rank leaves after `last_call`."""
+        self._tell("closed", last_call, [], False)
+
+    def _trouble(self, call: int) -> _Trouble | None:
+        """What is known to have gone wrong: a dead process, a rank that left, a rank that gave up."""
+        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and _is_dead(pid)]
+        if dead:
+            return _Trouble(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})", dead, False)
+        for r, (what, last, culprits, late) in self._told().items():
+            if what == "closed" and last < call:
+                return _Trouble(f"rank {r} closed the group; it was last seen at call {last}", [r], False)
+            if what == "failed" and culprits:
+                how = "did not come" if late else "were lost"
+                return _Trouble(f"rank {r} gave up at call {last}, because ranks {culprits} {how}", culprits, late)
+        return None
+
+    def _silence(self, call: int, late: bool, backend: str) -> _Trouble:
+        """Whom to blame for a wait that ended badly: those that do not report the same within a second."""
+        self._tell("failed", call, [], late)
+        deadline = time.monotonic() + _REPORT_SECONDS
+        while time.monotonic() < deadline and len(self._told()) < len(self._others()):
+            if (known := self._trouble(call)) is not None:
+                return known  # a socket closes a moment before its process is gone
+            time.sleep(0.02)
+        silent = [r for r in self._others() if r not in self._told()]
+        if late:
+            hint = f"within {self._timeout_s:g} s. If they are only slow, raise Group.open(timeout_s=...)"
+            return _Trouble(f"ranks {silent} did not come {hint}. The backend said: {backend}", silent, True)
+        return _Trouble(f"ranks {silent} were lost. The backend said: {backend}", silent, False)
+
+    def _others(self) -> list[int]:
+        return [r for r in range(self._world_size) if r != self._rank]
+
+    def _tell(self, what: str, call: int, culprits: list[int], late: bool) -> None:
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
+            self._store.set(f"tpkernels/{self._label}/{self._rank}", json.dumps([what, call, culprits, late]))
+
+    def _told(self) -> dict[int, tuple[str, int, list[int], bool]]:
+        """The last words of other ranks."""
+        told: dict[int, tuple[str, int, list[int], bool]] = {}
+        with contextlib.suppress(Exception):
+            for r in self._others():
+                key = f"tpkernels/{self._label}/{r}"
+                if self._store.check([key]):
+                    told[r] = tuple(json.loads(self._store.get(key)))
+        return told
+
+
+class ProcessGroupExchange(Watch):
     """Sends bytes to every rank of a process group and receives theirs, through two buffers of its own.
 
     The C++ communicator writes into the send buffer, calls `start` and `wait`, and reads the receive buffer.
@@ -52,12 +138,8 @@ class ProcessGroupExchange:
     def __init__(
         self, process_group: dist.ProcessGroup, label: str, timeout_s: float, capacity: int, pids: Sequence[int | None]
     ) -> None:
+        super().__init__(process_group, label, timeout_s, pids)
         self._group = process_group
-        self._label = label
-        self._timeout_s = timeout_s
-        self._rank, self._world_size = process_group.rank(), process_group.size()
-        self._pids = list(pids)
-        self._store = dist.distributed_c10d._get_process_group_store(process_group)
         self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._receive = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._work: Any = None
@@ -128,6 +210,14 @@ class ProcessGroupExchange:
         for work in self._works:
             self._wait_for(work, call, deadline)
 
+    def close(self, last_call: int) -> None:
+        """Tell the others that this rank leaves after `last_call`, and let go of the process group."""
+        super().close(last_call)
+        # The end of a process group of gloo waits for what is under way, which a lost rank never answers.
+        if self.device.type == "cpu" and all(work.is_completed() for work in self._works):
+            self._works = []
+            del self._group
+
     def _wait_for(self, work: dist.Work, call: int, deadline: float) -> None:
         while True:
             ended = work.is_completed()  # asked before: it may end well while a slice runs out
@@ -136,68 +226,7 @@ class ProcessGroupExchange:
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
-                self._raise_trouble(call, late, ended, str(error).strip().splitlines()[0])
-
-    def _raise_trouble(self, call: int, late: bool, ended: bool, backend: str) -> None:
-        """Raise what is known to have gone wrong; with the deadline passed, or the wait ended badly, something has."""
-        trouble = self._trouble(call)
-        if trouble is None and (late or ended):
-            trouble = self._silence(call, late or "imed out" in backend, backend)
-        if trouble is not None:
-            self._tell("failed", call, trouble.culprits, trouble.late)
-            raise (TimeoutError if trouble.late else PeerLostError)(trouble.text) from None
-
-    def close(self, last_call: int) -> None:
-        """Tell the others that this rank leaves after `last_call`, and let go of the process group."""
-        self._tell("closed", last_call, [], False)
-        # The end of a process group of gloo waits for what is under way, which a lost rank never answers.
-        if self.device.type == "cpu" and all(work.is_completed() for work in self._works):
-            self._works = []
-            del self._group
-
-    def _trouble(self, call: int) -> _Trouble | None:
-        """What is known to have gone wrong: a dead process, a rank that left, a rank that gave up."""
-        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and _is_dead(pid)]
-        if dead:
-            return _Trouble(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})", dead, False)
-        for r, (what, last, culprits, late) in self._told().items():
-            if what == "closed" and last < call:
-                return _Trouble(f"rank {r} closed the group; it was last seen at call {last}", [r], False)
-            if what == "failed" and culprits:
-                how = "did not come" if late else "were lost"
-                return _Trouble(f"rank {r} gave up at call {last}, because ranks {culprits} {how}", culprits, late)
-        return None
-
-    def _silence(self, call: int, late: bool, backend: str) -> _Trouble:
-        """Whom to blame for a wait that ended badly: those that do not report the same within a second."""
-        self._tell("failed", call, [], late)
-        deadline = time.monotonic() + _REPORT_SECONDS
-        while time.monotonic() < deadline and len(self._told()) < len(self._others()):
-            if (known := self._trouble(call)) is not None:
-                return known  # a socket closes a moment before its process is gone
-            time.sleep(0.02)
-        silent = [r for r in self._others() if r not in self._told()]
-        if late:
-            hint = f"within {self._timeout_s:g} s. If they are only slow, raise Group.open(timeout_s=...)"
-            return _Trouble(f"ranks {silent} did not come {hint}. The backend said: {backend}", silent, True)
-        return _Trouble(f"ranks {silent} were lost. The backend said: {backend}", silent, False)
-
-    def _others(self) -> list[int]:
-        return [r for r in range(self._world_size) if r != self._rank]
-
-    def _tell(self, what: str, call: int, culprits: list[int], late: bool) -> None:
-        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-            self._store.set(f"tpkernels/{self._label}/{self._rank}", json.dumps([what, call, culprits, late]))
-
-    def _told(self) -> dict[int, tuple[str, int, list[int], bool]]:
-        """The last words of other ranks."""
-        told: dict[int, tuple[str, int, list[int], bool]] = {}
-        with contextlib.suppress(Exception):
-            for r in self._others():
-                key = f"tpkernels/{self._label}/{r}"
-                if self._store.check([key]):
-                    told[r] = tuple(json.loads(self._store.get(key)))
-        return told
+                self.look(call, late, ended, str(error).strip().splitlines()[0])
 
 
 class DeviceExchange(ProcessGroupExchange):
@@ -250,7 +279,7 @@ class DeviceExchange(ProcessGroupExchange):
                 return [json.loads(self._store.get(key)) for key in keys]
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
-                self._raise_trouble(self._call, late, False, str(error).strip().splitlines()[0])
+                self.look(self._call, late, False, str(error).strip().splitlines()[0])
 
     def synchronise(self, call: int) -> None:
         """Return when the current stream has done all that was asked of it. Errors as in `wait` on the CPU."""
@@ -259,7 +288,7 @@ class DeviceExchange(ProcessGroupExchange):
         while not done.query():
             now = time.monotonic()
             if now >= look:
-                self._raise_trouble(call, now >= deadline, False, "the stream is still waiting for NCCL")
+                self.look(call, now >= deadline, False, "the stream is still waiting for NCCL")
                 look = now + _SLICE_SECONDS
             time.sleep(0)
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tpkernels import _C, tune
+from tpkernels.connections import connect
 from tpkernels.devices import backend_of, load_cuda
-from tpkernels.exchange import DeviceExchange, ProcessGroupExchange
+from tpkernels.exchange import DeviceExchange, ProcessGroupExchange, Watch
 from tpkernels.peer import check_gpus, obstacle_to_peers, open_peer
 from tpkernels.rendezvous import (
     Gpu,
@@ -107,9 +108,15 @@ def _open_cpu(
             f": call init_process_group('cpu:gloo,cuda:nccl')"
         )
     rank, pids = process_group.rank(), _pids_here(process_group, ranks)
-    exchange = ProcessGroupExchange(process_group, name, wanted.timeout_s, _EXCHANGE_BYTES["cpu"], pids)
-    communicator = _C.open_group(name, label, rank, len(ranks), wanted.timeout_s, exchange)
-    return Opened(communicator, f"through the process group, because {obstacle}")
+    timeout_s, capacity = wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
+    sockets, no_sockets = connect(process_group)
+    if no_sockets is None:
+        watch = Watch(process_group, name, timeout_s, pids)
+        communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
+        return Opened(communicator, f"over connections between the ranks, because {obstacle}")
+    exchange = ProcessGroupExchange(process_group, name, timeout_s, capacity, pids)
+    communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)
+    return Opened(communicator, f"through the process group, because {obstacle}; {no_sockets}")
 
 
 def _open_cuda(
