@@ -32,7 +32,7 @@ LEVELS = [
         "derive_inputs",
         "derive_labels",
     }
-    | {"derive_names", "derive_run", "plan", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
+    | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {
         "plan_layers",
         "plan_loss",

@@ -12,6 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tpkernels.plan import Plan, PlanError
+from tpkernels.plan_alibi import OwnSlopes
 from tpkernels.plan_apply import all_cuts
 from tpkernels.plan_heads import Heads, LocalConfig, find_blocks, tell_heads
 from tpkernels.plan_layers import Tied
@@ -264,3 +265,22 @@ def test_the_command_shows_the_plan_and_refuses_in_a_sentence(tmp_path: Any) -> 
     assert refused.exit_code == 2
     assert "leaves some of 10 ranks with none" in refused.output
     assert CliRunner().invoke(app, ["plan-model", "nosuch"]).exit_code == 2
+
+
+class Biased(nn.Module):
+    def forward(self, x: torch.Tensor, alibi: torch.Tensor | None, mask: torch.Tensor | None = None) -> None:
+        """What an attention block of BLOOM takes."""
+
+
+def test_a_bias_of_all_heads_is_cut_to_those_of_the_rank_wherever_it_stands_in_the_call() -> None:
+    block, x = Biased(), torch.zeros(1)
+    hook = OwnSlopes(block, heads=5, start=3, count=2)
+    bias = torch.arange(10.0).view(10, 1, 1).expand(10, 1, 4)  # of 5 heads, for 2 sequences
+    own = bias[[3, 4, 8, 9]]
+    args, kwargs = hook(block, (x, bias), {"mask": x})
+    assert torch.equal(args[1], own) and args[0] is x and kwargs == {"mask": x}
+    args, kwargs = hook(block, (x,), {"alibi": bias})
+    assert torch.equal(kwargs["alibi"], own)
+    assert hook(block, (x, None), {}) == ((x, None), {})
+    with pytest.raises(PlanError, match=r"alibi must hold a bias for each of 5 heads, got shape \[4, 1, 4\]"):
+        hook(block, (x, own), {})

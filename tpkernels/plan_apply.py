@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpkernels.group import Group
 from tpkernels.layers.base import Cut
+from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
 from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
@@ -245,6 +246,9 @@ def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], settings: Cut
     for block in blocks:
         own = cuts_of_own(block, group.world_size) if block.name not in styles else {}
         tell_heads(block, group.world_size, group.rank)
+        if block.columns and takes_alibi(block.module):
+            hook = OwnSlopes(block.module, block.heads.query, *block.heads.query_of(group.world_size, group.rank))
+            block.module.register_forward_pre_hook(hook, with_kwargs=True)
         if own:
             cut_module(block.module, HeadParameters, own, group, tied)
 

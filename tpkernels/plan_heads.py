@@ -29,7 +29,7 @@ HEAD_SIZE = (
 )
 # ... the number of heads, of key and value heads, and the width of all heads together.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads", "kv_heads")
 WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "hidden_size", "attn_hidden_size")
 
 
