@@ -1,30 +1,41 @@
-"""The Trainer of transformers on a cut model.
+"""The Trainer of transformers on a cut model, alone or as one of several replicas.
 
-    with one_replica():                                   # not one data-parallel replica for each rank
-        arguments = TrainingArguments(..., save_strategy="no")
-        trainer = fit_trainer(Trainer(model=parallelize(model), args=arguments, train_dataset=data))
-        trainer.train()
-    tpkernels.checkpoint.save(model, folder, optimizer=trainer.optimizer)
+    with one_replica():                                   # accelerate neither wraps the model nor deals out the data
+        arguments = TrainingArguments(..., save_steps=100)
+        trainer = fit_trainer(Trainer(model=parallelize(model, group=tp), args=arguments, train_dataset=data), dp)
+        trainer.train()                                   # or trainer.train(resume_from_checkpoint=True)
 
-The ranks together are one replica: all of them see the same batches, because all draw the same random numbers.
+The ranks that hold one replica see the same batches, because all draw the same random numbers. Replicas are dealt the
+batches in turn, so that a step learns from per_device_train_batch_size * accumulation * replicas sequences: those that
+one process with a batch as large would take.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from tpkernels.data_parallel.clip import clip_grad_norm_
+from tpkernels import checkpoint, layers, ops
+from tpkernels.ckpt_place import Place
+from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
+from tpkernels.group import Group
 from tpkernels.plan_styles import PlanError
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
+STATE = "trainer_state.json"  # where the Trainer looks for its state
 
 
 @contextmanager
@@ -37,28 +48,254 @@ def one_replica() -> Iterator[None]:
         os.environ.update(before)
 
 
-def fit_trainer(trainer: Any) -> Any:
-    """Make a Trainer of a cut model right: the gradient norm is taken over all ranks, nothing is saved by each of them.
+def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
+    """Make a Trainer of a cut model right. Every rank calls it.
+
+    The gradient norm is taken over all ranks. With replicas, batches are dealt out, gradients, tokens and losses are
+    averaged; evaluation is done by every replica alike. Checkpoints are those of tpkernels.checkpoint, in folders named
+    checkpoint-<step> which `train(resume_from_checkpoint=...)` takes, on as many ranks; `save_model` writes a plain
+    Hugging Face folder. Only rank 0 shows progress and reports. Random numbers of torch are saved, others are not.
+
+    Args:
+        trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder all see.
+        dp_group: the ranks that hold the same part of other replicas; None when there is one replica.
 
     Returns:
         the trainer.
 
     Raises:
-        PlanError: its model is not cut, it was not made inside `one_replica`, or it would save checkpoints, which every
-            rank would write to the same files (use tpkernels.checkpoint).
+        PlanError: its model is not cut, it was not made inside `one_replica`, or it is to do what cannot be done right
+            here; the text says what.
     """
     report = getattr(trainer.model, "tpk_plan", None)
     if report is None:
         raise PlanError("fit_trainer: the model of the trainer is not cut")
     if trainer.accelerator.num_processes != 1:
         raise PlanError("fit_trainer: make arguments and trainer inside `with one_replica():`")
-    if str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no":
-        raise PlanError("fit_trainer: save_strategy must be 'no': save with tpkernels.checkpoint")
-    group = report.group
-
-    def clip(parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        trainer.accelerator.unscale_gradients()
-        return clip_grad_norm_(list(parameters), max_norm, groups=group, norm_type=norm_type)
-
-    trainer.accelerator.clip_grad_norm_ = clip
+    if dp_group is not None and dp_group.world_size == 1:
+        dp_group = None
+    ranks = report.group.world_size * (1 if dp_group is None else dp_group.world_size)
+    if dist.is_initialized() and dist.get_world_size() != ranks:
+        raise PlanError(
+            f"fit_trainer: the model is cut over {report.group.world_size} ranks and dp_group makes {ranks} of them, "
+            f"but the run has {dist.get_world_size()}: dp_group must join the same parts of all replicas"
+        )
+    for problem, instead in _problems(trainer, dp_group):
+        raise PlanError(f"fit_trainer: {problem} does not work on a cut model; {instead}")
+    _Saving(trainer, report.group, dp_group)
+    if dp_group is not None:
+        _Replica(trainer, report.group, dp_group)
     return trainer
+
+
+def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]:
+    """What of a Trainer's arguments cannot be made right, and what to do."""
+    from transformers import Trainer
+
+    of, accelerator = trainer.args, trainer.accelerator
+    if of.fp16:
+        yield "fp16=True", "each rank would find a loss scale of its own: take bf16"
+    if of.load_best_model_at_end or _text(of.save_strategy) == "best":
+        yield "load_best_model_at_end or save_strategy='best'", "load what you want with tpkernels.checkpoint.load"
+    if of.save_only_model:
+        yield "save_only_model=True", "call trainer.save_model for a plain folder"
+    if of.push_to_hub:
+        yield "push_to_hub=True", "push what trainer.save_model wrote"
+    if of.auto_find_batch_size:
+        yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
+    if dp_group is None:
+        return
+    if _text(of.train_sampling_strategy) not in ("random", "sequential"):
+        yield f"train_sampling_strategy={_text(of.train_sampling_strategy)!r} with replicas", "take 'random'"
+    if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
+        yield "an accelerator_config of split, dispatched or uneven batches with replicas", "leave it out"
+    if not accelerator.use_seedable_sampler:
+        yield "use_seedable_sampler=False with replicas", "they would shuffle apart: leave it True"
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
+        yield "sync_each_batch=True with replicas", "leave it out: gradients travel once a step"
+    if type(trainer).compute_loss is not Trainer.compute_loss and of.average_tokens_across_devices:
+        yield (
+            "a compute_loss of your own with replicas and average_tokens_across_devices=True",
+            "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
+            "replica's loss counts alike",
+        )
+
+
+def _text(option: Any) -> str:
+    return str(getattr(option, "value", option))
+
+
+class _Saving:
+    """Clips, saves and loads for a Trainer, whose own way would be one file written by all ranks."""
+
+    def __init__(self, trainer: Any, group: Group, dp_group: Group | None) -> None:
+        self._trainer, self._group, self._dp_group = trainer, group, dp_group
+        self._place = Place(group, dp_group)
+        self._random: dict[str, Tensor] | None = None
+        trainer.accelerator.clip_grad_norm_ = self._clip
+        trainer.is_world_process_zero = trainer.is_local_process_zero = lambda: self._place.is_first
+        trainer.state.is_world_process_zero = trainer.state.is_local_process_zero = self._place.is_first
+        trainer.save_model = self._save_model
+        trainer._save_checkpoint = self._save
+        trainer._load_from_checkpoint = self._open
+        trainer._load_optimizer_and_scheduler = self._load
+        trainer._load_rng_state = self._load_random
+
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        return clip_grad_norm_(list(parameters), max_norm, groups=self._group, norm_type=norm_type)
+
+    def _save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or self._trainer.args.output_dir
+        with self._place.together(f"save {folder}"):
+            if self._place.replica == 0:
+                self._trainer.model.save_pretrained(folder)
+            if self._place.is_first and self._trainer.processing_class is not None:
+                self._trainer.processing_class.save_pretrained(folder)
+
+    def _save(self, model: Any, trial: Any) -> None:
+        from transformers.trainer_callback import ExportableState
+
+        trainer = self._trainer
+        trainer.store_flos()
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                kept, name = trainer.state.stateful_callbacks, type(callback).__name__
+                kept[name] = [*kept[name], callback.state()] if isinstance(kept[name], list) else callback.state()
+        step = trainer.state.global_step
+        state = json.loads(json.dumps(dataclasses.asdict(trainer.state)))
+        folder = checkpoint.save(
+            trainer.model,
+            os.path.join(trainer.args.output_dir, f"checkpoint-{step:08d}"),
+            group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer), step=step,
+            extra={"trainer_state": state, "scheduler": trainer.lr_scheduler.state_dict()},
+        )  # fmt: skip
+        with self._place.together(f"save {folder}"):
+            if self._place.is_first and trainer.args.save_total_limit:
+                checkpoint.prune(folder.parent, trainer.args.save_total_limit)
+
+    def _open(self, folder: str, model: Any = None) -> None:
+        """Put the state where the Trainer looks for it. It goes when the rest is loaded, once there is an optimizer."""
+        with self._place.together(f"load {folder}"):
+            state, path = checkpoint.peek(folder)["extra"]["trainer_state"], os.path.join(folder, STATE)
+            if self._place.is_first:
+                with open(path + ".new", "w") as file:
+                    json.dump(state, file, indent=2, sort_keys=True)
+                os.replace(path + ".new", path)
+
+    def _load(self, folder: str | None) -> None:
+        if folder is None:
+            return
+        trainer = self._trainer
+        self._place.gather(None)  # all have read it
+        with self._place.together(f"load {folder}"):
+            if self._place.is_first:
+                os.remove(os.path.join(folder, STATE))  # a checkpoint holds what its save wrote, and nothing else
+        found = checkpoint.load(
+            trainer.model, folder, group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer)
+        )
+        trainer.lr_scheduler.load_state_dict(found.extra["scheduler"])
+        self._random = layers.rng_state()  # to be set again when the batches of before have been passed over
+
+    def _load_random(self, folder: str | None) -> None:
+        if self._random is not None:
+            layers.set_rng_state(self._random)
+
+
+class _Replica:
+    """What a Trainer does otherwise when it trains one of several replicas."""
+
+    def __init__(self, trainer: Any, group: Group, dp_group: Group) -> None:
+        self._trainer, self._group, self._dp_group = trainer, group, dp_group
+        self._aggregator: GradAggregator | None = None
+        self._checked = False
+        self._train, self._step, self._loss = trainer.train, trainer.training_step, trainer.compute_loss
+        self._tokens, self._loader = trainer._get_num_items_in_batch, trainer.get_train_dataloader
+        self._batch_size = trainer.get_total_train_batch_size
+        trainer.train, trainer.training_step, trainer.compute_loss = self.train, self.step, self.loss
+        trainer._get_num_items_in_batch, trainer.get_train_dataloader = self.tokens, self.loader
+        trainer.get_total_train_batch_size = lambda args: self._batch_size(args) * dp_group.world_size
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """With replicas that are the same at the beginning and average their gradients."""
+        accelerator, self._checked = self._trainer.accelerator, False
+        with GradAggregator(self._trainer.model, group=self._dp_group, codec="none") as self._aggregator:
+            accelerator.no_sync = lambda model=None: self._aggregator.no_sync()
+            try:
+                return self._train(*args, **kwargs)
+            finally:
+                self._aggregator = None
+                del accelerator.no_sync
+
+    def step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; the loss is the mean over the replicas."""
+        if not self._checked:
+            self._check_same_data(inputs)
+        loss: Tensor = self._step(model, inputs, *args, **kwargs)
+        if self._aggregator is not None and self._trainer.accelerator.sync_gradients:
+            self._aggregator.wait()
+        return ops.all_reduce(loss.reshape(1), group=self._dp_group, op="avg").reshape(())
+
+    def tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of all replicas, by which their losses are divided."""
+        found = self._tokens(*args, **kwargs)
+        if isinstance(found, Tensor) and self._trainer.args.average_tokens_across_devices:
+            return ops.all_reduce(found.reshape(1), group=self._dp_group).reshape(found.shape)
+        return found
+
+    def loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Times the replicas where it was divided by the tokens of all, because the average divides by them again."""
+        found = self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        trainer = self._trainer
+        divided = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if not (divided and isinstance(num_items_in_batch, Tensor) and trainer.args.average_tokens_across_devices):
+            return found
+        times = self._dp_group.world_size
+        return (found[0] * times, found[1]) if return_outputs else found * times
+
+    def loader(self) -> Any:
+        """Of the batches whose number, modulo the replicas, is that of this one."""
+        accelerator = self._trainer.accelerator
+        accelerator.prepare_data_loader = self._deal
+        try:
+            return self._loader()
+        finally:
+            del accelerator.prepare_data_loader
+
+    def _deal(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
+        from accelerate.data_loader import prepare_data_loader
+
+        accelerator = self._trainer.accelerator
+        made = prepare_data_loader(
+            data_loader,
+            accelerator.device,
+            num_processes=self._dp_group.world_size,
+            process_index=self._dp_group.rank,
+            put_on_device=accelerator.device_placement if device_placement is None else device_placement,
+            dispatch_batches=False,
+            use_seedable_sampler=True,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
+        )
+        accelerator._dataloaders.append(made)
+        return made
+
+    def _check_same_data(self, inputs: Any) -> None:
+        """Once: a replica whose ranks learn from different sequences learns nonsense."""
+        digest = 0
+        for leaf in tree_leaves(dict(inputs)):
+            if isinstance(leaf, Tensor):
+                digest = zlib.crc32(
+                    leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest
+                )
+        if len(set(digests := self._group.exchange_sizes(digest))) > 1:
+            raise PlanError(
+                f"fit_trainer: the ranks of a replica must see the same batches, got digests {digests} in rank order: "
+                f"give all ranks the same data and seed"
+            )
+        self._checked = True
+
+
+def _plain(optimizer: Any) -> Any:
+    """The optimizer itself, where accelerate has wrapped it."""
+    return getattr(optimizer, "optimizer", optimizer)
