@@ -14,7 +14,7 @@ from aggregator_tools import Bare, assert_averaged, assert_same_bits, backward, 
 from op_tools import raised
 from torch import nn
 
-from tpkernels.data_parallel import GradAggregator, OuterSGD
+from tpkernels.data_parallel import GradAggregator, OuterSGD, TopK
 from tpkernels.data_parallel.lane import open_lane
 from tpkernels.errors import PeerLostError
 from tpkernels.group import Group
@@ -34,9 +34,9 @@ def test_bad_arguments_say_what_came() -> None:
             (Bare(), {"mode": "async"}, ValueError, "mode must be one of 'sync', 'delayed', 'local', got 'async'"),
             (
                 Bare(),
-                {"codec": "topk", "mode": "local"},
+                {"codec": "topk", "mode": "local", "topk": TopK(momentum=0.9)},
                 ValueError,
-                "'topk' sends the largest gradients of every step",
+                "topk must have momentum 0 in mode 'local', whose outer optimizer has its own, got 0.9",
             ),
             (Bare(), {"bucket_bytes": 0}, ValueError, "bucket_bytes must be 1 or more, got 0"),
             (Bare(), {"local_steps": 1.5}, TypeError, "local_steps must be an int, got float"),

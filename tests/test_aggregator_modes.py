@@ -169,6 +169,7 @@ def check_a_changed_loss_scale_changes_nothing_else() -> None:
 
 
 WAYS: list[dict[str, Any]] = [
+    {"codec": "topk", "mode": "local", "local_steps": 2, "topk": TopK(0.1)},
     {"codec": "none"},
     {"codec": "fp16"},
     {"codec": "topk", "topk": TopK(0.05, momentum=0.9, warmup_steps=4)},

@@ -11,7 +11,7 @@ from aggregator_tools import Bare, assert_same_bits, backward, gradient, grads
 from torch import Tensor
 
 from tpkernels import ops
-from tpkernels.data_parallel import GradAggregator, TopK
+from tpkernels.data_parallel import GradAggregator, OuterSGD, TopK
 from tpkernels.data_parallel.sparse import largest
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
@@ -87,6 +87,36 @@ def check_nothing_is_lost_but_delayed() -> None:
                 assert ((sent[name] + owed - exact).abs() <= 1e-5 * (1 + exact.abs())).all(), name
 
 
+def check_the_largest_changes_of_local_steps_travel() -> None:
+    """Mode local: anchor -= mean of what is sent; what is not sent is added to the next difference."""
+    with Group.open() as group:
+        R, settings, model = group.world_size, TopK(0.05), Bare()
+        options = {"mode": "local", "local_steps": 2, "outer": OuterSGD(1.0, 0.0), "bucket_bytes": 1 << 20}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        anchor = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        owed = [torch.zeros_like(anchor) for _ in range(R)]
+        with GradAggregator(model, group=group, codec="topk", topk=settings, **options) as aggregator:
+            for step in range(6):
+                for name, p in model.named_parameters():
+                    p.data -= 0.1 * gradient(name, p.shape, group.rank, step)
+                assert aggregator.after_step() == (step % 2 == 1)
+                if step % 2 == 0:
+                    continue
+                mean = torch.zeros_like(anchor)
+                for r in range(R):
+                    moved = [sum(gradient(n, shapes[n], r, s) for s in (step - 1, step)).reshape(-1) for n in shapes]
+                    owed[r] += 0.1 * torch.cat(moved) / R
+                    index = owed[r].abs().topk(settings.count(anchor.numel(), 0)).indices
+                    mean[index] += owed[r][index]
+                    owed[r][index] = 0.0
+                anchor -= mean
+                got = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+                assert torch.allclose(got, anchor, rtol=2.0**-10, atol=1e-3 * float(mean.abs().max())), step
+                assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, group)
+            sent = aggregator.stats()["by_op"]["all_gather"]["wire_bytes"]
+            assert sent < 3 * (R - 1) * (settings.message_bytes(anchor.numel(), 0) + 64), "a message a round"
+
+
 def check_bytes_are_those_of_the_formula() -> None:
     with Group.open() as group:
         model, settings = Bare(shapes={"w": (300, 100), "v": (50, 10)}), TopK(0.01, warmup_steps=2)
@@ -107,7 +137,12 @@ def check_bytes_are_those_of_the_formula() -> None:
 @R_RANKS
 @pytest.mark.parametrize(
     "check",
-    [check_steps_are_those_of_the_algorithm, check_nothing_is_lost_but_delayed, check_bytes_are_those_of_the_formula],
+    [
+        check_steps_are_those_of_the_algorithm,
+        check_nothing_is_lost_but_delayed,
+        check_the_largest_changes_of_local_steps_travel,
+        check_bytes_are_those_of_the_formula,
+    ],
     ids=lambda check: check.__name__.removeprefix("check_"),
 )
 def test_the_largest_gradients_travel(check: Callable[[], None], R: int) -> None:

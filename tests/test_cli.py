@@ -80,7 +80,6 @@ def test_info_says_what_was_built() -> None:
         ("--dp 2 --grad-mode never", "--grad-mode is one of sync, delayed, local, got never"),
         ("--grad-codec fp16", "--grad-codec needs several replicas: take --dp 2 or more, or leave it out"),
         ("--check-replicas 5", "--check-replicas needs several replicas"),
-        ("--dp 2 --grad-mode local --grad-codec topk", "take --grad-mode sync or delayed"),
         ("--dp 2 --grad-mode local --check-replicas 3", "make --check-replicas a multiple of it, got 3"),
         ("--lr 0", "--lr must be more than 0, got 0.0"),
         ("--minutes -1", "--minutes must be more than 0"),

@@ -58,7 +58,7 @@ def test_every_method_is_one_that_the_trainer_accepts() -> None:
         assert len(set(names)) == len(names)
         for method in methods(layout):
             check(settings_of(plan.SMALL, layout, method))
-    assert {"DDP", "PowerSGD", "int8 delayed", "fp8 local", "topk"} <= {m.name for m in methods("dp2")}
+    assert {"DDP", "PowerSGD", "int8 delayed", "fp8 local", "topk", "topk local"} <= {m.name for m in methods("dp2")}
 
 
 def test_cells_that_are_kept_are_not_measured_again_and_a_cut_off_row_is(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def check_parity(folder: str, settings: Settings) -> None:
 
 def check_resume(folder: str, settings: Settings) -> None:
     """Eight steps; five and three: between two averages of mode local, with an average in flight in mode delayed."""
-    for mode, codec in (("sync", "fp16"), ("delayed", "fp16"), ("local", "none"), ("sync", "topk")):
+    for mode, codec in (("sync", "fp16"), ("delayed", "fp16"), ("local", "topk"), ("sync", "topk")):
         s, where = replace(settings, grad_mode=mode, grad_codec=codec, checkpoint_every=5), f"{folder}/{mode}-{codec}"
         whole, losses = finished(s, f"{where}/whole")
         finished(replace(s, stop_at=5), f"{where}/parts")

@@ -40,7 +40,7 @@ class Replicas:
             warmup_steps=min(DELAY_FROM, settings.warm_up),
             local_steps=settings.local_steps,
             outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # few local steps want the plain mean
-            topk=TopK(TOPK_RATIO, warmup_steps=settings.warm_up),
+            topk=_topk(settings),
         )
 
     def mean(self, value: float) -> float:
@@ -76,6 +76,12 @@ class Replicas:
         """Leave the other replicas; what was counted stays."""
         self._sent, self._closed = self.bytes_sent(), True
         self.aggregator.close()
+
+
+def _topk(settings: Settings) -> TopK:
+    """The same bytes a step in all modes: fewer messages may be longer."""
+    each = settings.local_steps if settings.grad_mode == "local" else 1
+    return TopK(min(1.0, TOPK_RATIO * each), warmup_steps=settings.warm_up // each)
 
 
 class OwnState:

@@ -108,14 +108,11 @@ def _check_replicas(s: Settings) -> None:
         raise UserError(f"--grad-codec is one of {', '.join(GRAD_CODECS)}, got {s.grad_codec}.")
     if s.grad_mode not in GRAD_MODES:
         raise UserError(f"--grad-mode is one of {', '.join(GRAD_MODES)}, got {s.grad_mode}.")
-    if s.grad_mode == "local":
-        if s.grad_codec == "topk":
-            raise UserError("--grad-codec topk sends a part of each step's gradient: take --grad-mode sync or delayed.")
-        if s.check_replicas % s.local_steps:
-            raise UserError(
-                f"replicas are the same after every --local-steps {s.local_steps} steps only: "
-                f"make --check-replicas a multiple of it, got {s.check_replicas}."
-            )
+    if s.grad_mode == "local" and s.check_replicas % s.local_steps:
+        raise UserError(
+            f"replicas are the same after every --local-steps {s.local_steps} steps only: "
+            f"make --check-replicas a multiple of it, got {s.check_replicas}."
+        )
     if s.batch < s.dp:
         raise UserError(
             f"a batch of {s.batch} cannot be cut over {s.dp} replicas, because each needs a sequence: "

@@ -35,6 +35,8 @@ def verdicts(kept: Sequence[Row]) -> Iterator[Verdict]:
         yield loss_goal(kept, layout, "fp16", 0.51, None)
         yield loss_goal(kept, layout, "int8", 0.275, 0.005)
         yield loss_goal(kept, layout, "topk", 0.03, 0.02)
+        if layout == "dp2":
+            yield loss_goal(kept, layout, "topk local", 0.03, 0.02)
         for steps in sorted({int(row["steps"]) for row in select(kept, kind="loss", layout=layout, method="topk")}):
             if steps > main_steps(kept, layout):
                 yield loss_goal(kept, layout, "topk", 0.03, 0.02, steps)

@@ -44,8 +44,7 @@ def methods(layout: str) -> list[Method]:
     if LAYOUTS[layout][1] == 1:  # without replicas the codecs carry activations and their gradients
         return [Method("torch TP", torch="tp"), *(Method(codec, codec) for codec in CODECS)]
     torchs = [Method("DDP", torch="plain"), Method("DDP fp16 hook", torch="fp16"), Method("PowerSGD", torch="powersgd")]
-    ours = [Method(f"{c}{'' if m == 'sync' else ' ' + m}", c, m) for m in GRAD_MODES for c in GRAD_CODECS]
-    return torchs + [m for m in ours if (m.codec, m.mode) != ("topk", "local")]  # which the settings refuse
+    return torchs + [Method(f"{c}{'' if m == 'sync' else ' ' + m}", c, m) for m in GRAD_MODES for c in GRAD_CODECS]
 
 
 def settings_of(base: Settings, layout: str, method: Method) -> Settings:

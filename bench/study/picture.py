@@ -13,7 +13,7 @@ from bench.study.methods import methods
 from bench.study.rows import Row
 
 LAYOUT = "dp2"
-CURVES = ("DDP", "none", "fp16", "int8", "fp8", "topk", "fp16 delayed", "int8 local", "PowerSGD")
+CURVES = ("DDP", "none", "fp16", "int8", "fp8", "topk", "topk local", "fp16 delayed", "int8 local", "PowerSGD")
 BARS = ("DDP", "DDP fp16 hook", "PowerSGD", "none", "bf16", "fp16", "int8", "fp8", "topk")
 
 

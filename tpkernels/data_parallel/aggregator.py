@@ -109,9 +109,9 @@ class GradAggregator:
     ) -> None:
         group = resolve(group)
         bucket_bytes = BUCKET_BYTES[group.device.type] if bucket_bytes is None else bucket_bytes
-        checks.check_choice(codec, mode)
-        checks.check_counts(bucket_bytes=bucket_bytes, warmup_steps=warmup_steps, local_steps=local_steps)
         outer, topk = outer or OuterSGD(), topk or TopK()
+        checks.check_choice(codec, mode, topk)
+        checks.check_counts(bucket_bytes=bucket_bytes, warmup_steps=warmup_steps, local_steps=local_steps)
         members = checks.members_of(model, group, codec, gradient_dtype, mode)
         settings = {
             "codec": codec, "error_feedback": error_feedback, "mode": mode, "bucket_bytes": bucket_bytes,

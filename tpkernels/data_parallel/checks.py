@@ -14,6 +14,7 @@ from tpkernels.ranks import gather
 
 from .agree import replicas_agree
 from .buckets import Member
+from .sparse import TopK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKABLE = FLOATS[:3]
@@ -22,16 +23,15 @@ MODES = ("sync", "delayed", "local")
 WHO = "GradAggregator"
 
 
-def check_choice(codec: Any, mode: Any) -> None:
+def check_choice(codec: Any, mode: Any, topk: TopK) -> None:
     """Raise ValueError unless codec and mode exist and go together."""
     if codec not in GRAD_CODECS:
         raise ValueError(f"{WHO}: codec must be one of {', '.join(map(repr, GRAD_CODECS))}, got {codec!r}")
     if mode not in MODES:
         raise ValueError(f"{WHO}: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    if codec == "topk" and mode == "local":
+    if codec == "topk" and mode == "local" and topk.momentum:
         raise ValueError(
-            f"{WHO}: codec 'topk' sends the largest gradients of every step and needs mode 'sync' or 'delayed', got "
-            f"mode 'local'; pack the difference of the parameters with a codec of {', '.join(map(repr, CODECS))}"
+            f"{WHO}: topk must have momentum 0 in mode 'local', whose outer optimizer has its own, got {topk.momentum}"
         )
 
 

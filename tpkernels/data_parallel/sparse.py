@@ -1,4 +1,4 @@
-"""Codec "topk", for gradients only: the largest of them now, the others when they have grown.
+"""Codec "topk", for gradients and the differences of mode "local": the largest now, the others when they have grown.
 
 A message has a fixed size, so that one all_gather carries it: k indices (int32), then k values packed as fp16 with one
 exponent for each block. All ranks add the messages up in rank order and hold the same bits.
@@ -31,11 +31,17 @@ class TopK:
     """Settings of codec "topk".
 
     Attributes:
-        ratio: the share of each bucket that is sent in a step, in (0, 1].
+        ratio: the share of each bucket that is sent in a message, in (0, 1]. Mode "local" has a message every
+            `local_steps` steps only.
         momentum: momentum correction, in [0, 1): momentum is applied to a gradient before the largest are chosen, and
             forgotten where one was sent (factor masking). It takes the place of the optimizer's own: with SGD set the
-            optimizer's to 0; with Adam, which has its own, leave 0 here.
-        warmup_steps: over so many steps the share falls exponentially from a quarter to ratio.
+            optimizer's to 0; with Adam, which has its own, and in mode "local" leave 0 here.
+        warmup_steps: over so many messages the share falls exponentially from a quarter to ratio.
+
+    Adam divides by the size of recent gradients. One that comes seldom, and then as the sum of many steps, moves a
+    parameter no further than that of one step would: what was held back is lost in the step, though not in the sum.
+    With Adam take mode "local", in which each rank's optimizer sees every gradient of its own, and the largest changes
+    of parameters travel.
 
     Source: Lin et al. 2018, Deep Gradient Compression (arXiv:1712.01887).
     """
