@@ -182,6 +182,13 @@ class Around(nn.Module):
         return self.down(self.up(self.inner(x)).relu())
 
 
+class LeavesItOut(Around):
+    """The attention is there and not used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x + self.inner._ff_block(x)).relu())
+
+
 class ReadsAttention(Around):
     """The weights of the attention are used past its forward, where a part of them would be taken for the whole."""
 
@@ -195,10 +202,41 @@ def test_torchs_own_attention_is_cut_by_heads_and_its_encoder_layer_around_it() 
     for model, why in (
         (Around(heads=1), "it has one head"),
         (ReadsAttention(), "its in_proj_weight is used outside of its forward"),
+        (LeavesItOut(), "the run did not reach it"),
     ):
         found = derive(model)
         assert found.plan == {"inner.self_attn.out_proj": "replicate"} | hidden_layers
         assert {names[0]: reason for names, reason in found.whole}["inner.self_attn"] == why
+
+
+class ImagesAndTexts(nn.Module):
+    """Takes either or both, images of one size and texts of one length, as open_clip's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context_length, self.image_size = 9, (24, 16)
+        self.table, self.places = nn.Embedding(61, 8), nn.Parameter(torch.zeros(9, 8))
+        self.patch, self.patches = nn.Conv2d(3, 8, 8, 8), nn.Parameter(torch.zeros(6, 8))
+        self.read, self.look = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, image: torch.Tensor | None = None, text: torch.Tensor | None = None) -> list[torch.Tensor]:
+        found = []
+        if image is not None:
+            found.append(self.look(self.patch(image).flatten(2).transpose(1, 2) + self.patches))
+        if text is not None:
+            found.append(self.read(self.table(text) + self.places))
+        return found
+
+
+def test_sample_inputs_of_images_and_texts_come_in_the_size_the_length_and_the_dtype_of_the_model() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = derive(ImagesAndTexts().to(dtype))
+        assert not any("reach" in why for _, why in found.whole), found.whole
+        assert found.plan == {"table": "vocab"} | {
+            f"{side}.{name}": style
+            for side in ("read", "look")
+            for name, style in (("self_attn", "multihead_attention"), ("linear1", "column"), ("linear2", "row"))
+        }
 
 
 def test_a_feature_that_becomes_a_number_is_needed_on_every_rank() -> None:

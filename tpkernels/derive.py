@@ -84,6 +84,8 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         refuse_unsummable(model, groups, owners, sources)
         refuse_undroppable(model, groups)
         styles = _checked(model, sources, owners, groups, runs, direct)
+    called = {name for run in runs for name in run.flow.called}
+    direct |= {name: "the run did not reach it" for name in attention if name not in called}
     for name, why in attention_left_whole(attention, owners, direct, RANKS).items():
         groups.append(LinearGroup([name], reason=why))
         del attention[name]
@@ -93,7 +95,6 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         raise DeriveError(f"derive_plan: nothing in {type(model).__name__} can be cut:\n{_text(_reasons(groups))}")
     names = [name for name, _ in model.named_modules()]
     plan = generalise({name: styles[name] for name in names if name in styles}, names)
-    called = {name for run in runs for name in run.flow.called}
     unknown = [name for name in sources if name not in called and styles.get(name) == "replicate"]
     return Derived(plan, _reasons(groups) + [(unknown, "the run did not reach them")] * bool(unknown))
 
@@ -247,7 +248,8 @@ def _runs(
     if not runs:
         raise DeriveError(
             f"derive_plan: {type(model).__name__} could not be run on sample inputs "
-            f"({type(first).__name__}: {first}); give inputs=(args, kwargs) or a plan"
+            f"({f'{type(first).__name__}: {first}' if first else 'none could be guessed'}); "
+            f"give inputs=(args, kwargs) or a plan"
         ) from first
     return runs
 

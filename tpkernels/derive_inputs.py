@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 BATCH, TOKENS = 2, 6
+# What models whose arguments all have a default call texts and images.
+TEXTS, IMAGES = ("text", "texts", "input_ids", "ids", "tokens"), ("image", "images", "img", "pixel_values")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -77,16 +80,37 @@ def _image(config: Any) -> Tensor | None:
 
 
 def _of_module(model: nn.Module) -> Iterator[Call]:
-    names = inspect.signature(model.forward).parameters.values()
-    count = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in names)
-    if not count:
-        return
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    count = sum(p.default is p.empty for p in names)
     modules = list(model.modules())
-    if any(isinstance(m, nn.Embedding) for m in modules):
-        yield (torch.ones(BATCH, TOKENS, dtype=torch.int64),) * count, {}
+    ids, images = list(_ids(model, modules)), list(_images(modules))
+    if not count:  # a model of images and texts takes either
+        known = {p.name: ids if p.name in TEXTS else images for p in names if p.name in (*TEXTS, *IMAGES)}
+        for chosen in itertools.product(*known.values()) if known else ():
+            yield (), dict(zip(known, chosen, strict=True))
+        return
+    for x in ids:
+        yield (x,) * count, {}
     for width in dict.fromkeys(m.in_features for m in modules if isinstance(m, nn.Linear)):
         yield (torch.zeros(BATCH, TOKENS, width),) * count, {}
         yield (torch.zeros(BATCH, width),) * count, {}
+    for x in images:
+        yield (x,) * count, {}
+
+
+def _ids(model: nn.Module, modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Token ids, of any length, and of the one length that some models take."""
+    if any(isinstance(m, nn.Embedding) for m in modules):
+        lengths = (TOKENS, getattr(model, "context_length", None))
+        for length in dict.fromkeys(n for n in lengths if isinstance(n, int)):
+            yield torch.ones(BATCH, length, dtype=torch.int64)
+
+
+def _images(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Images of the sizes that modules tell, and of usual ones."""
+    told = [size for size in (getattr(m, "image_size", None) for m in modules) if isinstance(size, (int, tuple))]
     for conv in [m for m in modules if isinstance(m, nn.Conv2d)][:1]:
-        for size in (32, 224):
-            yield (torch.zeros(BATCH, conv.in_channels, size, size),) * count, {}
+        for size in dict.fromkeys([*told, 32, 224]):
+            height, width = (size, size) if isinstance(size, int) else size
+            yield torch.zeros(BATCH, conv.in_channels, height, width)
