@@ -81,20 +81,24 @@ def cut_decoder(group: Group) -> SlotDecoder:
     return SlotDecoder(parallelize(model, group=group) if group.world_size > 1 else model, SLOTS, MAX_LENGTH)
 
 
-def serve_ranks(check: Callable[[Served], Awaitable[Any]], token: str | None = None, timeout_s: float = 30.0) -> Any:
+def serve_ranks(
+    check: Callable[[Served], Awaitable[Any]], token: str | None = None, timeout_s: float = 30.0, drain_s: float = 30.0
+) -> Any:
     """On every rank: rank 0 serves and runs the check against its server, the others follow."""
     with Group.open(timeout_s=timeout_s) as group:
         decoder = cut_decoder(group)
         if group.rank:
             return follow(decoder, group, SLOTS)
         engine = Engine(decoder, byte_tokenizer(), group, QUEUE, Metrics())
-        return serve_one(check, engine, decoder, token)
+        return serve_one(check, engine, decoder, token, drain_s)
 
 
-def serve_one(check: Callable[[Served], Awaitable[Any]], engine: Engine, decoder: Any, token: str | None = None) -> Any:
+def serve_one(
+    check: Callable[[Served], Awaitable[Any]], engine: Engine, decoder: Any, token: str | None, drain_s: float
+) -> Any:
     gate, listening = Gate(decoder), listen("127.0.0.1", 0)
     engine.start()
-    server = Server(create_app(engine, "tiny", token), engine, listening, drain_s=30.0)
+    server = Server(create_app(engine, "tiny", token), engine, listening, drain_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve_until_stopped()), daemon=True)
     thread.start()
 

@@ -190,6 +190,45 @@ async def what_is_wrong_is_named(served: Served) -> None:
     assert (await served.complete("ab", logprobs=None, presence_penalty=0, user="me", max_tokens=1)).status_code == 200
 
 
+async def what_is_not_served_is_named_and_what_asks_for_nothing_passes(served: Served) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    plain = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+
+    async def said(body: dict[str, Any]) -> tuple[int, str | None]:
+        answer = await served.client.post(f"/v1/{'chat/' if 'messages' in body else ''}completions", json=body)
+        return answer.status_code, answer.json().get("error", {}).get("param")
+
+    refused: dict[str, Any] = {
+        "repetition_penalty": 1.1, "min_p": 0.1, "function_call": {"name": "f"}, "functions": [{}], "tools": [{}],
+        "tool_choice": "required", "response_format": {"type": "json_object"}, "logit_bias": {"5": 1}, "best_of": 2,
+        "suffix": "x", "echo": True, "min_tokens": 3, "guided_json": {}, "length_penalty": 0, "bad_words": ["x"],
+        "skip_special_tokens": False, "use_beam_search": True, "logprobs": 0, "prompt_logprobs": 0, "max_token": 3,
+        "stream_options": {"include_usage": True}, "truncate_prompt_tokens": 5, "frequency_penalty": True,
+    }  # fmt: skip
+    neutral: dict[str, Any] = {
+        "repetition_penalty": 1.0, "min_p": 0.0, "function_call": "none", "functions": [], "tools": [],
+        "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {}, "best_of": 1, "suffix": "",
+        "echo": False, "min_tokens": 0, "guided_json": None, "length_penalty": 1, "bad_words": [], "logprobs": False,
+        "skip_special_tokens": True, "stream_options": None, "metadata": {"a": "b"}, "service_tier": "auto",
+    }  # fmt: skip
+    for body in (plain, chat):
+        for name, value in refused.items():
+            assert await said({**body, name: value}) == (400, name), (body, name)
+        assert await said(body | neutral) == (200, None)
+    assert await said(plain | {"add_special_tokens": True}) == await said(chat | {"add_special_tokens": False})
+    assert await said(chat | {"add_special_tokens": True}) == (400, "add_special_tokens")
+    assert await said(plain | {"best_of": 2, "n": 2}) == (200, None)
+    for options in ("continuous_usage_stats", "include_obfuscation", "usage"):
+        body = plain | {"stream": True, "stream_options": {options: True}}
+        assert await said(body) == (400, f"stream_options.{options}")
+    said_before = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None}
+    assert await said(chat | {"messages": [*chat["messages"], said_before]}) == (200, None)  # type: ignore[misc]
+    called = {"role": "assistant", "content": "b", "tool_calls": [{}]}
+    assert await said(chat | {"messages": [called]}) == (400, "messages.0.tool_calls")
+    parts = [{"type": "text", "text": "a", "cache_control": {}}]
+    assert (await said(chat | {"messages": [{"role": "user", "content": parts}]}))[0] == 400
+
+
 async def the_token_is_asked_for(served: Served) -> None:
     for wrong in ("", "Bearer no", "Bearer \N{SNOWMAN}", "Basic secret"):
         answer = await served.client.get("/v1/models", headers={"Authorization": wrong.encode()})
@@ -231,8 +270,8 @@ async def everything(served: Served) -> list[tuple[str, str]]:
     found = await sixty_four_clients(served)
     for check in (
         too_many_are_refused, who_leaves_is_forgotten, sampling_is_each_requests_own, what_is_wrong_is_named,
-        chat_is_the_template_and_streams_deltas, the_token_is_asked_for, the_numbers_are_right,
-        stopping_lets_running_requests_end,
+        what_is_not_served_is_named_and_what_asks_for_nothing_passes, chat_is_the_template_and_streams_deltas,
+        the_token_is_asked_for, the_numbers_are_right, stopping_lets_running_requests_end,
     ):  # fmt: skip
         try:
             await asyncio.wait_for(check(served), 25)
@@ -321,6 +360,31 @@ def test_the_command_serves_and_ends_what_runs_when_it_is_told_to_stop(tmp_path:
     finally:
         server.kill()
         server.wait()
+
+
+async def what_runs_is_ended(served: Served) -> None:
+    with served.gate.shut():
+        running = asyncio.ensure_future(served.complete("ab", max_tokens=90))
+        await served.until(served.gate.waiting.is_set)
+        served.server.handle_exit(signal.SIGTERM, None)
+        await served.until(lambda: served.engine._stopping)
+    answer = await running
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "service_unavailable_error")
+    assert answer.json()["error"]["message"].endswith("the server is stopping")
+
+
+def test_drain_0_ends_what_runs_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from tpkernels import cli
+    from tpkernels.serve import command
+
+    asked = list[command.ServeArguments]()
+    monkeypatch.setattr(command, "work", asked.append)
+    folder = save_tiny(tmp_path / "tiny")
+    found = CliRunner().invoke(cli.app, ["serve", str(folder), "--drain", "0"])
+    assert (found.exit_code, [a.drain_s for a in asked]) == (0, [0.0]), found.output
+    serve_ranks(what_runs_is_ended, drain_s=asked[0].drain_s)
 
 
 def test_a_port_that_is_taken_and_a_missing_package_are_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,16 @@
-"""Requests as OpenAI's interface has them, and errors in its form. What is not served is refused, never ignored."""
+"""Requests as OpenAI's interface has them, and errors in its form. What is not served is refused, never ignored.
+
+Every field that a request may hold is one of these:
+
+    served       a field of the classes here
+    NOT_SERVED   OpenAI's or vLLM's, would change the answer: a 400 that names it, unless its value asks for nothing
+    IGNORED      OpenAI's or vLLM's, changes nothing in the answer
+    any other    a 400 that names it, as OpenAI does: who writes max_token for max_tokens is to know it
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -13,12 +21,29 @@ from .engine import Refused
 MOST_STOPS = 4
 MOST_CHOICES = 16
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
-# Fields of OpenAI's that change the answer and are not served, with the values that ask for nothing.
+# Values that ask for nothing, which clients send because they are the defaults. best_of is looked at by itself.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False), "top_logprobs": (None, 0), "echo": (None, False), "best_of": (None, 1),
-    "suffix": (None, ""), "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
-    "tools": (None, []), "functions": (None, []), "tool_choice": (None, "none", "auto"), "modalities": (None, ["text"]),
-    "response_format": (None, {"type": "text"}), "audio": (None,), "prediction": (None,),
+    "logprobs": (None, False), "top_logprobs": (None, 0), "echo": (None, False), "suffix": (None, ""),
+    "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
+    "function_call": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "web_search_options": (None,),
+    "reasoning_effort": (None, "none"), "verbosity": (None, "medium"), "store": (None, False),
+    # vLLM's
+    "repetition_penalty": (None, 1), "min_p": (None, 0), "min_tokens": (None, 0), "length_penalty": (None, 1),
+    "use_beam_search": (None, False), "early_stopping": (None, False), "include_stop_str_in_output": (None, False),
+    "skip_special_tokens": (None, True), "spaces_between_special_tokens": (None, True), "detokenize": (None, True),
+    "prompt_logprobs": (None,), "truncate_prompt_tokens": (None,), "bad_words": (None, []),
+    "allowed_token_ids": (None,), "logits_processors": (None, []), "thinking_token_budget": (None,),
+    "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
+    "guided_decoding_backend": (None,), "guided_whitespace_pattern": (None,), "structured_outputs": (None, {}),
+    "add_generation_prompt": (None, True), "continue_final_message": (None, False), "documents": (None, []),
+    "chat_template": (None,), "chat_template_kwargs": (None, {}), "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False), "mm_processor_kwargs": (None, {}), "kv_transfer_params": (None,),
+}  # fmt: skip
+IGNORED = {
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+    "parallel_tool_calls", "priority", "request_id", "cache_salt", "include_reasoning",
 }  # fmt: skip
 
 
@@ -33,13 +58,19 @@ class Invalid(Refused):
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
+    model_config = ConfigDict(extra="allow")
+    not_served: ClassVar = {"continuous_usage_stats": (None, False), "include_obfuscation": (None, False)}
+    ignored: ClassVar[set[str]] = set()
+
     include_usage: bool = False
 
 
 class Asked(BaseModel):
     """What both kinds of request have."""
 
-    model_config = ConfigDict(extra="allow")  # what clients add beyond, such as `user`; NOT_SERVED is looked for
+    model_config = ConfigDict(extra="allow")  # `parse` looks at them one by one
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = NOT_SERVED
+    ignored: ClassVar = IGNORED | {"best_of"}
 
     model: str
     temperature: float = Field(1.0, ge=0.0, le=100.0)
@@ -84,6 +115,8 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """POST /v1/completions."""
 
+    not_served: ClassVar = NOT_SERVED | {"add_special_tokens": (None, True)}
+
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1)
 
@@ -103,14 +136,21 @@ class CompletionAsked(Asked):
 class Part(BaseModel):
     """A part of a message."""
 
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation. Clients send back what they got, so that null fields of answers come along."""
 
     model_config = ConfigDict(extra="allow")
+    not_served: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": (None, []), "tool_call_id": (None,), "function_call": (None,), "audio": (None,),
+        "refusal": (None, ""), "annotations": (None, []), "reasoning_content": (None, ""), "reasoning": (None, ""),
+    }  # fmt: skip
+    ignored: ClassVar = {"name"}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
@@ -123,6 +163,8 @@ class Message(BaseModel):
 
 class ChatAsked(Asked):
     """POST /v1/chat/completions."""
+
+    not_served: ClassVar = NOT_SERVED | {"add_special_tokens": (None, False)}  # the template has them
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -142,10 +184,33 @@ def parse(kind: type[Asked], body: bytes) -> Any:
         where = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or None
         got = "" if first["type"] in ("missing", "json_invalid") else f" (got {str(first['input'])[:100]!r})"
         raise Invalid(f"{where or 'body'}: {first['msg']}{got}", where) from None
-    for name, value in (asked.model_extra or {}).items():
-        if name in NOT_SERVED and value not in NOT_SERVED[name]:
-            raise Invalid(f"{name}: is not served, got {str(value)[:100]}", name)
+    _check_others(asked)
+    best_of = (asked.model_extra or {}).get("best_of")
+    if best_of is not None and best_of != asked.n:
+        raise Invalid(f"best_of: is not served unless it equals n, got {str(best_of)[:100]} and n {asked.n}", "best_of")
+    if asked.stream_options is not None:
+        if not asked.stream:
+            raise Invalid("stream_options: needs stream true", "stream_options")
+        _check_others(asked.stream_options, "stream_options.")
+    for index, message in enumerate(getattr(asked, "messages", [])):
+        _check_others(message, f"messages.{index}.")
     return asked
+
+
+def _check_others(asked: Asked | Message | StreamOptions, where: str = "") -> None:
+    """Refuse fields beyond those that are served, unless they ask for nothing."""
+    for name, value in (asked.model_extra or {}).items():
+        path = where + name
+        if name in asked.not_served:
+            if not any(_equal(value, neutral) for neutral in asked.not_served[name]):
+                raise Invalid(f"{path}: is not served, got {str(value)[:100]}", path)
+        elif name not in asked.ignored:
+            raise Invalid(f"{path}: is not a field that is known here", path)
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    """Whether they are the same; Python takes false for 0, which `logprobs` does not."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _is_branch(part: int | str) -> bool:
