@@ -17,6 +17,7 @@ from tpkernels import checkpoint, parallelize, plan_attention
 from tpkernels.data_parallel import clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.plan import Plan, PlanError
+from tpkernels.plan_save import full_state_dict
 from tpkernels.plan_table import plan_table
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
@@ -131,6 +132,20 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def check_autocast(group: Group, label: str) -> None:
+    options, shapes, kwargs = CASES[label]
+    whole = Alone(**options)
+    cut = parallelize(copy.deepcopy(whole), group=group, plan={"attention": "multihead_attention"})
+    found = []
+    for model in (whole, cut):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _, gradients = results(model, shapes, kwargs, torch.float32)
+        found.append([y, *gradients])
+    for want, got in zip(*found, strict=True):
+        assert got.dtype == want.dtype, label
+        close(got.float(), want.float(), f"{label}: autocast", 16 * torch.finfo(torch.bfloat16).eps)
+
+
 def every_argument_gives_what_the_uncut_module_gives() -> None:
     with Group.open() as group:
         for label in CASES:
@@ -139,6 +154,8 @@ def every_argument_gives_what_the_uncut_module_gives() -> None:
             tolerance = 60 * torch.finfo(dtype).eps
             for label in ("self", "cross"):
                 check_case(group, label, dtype, tolerance)
+        for label in ("self", "cross", "other widths") if group.world_size == 2 else ():
+            check_autocast(group, label)
 
 
 @pytest.mark.parametrize("R", [1, 2, 3])
@@ -267,6 +284,11 @@ def inference_never_hands_parts_to_kernels_for_whole_weights(group: Group) -> No
             got = cut(given, src_key_padding_mask=PADDED)
             assert not taken
         close(got[seen], padded[seen], "inference with padding", 1e-12)  # torch's kernel makes the padded tokens zeros
+    rules = {"*.linear1": "column", "*.linear2": "row", "*.out_proj": "replicate"}  # the attention stays whole
+    whole, cut = (m.eval() for m in pair(group, lambda: encoder(4), plan=rules))
+    with torch.no_grad():
+        close(cut(x), whole(x), "inference, hidden units cut", 1e-12)
+    _, cut = pair(group, encoder)
     nested = torch.nested.nested_tensor([x[0], x[1]])
     with pytest.raises(ValueError, match="must be padded tensors, got a nested one"):
         cut.layers[0].self_attn(nested, nested, nested)
@@ -359,6 +381,9 @@ def uses(folder: str) -> None:
             checkpoint.load(cut, folder, group=group)
             for p, q in both(cut, whole):
                 assert torch.equal(p, part_of(p, q))
+            state, want = full_state_dict(cut, group), whole.state_dict()
+            assert list(state) == (list(want) if group.rank == 0 else [])
+            assert all(torch.equal(value, want[name]) for name, value in state.items())
 
 
 def test_models_of_torch_are_trained_used_and_saved_like_the_uncut_ones(tmp_path: Path) -> None:
