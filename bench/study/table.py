@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.study import goals
+from bench.study.cells import VALIDATIONS
 from bench.study.links import LOOPBACK, RATES
 from bench.study.methods import LAYOUTS, POWER_RANK, POWER_START, methods
+from bench.study.plan import FULL, SMALL
 from bench.study.rows import Row, select
+from tpkernels.gpt import GPT, GPTConfig, whole_parts
+from tpkernels.settings import Settings
 
 LINKS = (LOOPBACK, *RATES)
 TITLES = {
@@ -106,15 +111,16 @@ def circumstances(kept: Sequence[Row]) -> Iterator[str]:
     if losses:
         yield (
             f"Loss: the byte-level GPT of `tpkernels train`, {largest(losses) / 1e6:.2f} M parameters (narrower "
-            "than that of `make run`), steps of 512 bytes on Python's standard library, AdamW; each seed means other "
-            "weights and other data; validation on 256 windows. In brackets: the seeds' least and most."
+            f"than that of `make run`), steps of {SMALL.tokens} bytes on Python's standard library, AdamW; each seed "
+            f"means other weights and other data; validation on {VALIDATIONS * SMALL.batch} windows. In brackets: the "
+            "seeds' least and most."
         )
         yield ""
     if speeds:
         rounds = sorted(int(row["rounds"]) for row in speeds)
         yield (
-            "Speed: the model of `make run` (3.28 M parameters, 1024 bytes a step), one core and one thread a rank, "
-            "transport `group` (gloo over TCP); each method in turn, "
+            f"Speed: the model of `make run` ({parameters(FULL) / 1e6:.2f} M parameters, {FULL.tokens} bytes a step), "
+            "one core and one thread a rank, transport `group` (gloo over TCP); each method in turn, "
             f"{rounds[0]} to {rounds[-1]} rounds, the slowest rank counts, medians. Links: namespaces joined by "
             "veth, `tbf` at the rate named, at both ends. In parentheses: against the first line."
         )
@@ -131,6 +137,13 @@ def largest(rows: Sequence[Row]) -> int:
     return max(int(row["parameters"]) for row in rows)
 
 
+def parameters(settings: Settings) -> int:
+    """Of the uncut model that these settings train."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context), whole_parts())
+    return sum(p.numel() for p in model.parameters())
+
+
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
     """A table."""
     yield "| " + " | ".join(heads) + " |"
@@ -145,7 +158,8 @@ def notes() -> Iterator[str]:
 - bytes a step: sent by each rank for the averages, counted by the communicator in the second half of the run; for DDP
   from the sizes of what its hooks reduce, as a ring sends them.
 - `none`, `fp16`, ... are codecs of `GradAggregator`, with error feedback; `delayed` applies each average one step
-  later, `local` averages parameters every 8 steps (their plain mean), and its bytes are spread over them.
+  later, `local` averages parameters every {SMALL.local_steps} steps (their plain mean), and its bytes are spread over
+  them.
 - PowerSGD: rank {POWER_RANK}, from step {POWER_START} on, in one bucket: over gloo its callbacks start collectives in
   an order that differs between ranks as soon as there are two, and the process aborts.
 - `topk` falls to its share within the warm-up of the learning rate; its bytes are those after it."""
