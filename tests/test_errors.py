@@ -108,6 +108,10 @@ def of_gemms() -> list[Bad]:
             value(f, X.double(), W.double(), codec="fp16", says="codec 'fp16' needs .*, got float64"),
             value(f, X, W.to("meta"), says="all tensors must be on one device, got cpu, meta"),
         ]
+    # whose forward packs nothing, and whose backward takes the other codec
+    found.append(
+        value(ops.replicated_gemm, X, W, codec="zip", grad_codec="none", says="codec must be one of .*, got 'zip'")
+    )
     for f in (ops.gemm_reduce_scatter, ops.all_gather_gemm):
         found += [
             value(f, X, W, dim=1, says=r"dim must be a token dimension, not the last one of shape \[4, 3\], got 1"),

@@ -77,12 +77,12 @@ def _check_device(op: str, name: str, x: Tensor, group: Group | None) -> None:
         )
 
 
-def check_codec(op: str, codec: Any, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the codec exists and can pack values of this dtype."""
+def check_codec(op: str, codec: Any, dtype: torch.dtype | None, name: str = "codec") -> None:
+    """Raise ValueError unless the codec exists and can pack values of this dtype. `name` is the argument it came in."""
     if codec not in CODECS:
-        raise ValueError(f"{op}: codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
-    if codec != "none" and dtype not in PACKABLE:
-        raise ValueError(f"{op}: codec {codec!r} needs a dtype of {names(PACKABLE)}, got {names([dtype])}")
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
+    if codec != "none" and dtype is not None and dtype not in PACKABLE:
+        raise ValueError(f"{op}: {name} {codec!r} needs a dtype of {names(PACKABLE)}, got {names([dtype])}")
 
 
 def check_reduction(name: str, x: Any, op: Any, codec: Any, group: Group) -> None:

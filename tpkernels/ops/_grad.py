@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpkernels.compress import CODECS
 from tpkernels.shard import part_size, part_start
 
-from ._check import PACKABLE, names
+from ._check import check_codec
 
 Call = torch.ops.tpkernels
 
@@ -28,10 +27,7 @@ def backward_codec(op: str, codec: str, grad_codec: Any, x: Any) -> str:
     """
     if grad_codec is None:
         return codec
-    if grad_codec not in CODECS:
-        raise ValueError(f"{op}: grad_codec must be one of {', '.join(map(repr, CODECS))}, got {grad_codec!r}")
-    if grad_codec != "none" and isinstance(x, Tensor) and x.dtype not in PACKABLE:
-        raise ValueError(f"{op}: grad_codec {grad_codec!r} needs a dtype of {names(PACKABLE)}, got {names([x.dtype])}")
+    check_codec(op, grad_codec, x.dtype if isinstance(x, Tensor) else None, "grad_codec")  # x itself is checked later
     return grad_codec  # type: ignore[no-any-return]
 
 

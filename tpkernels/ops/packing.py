@@ -70,9 +70,7 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"decompress: dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_codec("decompress", codec, dtype)
-    sizes = list(shape)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"decompress: shape must not be negative, got {sizes}")
+    sizes = _check_shape("decompress", shape)
     _check_bytes("decompress", wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
     return Call.decompress(wire, sizes, dtype, codec)  # type: ignore[no-any-return]
 
@@ -167,9 +165,7 @@ def all_reduce_packed(
     """
     name, group = "all_reduce_packed", resolve(group)
     _check_packed(name, wire, dtype, op, codec, group)
-    sizes = list(shape)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"{name}: shape must not be negative, got {sizes}")
+    sizes = _check_shape(name, shape)
     _check_bytes(name, wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
     return Call.all_reduce_packed(wire, sizes, dtype, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
@@ -265,8 +261,8 @@ def compress_parts(
         check_tensor(name, "residual", residual, group)
         _check_residual(name, x, residual)
     sizes = part_sizes(x.numel(), group.world_size)
-    if len(set(sizes)) == 1 and sizes[0] % block_values(codec) == 0:
-        sizes = [x.numel()]  # every part ends with a block: together they are packed to the same bytes
+    if all(size % block_values(codec) == 0 for size in sizes[:-1]):
+        sizes = [x.numel()]  # blocks end where parts do: the same bytes by one call, and no copy by cat
     parts = torch.split(x.reshape(-1), sizes)
     if residual is None:
         wires = [compress(part, codec) for part in parts]
@@ -284,6 +280,13 @@ def _check_packed(name: str, wire: Tensor, dtype: torch.dtype, op: str, codec: s
     if (dtype, op, codec) not in REDUCIBLE:
         allowed = "'sum' or 'avg' with a codec" if codec != "none" else "one that all_reduce takes for that dtype"
         raise ValueError(f"{name}: op must be {allowed}, got {op!r} for {names([dtype])} with codec {codec!r}")
+
+
+def _check_shape(name: str, shape: Sequence[int]) -> list[int]:
+    sizes = list(shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{name}: shape must not be negative, got {sizes}")
+    return sizes
 
 
 def _check_bytes(name: str, wire: Tensor, expected: int, what: str) -> None:
