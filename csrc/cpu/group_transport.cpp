@@ -71,7 +71,9 @@ void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, cons
 void GroupCommunicator::run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
                                     const std::function<void()>* meanwhile) {
   run_started(op, [&] { exchange_->start_between(send, receive); }, meanwhile);
-  for (const Outgoing& part : send) count(part.bytes);
+  for (int r = 0; r < world_size(); ++r) {
+    if (r != rank()) count(send[static_cast<size_t>(r)].bytes);
+  }
 }
 
 const char* GroupCommunicator::inline_payload(int r) const {
@@ -176,21 +178,19 @@ void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wir
   const size_t mine = bytes.size(rank());
   char* const scratch = const_cast<char*>(exchange_->receive_buffer());
 
-  std::vector<Outgoing> send(ranks, {nullptr, 0});
-  std::vector<Incoming> receive(ranks, {nullptr, 0});
-  std::vector<const void*> inputs(ranks, in + bytes.starts[me]);
+  std::vector<Outgoing> send;
+  std::vector<Incoming> receive;
+  std::vector<const void*> inputs;
   for (size_t r = 0; r < ranks; ++r) {
-    if (r == me) continue;
-    send[r] = {in + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
-    receive[r] = {scratch + r * mine, mine};
-    inputs[r] = receive[r].to;
+    send.push_back({in + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]});
+    receive.push_back({scratch + r * mine, mine});
+    inputs.push_back(r == me ? send[r].from : receive[r].to);
   }
   run_between(spec.op, send, receive, meanwhile);
 
   void* const sum = out + bytes.starts[me];
   wire.reduce(inputs.data(), world_size(), &sum, 1, chunks.size(rank()));
   for (size_t r = 0; r < ranks; ++r) {
-    if (r == me) continue;
     send[r] = {out + bytes.starts[me], mine};
     receive[r] = {out + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
   }
@@ -203,6 +203,12 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
   const size_t piece = piece_values(wire, ranks);
   for (size_t start = 0; start < cut.largest(); start += piece) {
     const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
+    if (exchange_->takes_any_memory() && (wire.is_plain() || in.is_packed())) {
+      Sizes sizes;
+      for (int r = 0; r < world_size(); ++r) sizes.push_back(part(r));
+      reduce_scatter_where_it_lies(spec, wire, in, at(out, start * wire.value_bytes), cut, start, sizes);
+      continue;
+    }
     Sizes send;
     char* to = exchange_->send_buffer();
     for (int r = 0; r < world_size(); ++r) {
@@ -218,6 +224,24 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
   }
 }
 
+// One piece of it, `sizes[r]` values from value `start` of part r on: what travels is the tensor or the wire itself.
+void GroupCommunicator::reduce_scatter_where_it_lies(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
+                                                     const Cut& cut, size_t start, const Sizes& sizes) {
+  const size_t ranks = sizes.size(), me = static_cast<size_t>(rank()), mine = wire.bytes(sizes[me]);
+  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
+  std::vector<Outgoing> send;
+  std::vector<Incoming> receive;
+  std::vector<const void*> inputs;
+  for (size_t r = 0; r < ranks; ++r) {
+    const void* part = sizes[r] > 0 ? in.of_part(wire, cut.starts, r, start).values() : nullptr;
+    send.push_back({static_cast<const char*>(part), wire.bytes(sizes[r])});
+    receive.push_back({scratch + r * mine, mine});
+    inputs.push_back(r == me ? part : receive[r].to);
+  }
+  run_between(spec.op, send, receive);
+  wire.reduce_to_values(inputs.data(), world_size(), out, sizes[me]);
+}
+
 void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                       const Cut& cut) {
   check_parts(spec, open_call(spec), cut);
@@ -226,6 +250,17 @@ void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, co
   for (size_t start = 0; start < cut.largest(); start += piece) {
     const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
     const size_t mine = wire.bytes(part(rank()));
+    if (exchange_->takes_any_memory() && wire.is_plain()) {
+      const char* const from = at(in, start * wire.value_bytes);
+      const std::vector<Outgoing> send(ranks, {from, mine});
+      std::vector<Incoming> into;
+      for (int r = 0; r < world_size(); ++r) {
+        into.push_back({at(out, (cut.start(r) + start) * wire.value_bytes), wire.bytes(part(r))});
+      }
+      run_between(spec.op, send, into);
+      wire.encode(from, into[static_cast<size_t>(rank())].to, part(rank()));
+      continue;
+    }
     wire.encode(at(in, start * wire.value_bytes), exchange_->send_buffer(), part(rank()));
     for (size_t r = 1; r < ranks; ++r) std::memcpy(exchange_->send_buffer() + r * mine, exchange_->send_buffer(), mine);
     Sizes receive;

@@ -47,6 +47,8 @@ class GroupCommunicator final : public Communicator {
                         const std::function<void()>* meanwhile);
   void all_reduce_where_it_lies(const CallSpec&, const Wire&, const char* in, char* out, size_t n,
                                 const std::function<void()>* meanwhile);
+  void reduce_scatter_where_it_lies(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&, size_t start,
+                                    const Sizes& sizes);
   size_t piece_values(const Wire&, size_t parts) const;
 
   std::unique_ptr<Exchange> exchange_;

@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kSliceMilliseconds = 200;    // between two looks at the other ranks
 constexpr size_t kStep = size_t{1} << 20;  // so that both directions move
+// Bytes to wake up for: over a slow link every packet would wake who waits, and take the core from who computes.
+constexpr size_t kEnough = size_t{128} << 10;
 
 bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
@@ -114,9 +116,14 @@ void SocketExchange::lost(const Peer& peer, const std::string& how) {
 }
 
 // Until a socket is ready, a slice of time at most; whether one is.
-bool SocketExchange::sleep() const {
+bool SocketExchange::sleep() {
   std::vector<pollfd> waiting;
-  for (const Peer& peer : peers_) {
+  for (Peer& peer : peers_) {
+    const int enough = static_cast<int>(std::min(peer.in.bytes, kEnough));
+    if (enough > 0 && enough != peer.enough) {
+      peer.enough = enough;
+      setsockopt(peer.socket, SOL_SOCKET, SO_RCVLOWAT, &enough, sizeof enough);  // a hint; nothing depends on it
+    }
     const int events = (peer.out.bytes > 0 ? POLLOUT : 0) | (peer.in.bytes > 0 ? POLLIN : 0);
     if (events != 0) waiting.push_back({peer.socket, static_cast<short>(events), 0});
   }

@@ -42,6 +42,7 @@ class SocketExchange final : public Exchange {
     int socket;
     Outgoing out{};
     Incoming in{};
+    int enough = 1;  // bytes to receive that are worth waking up for
   };
   // Sends and receives what goes without waiting; whether anything did.
   bool move();
@@ -49,7 +50,7 @@ class SocketExchange final : public Exchange {
   bool receive_some(Peer& peer);
   void lost(const Peer& peer, const std::string& how);
   bool is_done() const;
-  bool sleep() const;
+  bool sleep();
   void disconnect();
 
   std::vector<Peer> peers_;

@@ -115,6 +115,16 @@ void collectives_are_exact(int world_size, Codec codec) {
       std::vector<float> part(cut.size(comm.rank()));
       comm.reduce_scatter(spec_for(Op::ReduceScatter, wire, n), wire, mine.data(), part.data(), cut);
       EXPECT(std::equal(part.begin(), part.end(), sum.begin() + static_cast<ptrdiff_t>(cut.start(comm.rank()))));
+      std::vector<char> packed;
+      for (int r = 0; r < world_size; ++r) {
+        const size_t begin = packed.size();
+        packed.resize(begin + wire.bytes(cut.size(r)));
+        wire.encode(mine.data() + cut.start(r), packed.data() + begin, cut.size(r));
+      }
+      std::vector<float> of_packed(part.size(), -1.0f);
+      const Input input = wire.is_plain() ? Input(packed.data()) : Input::packed(packed.data());
+      comm.reduce_scatter(spec_for(Op::ReduceScatter, wire, n), wire, input, of_packed.data(), cut);
+      EXPECT(of_packed == part, "packed, ", n);
       std::fill(out.begin(), out.end(), -1.0f);
       comm.all_gather(spec_for(Op::AllGather, wire, n, static_cast<int64_t>(part.size())), wire, part.data(),
                       out.data(), cut);
