@@ -12,6 +12,7 @@ import pytest
 import torch
 from parallelize_tools import close, compare_steps, part_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from tpkernels import checkpoint, parallelize, plan_attention
 from tpkernels.data_parallel import clip_grad_norm_
@@ -295,21 +296,19 @@ def inference_never_hands_parts_to_kernels_for_whole_weights(group: Group) -> No
 
 
 def a_copy_a_pickle_a_recomputation_and_a_compiled_one_give_the_same(group: Group) -> None:
-    from torch.utils.checkpoint import checkpoint as recomputed
-
-    make, call = MODELS["pictures"]
-    whole, cut = pair(group, make)
+    for label in ("decoder", "pictures"):
+        make, call = MODELS[label]
+        whole, cut = pair(group, make)
+        compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
+        compare_steps(cut, whole, [call(whole).mean(), call(compiled).mean()], f"{label}: compiled")
     want = call(cut)
     for again in (copy.deepcopy(cut), pickle.loads(pickle.dumps(cut))):
         close(call(again), want, "copy", 0.0)
         assert all((shard_info(p) is None) == (shard_info(q) is None) for p, q in both(again, cut))
-    compiled = torch.compile(copy.deepcopy(cut), fullgraph=True, backend="aot_eager")
-    for label, model, run in (
-        ("compiled", compiled, call),
-        ("recomputed", cut, lambda m: recomputed(call, m, use_reentrant=False)),
-    ):
-        reference = copy.deepcopy(whole)
-        compare_steps(getattr(model, "_orig_mod", model), reference, [call(reference).mean(), run(model).mean()], label)
+    for model in (whole, cut):
+        model.zero_grad()
+    losses = [call(whole).mean(), recomputed(call, cut, use_reentrant=False).mean()]
+    compare_steps(cut, whole, losses, "recomputed")
 
 
 def both(a: nn.Module, b: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -343,6 +342,20 @@ def faults_are_noticed(group: Group) -> None:
             check_case(group, "cross")
 
 
+class OneInput(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y, _ = super().forward(x, x, x, need_weights=False)
+        return y * 2
+
+
+def a_forward_around_that_of_the_class_stays(group: Group) -> None:
+    whole = made(lambda: nn.Sequential(OneInput(E, 3), nn.Linear(E, E)))
+    cut = parallelize(copy.deepcopy(whole), group=group, plan={"0": "multihead_attention", "1": "replicate"})
+    outputs = [m(normal(L, N, E)) for m in (whole, cut)]
+    close(outputs[1], outputs[0], "a subclass", 1e-12)
+    compare_steps(cut, whole, [y.square().mean() for y in outputs], "a subclass")
+
+
 def what_does_not_fit_is_refused(group: Group) -> None:
     plan = {"attention": "multihead_attention"}
     cut = parallelize(Alone().double(), group=group, plan=plan)
@@ -370,6 +383,7 @@ def uses(folder: str) -> None:
             a_copy_a_pickle_a_recomputation_and_a_compiled_one_give_the_same(group)
             dropout_is_the_ranks_own(group)
             faults_are_noticed(group)
+            a_forward_around_that_of_the_class_stays(group)
             what_does_not_fit_is_refused(group)
             _, cut = pair(group, encoder)
             checkpoint.save(cut, folder, group=group)

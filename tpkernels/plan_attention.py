@@ -130,13 +130,10 @@ class ByHeads(CutModule):
         if weight is None:
             weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
-            sizes = [weight.size(0) // 3, weight.size(0) // 3 * 2]
-            (w_q, w_kv), (b_q, b_kv) = (
-                torch.split(weight, sizes),
-                (None, None) if bias is None else torch.split(bias, sizes),
-            )
-            kv = local_linear(inputs[1], w_kv, b_kv, self.group)
-            return local_linear(inputs[0], w_q, b_q, self.group), *kv.chunk(2, -1)
+            size = weight.size(0) // 3
+            b_q, b_kv = (None, None) if bias is None else (bias[:size], bias[size:])
+            kv = local_linear(inputs[1], weight[size:], b_kv, self.group)
+            return local_linear(inputs[0], weight[:size], b_q, self.group), *kv.chunk(2, -1)
         else:
             weights = weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
