@@ -132,6 +132,14 @@ def decode(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
+def serving(rows: Sequence[Row]) -> str:
+    """One line for each number of clients."""
+    lines = [[str(row["clients"]), str(row["slots"]), row["dtype"], str(row["calls"]), digits(row["tokens_per_s"]),
+              *(digits(row[of] / 1e6) for of in ("median_us", "p95_us"))] for row in rows if row["verified"]]  # fmt: skip
+    head = ["clients at once", "slots", "dtype", "requests", "tokens/s", "p50 s", "p95 s"]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
 def measured(verdict: Verdict) -> str:
     """What was found; against the GEMM alone there is a median only."""
     if verdict.found is None:
@@ -174,6 +182,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "train_step": (only("train_step"), collective),
     "codec_moves": (only(OP), moves),
     "decode": (lambda rows: [row for row in rows if str(row["op"]).startswith("decode_")], decode),
+    "serve": (only("serve_smollm2"), serving),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
 }

@@ -65,10 +65,15 @@ def under(row: Row) -> str:
     mhz = f" at {at['mhz']} MHz" if at["mhz"] else ""
     cores = f"{at['cores']} {'virtual ' if at['virtual'] else ''}cores"
     pinned = "one core a rank" if row["pinned"] else "not pinned"
+    taken = ""  # nothing to say of what was measured once, against nothing
+    if row["baseline"] is not None:
+        taken = (
+            f"{row['rounds']} rounds, slowest rank, {pinned}, 1 thread a rank; "
+            f"ratios against {row['baseline']}, taken inside rounds: median [min, max]; "
+        )
     return (
         f"{at['cpu']}, {cores}{mhz}, {at['simd']}; torch {row['torch']}; "
-        f"commit {row['commit']}; {row['date']}; {row['rounds']} rounds, slowest rank, {pinned}, 1 thread a rank; "
-        f"ratios against {row['baseline']}, taken inside rounds: median [min, max]; load {row['load']}"
+        f"commit {row['commit']}; {row['date']}; {taken}load {row['load']}"
     )
 
 
