@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -53,6 +53,7 @@ def draw_curves(axes: Any, kept: Sequence[Row]) -> None:
 
 def draw_bytes(axes: Any, kept: Sequence[Row]) -> None:
     """The price in loss of fewer bytes."""
+    points: list[tuple[str, float, float]] = []
     for method in methods(LAYOUT):
         rows = goals.runs(kept, LAYOUT, method.name)
         if rows:
@@ -61,9 +62,12 @@ def draw_bytes(axes: Any, kept: Sequence[Row]) -> None:
             spread = [[mean(found) - min(found)], [max(found) - mean(found)]]
             marker = "s" if method.torch else {"sync": "o", "delayed": ">", "local": "^"}[method.mode]
             axes.errorbar([sent], [mean(found)], yerr=spread, marker=marker, capsize=2, linewidth=1)
-            axes.annotate(
-                method.name, (sent, mean(found)), xytext=(3, 5), textcoords="offset points", fontsize=7, rotation=35
-            )
+            points.append((method.name, sent, mean(found)))
+    for names, sent, loss in neighbours(points):
+        axes.annotate(
+            "\n".join(names), (sent, loss), xytext=(0, 20), textcoords="offset points", fontsize=7, ha="center"
+        )
+    axes.margins(0.1)
     axes.set(
         xscale="log",
         xlabel="MB a step and rank",
@@ -71,6 +75,16 @@ def draw_bytes(axes: Any, kept: Sequence[Row]) -> None:
         title="loss over bytes, with the seeds' spread",
     )
     axes.grid(alpha=0.3)
+
+
+def neighbours(points: Sequence[tuple[str, float, float]]) -> Iterator[tuple[list[str], float, float]]:
+    """Points (name, bytes, loss) that would lie on each other's labels, together at the place of the first."""
+    left = sorted(points, key=lambda point: point[1])
+    while left:
+        _, sent, loss = left[0]
+        near = [p for p in left if p[1] < 1.35 * sent and abs(p[2] - loss) < 0.03 * loss]
+        yield [name for name, _, _ in near], sent, loss
+        left = [p for p in left if p not in near]
 
 
 def draw_bars(axes: Any, kept: Sequence[Row], mode: str) -> None:

@@ -93,8 +93,7 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
         runs = select(kept, kind="loss", layout=layout)
         if runs:
             counts = sorted({len(goals.losses(kept, layout, row["method"])) for row in runs})
-            seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-            yield f"Loss after {goals.main_steps(kept, layout)} steps, {seeds} seeds."
+            yield f"Loss after {goals.main_steps(kept, layout)} steps, {span(counts)} seeds."
             yield ""
         yield from markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
         yield ""
@@ -120,8 +119,8 @@ def circumstances(kept: Sequence[Row]) -> Iterator[str]:
         rounds = sorted(int(row["rounds"]) for row in speeds)
         yield (
             f"Speed: the model of `make run` ({parameters(FULL) / 1e6:.2f} M parameters, {FULL.tokens} bytes a step), "
-            "one core and one thread a rank, transport `group` (gloo over TCP); each method in turn, "
-            f"{rounds[0]} to {rounds[-1]} rounds, the slowest rank counts, medians. Links: namespaces joined by "
+            "one core and one thread a rank, transport `group` (TCP); each method in turn, "
+            f"{span(rounds)} rounds, the slowest rank counts, medians. Links: namespaces joined by "
             "veth, `tbf` at the rate named, at both ends. In parentheses: against the first line."
         )
         yield ""
@@ -163,3 +162,9 @@ def notes() -> Iterator[str]:
 - PowerSGD: rank {POWER_RANK}, from step {POWER_START} on, in one bucket: over gloo its callbacks start collectives in
   an order that differs between ranks as soon as there are two, and the process aborts.
 - `topk` falls to its share within the warm-up of the learning rate; its bytes are those after it."""
+
+
+def span(counts: Sequence[int]) -> str:
+    """From the least to the most."""
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"
