@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -117,3 +118,15 @@ def serve_one(
         thread.join(DEADLINE_S)
         assert not thread.is_alive(), "the server did not stop"
         listening.close()
+
+
+def events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def streamed(text: str) -> tuple[str, str]:
+    """The text and the end of a stream of completions."""
+    chunks = events(text)
+    return "".join(c["choices"][0]["text"] for c in chunks), chunks[-1]["choices"][0]["finish_reason"]

@@ -21,7 +21,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 
 import httpx  # noqa: E402
 from generate_tools import byte_tokenizer, save_tiny, tiny_llama  # noqa: E402
-from serve_tools import MAX_LENGTH, QUEUE, SLOTS, Served, serve_ranks  # noqa: E402
+from serve_tools import MAX_LENGTH, QUEUE, SLOTS, Served, events, serve_ranks, streamed  # noqa: E402
 
 from tpkernels import Group  # noqa: E402
 from tpkernels.generate import Generator, Sampling  # noqa: E402
@@ -45,18 +45,6 @@ def alone(prompts: list[str], sampling: list[Sampling]) -> list[tuple[str, str]]
         generator = Generator(tiny_llama(), byte_tokenizer(), group)
         found = [generator.generate([prompt], how)[0] for prompt, how in zip(prompts, sampling, strict=True)]
     return [(c.text, c.finish) for c in found]
-
-
-def events(text: str) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def streamed(text: str) -> tuple[str, str]:
-    """The text and the end of a stream of completions."""
-    chunks = events(text)
-    return "".join(c["choices"][0]["text"] for c in chunks), chunks[-1]["choices"][0]["finish_reason"]
 
 
 async def sixty_four_clients(served: Served) -> list[tuple[str, str]]:
