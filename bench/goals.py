@@ -79,8 +79,11 @@ GOALS = [
         if codec != "none"
     ),
     Goal("train_step", "tpkernels", 0, 1.2),
-    Goal("decode_smollm2", "tpkernels_static", 0, 1.0, "transformers"),
-    Goal("decode_smollm2", "tpkernels_compiled", 0, 1.3, "transformers"),
+    *(
+        Goal("decode_smollm2", variant, 0, at_least, "transformers", dtype)
+        for dtype in ("fp32", "bf16")
+        for variant, at_least in (("tpkernels_static", 1.0), ("tpkernels_compiled", 1.3))
+    ),
     Goal("decode_llama_8_heads", "tpkernels_static", 0, 1.0, "tp_plan_gloo"),
 ]
 
