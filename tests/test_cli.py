@@ -191,6 +191,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/step-*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.1)  # between two looks for the first checkpoint, which another process writes
+    assert list(run.glob("checkpoints/step-*/manifest.json")), "no checkpoint within 120 s"
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     ranks = [int(pid) for pid in children if b"--folder" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2

@@ -1,7 +1,7 @@
 """TCP connections between the ranks of a CPU group, for the exchanges of transport `group`.
 
 A collective of gloo wakes three or four threads on every rank: 0.3 ms of a core for an exchange of a kilobyte, which a
-connection of one's own does in 0.01 (two ranks of one core, link of 10 Gbit). They go where gloo's go.
+connection of one's own does in 0.01 (two ranks of one core, link of 10 Gbit). IPv4 only.
 """
 
 from __future__ import annotations

@@ -4,12 +4,11 @@
 
 #include <atomic>
 #include <functional>
-#include <random>
-#include <thread>
 
 #include "cpu/shm.h"
 #include "errors.h"
 #include "expect.h"
+#include "rank_threads.h"
 
 using namespace tpk;
 
@@ -29,43 +28,14 @@ void with_ranks(int world_size, const std::function<void(Communicator&)>& body, 
         std::make_unique<ShmCommunicator>("test", "test", r, world_size, timeout_s, fd, kArenaBytes, pids, cores));
   }
   close(fd);
-  std::vector<std::exception_ptr> errors(ranks.size());
-  std::vector<std::thread> threads;
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        body(*ranks[r]);
-      } catch (...) {
-        errors[r] = std::current_exception();
-        ranks[r]->close();  // the others need not wait for the deadline
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-}
-
-CallSpec spec_for(Op op, const Wire& wire, size_t n, int64_t mine = 0) {
-  return {op, wire.dtype, wire.op, wire.codec, n, 0, mine};
-}
-
-// Small integers: exact in every float type and codec, whatever is summed.
-std::vector<float> values_of(int rank, size_t n, uint32_t seed) {
-  std::mt19937 random(seed * 131u + static_cast<uint32_t>(rank));
-  std::vector<float> values(n);
-  for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 17) - 8);
-  return values;
-}
-
-std::vector<float> sum_of(int world_size, size_t n, uint32_t seed) {
-  std::vector<float> sums(n, 0.0f);
-  for (int r = 0; r < world_size; ++r) {
-    const std::vector<float> values = values_of(r, n, seed);
-    for (size_t i = 0; i < n; ++i) sums[i] += values[i];
-  }
-  return sums;
+  each_in_a_thread(ranks.size(), [&](size_t r) {
+    try {
+      body(*ranks[r]);
+    } catch (...) {
+      ranks[r]->close();  // the others need not wait for the deadline
+      throw;
+    }
+  });
 }
 
 const size_t kSizes[] = {0, 1, 3, 511, 2048, 2049, 5000, 131072, 300001};

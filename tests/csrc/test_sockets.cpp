@@ -5,13 +5,13 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
-#include <random>
 #include <thread>
 
 #include "cpu/group_transport.h"
 #include "cpu/sockets.h"
 #include "errors.h"
 #include "expect.h"
+#include "rank_threads.h"
 
 using namespace tpk;
 
@@ -60,36 +60,18 @@ void with_ranks(int world_size, std::vector<Asked>& asked, const std::function<v
                 double timeout_s = 20.0) {
   const size_t ranks = static_cast<size_t>(world_size);
   const std::vector<std::vector<int>> sockets = connected(ranks);
-  std::vector<std::exception_ptr> errors(ranks);
-  std::vector<std::thread> threads;
-  for (size_t r = 0; r < ranks; ++r) {
-    threads.emplace_back([&, r] {
-      GroupCommunicator comm("test", "test", static_cast<int>(r), world_size, timeout_s,
-                             std::make_unique<SocketExchange>(sockets[r], static_cast<int>(r), kCapacity, timeout_s,
-                                                              std::make_unique<TestWatch>(asked[r])));
-      try {
-        body(comm);
-      } catch (...) {
-        errors[r] = std::current_exception();
-      }
+  each_in_a_thread(ranks, [&](size_t r) {
+    GroupCommunicator comm("test", "test", static_cast<int>(r), world_size, timeout_s,
+                           std::make_unique<SocketExchange>(sockets[r], static_cast<int>(r), kCapacity, timeout_s,
+                                                            std::make_unique<TestWatch>(asked[r])));
+    try {
+      body(comm);
+    } catch (...) {
       comm.close();
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-}
-
-CallSpec spec_for(Op op, const Wire& wire, size_t n, int64_t mine = 0) {
-  return {op, wire.dtype, wire.op, wire.codec, n, 0, mine};
-}
-
-std::vector<float> values_of(int rank, size_t n, uint32_t seed) {
-  std::mt19937 random(seed * 131u + static_cast<uint32_t>(rank));
-  std::vector<float> values(n);
-  for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 17) - 8);
-  return values;
+      throw;
+    }
+    comm.close();
+  });
 }
 
 void collectives_are_exact(int world_size, Codec codec) {
@@ -100,11 +82,8 @@ void collectives_are_exact(int world_size, Codec codec) {
     for (size_t n : {0, 1, 3, 255, 257, 2048, 5000, 131072, 300001}) {
       ++seed;
       const std::vector<float> mine = values_of(comm.rank(), n, seed);
-      std::vector<float> sum(n, 0.0f), out(n), in_place = mine;
-      for (int r = 0; r < world_size; ++r) {
-        const std::vector<float> theirs = values_of(r, n, seed);
-        for (size_t i = 0; i < n; ++i) sum[i] += theirs[i];
-      }
+      const std::vector<float> sum = sum_of(world_size, n, seed);
+      std::vector<float> out(n), in_place = mine;
       comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, mine.data(), out.data(), n);
       EXPECT(out == sum, "all_reduce of ", n);
       EXPECT(mine == values_of(comm.rank(), n, seed), "the input stays");

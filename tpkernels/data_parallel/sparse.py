@@ -38,10 +38,9 @@ class TopK:
             optimizer's to 0; with Adam, which has its own, and in mode "local" leave 0 here.
         warmup_steps: over so many messages the share falls exponentially from a quarter to ratio.
 
-    Adam divides by the size of recent gradients. One that comes seldom, and then as the sum of many steps, moves a
-    parameter no further than that of one step would: what was held back is lost in the step, though not in the sum.
-    With Adam take mode "local", in which each rank's optimizer sees every gradient of its own, and the largest changes
-    of parameters travel.
+    Adam divides by the size of recent gradients. What comes seldom, as the sum of many steps, moves a parameter by a
+    length that does not grow with that sum. With Adam take mode "local", in which each rank's optimizer sees every
+    gradient of its own, and the largest changes of parameters travel (docs/compression_study.md has both).
 
     Source: Lin et al. 2018, Deep Gradient Compression (arXiv:1712.01887).
     """
