@@ -12,6 +12,7 @@
 #include "../codec/codec.h"
 #include "../types.h"
 #include "kernels/peer_limits.h"
+#include "kernels/tiles.h"
 
 namespace tpk::cuda {
 
@@ -63,7 +64,6 @@ constexpr size_t kMulticastBytes = size_t{128} << 10;
 constexpr int64_t kPartRows = 512;
 constexpr size_t kPartBytes = size_t{4} << 20;
 constexpr int kMostParts = 4;
-constexpr int64_t kTileRows = 128;
 
 inline int choose_blocks(const Machine& machine, const Forced& forced, size_t wire_bytes) {
   if (forced.blocks > 0) return std::min(forced.blocks, kMaxBlocks);
@@ -118,7 +118,7 @@ inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, in
 // Where part i of so many begins, at whole tiles where there are enough rows; part `parts` begins behind the last row.
 // unit: rows that a codec's blocks keep together.
 inline int64_t part_start(int64_t M, int parts, int i, int64_t unit = 1) {
-  const int64_t whole_tile = (kTileRows + unit - 1) / unit * unit;
+  const int64_t whole_tile = (int64_t{kTileRows} + unit - 1) / unit * unit;
   const int64_t tile = M >= parts * whole_tile ? whole_tile : unit;
   const int64_t tiles = (M + tile - 1) / tile;
   return std::min(M, tiles * i / parts * tile);

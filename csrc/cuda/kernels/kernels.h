@@ -38,20 +38,34 @@ TPK_HOST_DEVICE constexpr uint32_t kind_of(Op op, DType dtype, ReduceOp reduce_o
 }
 
 // The kernels over peers, and what a launch announces of itself beside its call.
-enum class Kernel : uint32_t { Barrier, OneShot, TwoShot, Multicast, ReduceScatter, AllGather, AllReduceAddRmsNorm };
+enum class Kernel : uint32_t {
+  Barrier,
+  OneShot,
+  TwoShot,
+  Multicast,
+  ReduceScatter,
+  AllGather,
+  AllReduceAddRmsNorm,
+  GemmReduceScatter,
+  GemmAllReduce,
+  AllGatherGemm
+};
 TPK_HOST_DEVICE constexpr uint32_t plan_of(Kernel kernel, uint32_t blocks, uint32_t threads) {
   return static_cast<uint32_t>(kernel) | blocks << 8 | threads << 16;
 }
 
-// First thing in an arena, zero when the group opens. Peers write into `arrived` and `stage`; the rest is the owner's.
-// Flags are pushed to whoever waits, so that polling stays in local memory.
+// First thing in an arena, zero when the group opens. Peers write into `arrived`, `stage`, `tiles` and `summed`; the
+// rest is the owner's. Flags are pushed to whoever waits, so that polling stays in local memory.
 struct Signals {
   Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
   uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 2 * epoch + how far it got after its announcement
+  uint32_t tiles[kMaxPeers][kMaxTiles];            // [from][tile]: the epoch; a tile that can be summed (or multiplied)
+  uint32_t summed[kMaxPeers][kMaxTiles];           // [from][tile]: the epoch; what can be copied from that rank's slot
   uint32_t epoch;                                  // calls finished
   uint32_t finished;                               // blocks of the running call that are done
   uint32_t gave_up;                                // blocks that waited in vain; the first one writes the record
   uint32_t refused;                                // 1 when the running call was refused: its later pieces return
+  uint32_t taken[2];                               // tiles of the running call that blocks have taken to sum, to copy
 };
 constexpr size_t kSignalBytes = size_t{64} << 10;
 static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
