@@ -54,6 +54,7 @@ Atomic::~Atomic() {
   Thread& thread = *current_thread();
   Block& block = *thread.block;
   if (detector() != nullptr) detector()->end_atomic(thread, address_, bytes_, kind_, order_, scope_, where_);
+  if (kind_ == Kind::Load && order_ == Order::Acquire && scope_ != Scope::Block) thread.acquired = true;
   if (kind_ == Kind::Load && waits(thread, address_, value_)) {
     thread.polled = address_, thread.where = where_;
     block.yield(Doing::Polling);

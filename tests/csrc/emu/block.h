@@ -23,6 +23,7 @@ struct Thread {
   Doing doing = Doing::Running;
   Where where;                   // of what it does
   const void* polled = nullptr;  // the address it waits for
+  bool acquired = false;         // what others stored, and has not made the asynchronous loads see it
   uint64_t result = 0;           // of a meeting
   // What it has loaded since it last did something else: to load the same again is to wait.
   std::vector<std::pair<const void*, uint64_t>> seen;

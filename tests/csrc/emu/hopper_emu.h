@@ -1,0 +1,62 @@
+// The emulated twins of hopper.cuh's primitives; same names, same meaning. Included by hopper.cuh alone.
+#pragma once
+
+#include "hopper.h"
+
+namespace tpk::cuda {
+
+inline uint32_t shared_address(const void* shared, Where where = Where::current()) {
+  return emu::shared_address(shared, where);
+}
+
+inline void transaction_init(uint64_t* bar, uint32_t arrivals, Where where = Where::current()) {
+  emu::transaction_init(bar, arrivals, where);
+}
+inline void transaction_init_done(Where where = Where::current()) { emu::fence_async(where); }
+inline void transaction_expect(uint64_t* bar, uint32_t bytes, Where where = Where::current()) {
+  emu::transaction_arrive(bar, bytes, where);
+}
+inline void transaction_arrive(uint64_t* bar, Where where = Where::current()) {
+  emu::transaction_arrive(bar, 0, where);
+}
+inline bool transaction_done(const uint64_t* bar, uint32_t parity, Where where = Where::current()) {
+  return emu::transaction_done(bar, parity, where);
+}
+
+inline void prefetch(const TensorMap*) {}
+inline void load_tile(void* to, const TensorMap* map, uint64_t* bar, int32_t column, int32_t row,
+                      Where where = Where::current()) {
+  emu::load_tile(to, map, bar, column, row, where);
+}
+inline void fence_async(Where where = Where::current()) { emu::fence_async(where); }
+
+inline void products_begin() { emu::products_begin(); }
+inline void products_commit() { emu::products_commit(); }
+template <int n>
+void products_wait(Where where = Where::current()) {
+  static_assert(n >= 0 && n <= 7, "wgmma.wait_group takes 0 .. 7");
+  emu::products_wait(n, where);
+}
+template <class T, int N>
+void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256, "columns of a product of a warpgroup");
+  const auto value = [](uint16_t bits) {
+    T value;
+    std::memcpy(&value, &bits, sizeof value);
+    return to_float(value);
+  };
+  emu::product({d, N, a, b, accumulate, value}, where);
+}
+
+template <int n>
+void registers_raise() {
+  static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
+}
+template <int n>
+void registers_lower() {
+  static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
+}
+inline void meet_some(int id, int threads, Where where = Where::current()) { emu::meet_some(id, threads, where); }
+inline bool one_of_warp() { return emu::lane_of_thread() == 0; }
+
+}  // namespace tpk::cuda
