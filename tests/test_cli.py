@@ -207,7 +207,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = command(*tiny(**{"--tp": 1}), "--folder", str(tmp_path / "file" / "run"), cwd=tmp_path)
-    assert done.returncode == 2
+    done = call(*tiny(**{"--tp": 1}), "--folder", str(tmp_path / "file" / "run"))
+    assert done.exit_code == 2
     assert "name another folder with --folder" in done.stderr
     assert "Traceback" not in done.stderr

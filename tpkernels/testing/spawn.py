@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,10 @@ from typing import Any
 from .worker import serve
 
 CALLS_PER_TEAM = 25  # groups that a test leaves open keep shared memory until their process ends
+# What the fork server imports before the first rank is there, so that no rank has to: this, and of libraries that the
+# test process has imported by then, the modules that take long. (torch imports its compiler when an optimizer is made.)
+PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "pytest", "tpkernels")
+SLOW = {"transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")}
 PATIENCE_S = 10.0  # after one rank failed, for the others to say what they saw
 DUMP_S = 0.5  # for the ranks to write down where they stand
 
@@ -126,7 +131,8 @@ class Team:
         self.calls = 0
         self._folder = Path(tempfile.mkdtemp(prefix="tpkernels-ranks-"))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "tpkernels"])
+        slow = [name for library, names in SLOW.items() if library in sys.modules for name in names]
+        context.set_forkserver_preload([*PRELOAD, *slow])
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         with _one_thread():
