@@ -16,7 +16,7 @@ from tpkernels import parallelize
 from tpkernels.data_parallel import clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
-from tpkernels.plan_layers import Column, Row
+from tpkernels.plan_layers import Column, CutModule, Row
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_trainer import fit_trainer, one_replica
 from tpkernels.shard import shard_info
@@ -152,6 +152,27 @@ def lora_on_cut_layers_equals_lora_on_whole_ones(group: Group) -> None:
         compare_steps(adapted[1], adapted[0], [loss_of(m) for m in adapted], f"lora {sequence_parallel}")
         merged = [m.merge_and_unload() for m in adapted]
         close(loss_of(merged[1]), loss_of(merged[0]), "merged")
+
+
+def all_of_it_follows_to_another_group(folder: str) -> None:
+    """The group it was cut over is closed; nothing of the model may hold on to it, nor of a copy."""
+    options: list[dict[str, Any]] = [{"sequence_parallel": True}, {"gather_logits": False}]
+    for how in options:
+        first, whole = Group.open(), tiny("llama")
+        cut = parallelize(copy.deepcopy(whole), group=first, **how)
+        with Group.open() as second:
+            for module in cut.modules():
+                if isinstance(module, CutModule):
+                    module.set_group(second)
+            first.close()
+            assert cut.tpk_plan.group is second
+            again = copy.deepcopy(cut)
+            assert again.tpk_plan.model[0] is again
+            close(loss_of(again), loss_of(whole), "a copy")
+            compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], f"another group, {how}")
+            cut.save_pretrained(folder)
+            back = type(whole).from_pretrained(folder, dtype=torch.float64).eval()
+            close(loss_of(back), loss_of(whole), "saved over another group", 1e-12)
 
 
 def dropout_is_the_ranks_own_inside_blocks_and_common_between_them(group: Group) -> None:
@@ -294,6 +315,7 @@ def uses(folder: str) -> None:
         dropout_is_the_ranks_own_inside_blocks_and_common_between_them(group)
         meta_models_are_cut_and_filled_by_their_shard_info(group)
         save_pretrained_saves_the_whole_model(group, folder)
+    all_of_it_follows_to_another_group(folder)
 
 
 def slower_uses(folder: str) -> None:

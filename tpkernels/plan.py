@@ -34,7 +34,7 @@ from tpkernels.plan_apply import (
 )
 from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
-from tpkernels.plan_layers import CutModule, Tied
+from tpkernels.plan_layers import CutModule, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
 from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_refuse import refuse
@@ -117,17 +117,23 @@ class PlanReport:
         styles: {module name: style}, of every module that was cut.
         linears: how many linears the model has. whole: the names of those that were left whole.
         heads: {how: number of attention blocks}.
-        group: over which.
+        first_group: over which it was cut. model: which.
         sequence_parallel: whether tokens are cut between the blocks.
     """
 
     source: str
-    group: Group
+    first_group: Group
+    model: list[nn.Module] = field(repr=False, compare=False)  # in a list: a reference, and no child of anything
     styles: dict[str, str] = field(default_factory=dict)
     linears: int = 0
     whole: list[str] = field(default_factory=list)
     heads: dict[str, int] = field(default_factory=dict)
     sequence_parallel: bool = False
+
+    @property
+    def group(self) -> Group:
+        """Over which the model is cut now: that of its layers."""
+        return group_of(self.model[0], self.first_group)
 
     def __str__(self) -> str:
         cut = self.linears - len(self.whole)
@@ -197,7 +203,7 @@ def parallelize(
     heads = [name for name, style in styles.items() if style.name == "vocab_head"]
     if not gather_logits:
         check_cut_logits(model, heads)
-    report = _report(plan, styles, cuts, modules, blocks, group)
+    report = _report(PlanReport(plan.source, group, [model]), styles, cuts, modules, blocks)
     report.sequence_parallel = sequence_parallel
     tied = Tied(model)
     tied.check(modules, cuts)
@@ -211,7 +217,7 @@ def parallelize(
     share_inputs(modules)
     leave_fast_paths(model)
     if not gather_logits:
-        cut_logits(model, modules[heads[0]], group)
+        cut_logits(model, modules[heads[0]])
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
@@ -320,18 +326,17 @@ def _derived(model: nn.Module) -> Plan:
 
 
 def _report(
-    plan: Plan,
+    report: PlanReport,
     styles: dict[str, Style],
     cuts: dict[str, Cut],
     modules: dict[str, nn.Module],
     blocks: list[Block],
-    group: Group,
 ) -> PlanReport:
     linears = [name for name, module in modules.items() if is_linear(module)]
-    report = PlanReport(plan.source, group, linears=len(linears))
+    report.linears = len(linears)
     report.styles = {name: style.name for name, style in styles.items() if style.name != "replicate"}
     report.whole = [name for name in linears if name not in cuts]
     for block in blocks:
-        how = block.heads.text(group.world_size)
+        how = block.heads.text(report.first_group.world_size)
         report.heads[how] = report.heads.get(how, 0) + 1
     return report

@@ -44,6 +44,11 @@ class CutModule(ParallelModule):
         return _new, type(self)._origin, self.__dict__.copy()
 
 
+def group_of(module: nn.Module, otherwise: Group) -> Group:
+    """Return the group of the first cut module in a module, which `set_group` may have changed; else `otherwise`."""
+    return next((m.group for m in module.modules() if isinstance(m, CutModule)), otherwise)
+
+
 @cache
 def cut_class(original: type[nn.Module], style: type[CutModule], summed: tuple[str, ...] = ()) -> type[CutModule]:
     """Return the class of modules of class `original` that are cut in a style.

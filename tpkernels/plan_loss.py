@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.group import Group
 from tpkernels.plan_layers import Column
 from tpkernels.plan_styles import PlanError
 
@@ -16,8 +15,8 @@ from tpkernels.plan_styles import PlanError
 class CutCausalLoss:
     """What transformers' ForCausalLMLoss computes, from this rank's part of the logits."""
 
-    def __init__(self, group: Group, vocab_size: int) -> None:
-        self.group, self.vocab_size = group, vocab_size
+    def __init__(self, head: Column, vocab_size: int) -> None:
+        self._head, self.vocab_size = [head], vocab_size  # in a list: a reference, and no child of anything
 
     def __call__(
         self,
@@ -46,7 +45,7 @@ class CutCausalLoss:
         losses = ops.vocab_cross_entropy(
             wide.reshape(-1, wide.size(-1)),
             target,
-            group=self.group,
+            group=self._head[0].group,
             vocab_size=self.vocab_size,
             ignore_index=ignore_index,
         )
@@ -62,10 +61,10 @@ def check_cut_logits(model: nn.Module, heads: list[str]) -> None:
         )
 
 
-def cut_logits(model: nn.Module, head: nn.Module, group: Group) -> None:
+def cut_logits(model: nn.Module, head: nn.Module) -> None:
     """Leave the logits of a cut head cut, and compute the loss from the parts."""
     assert isinstance(head, Column)
     head.gather_output = False
     whole = head._cuts["weight"].full_size
     head.out_features = head.weight.size(0)  # type: ignore[assignment]
-    model.loss_function = CutCausalLoss(group, whole)  # type: ignore[assignment]
+    model.loss_function = CutCausalLoss(head, whole)  # type: ignore[assignment]

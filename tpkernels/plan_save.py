@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpkernels import ops
 from tpkernels.group import Group
+from tpkernels.plan_layers import group_of
 from tpkernels.shard import shard_info
 
 
@@ -40,8 +41,12 @@ class SavePretrained:
     """What `save_pretrained` of a cut model does: it saves the unsharded one. Every rank must call it."""
 
     def __init__(self, model: nn.Module, group: Group) -> None:
-        self._model = [model]
-        self.group = group
+        self._model, self._group = [model], group  # in a list: a reference, and no child of anything
+
+    @property
+    def group(self) -> Group:
+        """That of the model's layers."""
+        return group_of(self._model[0], self._group)
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Gather, and save on rank 0."""
@@ -49,11 +54,12 @@ class SavePretrained:
         state = kwargs.pop("state_dict", None)
         if state is not None and _is_of_parts(state, model):
             raise ValueError("save_pretrained: state_dict holds this rank's parts only; leave it out")
-        state = state or full_state_dict(model, self.group)
-        if self.group.rank == 0:
+        group = self.group
+        state = state or full_state_dict(model, group)
+        if group.rank == 0:
             save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
             save(model, save_directory, *args, state_dict=state, **kwargs)
-        self.group.barrier()
+        group.barrier()
 
 
 def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.layers import take_shard
-from tpkernels.plan_layers import Column, RankDropout, Row, Summed, cut_module
+from tpkernels.plan_layers import Column, CutModule, RankDropout, Row, Summed, cut_module
 from tpkernels.plan_styles import PlanError
 
 TOKENS = 1  # hidden states are [B, S, D]
@@ -57,27 +57,28 @@ class BehindIt:
 
 
 class CutTokens:
-    """This rank's part of replicated tokens."""
+    """This rank's part of replicated tokens. The group is that of a cut module, which `set_group` may change."""
 
-    def __init__(self, group: Group, grad_codec: str) -> None:
-        self.group, self.grad_codec = group, grad_codec
+    def __init__(self, cut: CutModule, grad_codec: str) -> None:
+        self._cut, self.grad_codec = [cut], grad_codec  # in a list: a reference, and no child of anything
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S / R, D]."""
-        return take_shard(x, TOKENS, group=self.group, grad_codec=self.grad_codec)
+        return take_shard(x, TOKENS, group=self._cut[0].group, grad_codec=self.grad_codec)
 
 
 class GatherTokens:
-    """All tokens of all ranks. `grad` as in ops.all_gather: what becomes of the gradient."""
+    """All tokens of all ranks. `grad` as in ops.all_gather: what becomes of the gradient. The group: as CutTokens."""
 
-    def __init__(self, group: Group, grad: str, codec: str, grad_codec: str) -> None:
-        self.group, self.grad, self.codec, self.grad_codec = group, grad, codec, grad_codec
+    def __init__(self, cut: CutModule, grad: str, codec: str, grad_codec: str) -> None:
+        self._cut, self.grad, self.codec, self.grad_codec = [cut], grad, codec, grad_codec
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, S / R, D] -> [B, S, D]."""
-        if self.group.world_size == 1:
+        group = self._cut[0].group
+        if group.world_size == 1:
             return x
-        return ops.all_gather(x, TOKENS, group=self.group, grad=self.grad, codec=self.codec, grad_codec=self.grad_codec)
+        return ops.all_gather(x, TOKENS, group=group, grad=self.grad, codec=self.codec, grad_codec=self.grad_codec)
 
 
 def check_sequence(model: nn.Module, modules: dict[str, nn.Module], blocks: list[str]) -> list[nn.Module]:
@@ -119,9 +120,10 @@ def _check_layer(layer: nn.Module, why: str) -> None:
 
 def cut_sequence(layers: list[nn.Module], group: Group, codec: str, grad_codec: str) -> None:
     """Cut the tokens in front of the first layer, gather them behind the last, and arrange what is between."""
-    cut = CutTokens(group, grad_codec)
-    inside = GatherTokens(group, "reduce", codec, grad_codec)
-    outside = GatherTokens(group, "split", codec, grad_codec)
+    first = next(module for module in layers[0].modules() if isinstance(module, CutModule))
+    cut = CutTokens(first, grad_codec)
+    inside = GatherTokens(first, "reduce", codec, grad_codec)
+    outside = GatherTokens(first, "split", codec, grad_codec)
     for layer in layers:
         for child in layer.children():
             if isinstance(child, nn.Dropout):
