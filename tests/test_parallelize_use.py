@@ -18,7 +18,6 @@ from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_layers import Column, CutModule, Row
 from tpkernels.plan_peft import cut_adapters
-from tpkernels.plan_trainer import fit_trainer, one_replica
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 
@@ -221,89 +220,6 @@ def compiled_models_give_the_same(group: Group) -> None:
     compare_steps(cut, whole, [loss_of(whole), compiled(input_ids=ids(), labels=ids()).loss], "compiled")
 
 
-def trainer_of(model: Any, folder: str, groups: tuple[Group, Group | None] | None, **options: Any) -> Any:
-    """A Trainer of a whole model, or of a cut one among replicas: with the same global batches, of 8 sequences."""
-    from transformers import Trainer, TrainingArguments
-
-    replicas = 1 if groups is None or groups[1] is None else groups[1].world_size
-    rows, labels = ids(24), ids(24).masked_fill(torch.arange(24)[:, None] % 5 > torch.arange(7), -100)
-    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
-    settings: dict[str, Any] = {
-        "max_steps": 6, "per_device_train_batch_size": 4 // replicas, "gradient_accumulation_steps": 2, "seed": 3,
-        "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-2, "max_grad_norm": 0.05,
-        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
-    }  # fmt: skip
-    with one_replica():
-        trainer = Trainer(model=model, args=TrainingArguments(folder, **settings | options), train_dataset=data)
-        return trainer if groups is None else fit_trainer(trainer, groups[1])
-
-
-def logged(trainer: Any) -> Tensor:
-    """[steps, loss and norm of the gradients]"""
-    rows = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def the_trainer_trains_it(tp: Group, dp: Group | None, folder: str) -> None:
-    """Losses, norms and parameters are those of one process up to rounding; a resumed run has those of a whole one."""
-    whole = tiny("llama").float()
-    cut = [parallelize(copy.deepcopy(whole), group=tp) for _ in range(2)]
-    rank = f"{tp.rank}-{0 if dp is None else dp.rank}"
-    want = trainer_of(whole, f"{folder}/whole-{rank}", None)
-    want.train()
-    assert float(logged(want)[:, 1].min()) > 0.05, "the gradients are clipped"
-    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    got = trainer_of(cut[0], f"{folder}/cut", (tp, dp), **saving)
-    got.train()
-    for column, name in enumerate(("losses", "norms")):
-        close(logged(got)[:, column], logged(want)[:, column], f"{name} of the trainer", 1e-5)
-    for (name, parameter), (_, other) in zip(cut[0].named_parameters(), whole.named_parameters(), strict=True):
-        close(parameter, part_of(parameter, other), name, 1e-5)
-    again = trainer_of(cut[1], f"{folder}/cut", (tp, dp))
-    assert sorted(path.name for path in Path(folder, "cut").iterdir()) == [f"checkpoint-0000000{n}" for n in (4, 6)]
-    again.train(resume_from_checkpoint=f"{folder}/cut/checkpoint-00000004")  # inside of the second epoch
-    assert torch.equal(logged(again), logged(got)) and len(logged(got)) == 6
-    assert all(torch.equal(p, q) for p, q in both(*cut))
-    got.save_model(f"{folder}/plain")
-    kind: Any = type(whole)
-    back = kind.from_pretrained(f"{folder}/plain")
-    for (name, parameter), (_, other) in zip(cut[0].named_parameters(), back.named_parameters(), strict=True):
-        assert torch.equal(parameter, part_of(parameter, other)), name
-
-
-def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> None:
-    cut = parallelize(tiny("llama").float(), group=tp)
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({"save_only_model": True}, "save_model"),
-        ({"auto_find_batch_size": True}, "give a size"),
-        ({"train_sampling_strategy": "group_by_length"}, "take 'random'"),
-        ({"accelerator_config": {"split_batches": True}}, "split"),
-        ({"accelerator_config": {"use_seedable_sampler": False}}, "shuffle apart"),
-    ]
-    for options, why in refused:
-        with pytest.raises(PlanError, match=why):
-            trainer_of(cut, folder, (tp, dp), **options)
-    with pytest.raises(PlanError, match="dp_group must join"):
-        trainer_of(cut, folder, (tp, None))
-    trainer = trainer_of(cut, folder, (tp, dp))
-    trainer.train_dataset = [{"input_ids": row, "labels": row} for row in ids(24) // (1 + tp.rank)]  # a planted fault
-    with pytest.raises(PlanError, match="must see the same batches"):
-        trainer.train()
-
-
-def trained_by_the_trainer(folder: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    with Group.open((mesh, "tp")) as tp, Group.open((mesh, "dp")) as dp:
-        the_trainer_trains_it(tp, dp, folder)
-        what_the_trainer_cannot_do_is_refused(tp, dp, folder)
-
-
-def test_replicas_of_a_cut_model_are_trained_by_the_trainer_as_one_process_trains_the_whole(tmp_path: Path) -> None:
-    run_ranks(trained_by_the_trainer, 4, str(tmp_path))
-
-
 def uses(folder: str) -> None:
     with Group.open() as group:
         it_generates(group)
@@ -318,11 +234,10 @@ def uses(folder: str) -> None:
     all_of_it_follows_to_another_group(folder)
 
 
-def slower_uses(folder: str) -> None:
+def slower_uses() -> None:
     with Group.open() as group:
         codecs_pack_what_travels(group)
         compiled_models_give_the_same(group)
-        the_trainer_trains_it(group, None, folder)
 
 
 @pytest.mark.parametrize("R", [2, 4])
@@ -331,8 +246,8 @@ def test_a_cut_model_is_used_like_any_other(R: int, tmp_path: Path) -> None:
     run_ranks(uses, R, str(tmp_path))
 
 
-def test_a_cut_model_is_packed_compiled_and_trained_by_the_trainer(tmp_path: Path) -> None:
-    run_ranks(slower_uses, 2, str(tmp_path))
+def test_a_cut_model_is_packed_and_compiled() -> None:
+    run_ranks(slower_uses, 2)
 
 
 def faults_are_noticed() -> None:

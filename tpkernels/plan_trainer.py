@@ -29,6 +29,7 @@ from tpkernels import checkpoint, layers, ops
 from tpkernels.ckpt_place import Place
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
+from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_styles import PlanError
 
 # By these accelerate recognises that it was started as one of several processes.
@@ -53,8 +54,9 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
 
     The gradient norm is taken over all ranks. With replicas, batches are dealt out, gradients, tokens and losses are
     averaged; evaluation is done by every replica alike. Checkpoints are those of tpkernels.checkpoint, in folders named
-    checkpoint-<step> which `train(resume_from_checkpoint=...)` takes, on as many ranks; `save_model` writes a plain
-    Hugging Face folder. Only rank 0 shows progress and reports. Random numbers of torch are saved, others are not.
+    checkpoint-<step> which `train(resume_from_checkpoint=...)` takes, also on other ranks as long as a step is of as
+    many sequences; `save_model` writes a plain Hugging Face folder. Only rank 0 shows progress and reports. Random
+    numbers of torch are saved, others are not.
 
     Args:
         trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder all see.
@@ -101,6 +103,12 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
         yield "save_only_model=True", "call trainer.save_model for a plain folder"
     if of.push_to_hub:
         yield "push_to_hub=True", "push what trainer.save_model wrote"
+    metrics = trainer.compute_metrics or trainer.preprocess_logits_for_metrics
+    if metrics is not None and not of.prediction_loss_only and _cut_logits(trainer.model):
+        yield (
+            "compute_metrics or preprocess_logits_for_metrics where the model was cut with gather_logits=False",
+            "each rank would see its part of the vocabulary: gather the logits, or set prediction_loss_only=True",
+        )
     if of.auto_find_batch_size:
         yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
     if dp_group is None:
@@ -119,6 +127,10 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
             "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
             "replica's loss counts alike",
         )
+
+
+def _cut_logits(model: Any) -> bool:
+    return isinstance(getattr(model, "loss_function", None), CutCausalLoss)
 
 
 def _text(option: Any) -> str:
@@ -167,7 +179,9 @@ class _Saving:
             trainer.model,
             os.path.join(trainer.args.output_dir, f"checkpoint-{step:08d}"),
             group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer), step=step,
-            extra={"trainer_state": state, "scheduler": trainer.lr_scheduler.state_dict()},
+            extra={
+                "trainer_state": state, "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
+            },
         )  # fmt: skip
         with self._place.together(f"save {folder}"):
             if self._place.is_first and trainer.args.save_total_limit:
@@ -176,11 +190,22 @@ class _Saving:
     def _open(self, folder: str, model: Any = None) -> None:
         """Put the state where the Trainer looks for it. It goes when the rest is loaded, once there is an optimizer."""
         with self._place.together(f"load {folder}"):
-            state, path = checkpoint.peek(folder)["extra"]["trainer_state"], os.path.join(folder, STATE)
+            extra, path = checkpoint.peek(folder)["extra"], os.path.join(folder, STATE)
+            state, was, now = extra["trainer_state"], extra.get("sequences"), self._sequences()
+            if was not in (None, now) and not self._trainer.args.ignore_data_skip:
+                raise checkpoint.CheckpointError(
+                    f"a step was of {was} sequences when it was saved, and is of {now} now, so that the data would go "
+                    f"on elsewhere: change batch or accumulation, or set ignore_data_skip=True"
+                )
             if self._place.is_first:
                 with open(path + ".new", "w") as file:
                     json.dump(state, file, indent=2, sort_keys=True)
                 os.replace(path + ".new", path)
+
+    def _sequences(self) -> int:
+        """That a step learns from, over all replicas."""
+        trainer = self._trainer
+        return int(trainer.get_total_train_batch_size(trainer.args))
 
     def _load(self, folder: str | None) -> None:
         if folder is None:
