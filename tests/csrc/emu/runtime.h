@@ -22,4 +22,11 @@ inline cudaError_t failed(cudaError_t error) {
 inline cudaError_t outcome(const Device& device) { return failed(device.error.load()); }
 inline cudaError_t outcome() { return outcome(current_device()); }
 
+// The stream behind a handle on which something will be enqueued; else nullptr, and `error` says why.
+inline Stream* stream_to_enqueue_on(cudaStream_t handle, cudaError_t& error) {
+  Stream* const stream = stream_of(handle);
+  error = failed(stream == nullptr ? cudaErrorInvalidResourceHandle : obstacle_to_enqueueing(*stream));
+  return error == cudaSuccess ? stream : nullptr;
+}
+
 }  // namespace tpk::emu

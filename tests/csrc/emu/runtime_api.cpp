@@ -35,6 +35,8 @@ cudaError_t cudaSetDevice(int rank) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
+  const cudaError_t error = obstacle_to_waiting_for(current_device());
+  if (error != cudaSuccess) return failed(error);
   synchronize(current_device());
   return outcome();
 }
@@ -114,6 +116,16 @@ const char* cudaGetErrorName(cudaError_t error) {
     TPK_EMU_NAME(cudaErrorLaunchFailure)
     TPK_EMU_NAME(cudaErrorLaunchTimeout)
     TPK_EMU_NAME(cudaErrorNotSupported)
+    TPK_EMU_NAME(cudaErrorIllegalState)
+    TPK_EMU_NAME(cudaErrorStreamCaptureUnsupported)
+    TPK_EMU_NAME(cudaErrorStreamCaptureInvalidated)
+    TPK_EMU_NAME(cudaErrorStreamCaptureMerge)
+    TPK_EMU_NAME(cudaErrorStreamCaptureUnmatched)
+    TPK_EMU_NAME(cudaErrorStreamCaptureUnjoined)
+    TPK_EMU_NAME(cudaErrorStreamCaptureIsolation)
+    TPK_EMU_NAME(cudaErrorStreamCaptureImplicit)
+    TPK_EMU_NAME(cudaErrorCapturedEvent)
+    TPK_EMU_NAME(cudaErrorStreamCaptureWrongThread)
 #undef TPK_EMU_NAME
     default: return "cudaErrorUnknown";
   }
@@ -133,6 +145,18 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorLaunchTimeout: return "the launch timed out and was terminated";
     case cudaErrorNotSupported: return "operation not supported";
+    case cudaErrorIllegalState: return "the operation cannot be performed in the present state";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureMerge: return "operation would result in a merge of separate capture sequences";
+    case cudaErrorStreamCaptureUnmatched: return "capture was not ended in the same stream as it began";
+    case cudaErrorStreamCaptureUnjoined: return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation: return "dependency created on uncaptured work in another stream";
+    case cudaErrorStreamCaptureImplicit:
+      return "operation would make the legacy stream depend on a capturing blocking stream";
+    case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
+    case cudaErrorStreamCaptureWrongThread:
+      return "attempt to terminate a thread-local capture sequence from another thread";
     default: return "unknown error";
   }
 }
@@ -162,6 +186,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   Stream* stream = stream_of(handle);
   if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  const cudaError_t error = obstacle_to_waiting_for(*stream);
+  if (error != cudaSuccess) return failed(error);
   synchronize(record(*stream));
   return outcome(*stream->device);
 }
@@ -169,6 +195,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   Stream* stream = stream_of(handle);
   if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  const cudaError_t error = obstacle_to_waiting_for(*stream);
+  if (error != cudaSuccess) return failed(error);
   {
     const std::lock_guard lock(mutex());
     if (stream->busy || !stream->queue.empty()) return cudaErrorNotReady;
@@ -198,26 +226,13 @@ cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* rank) {
   return outcome();
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                     cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
-                                     size_t* num_nodes) {
-  *status = cudaStreamCaptureStatusNone;
-  if (id != nullptr) *id = 0;
-  if (graph != nullptr) *graph = nullptr;
-  if (nodes != nullptr) *nodes = nullptr;
-  if (edges != nullptr) *edges = nullptr;
-  if (num_nodes != nullptr) *num_nodes = 0;
-  return cudaSuccess;
-}
-
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   Stream* stream = stream_of(handle);
   if (stream == nullptr || event == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  bool captured = false;
+  cudaError_t error = obstacle_to_enqueueing(*stream);
+  if (error == cudaSuccess) error = wait_in_capture(*stream, *event_of(event), captured);
+  if (error != cudaSuccess || captured) return failed(error);
   if (event_of(event)->last != nullptr) wait_for(*stream, event_of(event)->last);
   return outcome();
 }
@@ -225,7 +240,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 // ---- events ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-  *event = reinterpret_cast<cudaEvent_t>(new Event{&current_device(), flags, nullptr});
+  *event = reinterpret_cast<cudaEvent_t>(new Event{&current_device(), flags, nullptr, nullptr, {}});
   return outcome();
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
@@ -241,11 +256,14 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   if (stream == nullptr || event == nullptr || event_of(event)->device != stream->device) {
     return failed(cudaErrorInvalidResourceHandle);
   }
+  if (const cudaError_t error = obstacle_to_enqueueing(*stream); error != cudaSuccess) return failed(error);
+  if (record_in_capture(*stream, *event_of(event))) return outcome();
   event_of(event)->last = record(*stream);
   return outcome();
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (const cudaError_t error = obstacle_to_waiting_for(*event_of(event)); error != cudaSuccess) return failed(error);
   const std::shared_ptr<Marker> marker = event_of(event)->last;
   if (marker != nullptr) {
     {
@@ -258,6 +276,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = obstacle_to_waiting_for(*event_of(event)); error != cudaSuccess) return failed(error);
   if (event_of(event)->last != nullptr) synchronize(event_of(event)->last);
   return outcome(*event_of(event)->device);
 }

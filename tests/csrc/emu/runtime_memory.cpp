@@ -28,8 +28,13 @@ bool is_pageable(const void* host_side, cudaMemcpyKind kind) {
 }
 
 cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle, bool wait) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  cudaError_t error = cudaSuccess;
+  Stream* const stream = stream_to_enqueue_on(handle, error);
+  if (stream == nullptr) return error;
+  const bool pageable = (kind != cudaMemcpyHostToDevice && is_pageable(to, kind)) ||
+                        (kind != cudaMemcpyDeviceToHost && is_pageable(from, kind));
+  wait |= pageable;
+  if (wait && (error = obstacle_to_waiting_for(*stream)) != cudaSuccess) return failed(error);
   if (bytes == 0 || outcome() != cudaSuccess) return outcome();
   if (!is_inside(to, bytes) || !is_inside(from, bytes)) return failed(cudaErrorInvalidValue);
   enqueue(*stream, [=](Stream& self) {
@@ -39,15 +44,15 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     }
     std::memmove(to, from, bytes);
   });
-  const bool pageable = (kind != cudaMemcpyHostToDevice && is_pageable(to, kind)) ||
-                        (kind != cudaMemcpyDeviceToHost && is_pageable(from, kind));
-  if (wait || pageable) synchronize(record(*stream));
+  if (wait) synchronize(record(*stream));
   return outcome();
 }
 
 cudaError_t fill(void* memory, int value, size_t bytes, cudaStream_t handle, bool wait) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  cudaError_t error = cudaSuccess;
+  Stream* const stream = stream_to_enqueue_on(handle, error);
+  if (stream == nullptr) return error;
+  if (wait && (error = obstacle_to_waiting_for(*stream)) != cudaSuccess) return failed(error);
   if (bytes == 0 || outcome() != cudaSuccess) return outcome();
   if (!is_inside(memory, bytes)) return failed(cudaErrorInvalidValue);
   enqueue(*stream, [=](Stream& self) {
@@ -60,6 +65,7 @@ cudaError_t fill(void* memory, int value, size_t bytes, cudaStream_t handle, boo
 
 cudaError_t give(void** memory, size_t bytes, int owner) {
   *memory = nullptr;
+  if (const cudaError_t error = obstacle_to_unsafe_calls(); error != cudaSuccess) return failed(error);
   if (outcome() != cudaSuccess || bytes == 0) return outcome();
   *memory = allocate(bytes, owner);
   return failed(*memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess);
@@ -67,6 +73,7 @@ cudaError_t give(void** memory, size_t bytes, int owner) {
 
 cudaError_t take_back(void* memory) {
   if (memory == nullptr) return outcome();
+  if (const cudaError_t error = obstacle_to_unsafe_calls(); error != cudaSuccess) return failed(error);
   const Allocation* found = find_allocation(memory);
   if (found == nullptr || found->base != memory) return failed(cudaErrorInvalidValue);
   synchronize(found->owner == kHost ? current_device() : device(found->owner));
@@ -92,11 +99,18 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return give(m
 cudaError_t cudaFree(void* memory) { return take_back(memory); }
 cudaError_t cudaFreeHost(void* memory) { return take_back(memory); }
 
-cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) { return cudaMalloc(memory, bytes); }
+// Not in a capture, where it would be a node.
+cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t handle) {
+  Stream* const stream = stream_of(handle);
+  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  const cudaError_t error = obstacle_to_waiting_for(*stream);
+  return error != cudaSuccess ? failed(error) : cudaMalloc(memory, bytes);
+}
 
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t handle) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  cudaError_t error = cudaSuccess;
+  Stream* const stream = stream_to_enqueue_on(handle, error);
+  if (stream == nullptr) return error;
   enqueue(*stream, [memory](Stream&) { release(memory); });
   return outcome();
 }
@@ -148,8 +162,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
+  cudaError_t error = cudaSuccess;
+  Stream* const stream = stream_to_enqueue_on(handle, error);
+  if (stream == nullptr) return error;
   enqueue(*stream, [=](Stream&) { function(data); });
   return outcome();
 }

@@ -148,6 +148,7 @@ Stream* stream_of(cudaStream_t handle) {
 
 void close_stream(Stream* stream) {
   const std::lock_guard lock(mutex());
+  leave_capture(*stream);
   all().streams.erase(stream);
   stream->closed = true;
   std::thread([stream] {  // what was enqueued still runs
@@ -164,6 +165,7 @@ void close_stream(Stream* stream) {
 
 void enqueue(Stream& stream, std::function<void(Stream&)> run) {
   const std::lock_guard lock(mutex());
+  if (stream.capture != nullptr) return add_node(stream, std::move(run));
   order_with_default_stream(stream);
   push(stream, std::move(run), false);
 }
@@ -216,6 +218,8 @@ cudaError_t enqueue_launch(LaunchRequest request, cudaStream_t handle) {
     if (device.error.load() != cudaSuccess) return device.error.load();
     Stream* stream = stream_of(handle);
     if (stream == nullptr || stream->device != &device) return cudaErrorInvalidResourceHandle;
+    const cudaError_t obstacle = obstacle_to_enqueueing(*stream);
+    if (obstacle != cudaSuccess) return obstacle;
     const uint64_t threads = given(request.block), blocks = given(request.grid);
     if (threads == 0 || threads > 1024 || request.block.z > 64 || blocks == 0 || blocks > 0x7fffffffu ||
         request.grid.y > 65535 || request.grid.z > 65535) {
@@ -268,6 +272,7 @@ void run_ranks(int ranks, const std::function<void(int)>& body) {
 }
 
 void reset() {
+  abandon_captures();
   for (int rank = 0; rank < options().ranks; ++rank) {
     synchronize(device(rank));
     std::vector<Stream*> streams;

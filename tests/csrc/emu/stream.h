@@ -6,6 +6,7 @@
 #include <functional>
 #include <thread>
 
+#include "capture.h"
 #include "device.h"
 
 namespace tpk::emu {
@@ -20,7 +21,10 @@ struct Marker {
 struct Event {
   Device* device;
   unsigned flags;
-  std::shared_ptr<Marker> last;  // nullptr: never recorded
+  std::shared_ptr<Marker> last;  // nullptr: never recorded, or in a capture
+  // Under mutex(): recorded in a capture, behind these nodes.
+  std::shared_ptr<Capture> capture;
+  Nodes tail;
 };
 
 struct Stream {
@@ -32,6 +36,9 @@ struct Stream {
   Clock clock;
   std::vector<uint32_t> ids;
   uint32_t last_moment = 0;
+  // Under mutex(): the capture that it takes part in, and the nodes that its next one comes after.
+  std::shared_ptr<Capture> capture;
+  Nodes tail;
   // Under mutex().
   std::deque<std::function<void(Stream&)>> queue;
   bool busy = false;
@@ -52,7 +59,8 @@ Stream* make_stream(Device& device, unsigned flags, int priority);
 Stream* stream_of(cudaStream_t handle);
 void close_stream(Stream* stream);
 
-// Enqueues with what the host thread knows. `run` is skipped when the device has failed.
+// Enqueues with what the host thread knows. `run` is skipped when the device has failed. In a capture it becomes a
+// node.
 void enqueue(Stream& stream, std::function<void(Stream&)> run);
 std::shared_ptr<Marker> record(Stream& stream);
 void wait_for(Stream& stream, std::shared_ptr<Marker> marker);
