@@ -44,14 +44,18 @@ void DeviceCommunicator::enter() {
   TPK_CHECK(current == device_, "group '", label(), "' is on cuda:", device_, ", got tensors on cuda:", current);
   const cudaStream_t stream = current_stream();
   const uint64_t capture = capture_of(stream);
-  // Recorded only now, when another stream needs it: most programs use one stream. A stream whose capture began or
-  // ended since cannot be waited for; what ran on it outside of its capture is over, because captures begin idle.
-  if (launched_ && stream != last_stream_ && capture == last_capture_ && capture_of(last_stream_) == capture) {
-    on_device_->event.order(last_stream_, stream);
+  Last& last = capture == 0 ? eager_ : captured_;
+  // Recorded only now, when another stream needs it: most programs use one stream. A stream that is captured meanwhile
+  // cannot be waited for; what ran on it before is over, because captures begin idle.
+  if (last.is_there && last.capture == capture && stream != last.stream && capture_of(last.stream) == capture) {
+    on_device_->event.order(last.stream, stream);
   }
-  last_stream_ = stream;
-  last_capture_ = capture;
-  launched_ = true;
+  last = {true, stream, capture};
+}
+
+bool DeviceCommunicator::is_being_captured() const {
+  return capture_of(current_stream()) != 0 || (eager_.is_there && capture_of(eager_.stream) != 0) ||
+         (captured_.is_there && capture_of(captured_.stream) == captured_.capture);
 }
 
 void DeviceCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
@@ -98,37 +102,57 @@ void DeviceCommunicator::send_beside(Op op, const Part& send, const std::functio
 }
 
 void DeviceCommunicator::run_beside(const Part& send, const std::function<void()>& meanwhile) {
-  const cudaStream_t caller = current_stream();
-  send_part(0, send, caller);
-  meanwhile();
-  on_device_->event.order(on_device_->side.get(), caller);
-  last_stream_ = caller;
+  with_both_streams([&](cudaStream_t caller) {
+    send_part(0, send, caller);
+    meanwhile();
+    join(caller);
+  });
 }
 
 void DeviceCommunicator::send_part(int part, const Part& send, cudaStream_t caller) {
   const cudaStream_t side = on_device_->side.get();
   on_device_->event.order(caller, side);
-  if (last_stream_ == caller) last_stream_ = side;  // ordered already
+  Last& last = last_on(caller);
+  if (last.stream == caller) last.stream = side;  // ordered already
   const StreamScope scope(side);
   enter();
   send(part);
 }
 
+void DeviceCommunicator::join(cudaStream_t caller) {
+  on_device_->event.order(on_device_->side.get(), caller);
+  last_on(caller).stream = caller;
+}
+
+// What the body allocated belongs to the caller's stream, and a capture must be joined before it ends.
+void DeviceCommunicator::with_both_streams(const std::function<void(cudaStream_t caller)>& body) {
+  const cudaStream_t caller = current_stream();
+  try {
+    body(caller);
+  } catch (...) {
+    try {
+      if (capture_of(on_device_->side.get()) == capture_of(caller)) join(caller);
+    } catch (const CudaError&) {  // the first error says more
+    }
+    throw;
+  }
+}
+
 void DeviceCommunicator::produce_and_send(Op op, int parts, const Part& produce, const Part& send) {
   as_one_call(op, [&] {
     run([&] {
-      const cudaStream_t caller = current_stream();
       enter();  // first: what is produced may go where peers still read the product of the last call
       if (parts == 1) {
         produce(0);
         return send(0);
       }
-      for (int i = 0; i < parts; ++i) {
-        produce(i);
-        send_part(i, send, caller);
-      }
-      on_device_->event.order(on_device_->side.get(), caller);
-      last_stream_ = caller;
+      with_both_streams([&](cudaStream_t caller) {
+        for (int i = 0; i < parts; ++i) {
+          produce(i);
+          send_part(i, send, caller);
+        }
+        join(caller);
+      });
     });
   });
 }
@@ -136,22 +160,22 @@ void DeviceCommunicator::produce_and_send(Op op, int parts, const Part& produce,
 void DeviceCommunicator::receive_and_consume(Op op, int parts, const Part& receive, const Part& consume) {
   as_one_call(op, [&] {
     run([&] {
-      const cudaStream_t caller = current_stream();
       if (parts == 1) {
         enter();
         receive(0);
         return consume(0);
       }
-      send_part(0, receive, caller);
-      for (int i = 0; i < parts; ++i) {
-        on_device_->event.order(on_device_->side.get(), caller);  // part i is here; the next one need not be
-        if (i + 1 < parts) {
-          const StreamScope scope(on_device_->side.get());
-          receive(i + 1);
+      with_both_streams([&](cudaStream_t caller) {
+        send_part(0, receive, caller);
+        for (int i = 0; i < parts; ++i) {
+          join(caller);  // part i is here; the next one need not be
+          if (i + 1 < parts) {
+            const StreamScope scope(on_device_->side.get());
+            receive(i + 1);
+          }
+          consume(i);
         }
-        consume(i);
-      }
-      last_stream_ = caller;
+      });
     });
   });
 }
@@ -170,21 +194,23 @@ std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
   return all;
 }
 
-void DeviceCommunicator::synchronize() { TPK_CUDA_CHECK(cudaStreamSynchronize(last_stream_)); }
+void DeviceCommunicator::synchronize() { TPK_CUDA_CHECK(cudaStreamSynchronize(eager_.stream)); }
 
 void DeviceCommunicator::do_check() {
   const DeviceScope scope(device_);
+  TPK_CHECK(!is_being_captured(), "check on group '", label(),
+            "': nothing can be waited for while a CUDA graph is captured; check when the graph has been launched");
   run([&] {
-    if (launched_) synchronize();
+    if (eager_.is_there) synchronize();
   });
 }
 
 // Leaving must not fail, and nothing that peers still read may go away under them.
 void DeviceCommunicator::do_close() {
-  if (!launched_ || last_capture_ != 0) return;
+  if (!eager_.is_there) return;
   try {
     const DeviceScope scope(device_);
-    TPK_CUDA_CHECK(cudaStreamSynchronize(last_stream_));
+    if (!is_being_captured()) TPK_CUDA_CHECK(cudaStreamSynchronize(eager_.stream));
   } catch (const CudaError&) {
   }
 }

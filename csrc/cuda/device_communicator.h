@@ -3,9 +3,11 @@
 // A call enqueues on this thread's stream (runtime.h) and returns. What the device finds out is raised by a later call
 // or by check(); a call launches first and raises then, so that ranks which notice at different calls stay in step.
 //
-// Order    the calls of a group run one after the other, on whatever streams they are made. Inside a CUDA graph they
-// are
-//          ordered among themselves; a graph and other calls of its group must be ordered by whoever launches it.
+// Order    the calls of a group run one after the other, on whatever streams they are made. Those that are captured
+//          into a CUDA graph are ordered among themselves; a launch of the graph and the other calls of its group must
+//          be ordered by whoever launches it, all ranks alike.
+// Graphs   an op can be captured when it asks the ranks nothing over the host. A graph may be launched as long as its
+//          group is open, and by all ranks as often. stats() counts a captured call once, when it is captured.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +85,7 @@ class DeviceCommunicator : public Communicator {
 
   // The host waits for what the group launched last.
   virtual void synchronize();
-  cudaStream_t last_stream() const { return last_stream_; }
+  cudaStream_t last_stream() const { return eager_.stream; }
   virtual bool fuses_norm(const Wire&, const AddNorm&) const { return false; }
   virtual void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) {}
   // `mine` of every rank; may wait for the device.
@@ -106,6 +108,12 @@ class DeviceCommunicator : public Communicator {
   // What is enqueued on this thread's stream from now on comes after the group's last call.
   void enter();
   void send_part(int part, const Part& send, cudaStream_t caller);
+  // The caller's stream goes on when the communication stream is done.
+  void join(cudaStream_t caller);
+  // What uses both streams. Whatever it throws, the caller's stream waits for the other one.
+  void with_both_streams(const std::function<void(cudaStream_t caller)>& body);
+  // A graph is captured with calls of this group in it: nothing can be waited for.
+  bool is_being_captured() const;
   void run_beside(const Part& send, const std::function<void()>& meanwhile);
   Notes& notes() const { return *static_cast<Notes*>(on_device_->notes.on_host()); }
   void raise_bad(uint32_t& count, const char* what, int64_t vocab_size);
@@ -123,9 +131,14 @@ class DeviceCommunicator : public Communicator {
   const int device_;
   std::unique_ptr<OnDevice> on_device_;
   Forced forced_;
-  cudaStream_t last_stream_ = nullptr;
-  uint64_t last_capture_ = 0;
-  bool launched_ = false;
+  // Where the last call was made, of those that run and of those that are captured.
+  struct Last {
+    bool is_there = false;
+    cudaStream_t stream = nullptr;
+    uint64_t capture = 0;
+  };
+  Last& last_on(cudaStream_t stream) { return capture_of(stream) == 0 ? eager_ : captured_; }
+  Last eager_, captured_;
   uint32_t piece_ = 0;
   int64_t ids_vocab_ = 0, targets_vocab_ = 0;  // of the last calls that have one
 };

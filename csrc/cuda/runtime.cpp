@@ -44,7 +44,8 @@ uint64_t capture_of(cudaStream_t stream) {
     return 0;
   }
   check_cuda(error, "cudaStreamGetCaptureInfo(stream)");
-  return status == cudaStreamCaptureStatusNone ? 0 : id;
+  // One that an error has ended has no id any more, and still nothing can be waited for.
+  return status == cudaStreamCaptureStatusNone ? 0 : status == cudaStreamCaptureStatusActive ? id : kInvalidCapture;
 }
 
 Event::Event() { TPK_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }

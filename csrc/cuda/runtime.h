@@ -52,6 +52,7 @@ class DeviceScope {
 };
 
 // Which capture into a CUDA graph a stream takes part in; 0: none.
+constexpr uint64_t kInvalidCapture = ~uint64_t{0};
 uint64_t capture_of(cudaStream_t stream);
 
 // Orders streams and measures nothing.

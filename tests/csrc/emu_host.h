@@ -4,6 +4,7 @@
 #include <atomic>
 #include <barrier>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 
@@ -90,12 +91,13 @@ inline std::vector<std::unique_ptr<PeerCommunicator>> peers(int ranks, double ti
 class ThreadExchange final : public DeviceExchange {
  public:
   struct Shared {
-    explicit Shared(int ranks) : barrier(ranks), sent(static_cast<size_t>(ranks)), said(static_cast<size_t>(ranks)) {}
+    explicit Shared(int ranks)
+        : barrier(ranks), streams(ranks), sent(static_cast<size_t>(ranks)), said(static_cast<size_t>(ranks)) {}
     struct Sent {
       const char* buffer;
       std::vector<size_t> bytes;
     };
-    std::barrier<> barrier;
+    std::barrier<> barrier, streams;  // of the host threads, and of what streams do
     std::vector<Sent> sent;
     std::vector<std::vector<int64_t>> said;
     std::atomic<int> times_agreed{0};
@@ -109,21 +111,9 @@ class ThreadExchange final : public DeviceExchange {
   const char* receive_buffer() override { return receive_; }
   size_t capacity() const override { return capacity_; }
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
-    wait_for_stream();
-    shared_.sent[static_cast<size_t>(rank_)] = {send_, send_bytes};
-    meet();
-    char* to = receive_;
-    for (size_t r = 0; r < shared_.sent.size(); ++r) {
-      const Shared::Sent& theirs = shared_.sent[r];
-      const size_t mine = static_cast<size_t>(rank_);
-      EXPECT(theirs.bytes[mine] == receive_bytes[r], "sizes of the exchange differ: ", theirs.bytes[mine], " from ", r);
-      const char* from = theirs.buffer;
-      for (size_t q = 0; q < mine; ++q) from += theirs.bytes[q];
-      std::memcpy(to, from, receive_bytes[r]);
-      to += receive_bytes[r];
-    }
-    EXPECT(to <= receive_ + capacity_, "more than the buffer holds");
-    meet();
+    travels_.push_back({this, send_bytes, receive_bytes});  // kept: in a graph it is made again and again
+    const auto run = [](void* travel) { static_cast<Travel*>(travel)->run(); };
+    TPK_CUDA_CHECK(cudaLaunchHostFunc(cuda::current_stream(), run, &travels_.back()));
   }
   void wait(uint64_t) override {}
   void close(uint64_t) override {}
@@ -138,6 +128,28 @@ class ThreadExchange final : public DeviceExchange {
   void synchronise(uint64_t) override { wait_for_stream(); }
 
  private:
+  struct Travel {
+    ThreadExchange* exchange;
+    std::vector<size_t> send_bytes, receive_bytes;
+    void run() const { exchange->travel(send_bytes, receive_bytes); }
+  };
+  // In the thread of the stream.
+  void travel(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) {
+    shared_.sent[static_cast<size_t>(rank_)] = {send_, send_bytes};
+    shared_.streams.arrive_and_wait();
+    char* to = receive_;
+    for (size_t r = 0; r < shared_.sent.size(); ++r) {
+      const Shared::Sent& theirs = shared_.sent[r];
+      const size_t mine = static_cast<size_t>(rank_);
+      EXPECT(theirs.bytes[mine] == receive_bytes[r], "sizes of the exchange differ: ", theirs.bytes[mine], " from ", r);
+      const char* from = theirs.buffer;
+      for (size_t q = 0; q < mine; ++q) from += theirs.bytes[q];
+      std::memcpy(to, from, receive_bytes[r]);
+      to += receive_bytes[r];
+    }
+    EXPECT(to <= receive_ + capacity_, "more than the buffer holds");
+    shared_.streams.arrive_and_wait();
+  }
   static void wait_for_stream() { TPK_CUDA_CHECK(cudaStreamSynchronize(cuda::current_stream())); }
   void meet() {
     shared_.barrier.arrive_and_wait();
@@ -147,6 +159,7 @@ class ThreadExchange final : public DeviceExchange {
   Shared& shared_;
   const int rank_;
   const size_t capacity_;
+  std::deque<Travel> travels_;
   char *send_ = nullptr, *receive_ = nullptr;
 };
 
