@@ -151,7 +151,12 @@ class Group:
         return made
 
     def barrier(self) -> None:
-        """Return when every rank of the group has come here; on a GPU, when its stream has."""
+        """Return when every rank of the group has come here; on a GPU, when its stream has.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, in which nothing can be waited for.
+        """
+        self._refuse_in_a_capture("barrier", "there is nothing to wait for: what is captured has not run")
         self._communicator.barrier()
 
     def exchange_sizes(self, mine: int) -> list[int]:
@@ -160,22 +165,28 @@ class Group:
         Raises:
             ValueError: a CUDA graph is being captured, in which nothing can be waited for.
         """
+        self._refuse_in_a_capture("exchange_sizes", "pass the size of the whole (dim_size, vocab_size, full_size)")
+        return list(self._communicator.exchange(mine))
+
+    def _refuse_in_a_capture(self, what: str, instead: str) -> None:
         if not self.is_cpu and torch.cuda.is_current_stream_capturing():
             raise ValueError(
-                f"exchange_sizes on group {self.label!r}: the ranks cannot ask each other while a CUDA graph is "
-                f"captured; pass the size of the whole (dim_size, vocab_size, full_size)"
+                f"{what} on group {self.label!r}: the ranks cannot ask each other while a CUDA graph is captured; "
+                f"{instead}"
             )
-        return list(self._communicator.exchange(mine))
 
     def check(self) -> None:
         """Raise now what went wrong on the GPU in calls that have returned; waits for them. Nothing to do on the CPU.
 
         A call on a GPU returns before it has run. A rank that was late or called something else is reported by the
-        next call on the group, or here.
+        next call on the group, or here. Of launches of a CUDA graph it knows no stream: synchronise the one on which
+        the graph was launched, then check; where that raises an error of CUDA, check says why.
 
         Raises:
             TimeoutError, RankMismatchError, PeerLostError: what the call would have raised on the CPU.
+            ValueError: a CUDA graph is being captured, in which nothing can be waited for.
         """
+        self._refuse_in_a_capture("check", "check when the graph has been launched")
         self._communicator.check()
 
     def explain(self, op: str | None = None, **shape: Any) -> Explanation:
@@ -199,7 +210,7 @@ class Group:
         Returns:
             calls, wire_bytes (sent by this rank; what k ranks read counts k times), seconds (inside collectives,
             waiting included, GEMMs excluded; on a GPU, of the host), wait_seconds, and the same for each op under
-            "by_op".
+            "by_op". What a CUDA graph captures counts once, when it is captured; its launches pass no counter.
         """
         by_op: dict[str, dict[str, float]] = self._communicator.stats_by_op()
         keys = ("calls", "wire_bytes", "seconds", "wait_seconds")

@@ -53,9 +53,9 @@ void DeviceCommunicator::enter() {
   last = {true, stream, capture};
 }
 
+// A stream of an earlier capture may be gone, so that it is not asked.
 bool DeviceCommunicator::is_being_captured() const {
-  return capture_of(current_stream()) != 0 || (eager_.is_there && capture_of(eager_.stream) != 0) ||
-         (captured_.is_there && capture_of(captured_.stream) == captured_.capture);
+  return capture_of(current_stream()) != 0 || (eager_.is_there && capture_of(eager_.stream) != 0);
 }
 
 void DeviceCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
@@ -181,7 +181,7 @@ void DeviceCommunicator::receive_and_consume(Op op, int parts, const Part& recei
 }
 
 std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
-  TPK_CHECK(capture_of(current_stream()) == 0, describe_call(spec.op),
+  TPK_CHECK(!is_being_captured(), describe_call(spec.op),
             ": the ranks cannot tell each other sizes while a CUDA graph is captured; pass dim_size or vocab_size");
   std::vector<int64_t> all;
   const DeviceScope scope(device_);

@@ -112,7 +112,7 @@ class DeviceCommunicator : public Communicator {
   void join(cudaStream_t caller);
   // What uses both streams. Whatever it throws, the caller's stream waits for the other one.
   void with_both_streams(const std::function<void(cudaStream_t caller)>& body);
-  // A graph is captured with calls of this group in it: nothing can be waited for.
+  // A graph is captured on this thread's stream, or on that of the last call: nothing can be waited for.
   bool is_being_captured() const;
   void run_beside(const Part& send, const std::function<void()>& meanwhile);
   Notes& notes() const { return *static_cast<Notes*>(on_device_->notes.on_host()); }

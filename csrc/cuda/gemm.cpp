@@ -34,17 +34,17 @@ void sum_rows_into(const Tensor& dy, const Tensor& db) {
 }
 
 std::pair<Tensor, Tensor> sort_stably(const Tensor& x) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(std::optional<bool>(true)),
-                                    torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
-  settle();
-  const Tensor values = kept(call_op("aten::sort", "stable", stack.data()));
-  return {values, kept(torch::stable::detail::to<Tensor>(stack[1]))};
+  return made([x] {
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(x),
+                                      torch::stable::detail::from(std::optional<bool>(true)),
+                                      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+    const Tensor values = call_op("aten::sort", "stable", stack.data());
+    return std::pair<Tensor, Tensor>(values, torch::stable::detail::to<Tensor>(stack[1]));
+  });
 }
 
 Tensor to_int64(const Tensor& x) {
-  settle();
-  return kept(torch::stable::to(x, ScalarType::Long));
+  return made([x] { return torch::stable::to(x, ScalarType::Long); });
 }
 
 }  // namespace tpk::cuda

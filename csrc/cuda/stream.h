@@ -1,7 +1,7 @@
 // The device and the stream that an op works on: those that torch has for its tensors. Torch side.
 //
 // In the emulator a device is a rank (cudaSetDevice of the thread), its tensors are torch's CPU tensors, and its
-// current stream is the default stream.
+// current stream is the default stream or, while a graph is captured, what set_torch_stream said in this thread.
 #pragma once
 
 #include "../torch_side/backend.h"
@@ -29,8 +29,8 @@ class OpScope {
 };
 
 #if defined(TPK_EMU)
-// Runs `work` when this thread's stream gets there.
-void on_stream(std::function<void()> work);
+// What this thread's captured ops made and call; it must live as long as their graph.
+std::vector<std::shared_ptr<void>> take_captured();
 #endif
 
 // Calls an op that writes into its last operand, in the order of this thread's stream. Not for the host: nothing waits.

@@ -106,8 +106,7 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
   if (x.is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
   Tensor copy = dense(x);
   all_reduce_into(Op::AllReduceInplace, *comm, wire, copy, copy);
-  settle();
-  torch::stable::copy_(x, copy);
+  copy_into(x, copy);
 }
 
 Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,

@@ -42,9 +42,8 @@ inline Unpacking unpacking(const Tensor& wire_bytes, const Shape& shape, ScalarT
 inline Tensor readable(const Tensor& wire_bytes) {
   const Tensor packed = dense(wire_bytes);
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0) return packed;
-  Tensor aligned = empty_of(packed, shape_of(packed));
-  settle();
-  torch::stable::copy_(aligned, packed);
+  const Tensor aligned = empty_of(packed, shape_of(packed));
+  copy_into(aligned, packed);
   return aligned;
 }
 

@@ -8,8 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -75,18 +77,44 @@ inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel());
 
 #if defined(TPK_EMU)
 // An emulated device works on tensors of the host, which ATen reads and writes at once and frees at once: so it waits
-// for this thread's stream first, and what an op makes is kept until the op has ended (cuda/stream.h).
+// for this thread's stream first, and what an op makes is kept until the op has ended (cuda/stream.h). While a graph is
+// captured, what ATen makes is made again whenever the graph is launched, in the same memory.
 void settle();
 Tensor kept(Tensor x);
+void copy_into(Tensor to, const Tensor& from);
+bool settle_or_capture();  // true in a capture
+void on_stream(std::function<void()> work);
+
+inline void keep(const Tensor& x) { kept(x); }
+inline void keep(const std::pair<Tensor, Tensor>& xs) { kept(xs.first), kept(xs.second); }
+inline void make_again(const Tensor& x, Tensor again) {
+  Tensor to = x;
+  torch::stable::copy_(to, again);
+}
+inline void make_again(const std::pair<Tensor, Tensor>& xs, const std::pair<Tensor, Tensor>& again) {
+  make_again(xs.first, again.first), make_again(xs.second, again.second);
+}
+template <class Make>
+auto made(Make make) {
+  const bool captured = settle_or_capture();
+  const auto out = make();
+  keep(out);
+  if (captured) on_stream([=] { make_again(out, make()); });
+  return out;
+}
 #else
-inline void settle() {}
 inline Tensor kept(Tensor x) { return x; }
+inline void copy_into(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+// What an op of ATen makes, which the host calls: make() must do the same when it is called again.
+template <class Make>
+auto made(Make&& make) {
+  return make();
+}
 #endif
 
 inline Tensor dense(const Tensor& x) {
   if (x.is_contiguous()) return x;
-  settle();
-  return kept(torch::stable::contiguous(x));
+  return made([x] { return torch::stable::contiguous(x); });
 }
 
 inline Tensor empty_of(const Tensor& like, const Shape& shape) { return kept(torch::stable::new_empty(like, shape)); }
@@ -104,9 +132,10 @@ Tensor call_op(const char* name, const char* overload, StableIValue* stack);
 
 template <class... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  settle();
-  return kept(call_op(name, overload, stack.data()));
+  return made([=] {
+    std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+    return call_op(name, overload, stack.data());
+  });
 }
 
 // Dimension `dim` first, contiguous; and back.

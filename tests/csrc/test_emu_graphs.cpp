@@ -12,7 +12,12 @@ namespace {
 constexpr int kRanks = 3;
 constexpr int kReplays = 3;
 
-size_t scaled(size_t n) { return emu::detects_races() ? n / 16 : n; }
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSlow = true;
+#else
+constexpr bool kSlow = false;
+#endif
+size_t scaled(size_t n) { return kSlow || emu::detects_races() ? n / 16 : n; }
 
 // A capture of what body enqueues on this thread's stream, ready to be launched.
 class Graph {
@@ -132,7 +137,7 @@ void try_program(int rank, Comm& comm, size_t n, const std::string& what) {
 
 CASE(every_collective_gives_in_replays_what_calls_give) {
   for (Path path : {Path::OneShot, Path::TwoShot}) {
-    for (size_t n : {size_t{48}, scaled(12288 + 16)}) {  // the second one in pieces, without a race detector
+    for (size_t n : {size_t{48}, scaled(12800)}) {  // the second one in pieces, where nothing slows it down
       set_up(kRanks, n);
       const auto comms = peers(kRanks);
       on_ranks(comms, [&](int rank, PeerCommunicator& comm) {
@@ -154,7 +159,8 @@ CASE(a_process_group_is_captured_too) {
         concat("group/", r), "tp", r, kRanks, 20.0, r,
         std::make_unique<ThreadExchange>(shared, r, kRanks * size_t{65536})));
   }
-  on_ranks(comms, [&](int rank, cuda::DeviceGroupCommunicator& comm) { try_program(rank, comm, 4800, "group"); });
+  on_ranks(comms,
+           [&](int rank, cuda::DeviceGroupCommunicator& comm) { try_program(rank, comm, scaled(12800), "group"); });
   emu::reset();
 }
 

@@ -37,7 +37,55 @@ uintptr_t multicast(const std::vector<uintptr_t>& arenas, size_t bytes) {
   return reinterpret_cast<uintptr_t>(emu::multicast(memory, bytes));
 }
 
+// What this thread's ops enqueue between capture_begin() and capture_end(), launched in the default stream.
+class CapturedGraph {
+ public:
+  explicit CapturedGraph(cudaStream_t stream) : stream_(stream) {
+    kept_ = cuda::take_captured();
+    cudaGraph_t graph = nullptr;
+    TPK_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    TPK_CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &nodes_));
+    TPK_CUDA_CHECK(cudaGraphInstantiate(&exec_, graph, 0));
+    TPK_CUDA_CHECK(cudaGraphDestroy(graph));
+  }
+  ~CapturedGraph() {
+    cudaGraphExecDestroy(exec_);
+    cudaStreamDestroy(stream_);
+  }
+  CapturedGraph(const CapturedGraph&) = delete;
+  CapturedGraph& operator=(const CapturedGraph&) = delete;
+  size_t nodes() const { return nodes_; }
+  void replay() {
+    TPK_CUDA_CHECK(cudaGraphLaunch(exec_, nullptr));
+    settle();
+  }
+
+ private:
+  const cudaStream_t stream_;
+  std::vector<std::shared_ptr<void>> kept_;
+  size_t nodes_ = 0;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+void capture_begin() {
+  cudaStream_t stream = nullptr;
+  TPK_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  TPK_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  cuda::set_torch_stream(0, stream);
+}
+
+std::unique_ptr<CapturedGraph> capture_end() {
+  const cudaStream_t stream = cuda::torch_stream(0);
+  cuda::set_torch_stream(0, nullptr);
+  return std::make_unique<CapturedGraph>(stream);
+}
+
 void add_emulator(py::module_& m) {
+  py::class_<CapturedGraph>(m, "CapturedGraph")
+      .def_property_readonly("nodes", &CapturedGraph::nodes)
+      .def("replay", &CapturedGraph::replay, py::call_guard<py::gil_scoped_release>());
+  m.def("capture_begin", &capture_begin);
+  m.def("capture_end", &capture_end);
   const emu::Options usual;
   m.def("configure", &configure, py::arg("ranks") = usual.ranks, py::arg("resident_blocks") = usual.resident_blocks,
         py::arg("seed") = usual.seed, py::arg("timeout_s") = usual.timeout_s, py::arg("loud") = usual.loud);
