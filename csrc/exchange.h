@@ -44,6 +44,10 @@ class DeviceExchange : public Exchange {
   virtual std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& mine) = 0;
   // The host waits until the stream has done what was asked of it; throws as wait does on the CPU.
   virtual void synchronise(uint64_t call) = 0;
+  // Pinned memory for a Travel (cuda/kernels/kernels.h), zero at first, which somebody watches; or nullptr.
+  virtual void* travel() { return nullptr; }
+  // Throws why an exchange was given up, if one was; asked when the Travel says so.
+  virtual void raise_given_up() {}
 };
 
 }  // namespace tpk

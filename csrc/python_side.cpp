@@ -1,5 +1,7 @@
 #include "python_side.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "codec/codec.h"
 
@@ -48,6 +50,7 @@ void add_basics(py::module_& m) {
     rank_mismatch = mismatch.release().ptr();
     peer_lost = lost.release().ptr();
   });
+  m.def("op_name", [](uint32_t op) { return name_of(static_cast<Op>(std::min<size_t>(op, kOps))); }, py::arg("op"));
   m.def("codecs", &codec_list, "(name, values a block, bytes a block) of every codec but none.");
 }
 

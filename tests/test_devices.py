@@ -17,9 +17,9 @@ from device_tools import GOOD
 from op_tools import raised
 
 from tpkernels import devices, info
+from tpkernels.device_exchange import DeviceExchange
 from tpkernels.devices import device_of, load_cuda, obstacle_to_cuda
 from tpkernels.errors import PeerLostError
-from tpkernels.exchange import DeviceExchange
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
 

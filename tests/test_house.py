@@ -17,7 +17,18 @@ LONGEST_FILE = 400
 # Imports point down: a module may import its own level and lower ones. Everything in a folder has the folder's level.
 LEVELS = [
     {"_C", "_C_cuda", "_build", "errors"},
-    {"choose", "connections", "devices", "exchange", "group", "opening", "peer", "rendezvous", "tune"},
+    {
+        "choose",
+        "connections",
+        "device_exchange",
+        "devices",
+        "exchange",
+        "group",
+        "opening",
+        "peer",
+        "rendezvous",
+        "tune",
+    },
     {"compress", "ops", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}

@@ -1,6 +1,6 @@
 """The exchange of bytes under transport `group`: an all-to-all of a c10d group, with a deadline and named ranks.
 
-On the CPU the host waits for the bytes. On a GPU the stream does, and the host only when it wants to read something.
+Here the host waits for the bytes. On a GPU the stream does: device_exchange.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tpkernels.errors import PeerLostError
 
-_SLICE_SECONDS = 0.2
+SLICE_SECONDS = 0.2
 _PIECE = 64 << 10
 _PROBE = 256 << 10  # bytes by which a link is timed when it is opened
 _SLOW = 40e6  # bytes a second in such a probe: a link of 100 Mbit is slower, one of 1 Gbit without a long way is not
@@ -222,75 +222,11 @@ class ProcessGroupExchange(Watch):
         while True:
             ended = work.is_completed()  # asked before: it may end well while a slice runs out
             try:
-                work.wait(timedelta(seconds=_SLICE_SECONDS))
+                work.wait(timedelta(seconds=SLICE_SECONDS))
                 return
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
                 self.look(call, late, ended, str(error).strip().splitlines()[0])
-
-
-class DeviceExchange(ProcessGroupExchange):
-    """The same between buffers on a GPU: everything is enqueued, and nothing waits but streams.
-
-    Args:
-        process_group: a c10d group whose backend for CUDA is NCCL.
-        label, timeout_s, capacity, pids: as for ProcessGroupExchange.
-        device: the GPU.
-    """
-
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        label: str,
-        timeout_s: float,
-        capacity: int,
-        pids: Sequence[int | None],
-        device: torch.device,
-    ) -> None:
-        self.device = device
-        self._agreed = self._call = 0
-        super().__init__(process_group, label, timeout_s, capacity, pids)
-
-    def start(self, send_bytes: list[int], receive_bytes: list[int]) -> None:
-        """Enqueue the exchange behind what the current stream does."""
-        send, receive = self._send[: sum(send_bytes)], self._receive[: sum(receive_bytes)]
-        # No timeout of its own: where NCCL's deadline passes, torch ends the process. Ours is kept in `synchronise`.
-        self._work = self._group.alltoall_base(receive, send, receive_bytes, send_bytes, dist.AllToAllOptions())
-
-    def wait(self, call: int) -> None:
-        """Let the current stream wait until everything has arrived."""
-        self._call = call
-        self._work.wait()
-
-    def agree(self, numbers: list[int]) -> list[list[int]]:
-        """The numbers of every rank, in rank order, over the hosts: NCCL hangs where sizes differ, so ranks ask first.
-
-        Raises:
-            TimeoutError, PeerLostError: as `wait` on the CPU.
-        """
-        self._agreed += 1
-        self._call += 1  # it belongs to the call after the last one; `wait` knows its number
-        keys = [f"tpkernels/{self._label}/agree/{self._agreed}/{r}" for r in range(self._world_size)]
-        self._store.set(keys[self._rank], json.dumps(numbers))
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                self._store.wait(keys, timedelta(seconds=_SLICE_SECONDS))
-                return [json.loads(self._store.get(key)) for key in keys]
-            except RuntimeError as error:
-                late = time.monotonic() >= deadline
-                self.look(self._call, late, False, str(error).strip().splitlines()[0])
-
-    def synchronise(self, call: int) -> None:
-        """Return when the current stream has done all that was asked of it. Errors as in `wait` on the CPU."""
-        done = torch.cuda.current_stream(self.device).record_event()
-        deadline, look = time.monotonic() + self._timeout_s, time.monotonic() + _SLICE_SECONDS
-        while not done.query():
-            now = time.monotonic()
-            if now >= look:
-                self.look(call, now >= deadline, False, "the stream is still waiting for NCCL")
-                look = now + _SLICE_SECONDS
-            time.sleep(0)
 
 
 def _is_dead(pid: int) -> bool:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from tpkernels import _C, tune
 from tpkernels.connections import connect
+from tpkernels.device_exchange import DeviceExchange
 from tpkernels.devices import backend_of, load_cuda
-from tpkernels.exchange import DeviceExchange, ProcessGroupExchange, Watch
+from tpkernels.exchange import ProcessGroupExchange, Watch
 from tpkernels.peer import check_gpus, obstacle_to_peers, open_peer
 from tpkernels.rendezvous import (
     Gpu,

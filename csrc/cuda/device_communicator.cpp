@@ -232,6 +232,7 @@ void DeviceCommunicator::raise_bad(uint32_t& count, const char* what, int64_t vo
 }
 
 void DeviceCommunicator::raise_failure() {
+  raise_given_up();
   FailureRecord& written = notes().failure;
   const auto failure = static_cast<Failure>(__atomic_load_n(&written.failure, __ATOMIC_ACQUIRE));
   if (failure != Failure::None) {

@@ -90,6 +90,8 @@ class DeviceCommunicator : public Communicator {
   virtual void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) {}
   // `mine` of every rank; may wait for the device.
   virtual std::vector<int64_t> send_exchange(const CallSpec&) = 0;
+  // Raises that somebody gave up waiting for the device.
+  virtual void raise_given_up() {}
   // Raises what the device wrote down; a mismatch is forgotten thereby, a late rank stays.
   void raise_failure();
   FailureRecord* failure_on_device() const { return &static_cast<Notes*>(on_device_->notes.on_device())->failure; }

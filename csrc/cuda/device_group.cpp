@@ -55,6 +55,12 @@ DeviceGroupCommunicator::DeviceGroupCommunicator(std::string name, std::string l
   TPK_CHECK(exchange_->capacity() >= static_cast<size_t>(world_size) * 65536,
             "Group.open: the exchange buffers must hold 65536 bytes for each of ", world_size, " ranks, got ",
             exchange_->capacity());
+  marks_ = static_cast<Travel*>(exchange_->travel());
+  if (marks_ == nullptr) return;
+  const DeviceScope scope(device);
+  void* on_device = nullptr;
+  TPK_CUDA_CHECK(cudaHostGetDevicePointer(&on_device, marks_, 0));
+  marks_on_device_ = static_cast<Travel*>(on_device);
 }
 
 template <class Body>
@@ -98,10 +104,18 @@ void DeviceGroupCommunicator::agree(const CallSpec& spec, const Cut* cut) {
 }
 
 void DeviceGroupCommunicator::travel(Op op, const Sizes& send, const Sizes& receive) {
+  if (marks_ != nullptr) {
+    TPK_CUDA_CHECK(launch_begin_travel(marks_on_device_, op, static_cast<uint32_t>(call_), current_stream()));
+  }
   named(op, [&] {
     exchange_->start(send, receive);
     exchange_->wait(call_);
   });
+  if (marks_ != nullptr) TPK_CUDA_CHECK(launch_end_travel(marks_on_device_, current_stream()));
+}
+
+void DeviceGroupCommunicator::raise_given_up() {
+  if (marks_ != nullptr && __atomic_load_n(&marks_->given_up, __ATOMIC_ACQUIRE) != 0) exchange_->raise_given_up();
 }
 
 size_t DeviceGroupCommunicator::piece_values(const Wire& wire, size_t parts) const {

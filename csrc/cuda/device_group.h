@@ -4,6 +4,10 @@
 // nothing waits but streams, so that the ranks cannot compare fingerprints before each call: a signature that is new to
 // this rank is compared over the host, once, and trusted from then on. Every rank meets the same signatures in the same
 // order, so all of them compare or none does.
+//
+// Waits    a stream that waits for a rank is watched by whoever owns the exchange, through marks that the stream leaves
+//          in pinned memory. Where the exchange is given up, the stream traps behind it, the error that names the ranks
+//          comes with the next call or with check(), and the group is broken.
 #pragma once
 
 #include <memory>
@@ -32,6 +36,7 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
   std::vector<int64_t> send_exchange(const CallSpec&) override;
   void synchronize() override;
   void do_close() override { exchange_->close(call_); }
+  void raise_given_up() override;
 
  private:
   using Sizes = std::vector<size_t>;
@@ -46,6 +51,8 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
   auto named(Op op, Body&& body);
 
   std::unique_ptr<DeviceExchange> exchange_;
+  Travel* marks_ = nullptr;  // on the host; nullptr: nobody watches
+  Travel* marks_on_device_ = nullptr;
   std::set<std::vector<int64_t>> met_;
 };
 

@@ -26,7 +26,10 @@ class TorchStream {
 class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
  public:
   using Parent = PythonExchange<DeviceExchange>;
-  PythonDeviceExchange(int device, py::object exchange) : Parent(std::move(exchange)), device_(device) {}
+  PythonDeviceExchange(int device, py::object exchange)
+      : Parent(exchange),
+        device_(device),
+        travel_(py::getattr(exchange, "travel_pointer", py::int_(0)).template cast<uintptr_t>()) {}
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
     const TorchStream stream(device_);
     Parent::start(send_bytes, receive_bytes);
@@ -39,6 +42,10 @@ class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
     const TorchStream stream(device_);
     guarded([&](py::object& exchange) { exchange.attr("synchronise")(call); });
   }
+  void* travel() override { return reinterpret_cast<void*>(travel_); }
+  void raise_given_up() override {
+    guarded([&](py::object& exchange) { exchange.attr("raise_given_up")(); });
+  }
   std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& mine) override {
     return guarded([&](py::object& exchange) {
       return exchange.attr("agree")(mine).template cast<std::vector<std::vector<int64_t>>>();
@@ -47,6 +54,7 @@ class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
 
  private:
   const int device_;
+  const uintptr_t travel_;
 };
 
 // Also what must live as long as the communicator: the arena's tensor and its handle.

@@ -103,7 +103,9 @@ class ThreadExchange final : public DeviceExchange {
     std::atomic<int> times_agreed{0};
   };
 
-  ThreadExchange(Shared& shared, int rank, size_t capacity) : shared_(shared), rank_(rank), capacity_(capacity) {
+  ThreadExchange(Shared& shared, int rank, size_t capacity, bool watched = false)
+      : shared_(shared), rank_(rank), capacity_(capacity) {
+    if (watched) marks_ = std::make_unique<cuda::PinnedMemory>(sizeof(cuda::Travel));
     TPK_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&send_), capacity));
     TPK_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&receive_), capacity));
   }
@@ -111,9 +113,9 @@ class ThreadExchange final : public DeviceExchange {
   const char* receive_buffer() override { return receive_; }
   size_t capacity() const override { return capacity_; }
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
-    travels_.push_back({this, send_bytes, receive_bytes});  // kept: in a graph it is made again and again
-    const auto run = [](void* travel) { static_cast<Travel*>(travel)->run(); };
-    TPK_CUDA_CHECK(cudaLaunchHostFunc(cuda::current_stream(), run, &travels_.back()));
+    trips_.push_back({this, send_bytes, receive_bytes});  // kept: in a graph it is made again and again
+    const auto run = [](void* trip) { static_cast<Trip*>(trip)->run(); };
+    TPK_CUDA_CHECK(cudaLaunchHostFunc(cuda::current_stream(), run, &trips_.back()));
   }
   void wait(uint64_t) override {}
   void close(uint64_t) override {}
@@ -126,15 +128,17 @@ class ThreadExchange final : public DeviceExchange {
     return all;
   }
   void synchronise(uint64_t) override { wait_for_stream(); }
+  void* travel() override { return marks_ == nullptr ? nullptr : marks_->on_host(); }
+  void raise_given_up() override { throw TimeoutFailure("given up"); }
 
  private:
-  struct Travel {
+  struct Trip {
     ThreadExchange* exchange;
     std::vector<size_t> send_bytes, receive_bytes;
-    void run() const { exchange->travel(send_bytes, receive_bytes); }
+    void run() const { exchange->make_trip(send_bytes, receive_bytes); }
   };
   // In the thread of the stream.
-  void travel(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) {
+  void make_trip(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) {
     shared_.sent[static_cast<size_t>(rank_)] = {send_, send_bytes};
     shared_.streams.arrive_and_wait();
     char* to = receive_;
@@ -159,7 +163,8 @@ class ThreadExchange final : public DeviceExchange {
   Shared& shared_;
   const int rank_;
   const size_t capacity_;
-  std::deque<Travel> travels_;
+  std::deque<Trip> trips_;
+  std::unique_ptr<cuda::PinnedMemory> marks_;
   char *send_ = nullptr, *receive_ = nullptr;
 };
 

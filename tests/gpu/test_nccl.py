@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tpkernels import ops
-from tpkernels.exchange import DeviceExchange
+from tpkernels.device_exchange import DeviceExchange
 from tpkernels.group import Group
 from tpkernels.testing.spawn import RankError, call_ranks, report
 

@@ -173,6 +173,16 @@ cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList
 cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
                                         size_t n, cudaStream_t);
 
+// ---- local (travel.cu): what a stream tells the host of exchanges through a process group, in pinned memory
+struct Travel {
+  uint32_t begun, ended;  // exchanges that the stream has come to, and those behind which it is
+  uint32_t op, call;      // of the last one that has begun
+  uint32_t given_up;      // written by the host: the stream must not go on
+};
+cudaError_t launch_begin_travel(Travel*, Op, uint32_t call, cudaStream_t);
+// Traps when the exchange was given up.
+cudaError_t launch_end_travel(Travel*, cudaStream_t);
+
 // ---- local (norm.cu). fp32, fp64, bf16, fp16; what is summed is summed in fp32, fp64 for fp64 ("sums" below).
 // The local half of all_reduce_add_rms_norm, to the same bits: sum is the sum over the ranks, and may be residual_out.
 cudaError_t launch_add_rms_norm(DType, const void* sum, const void* residual, const void* weight, void* y,
