@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tpkernels import ops
 from tpkernels.device_exchange import DeviceExchange
+from tpkernels.devices import load_cuda
 from tpkernels.group import Group
 from tpkernels.testing.spawn import RankError, call_ranks, report
 
@@ -54,3 +59,81 @@ def check_the_default_device() -> None:
 
 def test_a_process_group_with_nccl_means_the_gpu() -> None:
     run_one(check_the_default_device)
+
+
+class Slow(DeviceExchange):
+    """An exchange behind which the stream sleeps, as if a rank were missing."""
+
+    cycles = 0
+
+    def wait(self, call: int) -> None:
+        super().wait(call)
+        if self.cycles:
+            torch.cuda._sleep(self.cycles)
+
+
+def group_of_one(timeout_s: float) -> tuple[Group, Slow]:
+    """A group whose only rank exchanges with itself through NCCL."""
+    torch.cuda.set_device(0)
+    world, device = dist.group.WORLD, torch.device("cuda", 0)
+    exchange = Slow(world, "alone", timeout_s, 1 << 17, [os.getpid()], device)
+    kernels: Any = load_cuda()[0]
+    made = kernels.open_group("alone", "alone", 0, 1, timeout_s, 0, exchange)
+    return Group(made, world, timeout_s, "a test", device), exchange
+
+
+def check_the_stream_is_watched() -> None:
+    group, exchange = group_of_one(timeout_s=0.5)
+    with group, torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.arange(5000.0, device="cuda")
+        for _ in range(3):
+            assert torch.equal(ops.all_reduce(x, group=group), x)
+        torch.cuda._sleep(int(4e9))  # what runs before an exchange may take its time: nobody waits for a rank
+        ops.all_reduce(x, group=group)
+        group.check()
+        assert exchange._marks.tolist() == [8, 8, 0, 4, 0], "an all_reduce is two exchanges"
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            y = ops.all_reduce(x, group=group)
+        for turn in range(3):
+            x.fill_(turn)
+            graph.replay()
+            assert y.eq(turn).all()
+        assert exchange._marks.tolist() == [14, 14, 0, 5, 0], "launches of a graph are watched, too"
+        del graph
+
+
+def test_a_stream_is_watched_also_in_graphs_and_slow_kernels_are_not_blamed() -> None:
+    run_one(check_the_stream_is_watched)
+
+
+def stuck(store: str) -> None:
+    """The program of a process whose exchange does not end in time; what comes after that is torch's affair."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=0, world_size=1)
+    group, exchange = group_of_one(timeout_s=0.5)
+    x = torch.ones(100, device="cuda")
+    ops.all_reduce(x, group=group)
+    group.check()
+    exchange.cycles = int(4e9)
+    ops.all_reduce(x, group=group)
+    try:
+        group.check()
+    except TimeoutError as error:
+        print("told:", error, flush=True)
+    try:
+        ops.all_reduce(x, group=group)
+    except RuntimeError as error:
+        print("later:", error, flush=True)
+    os._exit(0)
+
+
+def test_an_exchange_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {here!r}); import test_nccl; test_nccl.stuck(sys.argv[1])"
+    environment = {**os.environ, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    said = done.stdout + done.stderr
+    assert "told: the exchange of all_reduce, call 2, was given up: ranks [] did not come within 0.5 s" in said, said
+    assert "later: " in said, said
+    assert "broken" in said, said
