@@ -64,7 +64,7 @@ class OnThread(DeviceExchange):
 
 
 def check_exchanges_that_end() -> None:
-    exchange = OnThread("fine", 5.0)
+    exchange = OnThread("stream/fine", 5.0)
     for number in range(1, 4):
         exchange._send.fill_(dist.get_rank() + number)
         exchange.call(number)
@@ -79,7 +79,7 @@ def check_exchanges_that_end() -> None:
 
 
 def check_a_late_rank() -> None:
-    rank, exchange = dist.get_rank(), OnThread("late", 0.6)
+    rank, exchange = dist.get_rank(), OnThread("stream/late", 0.6)
     exchange.call(1)
     assert exchange.reached(1, 1)
     if rank != 1:
@@ -91,15 +91,16 @@ def check_a_late_rank() -> None:
         assert "ranks [1] did not come within 0.6 s" in text or "because ranks [1] did not come" in text, text
         for later in (lambda: exchange.agree([1]), lambda: exchange.start(PART, PART)):
             assert raised(later, TimeoutError) == text
-        dist.barrier()
+        exchange._store.set(f"rank {rank} has given up", "")
         assert exchange._marks[:2].tolist() == [2, 1]
     else:
-        dist.barrier()  # the others have given up
+        exchange._store.wait(["rank 0 has given up", "rank 2 has given up"])
         text = raised(lambda: exchange.agree([1]), TimeoutError)
         assert "gave up at call 2, because ranks [1] did not come" in text, text
         exchange.call(2)  # too late; lets gloo come to its end
-    dist.barrier()
+        assert exchange.reached(2, 2)
     assert rank == 1 or exchange.trapped.wait(30.0)
+    exchange.close(2)
 
 
 @pytest.mark.parametrize("check", [check_exchanges_that_end, check_a_late_rank], ids=lambda check: check.__name__)
@@ -108,7 +109,7 @@ def test_a_stream_that_waits_for_ranks_is_watched(check: Any) -> None:
 
 
 def check_a_dead_rank() -> str:
-    exchange = OnThread("dead", 60.0)
+    exchange = OnThread("stream/dead", 60.0)
     exchange.call(1)
     assert exchange.reached(1, 1)
     if dist.get_rank() == 1:

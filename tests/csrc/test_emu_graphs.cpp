@@ -1,5 +1,5 @@
 // Calls of device groups captured into CUDA graphs: what a replay does must be what the calls do, to the bit.
-#include "emu_host.h"
+#include "emu_graph.h"
 
 using namespace tpk;
 using namespace tpk::testing;
@@ -18,56 +18,6 @@ constexpr bool kSlow = true;
 constexpr bool kSlow = false;
 #endif
 size_t scaled(size_t n) { return kSlow || emu::detects_races() ? n / 16 : n; }
-
-// A capture of what body enqueues on this thread's stream, ready to be launched.
-class Graph {
- public:
-  explicit Graph(const std::function<void()>& body) {
-    const cudaStream_t stream = cuda::current_stream();
-    TPK_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    try {
-      body();
-    } catch (...) {
-      end(stream);
-      throw;
-    }
-    end(stream);
-  }
-  ~Graph() { static_cast<void>(cudaGraphExecDestroy(exec_)); }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void launch() const { TPK_CUDA_CHECK(cudaGraphLaunch(exec_, cuda::current_stream())); }
-
- private:
-  void end(cudaStream_t stream) {
-    cudaGraph_t graph = nullptr;
-    TPK_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-    TPK_CUDA_CHECK(cudaGraphInstantiate(&exec_, graph, 0));
-    TPK_CUDA_CHECK(cudaGraphDestroy(graph));
-  }
-  cudaGraphExec_t exec_ = nullptr;
-};
-
-// Not exactly representable sums: their bits show in which order they were taken.
-float input(int rank, size_t i, int turn) {
-  return 0.1f * static_cast<float>((i * 7 + static_cast<size_t>(rank) * 3 + static_cast<size_t>(turn) * 11) % 101);
-}
-
-void fill(const Floats& x, int rank, int turn) {
-  for (size_t i = 0; i < x.size(); ++i) x.data()[i] = input(rank, i, turn);
-}
-
-void expect_same_bits(const Floats& got, const Floats& want, const std::string& what) {
-  for (size_t i = 0; i < got.size(); ++i) {
-    EXPECT(std::memcmp(got.data() + i, want.data() + i, sizeof(float)) == 0, what, ": value ", i, " is ", got[i],
-           " in a replay and ", want[i], " in a call");
-  }
-}
-
-void all_reduce(DeviceCommunicator& comm, const Floats& in, const Floats& out, Codec codec = Codec::None) {
-  const Wire& wire = sum_of_floats(codec);
-  comm.all_reduce(spec_of(Op::AllReduce, wire, in.size()), wire, in.data(), out.data(), in.size());
-}
 
 // What a program of several ops does with x, into tensors of its own.
 struct Program {
