@@ -12,12 +12,7 @@ namespace {
 constexpr int kRanks = 3;
 constexpr int kReplays = 3;
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSlow = true;
-#else
-constexpr bool kSlow = false;
-#endif
-size_t scaled(size_t n) { return kSlow || emu::detects_races() ? n / 16 : n; }
+size_t scaled(size_t n) { return emu::detects_races() ? n / 16 : n; }
 
 // What a program of several ops does with x, into tensors of its own.
 struct Program {
