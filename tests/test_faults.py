@@ -190,7 +190,7 @@ def stop_one(transport: str, victim: int) -> tuple[float, tuple[str, str, float]
 @TRANSPORTS
 @pytest.mark.parametrize(("R", "victim"), [(2, 0), (3, 2)])
 def test_a_stopped_rank_is_a_timeout_that_names_rank_op_and_call(transport: str, R: int, victim: int) -> None:
-    outcomes = run_ranks_outcomes(stop_one, R, transport, victim, timeout=6.0)
+    outcomes = run_ranks_outcomes(stop_one, R, transport, victim, timeout=20.0, stopped_for_good=True)
     assert "stopped by a signal" in outcomes[victim].error
     for outcome in outcomes:
         if outcome.rank == victim:

@@ -19,6 +19,7 @@ from tpkernels import checkpoint, parallelize
 from tpkernels.data_parallel import clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.plan import Plan, PlanError
+from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_save import full_state_dict
 from tpkernels.plan_table import plan_table
 from tpkernels.shard import shard_info
@@ -220,3 +221,21 @@ def test_what_is_no_attention_of_torch_cannot_have_the_style() -> None:
     with pytest.raises(PlanError, match="out_proj is cut with its heads, as 'row'; its rule says 'column'"):
         Plan(rules | {"*.out_proj": "column"}).styles(encoder())
     assert Plan(rules | {"*.out_proj": "row"}).styles(encoder()).keys() == Plan(rules).styles(encoder()).keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("attention", r"blocks\.0\.attention must adapt a column or row layer, .* got a ByHeadsMultiheadAttention"),
+        ("out_proj", r"blocks\.0\.attention\.out_proj must be a layer whose forward is called; .* adapt other layers"),
+    ],
+)
+def test_adapters_of_attention_that_is_cut_as_one_module_are_refused(target: str, why: str) -> None:
+    peft = pytest.importorskip("peft")
+    with Group.open() as group:
+        cut = parallelize(Pictures(), group=group)
+        with pytest.raises(PlanError, match=why):
+            cut_adapters(peft.get_peft_model(cut, peft.LoraConfig(r=2, target_modules=[target, "up"])))
+        beside = parallelize(Pictures(), group=group)
+        cut_adapters(peft.get_peft_model(beside, peft.LoraConfig(r=2, target_modules=["up", "down"])))
+        assert beside(normal(1, 3, 8, 8).float()).shape == (1, 7)

@@ -44,8 +44,14 @@ def cut_adapters(model: nn.Module) -> nn.Module:
     group: Group = top.tpk_plan.group  # type: ignore[union-attr, assignment]
     known: set[str] = vars(top).setdefault("tpk_adapters", set())
     adapters = set(getattr(top, "peft_config", {}))
-    for name, module in list(model.named_modules()):
-        base = getattr(module, "base_layer", None)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        base, above = getattr(module, "base_layer", None), modules.get(name.rpartition(".")[0])
+        if base is not None and isinstance(above, CutModule) and isinstance(above, nn.MultiheadAttention):
+            raise PlanError(
+                f"cut_adapters: {name} must be a layer whose forward is called; attention of torch takes the weights "
+                f"of its layers past them, so that an adapter would change nothing: adapt other layers"
+            )
         if isinstance(base, (Column, Row)):
             _check(name, module, top, adapters - known)
         elif isinstance(base, CutModule):

@@ -92,12 +92,15 @@ def run_ranks(
     return [outcome.value for outcome in outcomes]
 
 
-def run_ranks_outcomes(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Outcome]:
+def run_ranks_outcomes(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, stopped_for_good: bool = False
+) -> list[Outcome]:
     """Call fn(*args) on every rank of new processes, some of which may die; return what became of each.
 
-    A rank that stands still when the deadline passes is killed, and its outcome says where it stood.
+    A rank that stands still when the deadline passes is killed, and its outcome says where it stood. With
+    stopped_for_good, one that a signal has stopped stands still as soon as the others are through.
     """
-    return call_ranks(fn, world_size, args, timeout, True, patience=None)
+    return call_ranks(fn, world_size, args, timeout, True, patience=None, stopped_for_good=stopped_for_good)
 
 
 def call_ranks(
@@ -108,6 +111,7 @@ def call_ranks(
     fresh: bool,
     backend: str = "gloo",
     patience: float | None = PATIENCE_S,
+    stopped_for_good: bool = False,
 ) -> list[Outcome]:
     """Call fn(*args) on every rank; see run_ranks. After a failure the others have `patience` seconds left."""
     key = (world_size, backend)
@@ -115,7 +119,7 @@ def call_ranks(
     if team is None:
         team = Team(world_size, backend)
     try:
-        outcomes = team.call(fn, args, timeout, patience)
+        outcomes = team.call(fn, args, timeout, patience, stopped_for_good)
         if not fresh and all(outcome.finished for outcome in outcomes) and team.calls < CALLS_PER_TEAM:
             _resting[key] = team
         return outcomes
@@ -147,7 +151,12 @@ class Team:
                 self._processes.append(process)
 
     def call(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float, patience: float | None
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout: float,
+        patience: float | None,
+        stopped_for_good: bool = False,
     ) -> list[Outcome]:
         """Call fn(*args) on every rank; see run_ranks. After a failure the others have `patience` seconds left."""
         self.calls += 1
@@ -159,6 +168,8 @@ class Team:
         deadline, why = time.monotonic() + timeout, f"did not end within {timeout:g} s"
         while len(outcomes) < len(self._pipes):
             waiting = [rank for rank in range(len(self._pipes)) if rank not in outcomes]
+            if stopped_for_good and all(_state(self._processes[rank].pid) == "T" for rank in waiting):
+                deadline, why = time.monotonic(), "was stopped by the time the others were through"
             left = deadline - time.monotonic()
             if left <= 0:
                 for rank in waiting:
