@@ -21,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
+HOPPER = "fused_gemm_sm90.cu"  # for sm_90a alone
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None or not (ROOT / "Makefile").exists(),
@@ -33,7 +34,7 @@ def op_names() -> list[str]:
 
 
 def kernel_files() -> list[str]:
-    return sorted(path.name for path in (ROOT / "csrc/cuda/kernels").glob("*.cu"))
+    return sorted(path.name for path in (ROOT / "csrc/cuda/kernels").glob("*.cu") if path.name != HOPPER)
 
 
 # Ops whose arguments have no tensor: nothing to dispatch on, so each backend has one of its own.
@@ -175,6 +176,18 @@ def test_no_kernel_spills_and_none_is_slowed_down_by_the_compiler(built: Path, f
     spills = spills_of(report)
     assert len(spills) >= len(archs) and set(spills) == {("0", "0")}, spills
     assert not re.search(r"warning|C75(08|10)|Potential Performance Loss", report)
+
+
+# C7508 and C7510: products that wait for each other, because the compiler could not tell that they need not.
+def test_the_products_of_hopper_neither_spill_nor_wait_for_each_other(built: Path) -> None:
+    object_file = BUILD / f"CMakeFiles/kernels_sm90.dir/csrc/cuda/kernels/{HOPPER}.o"
+    report = Path(f"{object_file}.ptxas").read_text()
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\w+)'", report)
+    assert {arch for _, arch in kernels} == {"sm_90a"} and len(kernels) == 8, kernels
+    assert set(spills_of(report)) == {("0", "0")}, report
+    assert not re.search(r"warning|C75(08|10)|Potential Performance Loss", report)
+    # All registers of a multiprocessor, dealt anew to the warpgroups (setmaxnreg).
+    assert set(re.findall(r"Used (\d+) registers", report)) == {"168"}, report
 
 
 def test_a_spill_in_a_report_is_noticed() -> None:

@@ -41,7 +41,8 @@ Counts = dict[str, list[dict[str, int]]]
 
 def over_peers() -> list[str]:
     """The files whose kernels talk to other ranks."""
-    return sorted(path.name for path in KERNELS.glob("*.cu") if '#include "peer.cuh"' in path.read_text())
+    talks = re.compile(r'#include "(?:peer|fused_block)\.cuh"')
+    return sorted(path.name for path in KERNELS.glob("*.cu") if talks.search(path.read_text()))
 
 
 @functools.cache

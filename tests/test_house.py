@@ -130,8 +130,8 @@ def emulated_tests() -> list[str]:
 
 # The lists of CMakeLists.txt, and those of them that know neither torch nor Python.
 TORCH_FREE_LISTS = [
-    "TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_NCCL_SOURCES", "CUDA_HOST_SOURCES", "TEST_SOURCES",
-    "EMU_SOURCES", "EMU_RACE_SOURCES",
+    "TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_HOPPER_SOURCES", "CUDA_NCCL_SOURCES", "CUDA_HOST_SOURCES",
+    "TEST_SOURCES", "EMU_SOURCES", "EMU_RACE_SOURCES",
 ]  # fmt: skip
 MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
 TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]

@@ -71,10 +71,12 @@ class EmulatedGroup {
     if (options.multicast) all_.multicast = static_cast<char*>(emu::multicast(arenas, bytes));
     all_.world_size = ranks;
     all_.slot_bytes = options.slot_bytes;
-    all_.timeout_ns = static_cast<uint64_t>(options.timeout_s * 1e9);
+    wait_for(options.timeout_s);
   }
 
   int ranks() const { return ranks_; }
+  // From now on.
+  void wait_for(double timeout_s) { all_.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9); }
   Peers peers(int rank) const {
     Peers peers = all_;
     peers.rank = rank;

@@ -98,6 +98,26 @@ __device__ __forceinline__ void store16(void* to, Word16 word) {
   *static_cast<uint4*>(to) = make_uint4(word.x, word.y, word.z, word.w);
 }
 
+// ---- two values, each rounded to nearest even, the first one below
+// ---------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t rounded_pair<Bfloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t rounded_pair<Half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // ---- the switch: addresses of the multicast mapping stand for the same place at every rank --------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

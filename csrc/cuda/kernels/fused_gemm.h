@@ -10,8 +10,7 @@
 // cudaErrorInvalidValue, and nothing is launched: another dtype or codec; N or K zero or no multiple of 8; tile_columns
 // neither 128 nor 256; a piece that does not fit; y, x_shard, x_whole, bias or a row stride off a multiple of 16 bytes.
 // Needs a grid that is resident as a whole, on all ranks at once: at most one block on a multiprocessor. (Where blocks
-// begin in the order of their numbers, communicating + 1 of a reduction, or all of a gather, are enough to come to an
-// end.)
+// begin in the order of their numbers, `communicating` + 1 resident blocks are enough to come to an end.)
 #pragma once
 
 #include "kernels.h"

@@ -59,12 +59,13 @@ TPK_HOST_DEVICE constexpr uint32_t plan_of(Kernel kernel, uint32_t blocks, uint3
 struct Signals {
   Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
   uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 2 * epoch + how far it got after its announcement
-  uint32_t tiles[kMaxPeers][kMaxTiles];            // [from][tile]: the epoch; a tile that can be summed (or multiplied)
-  uint32_t summed[kMaxPeers][kMaxTiles];           // [from][tile]: the epoch; what can be copied from that rank's slot
+  uint32_t tiles[kMaxPeers][kMaxTiles];            // [from][tile]: 2 * epoch + 1 when it can be summed (or multiplied)
+  uint32_t summed[kMaxPeers][kMaxTiles];           // [from][tile]: the same when it can be copied from that slot
   uint32_t epoch;                                  // calls finished
   uint32_t finished;                               // blocks of the running call that are done
   uint32_t gave_up;                                // blocks that waited in vain; the first one writes the record
   uint32_t refused;                                // 1 when the running call was refused: its later pieces return
+  uint32_t begun;                                  // blocks of the running call that have begun, where it counts them
   uint32_t taken[2];                               // tiles of the running call that blocks have taken to sum, to copy
 };
 constexpr size_t kSignalBytes = size_t{64} << 10;

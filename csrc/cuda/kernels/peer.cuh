@@ -24,6 +24,8 @@
 //          them.
 // Waits    end at a deadline: the first block that waited in vain records whom for and traps; the group is lost.
 // Traffic  32 bytes from each block to each rank, and 4 for each step.
+//
+// Kernels that talk tile by tile have the same turn with other flags: tile_turn.cuh.
 #pragma once
 
 #include "device.cuh"
@@ -40,11 +42,7 @@ class Turn {
  public:
   // Reads the epoch. `expected`: what rank threadIdx.x, which this thread listens to, must announce that it brings.
   __device__ __forceinline__ Turn(const Peers& peers, const Call& call, Kernel kernel, uint32_t expected = 0)
-      : peers_(peers), call_(call), expected_(expected) {
-    plan_ = plan_of(kernel, gridDim.x, blockDim.x);
-    epoch_ = signals(peers.rank).epoch + 1;
-    if (call.piece > 0 && signals(peers.rank).refused != 0) outcome_ = Outcome::Skipped;
-  }
+      : Turn(peers, call, plan_of(kernel, gridDim.x, blockDim.x), blockIdx.x, expected) {}
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
@@ -102,10 +100,10 @@ class Turn {
       const uint32_t* flag = &signals(peers_.rank).stage[t][blockIdx.x];
       const bool came =
           wait([&] { return reached(load_acquire_sys(flag), 2 * epoch_ + how_far); }, [] { return false; });
-      heard().verdict[t] = came ? Verdict::Agrees : Verdict::Late;
+      heard().late[t] = !came;
     }
     __syncthreads();
-    return worst_verdict() == Verdict::Late ? give_up(2) : true;
+    return is_any_late() ? give_up(2) : true;
   }
 
   // The last block of the rank closes the call. All threads of a block have read the epoch before any gets here (they
@@ -116,22 +114,32 @@ class Turn {
     if (add_acq_rel_gpu(&mine.finished, 1) + 1 != gridDim.x) return;
     if (outcome_ == Outcome::Refused) record_mismatch();
     mine.finished = 0;
+    mine.begun = mine.taken[0] = mine.taken[1] = 0;
     mine.refused = outcome_ == Outcome::Refused ? 1 : 0;
     mine.epoch = epoch_;
   }
 
- private:
+ protected:
   enum class Outcome : uint32_t { Going, Refused, GaveUp, Skipped };
   enum class Verdict : uint32_t { Agrees, Differs, Late };  // the worse, the larger
 
   // What thread r of the block found out about rank r.
   struct Heard {
-    Verdict verdict[kMaxPeers];
+    Verdict verdict[kMaxPeers];  // from its announcement
+    bool late[kMaxPeers];        // with what was waited for after that
     uint32_t units[kMaxPeers];
   };
   __device__ __forceinline__ static Heard& heard() {
     __shared__ Heard shared;
     return shared;
+  }
+
+  // `block`: whose announcements are heard.
+  __device__ __forceinline__ Turn(const Peers& peers, const Call& call, uint32_t plan, uint32_t block,
+                                  uint32_t expected)
+      : peers_(peers), call_(call), expected_(expected), plan_(plan), block_(block) {
+    epoch_ = signals(peers.rank).epoch + 1;
+    if (call.piece > 0 && signals(peers.rank).refused != 0) outcome_ = Outcome::Skipped;
   }
 
   __device__ __forceinline__ Signals& signals(int r) const { return *reinterpret_cast<Signals*>(peers_.arena[r]); }
@@ -153,8 +161,11 @@ class Turn {
   __device__ __forceinline__ void announce(uint32_t heap_units) const {
     __syncthreads();  // what this block copied in comes before its flags
     const int t = static_cast<int>(threadIdx.x);
-    if (t >= peers_.world_size) return;
-    Announcement& at = signals(t).arrived[epoch_ & 1][peers_.rank][blockIdx.x];
+    if (t < peers_.world_size) tell(t, heap_units);
+  }
+
+  __device__ __forceinline__ void tell(int r, uint32_t heap_units) const {
+    Announcement& at = signals(r).arrived[epoch_ & 1][peers_.rank][block_];
     store_relaxed_sys(&at.kind, kind());
     store_relaxed_sys(halves(at.numel), low(call_.numel));
     store_relaxed_sys(halves(at.numel) + 1, high(call_.numel));
@@ -168,20 +179,24 @@ class Turn {
   // Waits for everybody's announcement to this block and compares it with what this rank said.
   __device__ __forceinline__ bool hear() {
     const int t = static_cast<int>(threadIdx.x);
-    if (t < peers_.world_size) {
-      bool differs = false;
-      const bool came = wait([&] { return has_said(t, blockIdx.x); },
-                             // A rank whose grid is smaller has no block of this number, but its block 0 says so.
-                             [&] { return differs = has_said(t, 0) && disagrees(t, 0); });
-      if (came && !differs) differs = disagrees(t, blockIdx.x);
-      heard().verdict[t] = !came ? Verdict::Late : differs ? Verdict::Differs : Verdict::Agrees;
-      heard().units[t] = load_relaxed_sys(&arrived(t, blockIdx.x).heap_units);
-    }
+    if (t < peers_.world_size) listen(t);
     __syncthreads();
     const Verdict worst = worst_verdict();
     if (worst == Verdict::Late) return give_up(1);
     if (worst == Verdict::Differs) return outcome_ = Outcome::Refused, false;
     return true;
+  }
+
+  // What rank r announces is heard().
+  __device__ __forceinline__ void listen(int r) const {
+    bool differs = false;
+    const bool came = wait([&] { return has_said(r, block_); },
+                           // A rank whose grid is smaller has no block of this number, but its block 0 says so.
+                           [&] { return differs = has_said(r, 0) && disagrees(r, 0); });
+    if (came && !differs) differs = disagrees(r, block_);
+    heard().verdict[r] = !came ? Verdict::Late : differs ? Verdict::Differs : Verdict::Agrees;
+    heard().late[r] = false;
+    heard().units[r] = load_relaxed_sys(&arrived(r, block_).heap_units);
   }
 
   __device__ __forceinline__ int count_heaps() const {
@@ -208,6 +223,12 @@ class Turn {
     return worst;
   }
 
+  __device__ __forceinline__ bool is_any_late() const {
+    bool late = false;
+    for (int r = 0; r < peers_.world_size; ++r) late |= heard().late[r];
+    return late;
+  }
+
   // Polls came() until it holds, now and then also otherwise(); false at the deadline. The clock is far away.
   template <class Came, class Otherwise>
   __device__ __forceinline__ bool wait(Came came, Otherwise otherwise) const {
@@ -226,14 +247,15 @@ class Turn {
 
   // Ends the kernel of this rank. Of the blocks that waited in vain only the first one traps, after it has said why: a
   // trap would cut off a record that another block is writing.
-  __device__ __forceinline__ bool give_up(uint32_t stage) {
+  __device__ __forceinline__ bool give_up(uint32_t stage) { return give_up(stage, threadIdx.x == 0); }
+  __device__ __forceinline__ bool give_up(uint32_t stage, bool speaks) {
     outcome_ = Outcome::GaveUp;
-    if (threadIdx.x != 0 || add_acq_rel_gpu(&signals(peers_.rank).gave_up, 1) != 0) return false;
+    if (!speaks || add_acq_rel_gpu(&signals(peers_.rank).gave_up, 1) != 0) return false;
     FailureRecord& record = *peers_.failure;
     if (load_relaxed_sys(&record.failure) == static_cast<uint32_t>(Failure::None)) {
       record.missing = 0;
       for (int r = 0; r < peers_.world_size; ++r) {
-        if (heard().verdict[r] == Verdict::Late) record.missing |= 1u << r;
+        if (heard().verdict[r] == Verdict::Late || heard().late[r]) record.missing |= 1u << r;
         record.last_seen[r] = last_seen(r);
       }
       publish(Failure::Late, stage);
@@ -245,7 +267,7 @@ class Turn {
   __device__ __forceinline__ uint32_t last_seen(int r) const {
     uint32_t last = 0;
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t flag = load_relaxed_sys(&signals(peers_.rank).arrived[half][r][blockIdx.x].flag);
+      const uint32_t flag = load_relaxed_sys(&signals(peers_.rank).arrived[half][r][block_].flag);
       if (static_cast<int32_t>(flag - last) > 0) last = flag;
     }
     return last;
@@ -256,7 +278,7 @@ class Turn {
     if (load_relaxed_sys(&record.failure) != static_cast<uint32_t>(Failure::None)) return;
     int blamed = 0;
     while (heard().verdict[blamed] != Verdict::Differs) ++blamed;
-    Announcement& theirs = arrived(blamed, has_said(blamed, blockIdx.x) ? blockIdx.x : 0);
+    Announcement& theirs = arrived(blamed, has_said(blamed, block_) ? block_ : 0);
     record.blamed = static_cast<uint32_t>(blamed);
     record.theirs.flag = load_relaxed_sys(&theirs.flag);
     record.theirs.kind = load_relaxed_sys(&theirs.kind);
@@ -283,6 +305,7 @@ class Turn {
   const Call& call_;
   uint32_t expected_;
   uint32_t plan_;
+  uint32_t block_;
   uint32_t epoch_;
   Outcome outcome_ = Outcome::Going;
   bool reads_heaps_ = false;

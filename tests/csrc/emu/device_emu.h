@@ -41,6 +41,11 @@ inline void store16(void* to, Word16 word, Where where = Where::current()) {
 }
 
 template <class T>
+uint32_t rounded_pair(float low, float high) {
+  return static_cast<uint32_t>(from_float<T>(low)) | static_cast<uint32_t>(from_float<T>(high)) << 16;
+}
+
+template <class T>
 Word16 multicast_add16(const void* from, Where where = Where::current()) {
   constexpr size_t kValues = 16 / sizeof(T);
   const emu::Places places = emu::places_of(from, 16, where);

@@ -2,6 +2,7 @@
 
 #include <cuda.h>
 
+#include <deque>
 #include <limits>
 #include <map>
 #include <random>
@@ -30,7 +31,7 @@ struct Products {
   std::vector<Asked> asked;
   std::map<float*, std::vector<float>> sums;
   int group = 0;  // that is open
-  size_t made = 0;
+  size_t asked_for = 0, made = 0;
   bool begun = false;
 };
 
@@ -50,13 +51,21 @@ struct Said {
   bool operator==(const Said&) const = default;
 };
 
+// What a warp has read for one of its products, [k][row].
+struct Decoded {
+  size_t number = 0;
+  std::vector<float> a, b;
+};
+constexpr size_t kKeptProducts = 32;
+
 // Of the block that this OS thread runs.
 struct Async {
   uint64_t launch = 0, block = ~uint64_t{0};
   std::mt19937_64 random;
   std::vector<Tile> tiles;
   std::map<Thread*, Products> products;
-  std::map<uint32_t, std::vector<Said>> said;  // by warpgroup
+  std::map<uint32_t, std::deque<Decoded>> decoded;  // by warp
+  std::map<uint32_t, std::vector<Said>> said;       // by warpgroup
   std::map<int, NamedBarrier> barriers;
 };
 
@@ -168,45 +177,53 @@ void bring_some(Where where) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// A row of 16 values of an operand, from the bits of its descriptor.
-class Operand {
- public:
-  Operand(uint64_t descriptor, Where where)
-      : start_((descriptor & 0x3fff) << 4), stride_((descriptor >> 32 & 0x3fff) << 4) {
-    const uint64_t layout = descriptor >> 62, offset = descriptor >> 49 & 7;
-    if (layout != 1 || offset != 0) misuse("an operand that is not in rows of 128 swizzled bytes", where);
-  }
-  void row(uint32_t row, float (*value)(uint16_t), float (&values)[16], Where where) const {
-    for (uint32_t k = 0; k < 16; ++k) {
-      const uintptr_t address = swizzled(start_ + row / 8 * stride_ + row % 8 * 128 + k * 2);
-      const char* const from = shared_base() + address;
-      if (!lies_in_shared(from, 2)) misuse("an operand that reaches beyond the block's shared memory", where);
-      uint16_t bits;
-      std::memcpy(&bits, from, 2);
-      values[k] = value(bits);
+// The rows of an operand, 16 values each, from the bits of its descriptor.
+void decode(uint64_t descriptor, uint32_t first, uint32_t rows, float (*value)(uint16_t), std::vector<float>& to,
+            Where where) {
+  const uintptr_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const uint64_t layout = descriptor >> 62, offset = descriptor >> 49 & 7;
+  if (layout != 1 || offset != 0) misuse("an operand that is not in rows of 128 swizzled bytes", where);
+  const char* const base = shared_base();
+  to.resize(size_t{rows} * 16);
+  for (uint32_t r = 0; r < rows; ++r) {
+    const uintptr_t row = start + (first + r) / 8 * stride + (first + r) % 8 * 128;
+    for (uint32_t half = 0; half < 2; ++half) {  // the swizzle keeps 16 bytes together
+      const char* const from = base + swizzled(row + half * 16);
+      if (!lies_in_shared(from, 16)) misuse("an operand that reaches beyond the block's shared memory", where);
+      uint16_t bits[8];
+      std::memcpy(bits, from, sizeof bits);
+      for (uint32_t k = 0; k < 8; ++k) to[(half * 8 + k) * rows + r] = value(bits[k]);  // [k][row]
     }
   }
+}
 
- private:
-  uintptr_t start_, stride_;
-};
+// What a warp multiplies, read when the first of its lanes makes the product: on the hardware they all do at once.
+const Decoded& decoded(uint32_t warp, size_t number, const Product& asked, Where where) {
+  std::deque<Decoded>& of_warp = async().decoded[warp];
+  for (const Decoded& known : of_warp) {
+    if (known.number == number) return known;
+  }
+  if (of_warp.size() >= kKeptProducts) of_warp.pop_front();
+  of_warp.emplace_back();
+  Decoded& fresh = of_warp.back();
+  fresh.number = number;
+  decode(asked.a, warp % 4 * 16, 16, asked.value, fresh.a, where);
+  decode(asked.b, 0, static_cast<uint32_t>(asked.columns), asked.value, fresh.b, where);
+  return fresh;
+}
 
-void make(const Product& asked, std::vector<float>& sums, Where where) {
-  const uint32_t thread = current_thread()->number % 128, lane = thread % 32;
-  const Operand a(asked.a, where), b(asked.b, where);
-  float rows[2][16];
-  for (uint32_t half = 0; half < 2; ++half)
-    a.row(thread / 32 * 16 + lane / 4 + 8 * half, asked.value, rows[half], where);
-  for (int j = 0; j < asked.columns / 8; ++j) {
-    for (uint32_t i = 0; i < 2; ++i) {
-      float column[16];
-      b.row(static_cast<uint32_t>(8 * j) + 2 * (lane % 4) + i, asked.value, column, where);
-      for (uint32_t half = 0; half < 2; ++half) {
-        float& sum = sums[static_cast<size_t>(4 * j) + 2 * half + i];
-        float total = asked.accumulate ? sum : 0;
-        for (uint32_t k = 0; k < 16; ++k) total += rows[half][k] * column[k];
-        sum = total;
-      }
+void make(const Product& asked, size_t number, std::vector<float>& sums, Where where) {
+  const Thread& thread = *current_thread();
+  const uint32_t lane = thread.lane(), columns = static_cast<uint32_t>(asked.columns);
+  const Decoded& operands = decoded(thread.number / 32, number, asked, where);
+  float* const d = sums.data();
+  if (!asked.accumulate) std::fill(sums.begin(), sums.end(), 0.0f);
+  for (uint32_t k = 0; k < 16; ++k) {
+    const float upper = operands.a[k * 16 + lane / 4], lower = operands.a[k * 16 + lane / 4 + 8];
+    const float* const column = operands.b.data() + k * columns + 2 * (lane % 4);
+    for (uint32_t j = 0; j < columns / 8; ++j) {
+      d[4 * j] += upper * column[8 * j], d[4 * j + 1] += upper * column[8 * j + 1];
+      d[4 * j + 2] += lower * column[8 * j], d[4 * j + 3] += lower * column[8 * j + 1];
     }
   }
 }
@@ -284,8 +301,8 @@ void product(const Product& asked, Where where) {
   if (!mine.begun) misuse("a product that no products_begin comes before", where);
   std::vector<Said>& said = state.said[thread.number / 128];
   const Said now{asked.a, asked.b, asked.accumulate, asked.columns, where.line()};
-  if (mine.made == said.size()) said.push_back(now);
-  if (said[mine.made++] != now) {
+  if (mine.asked_for == said.size()) said.push_back(now);
+  if (said[mine.asked_for++] != now) {
     report(Kind::Divergence,
            this_block().name() + ": threads of a warpgroup ask for different products at " + text_of(where));
     this_block().die(cudaErrorIllegalInstruction);
@@ -305,7 +322,7 @@ void products_wait(int groups_left, Where where) {
   size_t done = 0;
   for (; done < mine.asked.size() && mine.asked[done].group < mine.group - groups_left; ++done) {
     const Product& asked = mine.asked[done].product;
-    make(asked, mine.sums[asked.d], where);
+    make(asked, mine.made++, mine.sums[asked.d], where);
   }
   mine.asked.erase(mine.asked.begin(), mine.asked.begin() + static_cast<ptrdiff_t>(done));
   // A warp waits as one: its lanes go on when the products of all of them are made.

@@ -1,0 +1,107 @@
+// What the blocks of the fused GEMMs have in common (fused_gemm_sm90.cu): arguments, shared memory, where a tile lies.
+#pragma once
+
+#include "tile_moves.cuh"
+#include "tile_turn.cuh"
+
+namespace tpk::cuda {
+
+struct Args {
+  Peers peers;
+  Call call;
+  GemmOperands gemm;
+  void* y;
+  RowCut cut;
+  uint32_t rows;  // of all ranks, as announced
+  uint32_t communicating;
+};
+
+struct ReduceArgs : Args {
+  bool everywhere;  // gemm_all_reduce
+};
+
+struct GatherArgs : Args {
+  const void* x_part;
+  void* x_whole;
+  size_t x_row_bytes;
+};
+
+// What both kernels are: a block that sets itself up, and threads with a part each.
+template <class T, int N>
+class Block {
+ public:
+  __device__ __forceinline__ Block(const Args& args, Kernel kernel, char* dynamic_shared)
+      : args_(args), ring_(dynamic_shared), turn_(args.peers, args.call, kernel, N, args.rows, brings()) {}
+
+  __device__ __forceinline__ bool is_skipped() const { return turn_.is_skipped(); }
+  // All threads.
+  __device__ __forceinline__ void begin() {
+    if (threadIdx.x == 0) {
+      prefetch(&args_.gemm.w);
+      init_barriers<N>(barriers());
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void end() {
+    __syncthreads();
+    turn_.end();
+  }
+  __device__ __forceinline__ bool multiplies() const { return blockIdx.x >= args_.communicating; }
+
+ protected:
+  __device__ __forceinline__ static Barriers& barriers() {
+    __shared__ Barriers shared;
+    return shared;
+  }
+  __device__ __forceinline__ int me() const { return args_.peers.rank; }
+  __device__ __forceinline__ int ranks() const { return args_.peers.world_size; }
+  __device__ __forceinline__ bool is_mine(const Tile& tile) const { return static_cast<int>(tile.owner) == me(); }
+  // The tiles of a multiplying block: first, first + step, ...
+  __device__ __forceinline__ uint32_t first_tile() const { return blockIdx.x - args_.communicating; }
+  __device__ __forceinline__ uint32_t tile_step() const { return gridDim.x - args_.communicating; }
+  __device__ __forceinline__ uint32_t steps() const { return divided_up(args_.gemm.K, kTileDepth); }
+  __device__ __forceinline__ bool have_agreed() const {
+    await(&barriers().heard, 0);
+    return turn_.have_agreed();
+  }
+  // Rows and columns of a tile that lie inside y.
+  __device__ __forceinline__ uint32_t rows_in(const Tile& tile) const {
+    return smaller(kTileRows, args_.cut.count[tile.owner] - tile.row_block * kTileRows);
+  }
+  __device__ __forceinline__ uint32_t columns_in(const Tile& tile) const {
+    return smaller(N, args_.gemm.N - tile.column_block * N);
+  }
+  // Of a tile in rows of N values, which begin with the first row of the tile's part.
+  __device__ __forceinline__ size_t place_in_part(const Tile& tile) const {
+    return size_t{tile.row_block} * kTileRows * args_.gemm.N + tile.column_block * N;
+  }
+  __device__ __forceinline__ size_t place_in_whole(const Tile& tile) const {
+    return size_t{args_.cut.first[tile.owner]} * args_.gemm.N + place_in_part(tile);
+  }
+  __device__ __forceinline__ Rows rows_at(const void* first, size_t values) const {
+    return {static_cast<char*>(const_cast<void*>(first)) + values * sizeof(T), size_t{args_.gemm.N} * sizeof(T)};
+  }
+  __device__ __forceinline__ Dealt<N> dealt(const Tile& tile) const { return {rows_in(tile), columns_in(tile) / 8}; }
+
+  // The products of a tile, in d.
+  __device__ __forceinline__ void multiply_tile(float (&d)[N / 2], Place<N>& place) {
+    multiply<T, N>(d, steps(), product_thread() / kWarpgroup, ring_, barriers(), place);
+  }
+  __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, T* first) const {
+    const T* bias = static_cast<const T*>(args_.gemm.bias);
+    if (bias != nullptr) bias += tile.column_block * N;
+    store_tile<T, N>(d, {first, args_.gemm.N, rows_in(tile), columns_in(tile)}, bias, product_thread(), ring_);
+  }
+
+  const Args& args_;
+  Ring<N> ring_;
+  TileTurn turn_;
+
+ private:
+  // What the rank that this lane of the herald listens to must bring.
+  __device__ __forceinline__ uint32_t brings() const {
+    return threadIdx.x % 32 < kMaxPeers ? args_.cut.brings[threadIdx.x % 32] : 0;
+  }
+};
+
+}  // namespace tpk::cuda

@@ -1,0 +1,368 @@
+// The fused GEMMs of Hopper: products, what travels, and the sums in one kernel. Compiled for sm_90a alone.
+//
+//   gemm_reduce_scatter  every tile of x @ w.T goes, rounded, into the slot of the rank that owns its rows, which sums
+//                        the tiles of all ranks as they come.
+//   gemm_all_reduce      the same; the sum stays in the owner's slot, too, and everybody copies it from there.
+//   all_gather_gemm      every rank copies its rows into its slot, everybody copies them into x_whole as they come, and
+//                        multiplies the rows that are there.
+//
+// Called by  csrc/cuda/fused_gemm.cpp, through the communicator.
+// Needs      what fused_gemm.h and tile_turn.cuh say. Blocks [0, communicating) sum or gather, the others multiply.
+// Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
+// Warps      of every block: 0 loads, 1 is the herald, 4 .. 11 are the product threads, which also move.
+// Sums       fp32 in rank order, rounded once, of products that were rounded once: the bits that reduce_scatter and
+//            two_shot make of the same products.
+// Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
+//            gather pulls (R - 1) / R M K.
+#include "dispatch.cuh"
+#include "fused_block.cuh"
+
+namespace tpk::cuda {
+namespace {
+
+// ---- gemm_reduce_scatter, gemm_all_reduce ---------------------------------------------------------------------------
+
+template <class T, int N>
+class ReduceBlock : public Block<T, N> {
+  using Base = Block<T, N>;
+  using Base::args_, Base::me, Base::ranks, Base::ring_, Base::turn_;
+
+ public:
+  __device__ __forceinline__ ReduceBlock(const ReduceArgs& args, char* dynamic_shared)
+      : Base(args, args.everywhere ? Kernel::GemmAllReduce : Kernel::GemmReduceScatter, dynamic_shared),
+        everywhere_(args.everywhere),
+        order_(TileOrder::of_reduction(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)) {}
+
+  __device__ __forceinline__ void load() {
+    Place<N> place;
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      load_stages(args_.gemm, order_.interleaved(i), ring_, Base::barriers(), place, [](uint32_t) { return true; });
+    }
+  }
+
+  __device__ __forceinline__ void talk() {
+    const bool agreed = turn_.hear(&Base::barriers().heard);
+    if (!Base::multiplies()) return;
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.interleaved(i);
+      meet_some(kMeetTile, kProductThreads + 32);
+      if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_and_send() {
+    Place<N> place;
+    float d[N / 2] = {};
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.interleaved(i);
+      Base::multiply_tile(d, place);
+      char* const slot = turn_.slot(static_cast<int>(tile.owner));
+      T* const mine = reinterpret_cast<T*>(slot + static_cast<size_t>(me()) * part_bytes(tile.owner));
+      Base::store(d, tile, mine + Base::place_in_part(tile));
+      meet_some(kMeetTile, kProductThreads + 32);
+    }
+  }
+
+  __device__ __forceinline__ void move() {
+    if (!Base::have_agreed() || (Base::multiplies() && !may_stay())) return;
+    if (sum_own_tiles() && everywhere_) copy_sums();
+  }
+
+ private:
+  // All product threads.
+  __device__ __forceinline__ bool may_stay() const {
+    __shared__ bool may;
+    if (product_thread() == 0) may = turn_.have_all_begun();
+    meet_product_threads();
+    return may;
+  }
+  // What one rank brings for the rows of another.
+  __device__ __forceinline__ size_t part_bytes(uint32_t owner) const {
+    return size_t{args_.cut.count[owner]} * args_.gemm.N * sizeof(T);
+  }
+
+  __device__ __forceinline__ bool sum_own_tiles() {
+    const uint32_t owner = static_cast<uint32_t>(me()), tiles = order_.tiles_of(owner);
+    const int thread = static_cast<int>(product_thread());
+    for (uint32_t number; (number = take_next(turn_.taken(0))) < tiles;) {
+      if (thread < ranks()) turn_.await_tile(thread, number);
+      meet_product_threads();
+      if (turn_.is_late()) return turn_.give_up_waiting(thread == 0), false;
+      sum_tile(order_.tile(owner, number));
+      if (!everywhere_) continue;
+      meet_product_threads();
+      if (thread < ranks() && thread != me()) turn_.raise_summed(thread, number);
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void sum_tile(const Tile& tile) const {
+    const size_t place = Base::place_in_part(tile), bytes = part_bytes(tile.owner);
+    const Rows parts = Base::rows_at(turn_.slot(me()), place);
+    const Rows y = Base::rows_at(args_.y, everywhere_ ? Base::place_in_whole(tile) : place);
+    const Rows in_slot{everywhere_ ? parts.first + static_cast<size_t>(me()) * bytes : nullptr, parts.stride};
+    sum_rows<T, N>(Base::dealt(tile), parts, bytes, ranks(), y, in_slot);
+  }
+
+  // The other ranks' sums, in the order in which they come.
+  __device__ __forceinline__ void copy_sums() {
+    for (uint32_t i; (i = take_next(turn_.taken(1))) < order_.total();) {
+      const Tile tile = order_.interleaved(i);
+      if (Base::is_mine(tile)) continue;
+      const int owner = static_cast<int>(tile.owner);
+      if (product_thread() == 0) turn_.await_summed(owner, tile.number);
+      meet_product_threads();
+      if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0);
+      const char* const sums = turn_.slot(owner) + static_cast<size_t>(owner) * part_bytes(tile.owner);
+      copy_rows<N>(Base::dealt(tile), Base::rows_at(sums, Base::place_in_part(tile)),
+                   Base::rows_at(args_.y, Base::place_in_whole(tile)));
+    }
+  }
+
+  bool everywhere_;
+  TileOrder order_;
+};
+
+// ---- all_gather_gemm ------------------------------------------------------------------------------------------------
+
+template <class T, int N>
+class GatherBlock : public Block<T, N> {
+  using Base = Block<T, N>;
+  using Base::args_, Base::me, Base::ranks, Base::ring_, Base::turn_;
+
+ public:
+  __device__ __forceinline__ GatherBlock(const GatherArgs& args, char* dynamic_shared)
+      : Base(args, Kernel::AllGatherGemm, dynamic_shared),
+        gather_(args),
+        order_(TileOrder::of_gather(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)),
+        slices_(divided_up(args.gemm.K, kGatherColumns)) {}
+
+  // The own rows are read where they are; those of others as their items come, if the ranks agree.
+  __device__ __forceinline__ void load() {
+    Place<N> place;
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.by_part(i);
+      if (!is_to_be_multiplied(tile)) return;
+      const auto await_x = [&](uint32_t step) { return Base::is_mine(tile) || await_item(tile, step); };
+      if (!load_stages(args_.gemm, tile, ring_, Base::barriers(), place, await_x)) return;
+    }
+  }
+
+  __device__ __forceinline__ void talk() { turn_.hear(&Base::barriers().heard); }
+
+  __device__ __forceinline__ void multiply_and_send() {
+    Place<N> place;
+    float d[N / 2] = {};
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.by_part(i);
+      if (!is_to_be_multiplied(tile)) return;
+      Base::multiply_tile(d, place);
+      if (Base::have_agreed()) Base::store(d, tile, static_cast<T*>(args_.y) + Base::place_in_whole(tile));
+    }
+  }
+
+  // Only the communicating blocks: what the others wait for must not wait for them.
+  __device__ __forceinline__ void move() {
+    if (Base::multiplies() || !Base::have_agreed()) return;
+    bring_own_rows();
+    fetch_rows();
+  }
+
+ private:
+  __device__ __forceinline__ bool is_to_be_multiplied(const Tile& tile) const {
+    return Base::is_mine(tile) || Base::have_agreed();
+  }
+
+  // Items are numbered row block by row block, slice by slice.
+  __device__ __forceinline__ bool await_item(const Tile& tile, uint32_t step) {
+    constexpr uint32_t kSteps = kGatherColumns / kTileDepth;
+    if (step % kSteps != 0) return true;
+    const uint32_t item = tile.row_block * slices_ + step / kSteps;
+    if (!turn_.await_tile(static_cast<int>(tile.owner), item)) return turn_.give_up_waiting(true), false;
+    fence_async();  // generic stores wrote them, the loads are of the asynchronous kind
+    return true;
+  }
+
+  __device__ __forceinline__ uint32_t items_of(uint32_t owner) const { return order_.row_blocks(owner) * slices_; }
+  __device__ __forceinline__ Dealt<kGatherColumns> dealt_item(uint32_t owner, uint32_t item) const {
+    const uint32_t row = item / slices_ * kTileRows, column = item % slices_ * kGatherColumns;
+    return {smaller(kTileRows, args_.cut.count[owner] - row), smaller(kGatherColumns, args_.gemm.K - column) / 8};
+  }
+  // Rows of K values, at an item.
+  __device__ __forceinline__ Rows item_at(const void* rows, size_t row_bytes, uint32_t item) const {
+    const size_t row = size_t{item / slices_} * kTileRows, column = size_t{item % slices_} * kGatherColumns;
+    return {static_cast<char*>(const_cast<void*>(rows)) + row * row_bytes + column * sizeof(T), row_bytes};
+  }
+  __device__ __forceinline__ size_t row_bytes() const { return size_t{args_.gemm.K} * sizeof(T); }
+  __device__ __forceinline__ Rows in_whole(uint32_t owner, uint32_t item) const {
+    const size_t first = size_t{args_.cut.first[owner]} * row_bytes();
+    return item_at(static_cast<char*>(gather_.x_whole) + first, row_bytes(), item);
+  }
+
+  __device__ __forceinline__ void bring_own_rows() {
+    const uint32_t owner = static_cast<uint32_t>(me());
+    const int thread = static_cast<int>(product_thread());
+    for (uint32_t item; (item = take_next(turn_.taken(0))) < items_of(owner);) {
+      const Rows whole = in_whole(owner, item);
+      copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(gather_.x_part, gather_.x_row_bytes, item),
+                                item_at(turn_.slot(me()), row_bytes(), item), whole);
+      meet_product_threads();
+      if (thread < ranks() && thread != me()) turn_.raise_summed(thread, item);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_rows() {
+    uint32_t before = 0, distance = 1;  // items of the ranks up to me + distance
+    for (uint32_t i = take_next(turn_.taken(1)); distance < static_cast<uint32_t>(ranks());) {
+      const uint32_t owner = (static_cast<uint32_t>(me()) + distance) % static_cast<uint32_t>(ranks());
+      if (i - before >= items_of(owner)) {
+        before += items_of(owner), ++distance;
+        continue;
+      }
+      if (!fetch_item(owner, i - before)) return;
+      i = take_next(turn_.taken(1));
+    }
+  }
+
+  __device__ __forceinline__ bool fetch_item(uint32_t owner, uint32_t item) {
+    if (product_thread() == 0) turn_.await_summed(static_cast<int>(owner), item);
+    meet_product_threads();
+    if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0), false;
+    copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(turn_.slot(static_cast<int>(owner)), row_bytes(), item),
+                              in_whole(owner, item));
+    meet_product_threads();
+    if (product_thread() == 0) turn_.raise_gathered(owner, item);
+    return true;
+  }
+
+  const GatherArgs& gather_;
+  TileOrder order_;
+  uint32_t slices_;
+};
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------
+
+template <class Block>
+__device__ __forceinline__ void run(Block& block) {
+  if (block.is_skipped()) return;
+  block.begin();
+  if (threadIdx.x < kWarpgroup) {
+    registers_lower<kLoadRegisters>();
+    if (threadIdx.x < 32) {
+      if (block.multiplies() && one_of_warp()) block.load();
+      __syncwarp();
+    } else if (threadIdx.x < 64) {
+      block.talk();
+    }
+  } else {
+    registers_raise<kProductRegisters>();
+    if (block.multiplies()) block.multiply_and_send();
+    block.move();
+  }
+  block.end();
+}
+
+template <class T, int N>
+TPK_KERNEL void __launch_bounds__(kTileThreads, 1) gemm_reduce_kernel(const __grid_constant__ ReduceArgs args) {
+  TPK_DYNAMIC_SHARED(char, dynamic_shared);
+  ReduceBlock<T, N> block(args, dynamic_shared);
+  run(block);
+}
+
+template <class T, int N>
+TPK_KERNEL void __launch_bounds__(kTileThreads, 1) all_gather_gemm_kernel(const __grid_constant__ GatherArgs args) {
+  TPK_DYNAMIC_SHARED(char, dynamic_shared);
+  GatherBlock<T, N> block(args, dynamic_shared);
+  run(block);
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+bool is_multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// What must hold of every launch but what its slot must have room for.
+bool is_usable(const Args& args, const FusedGrid& grid) {
+  const GemmOperands& gemm = args.gemm;
+  return is_usable(args.peers, 1) && grid.communicating >= 1 && grid.multiplying >= 1 &&
+         args.call.codec == Codec::None && gemm.N > 0 && gemm.N % 8 == 0 && gemm.K > 0 && gemm.K % 8 == 0 &&
+         is_multiple_of_16(args.y);
+}
+
+Args args_of(const Peers& peers, const Call& call, const GemmOperands& gemm, void* y, const RowCut& cut,
+             const FusedGrid& grid) {
+  uint32_t rows = 0;
+  for (int r = 0; r < peers.world_size; ++r) rows += cut.count[r];
+  return {peers, call, gemm, y, cut, rows, static_cast<uint32_t>(grid.communicating)};
+}
+
+uint32_t largest_of(const RowCut& cut, int ranks) {
+  uint32_t largest = 0;
+  for (int r = 0; r < ranks; ++r) largest = cut.count[r] > largest ? cut.count[r] : largest;
+  return largest;
+}
+
+template <int N, class KernelArgs>
+cudaError_t launch_kernel(void (*kernel)(KernelArgs), const KernelArgs& args, const FusedGrid& grid,
+                          cudaStream_t stream) {
+  constexpr int kBytes = static_cast<int>(Ring<N>::kBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = grid.communicating + grid.multiplying;
+  return TPK_LAUNCH(kernel, blocks, kTileThreads, kBytes, stream, args);
+}
+
+// action(T{}, Columns<N>{})
+template <int N>
+struct Columns {
+  static constexpr int kCount = N;
+};
+template <class Action>
+cudaError_t with_tile(DType dtype, uint32_t columns, Action action) {
+  if (dtype == DType::BF16 && columns == 128) return action(Bfloat16{}, Columns<128>{});
+  if (dtype == DType::BF16 && columns == 256) return action(Bfloat16{}, Columns<256>{});
+  if (dtype == DType::F16 && columns == 128) return action(Half{}, Columns<128>{});
+  if (dtype == DType::F16 && columns == 256) return action(Half{}, Columns<256>{});
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_reduce(const ReduceArgs& args, const FusedGrid& grid, cudaStream_t stream) {
+  if (!is_usable(args, grid) || args.call.reduce_op != ReduceOp::Sum) return cudaErrorInvalidValue;
+  const GemmOperands& gemm = args.gemm;
+  const uint32_t most = most_reduced_rows(args.peers.slot_bytes, args.peers.world_size, gemm.N, gemm.tile_columns);
+  if (largest_of(args.cut, args.peers.world_size) > most) return cudaErrorInvalidValue;
+  return with_tile(args.call.dtype, gemm.tile_columns, [&](auto value, auto columns) {
+    constexpr int N = decltype(columns)::kCount;
+    return launch_kernel<N>(gemm_reduce_kernel<decltype(value), N>, args, grid, stream);
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_gemm_reduce_scatter(const Peers& peers, const Call& call, const GemmOperands& gemm, void* y_part,
+                                       const RowCut& cut, FusedGrid grid, cudaStream_t stream) {
+  return launch_reduce({args_of(peers, call, gemm, y_part, cut, grid), false}, grid, stream);
+}
+
+cudaError_t launch_gemm_all_reduce(const Peers& peers, const Call& call, const GemmOperands& gemm, void* y,
+                                   const RowCut& cut, FusedGrid grid, cudaStream_t stream) {
+  return launch_reduce({args_of(peers, call, gemm, y, cut, grid), true}, grid, stream);
+}
+
+cudaError_t launch_all_gather_gemm(const Peers& peers, const Call& call, const void* x_part, uint64_t x_row_stride,
+                                   void* x_whole, const GemmOperands& gemm, void* y, const RowCut& cut, FusedGrid grid,
+                                   cudaStream_t stream) {
+  GatherArgs args{args_of(peers, call, gemm, y, cut, grid), x_part, x_whole, static_cast<size_t>(x_row_stride) * 2};
+  if (!is_usable(args, grid) || !is_multiple_of_16(x_part) || !is_multiple_of_16(x_whole) || x_row_stride % 8 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  if (largest_of(cut, peers.world_size) > most_gathered_rows(peers.slot_bytes, gemm.K)) return cudaErrorInvalidValue;
+  // The ranks will refuse a part that the cut does not give; nothing behind its end is read until then.
+  if (call.brings != cut.brings[peers.rank]) args.cut.count[peers.rank] = 0;
+  return with_tile(call.dtype, gemm.tile_columns, [&](auto value, auto columns) {
+    constexpr int N = decltype(columns)::kCount;
+    return launch_kernel<N>(all_gather_gemm_kernel<decltype(value), N>, args, grid, stream);
+  });
+}
+
+}  // namespace tpk::cuda

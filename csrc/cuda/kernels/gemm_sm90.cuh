@@ -1,0 +1,177 @@
+// The product of a tile on Hopper: y = x @ w.T in tiles of 128 rows by N columns, a multiprocessor after the other.
+//
+// A block has three warpgroups. A thread of the first brings stages, 64 values of K of the rows of x and of w that a
+// tile needs, by TMA into a ring in shared memory; the other two multiply 64 rows each by wgmma, round, and store. The
+// ring runs on from tile to tile: while a tile is stored, the first stages of the next are on their way.
+//
+// Bits     fp32 sums over K in the hardware's order, the bias added in fp32, rounded once to T.
+// Ragged   what lies outside x or w comes as zeros and is counted like the rest; rows and columns outside y are not
+//          stored. N and K are multiples of 8, so 16 bytes are inside or outside as a whole.
+// Ring     full[s]: the bytes of stage s have come. empty[s]: all product warps have read it; each says so itself after
+//          it has waited for its products, for a warp's wait speaks for that warp alone.
+#pragma once
+
+#include "fused_gemm.h"
+#include "hopper.cuh"
+
+namespace tpk::cuda {
+
+constexpr uint32_t kWarpgroup = 128;
+constexpr uint32_t kProductThreads = 2 * kWarpgroup;
+constexpr uint32_t kProductWarps = kProductThreads / 32;
+constexpr uint32_t kMostStages = 6;
+// What a warpgroup needs: 24 .. 256 in steps of 8, together no more than 65536 / 128.
+constexpr int kLoadRegisters = 40, kProductRegisters = 232;
+
+// Transaction barriers of a block. heard: its herald has heard everybody.
+struct Barriers {
+  uint64_t full[kMostStages], empty[kMostStages], heard;
+};
+
+// The dynamic shared memory of a block: the stages, then 16 rows of 128 values for each product warp.
+template <int N>
+struct Ring {
+  static constexpr uint32_t kSwizzle = 1024;  // the pattern of 128-byte swizzles repeats after so many bytes
+  static constexpr uint32_t kXBytes = kTileRows * kTileDepth * 2, kWBytes = N * kTileDepth * 2;
+  static constexpr uint32_t kStageBytes = kXBytes + kWBytes;
+  static constexpr uint32_t kStages = N == 256 ? 4 : kMostStages;
+  static constexpr uint32_t kStagingBytes = 16 * 128 * 2;
+  static constexpr uint32_t kBytes = kSwizzle + kStages * kStageBytes + kProductWarps * kStagingBytes;
+  static_assert(kBytes + 1024 <= 227 * 1024, "with what is static, a block has 227 KiB");
+
+  char* base;
+
+  __device__ __forceinline__ explicit Ring(char* dynamic_shared)
+      : base(dynamic_shared + (kSwizzle - reinterpret_cast<uintptr_t>(dynamic_shared) % kSwizzle) % kSwizzle) {}
+  __device__ __forceinline__ char* x(uint32_t stage) const { return base + stage * kStageBytes; }
+  __device__ __forceinline__ char* w(uint32_t stage) const { return x(stage) + kXBytes; }
+  __device__ __forceinline__ char* staging(uint32_t warp) const {
+    return base + kStages * kStageBytes + warp * kStagingBytes;
+  }
+};
+
+// Where a thread is in the ring.
+template <int N>
+struct Place {
+  uint32_t stage = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == Ring<N>::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void await(const uint64_t* barrier, uint32_t parity) {
+  while (!transaction_done(barrier, parity)) {
+  }
+}
+
+// One thread, before the block meets.
+template <int N>
+__device__ __forceinline__ void init_barriers(Barriers& barriers) {
+  for (uint32_t s = 0; s < Ring<N>::kStages; ++s) {
+    transaction_init(&barriers.full[s], 1);
+    transaction_init(&barriers.empty[s], kProductWarps);
+  }
+  transaction_init(&barriers.heard, 1);
+  transaction_init_done();
+}
+
+// ---- loading --------------------------------------------------------------------------------------------------------
+
+// One thread brings a tile's stages. await_x(step): waits until the rows of x have come that far; false to stop.
+template <int N, class AwaitX>
+__device__ __forceinline__ bool load_stages(const GemmOperands& gemm, const Tile& tile, const Ring<N>& ring,
+                                            Barriers& barriers, Place<N>& place, AwaitX await_x) {
+  const uint32_t steps = divided_up(gemm.K, kTileDepth);
+  for (uint32_t step = 0; step < steps; ++step, place.advance()) {
+    if (!await_x(step)) return false;
+    uint64_t* const full = &barriers.full[place.stage];
+    await(&barriers.empty[place.stage], place.parity ^ 1);
+    transaction_expect(full, Ring<N>::kStageBytes);
+    const auto column = static_cast<int32_t>(step * kTileDepth);
+    load_tile(ring.x(place.stage), &gemm.x[tile.owner], full, column, static_cast<int32_t>(tile.row_block * kTileRows));
+    load_tile(ring.w(place.stage), &gemm.w, full, column, static_cast<int32_t>(tile.column_block * N));
+  }
+  return true;
+}
+
+// ---- multiplying ----------------------------------------------------------------------------------------------------
+
+// d = rows [64 half, 64 half + 64) of the tile. All threads of a warpgroup. One group of products is under way while
+// the next one's stage is waited for; the stage before is given back.
+template <class T, int N>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint32_t half, const Ring<N>& ring,
+                                         Barriers& barriers, Place<N>& place) {
+  constexpr uint32_t kHalfBytes = Ring<N>::kXBytes / 2;
+  const bool speaks = threadIdx.x % 32 == 0;
+  uint32_t before = 0;
+  for (uint32_t step = 0; step < steps; ++step, place.advance()) {
+    await(&barriers.full[place.stage], place.parity);
+    const uint64_t x = operand(ring.x(place.stage) + half * kHalfBytes), w = operand(ring.w(place.stage));
+    products_begin();
+#pragma unroll
+    for (uint32_t j = 0; j < kTileDepth / 16; ++j) product<T, N>(d, x + 2 * j, w + 2 * j, step > 0 || j > 0);
+    products_commit();
+    products_wait<1>();
+    __syncwarp();
+    if (step > 0 && speaks) transaction_arrive(&barriers.empty[before]);
+    before = place.stage;
+  }
+  products_wait<0>();
+  __syncwarp();
+  if (speaks) transaction_arrive(&barriers.empty[before]);
+}
+
+// ---- storing --------------------------------------------------------------------------------------------------------
+
+// Where a tile goes: its first value, values from row to row, and what of it lies inside.
+template <class T>
+struct TileOutput {
+  T* first;
+  size_t stride;
+  uint32_t rows, columns;
+};
+
+// The 16 rows that a warp has of a tile, 128 columns at a time through its staging, so that half a warp stores a row in
+// one piece. There a row's 16-byte words are permuted by its number: neither writing nor reading meets in a bank.
+template <class T, int N>
+__device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<T>& to, const T* bias,
+                                           uint32_t first_row, char* staging) {
+  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
+  const auto word_at = [&](uint32_t r, uint32_t word) { return staging + r * 256 + (word ^ (r % 8)) * 16; };
+#pragma unroll
+  for (uint32_t start = 0; start < N; start += 128) {
+    __syncwarp();  // the staging has been read
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) {
+      const float* const values = d + (start / 8 + j) * 4;
+      const uint32_t column = start + 8 * j + 2 * (lane % 4);
+      float low = 0, high = 0;
+      if (bias != nullptr && column < to.columns) low = to_float(bias[column]), high = to_float(bias[column + 1]);
+      const bool adds = bias != nullptr;  // a sum with zero would lose the sign of a zero
+      const uint32_t upper =
+          adds ? rounded_pair<T>(values[0] + low, values[1] + high) : rounded_pair<T>(values[0], values[1]);
+      const uint32_t lower =
+          adds ? rounded_pair<T>(values[2] + low, values[3] + high) : rounded_pair<T>(values[2], values[3]);
+      reinterpret_cast<uint32_t*>(word_at(row, j))[lane % 4] = upper;
+      reinterpret_cast<uint32_t*>(word_at(row + 8, j))[lane % 4] = lower;
+    }
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) {
+      const uint32_t r = 2 * i + lane / 16, word = lane % 16, column = start + word * 8;
+      if (first_row + r >= to.rows || column >= to.columns) continue;
+      store16(to.first + (first_row + r) * to.stride + column, load16(word_at(r, word)));
+    }
+  }
+}
+
+// All product threads: `thread` counts them.
+template <class T, int N>
+__device__ __forceinline__ void store_tile(const float (&d)[N / 2], const TileOutput<T>& to, const T* bias,
+                                           uint32_t thread, const Ring<N>& ring) {
+  const uint32_t warp = thread / 32;  // rows 16 warp .. 16 warp + 15: four warps to a warpgroup, 64 rows to each
+  store_rows<T, N>(d, to, bias, 16 * warp, ring.staging(warp));
+}
+
+}  // namespace tpk::cuda

@@ -1,0 +1,127 @@
+// What the product threads of a block do beside multiplying: sum the same tile of all ranks, copy rows from a peer.
+//
+// Loads of several units (16 bytes) are under way in each thread before the first is used: that hides the way to a
+// peer, which takes microseconds.
+#pragma once
+
+#include <cstring>
+
+#include "../../codec/sum.h"
+#include "gemm_sm90.cuh"
+
+namespace tpk::cuda {
+
+// Named barriers; 0 is that of __syncthreads.
+constexpr int kMeetTile = 1;   // the product threads and the herald: a tile is stored
+constexpr int kMeetMoves = 2;  // the product threads
+
+__device__ __forceinline__ uint32_t product_thread() { return threadIdx.x - kWarpgroup; }
+__device__ __forceinline__ void meet_product_threads() { meet_some(kMeetMoves, kProductThreads); }
+
+// The next number of a counter that the blocks of a rank share. All product threads call and get the same.
+__device__ __forceinline__ uint32_t take_next(uint32_t* taken) {
+  __shared__ uint32_t next;
+  meet_product_threads();  // the last one has been read
+  if (product_thread() == 0) next = add_acq_rel_gpu(taken, 1);
+  meet_product_threads();
+  return next;
+}
+
+// Rows of 16-byte units, `stride` bytes from one to the next.
+struct Rows {
+  char* first;
+  size_t stride;
+
+  __device__ __forceinline__ char* at(uint32_t row, uint32_t unit) const {
+    return first + row * stride + size_t{unit} * 16;
+  }
+};
+
+// What lies inside of rows x kColumns values of 2 bytes, dealt to the product threads.
+template <uint32_t kColumns>
+struct Dealt {
+  static constexpr uint32_t kUnits = kColumns / 8;  // of a row
+  uint32_t rows, units;
+
+  __device__ __forceinline__ uint32_t end() const { return rows * kUnits; }
+  __device__ __forceinline__ bool has(uint32_t i) const { return i < end() && i % kUnits < units; }
+  __device__ __forceinline__ static uint32_t row(uint32_t i) { return i / kUnits; }
+  __device__ __forceinline__ static uint32_t unit(uint32_t i) { return i % kUnits; }
+};
+
+// to (and, where `second` is given, second) = from.
+template <uint32_t kColumns>
+__device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Rows& from, const Rows& to,
+                                          const Rows& second = {nullptr, 0}) {
+  constexpr uint32_t kInFlight = 8;
+  for (uint32_t start = product_thread(); start < dealt.end(); start += kInFlight * kProductThreads) {
+    Word16 words[kInFlight];
+#pragma unroll
+    for (uint32_t k = 0; k < kInFlight; ++k) {
+      const uint32_t i = start + k * kProductThreads;
+      if (dealt.has(i)) words[k] = load16_peer(from.at(dealt.row(i), dealt.unit(i)));
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kInFlight; ++k) {
+      const uint32_t i = start + k * kProductThreads;
+      if (!dealt.has(i)) continue;
+      store16(to.at(dealt.row(i), dealt.unit(i)), words[k]);
+      if (second.first != nullptr) store16(second.at(dealt.row(i), dealt.unit(i)), words[k]);
+    }
+  }
+}
+
+// The sum of a unit of every rank, in rank order: the bits of Plain<T>::sum (vector.cuh), in fp32 and rounded once.
+template <class T>
+__device__ __forceinline__ Word16 sum_of(const Word16 (&words)[kMaxPeers], int ranks) {
+  float sums[8] = {};
+#pragma unroll
+  for (int r = 0; r < kMaxPeers; ++r) {
+    if (r >= ranks) continue;
+    T values[8];
+    memcpy(values, &words[r], sizeof values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float value = Sum<T>::in(values[i]);
+      sums[i] = r == 0 ? value : combine<T>(ReduceOp::Sum, sums[i], value);
+    }
+  }
+  T rounded[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) rounded[i] = Sum<T>::out(sums[i]);
+  Word16 word;
+  memcpy(&word, rounded, sizeof word);
+  return word;
+}
+
+// to (and second) = the sum over the ranks of parts + r * part_bytes. `second` may be one of the parts: a thread writes
+// what it alone has read.
+template <class T, uint32_t kColumns>
+__device__ __forceinline__ void sum_rows(const Dealt<kColumns>& dealt, const Rows& parts, size_t part_bytes, int ranks,
+                                         const Rows& to, const Rows& second) {
+  constexpr uint32_t kInFlight = 2;  // times the ranks
+#pragma unroll 1
+  for (uint32_t start = product_thread(); start < dealt.end(); start += kInFlight * kProductThreads) {
+    Word16 words[kInFlight][kMaxPeers];
+#pragma unroll
+    for (uint32_t k = 0; k < kInFlight; ++k) {
+      const uint32_t i = start + k * kProductThreads;
+      if (!dealt.has(i)) continue;
+      const char* const from = parts.at(dealt.row(i), dealt.unit(i));
+#pragma unroll
+      for (int r = 0; r < kMaxPeers; ++r) {
+        if (r < ranks) words[k][r] = load16_peer(from + static_cast<size_t>(r) * part_bytes);
+      }
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kInFlight; ++k) {
+      const uint32_t i = start + k * kProductThreads;
+      if (!dealt.has(i)) continue;
+      const Word16 sum = sum_of<T>(words[k], ranks);
+      store16(to.at(dealt.row(i), dealt.unit(i)), sum);
+      if (second.first != nullptr) store16(second.at(dealt.row(i), dealt.unit(i)), sum);
+    }
+  }
+}
+
+}  // namespace tpk::cuda

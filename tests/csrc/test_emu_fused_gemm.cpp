@@ -1,0 +1,239 @@
+// The fused GEMMs over emulated ranks: products, sums, gathers, and that slots and flags can be used again and again.
+#include "emu_fused.h"
+#include "emu_steps.h"
+
+using namespace tpk;
+using namespace tpk::cuda;
+using namespace tpk::testing;
+
+namespace {
+
+constexpr Fused kKinds[] = {Fused::ReduceScatter, Fused::AllReduce, Fused::Gather};
+constexpr GroupOptions kRoomy = {.slot_bytes = size_t{1} << 20};
+
+uint32_t up_to(uint32_t most, std::mt19937& random) { return static_cast<uint32_t>(random()) % (most + 1); }
+
+Gemm random_gemm(int ranks, std::mt19937& random) {
+  Gemm gemm{
+      .kind = kKinds[up_to(2, random)], .rows = {}, .N = 8 * (1 + up_to(24, random)), .K = 8 * (1 + up_to(16, random))};
+  // Parts of any size, some empty; 8 ranks of a quarter of the rows.
+  const uint32_t most = ranks > 4 ? 40 : 160;
+  for (int r = 0; r < ranks; ++r) gemm.rows.push_back(up_to(3, random) == 0 ? 0 : up_to(most, random));
+  gemm.dtype = up_to(1, random) == 0 ? DType::BF16 : DType::F16;
+  gemm.tile_columns = up_to(2, random) == 0 ? 256 : 128;
+  gemm.grid = {1 + static_cast<int>(up_to(1, random)), 1 + static_cast<int>(up_to(2, random))};
+  gemm.bias = up_to(1, random) == 0;
+  gemm.integers = up_to(1, random) == 0;
+  gemm.padding = 8 * up_to(2, random);
+  gemm.piece_rows = up_to(3, random) == 0 ? 24 + up_to(60, random) : 0;
+  gemm.seed = random();
+  return gemm;
+}
+
+// Where every access is looked at, a few shapes have to do.
+bool looks_closely() {
+#if defined(__SANITIZE_ADDRESS__)
+  return true;
+#else
+  return emu::detects_races();
+#endif
+}
+
+// What rank `from` has brought for the rows of rank `owner` in the call of this epoch.
+Bytes brought(const EmulatedGroup& group, int from, int owner, uint32_t epoch, size_t bytes) {
+  const char* const slot = group.peers(0).arena[owner] + slot_offset(group.peers(0), epoch);
+  return Bytes(slot + static_cast<size_t>(from) * bytes, slot + (static_cast<size_t>(from) + 1) * bytes);
+}
+
+}  // namespace
+
+CASE(products_are_right_whatever_the_shape) {
+  std::mt19937 random(11);
+  for (int ranks : {1, 2, 3, 4, 8}) {
+    if (looks_closely() && ranks > 3) continue;
+    for (uint64_t seed : {0, 1, 2}) {
+      if (looks_closely() && seed != static_cast<uint64_t>(ranks) - 1) continue;
+      configure(ranks, seed);
+      EmulatedGroup group(ranks, kRoomy);
+      run_gemms(group, {random_gemm(ranks, random), random_gemm(ranks, random)});
+      emu::reset();
+    }
+  }
+}
+
+// Every kind over two row blocks and two column blocks of each part, so that blocks of a rank share the work.
+CASE(all_kinds_over_several_tiles_of_every_rank) {
+  for (Fused kind : kKinds) {
+    for (uint64_t seed : {0, 3}) {
+      if (looks_closely() && seed == 0) continue;
+      configure(2, seed);
+      EmulatedGroup group(2, kRoomy);
+      run_gemms(group, {{.kind = kind, .rows = {140, 136}, .N = 264, .K = 136, .grid = {2, 3}, .bias = true}});
+      emu::reset();
+    }
+  }
+}
+
+// More than one slice of K, and more stages than the ring has.
+CASE(a_long_k_is_gathered_slice_by_slice) {
+  configure(3, 2);
+  EmulatedGroup group(3, kRoomy);
+  const std::vector<uint32_t> rows = {8, 0, 17};
+  run_gemms(group, {{.kind = Fused::Gather, .rows = rows, .N = 40, .K = 1096, .integers = false, .padding = 8},
+                    {.kind = Fused::ReduceScatter, .rows = rows, .N = 40, .K = 584, .integers = false}});
+  emu::reset();
+}
+
+// Calls of all kinds in a row, without a wait in between: slots, announcements and flags are used by each of them.
+CASE(calls_of_all_kinds_follow_each_other) {
+  for (uint64_t seed : {0, 1, 2}) {
+    if (looks_closely() && seed != 1) continue;
+    configure(3, seed);
+    EmulatedGroup group(3, kRoomy);
+    HeapPlan heap;
+    std::vector<std::unique_ptr<PreparedStep>> plain;
+    std::vector<std::unique_ptr<PreparedGemm>> fused;
+    std::vector<tpk::testing::Launch> steps;
+    const auto add_plain = [&](Kind kind) {
+      plain.push_back(std::make_unique<PreparedStep>(
+          group, Step{.kind = kind, .dtype = DType::F32, .n = 700, .blocks = 3, .seed = seed + plain.size()}, heap));
+      steps.push_back([one = plain.back().get()](int rank, cudaStream_t stream) { return one->launch(rank, stream); });
+    };
+    const auto add_fused = [&](Fused kind, uint32_t piece_rows) {
+      fused.push_back(std::make_unique<PreparedGemm>(group, Gemm{.kind = kind,
+                                                                 .rows = {33, 9, 40},
+                                                                 .N = 72,
+                                                                 .K = 40,
+                                                                 .piece_rows = piece_rows,
+                                                                 .seed = seed * 16 + fused.size()}));
+      steps.push_back([one = fused.back().get()](int rank, cudaStream_t stream) { return one->launch(rank, stream); });
+    };
+    for (int round = 0; round < (looks_closely() ? 1 : 2); ++round) {
+      add_fused(Fused::AllReduce, 0), add_fused(Fused::AllReduce, 16), add_plain(Kind::TwoShot);
+      add_fused(Fused::Gather, 0), add_fused(Fused::ReduceScatter, 0), add_plain(Kind::ReduceScatter);
+      add_plain(Kind::AllGather), add_fused(Fused::Gather, 24), add_plain(Kind::OneShot);
+      add_fused(Fused::ReduceScatter, 8);
+    }
+    run_launches(group, steps, "calls in a row");
+    for (const auto& one : plain) one->check();
+    for (const auto& one : fused) one->check();
+    emu::reset();
+  }
+}
+
+// The bits of the sum are those that reduce_scatter and two_shot make of the products that have been sent.
+CASE(the_sum_is_that_of_the_plain_collectives) {
+  configure(3, 1);
+  EmulatedGroup group(3, kRoomy);
+  constexpr uint32_t kN = 136;
+  for (DType dtype : {DType::BF16, DType::F16}) {
+    const Gemm gemm{.kind = Fused::ReduceScatter,
+                    .dtype = dtype,
+                    .rows = {20, 5, 33},
+                    .N = kN,
+                    .K = 72,
+                    .bias = true,
+                    .integers = false,
+                    .seed = 5};
+    const PreparedGemm scattered(group, gemm);
+    const auto launch = [&](int rank, cudaStream_t stream) { return scattered.launch(rank, stream); };
+    run_launches(group, {launch}, "a reduction");
+    const uint32_t epoch = group.signals(0).epoch;
+    const size_t bytes = size_t{scattered.all_rows()} * kN * 2;
+    DeviceCut cut{};
+    std::vector<std::unique_ptr<DeviceBytes>> partial, part, whole;
+    for (int r = 0; r < 3; ++r) {
+      cut.count[r] = uint64_t{gemm.rows[static_cast<size_t>(r)]} * kN;
+      cut.first[r] = r == 0 ? 0 : cut.first[r - 1] + cut.count[r - 1];
+    }
+    for (int r = 0; r < 3; ++r) {
+      Bytes product;
+      for (int owner = 0; owner < 3; ++owner) {
+        const Bytes of_owner = brought(group, r, owner, epoch, cut.count[owner] * 2);
+        product.insert(product.end(), of_owner.begin(), of_owner.end());
+      }
+      partial.push_back(std::make_unique<DeviceBytes>(r, product));
+      part.push_back(std::make_unique<DeviceBytes>(r, Bytes(cut.count[r] * 2)));
+      whole.push_back(std::make_unique<DeviceBytes>(r, Bytes(bytes)));
+    }
+    Call call{};
+    call.dtype = dtype, call.op = Op::ReduceScatter, call.numel = bytes / 2, call.heap_offset = kNotInHeap;
+    const auto reduce_scatter = [&](int rank, cudaStream_t stream) {
+      const size_t r = static_cast<size_t>(rank);
+      return launch_reduce_scatter(group.peers(rank), call, partial[r]->data(), part[r]->data(), cut, 2, stream);
+    };
+    const auto two_shot = [&](int rank, cudaStream_t stream) {
+      const size_t r = static_cast<size_t>(rank);
+      return launch_two_shot(group.peers(rank), call, partial[r]->data(), whole[r]->data(), bytes / 2, 2, stream);
+    };
+    Gemm everywhere = gemm;
+    everywhere.kind = Fused::AllReduce;
+    const PreparedGemm reduced(group, everywhere);
+    run_launches(
+        group, {reduce_scatter, two_shot, [&](int rank, cudaStream_t stream) { return reduced.launch(rank, stream); }},
+        "the plain sums");
+    for (int r = 0; r < 3; ++r) {
+      EXPECT(part[static_cast<size_t>(r)]->values() == scattered.output(r), "rank ", r);
+      EXPECT(whole[static_cast<size_t>(r)]->values() == reduced.output(r), "rank ", r);
+    }
+    scattered.check(), reduced.check();
+  }
+  emu::reset();
+}
+
+// Blocks that begin in the order of their numbers on a device that does not hold them all: a reduction comes to an end
+// with one multiplying block at a time. A gather needs its grid, at any order.
+CASE(a_device_that_holds_a_part_of_the_grid_comes_to_an_end) {
+  for (Fused kind : {Fused::ReduceScatter, Fused::AllReduce}) {
+    for (int resident : {3, 4}) {
+      configure(2, 0, resident);
+      EmulatedGroup group(2, kRoomy);
+      run_gemms(group, {{.kind = kind, .rows = {140, 30}, .N = 200, .K = 24, .grid = {2, 5}},
+                        {.kind = kind, .rows = {10, 30}, .N = 40, .K = 24, .grid = {2, 5}}});
+      emu::reset();
+    }
+  }
+  for (Fused kind : kKinds) {
+    configure(2, 4, 4);
+    EmulatedGroup group(2, kRoomy);
+    run_gemms(group, {{.kind = kind, .rows = {140, 30}, .N = 200, .K = 24, .grid = {1, 3}}});
+    emu::reset();
+  }
+}
+
+// Grids may differ: flags belong to tiles.
+CASE(ranks_may_have_grids_of_their_own) {
+  configure(3, 1);
+  EmulatedGroup group(3, kRoomy);
+  for (Fused kind : kKinds) {
+    const PreparedGemm gemm(group, {.kind = kind, .rows = {70, 140, 8}, .N = 136, .K = 24});
+    const auto launch = [&](int rank, cudaStream_t stream) {
+      return gemm.launch(rank, stream, gemm.call(rank), FusedGrid{1 + rank % 2, 1 + rank});
+    };
+    run_launches(group, {launch}, "grids that differ");
+    gemm.check();
+  }
+  emu::reset();
+}
+
+CASE(counters_wrap_around) {
+  configure(2, 1);
+  EmulatedGroup group(2, kRoomy);
+  for (uint32_t start : {0x7ffffffdu, 0xfffffffcu}) {
+    for (int r = 0; r < 2; ++r) {
+      group.signals(r).epoch = start;
+      for (auto& half : group.signals(r).arrived) {
+        for (auto& of_rank : half) {
+          for (Announcement& announcement : of_rank) announcement.flag = start;
+        }
+      }
+    }
+    std::vector<Gemm> gemms;
+    for (Fused kind : {Fused::AllReduce, Fused::Gather, Fused::ReduceScatter, Fused::AllReduce, Fused::Gather}) {
+      gemms.push_back({.kind = kind, .rows = {5, 9}, .N = 16, .K = 16});
+    }
+    run_gemms(group, gemms);
+    EXPECT(group.signals(0).epoch == start + 5);
+  }
+  emu::reset();
+}
