@@ -46,6 +46,12 @@ def it_generates(group: Group) -> None:
         sampled = whole.generate(ids(), do_sample=True, **options)
         torch.manual_seed(5)
         assert torch.equal(cut.generate(ids(), do_sample=True, **options), sampled)
+    for family in ("bloom", "mpt"):  # a bias for the heads of all ranks, longer with every token
+        sizes = {"n_layers": 2, "n_heads": 9, "d_model": 36, "max_seq_len": 32} if family == "mpt" else {}
+        whole, cut = pair(group, family, attention="eager", **sizes)
+        want = whole.generate(ids(), do_sample=False, **options)
+        assert torch.equal(cut.generate(ids(), do_sample=False, **options), want), family
+    _, cut = pair(group)
     cache = cut(input_ids=ids(), use_cache=True).past_key_values
     assert cache.layers[0].keys.shape[1] == cut.model.layers[0].self_attn.k_proj.out_features // 4
 
