@@ -221,7 +221,10 @@ class Group:
         self._communicator.reset_stats()
 
     def close(self) -> None:
-        """Leave the group; calls of other ranks that need this one raise PeerLostError. Closing twice does nothing."""
+        """Leave the group; calls of other ranks that need this one raise PeerLostError. Closing twice does nothing.
+
+        A CUDA graph that has calls of this group must not be launched any more.
+        """
         self._communicator.close()
         # A process group that is still there when Python ends can end the process by a signal: a thread of gloo lets
         # go of a tensor, wants Python for it, and is cancelled. Models keep their groups, so the groups let go.
