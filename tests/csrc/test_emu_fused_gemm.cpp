@@ -30,7 +30,7 @@ Gemm random_gemm(int ranks, std::mt19937& random) {
   return gemm;
 }
 
-// Where every access is looked at, a few shapes have to do.
+// Where every access is looked at, a few shapes have to do, and values are left to the plain variant.
 bool looks_closely() {
 #if defined(__SANITIZE_ADDRESS__)
   return true;
@@ -50,9 +50,9 @@ Bytes brought(const EmulatedGroup& group, int from, int owner, uint32_t epoch, s
 CASE(products_are_right_whatever_the_shape) {
   std::mt19937 random(11);
   for (int ranks : {1, 2, 3, 4, 8}) {
-    if (looks_closely() && ranks > 3) continue;
+    if (looks_closely() && ranks != 2) continue;
     for (uint64_t seed : {0, 1, 2}) {
-      if (looks_closely() && seed != static_cast<uint64_t>(ranks) - 1) continue;
+      if (looks_closely() && seed != 1) continue;
       configure(ranks, seed);
       EmulatedGroup group(ranks, kRoomy);
       run_gemms(group, {random_gemm(ranks, random), random_gemm(ranks, random)});
@@ -63,9 +63,9 @@ CASE(products_are_right_whatever_the_shape) {
 
 // Every kind over two row blocks and two column blocks of each part, so that blocks of a rank share the work.
 CASE(all_kinds_over_several_tiles_of_every_rank) {
+  if (looks_closely()) return;
   for (Fused kind : kKinds) {
     for (uint64_t seed : {0, 3}) {
-      if (looks_closely() && seed == 0) continue;
       configure(2, seed);
       EmulatedGroup group(2, kRoomy);
       run_gemms(group, {{.kind = kind, .rows = {140, 136}, .N = 264, .K = 136, .grid = {2, 3}, .bias = true}});
@@ -76,6 +76,7 @@ CASE(all_kinds_over_several_tiles_of_every_rank) {
 
 // More than one slice of K, and more stages than the ring has.
 CASE(a_long_k_is_gathered_slice_by_slice) {
+  if (looks_closely()) return;
   configure(3, 2);
   EmulatedGroup group(3, kRoomy);
   const std::vector<uint32_t> rows = {8, 0, 17};
@@ -123,6 +124,7 @@ CASE(calls_of_all_kinds_follow_each_other) {
 
 // The bits of the sum are those that reduce_scatter and two_shot make of the products that have been sent.
 CASE(the_sum_is_that_of_the_plain_collectives) {
+  if (looks_closely()) return;
   configure(3, 1);
   EmulatedGroup group(3, kRoomy);
   constexpr uint32_t kN = 136;
@@ -184,6 +186,7 @@ CASE(the_sum_is_that_of_the_plain_collectives) {
 // Blocks that begin in the order of their numbers on a device that does not hold them all: a reduction comes to an end
 // with one multiplying block at a time. A gather needs its grid, at any order.
 CASE(a_device_that_holds_a_part_of_the_grid_comes_to_an_end) {
+  if (looks_closely()) return;
   for (Fused kind : {Fused::ReduceScatter, Fused::AllReduce}) {
     for (int resident : {3, 4}) {
       configure(2, 0, resident);
@@ -217,6 +220,7 @@ CASE(ranks_may_have_grids_of_their_own) {
 }
 
 CASE(counters_wrap_around) {
+  if (looks_closely()) return;
   configure(2, 1);
   EmulatedGroup group(2, kRoomy);
   for (uint32_t start : {0x7ffffffdu, 0xfffffffcu}) {

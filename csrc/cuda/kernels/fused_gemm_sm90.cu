@@ -56,9 +56,7 @@ class ReduceBlock : public Block<T, N> {
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
       Base::multiply_tile(d, place);
-      char* const slot = turn_.slot(static_cast<int>(tile.owner));
-      T* const mine = reinterpret_cast<T*>(slot + static_cast<size_t>(me()) * part_bytes(tile.owner));
-      Base::store(d, tile, mine + Base::place_in_part(tile));
+      if (Base::have_agreed()) send(d, tile);
       meet_some(kMeetTile, kProductThreads + 32);
     }
   }
@@ -75,6 +73,11 @@ class ReduceBlock : public Block<T, N> {
     if (product_thread() == 0) may = turn_.have_all_begun();
     meet_product_threads();
     return may;
+  }
+  __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile) const {
+    char* const slot = turn_.slot(static_cast<int>(tile.owner));
+    T* const mine = reinterpret_cast<T*>(slot + static_cast<size_t>(me()) * part_bytes(tile.owner));
+    Base::store(d, tile, mine + Base::place_in_part(tile));
   }
   // What one rank brings for the rows of another.
   __device__ __forceinline__ size_t part_bytes(uint32_t owner) const {

@@ -3,10 +3,9 @@
 //
 //   announce  block 0 alone announces. Every block hears what block 0 of everybody has said: a warp of it does, the
 //             herald, while the other threads already load and multiply.
-//   send      what a rank brings for another (a product) is written into the slot of that one as it is made, before the
-//             announcements are heard. That is allowed: when this kernel runs, its call before has ended, so all ranks
-//             have ended the one before that, which was the last to use this slot. What a refused call wrote there is
-//             never read, and all of it is written before its rank says e + 1, so before anybody begins e + 2.
+//   send      what a rank brings for another (a product) is written into the slot of that one as it is made, once its
+//             block has heard everybody and all agree. The slot is free: when this kernel runs, its call before has
+//             ended, so all ranks have ended the one before that, which was the last to use this slot.
 //   raise     a flag is the epoch, at the rank that waits for it: tiles[from][tile], summed[from][tile]. It is raised
 //   by
 //             one thread that has met those who wrote the tile, and never before its block has heard everybody. So a
