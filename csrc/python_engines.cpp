@@ -7,10 +7,10 @@ void add_engines(py::module_& m) {
   m.def("set_onednn_available", &set_onednn_available, py::arg("available"));
   m.def(
       "set_measured_engine",
-      [](const std::string& dtype, int64_t M, int64_t N, int64_t K, bool onednn) {
-        set_measured_engine(float_dtype(dtype), M, N, K, onednn ? Engine::OneDnn : Engine::Aten);
+      [](const std::string& dtype, int64_t M, int64_t N, int64_t K, const std::string& engine) {
+        set_measured_engine(float_dtype(dtype), M, N, K, engine_of(engine));
       },
-      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("onednn"));
+      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("engine"));
   m.def("forget_measured_engines", &forget_measured_engines);
   m.def(
       "choose_engine",

@@ -60,7 +60,7 @@ def explain(
 def _in_arena(group: Group, engine: str, nbytes: int, codec: str) -> bool:
     limits: dict[str, Any] = _C.limits()
     fits = limits["smallest_in_arena"] <= nbytes <= group._communicator.heap_bytes
-    return engine == "aten" and codec == "none" and fits
+    return engine != "onednn" and codec == "none" and fits
 
 
 def _collective_path(group: Group, op: str, nbytes: int, codec: str) -> tuple[str, str]:

@@ -48,7 +48,7 @@ def load() -> None:
     try:
         rows = json.loads(plan_file().read_text(encoding="utf-8"))
         for dtype, m, n, k, engine in rows:
-            _C.set_measured_engine(dtype, m, n, k, engine == "onednn")
+            _C.set_measured_engine(dtype, m, n, k, engine)
     except (OSError, ValueError, TypeError):
         _C.forget_measured_engines()
 
@@ -59,7 +59,7 @@ def tune(group: Group, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, 
     Args:
         group: the ranks, which all call this.
         m, n, k: this rank's sizes, all positive.
-        dtype: float32; the other dtypes have one engine.
+        dtype: float32; in the other dtypes a rule decides.
 
     Returns:
         microseconds by engine, of the slowest rank; the same on all ranks.
@@ -80,7 +80,7 @@ def tune(group: Group, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, 
     measured = dict(zip(engines, slowest, strict=True))
     name = str(dtype).removeprefix("torch.")
     winner = min(measured, key=lambda engine: measured[engine])
-    _C.set_measured_engine(name, m, n, k, winner == "onednn")
+    _C.set_measured_engine(name, m, n, k, winner)
     if group.rank == 0:
         _keep([name, m, n, k, winner])
     group.barrier()

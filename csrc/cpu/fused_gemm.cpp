@@ -10,7 +10,7 @@
 namespace tpk {
 namespace {
 
-// The partial product in the arena, or nothing when it does not fit or another engine is faster than ATen.
+// The partial product in the arena, or nothing when it does not fit or oneDNN, which makes its own output, is faster.
 OptionalTensor product_in_arena(const Communicator& comm, const std::string& group, const Tensor& x, const Tensor& w,
                                 bool has_bias, const Shape& y_shape) {
   const int64_t rows = num_rows(x);
@@ -18,14 +18,15 @@ OptionalTensor product_in_arena(const Communicator& comm, const std::string& gro
   // A bias would be added in a second step there, which rounds twice and gives other bits than the GEMM's own bias.
   if (has_bias) return {};
   if (bytes < kSmallestInArena || bytes > comm.heap_bytes() || x.size(x.dim() - 1) == 0) return {};
-  if (choose_engine(dtype_of(x), rows, w.size(0), w.size(1)).engine != Engine::Aten) return {};
+  const Engine engine = engine_for(x, w);
+  if (engine == Engine::OneDnn) return {};
   OptionalTensor y;
   try {
     y = arena_empty(group, y_shape, x.scalar_type());
   } catch (const std::invalid_argument&) {
     return {};  // the heap is taken by tensors of group.empty; the copying way is right, too
   }
-  linear_into(x, w, *y);
+  linear_into(engine, x, w, *y);
   return y;
 }
 
