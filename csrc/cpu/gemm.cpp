@@ -86,11 +86,13 @@ Tensor gemv_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias)
 }
 
 EngineChoice choose_for_few_rows(int64_t M) {
-  // One row: one core reads bf16 weights at 14 to 22 GB/s, where ATen's reads them at 6 to 11 (Zen 4). Two to four
-  // rows: 1.05 to 1.4 times as fast there; without AVX-512 the sums of four rows do not fit the registers.
+  // Against ATen, one core (Zen 4), weights that the caches do not hold: 1.25 to 2.5 times as fast for one row, where
+  // it reads the weights at 11 to 18 GB/s; 1.14 to 1.6 times for two to four. Without AVX-512 the sums of four rows do
+  // not fit the registers.
   if (M == 1) return {Engine::Gemv, "rule: one row in bf16, bound by memory"};
-  if (M <= static_cast<int64_t>(kMostGemvRows) && has_avx512())
+  if (M <= static_cast<int64_t>(kMostGemvRows) && has_avx512()) {
     return {Engine::Gemv, "rule: few rows in bf16, AVX-512"};
+  }
   return {Engine::Aten, "rule: bf16 of many rows; aten calls oneDNN itself where it can"};
 }
 
