@@ -34,6 +34,11 @@ struct Clock {
   // What comes after a snapshot was given away is not covered by it.
   void tick() { ++now; }
 
+  // Of a thread that ticked when it gave the snapshot away: who knows that moment of it knows all that it knew then.
+  void join_released(const Snapshot& seen) {
+    if (seen.id == 0 || !knows(seen.id, seen.now)) join(seen);
+  }
+
   void join(const Snapshot& seen) {
     if (seen.others != nullptr && seen.others != others) {
       if (others == nullptr) {

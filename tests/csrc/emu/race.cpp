@@ -4,6 +4,7 @@
 // host. That hardware or schedule would have behaved makes no difference.
 #include <link.h>
 
+#include <algorithm>
 #include <deque>
 #include <set>
 #include <shared_mutex>
@@ -193,7 +194,13 @@ class Races : public Detector {
     std::vector<Release>& releases = line.releases(at % Line::kBytes);
     if (reads) acquire(thread, releases, order, scope);
     if (now.writes) {
-      if (kind == Atomic::Kind::Store) releases.clear();  // an exchange goes on with what was released before
+      // An exchange goes on with what was released before: in its own clock where it has acquired and passes all of it
+      // on.
+      const bool passes_on = kind == Atomic::Kind::Exchange && order == Order::AcquireRelease;
+      const bool has_all = std::all_of(releases.begin(), releases.end(), [&](const Release& one) {
+        return shared_scope(one, thread) <= std::min(one.scope, scope) && one.scope <= scope;
+      });
+      if (kind == Atomic::Kind::Store || (passes_on && has_all)) releases.clear();
       release(thread, releases, order, scope);
     }
     line.unlock();
@@ -215,7 +222,16 @@ class Races : public Detector {
 
   void meet(const std::vector<Thread*>& threads) override {
     Clock all;
-    for (Thread* thread : threads) all.join(thread->memory.clock.snapshot());
+    std::shared_ptr<Moments> joined;  // which threads that have met before have in common
+    for (Thread* thread : threads) {
+      Snapshot seen = thread->memory.clock.snapshot();
+      if (seen.others == joined) {
+        seen.others = nullptr;
+      } else {
+        joined = seen.others;
+      }
+      all.join(seen);
+    }
     for (Thread* thread : threads) {
       thread->memory.clock.others = all.others;
       thread->memory.clock.tick();
@@ -284,7 +300,7 @@ class Races : public Detector {
       if (shared > release.scope || shared > scope) continue;
       ThreadMemory& memory = thread.memory;
       const bool now = order == Order::Acquire || order == Order::AcquireRelease;
-      (now ? memory.clock : memory.unfenced[static_cast<size_t>(shared)]).join(release.clock);
+      (now ? memory.clock : memory.unfenced[static_cast<size_t>(shared)]).join_released(release.clock);
     }
   }
 
