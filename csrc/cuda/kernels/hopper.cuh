@@ -5,13 +5,13 @@
 // no more: tiles come late, products are done when they have been waited for.
 //
 //   products of a warpgroup    d[64, N] (+)= a[64, 16] @ b[N, 16].T, all 128 threads together. Of d a thread has, with
-//   its
-//                              warp w of the four and its lane l:  d[4 j + 0, 1] = row 16 w + l / 4,
+//                              its warp w of the four and its lane l:  d[4 j + 0, 1] = row 16 w + l / 4,
 //                              columns 8 j + 2 (l % 4) + 0, 1, and d[4 j + 2, 3] the same of row + 8.
 //   operands                   rows of 64 values of 2 bytes, 128 bytes, in shared memory as load_tile leaves them:
-//   groups
-//                              of 8 rows are 1024 bytes and begin at a multiple of that; in a row the 16-byte words are
-//                              permuted by the row: word c of row r lies at c ^ (r % 8).
+//                              groups of 8 rows are 1024 bytes and begin at a multiple of that; in a row the 16-byte
+//                              words are permuted by the row: word c of row r lies at c ^ (r % 8).
+//   registers                  of d must not be touched from the first product until products_wait: the compiler, which
+//                              does not see that, serialises the products then and says so (C7510).
 #pragma once
 
 #include "device.cuh"

@@ -52,17 +52,30 @@ Atomic::Atomic(const void* address, size_t bytes, Kind kind, Order order, Scope 
 
 Atomic::~Atomic() {
   Thread& thread = *current_thread();
-  Block& block = *thread.block;
   if (detector() != nullptr) detector()->end_atomic(thread, address_, bytes_, kind_, order_, scope_, where_);
   if (kind_ == Kind::Load && order_ == Order::Acquire && scope_ != Scope::Block) thread.acquired = true;
-  if (kind_ == Kind::Load && waits(thread, address_, value_)) {
-    thread.polled = address_, thread.where = where_;
+  if (kind_ == Kind::Load) {
+    after_load(thread, address_, value_, where_);
+  } else {
+    after_store(thread);
+  }
+}
+
+void after_load(Thread& thread, const void* address, uint64_t value, const Where& where) {
+  Block& block = *thread.block;
+  if (waits(thread, address, value)) {
+    thread.polled = address, thread.where = where;
     block.yield(Doing::Polling);
     return;
   }
-  if (kind_ != Kind::Load) thread.seen.clear();
   block.moved();
   block.preempt();
+}
+
+void after_store(Thread& thread) {
+  thread.seen.clear();
+  thread.block->moved();
+  thread.block->preempt();
 }
 
 void fence(Scope scope) {

@@ -80,6 +80,7 @@ void Block::run() {
     idle = progress() == before ? idle + 1 : 0;
     if (idle > 0) wait_for_others(idle);
   }
+  if (alive_ == 0) end_async(*this);
 }
 
 // Every thread that can run does so until it waits. Those that are still able to run come again.

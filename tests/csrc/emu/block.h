@@ -94,6 +94,13 @@ class Block {
   std::vector<std::vector<Meeting>> warps_;  // meetings of each warp that are not complete
 };
 
+// What a thread does after it has loaded something that it may be waiting for, or changed what others may wait for.
+void after_load(Thread& thread, const void* address, uint64_t value, const Where& where);
+void after_store(Thread& thread);
+
+// What the block's threads have set going must be over.
+void end_async(Block& block);
+
 // The CUDA thread that this OS thread runs at the moment, or nullptr.
 Thread* current_thread();
 

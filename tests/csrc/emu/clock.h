@@ -16,6 +16,7 @@ struct Snapshot {
   std::shared_ptr<Moments> others;  // never written to while anybody else holds it
   uint32_t id = 0;
   uint32_t now = 0;
+  std::shared_ptr<Moments> fenced = nullptr;
 };
 
 // Id 0 is nobody.
@@ -23,13 +24,23 @@ struct Clock {
   std::shared_ptr<Moments> others;
   uint32_t id = 0;
   uint32_t now = 1;
+  // Of what is known: what somebody, on its way to here, has made visible to asynchronous accesses (fence_async).
+  std::shared_ptr<Moments> fenced = nullptr;
 
   bool knows(uint32_t who, uint32_t when) const {
     if (who == id) return when <= now;
-    return others != nullptr && who < others->size() && (*others)[who] >= when;
+    return has(others, who, when);
   }
+  bool knows_fenced(uint32_t who, uint32_t when) const { return has(fenced, who, when); }
 
-  Snapshot snapshot() const { return {others, id, now}; }
+  Snapshot snapshot() const { return {others, id, now, fenced}; }
+
+  // Asynchronous accesses that this clock's owner starts from now on see all that it knows.
+  void fence_async() {
+    merge(fenced, others);
+    if (id != 0) writable(fenced, id + 1)[id] = now;
+    tick();
+  }
 
   // What comes after a snapshot was given away is not covered by it.
   void tick() { ++now; }
@@ -40,27 +51,35 @@ struct Clock {
   }
 
   void join(const Snapshot& seen) {
-    if (seen.others != nullptr && seen.others != others) {
-      if (others == nullptr) {
-        others = seen.others;
-      } else {
-        Moments& mine = writable(seen.others->size());
-        for (size_t i = 0; i < seen.others->size(); ++i) mine[i] = std::max(mine[i], (*seen.others)[i]);
-      }
-    }
-    if (seen.id != 0 && !knows(seen.id, seen.now)) writable(seen.id + 1)[seen.id] = seen.now;
+    merge(others, seen.others);
+    merge(fenced, seen.fenced);
+    if (seen.id != 0 && !knows(seen.id, seen.now)) writable(others, seen.id + 1)[seen.id] = seen.now;
   }
 
  private:
-  Moments& writable(size_t size) {
-    if (others == nullptr) {
-      others = std::make_shared<Moments>(size);
-    } else if (others.use_count() > 1) {
-      others = std::make_shared<Moments>(*others);
+  static bool has(const std::shared_ptr<Moments>& moments, uint32_t who, uint32_t when) {
+    return moments != nullptr && who < moments->size() && (*moments)[who] >= when;
+  }
+
+  static void merge(std::shared_ptr<Moments>& mine, const std::shared_ptr<Moments>& seen) {
+    if (seen == nullptr || seen == mine) return;
+    if (mine == nullptr) {
+      mine = seen;
+      return;
+    }
+    Moments& moments = writable(mine, seen->size());
+    for (size_t i = 0; i < seen->size(); ++i) moments[i] = std::max(moments[i], (*seen)[i]);
+  }
+
+  static Moments& writable(std::shared_ptr<Moments>& moments, size_t size) {
+    if (moments == nullptr) {
+      moments = std::make_shared<Moments>(size);
+    } else if (moments.use_count() > 1) {
+      moments = std::make_shared<Moments>(*moments);
     }
     std::atomic_thread_fence(std::memory_order_acquire);  // use_count() orders nothing by itself
-    if (others->size() < size) others->resize(size);
-    return *others;
+    if (moments->size() < size) moments->resize(size);
+    return *moments;
   }
 };
 

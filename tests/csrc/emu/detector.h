@@ -37,6 +37,9 @@ class Detector {
 
   // One plain access by the running thread.
   virtual void access(Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t code) = 0;
+  // By what works beside the threads of the running thread's block, which knows what `clock` says.
+  virtual void async_access(Thread& thread, const Clock& clock, const void* memory, size_t bytes, bool writes,
+                            const Where& where) = 0;
   // By a stream: a copy or a fill.
   virtual void stream_access(const Clock& clock, const void* memory, size_t bytes, bool writes) = 0;
 

@@ -1,13 +1,17 @@
 // What Hopper does beside its threads, emulated: barriers that count bytes, tiles that come by themselves, products of
 // a warpgroup, barriers of some threads. For hopper_emu.h.
 //
-// Late      Nothing happens when it is asked for. A tile comes while somebody waits for a barrier, in any order; a
-// product
-//           is made, and reads its operands, when it is waited for, and until then its sums are NaN. So a stage that is
-//           given back too early, or a sum that is read too early, is a wrong value.
+// Late      Nothing happens when it is asked for. A tile is known to have come only while somebody waits for a barrier,
+//           in any order; a product is made, and reads its operands, when it is waited for, and until then its sums are
+//           NaN. So a stage that is given back too early, or a sum that is read too early, is a wrong value. Under odd
+//           seeds a tile overwrites its place at once: so is one that is loaded too early.
 // Bits      of descriptors, of the swizzle and of fragments are those of the PTX ISA (warpgroup-level matrix
-// instructions,
-//           tensor copies), decoded from what a kernel passes and never from how it made that.
+//           instructions, tensor copies), decoded from what a kernel passes and never from how it made that.
+// Order     For the race detector, tiles and products read and write from when they are asked for until their barrier or
+//           their wait is over; what threads wrote before, they see only behind a fence_async.
+// Reported  what the hardware leaves undefined, or waits for in vain: bytes that nobody expected, one arrival too many,
+//           barriers that were not initialised or published, products without begin or commit, sums that are touched on
+//           the way, threads of a warpgroup that differ, tiles and products left over when a block ends.
 #pragma once
 
 #include "emu.h"
@@ -18,10 +22,12 @@ namespace tpk::emu {
 uint32_t shared_address(const void* shared, Where where);
 
 void transaction_init(uint64_t* bar, uint32_t arrivals, Where where);
+void transaction_init_done(Where where);
 void transaction_arrive(uint64_t* bar, uint32_t expected_bytes, Where where);
 bool transaction_done(const uint64_t* bar, uint32_t parity, Where where);
 
 void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t row, Where where);
+void prefetch(const void* map, Where where);
 // What this thread has acquired comes before what it makes others load.
 void fence_async(Where where);
 
@@ -40,5 +46,9 @@ void products_wait(int groups_left, Where where);
 
 // All of so many threads, whole warps, that name the same barrier.
 void meet_some(int id, int threads, Where where);
+
+// That each thread of the warpgroup has from now on.
+void registers(int each);
+bool one_of_warp(Where where);
 
 }  // namespace tpk::emu

@@ -12,7 +12,7 @@ inline uint32_t shared_address(const void* shared, Where where = Where::current(
 inline void transaction_init(uint64_t* bar, uint32_t arrivals, Where where = Where::current()) {
   emu::transaction_init(bar, arrivals, where);
 }
-inline void transaction_init_done(Where where = Where::current()) { emu::fence_async(where); }
+inline void transaction_init_done(Where where = Where::current()) { emu::transaction_init_done(where); }
 inline void transaction_expect(uint64_t* bar, uint32_t bytes, Where where = Where::current()) {
   emu::transaction_arrive(bar, bytes, where);
 }
@@ -23,7 +23,7 @@ inline bool transaction_done(const uint64_t* bar, uint32_t parity, Where where =
   return emu::transaction_done(bar, parity, where);
 }
 
-inline void prefetch(const TensorMap*) {}
+inline void prefetch(const TensorMap* map, Where where = Where::current()) { emu::prefetch(map, where); }
 inline void load_tile(void* to, const TensorMap* map, uint64_t* bar, int32_t column, int32_t row,
                       Where where = Where::current()) {
   emu::load_tile(to, map, bar, column, row, where);
@@ -51,12 +51,14 @@ void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where w
 template <int n>
 void registers_raise() {
   static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
+  emu::registers(n);
 }
 template <int n>
 void registers_lower() {
   static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
+  emu::registers(n);
 }
 inline void meet_some(int id, int threads, Where where = Where::current()) { emu::meet_some(id, threads, where); }
-inline bool one_of_warp() { return emu::lane_of_thread() == 0; }
+inline bool one_of_warp(Where where = Where::current()) { return emu::one_of_warp(where); }
 
 }  // namespace tpk::cuda

@@ -72,8 +72,8 @@ inline void must_be_wrong(const Body& body) {
   for (uint64_t seed : {0, 1, 2}) EXPECT(!run(quiet(seed), body).right, "seed ", seed, ": the values are right");
 }
 
-inline void must_be_silent(const Body& body) {
-  for (uint64_t seed : {0, 1, 2, 3, 4}) {
+inline void must_be_silent(const Body& body, const std::vector<uint64_t>& seeds = {0, 1, 2, 3, 4}) {
+  for (uint64_t seed : seeds) {
     const Outcome outcome = run(quiet(seed), body);
     EXPECT(outcome.reports.empty(), "seed ", seed, outcome.text());
     EXPECT(outcome.right, "seed ", seed, ": the values are wrong");

@@ -119,7 +119,7 @@ class Races : public Detector {
   void end_launch(Launch& launch) override {
     Stream& stream = *launch.stream;
     for (const Clock& clock : launch.ends) {
-      stream.clock.join(clock.snapshot());
+      stream.clock.join({clock.others, clock.id, clock.now});
       stream.last_moment = std::max(stream.last_moment, clock.now);
     }
   }
@@ -133,7 +133,7 @@ class Races : public Detector {
       Clock& clock = thread.memory.clock;
       clock.id = launch.stream->ids[number * launch.threads() + thread.number];
       clock.now = launch.first_moment;
-      clock.others = launch.base;
+      clock.others = clock.fenced = launch.base;
     }
     return std::make_unique<BlockMemory>(block);
   }
@@ -145,17 +145,15 @@ class Races : public Detector {
     if (thread.block->stacks().contains(reinterpret_cast<const void*>(address))) return;
     Access now{thread.memory.clock.id, thread.memory.clock.now};
     now.place = code, now.writes = writes;
-    BlockMemory& shared = memory_of(thread);
-    const bool is_shared = shared.contains(address);
-    Lines* lines = is_shared ? nullptr : lines_of(address);
-    if (!is_shared && lines == nullptr) return;
-    for (uintptr_t at = address, end = address + bytes; at < end;) {
-      const size_t part = std::min(end - at, Line::kBytes - at % Line::kBytes);
-      Line& line = is_shared ? shared.at(at) : lines->at(at);
-      if (is_shared && !writes && !line.is_written(at % Line::kBytes, part)) uninitialised(now);
-      touch(line, at, part, now, thread.memory.clock, !is_shared);
-      at += part;
-    }
+    touch_all(thread, address, bytes, now, thread.memory.clock);
+  }
+
+  void async_access(Thread& thread, const Clock& clock, const void* memory, size_t bytes, bool writes,
+                    const Where& where) override {
+    Access now{clock.id, clock.now};
+    now.place = std::bit_cast<uintptr_t>(where), now.in_source = 1;
+    now.writes = writes, now.async = 1;
+    touch_all(thread, reinterpret_cast<uintptr_t>(memory), bytes, now, clock);
   }
 
   void stream_access(const Clock& clock, const void* memory, size_t bytes, bool writes) override {
@@ -234,6 +232,7 @@ class Races : public Detector {
     }
     for (Thread* thread : threads) {
       thread->memory.clock.others = all.others;
+      thread->memory.clock.fenced = all.fenced;
       thread->memory.clock.tick();
     }
   }
@@ -275,6 +274,21 @@ class Races : public Detector {
     return elsewhere_[address / Line::kBytes];
   }
 
+  // In the shared memory of the thread's block, or in an allocation.
+  void touch_all(Thread& thread, uintptr_t address, size_t bytes, const Access& now, const Clock& clock) {
+    BlockMemory& shared = memory_of(thread);
+    const bool is_shared = shared.contains(address);
+    Lines* lines = is_shared ? nullptr : lines_of(address);
+    if (!is_shared && lines == nullptr) return;
+    for (uintptr_t at = address, end = address + bytes; at < end;) {
+      const size_t part = std::min(end - at, Line::kBytes - at % Line::kBytes);
+      Line& line = is_shared ? shared.at(at) : lines->at(at);
+      if (is_shared && !now.writes && !line.is_written(at % Line::kBytes, part)) uninitialised(now);
+      touch(line, at, part, now, clock, !is_shared);
+      at += part;
+    }
+  }
+
   void touch(Line& line, uintptr_t address, size_t bytes, const Access& now, const Clock& clock, bool locks) {
     if (locks) line.lock();
     Access racing;
@@ -282,7 +296,7 @@ class Races : public Detector {
         address % Line::kBytes, bytes, now, clock, [&](const Access& old) { racing = old; },
         [&](const Access& a, const Access& b) { return scopes_meet(a, b); });
     if (locks) line.unlock();
-    if (racing.id != 0) report_race(address, racing, now);
+    if (racing.id != 0) report_race(address, racing, now, clock.knows(racing.id, racing.when));
   }
 
   // ---- order by atomics
@@ -351,12 +365,14 @@ class Races : public Detector {
   }
 
   std::string describe(const Access& access) const {
-    return std::string(access.atomic ? "atomic " : "") + (access.writes ? "write" : "read") + " by " +
-           who(access, true).text + " at " + place_of(access);
+    return std::string(access.atomic  ? "atomic "
+                       : access.async ? "asynchronous "
+                                      : "") +
+           (access.writes ? "write" : "read") + " by " + who(access, true).text + " at " + place_of(access);
   }
 
-  // Once for each pair of places.
-  void report_race(uintptr_t address, const Access& old, const Access& now) {
+  // Once for each pair of places. Those in order want a fence_async.
+  void report_race(uintptr_t address, const Access& old, const Access& now, bool in_order) {
     {
       const std::lock_guard lock(reported_mutex_);
       if (!reported_.emplace(old.place, now.place).second) return;
@@ -365,7 +381,8 @@ class Races : public Detector {
     const bool is_shared = thread != nullptr && memory_of(*thread).contains(address);
     const std::string memory =
         is_shared ? "the shared memory of a block" : describe_address(reinterpret_cast<const void*>(address));
-    report(Kind::Race, "on " + memory + "\n  " + describe(now) + "\n  " + describe(old));
+    report(Kind::Race, "on " + memory + (in_order ? ", for want of fence_async" : "") + "\n  " + describe(now) +
+                           "\n  " + describe(old));
   }
 
   void uninitialised(const Access& now) {

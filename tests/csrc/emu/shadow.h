@@ -22,6 +22,7 @@ struct Access {
   uint64_t atomic : 1 = 0;
   uint64_t scope : 2 = 0;
   uint64_t in_source : 1 = 0;
+  uint64_t async : 1 = 0;  // by the asynchronous proxy: sees what others wrote only behind a fence_async
 
   bool operator==(const Access&) const = default;
 };
@@ -39,7 +40,7 @@ class Cell {
     const size_t count = size();
     for (size_t i = 0; i < count; ++i) {
       const Access old = at(i);
-      const bool known = clock.knows(old.id, old.when);
+      const bool known = is_known(old, now, clock);
       bool raced = false;
       if (!known && (old.writes || now.writes) && !(old.atomic && now.atomic && scopes_meet(old, now))) {
         conflicts(old);
@@ -53,6 +54,11 @@ class Cell {
     }
     resize(kept);
     push(now);
+  }
+
+  static bool is_known(const Access& old, const Access& now, const Clock& clock) {
+    const bool needs_fence = now.async && !old.async && old.writes;
+    return clock.knows(old.id, old.when) && (!needs_fence || clock.knows_fenced(old.id, old.when));
   }
 
   void copy_of(const Cell& other) {

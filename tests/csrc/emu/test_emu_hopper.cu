@@ -1,171 +1,110 @@
-// What Hopper does beside its threads: one block multiplies a tile, stage by stage, as gemm_sm90.cuh does.
-#include <cmath>
-#include <random>
-
-#include "cuda/kernels/hopper.cuh"
-#include "cuda/tensor_map.h"
-#include "emu/control.h"
-#include "expect.h"
+// What Hopper does beside its threads: tiles come, swizzled; products are right; maps say what they cannot do.
+#include "hopper_tile.cuh"
 
 using namespace tpk;
-using namespace tpk::cuda;
+using namespace tpk::planted;
 
 namespace {
 
-constexpr int kRows = 128, kColumns = 128, kDepth = 64, kStages = 3;
-constexpr uint32_t kStageBytes = (kRows + kColumns) * kDepth * 2;
+CASE(a_tile_is_multiplied) {
+  must_be_silent([] { return multiplies<Bfloat16, 128>(128, 128, 256); });
+}
+CASE(a_wide_tile_of_the_other_dtype_is_multiplied) {
+  must_be_silent([] { return multiplies<Half, 256>(128, 256, 192); }, {0, 1});
+}
+CASE(what_lies_outside_comes_as_zeros) {
+  must_be_silent([] { return multiplies<Bfloat16, 128>(100, 72, 328); });
+  must_be_silent([] { return multiplies<Half, 256>(1, 8, 8); }, {0, 1});
+}
 
-// What is planted into the kernel.
-enum class Fault { None, NoExpect, WrongParity, EarlyRelease, NoWait, WrongStep, NoBegin, OtherOperand };
+// ---- bits, against the formulas of the PTX ISA ----------------------------------------------------------------------
 
-struct GemmArgs {
-  TensorMap x, w;
-  float* y;
-  int K;
-  Fault fault;
+struct DumpArgs {
+  TensorMap map;
+  uint16_t* tile;        // as it lies in shared memory
+  uint64_t* descriptor;  // of its row 64, and where that is
+  int32_t column, row;
 };
 
-TPK_KERNEL void __launch_bounds__(384, 1) gemm_of_one_tile(const __grid_constant__ GemmArgs args) {
+TPK_KERNEL void dump_tile(const __grid_constant__ DumpArgs args) {
   TPK_DYNAMIC_SHARED(char, dynamic);
-  __shared__ uint64_t full[kStages], empty[kStages];
-  char* const ring = dynamic + (1024 - reinterpret_cast<uintptr_t>(dynamic) % 1024) % 1024;
-  const int steps = (args.K + kDepth - 1) / kDepth;
+  __shared__ uint64_t full;
+  char* const tile = dynamic + (1024 - reinterpret_cast<uintptr_t>(dynamic) % 1024) % 1024;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) transaction_init(&full[s], 1), transaction_init(&empty[s], 8);
+    transaction_init(&full, 1);
     transaction_init_done();
+    prefetch(&args.map);
+    transaction_expect(&full, 128 * 128);
+    load_tile(tile, &args.map, &full, args.column, args.row);
+    args.descriptor[0] = operand(tile + 64 * 128);
+    args.descriptor[1] = shared_address(tile + 64 * 128);
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
-    if (threadIdx.x >= 32 || !one_of_warp()) return;
-    for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages;
-      const uint32_t parity = static_cast<uint32_t>(step / kStages) & 1;
-      const bool wrong = args.fault == Fault::WrongParity && step == kStages;
-      while (!transaction_done(&empty[stage], parity ^ 1 ^ (wrong ? 1 : 0))) {
-      }
-      char* const to = ring + static_cast<uint32_t>(stage) * kStageBytes;
-      if (args.fault == Fault::NoExpect && step == 1) {
-        transaction_arrive(&full[stage]);
-      } else {
-        transaction_expect(&full[stage], kStageBytes);
-      }
-      load_tile(to, &args.x, &full[stage], step * kDepth, 0);
-      load_tile(to + kRows * kDepth * 2, &args.w, &full[stage], step * kDepth, 0);
-    }
-    return;
+  while (!transaction_done(&full, 0)) {
   }
-  const uint32_t thread = threadIdx.x - 128, half = thread / 128;
-  float d[kColumns / 2] = {};
-  const auto release = [&](int step) {
-    if (thread % 32 == 0) transaction_arrive(&empty[step % kStages]);
+  for (uint32_t i = threadIdx.x; i < 128 * 64; i += blockDim.x) {
+    uint16_t value;
+    memcpy(&value, tile + 2 * i, 2);
+    args.tile[i] = value;
+  }
+}
+
+// Swizzle<3, 4, 3> of a byte's place: bits 4-6 take bits 7-9 by exclusive or.
+uint32_t swizzle_3_4_3(uint32_t byte) { return byte ^ (byte >> 3 & 0x70); }
+
+bool lies_as_specified(int rows, int columns, int32_t column, int32_t row) {
+  const Matrix<Bfloat16> x(rows, columns, 3);
+  uint16_t* const tile = filled<uint16_t>(128 * 64, 7);
+  uint64_t* const descriptor = filled<uint64_t>(2);
+  const DumpArgs args{x.map(128), tile, descriptor, column, row};
+  EXPECT(TPK_LAUNCH(dump_tile, 1, 64, 128 * 128 + 1024, nullptr, args) == cudaSuccess);
+  EXPECT(cudaDeviceSynchronize() == cudaSuccess);
+  const std::vector<uint16_t> got = values_of(tile, 128 * 64);
+  bool right = true;
+  for (int r = 0; r < 128; ++r) {
+    for (int c = 0; c < 64; ++c) {
+      const int at_row = row + r, at_column = column + c;
+      uint16_t wanted = 0;
+      if (at_row >= 0 && at_row < rows && at_column >= 0 && at_column < columns)
+        std::memcpy(&wanted, &x.values[static_cast<size_t>(at_row * columns + at_column)], 2);
+      right &= got[swizzle_3_4_3(static_cast<uint32_t>(r * 128 + c * 2)) / 2] == wanted;
+    }
+  }
+  // Start address, leading and stride offsets without 4 bits each, no base offset, the 128-byte swizzle.
+  const std::vector<uint64_t> bits = values_of(descriptor, 2);
+  const uint64_t start = (bits[1] & 0x3ffff) >> 4, leading = 1, stride = 64, swizzle = 1;
+  return right && bits[0] == (start | leading << 16 | stride << 32 | swizzle << 62);
+}
+
+CASE(a_tile_lies_in_shared_memory_as_its_map_says) {
+  must_be_silent([] { return lies_as_specified(200, 136, 64, 64); }, {0, 1});
+  must_be_silent([] { return lies_as_specified(200, 136, 128, 128); }, {0, 1});
+  must_be_silent([] { return lies_as_specified(50, 40, -8, -16); }, {0, 1});
+}
+
+// ---- maps -----------------------------------------------------------------------------------------------------------
+
+CASE(maps_say_what_they_cannot_do) {
+  alignas(16) static char matrix[4096];
+  const auto refusal = [](const void* base, uint64_t rows, uint64_t stride, uint32_t box_rows) -> std::string {
+    try {
+      tensor_map_of(DType::BF16, base, rows, 64, stride, box_rows);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
   };
-  for (int step = 0; step < steps; ++step) {
-    const int stage = step % kStages;
-    while (!transaction_done(&full[stage], static_cast<uint32_t>(step / kStages) & 1)) {
-    }
-    const char* const from = ring + static_cast<uint32_t>(stage) * kStageBytes;
-    const uint64_t a = operand(from + half * 64 * 128), b = operand(from + kRows * kDepth * 2);
-    if (args.fault != Fault::NoBegin) products_begin();
-    for (uint32_t j = 0; j < kDepth / 16; ++j) {
-      const uint32_t advance = args.fault == Fault::WrongStep ? j : 2 * j;
-      const bool other = args.fault == Fault::OtherOperand && thread == 77 && step == 1;
-      product<Bfloat16, kColumns>(d, a + advance, (other ? a : b) + 2 * j, step > 0 || j > 0);
-    }
-    products_commit();
-    if (args.fault == Fault::EarlyRelease) release(step);
-    products_wait<1>();
-    if (step > 0 && args.fault != Fault::EarlyRelease) release(step - 1);
-  }
-  if (args.fault != Fault::NoWait) products_wait<0>();
-  const uint32_t warp = thread / 32, lane = thread % 32;
-  for (uint32_t i = 0; i < kColumns / 2; ++i) {
-    const uint32_t row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-    args.y[row * kColumns + column] = d[i];
+  EXPECT(refusal(matrix, 8, 128, 8).empty());
+  EXPECT(refusal(matrix + 2, 8, 128, 8).find("base") != std::string::npos);
+  EXPECT(refusal(matrix, 8, 136, 8).find("row stride") != std::string::npos);
+  EXPECT(refusal(matrix, 0, 128, 8).find("rows: expected 1 .. 2^32, got 0") != std::string::npos);
+  EXPECT(refusal(matrix, 8, 128, 257).find("box rows") != std::string::npos);
+  try {
+    tensor_map_of(DType::F32, matrix, 8, 64, 128, 8);
+    EXPECT(false, "fp32 was taken");
+  } catch (const std::invalid_argument& error) {
+    EXPECT(std::string(error.what()).find("dtype") != std::string::npos);
   }
 }
-
-struct Matrix {
-  Matrix(int rows, int columns, uint32_t seed)
-      : rows(rows), columns(columns), values(static_cast<size_t>(rows * columns)) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    for (Bfloat16& value : values) value = from_float<Bfloat16>(normal(random));
-    EXPECT(cudaMalloc(&data, values.size() * 2) == cudaSuccess);
-    EXPECT(cudaMemcpy(data, values.data(), values.size() * 2, cudaMemcpyHostToDevice) == cudaSuccess);
-  }
-  ~Matrix() { cudaFree(data); }
-  double at(int r, int c) const { return to_float(values[static_cast<size_t>(r * columns + c)]); }
-  TensorMap map() const {
-    const auto n = static_cast<uint64_t>(columns);
-    return tensor_map_of(DType::BF16, data, static_cast<uint64_t>(rows), n, n * 2, 128);
-  }
-  int rows, columns;
-  std::vector<Bfloat16> values;
-  void* data = nullptr;
-};
-
-// The largest error of a product, in units of what rounding allows; rows and columns outside x and w must be zero.
-double error_of(int rows, int columns, int K, Fault fault) {
-  const Matrix x(rows, K, 1), w(columns, K, 2);
-  float* y;
-  EXPECT(cudaMalloc(reinterpret_cast<void**>(&y), kRows * kColumns * 4) == cudaSuccess);
-  const int bytes = kStages * static_cast<int>(kStageBytes) + 1024;
-  EXPECT(cudaFuncSetAttribute(reinterpret_cast<const void*>(gemm_of_one_tile),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess);
-  const GemmArgs args{x.map(), w.map(), y, K, fault};
-  EXPECT(TPK_LAUNCH(gemm_of_one_tile, 1, 384, static_cast<size_t>(bytes), nullptr, args) == cudaSuccess);
-  double worst = 0;
-  if (cudaDeviceSynchronize() == cudaSuccess) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) {
-        double sum = 0, size = 0;
-        for (int k = 0; k < K && r < rows && c < columns; ++k) {
-          sum += x.at(r, k) * w.at(c, k), size += std::abs(x.at(r, k) * w.at(c, k));
-        }
-        const double off = std::abs(y[r * kColumns + c] - sum);
-        worst = off <= 1e-30 ? worst : std::isnan(off) ? INFINITY : std::max(worst, off / (size * K * 6e-8));
-      }
-    }
-  }
-  cudaFree(y);
-  return worst;
-}
-
-emu::Options with_seed(uint64_t seed) {
-  emu::Options options;
-  options.seed = seed, options.loud = false, options.timeout_s = 1;
-  return options;
-}
-
-CASE(a_tile_is_multiplied) {
-  for (const uint64_t seed : {0, 1, 2, 3}) {
-    emu::configure(with_seed(seed));
-    EXPECT(error_of(128, 128, 256, Fault::None) <= 1);
-    EXPECT(error_of(100, 72, 328, Fault::None) <= 1);
-    EXPECT(error_of(1, 8, 8, Fault::None) <= 1);
-    for (const emu::Report& report : emu::take_reports()) EXPECT(false, report.text);
-  }
-}
-
-// Caught by a report or by wrong values, in one order or another.
-void expect_caught(Fault fault) {
-  int caught = 0;
-  for (const uint64_t seed : {1, 2, 3, 4}) {
-    emu::configure(with_seed(seed));
-    const double error = error_of(128, 128, 512, fault);
-    caught += !emu::take_reports().empty() || error > 1 ? 1 : 0;
-    cudaGetLastError();
-    emu::reset();
-  }
-  EXPECT(caught > 0);
-}
-
-CASE(bytes_that_nobody_expects) { expect_caught(Fault::NoExpect); }
-CASE(a_stage_is_waited_for_with_the_wrong_parity) { expect_caught(Fault::WrongParity); }
-CASE(a_stage_is_given_back_before_it_has_been_read) { expect_caught(Fault::EarlyRelease); }
-CASE(sums_are_read_before_they_are_there) { expect_caught(Fault::NoWait); }
-CASE(an_operand_advances_by_half_a_step) { expect_caught(Fault::WrongStep); }
-CASE(products_without_a_beginning) { expect_caught(Fault::NoBegin); }
-CASE(threads_of_a_warpgroup_that_ask_for_different_products) { expect_caught(Fault::OtherOperand); }
 
 }  // namespace

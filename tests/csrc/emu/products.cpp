@@ -1,0 +1,192 @@
+// Products of a warpgroup: asked for, made when they are waited for.
+#include <bit>
+
+#include "async.h"
+#include "report.h"
+
+namespace tpk::emu {
+namespace {
+
+constexpr size_t kKeptProducts = 32;
+constexpr uint32_t kFirstWarp = 1024;  // agents of warps are numbered from here, those of barriers from 0
+
+// What sums hold until they are waited for: a NaN that no arithmetic makes.
+constexpr uint32_t kInFlight = 0x7fc0'f117;
+
+// Rows of an operand, 16 values each, by the bits of its descriptor (PTX ISA, matrix descriptor format): 0-13 where it
+// starts and 32-45 the distance from 8 rows to the next 8, both without their lowest 4 bits; 49-51 how far the pattern
+// of the swizzle is off; 62-63 the swizzle, where 1 is that of 128 bytes. 16-29 mean nothing then.
+class Operand {
+ public:
+  Operand(uint64_t descriptor, Where where)
+      : start_((descriptor & 0x3fff) << 4), stride_((descriptor >> 32 & 0x3fff) << 4) {
+    const uint64_t layout = descriptor >> 62, offset = descriptor >> 49 & 7;
+    const uint64_t unused = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
+    if (layout != 1 || offset != 0) misuse("an operand that is not in rows of 128 swizzled bytes", where);
+    if ((descriptor & unused) != 0) misuse("an operand with bits that mean nothing", where);
+    // Of the pattern, whose rows are 8 times 128 bytes, a start within the first row is one along K.
+    if (start_ % 1024 >= 128 || start_ % 128 + 32 > 128 || stride_ % 1024 != 0)
+      misuse("an operand whose rows begin where its swizzle does not", where);
+  }
+  // The 16 bytes of one half of a row.
+  const char* half_row(uint32_t row, uint32_t half, Where where) const {
+    const uintptr_t address = swizzled(start_ + row / 8 * stride_ + row % 8 * 128 + half * 16);
+    const char* const at = shared_base() + address;
+    if (!lies_in_shared(at, 16)) misuse("an operand that reaches beyond the block's shared memory", where);
+    return at;
+  }
+
+ private:
+  uintptr_t start_, stride_;
+};
+
+// [k][row]
+void decode(const Operand& operand, uint32_t first, uint32_t rows, float (*value)(uint16_t), std::vector<float>& to,
+            Where where) {
+  to.resize(size_t{rows} * 16);
+  for (uint32_t r = 0; r < rows; ++r) {
+    for (uint32_t half = 0; half < 2; ++half) {
+      uint16_t bits[8];
+      std::memcpy(bits, operand.half_row(first + r, half, where), sizeof bits);
+      for (uint32_t k = 0; k < 8; ++k) to[(half * 8 + k) * rows + r] = value(bits[k]);
+    }
+  }
+}
+
+// What a warp multiplies, read when the first of its lanes makes the product: on the hardware they all do at once.
+const Decoded& decoded(uint32_t warp, size_t number, const Product& asked, Where where) {
+  std::deque<Decoded>& of_warp = async().warps[warp].decoded;
+  for (const Decoded& known : of_warp) {
+    if (known.number == number) return known;
+  }
+  if (of_warp.size() >= kKeptProducts) of_warp.pop_front();
+  of_warp.emplace_back();
+  Decoded& fresh = of_warp.back();
+  fresh.number = number;
+  decode(Operand(asked.a, where), warp % 4 * 16, 16, asked.value, fresh.a, where);
+  decode(Operand(asked.b, where), 0, static_cast<uint32_t>(asked.columns), asked.value, fresh.b, where);
+  return fresh;
+}
+
+// This thread's share: rows lane / 4 and 8 more of its warp's 16, columns 2 (lane % 4) and the next of every 8.
+void make(const Product& asked, size_t number, std::vector<float>& sums, Where where) {
+  const Thread& thread = *current_thread();
+  const uint32_t lane = thread.lane(), columns = static_cast<uint32_t>(asked.columns);
+  const Decoded& operands = decoded(thread.number / 32, number, asked, where);
+  float* const d = sums.data();
+  if (!asked.accumulate) std::fill(sums.begin(), sums.end(), 0.0f);
+  for (uint32_t k = 0; k < 16; ++k) {
+    const float upper = operands.a[k * 16 + lane / 4], lower = operands.a[k * 16 + lane / 4 + 8];
+    const float* const column = operands.b.data() + k * columns + 2 * (lane % 4);
+    for (uint32_t j = 0; j < columns / 8; ++j) {
+      d[4 * j] += upper * column[8 * j], d[4 * j + 1] += upper * column[8 * j + 1];
+      d[4 * j + 2] += lower * column[8 * j], d[4 * j + 3] += lower * column[8 * j + 1];
+    }
+  }
+}
+
+// ---- for the race detector: operands are read from when they are asked for until they are waited for ----------------
+
+WarpProducts& watched_warp() {
+  Thread& thread = *current_thread();
+  const uint32_t warp = thread.number / 32;
+  WarpProducts& mine = async().warps[warp];
+  if (mine.agent == nullptr) {
+    mine.agent = &agent_of(*thread.block, kFirstWarp + warp, "products of a warp");
+    mine.before = mine.agent->last;
+  }
+  return mine;
+}
+
+// Once for each warp. Of b, which all four read, a quarter stands for the warp.
+void watch(const Product& asked, size_t number, int group, Where where) {
+  if (detector() == nullptr) return;
+  Thread& thread = *current_thread();
+  WarpProducts& warp = watched_warp();
+  if (number < warp.watched) return;
+  warp.watched = number + 1;
+  warp.agent->last = warp.before + static_cast<uint32_t>(group) + 1;
+  Clock clock;
+  clock.id = warp.agent->id, clock.now = warp.agent->last;
+  clock.join(thread.memory.clock.snapshot());
+  const auto reads = [&](const Operand& operand, uint32_t first, uint32_t rows) {
+    for (uint32_t r = first; r < first + rows; ++r) {
+      for (uint32_t half = 0; half < 2; ++half)
+        detector()->async_access(thread, clock, operand.half_row(r, half, where), 16, false, where);
+    }
+  };
+  const uint32_t part = thread.number / 32 % 4, columns = static_cast<uint32_t>(asked.columns) / 4;
+  reads(Operand(asked.a, where), part * 16, 16);
+  reads(Operand(asked.b, where), part * columns, columns);
+}
+
+void know_products(int groups) {
+  if (detector() == nullptr || groups <= 0) return;
+  const WarpProducts& warp = watched_warp();
+  current_thread()->memory.clock.join({nullptr, warp.agent->id, warp.before + static_cast<uint32_t>(groups)});
+}
+
+// The sums of which nothing is on its way any more are there.
+void settle(Products& mine, Where where) {
+  for (auto it = mine.sums.begin(); it != mine.sums.end();) {
+    auto& [d, sums] = *it;
+    const bool waits = std::any_of(mine.asked.begin(), mine.asked.end(),
+                                   [d = d](const Products::Asked& asked) { return asked.product.d == d; });
+    if (waits) {
+      ++it;
+      continue;
+    }
+    const bool untouched =
+        std::all_of(d, d + sums.size(), [](const float& value) { return std::bit_cast<uint32_t>(value) == kInFlight; });
+    if (!untouched) misuse("sums that were written to before their products were waited for", where);
+    std::copy(sums.begin(), sums.end(), d);
+    it = mine.sums.erase(it);
+  }
+}
+
+}  // namespace
+
+void products_begin() { async().products[current_thread()].begun = true; }
+
+void product(const Product& asked, Where where) {
+  Async& state = async();
+  Thread& thread = *current_thread();
+  Products& mine = state.products[&thread];
+  if (!mine.begun) misuse("a product that no products_begin comes before", where);
+  std::vector<Said>& said = state.said[thread.number / 128];
+  const Said now{asked.a, asked.b, asked.accumulate, asked.columns, where.line()};
+  if (mine.asked_for == said.size()) said.push_back(now);
+  if (said[mine.asked_for] != now) {
+    report(Kind::Divergence,
+           this_block().name() + ": threads of a warpgroup ask for different products at " + text_of(where));
+    this_block().die(cudaErrorIllegalInstruction);
+  }
+  watch(asked, mine.asked_for++, mine.group, where);
+  const auto count = static_cast<size_t>(asked.columns / 2);
+  if (mine.sums.find(asked.d) == mine.sums.end()) {
+    mine.sums[asked.d].assign(asked.d, asked.d + count);
+    std::fill_n(asked.d, count, std::bit_cast<float>(kInFlight));
+  }
+  mine.asked.push_back({asked, mine.group});
+}
+
+void products_commit() { ++async().products[current_thread()].group; }
+
+void products_wait(int groups_left, Where where) {
+  Products& mine = async().products[current_thread()];
+  const int groups = mine.group - groups_left;  // that are over then
+  size_t done = 0;
+  for (; done < mine.asked.size() && mine.asked[done].group < groups; ++done) {
+    const Product& asked = mine.asked[done].product;
+    make(asked, mine.made++, mine.sums[asked.d], where);
+  }
+  mine.asked.erase(mine.asked.begin(), mine.asked.begin() + static_cast<ptrdiff_t>(done));
+  if (groups_left == 0 && !mine.asked.empty()) misuse("a wait for products that no products_commit has closed", where);
+  // A warp waits as one: its lanes go on when the products of all of them are made.
+  meet_warp(0xffffffffu, {}, finish_ballot, where);
+  know_products(groups);
+  settle(mine, where);
+  if (mine.asked.empty()) mine.begun = false;
+}
+
+}  // namespace tpk::emu
