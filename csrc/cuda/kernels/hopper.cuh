@@ -10,8 +10,8 @@
 //   operands                   rows of 64 values of 2 bytes, 128 bytes, in shared memory as load_tile leaves them:
 //                              groups of 8 rows are 1024 bytes and begin at a multiple of that; in a row the 16-byte
 //                              words are permuted by the row: word c of row r lies at c ^ (r % 8).
-//   registers                  of d must not be touched from the first product until products_wait: the compiler, which
-//                              does not see that, serialises the products then and says so (C7510).
+//   registers                  of d must not be touched from the first product until products_wait; ptxas would wait
+//                              for every product by itself then, and warn (C7510).
 #pragma once
 
 #include "device.cuh"

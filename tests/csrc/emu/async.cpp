@@ -51,6 +51,14 @@ Agent& agent_of(Block& block, uint32_t number, const char* what) {
   return agent;
 }
 
+Clock clock_of(const Agent& agent) {
+  Clock clock;
+  clock.id = agent.id, clock.now = agent.last;
+  clock.join(current_thread()->memory.clock.snapshot());
+  clock.join({nullptr, 0, 0, this_block().launch().base});
+  return clock;
+}
+
 void misuse(const char* text, const Where& where) {
   report(Kind::Misuse, this_block().name() + ": " + text + " at " + text_of(where));
   this_block().die(cudaErrorIllegalInstruction);

@@ -104,6 +104,9 @@ inline Async& async() { return async_of(this_block()); }
 // The one of that number among those of the block. The same in the next launch on the stream.
 Agent& agent_of(Block& block, uint32_t number, const char* what);
 
+// What it knows when the running thread sets it going.
+Clock clock_of(const Agent& agent);
+
 // ---- shared memory
 char* shared_base();  // where addresses in shared memory count from
 bool lies_in_shared(const char* from, size_t bytes);

@@ -24,7 +24,8 @@ struct Clock {
   std::shared_ptr<Moments> others;
   uint32_t id = 0;
   uint32_t now = 1;
-  // Of what is known: what somebody, on its way to here, has made visible to asynchronous accesses (fence_async).
+  // Of what is known: what somebody, on its way to here, has made visible to asynchronous accesses (fence_async). Those
+  // also see all that was there when their kernel began.
   std::shared_ptr<Moments> fenced = nullptr;
 
   bool knows(uint32_t who, uint32_t when) const {

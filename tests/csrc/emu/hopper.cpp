@@ -99,9 +99,8 @@ uint32_t watch(const Tile& tile, Counter& counter, Where where) {
   if (counter.agent == nullptr) {
     counter.agent = &agent_of(this_block(), async().agents++, "tiles of a barrier");
   }
-  Clock clock;
-  clock.id = counter.agent->id, clock.now = ++counter.agent->last;
-  clock.join(thread.memory.clock.snapshot());
+  ++counter.agent->last;
+  const Clock clock = clock_of(*counter.agent);
   const EmulatedMap& map = tile.map;
   const int64_t first = std::max(tile.column, 0),
                 end = std::min(int64_t{tile.column} + map.box_columns, static_cast<int64_t>(map.columns));

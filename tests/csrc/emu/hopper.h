@@ -7,8 +7,9 @@
 //           seeds a tile overwrites its place at once: so is one that is loaded too early.
 // Bits      of descriptors, of the swizzle and of fragments are those of the PTX ISA (warpgroup-level matrix
 //           instructions, tensor copies), decoded from what a kernel passes and never from how it made that.
-// Order     For the race detector, tiles and products read and write from when they are asked for until their barrier or
-//           their wait is over; what threads wrote before, they see only behind a fence_async.
+// Order     For the race detector, tiles and products read and write from when they are asked for until their barrier
+//           or their wait is over; what threads wrote before, they see only behind a fence_async. Of what threads have
+//           merely read nothing is asked but that it is over.
 // Reported  what the hardware leaves undefined, or waits for in vain: bytes that nobody expected, one arrival too many,
 //           barriers that were not initialised or published, products without begin or commit, sums that are touched on
 //           the way, threads of a warpgroup that differ, tiles and products left over when a block ends.

@@ -106,9 +106,7 @@ void watch(const Product& asked, size_t number, int group, Where where) {
   if (number < warp.watched) return;
   warp.watched = number + 1;
   warp.agent->last = warp.before + static_cast<uint32_t>(group) + 1;
-  Clock clock;
-  clock.id = warp.agent->id, clock.now = warp.agent->last;
-  clock.join(thread.memory.clock.snapshot());
+  const Clock clock = clock_of(*warp.agent);
   const auto reads = [&](const Operand& operand, uint32_t first, uint32_t rows) {
     for (uint32_t r = first; r < first + rows; ++r) {
       for (uint32_t half = 0; half < 2; ++half)

@@ -133,7 +133,7 @@ class Races : public Detector {
       Clock& clock = thread.memory.clock;
       clock.id = launch.stream->ids[number * launch.threads() + thread.number];
       clock.now = launch.first_moment;
-      clock.others = clock.fenced = launch.base;
+      clock.others = launch.base;
     }
     return std::make_unique<BlockMemory>(block);
   }
