@@ -47,6 +47,7 @@ class VirtualRanks:
                 made = kernels.open_local(name, "bench", device.index)
             else:
                 made = kernels.open_peer(name, "bench", r, R, 20.0, device.index, pointers, 0, arena_bytes, arenas[r])
+                made.share_device(R)
             self.groups.append(Group(made, None, 20.0, "streams of one GPU", device))
 
     def each(self, work: Callable[[int], Any]) -> list[Any]:

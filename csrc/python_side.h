@@ -2,12 +2,10 @@
 // objects. Only files that make Python modules include this.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "communicator.h"
 #include "errors.h"
 #include "exchange.h"
+#include "pybind.h"
 
 namespace tpk {
 

@@ -1,7 +1,7 @@
 // The short way from Python into a small collective; see tpkernels/ops/_plain.py, which says when it is right.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "pybind.h"
 
 namespace tpk {
 

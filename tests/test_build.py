@@ -119,6 +119,19 @@ def test_the_cuda_module_is_built_exactly_when_cuda_is_on(cuda: bool, monkeypatc
     assert sum("_C_cuda" in path for path in command.get_outputs()) == cuda
 
 
+def test_torchs_pybind11_is_included_where_it_refuses_the_stable_abi(tmp_path: Path) -> None:
+    """torch 2.11 wraps it so."""
+    (tmp_path / "pybind11").mkdir()
+    for name in ("pybind11.h", "stl.h"):
+        (tmp_path / "pybind11" / name).write_text("#ifdef TORCH_TARGET_VERSION\n#error refused\n#endif\n")
+    source = tmp_path / "some.cpp"
+    source.write_text('#include "pybind.h"\nstatic_assert(TORCH_TARGET_VERSION == 7);\n')
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=7", "-I", str(ROOT / "csrc"), "-I"]
+    subprocess.run([*command, str(tmp_path), str(source)], check=True)
+    includes = [path.name for path in (ROOT / "csrc").rglob("*.[hc]*") if "#include <pybind11/" in path.read_text()]
+    assert includes == ["pybind.h"]
+
+
 def test_metadata_can_be_asked_for_where_there_is_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "find_spec", lambda name: None)
     command = setup.CMakeBuild(Distribution({"ext_modules": [setup.Extension("tpkernels._C", sources=[])]}))

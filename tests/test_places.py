@@ -252,6 +252,27 @@ def test_any_number_of_blocks_and_pieces_gives_the_same_sum(R: int, place: str) 
     run_at(place, check_blocks_and_pieces, R, arena_bytes=1 << 18)
 
 
+def check_a_shared_device(group: Group) -> None:
+    """Ranks whose blocks wait for each other on one device must all fit on it."""
+
+    def blocks() -> int:
+        return int(group.explain("all_reduce", numel=1 << 24).reason.split()[-2])
+
+    alone, R = blocks(), group.world_size
+    group._communicator.share_device(R)
+    assert 1 <= blocks() <= alone // 2
+    x = torch.arange(1 << 16).float() + group.rank
+    assert torch.equal(ops.all_reduce(x, group=group), torch.arange(1 << 16) * float(R) + R * (R - 1) / 2)
+    for ranks in (0, R + 1):
+        with pytest.raises(ValueError, match=rf"share_device: ranks must be in \[1, {R}\], got {ranks}"):
+            group._communicator.share_device(ranks)
+
+
+@pytest.mark.parametrize("R", [2, 8])
+def test_ranks_that_share_a_device_take_their_share_of_it(R: int) -> None:
+    run_at("emu", check_a_shared_device, R)
+
+
 def check_the_switch_sums(group: Group) -> None:
     group._communicator.force(path="multicast")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

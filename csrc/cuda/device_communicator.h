@@ -48,7 +48,12 @@ class DeviceCommunicator : public Communicator {
   DeviceCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s, int device);
 
   int device() const { return device_; }
-  virtual Machine machine() const { return {world_size(), on_device_->info.multiprocessors, false}; }
+  // This rank's share of the multiprocessors: blocks that wait for each other must all be resident.
+  virtual Machine machine() const {
+    return {world_size(), std::max(on_device_->info.multiprocessors / sharing_, 1), false};
+  }
+  // So many ranks of this group, this one among them, work on the device at the same time; the same on all ranks.
+  void share_device(int ranks) { sharing_ = ranks; }
   const Forced& forced() const { return forced_; }
   void force(const Forced& forced) { forced_ = forced; }
 
@@ -133,6 +138,7 @@ class DeviceCommunicator : public Communicator {
   const int device_;
   std::unique_ptr<OnDevice> on_device_;
   Forced forced_;
+  int sharing_ = 1;  // ranks of the group on this device
   // Where the last call was made, of those that run and of those that are captured.
   struct Last {
     bool is_there = false;

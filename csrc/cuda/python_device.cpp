@@ -100,6 +100,12 @@ void force(DeviceCommunicator& comm, const std::string& path, int blocks, int pa
   throw std::invalid_argument(concat("force: path must be '', one_shot, two_shot or multicast, got '", path, "'"));
 }
 
+void share_device(DeviceCommunicator& comm, int ranks) {
+  TPK_CHECK(ranks >= 1 && ranks <= comm.world_size(), "share_device: ranks must be in [1, ", comm.world_size(),
+            "], got ", ranks);
+  comm.share_device(ranks);
+}
+
 using Explained = std::pair<std::string, std::string>;
 
 Explained explain_collective(const DeviceCommunicator& comm, const std::string& op, const Wire& wire, size_t numel) {
@@ -141,7 +147,8 @@ void add_device_groups(py::module_& m) {
   add_communicator<DeviceCommunicator>(m)
       .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no short way past the dispatcher
       .def_property_readonly("device", &DeviceCommunicator::device)
-      .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0);
+      .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0)
+      .def("share_device", &share_device, py::arg("ranks"));
   m.def("open_peer", &open_peer, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("device"), py::arg("arenas"), py::arg("multicast"), py::arg("arena_bytes"),
         py::arg("keeps"));

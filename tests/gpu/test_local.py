@@ -28,6 +28,13 @@ def values(n: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Whether they are, but for what a NaN carries: a GPU's arithmetic makes another NaN than a CPU's."""
+    nan = want.isnan()
+    got, want = got.cpu(), want.cpu()
+    return torch.equal(got.isnan(), nan) and torch.equal(got[~nan].view(torch.uint8), want[~nan].view(torch.uint8))
+
+
 @pytest.mark.parametrize("codec", PACKED)
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_wires_are_those_of_the_cpu_bit_for_bit(dtype: torch.dtype, codec: str) -> None:
@@ -35,8 +42,8 @@ def test_wires_are_those_of_the_cpu_bit_for_bit(dtype: torch.dtype, codec: str) 
         x = values(n, dtype)
         wire = ops.compress(x, codec)
         assert torch.equal(ops.compress(x.cuda(), codec).cpu(), wire), n
-        back = ops.decompress(wire.cuda(), (n,), dtype, codec).cpu()
-        assert torch.equal(back.view(torch.uint8), ops.decompress(wire, (n,), dtype, codec).view(torch.uint8)), n
+        back = ops.decompress(wire.cuda(), (n,), dtype, codec)
+        assert same_bits(back, ops.decompress(wire, (n,), dtype, codec)), n
 
 
 @pytest.mark.parametrize("codec", PACKED)
@@ -45,7 +52,11 @@ def test_error_feedback_keeps_what_the_cpu_keeps(codec: str) -> None:
         x, kept = values(n, torch.float32), torch.linspace(-1, 1, n)
         there = kept.cuda()
         wire = ops.compress_with_feedback(x.cuda(), there, codec, 0.5)
-        assert torch.equal(wire.cpu(), ops.compress_with_feedback(x, kept, codec, 0.5)), n
+        want = ops.compress_with_feedback(x, kept, codec, 0.5)
+        if codec == "bf16":  # the one whose wire holds the NaNs themselves
+            assert same_bits(wire.view(torch.bfloat16), want.view(torch.bfloat16)), n
+        else:
+            assert torch.equal(wire.cpu(), want), n
         assert torch.equal(there.cpu().view(torch.int32), kept.view(torch.int32)), n
 
 

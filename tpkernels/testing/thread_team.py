@@ -87,7 +87,7 @@ class ThreadTeam:
         module = emulated_module() if place == "emu" else None
         told = [theirs.fileno(), place, module or "", self._folder / "stack", seed, json.dumps(sys.path)]
         arguments = [str(one) for one in told]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **_ENVIRONMENT[place]}
+        environment = {**_ENVIRONMENT[place], **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with open(self._folder / "stderr", "wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, *arguments],

@@ -93,6 +93,9 @@ class World:
         pointers = self.gather(rank, arena.pointer)
         switch = self._switch(rank, pointers, arena_bytes) if multicast else 0
         made = kernels.open_peer(name, "world", rank, self.size, timeout_s, index, pointers, switch, arena_bytes, arena)
+        if self.place == "virtual":
+            made.share_device(self.size)
+            self.gather(rank, None)  # nobody launches what waits while another still asks CUDA for memory and streams
         return Group(made, None, timeout_s, "ranks are threads that reach each other's memory", device)
 
     def _switch(self, rank: int, pointers: list[int], arena_bytes: int) -> int:
@@ -191,6 +194,10 @@ def _stream(place: str) -> AbstractContextManager[Any]:
         held = [torch.empty(_WARM_BYTES, dtype=torch.uint8, device="cuda")]
         held += [torch.empty(1 << 19, dtype=torch.uint8, device="cuda") for _ in range(64)]
         del held
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            x = torch.ones(16, 16, dtype=dtype, device="cuda")  # cuBLAS has a handle for each thread, and its memory
+            torch.addmm(x, x, x.t())
+    stream.synchronize()
     return torch.cuda.stream(stream)
 
 
