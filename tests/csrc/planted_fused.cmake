@@ -1,0 +1,58 @@
+# Planted bugs of the fused GEMMs: copies of the kernels themselves, each with one mistake, in a namespace of its own
+# (tpk::cuda::<name>). They are found or the tests are blind. Text that is not there any more stops the configuration.
+
+set(planted_files fused_gemm_sm90.cu fused_block.cuh tile_moves.cuh tile_turn.cuh gemm_sm90.cuh)
+set(planted_sources "")
+
+# tpk_plant(name file "right" "wrong"): every place in that file.
+function(tpk_plant name file right wrong)
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/emu/${name})
+  foreach(one IN LISTS planted_files)
+    file(READ ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/kernels/${one} text)
+    if(one STREQUAL file)
+      string(FIND "${text}" "${right}" place)
+      if(place EQUAL -1 AND NOT right STREQUAL "")
+        message(FATAL_ERROR "planted_fused.cmake: ${file} has no \"${right}\" to plant ${name} at")
+      endif()
+      string(REPLACE "${right}" "${wrong}" text "${text}")
+    endif()
+    string(REPLACE "namespace tpk::cuda {" "namespace tpk::cuda::${name} {" text "${text}")
+    string(REPLACE "\"../../codec/" "\"codec/" text "${text}")
+    # One instance has to do.
+    string(REGEX REPLACE "[^\n]*Columns<256>{}[^\n]*\n|[^\n]*Half{}, Columns[^\n]*\n" "" text "${text}")
+    file(CONFIGURE OUTPUT ${folder}/${one} CONTENT "${text}" @ONLY)
+  endforeach()
+  file(CONFIGURE OUTPUT ${folder}/${name}.cpp CONTENT "#include \"${folder}/fused_gemm_sm90.cu\"\n" @ONLY)
+  set(planted_sources ${planted_sources} ${folder}/${name}.cpp PARENT_SCOPE)
+endfunction()
+
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS tests/csrc/planted_fused.cmake)
+foreach(one IN LISTS planted_files)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS csrc/cuda/kernels/${one})
+endforeach()
+
+tpk_plant(nothing_planted gemm_sm90.cuh "" "")
+tpk_plant(flag_at_the_wrong_owner tile_turn.cuh
+          "signals(static_cast<int>(owner)).tiles" "signals((static_cast<int>(owner) + 1) % peers_.world_size).tiles")
+tpk_plant(no_meeting_before_the_flag fused_gemm_sm90.cu "meet_some(kMeetTile, kProductThreads + 32);" "")
+tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
+tpk_plant(no_fence_after_the_gather fused_gemm_sm90.cu "fence_async();" "")
+tpk_plant(slot_of_another_call fused_gemm_sm90.cu
+          "slot = turn_.slot(static_cast<int>(tile.owner));"
+          "slot = args_.peers.arena[tile.owner] + slot_offset(args_.peers, 0);")
+tpk_plant(one_rank_is_not_waited_for fused_gemm_sm90.cu
+          "if (thread < ranks()) turn_.await_tile" "if (thread + 1 < ranks()) turn_.await_tile")
+tpk_plant(sum_announced_too_early fused_gemm_sm90.cu
+          "if (!everywhere_) continue;\n      meet_product_threads();" "if (!everywhere_) continue;")
+tpk_plant(rows_announced_too_early fused_gemm_sm90.cu
+          "meet_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"
+          "if (product_thread() == 0) turn_.raise_gathered")
+tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
+          "return Base::is_mine(tile) || await_item(tile, step);" "return Base::is_mine(tile) || step < ~uint32_t{0};")
+
+add_library(emu_planted_fused_race OBJECT EXCLUDE_FROM_ALL ${planted_sources})
+target_include_directories(emu_planted_fused_race PRIVATE csrc/cuda/kernels)
+target_link_libraries(emu_planted_fused_race PRIVATE emu_race_flags)
+target_compile_options(emu_planted_fused_race PRIVATE -g1) # reports look up lines in ten kernels
+tpk_emu_test(planted_fused VARIANTS race SOURCES tests/csrc/planted_fused.cpp csrc/cuda/tensor_map.cpp
+             csrc/cuda/runtime.cpp KERNELS emu_planted_fused emu_fused emu_cpu)

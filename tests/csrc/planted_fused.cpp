@@ -1,0 +1,95 @@
+// Planted bugs of the fused GEMMs (planted_fused.cmake): each must be found, at every seed, in the way that belongs to
+// it. What was planted at nothing is silent, so it is the mistake that is found.
+#include "emu/planted.h"
+#include "emu_fused.h"
+
+// A fused GEMM with one mistake, or none, in a namespace of its own.
+#define PLANTED(name)                                                                                                 \
+  namespace tpk::cuda::name {                                                                                         \
+  cudaError_t launch_gemm_reduce_scatter(const Peers&, const Call&, const GemmOperands&, void*, const RowCut&,        \
+                                         FusedGrid, cudaStream_t);                                                    \
+  cudaError_t launch_gemm_all_reduce(const Peers&, const Call&, const GemmOperands&, void*, const RowCut&, FusedGrid, \
+                                     cudaStream_t);                                                                   \
+  cudaError_t launch_all_gather_gemm(const Peers&, const Call&, const void*, uint64_t, void*, const GemmOperands&,    \
+                                     void*, const RowCut&, FusedGrid, cudaStream_t);                                  \
+  constexpr testing::FusedLaunches kLaunches = {launch_gemm_reduce_scatter, launch_gemm_all_reduce,                   \
+                                                launch_all_gather_gemm};                                              \
+  }
+PLANTED(nothing_planted)
+PLANTED(flag_at_the_wrong_owner)
+PLANTED(no_meeting_before_the_flag)
+PLANTED(stage_given_back_too_early)
+PLANTED(no_fence_after_the_gather)
+PLANTED(slot_of_another_call)
+PLANTED(one_rank_is_not_waited_for)
+PLANTED(sum_announced_too_early)
+PLANTED(rows_announced_too_early)
+PLANTED(rows_are_not_waited_for)
+
+using namespace tpk;
+using namespace tpk::cuda;
+using namespace tpk::testing;
+using emu::Kind;
+
+namespace {
+
+// A call of one kind, or two where K is long enough to go round the ring; whether all outputs are right. For a rank
+// that waits in vain the watchdog is faster than the deadline: a failed launch.
+bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K) {
+  constexpr int kRanks = planted::kRanks;
+  EmulatedGroup group(kRanks, {.slot_bytes = size_t{256} << 10});
+  std::vector<std::unique_ptr<PreparedGemm>> gemms;
+  for (uint64_t seed = 0; seed < (K > 100 ? 2 : 1); ++seed) {
+    const Gemm gemm{.kind = kind, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    gemms.push_back(std::make_unique<PreparedGemm>(group, gemm, launches));
+  }
+  bool came[kRanks] = {};
+  emu::run_ranks(kRanks, [&](int rank) {
+    for (const auto& gemm : gemms) EXPECT(gemm->launch(rank, nullptr) == cudaSuccess);
+    came[rank] = cudaDeviceSynchronize() == cudaSuccess;
+  });
+  if (!came[0] || !came[1] || !came[2]) return false;
+  return std::all_of(gemms.begin(), gemms.end(), [](const auto& gemm) { return gemm->is_right(); });
+}
+
+planted::Body body(Fused kind, const FusedLaunches& launches, uint32_t K = 24) {
+  return [=] { return gemms_are_right(kind, launches, K); };
+}
+
+}  // namespace
+
+CASE(right_kernels_are_silent) {
+  for (Fused kind : {Fused::ReduceScatter, Fused::AllReduce, Fused::Gather}) {
+    const planted::Outcome outcome = planted::run(planted::quiet(1), body(kind, nothing_planted::kLaunches));
+    EXPECT(outcome.reports.empty(), outcome.text());
+    EXPECT(outcome.right && outcome.error == cudaSuccess, static_cast<int>(kind), " ", cudaGetErrorName(outcome.error));
+  }
+}
+
+CASE(a_flag_raised_at_the_wrong_owner) {
+  planted::must_be_wrong(body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
+}
+CASE(no_meeting_between_a_tile_and_its_flag) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_meeting_before_the_flag::kLaunches));
+}
+CASE(a_stage_given_back_before_its_products_are_done) {
+  planted::must_be_wrong(body(Fused::ReduceScatter, stage_given_back_too_early::kLaunches, 456));
+}
+CASE(no_fence_between_rows_that_were_gathered_and_their_load) {
+  planted::must_report(Kind::Misuse, body(Fused::Gather, no_fence_after_the_gather::kLaunches));
+}
+CASE(products_in_the_slot_of_another_call) {
+  planted::must_be_wrong(body(Fused::ReduceScatter, slot_of_another_call::kLaunches));
+}
+CASE(a_sum_that_does_not_wait_for_the_last_rank) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, one_rank_is_not_waited_for::kLaunches));
+}
+CASE(a_sum_announced_before_it_is_written) {
+  planted::must_report(Kind::Race, body(Fused::AllReduce, sum_announced_too_early::kLaunches));
+}
+CASE(rows_announced_before_they_are_copied) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_announced_too_early::kLaunches));
+}
+CASE(rows_that_are_multiplied_before_they_come) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_are_not_waited_for::kLaunches));
+}
