@@ -51,6 +51,18 @@ struct Clock {
     if (seen.id == 0 || !knows(seen.id, seen.now)) join(seen);
   }
 
+  // Of many: those that have met before share what they know, which is joined once.
+  template <class Threads, class SnapshotOf>
+  void join_all(const Threads& threads, SnapshotOf snapshot_of) {
+    std::shared_ptr<Moments> last;
+    for (const auto& thread : threads) {
+      Snapshot seen = snapshot_of(thread);
+      if (seen.others == last) seen.others = nullptr;
+      if (seen.others != nullptr) last = seen.others;
+      join(seen);
+    }
+  }
+
   void join(const Snapshot& seen) {
     merge(others, seen.others);
     merge(fenced, seen.fenced);

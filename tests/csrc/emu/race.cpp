@@ -192,12 +192,11 @@ class Races : public Detector {
     std::vector<Release>& releases = line.releases(at % Line::kBytes);
     if (reads) acquire(thread, releases, order, scope);
     if (now.writes) {
-      // An exchange goes on with what was released before: in its own clock where it has acquired and passes all of it
-      // on.
-      const bool passes_on = kind == Atomic::Kind::Exchange && order == Order::AcquireRelease;
+      // An exchange goes on with what was released before: in its own clock where it has acquired and passes it on.
       const bool has_all = std::all_of(releases.begin(), releases.end(), [&](const Release& one) {
         return shared_scope(one, thread) <= std::min(one.scope, scope) && one.scope <= scope;
       });
+      const bool passes_on = kind == Atomic::Kind::Exchange && order == Order::AcquireRelease;
       if (kind == Atomic::Kind::Store || (passes_on && has_all)) releases.clear();
       release(thread, releases, order, scope);
     }
@@ -220,16 +219,7 @@ class Races : public Detector {
 
   void meet(const std::vector<Thread*>& threads) override {
     Clock all;
-    std::shared_ptr<Moments> joined;  // which threads that have met before have in common
-    for (Thread* thread : threads) {
-      Snapshot seen = thread->memory.clock.snapshot();
-      if (seen.others == joined) {
-        seen.others = nullptr;
-      } else {
-        joined = seen.others;
-      }
-      all.join(seen);
-    }
+    all.join_all(threads, [](const Thread* thread) { return thread->memory.clock.snapshot(); });
     for (Thread* thread : threads) {
       thread->memory.clock.others = all.others;
       thread->memory.clock.fenced = all.fenced;
