@@ -16,26 +16,29 @@
 
 namespace tpk::cuda {
 
-enum class Path : uint8_t { Rule, OneShot, TwoShot, Multicast };
+enum class Path : uint8_t { Rule, OneShot, TwoShot, Multicast, Fused };
 
 inline const char* name_of(Path path) {
-  constexpr const char* names[] = {"", "one_shot", "two_shot", "multicast"};
+  constexpr const char* names[] = {"", "one_shot", "two_shot", "multicast", "fused"};
   return names[static_cast<size_t>(path)];
 }
 
 // What the ranks of a group have in common. multicast: the switch can sum and the group allows it, since the order of
-// such a sum is the switch's.
+// such a sum is the switch's. arch: 90 for compute capability 9.0. slot_bytes: 0 where ranks cannot read each other.
 struct Machine {
   int world_size;
   int multiprocessors;
   bool multicast;
+  int arch = 0;
+  size_t slot_bytes = 0;
 };
 
-// Zero: the rule decides.
+// Zero: the rule decides. Path fused is one of GEMMs, the others are of collectives: each leaves the rest to the rule.
 struct Forced {
   Path path = Path::Rule;
-  int blocks = 0;
+  int blocks = 0;  // of a collective; of a fused GEMM, those that sum or gather
   int parts = 0;
+  int grid = 0;  // blocks of a fused GEMM in all: several ranks on one device must be resident at once
 };
 
 struct Choice {
@@ -87,7 +90,7 @@ inline Choice choose_all_reduce(const Machine& machine, const Forced& forced, DT
   if (forced.path == Path::Multicast && !multicast) {
     return {Path::TwoShot, blocks, "multicast was asked for, and the switch cannot sum this"};
   }
-  if (forced.path != Path::Rule) return {forced.path, blocks, "as asked for"};
+  if (forced.path != Path::Rule && forced.path != Path::Fused) return {forced.path, blocks, "as asked for"};
   if (multicast && wire_bytes >= kMulticastBytes) {
     return {Path::Multicast, blocks, "rule: the group allows in-switch sums, from 128 KiB on (not measured)"};
   }

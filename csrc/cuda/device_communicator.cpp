@@ -97,6 +97,15 @@ void DeviceCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& 
   run([&] { run_beside([&](int) { send_all_reduce(spec, wire, data, data, n); }, meanwhile); });
 }
 
+void DeviceCommunicator::fused_gemm(const CallSpec& spec, const FusedGemm& gemm) {
+  as_one_call(spec.op, [&] {
+    run([&] {
+      enter();
+      send_fused_gemm(spec, gemm);
+    });
+  });
+}
+
 void DeviceCommunicator::send_beside(Op op, const Part& send, const std::function<void()>& meanwhile) {
   as_one_call(op, [&] { run([&] { run_beside(send, meanwhile); }); });
 }

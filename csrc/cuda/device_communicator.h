@@ -14,7 +14,7 @@
 #include <functional>
 
 #include "../communicator.h"
-#include "choose.h"
+#include "choose_fused.h"
 #include "kernels/kernels.h"
 #include "runtime.h"
 
@@ -26,6 +26,17 @@ struct AddNorm {
   void *y, *residual_out, *inverse_rms;
   size_t tokens, width;
   double eps;
+};
+
+// Path fused (kernels/fused_gemm.h): y = x @ w.T (+ bias) and its collective. x [rows, K], w [N, K], bias [N] or
+// nullptr are this rank's; K and N multiples of 8, rows at multiples of 16 bytes. y is dense, and so is x_whole [all
+// rows, K], where a gather puts the rows of all ranks.
+struct FusedGemm {
+  const void *x, *w, *bias;
+  size_t x_stride, w_stride;  // values from a row to the next
+  void *y, *x_whole;
+  uint32_t N, K;
+  Cut rows;  // of the whole sum, or of the whole x, over the ranks
 };
 
 // Of every rank's part of a cut the values [begin[r], end[r]), counted from where the part begins.
@@ -50,7 +61,7 @@ class DeviceCommunicator : public Communicator {
   int device() const { return device_; }
   // This rank's share of the multiprocessors: blocks that wait for each other must all be resident.
   virtual Machine machine() const {
-    return {world_size(), std::max(on_device_->info.multiprocessors / sharing_, 1), false};
+    return {world_size(), std::max(info().multiprocessors / sharing_, 1), false, info().arch, 0};
   }
   // So many ranks of this group, this one among them, work on the device at the same time; the same on all ranks.
   void share_device(int ranks) { sharing_ = ranks; }
@@ -63,6 +74,9 @@ class DeviceCommunicator : public Communicator {
 
   // all_reduce, residual add and norm in one; false when this transport, or this size, has no such way.
   bool add_norm(const CallSpec&, const Wire&, const AddNorm&);
+
+  // A GEMM and its collective in one kernel; only where choose_gemm says so. bias: on rank 0 alone where it is summed.
+  void fused_gemm(const CallSpec&, const FusedGemm&);
 
   // --- pipelines: one call in several parts, one of which travels on the communication stream while the caller's
   // stream works on the next. With one part everything is on the caller's stream.
@@ -93,6 +107,7 @@ class DeviceCommunicator : public Communicator {
   cudaStream_t last_stream() const { return eager_.stream; }
   virtual bool fuses_norm(const Wire&, const AddNorm&) const { return false; }
   virtual void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) {}
+  virtual void send_fused_gemm(const CallSpec&, const FusedGemm&) {}
   // `mine` of every rank; may wait for the device.
   virtual std::vector<int64_t> send_exchange(const CallSpec&) = 0;
   // Raises that somebody gave up waiting for the device.
@@ -105,6 +120,7 @@ class DeviceCommunicator : public Communicator {
   uint32_t next_piece() { return piece_++; }
 
  private:
+  const DeviceInfo& info() const { return on_device_->info; }
   // What kernels write down for the host.
   struct Notes {
     FailureRecord failure;

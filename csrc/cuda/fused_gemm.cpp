@@ -2,13 +2,15 @@
 // communication stream while the caller's stream multiplies the next (choose.h: how many; one part is the plain way).
 // Products that peers read are written straight into the arena's heap where they fit, so that nothing is copied in.
 //
+// Where path fused is chosen all of this is one kernel (fused_path.h); backwards go in parts.
+//
 // Bits     the same for any number of parts: each row is its own sum, and parts begin at blocks of the codec. (Which
 //          kernel cuBLAS takes depends on the number of rows, and with it the rounding of the products themselves.)
 // Order    a part is sent when the event behind its product has come; the caller's stream goes on when the last one is
 //          there. So what an op allocated may be freed when the op returns.
 #include "../torch_side/fused_gemm.h"
 
-#include "row_parts.h"
+#include "fused_path.h"
 
 namespace tpk {
 
@@ -25,13 +27,18 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   const Wire& wire = wire_for(op, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
   const Tensor x = as_rows(x_shard), y = fresh_output(x_shard, y_shape), y_rows = as_rows(y);
+  const CallSpec spec = spec_of(op, wire, numel_of(y), y_shape);
+  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0))) {
+    const Cut rows = Cut::even(static_cast<size_t>(x.size(0)), comm->world_size());
+    cuda::reduce_fused(*comm, spec, x, w_shard, rank_bias, rows, y_rows);
+    return y;
+  }
   const Tensor partial =
       comm->world_size() == 1 ? y_rows : cuda::product_for_peers(*comm, wire, group, x, {x.size(0), w_shard.size(0)});
   const int64_t M = x.size(0), unit = cuda::unit_of(wire, y_rows.size(1));
   const size_t row = cuda::row_bytes(y_rows);
   const int parts = cuda::choose_parts(comm->machine(), comm->forced(), M, row).parts;
   const auto start = [&](int i) { return cuda::part_start(M, parts, i, unit); };
-  const CallSpec spec = spec_of(op, wire, numel_of(y), y_shape);
   comm->produce_and_send(
       op, parts,
       [&](int i) {
@@ -61,11 +68,15 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
     linear_into(x, w_shard, rank_bias, as_rows(y));
     return reduce_scatter_dim(op, *comm, wire, y, dim);
   }
-  const Tensor partial = cuda::product_for_peers(*comm, wire, group, x, {x.size(0), w_shard.size(0)});
   const CutCall call = reduce_scatter_call(op, wire, y_shape.data(), y_shape.size(), dim, *comm);
   const Cut items = Cut::even(static_cast<size_t>(y_shape[0]), comm->world_size());
   y_shape[0] = call.rows;
   const Tensor y = fresh_output(x_shard, y_shape);
+  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0))) {
+    cuda::reduce_fused(*comm, call.spec, x, w_shard, rank_bias, items.times(cuda::rows_in_item(x_shard)), y);
+    return y;
+  }
+  const Tensor partial = cuda::product_for_peers(*comm, wire, group, x, {x.size(0), w_shard.size(0)});
   const cuda::RowParts parts(*comm, wire, items, x_shard, w_shard.size(0));
   comm->produce_and_send(
       op, parts.count(),
@@ -97,9 +108,13 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
     return y;
   }
   const cuda::RowGather gather(op, *comm, wire, x_shard, dim_size);
-  const cuda::RowParts parts = gather.parts();
   y_shape[0] = dim_size;
   const Tensor y = fresh_output(x_shard, y_shape), y_rows = as_rows(y), x_rows = gather.rows();
+  if (cuda::takes_fused(*comm, op, wire, x_rows.size(0), x_rows.size(1))) {
+    cuda::gather_fused(*comm, gather.spec(), gather.mine(), x_rows, w_shard, bias, gather.cut(), y_rows);
+    return y;
+  }
+  const cuda::RowParts parts = gather.parts();
   comm->receive_and_consume(
       op, parts.count(), [&](int i) { gather.send(parts.stretch(i)); },
       [&](int i) {

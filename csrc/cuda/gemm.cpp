@@ -27,6 +27,8 @@ void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c
 
 void product_into(const Tensor& x, const Tensor& w, const Tensor& y) { call_on_stream("aten::mm", "out", x, w, y); }
 
+void copy_into(const Tensor& x, const Tensor& y) { call_on_stream("aten::copy_", "", y, x, true); }
+
 void sum_rows_into(const Tensor& dy, const Tensor& db) {
   const std::vector<int64_t> tokens{0};
   call_on_stream("aten::sum", "IntList_out", dy, std::optional<std::vector<int64_t>>(tokens), false,

@@ -18,6 +18,9 @@ void product_into(const Tensor& x, const Tensor& w, const Tensor& y);
 // db[N] = sum over tokens of dy[M, N]
 void sum_rows_into(const Tensor& dy, const Tensor& db);
 
+// y = x, of the same shape.
+void copy_into(const Tensor& x, const Tensor& y);
+
 Tensor transpose(const Tensor& x);
 
 // x[n] in ascending order, and where each value was; equal values keep their order.

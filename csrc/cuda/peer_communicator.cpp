@@ -63,6 +63,7 @@ PeerCommunicator::PeerCommunicator(std::string name, std::string label, int rank
 Machine PeerCommunicator::machine() const {
   Machine machine = DeviceCommunicator::machine();
   machine.multicast = peers_.multicast != nullptr;
+  machine.slot_bytes = arena_.slot_bytes;
   return machine;
 }
 

@@ -41,6 +41,7 @@ class PeerCommunicator final : public DeviceCommunicator {
  protected:
   bool fuses_norm(const Wire&, const AddNorm&) const override;
   void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) override;
+  void send_fused_gemm(const CallSpec&, const FusedGemm&) override;  // peer_fused.cpp
   std::vector<int64_t> send_exchange(const CallSpec&) override;
 
  private:
@@ -48,6 +49,7 @@ class PeerCommunicator final : public DeviceCommunicator {
   Call next_call(const CallSpec&, const Input& in = nullptr);
   void count_all_reduce(Path path, const Wire&, size_t n);
   size_t tokens_at_once(const Wire&, const AddNorm&) const;
+  void count_fused(const CallSpec&, const FusedGemm&);
 
   const DeviceArena arena_;
   Peers peers_{};

@@ -90,14 +90,16 @@ std::shared_ptr<Communicator> open_local(const std::string& name, const std::str
   return comm;
 }
 
-void force(DeviceCommunicator& comm, const std::string& path, int blocks, int parts) {
-  for (Path candidate : {Path::Rule, Path::OneShot, Path::TwoShot, Path::Multicast}) {
+void force(DeviceCommunicator& comm, const std::string& path, int blocks, int parts, int grid) {
+  for (Path candidate : {Path::Rule, Path::OneShot, Path::TwoShot, Path::Multicast, Path::Fused}) {
     if (path != name_of(candidate)) continue;
     TPK_CHECK(blocks >= 0 && blocks <= kMaxBlocks, "force: blocks must be in [0, ", kMaxBlocks, "], got ", blocks);
     TPK_CHECK(parts >= 0, "force: parts must not be negative, got ", parts);
-    return comm.force({candidate, blocks, parts});
+    TPK_CHECK(grid == 0 || grid >= 2, "force: grid must be 0 or 2 blocks at least, got ", grid);
+    return comm.force({candidate, blocks, parts, grid});
   }
-  throw std::invalid_argument(concat("force: path must be '', one_shot, two_shot or multicast, got '", path, "'"));
+  throw std::invalid_argument(
+      concat("force: path must be '', one_shot, two_shot, multicast or fused, got '", path, "'"));
 }
 
 void share_device(DeviceCommunicator& comm, int ranks) {
@@ -118,27 +120,51 @@ Explained explain_collective(const DeviceCommunicator& comm, const std::string& 
   return {name_of(choice.path), concat(choice.reason, ", ", choice.blocks, " blocks")};
 }
 
-// M, N, K are those of this rank's x[M, K] and w[N, K], numel that of a collective's tensor.
+// Why a GEMM is not fused, or nothing where nobody would expect it.
+std::string not_fused(const GemmChoice& choice, const Forced& forced) {
+  if (forced.path == Path::Fused) return concat("fused was asked for, but ", choice.obstacle, "; ");
+  return choice.obstacle == nullptr ? "fused only when asked for (not measured); "
+                                    : concat("not fused: ", choice.obstacle, "; ");
+}
+
+// M, N, K are those of this rank's x[M, K] and w[N, K].
+Explained explain_gemm(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t N, int64_t K) {
+  const int64_t ranks = comm.world_size();
+  const ShardedGemm gemm{op, wire.dtype, wire.codec, op == Op::AllGatherGemm ? M * ranks : M,
+                         op == Op::AllGatherGemm ? K : N};
+  // Parts are made of each rank's rows: of all of them in gemm_all_reduce, of a share in gemm_reduce_scatter.
+  const int64_t rows = op == Op::GemmReduceScatter ? M / ranks : M;
+  const size_t row_bytes = static_cast<size_t>(gemm.shared) * wire.value_bytes;
+  const Machine machine = comm.machine();
+  const GemmChoice choice = choose_gemm(machine, comm.forced(), gemm, rows, row_bytes);
+  if (choice.fused) {
+    const FusedPlan plan = plan_fused(machine, comm.forced(), gemm);
+    const int64_t part = (gemm.M + ranks - 1) / ranks, most = plan.piece_rows;
+    return {"fused",
+            concat(choice.reason, "; tiles of ", kTileRows, " x ", plan.tile_columns, ", ", (part + most - 1) / most,
+                   " pieces, ", plan.communicating, " blocks ", gemm.gathers() ? "gather" : "sum", " and ",
+                   plan.multiplying, " multiply; the backward is not fused")};
+  }
+  const char* const collective = gemm.gathers()            ? "all_gather"
+                                 : op == Op::GemmAllReduce ? "all_reduce"
+                                                           : "reduce_scatter";
+  const Explained travel = explain_collective(comm, collective, wire,
+                                              static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
+  return {choice.parts == 1 ? "unfused" : concat("chunked(", choice.parts, ")"),
+          concat(not_fused(choice, comm.forced()), choice.reason, "; travels by ", travel.first, ": ", travel.second)};
+}
+
+// numel is that of a collective's tensor.
 Explained explain(const DeviceCommunicator& comm, const std::string& op, const std::string& dtype, int64_t M, int64_t N,
                   int64_t K, size_t numel, const std::string& codec) {
   const Codec packed = codec_of(codec);
   TPK_CHECK(packed != Codec::Count, "explain: no codec ", codec);
   const Wire& wire = wire_of(float_dtype(dtype), packed, ReduceOp::Sum);
-  if (op.find("gemm") == std::string::npos) return explain_collective(comm, op, wire, numel);
+  for (Op gemm : {Op::GemmAllReduce, Op::GemmReduceScatter, Op::AllGatherGemm}) {
+    if (op == name_of(gemm)) return explain_gemm(comm, gemm, wire, M, N, K);
+  }
   if (op == "replicated_gemm") return {"unfused", "nothing travels in the forward; the backward sums dx beside dw"};
-  const bool gathers = op == "all_gather_gemm";
-  // Parts are made of each rank's rows: of all of them in gemm_all_reduce, of a share in gemm_reduce_scatter.
-  const int64_t rows = op == "gemm_reduce_scatter" ? M / comm.world_size() : M;
-  const size_t row_bytes = static_cast<size_t>(gathers ? K : N) * wire.value_bytes;
-  const PartsChoice parts = choose_parts(comm.machine(), comm.forced(), rows, row_bytes);
-  const Explained travel =
-      explain_collective(comm,
-                         gathers                   ? "all_gather"
-                         : op == "gemm_all_reduce" ? "all_reduce"
-                                                   : "reduce_scatter",
-                         wire, static_cast<size_t>(M * (gathers ? K : N)) / static_cast<size_t>(parts.parts));
-  return {parts.parts == 1 ? "unfused" : concat("chunked(", parts.parts, ")"),
-          concat(parts.reason, "; travels by ", travel.first, ": ", travel.second)};
+  return explain_collective(comm, op, wire, numel);
 }
 
 }  // namespace
@@ -147,7 +173,7 @@ void add_device_groups(py::module_& m) {
   add_communicator<DeviceCommunicator>(m)
       .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no short way past the dispatcher
       .def_property_readonly("device", &DeviceCommunicator::device)
-      .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0)
+      .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0, py::arg("grid") = 0)
       .def("share_device", &share_device, py::arg("ranks"));
   m.def("open_peer", &open_peer, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("device"), py::arg("arenas"), py::arg("multicast"), py::arg("arena_bytes"),

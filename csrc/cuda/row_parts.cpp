@@ -8,14 +8,13 @@ namespace {
 // Products smaller than this are copied in less time than it takes to allocate them in the arena. Not measured.
 constexpr size_t kSmallestInHeap = size_t{256} << 10;
 
-// Rows of the matrix for each item of dimension 0.
+}  // namespace
+
 size_t rows_in_item(const Tensor& tokens) {
   size_t inner = 1;
   for (int64_t i = 1; i + 1 < tokens.dim(); ++i) inner *= static_cast<size_t>(tokens.size(i));
   return inner;
 }
-
-}  // namespace
 
 std::shared_ptr<DeviceCommunicator> device_communicator_of(Op op, const std::string& group, int64_t world_size) {
   return std::static_pointer_cast<DeviceCommunicator>(communicator_of(op, group, world_size));
@@ -79,6 +78,8 @@ RowGather::RowGather(Op op, DeviceCommunicator& comm, const Wire& wire, const Te
 }
 
 RowParts RowGather::parts() const { return {comm_, wire_, items_, whole_, whole_.size(whole_.dim() - 1)}; }
+
+Cut RowGather::cut() const { return items_.times(rows_in_item(whole_)); }
 
 void RowGather::send(const Stretch& stretch) const {
   comm_.send_all_gather(call_.spec, wire_, shard_.const_data_ptr(), whole_.mutable_data_ptr(), call_.cut, stretch);

@@ -13,6 +13,9 @@ std::shared_ptr<DeviceCommunicator> device_communicator_of(Op op, const std::str
 inline size_t row_bytes(const Tensor& rows) { return static_cast<size_t>(rows.size(1)) * rows.element_size(); }
 inline char* data_of(const Tensor& x) { return static_cast<char*>(x.mutable_data_ptr()); }
 
+// Rows of the matrix for each item of dimension 0.
+size_t rows_in_item(const Tensor& tokens);
+
 // Rows that no part may separate, because a block of the codec reaches over them.
 int64_t unit_of(const Wire& wire, int64_t row_values);
 
@@ -69,6 +72,10 @@ class RowGather {
   RowParts parts() const;
   void send(const Stretch& stretch) const;
   void send_all() const { send(Stretch::all(call_.cut)); }
+  // The same for what gathers in its own way: this rank's rows, and how those of all ranks are cut.
+  Tensor mine() const { return as_rows(shard_); }
+  Cut cut() const;
+  const CallSpec& spec() const { return call_.spec; }
 
  private:
   DeviceCommunicator& comm_;

@@ -1,0 +1,82 @@
+// Whether and how a sharded GEMM takes path fused (kernels/fused_gemm.h): pure functions, as in choose.h. Torch-free.
+//
+// The rule never takes it: nothing of it has been measured by us. It is taken where it was asked for (Forced, or what
+// `explain(..., tune=True)` found to be the fastest) and can run; where it cannot, explain says why.
+#pragma once
+
+#include "choose.h"
+
+namespace tpk::cuda {
+
+// What all ranks know alike. Of a reduction each rank has a K of its own, of a gather an N: whoever launches pads
+// those.
+struct ShardedGemm {
+  Op op;
+  DType dtype;
+  Codec codec;
+  int64_t M;       // rows of y, or of the whole sum
+  int64_t shared;  // N of a reduction, K of a gather
+
+  bool gathers() const { return op == Op::AllGatherGemm; }
+};
+
+struct FusedPlan {
+  uint32_t piece_rows;  // the most of each rank's rows in one launch; 0: not even one fits
+  uint32_t tile_columns;
+  int communicating, multiplying;  // blocks; a rank with fewer tiles launches fewer
+};
+
+struct GemmChoice {
+  bool fused;
+  int parts;  // of the rows, where it is not fused; 1: unfused
+  const char* reason;
+  const char* obstacle;  // why it cannot be fused, nullptr: it can
+};
+
+constexpr int kFusedArch = 90;
+constexpr int64_t kFusedUnit = 8;  // values in 16 bytes, which every row begins at
+// One block in eight sums or gathers, the others multiply. A guess.
+constexpr int kShareOfCommunicating = 8;
+
+inline FusedPlan plan_fused(const Machine& machine, const Forced& forced, const ShardedGemm& gemm) {
+  const int device = std::max(machine.multiprocessors, 2);
+  const int grid = forced.grid > 0 ? std::clamp(forced.grid, 2, device) : device;
+  const int wanted = forced.blocks > 0 ? forced.blocks : grid / kShareOfCommunicating;
+  const int communicating = std::clamp(wanted, 1, grid - 1), multiplying = grid - communicating;
+  const uint32_t shared = static_cast<uint32_t>(gemm.shared);
+  // The ranks must choose the same tiles, and a gather's N is each rank's own.
+  const uint32_t columns =
+      gemm.gathers() ? 256 : choose_tile_columns(static_cast<uint64_t>(gemm.M), shared, multiplying);
+  const uint32_t rows = gemm.gathers() ? most_gathered_rows(machine.slot_bytes, shared)
+                                       : most_reduced_rows(machine.slot_bytes, machine.world_size, shared, columns);
+  return {rows, columns, communicating, multiplying};
+}
+
+// Why path fused cannot take this; nullptr: it can.
+inline const char* obstacle_to_fused(const Machine& machine, const Forced& forced, const ShardedGemm& gemm) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (machine.slot_bytes == 0) return "it needs transport peer and two ranks or more";
+  if (machine.arch < kFusedArch) return "it needs compute capability 9.0 (Hopper), this GPU is older";
+  if (machine.arch > kFusedArch) return "it is written for compute capability 9.0 (Hopper), this GPU is newer";
+  if (gemm.dtype != DType::BF16 && gemm.dtype != DType::F16) return "it multiplies bfloat16 and float16 only";
+  if (gemm.codec != Codec::None) return "what it sends is not packed";
+  if (gemm.M <= 0 || gemm.shared <= 0) return "there is nothing to multiply";
+  if (gemm.M >= kMost || gemm.shared >= kMost) return "its sizes are below 2^31";
+  if (gemm.shared % kFusedUnit != 0) {
+    return gemm.gathers() ? "it needs a K that is a multiple of 8" : "it needs an N that is a multiple of 8";
+  }
+  if (plan_fused(machine, forced, gemm).piece_rows == 0)
+    return "not one row of every rank fits into a slot of the arena";
+  return nullptr;
+}
+
+// rows: those that would be cut into parts; row_bytes: of a row of what travels.
+inline GemmChoice choose_gemm(const Machine& machine, const Forced& forced, const ShardedGemm& gemm, int64_t rows,
+                              size_t row_bytes) {
+  const char* const obstacle = obstacle_to_fused(machine, forced, gemm);
+  const PartsChoice parts = choose_parts(machine, forced, rows, row_bytes);
+  if (forced.path == Path::Fused && obstacle == nullptr) return {true, 1, "as asked for", nullptr};
+  return {false, parts.parts, parts.reason, obstacle};
+}
+
+}  // namespace tpk::cuda

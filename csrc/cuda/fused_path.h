@@ -1,0 +1,20 @@
+// Path fused on tensors: operands as its kernels want them, and the calls. choose_fused.h says when.
+#pragma once
+
+#include "row_parts.h"
+
+namespace tpk::cuda {
+
+// M: rows of y over all ranks; shared: N of a reduction, K of a gather.
+bool takes_fused(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t shared);
+
+// y = this rank's rows (gemm_reduce_scatter), or all, of the sum over the ranks of x[M, K] @ w[N, K].T, plus the bias
+// of rank 0. rows: how those of the sum are cut.
+void reduce_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& x, const Tensor& w,
+                  const OptionalTensor& bias, const Cut& rows, const Tensor& y);
+
+// y[M, N] = x @ w[N, K].T (+ bias) for the rows of all ranks, which x_whole[M, K] takes, too.
+void gather_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& x_shard, const Tensor& x_whole,
+                  const Tensor& w, const OptionalTensor& bias, const Cut& rows, const Tensor& y);
+
+}  // namespace tpk::cuda
