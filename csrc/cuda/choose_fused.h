@@ -1,7 +1,7 @@
 // Whether and how a sharded GEMM takes path fused (kernels/fused_gemm.h): pure functions, as in choose.h. Torch-free.
 //
-// The rule never takes it: nothing of it has been measured by us. It is taken where it was asked for (Forced, or what
-// `explain(..., tune=True)` found to be the fastest) and can run; where it cannot, explain says why.
+// The rule never takes it: nothing of it has been measured by us. It is taken where it was asked for (Forced) and can
+// run; where it cannot, explain says why.
 #pragma once
 
 #include "choose.h"
