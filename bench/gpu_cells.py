@@ -140,6 +140,44 @@ def gemm_cell(op: str, M: int, NK: int) -> Iterator[GpuCell]:
 
 
 @contextmanager
+def fused_cell(op: str, M: int, NK: int, R: int = 2) -> Iterator[GpuCell]:
+    """A GEMM cut over virtual ranks and its collective, in one kernel (Hopper) and as the rule has it."""
+    bf16, y_bytes = torch.bfloat16, 2 * M * NK
+    ranks = VirtualRanks(R, arena_bytes=4 * y_bytes + 4 * MIB, pool_bytes=4 * y_bytes)
+    if op == "all_gather_gemm":
+        shape, w_shape = (M // R, NK), (NK // R, NK)
+    else:
+        shape, w_shape = (M, NK // R), (NK, NK // R)
+    xs = [randn(r, *shape, dtype=bf16) for r in range(R)]
+    ws = [randn(R + r, *w_shape, dtype=bf16) / math.sqrt(NK) for r in range(R)]
+    fused = {"gemm_all_reduce": ops.gemm_all_reduce, "gemm_reduce_scatter": ops.gemm_reduce_scatter,
+             "all_gather_gemm": ops.all_gather_gemm}[op]  # fmt: skip
+    more = {"dim_size": M} if op == "all_gather_gemm" else {}
+    if op == "all_gather_gemm":
+        wanted = [torch.cat(xs).float() @ w.float().T for w in ws]
+    else:
+        total = torch.stack([x.float() @ w.float().T for x, w in zip(xs, ws, strict=True)]).sum(0)
+        wanted = [total] * R if op == "gemm_all_reduce" else list(total.split(M // R))
+    right = [near(want, 2.0**-7) for want in wanted]
+    torch.cuda.synchronize()
+
+    def way(name: str, path: str) -> Candidate:
+        def call() -> list[Tensor]:
+            ranks.force(path=path)
+            return ranks.each(lambda r: fused(xs[r], ws[r], group=ranks.groups[r], **more))
+
+        def error(got: list[Tensor]) -> float:
+            return max(is_right(y) for is_right, y in zip(right, got, strict=True))
+
+        return Candidate(name, call, error, label={"path": path or None, "transport": "virtual"})
+
+    candidates = [way("tpkernels", ""), way("fused", "fused")]
+    sizes = {"M": M, "N": NK, "K": NK, "bytes": y_bytes}
+    yield GpuCell("fused", op, "bf16", candidates, "tpkernels", R, sizes, flops=2 * M * NK * NK)
+    ranks.close()
+
+
+@contextmanager
 def norm_cell(R: int, M: int, N: int) -> Iterator[GpuCell]:
     """The fused add and norm against all_reduce, add and torch's norm, both as CUDA graphs."""
     bf16 = torch.bfloat16
@@ -213,6 +251,8 @@ def cells() -> list[Cell]:
     for op in ("all_reduce", "reduce_scatter", "all_gather"):
         for R in (2, 4, 8):
             found.append(Cell("collective", f"{op} R={R} 64 MiB", lambda o=op, r=R: collective_cell(o, r, 64 * MIB)))
+    for op in ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"):
+        found.append(Cell("fused", f"{op} R=2 8192x4096x4096 in one kernel", lambda o=op: fused_cell(o, 8192, 4096)))
     for R in (1, 2, 4):
         for M in (1, 16, 64):
             found.append(
