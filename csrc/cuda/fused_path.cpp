@@ -11,21 +11,18 @@ int64_t whole_units(int64_t n) { return std::max((n + kFusedUnit - 1) / kFusedUn
 // ranks do not know alike, strides, addresses and their own share of a dimension, must not change the path.
 Tensor mapped(const Tensor& x, int64_t rows, int64_t columns) {
   if (x.size(0) != rows || x.size(1) != columns) {
-    settle();
-    return kept(torch::stable::pad(x, {0, columns - x.size(1), 0, rows - x.size(0)}));
+    return made([=] { return torch::stable::pad(x, {0, columns - x.size(1), 0, rows - x.size(0)}); });
   }
   const bool one_row = rows <= 1, strides = one_row || (x.stride(0) % kFusedUnit == 0 && x.stride(0) >= columns);
   if (x.stride(1) == 1 && strides && begins_at_16_bytes(x)) return x;
   if (!x.is_contiguous()) return dense(x);
-  settle();
-  return kept(torch::stable::clone(x));
+  return made([x] { return torch::stable::clone(x); });
 }
 
 Tensor padded_bias(const Tensor& bias, int64_t N) {
   if (bias.size(0) == N && bias.is_contiguous() && begins_at_16_bytes(bias)) return bias;
-  settle();
-  if (bias.size(0) != N) return kept(torch::stable::pad(bias, {0, N - bias.size(0)}));
-  return bias.is_contiguous() ? kept(torch::stable::clone(bias)) : dense(bias);
+  if (bias.size(0) != N) return made([=] { return torch::stable::pad(bias, {0, N - bias.size(0)}); });
+  return bias.is_contiguous() ? made([bias] { return torch::stable::clone(bias); }) : dense(bias);
 }
 
 size_t stride_of(const Tensor& x) { return static_cast<size_t>(x.size(0) <= 1 ? x.size(1) : x.stride(0)); }
