@@ -64,7 +64,7 @@ void gather_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& 
   FusedGemm gemm = operands_of(from, weight, b, rows);
   gemm.y = data_of(product), gemm.x_whole = data_of(x_whole);
   comm.fused_gemm(spec, gemm);
-  if (narrower) copy_into(kept(torch::stable::narrow(product, 1, 0, w.size(0))), y);
+  if (narrower) copy_on_stream(kept(torch::stable::narrow(product, 1, 0, w.size(0))), y);
 }
 
 }  // namespace tpk::cuda

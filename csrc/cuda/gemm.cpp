@@ -27,7 +27,7 @@ void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, c
 
 void product_into(const Tensor& x, const Tensor& w, const Tensor& y) { call_on_stream("aten::mm", "out", x, w, y); }
 
-void copy_into(const Tensor& x, const Tensor& y) { call_on_stream("aten::copy_", "", y, x, true); }
+void copy_on_stream(const Tensor& x, const Tensor& y) { call_on_stream("aten::copy_", "", y, x, true); }
 
 void sum_rows_into(const Tensor& dy, const Tensor& db) {
   const std::vector<int64_t> tokens{0};

@@ -19,7 +19,7 @@ void product_into(const Tensor& x, const Tensor& w, const Tensor& y);
 void sum_rows_into(const Tensor& dy, const Tensor& db);
 
 // y = x, of the same shape.
-void copy_into(const Tensor& x, const Tensor& y);
+void copy_on_stream(const Tensor& x, const Tensor& y);
 
 Tensor transpose(const Tensor& x);
 
