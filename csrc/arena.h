@@ -45,6 +45,9 @@ struct Control {
   uint32_t was_late;                           // 1 when a deadline passed, 0 when a rank was lost
 };
 
+// Number of all that ranks must have alike to understand each other: what lies in an arena, the order of signals, the
+// fingerprints and openings of calls. It grows with every change of these; Group.open compares it.
+constexpr int kArenaLayout = 1;
 // Messages up to this size are summed by everyone (one wait instead of two).
 constexpr size_t kOneShotBytes = 1024;
 // Larger ones travel in pieces of this size, which stay in the second-level cache.

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstring>
 #include <map>
+#include <new>
 #include <shared_mutex>
 
 #include "check.h"
@@ -64,10 +65,8 @@ Communicator::Communicator(std::string name, std::string label, int rank, int wo
 // One collective call: exclusive, numbered, timed, and what breaks it breaks the communicator.
 class Communicator::Turn {
  public:
-  Turn(Communicator& comm, Op op) : comm_(comm), lock_(comm.mutex_), start_(now_nanoseconds()) {
-    TPK_CHECK(process_generation == comm.owner_, name_of(op), " on group '", comm.label_,
-              "': this process was forked after the group was opened; open the group in the process that uses it");
-    if (comm.closed_) throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': this rank closed the group"));
+  Turn(Communicator& comm, Op op) : comm_(checked(comm, op)), lock_(comm.mutex_), start_(now_nanoseconds()) {
+    if (!comm.closed_.empty()) throw PeerLost(concat(name_of(op), " on group '", comm.label_, "': ", comm.closed_));
     if (!comm.broken_.empty()) {
       throw PeerLost(concat(name_of(op), " on group '", comm.label_,
                             "': the group is broken since an earlier call: ", comm.broken_));
@@ -86,6 +85,11 @@ class Communicator::Turn {
   void exclude(uint64_t nanoseconds) { excluded_ += nanoseconds; }
 
  private:
+  static Communicator& checked(Communicator& comm, Op op) {
+    comm.check_process(name_of(op));  // before the lock, which may be one that nobody gives back
+    return comm;
+  }
+
   Communicator& comm_;
   std::lock_guard<std::mutex> lock_;
   const uint64_t start_;
@@ -107,9 +111,20 @@ void Communicator::remember_failure(Body&& body) {
 
 void Communicator::as_one_call(Op op, const std::function<void()>& body) { Turn(*this, op).run(body); }
 
+bool Communicator::is_of_this_process() const { return process_generation == owner_; }
+
+void Communicator::check_process(const char* what) const {
+  if (is_of_this_process()) return;
+  throw PeerLost(concat(what, " on group '", label_,
+                        "': this process was forked after the group was opened; the group ",
+                        "is its parent's. Open a group in the process that uses it (DataLoader workers and other ",
+                        "children must not use that of the rank)"));
+}
+
 void Communicator::check() {
+  check_process("check");
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!closed_ && broken_.empty()) remember_failure([&] { do_check(); });
+  if (closed_.empty() && broken_.empty()) remember_failure([&] { do_check(); });
 }
 
 void Communicator::all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
@@ -150,18 +165,21 @@ void Communicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, 
   meanwhile();
 }
 
-void Communicator::close() {
+void Communicator::close(const std::string& why) {
+  if (!is_of_this_process()) return;  // the parent's group stays as it is
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!closed_ && process_generation == owner_) do_close();
-  closed_ = true;
+  if (closed_.empty()) do_close();
+  if (closed_.empty()) closed_ = why;
 }
 
 std::array<OpStats, kOps> Communicator::stats() {
+  check_process("stats");
   std::lock_guard<std::mutex> lock(mutex_);
   return stats_;
 }
 
 void Communicator::reset_stats() {
+  check_process("reset_stats");
   std::lock_guard<std::mutex> lock(mutex_);
   stats_.fill({});
 }
@@ -238,6 +256,11 @@ Registry& registry() {
   static Registry* instance = new Registry;
   return *instance;
 }
+// A fork waits for who holds it, so that the child finds it whole; there the lock is a new one, because who holds a
+// shared_mutex is a thread of the parent.
+[[maybe_unused]] const int registry_at_fork =
+    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
+                   [] { new (&registry().mutex) std::shared_mutex; });
 
 class LocalCommunicator final : public Communicator {
  public:
@@ -289,8 +312,11 @@ std::shared_ptr<Communicator> find_communicator(const std::string& name, const c
   const auto found = registry().by_name.find(name);
   if (found == registry().by_name.end()) {
     throw PeerLost(
-        concat(op, ": group '", name, "' is not open in this process (it was closed, or never opened here)"));
+        concat(op, ": group '", name,
+               "' is not open in this process (it was closed, its process group was destroyed, or it was never opened "
+               "here)"));
   }
+  found->second->check_process(op);
   return found->second;
 }
 

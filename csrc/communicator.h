@@ -90,7 +90,13 @@ class Communicator {
 
   // Raises what a device found out since: calls there return before they have run. Nothing to do on the CPU.
   void check();
-  void close();
+  // `why`: what later calls on this rank say.
+  void close(const std::string& why = "this rank closed the group");
+  // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
+  // threads of the parent held, and none of those threads: it must not touch the rest of this object.
+  bool is_of_this_process() const;
+  // Throws PeerLost unless it is; `what`: the op that was called.
+  void check_process(const char* what) const;
   std::array<OpStats, kOps> stats();
   void reset_stats();
 
@@ -131,7 +137,7 @@ class Communicator {
   const double timeout_s_;
   const uint64_t owner_;  // which process: see process_generation
   std::mutex mutex_;
-  bool closed_ = false;
+  std::string closed_;  // why; empty while the group is open
   std::string broken_;  // the first fatal error
   std::array<OpStats, kOps> stats_{};
   OpStats* current_ = nullptr;

@@ -33,13 +33,12 @@ class PythonWatch final : public SocketExchange::Watch {
  public:
   explicit PythonWatch(py::object watch) : kept_(std::move(watch)) {}
   void look(uint64_t call, bool late, bool ended, const std::string& what) override {
-    in_python(kept_.get(), [&](py::object& watch) { watch.attr("look")(call, late, ended, what); });
+    in_python_undisturbed(kept_.get(), [&](py::object& watch) { watch.attr("look")(call, late, ended, what); });
   }
   void leave(uint64_t last_call) noexcept override {
-    py::gil_scoped_acquire gil;
     try {
-      kept_.get().attr("close")(last_call);
-    } catch (const py::error_already_set&) {  // leaving must not fail
+      in_python_undisturbed(kept_.get(), [&](py::object& watch) { watch.attr("close")(last_call); });
+    } catch (...) {  // leaving must not fail
     }
   }
 
@@ -80,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("open_local", &open_local, py::arg("name"), py::arg("label"));
   m.def("limits", [] {
     py::dict limits;
+    limits["arena_layout"] = kArenaLayout;
     limits["one_shot_bytes"] = kOneShotBytes;
     limits["piece_bytes"] = kPieceBytes;
     limits["smallest_in_arena"] = kSmallestInArena;

@@ -1,5 +1,7 @@
 #include "python_side.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "check.h"
@@ -41,6 +43,22 @@ void translate_errors(std::exception_ptr pointer) {
   } catch (const TimeoutFailure& error) {
     PyErr_SetString(PyExc_TimeoutError, error.what());
   }
+}
+
+void throw_as_ours(py::error_already_set& error) {
+  const bool late = error.matches(PyExc_TimeoutError);
+  const bool lost = error.matches(PyExc_RuntimeError) || (peer_lost != nullptr && error.matches(peer_lost));
+  if (!late && !lost) throw error;
+  const std::string text = py::str(error.value());
+  if (late) throw TimeoutFailure(text);
+  throw PeerLost(text);
+}
+
+bool handlers_run_here() {
+  if (getpid() != gettid()) return false;  // not the main thread
+  py::gil_scoped_acquire gil;
+  // An interpreter that ends starts no threads, and runs no handlers either.
+  return !py::module_::import("sys").attr("is_finalizing")().cast<bool>();
 }
 
 void add_basics(py::module_& m) {

@@ -2,6 +2,11 @@
 // objects. Only files that make Python modules include this.
 #pragma once
 
+#include <exception>
+#include <optional>
+#include <thread>
+#include <type_traits>
+
 #include "communicator.h"
 #include "errors.h"
 #include "exchange.h"
@@ -34,17 +39,41 @@ class Kept {
   py::object object_;
 };
 
-// Errors that Python raises go on as ours.
+// Throws what Python raised as an error of ours, or as it is where it is none (KeyboardInterrupt).
+[[noreturn]] void throw_as_ours(py::error_already_set& error);
+// Whether Python may run handlers of signals in code that this thread calls.
+bool handlers_run_here();
+
 template <class Body>
 auto in_python(py::object& object, Body&& body) {
   py::gil_scoped_acquire gil;
   try {
     return body(object);
   } catch (py::error_already_set& error) {
-    const std::string text = py::str(error.value());
-    if (error.matches(PyExc_TimeoutError)) throw TimeoutFailure(text);
-    throw PeerLost(text);
+    throw_as_ours(error);
   }
+}
+
+// The same where no handler of a signal runs: Python runs those in its main thread, between two steps of whatever that
+// thread executes, and what a handler raises (Ctrl-C) would end an exchange half-way and leave the ranks out of step.
+// In another thread it cannot; the handler runs when the op has returned, as it does where an op needs no Python.
+template <class Body>
+void in_python_undisturbed(py::object& object, Body&& body) {
+  if (!handlers_run_here()) return in_python(object, body);
+  std::exception_ptr thrown;
+  const auto work = [&] {
+    try {
+      in_python(object, body);
+    } catch (...) {
+      thrown = std::current_exception();
+    }
+  };
+  {
+    std::optional<py::gil_scoped_release> no_gil;
+    if (PyGILState_Check() != 0) no_gil.emplace();
+    std::thread(work).join();
+  }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 // An exchange (Exchange or DeviceExchange) whose work a Python object does: tpkernels/exchange.py. A process group
@@ -61,16 +90,15 @@ class PythonExchange : public Base {
   const char* receive_buffer() override { return receive_; }
   size_t capacity() const override { return capacity_; }
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
-    guarded([&](py::object& exchange) { exchange.attr("start")(send_bytes, receive_bytes); });
+    undisturbed([&](py::object& exchange) { exchange.attr("start")(send_bytes, receive_bytes); });
   }
   void wait(uint64_t call) override {
-    guarded([&](py::object& exchange) { exchange.attr("wait")(call); });
+    undisturbed([&](py::object& exchange) { exchange.attr("wait")(call); });
   }
   void close(uint64_t last_call) override {
-    py::gil_scoped_acquire gil;
     try {
-      kept_.get().attr("close")(last_call);
-    } catch (const py::error_already_set&) {  // leaving must not fail
+      undisturbed([&](py::object& exchange) { exchange.attr("close")(last_call); });
+    } catch (const std::exception&) {  // leaving must not fail
     }
   }
 
@@ -81,6 +109,12 @@ class PythonExchange : public Base {
   }
 
  private:
+  template <class Body>
+  void undisturbed(Body&& body) {
+    // A device's exchange enqueues on the stream of the thread that calls it.
+    std::is_same_v<Base, Exchange> ? in_python_undisturbed(kept_.get(), body) : in_python(kept_.get(), body);
+  }
+
   char* send_;
   char* receive_;
   size_t capacity_;
@@ -107,11 +141,11 @@ py::class_<Comm, std::shared_ptr<Comm>> add_communicator(py::module_& m) {
           py::call_guard<py::gil_scoped_release>())
       .def(
           "close",
-          [](Comm& comm) {
-            comm.close();
+          [](Comm& comm, const std::string& why) {
+            comm.close(why);
             unregister_communicator(comm.name());
           },
-          py::call_guard<py::gil_scoped_release>());
+          py::arg("why") = "this rank closed the group", py::call_guard<py::gil_scoped_release>());
   return bound;
 }
 

@@ -82,6 +82,11 @@ bool nothing_watches(PyObject* x) {
          integer(steal(PyObject_GetAttr(asked.forward_ad, names().current_level))) < 0;
 }
 
+// A ZeroTensor (such as the gradient of torch.sgn) has values and no memory: the dispatcher makes it one of zeros.
+bool has_memory(const dlpack::View& view) {
+  return view.data != nullptr || std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
+}
+
 // Fills view and returns true for an ordinary dense tensor on the CPU that nothing watches.
 bool plain(PyObject* x, dlpack::View* view) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
@@ -90,7 +95,8 @@ bool plain(PyObject* x, dlpack::View* view) {
     PyErr_Clear();
     return false;
   }
-  return view->device.type == dlpack::kCpu && method_is(x, names().is_neg, Py_False) && nothing_watches(x);
+  return view->device.type == dlpack::kCpu && has_memory(*view) && method_is(x, names().is_neg, Py_False) &&
+         nothing_watches(x);
 }
 
 DType dtype_of(const dlpack::DataType& type) {

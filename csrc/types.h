@@ -30,7 +30,6 @@ enum class Op : uint8_t {
 };
 
 constexpr size_t kOps = static_cast<size_t>(Op::Count);
-constexpr int kMaxRanks = 64;
 
 inline const char* name_of(Op op) {
   constexpr const char* names[kOps] = {"all_reduce",

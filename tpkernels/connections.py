@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hmac
 import os
+import resource
 import secrets
 import socket
 import struct
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from tpkernels.devices import backend_of
-from tpkernels.rendezvous import first_obstacle, gather
+from tpkernels.meeting import Meeting
 
 _DEADLINE_S = 10.0  # for all connections to stand
+_LOOK_S = 0.2  # between two looks at whether another rank has given up
 _HELLO_S = 1.0  # for who has connected to say who it is
 _TOKEN_BYTES = 16
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
@@ -36,8 +38,8 @@ class _Offer:
     obstacle: str | None = None
 
 
-def connect(process_group: dist.ProcessGroup) -> tuple[list[int], str | None]:
-    """Connect every rank with every other one; a collective over the process group.
+def connect(process_group: dist.ProcessGroup, meeting: Meeting) -> tuple[list[int], str | None]:
+    """Connect every rank with every other one; all ranks of the meeting call this.
 
     Returns:
         file descriptors in rank order (-1 for this rank), which are the caller's, and None; or, on all ranks, none and
@@ -47,23 +49,28 @@ def connect(process_group: dist.ProcessGroup) -> tuple[list[int], str | None]:
         offer = _Offer(obstacle=_obstacle(process_group))
         if offer.obstacle is None:
             try:
+                _check_room(meeting.world_size)
                 listener = opened.enter_context(_listen())
                 offer = _Offer(listener.getsockname()[:2], secrets.token_bytes(_TOKEN_BYTES))
             except OSError as error:
                 offer = _Offer(obstacle=f"it cannot listen: {error}")
-        offers: list[_Offer] = gather(process_group, offer)
+        offers: list[_Offer] = meeting.gather(offer)
         for r, other in enumerate(offers):
             if other.obstacle is not None:
                 return [], f"rank {r} has no connections: {other.obstacle}"
         found: dict[int, socket.socket] = {}
         problem = None
         try:
-            _meet(process_group.rank(), offers, listener, found)
+            _meet(meeting, offers, listener, found)
         except OSError as error:
-            problem = f"rank {process_group.rank()} has not reached all others: {error}"
+            problem = f"rank {meeting.rank} has not reached all others: {error}"
+            meeting.tell(problem)
+            for connection in (listener, *found.values()):  # so that nobody waits for an answer on them
+                connection.close()
+            found.clear()
         for connection in found.values():
             opened.enter_context(connection)
-        if (problem := first_obstacle(process_group, problem)) is not None:
+        if (problem := meeting.first_obstacle(problem, longer_s=_DEADLINE_S)) is not None:
             return [], problem
         return [found[r].detach() if r in found else -1 for r in range(len(offers))], None
 
@@ -96,9 +103,25 @@ def _address() -> str:
     return "127.0.0.1"
 
 
-def _meet(rank: int, offers: list[_Offer], listener: socket.socket, found: dict[int, socket.socket]) -> None:
+def _check_room(world_size: int) -> None:
+    """Raise OSError unless this process may open as many files as connections need: the others would wait in vain."""
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(world_size + 1):
+                opened.callback(os.close, os.eventfd(0))
+        except OSError as error:
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: connections of {world_size} ranks need {world_size + 1} more than this process has "
+                f"open, of at most {most}; raise that (ulimit -n)",
+            ) from None
+
+
+def _meet(meeting: Meeting, offers: list[_Offer], listener: socket.socket, found: dict[int, socket.socket]) -> None:
     """Call all lower ranks, be called by all higher ones; both sides show that they have read the group's store."""
     deadline = time.monotonic() + _DEADLINE_S
+    rank = meeting.rank
     mine = offers[rank].token
     for r in range(rank):
         found[r] = connection = socket.create_connection(offers[r].address, _left(deadline))
@@ -108,8 +131,13 @@ def _meet(rank: int, offers: list[_Offer], listener: socket.socket, found: dict[
             raise OSError(f"somebody else answers where rank {r} should")
         _prepare(connection)
     while len(found) < len(offers) - 1:
-        listener.settimeout(_left(deadline))
-        connection, _ = listener.accept()
+        listener.settimeout(min(_left(deadline), _LOOK_S))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            if (problem := meeting.told()) is not None:
+                raise OSError(f"another has given up: {problem}") from None
+            continue
         connection.settimeout(_HELLO_S)
         try:
             hello = _receive(connection, _TOKEN_BYTES + 4)

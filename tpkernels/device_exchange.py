@@ -90,7 +90,7 @@ class DeviceExchange(ProcessGroupExchange):
         self.raise_given_up()  # before this rank says anything: nobody may take it for one that goes on
         self._agreed += 1
         self._call += 1  # it belongs to the call after the last one; `wait` knows its number
-        keys = [f"tpkernels/{self._label}/agree/{self._agreed}/{r}" for r in range(self._world_size)]
+        keys = [f"{self._label}/agree/{self._agreed}/{r}" for r in range(self._world_size)]
         self._store.set(keys[self._rank], json.dumps(numbers))
         deadline = time.monotonic() + self._timeout_s
         while True:

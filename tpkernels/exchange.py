@@ -49,7 +49,9 @@ class Watch:
     ) -> None:
         self._label, self._timeout_s, self._pids = label, timeout_s, list(pids)
         self._rank, self._world_size = process_group.rank(), process_group.size()
-        self._store = dist.distributed_c10d._get_process_group_store(process_group)
+        store = dist.distributed_c10d._get_process_group_store(process_group)
+        # By a name of our own: who holds the object itself keeps group.py from noticing that the process group is gone.
+        self._store: Any = None if store is None else dist.distributed_c10d.PrefixStore("tpkernels", store)
 
     def look(self, call: int, late: bool, ended: bool, backend: str) -> None:
         """Raise what is known to have gone wrong, and something has when the deadline has passed or the wait ended.
@@ -77,7 +79,7 @@ class Watch:
 
     def _trouble(self, call: int) -> _Trouble | None:
         """What is known to have gone wrong: a dead process, a rank that left, a rank that gave up."""
-        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and _is_dead(pid)]
+        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and is_dead(pid)]
         if dead:
             return _Trouble(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})", dead, False)
         for r, (what, last, culprits, late) in self._told().items():
@@ -107,14 +109,14 @@ class Watch:
 
     def _tell(self, what: str, call: int, culprits: list[int], late: bool) -> None:
         with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-            self._store.set(f"tpkernels/{self._label}/{self._rank}", json.dumps([what, call, culprits, late]))
+            self._store.set(f"{self._label}/{self._rank}", json.dumps([what, call, culprits, late]))
 
     def _told(self) -> dict[int, tuple[str, int, list[int], bool]]:
         """The last words of other ranks."""
         told: dict[int, tuple[str, int, list[int], bool]] = {}
         with contextlib.suppress(Exception):
             for r in self._others():
-                key = f"tpkernels/{self._label}/{r}"
+                key = f"{self._label}/{r}"
                 if self._store.check([key]):
                     told[r] = tuple(json.loads(self._store.get(key)))
         return told
@@ -140,8 +142,9 @@ class ProcessGroupExchange(Watch):
     ) -> None:
         super().__init__(process_group, label, timeout_s, pids)
         self._group = process_group
-        self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
-        self._receive = torch.empty(capacity, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode(False):  # wherever it is opened: they are written to everywhere
+            self._send = torch.empty(capacity, dtype=torch.uint8, device=self.device)
+            self._receive = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         self._work: Any = None
         self._works: list[Any] = []
         self.capacity = capacity
@@ -216,6 +219,7 @@ class ProcessGroupExchange(Watch):
         # The end of a process group of gloo waits for what is under way, which a lost rank never answers.
         if self.device.type == "cpu" and all(work.is_completed() for work in self._works):
             self._works = []
+            self._send = self._receive = torch.empty(0, dtype=torch.uint8)  # C++ has made its last call
             del self._group
 
     def _wait_for(self, work: dist.Work, call: int, deadline: float) -> None:
@@ -229,7 +233,7 @@ class ProcessGroupExchange(Watch):
                 self.look(call, late, ended, str(error).strip().splitlines()[0])
 
 
-def _is_dead(pid: int) -> bool:
+def is_dead(pid: int) -> bool:
     """Whether a process of this host is gone; a zombie that nobody has reaped yet counts as gone."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpkernels.devices import device_of
 from tpkernels.opening import TRANSPORTS, open_communicator
+from tpkernels.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
 
 # Strong: a graph that waits for its backward knows only the name of its group.
 _open_groups: dict[str, Group] = {}
 _default: Group | None = None
 _CPU = torch.device("cpu")
+_FOREVER_S = 1e8  # three years: what an infinite timeout_s is to clocks that count nanoseconds
+_of_the_parent: list[Group] = []  # in a forked child
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Group:
         self._address: int = communicator.address  # for the short way of ops/_plain.py; 0: there is none
         self._reason = reason
         _open_groups[self.name] = self
+        if process_group is not None:
+            _close_with(process_group, self.name)
 
     @classmethod
     def open(
@@ -94,12 +100,13 @@ class Group:
         Args:
             process_group_or_mesh_dim: a c10d group, a one-dimensional DeviceMesh, or (mesh, dimension). None means all
                 ranks of the default process group, or a group of one when torch.distributed is not initialised.
-            timeout_s: seconds that any wait may take, the same on all ranks.
+            timeout_s: seconds that any wait may take, that for the other ranks here included; the same on all ranks.
+                math.inf: as long as no rank is lost.
             arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
                 messages, the rest for `group.empty` and for products that GEMMs write in place. Default 16 MiB on the
-                CPU, 128 MiB on a GPU.
+                CPU, or what /dev/shm has room for if that is less, down to 1 MiB; 128 MiB on a GPU.
             transport: "auto", "shm", "peer" or "group". auto takes shared memory ("shm" on the CPU, "peer" on GPUs)
-                when all ranks run on one host and can.
+                when all ranks run on one host and can; `explain()` says why it did not.
             device: "cpu", "cuda" (the current GPU) or "cuda:1"; the same kind on all ranks. None means CUDA when the
                 process group carries tensors of GPUs by NCCL, else the CPU.
             multicast: let the switch between the GPUs take large sums (NVLink SHARP). All ranks still hold the same
@@ -107,18 +114,23 @@ class Group:
 
         Raises:
             ValueError: arguments that do not fit, or that differ between ranks.
-            RuntimeError: a rank cannot use CUDA; says why and what to do.
-            OSError: shared memory cannot be reserved; says what is needed and what there is.
+            RuntimeError: a rank cannot use CUDA; says why and what to do. Or the ranks run different builds of
+                tpkernels, or this process was forked from the one that made the process group.
+            OSError: the shared memory that arena_bytes or transport="shm" ask for cannot be reserved; says what is
+                needed and what there is.
+            TimeoutError, PeerLostError: ranks did not come within timeout_s, or ended; names them.
         """
         _check_open(timeout_s, arena_bytes)
-        process_group, label = _process_group_of(process_group_or_mesh_dim)
+        process_group, label = process_group_of(process_group_or_mesh_dim)
+        check_usable(process_group, label)
         where = device_of(process_group, device)
         if transport not in TRANSPORTS[where.type]:
             raise ValueError(
                 f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[where.type]))} on {where.type}, "
                 f"got {transport!r}"
             )
-        opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport, multicast)
+        waits_s = min(float(timeout_s), _FOREVER_S)
+        opened = open_communicator(process_group, label, where, waits_s, arena_bytes, transport, multicast)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
 
     @property
@@ -225,7 +237,10 @@ class Group:
 
         A CUDA graph that has calls of this group must not be launched any more.
         """
-        self._communicator.close()
+        self._close("this rank closed the group")
+
+    def _close(self, why: str) -> None:
+        self._communicator.close(why)
         # A process group that is still there when Python ends can end the process by a signal: a thread of gloo lets
         # go of a tensor, wants Python for it, and is cancelled. Models keep their groups, so the groups let go.
         self._closed, self._process_group = True, None
@@ -257,13 +272,15 @@ class Group:
 
 
 def resolve(group: Group | None) -> Group:
-    """The group itself, or for None all ranks of the default process group, opened once and kept."""
+    """The group itself, or for None all ranks of the default process group that there is now, opened once and kept."""
     if group is not None:
         if not isinstance(group, Group):
             raise TypeError(f"group must be a tpkernels.Group or None, got {type(group).__name__}")
         return group
     global _default
-    if _default is None or (_default.process_group is None) == dist.is_initialized():
+    if _default is None or _default._process_group is not dist.group.WORLD:
+        if _default is not None:
+            _default._close(DESTROYED)
         _default = Group.open()
     return _default
 
@@ -286,36 +303,37 @@ def _restore(name: str, label: str) -> Group:
 
 
 def _check_open(timeout_s: float, arena_bytes: int | None) -> None:
-    if not timeout_s > 0:
-        raise ValueError(f"Group.open: timeout_s must be positive, got {timeout_s}")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, SupportsFloat):
+        raise TypeError(f"Group.open: timeout_s must be a number of seconds, got {type(timeout_s).__name__}")
+    if not float(timeout_s) > 0:
+        raise ValueError(f"Group.open: timeout_s must be positive (math.inf: no limit), got {timeout_s}")
     if arena_bytes is not None and (not isinstance(arena_bytes, int) or arena_bytes < 1 << 18):
         raise ValueError(f"Group.open: arena_bytes must be an int of at least {1 << 18}, got {arena_bytes!r}")
 
 
-def _process_group_of(
-    where: dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None,
-) -> tuple[dist.ProcessGroup | None, str]:
-    if where is None:
-        return (dist.group.WORLD, "world") if dist.is_initialized() else (None, "local")
-    if isinstance(where, tuple):
-        mesh, dim = where
-        group = mesh.get_group(dim)
-        return group, dim if isinstance(dim, str) else (group.group_desc or group.group_name)
-    if isinstance(where, DeviceMesh):
-        if where.ndim != 1:
-            raise ValueError(f"Group.open: a mesh of {where.ndim} dimensions needs a dimension: (mesh, name or index)")
-        names = where.mesh_dim_names
-        return where.get_group(), names[0] if names else "mesh"
-    if isinstance(where, dist.ProcessGroup):
-        world = where is dist.group.WORLD
-        desc = where.group_desc
-        return where, "world" if world else (desc if desc and desc != "undefined" else where.group_name)
-    if where is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("Group.open: this rank does not belong to the process group")
-    raise TypeError(
-        "Group.open: expected a ProcessGroup, a DeviceMesh, (DeviceMesh, dimension) or None, "
-        f"got {type(where).__name__}"
-    )
+def _close_with(process_group: dist.ProcessGroup, name: str) -> None:
+    """Close the group of that name when the process group is destroyed.
+
+    Ops need no process group over shared memory, so that nothing else would tell them that its ranks are no more.
+    """
+
+    def gone() -> None:
+        if (group := _open_groups.get(name)) is not None:
+            with contextlib.suppress(Exception):
+                group._close(DESTROYED)
+
+    when_destroyed(process_group, gone)
+
+
+def _forget_the_parent() -> None:
+    """In a forked child: not even the end of the parent's groups is this process's to make, so they are kept."""
+    global _default
+    _default = None
+    _of_the_parent.extend(_open_groups.values())
+    _open_groups.clear()
+
+
+os.register_at_fork(after_in_child=_forget_the_parent)
 
 
 def _close_all() -> None:

@@ -15,13 +15,13 @@ from tpkernels.connections import connect
 from tpkernels.device_exchange import DeviceExchange
 from tpkernels.devices import backend_of, load_cuda
 from tpkernels.exchange import ProcessGroupExchange, Watch
+from tpkernels.meeting import Meeting
 from tpkernels.peer import check_gpus, obstacle_to_peers, open_peer
 from tpkernels.rendezvous import (
     Gpu,
     RankInfo,
     Wanted,
     check_same,
-    gather,
     obstacle_to_one_host,
     open_shm,
     rounded_to_pages,
@@ -32,7 +32,7 @@ _ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 _log = logging.getLogger("tpkernels")
-_opened: dict[str, int] = {}  # how often each process group was opened: names are the same on all ranks
+_opened: dict[str, int] = {}  # the last number that a group over a process group of this name got
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def open_communicator(
         ValueError: the ranks asked for different things, or for a transport that they cannot have.
         RuntimeError: a rank cannot use its device.
         OSError: memory cannot be reserved.
+        TimeoutError, PeerLostError: ranks did not come, or ended; names them.
     """
     if multicast and (device.type == "cpu" or transport == "group"):
         raise ValueError(
@@ -67,25 +68,32 @@ def open_communicator(
     if process_group is None:
         if obstacle is not None:
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
-        return Opened(_open_local(kernels, unique_name("local"), label, device), "one process")
-    nbytes = rounded_to_pages(arena_bytes or _ARENA_BYTES[device.type])
-    wanted = Wanted(timeout_s, nbytes, transport, device.type, multicast)
-    gpu = Gpu.of(device) if kernels is not None else None
-    ranks = gather(process_group, RankInfo.here(wanted, gpu, obstacle))
+        return Opened(_open_local(kernels, unique_name("local", 0), label, device), "one process")
+    wanted = Wanted(timeout_s, arena_bytes, transport, device.type, multicast)
+    gpu, base = Gpu.of(device) if kernels is not None else None, process_group.group_name
+    meeting = Meeting(process_group, label, timeout_s)
+    ranks, warning = meeting.begin(RankInfo.here(wanted, gpu, obstacle, _opened.get(base, 0)))
     check_same(ranks)
-    name = unique_name(process_group.group_name)
+    meeting.watch(_pids_here(process_group, ranks))
+    if warning is not None and process_group.rank() == 0:
+        _log.warning("group '%s': %s", label, warning)
+    name = unique_name(base, max(info.opened for info in ranks))
     if len(ranks) == 1:
         return Opened(_open_local(kernels, name, label, device), "one rank")
     if kernels is None:
         tune.load()
-        return _open_cpu(process_group, name, label, wanted, ranks)
-    return _open_cuda(process_group, name, label, wanted, ranks, device, kernels)
+        return _open_cpu(process_group, meeting, name, label, wanted, ranks)
+    return _open_cuda(process_group, meeting, name, label, wanted, ranks, device, kernels)
 
 
-def unique_name(base: str) -> str:
-    """A name that no other group of this process has, and the same on all ranks that open the same groups."""
-    _opened[base] = _opened.get(base, 0) + 1
+def unique_name(base: str, opened: int) -> str:
+    """A name that no other group of this process has, and the same on all ranks: `opened` is the most of any rank."""
+    _opened[base] = max(_opened.get(base, 0), opened) + 1
     return f"{base}/{_opened[base]}"
+
+
+def _arena_bytes(wanted: Wanted) -> int:
+    return rounded_to_pages(wanted.arena_bytes or _ARENA_BYTES[wanted.device])
 
 
 def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> Any:
@@ -93,13 +101,21 @@ def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> An
 
 
 def _open_cpu(
-    process_group: dist.ProcessGroup, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo]
+    process_group: dist.ProcessGroup,
+    meeting: Meeting,
+    name: str,
+    label: str,
+    wanted: Wanted,
+    ranks: Sequence[RankInfo],
 ) -> Opened:
     obstacle = "transport='group' was asked for" if wanted.transport == "group" else obstacle_to_one_host(ranks)
     if obstacle is None:
-        communicator, obstacle = open_shm(process_group, name, label, wanted, ranks)
+        communicator, found = open_shm(meeting, name, label, wanted, ranks, _arena_bytes(wanted))
         if communicator is not None:
-            return Opened(communicator, "all ranks run on one host and share its memory")
+            return Opened(communicator, found)
+        obstacle = found
+        if meeting.rank == 0:
+            _log.warning("group '%s' of %d ranks does without shared memory: %s", label, len(ranks), obstacle)
     if wanted.transport == "shm":
         raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
     if backend_of(process_group, "cpu") is None:
@@ -110,7 +126,7 @@ def _open_cpu(
         )
     rank, pids = process_group.rank(), _pids_here(process_group, ranks)
     timeout_s, capacity = wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
-    sockets, no_sockets = connect(process_group)
+    sockets, no_sockets = connect(process_group, meeting)
     if no_sockets is None:
         watch = Watch(process_group, name, timeout_s, pids)
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
@@ -122,6 +138,7 @@ def _open_cpu(
 
 def _open_cuda(
     process_group: dist.ProcessGroup,
+    meeting: Meeting,
     name: str,
     label: str,
     wanted: Wanted,
@@ -134,7 +151,9 @@ def _open_cuda(
     if wanted.transport != "group":
         obstacle = obstacle_to_peers(ranks, kernels.limits()["max_peers"])
     if obstacle is None:
-        communicator, found = open_peer(process_group, name, label, wanted, ranks, device, kernels)
+        communicator, found = open_peer(
+            process_group, meeting, name, label, wanted, _arena_bytes(wanted), ranks, device, kernels
+        )
         if communicator is not None:
             return Opened(communicator, found)
         obstacle = found

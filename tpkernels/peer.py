@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tpkernels.rendezvous import RankInfo, Wanted, first_obstacle, obstacle_to_one_host
+from tpkernels.meeting import Meeting
+from tpkernels.rendezvous import RankInfo, Wanted, obstacle_to_one_host
 
 # torch's own switch: two ranks on one GPU take turns on it, which is right for tests of small sizes and nothing else.
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -63,9 +64,11 @@ def obstacle_to_peers(ranks: Sequence[RankInfo], max_peers: int) -> str | None:
 
 def open_peer(
     process_group: dist.ProcessGroup,
+    meeting: Meeting,
     name: str,
     label: str,
     wanted: Wanted,
+    nbytes: int,
     ranks: Sequence[RankInfo],
     device: torch.device,
     kernels: Any,
@@ -74,12 +77,12 @@ def open_peer(
 
     Raises the same error on every rank: OSError where an arena does not fit.
     """
-    rank, problems = process_group.rank(), _Problems(process_group)
+    rank, problems = process_group.rank(), _Problems(meeting)
     problems.note(_unreachable(ranks, rank))
     if (failure := problems.first()) is not None:
         return None, failure
-    with problems.of(f"rank {rank} could not allocate {wanted.arena_bytes} bytes of symmetric memory on {device}"):
-        arena = _allocate(wanted.arena_bytes, device)
+    with problems.of(f"rank {rank} could not allocate {nbytes} bytes of symmetric memory on {device}"):
+        arena = _allocate(nbytes, device)
     if (failure := problems.first()) is not None:
         if "out of memory" in failure:
             raise OSError(f"Group.open: {failure}. Pass a smaller arena_bytes, or free memory of that GPU")
@@ -97,7 +100,7 @@ def open_peer(
         torch.cuda.synchronize(device)
         communicator = kernels.open_peer(
             name, label, rank, len(ranks), wanted.timeout_s, device.index, arenas.pointers, multicast,
-            wanted.arena_bytes, arenas.keeps,
+            nbytes, arenas.keeps,
         )  # fmt: skip
     if (failure := problems.first()) is not None:  # behind it, every rank has zeroed its signals
         if communicator is not None:
@@ -110,8 +113,8 @@ def open_peer(
 class _Problems:
     """What goes wrong on any rank, shared with all of them at each step, so that they go on or turn back together."""
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self._process_group = process_group
+    def __init__(self, meeting: Meeting) -> None:
+        self._meeting = meeting
         self._mine: str | None = None
 
     def note(self, problem: str | None) -> None:
@@ -130,7 +133,7 @@ class _Problems:
 
     def first(self) -> str | None:
         """The problem of the first rank that had one in the last step, on every rank; all ranks call this."""
-        return first_obstacle(self._process_group, self._mine)
+        return self._meeting.first_obstacle(self._mine)
 
 
 def _unreachable(ranks: Sequence[RankInfo], rank: int) -> str | None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from tpkernels import _C
-from tpkernels.devices import backend_of
+from tpkernels.meeting import Meeting
 
 _SHM_FOLDER = "/dev/shm"
 _PAGE = 4096
-
-_gathers: dict[str, int] = {}  # how often the store of each process group was used: keys are the same on all ranks
+# What is better than no shared memory: an eighth of it is a slot, and messages go in pieces of a slot.
+_LEAST_ARENA_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Wanted:
     """What a rank asked of Group.open; must be the same on all of them."""
 
     timeout_s: float
-    arena_bytes: int
+    arena_bytes: int | None
     transport: str
     device: str
     multicast: bool
@@ -58,11 +55,12 @@ class RankInfo:
     cores: frozenset[int]
     gpu: Gpu | None = None
     obstacle: str | None = None  # to working on the wanted device at all
+    opened: int = 0  # groups so far over process groups of this name: names are the same on all ranks
 
     @classmethod
-    def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None) -> RankInfo:
+    def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None, opened: int = 0) -> RankInfo:
         """This process."""
-        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle)
+        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle, opened)
 
 
 def _host_identity() -> str:
@@ -80,30 +78,6 @@ def _host_identity() -> str:
 def rounded_to_pages(n: int) -> int:
     """n bytes, rounded up to whole pages."""
     return -(-n // _PAGE) * _PAGE
-
-
-def gather(process_group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """What every rank has, in rank order."""
-    if backend_of(process_group, "cpu") is None:
-        return _gather_by_store(process_group, mine)
-    everyone: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(everyone, mine, group=process_group)
-    return everyone
-
-
-def _gather_by_store(process_group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """The same without a GPU: ranks that chose a wrong one must be able to say so."""
-    name = process_group.group_name
-    _gathers[name] = _gathers.get(name, 0) + 1
-    store = dist.distributed_c10d._get_process_group_store(process_group)
-    keys = [f"tpkernels/gather/{_gathers[name]}/{r}" for r in range(process_group.size())]
-    store.set(keys[process_group.rank()], pickle.dumps(mine))  # type: ignore[arg-type]  # the stub forgets bytes
-    return [pickle.loads(store.get(key)) for key in keys]
-
-
-def first_obstacle(process_group: dist.ProcessGroup, mine: str | None) -> str | None:
-    """The obstacle of the first rank that has one, on every rank."""
-    return next((obstacle for obstacle in gather(process_group, mine) if obstacle is not None), None)
 
 
 def check_same(ranks: Sequence[RankInfo]) -> None:
@@ -127,49 +101,100 @@ def obstacle_to_one_host(ranks: Sequence[RankInfo]) -> str | None:
 
 
 def open_shm(
-    process_group: dist.ProcessGroup, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo]
-) -> tuple[_C.Communicator | None, str | None]:
-    """The communicator, or why shared memory cannot be used here. Raises the same error on every rank."""
-    rank, world_size = process_group.rank(), len(ranks)
-    fd, failure = _reserve(wanted.arena_bytes * world_size, world_size) if rank == 0 else (-1, None)
-    offer: list[Any] = [(os.getpid(), fd, failure)]
-    dist.broadcast_object_list(offer, src=dist.get_global_rank(process_group, 0), group=process_group)
-    owner, owner_fd, failure = offer[0]
-    if failure is not None:
-        raise OSError(errno.ENOSPC, failure)
-    communicator: _C.Communicator | None = None
-    obstacle: str | None = None
-    try:
-        if rank != 0:
-            fd = os.open(f"/proc/{owner}/fd/{owner_fd}", os.O_RDWR)
-        cores = len(frozenset().union(*(r.cores for r in ranks)))
-        communicator = _C.open_shm(
-            name, label, rank, world_size, wanted.timeout_s, fd, wanted.arena_bytes, [r.pid for r in ranks], cores
-        )
-    except (OSError, RuntimeError) as error:
-        obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
-    obstacle = first_obstacle(process_group, obstacle)
-    if fd >= 0:
-        os.close(fd)
-    if obstacle is not None and communicator is not None:
-        communicator.close()
-    return (None, obstacle) if obstacle is not None else (communicator, None)
+    meeting: Meeting, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo], most: int
+) -> tuple[_C.Communicator | None, str]:
+    """The communicator and what is to be said of it, or None and why shared memory cannot be used here.
+
+    `most` bytes for each rank; less where there is no room for them and the caller of Group.open named no size.
+
+    Raises:
+        OSError: rank 0 cannot reserve what was asked for, by arena_bytes or by transport="shm"; the same on all ranks.
+    """
+    rank, world_size = meeting.rank, len(ranks)
+    least = most if wanted.arena_bytes is not None else min(most, _LEAST_ARENA_BYTES)
+    with contextlib.ExitStack() as opened:
+        made = _reserve(most, least, world_size) if rank == 0 else _Reserved()
+        if made.fd >= 0:
+            opened.callback(os.close, made.fd)
+        offer = meeting.gather(replace(made, owner=os.getpid()))[0]
+        if offer.failure is not None:
+            if wanted.arena_bytes is not None or wanted.transport == "shm":
+                raise OSError(offer.errno, f"Group.open: {offer.failure}")
+            return None, offer.failure
+        communicator: _C.Communicator | None = None
+        obstacle: str | None = None
+        try:
+            fd = made.fd
+            if rank != 0:
+                fd = os.open(f"/proc/{offer.owner}/fd/{offer.fd}", os.O_RDWR)
+                opened.callback(os.close, fd)
+            cores = len(frozenset().union(*(r.cores for r in ranks)))
+            communicator = _C.open_shm(
+                name, label, rank, world_size, wanted.timeout_s, fd, offer.nbytes, [r.pid for r in ranks], cores
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
+        with contextlib.ExitStack() as unless_all_have_it:
+            if communicator is not None:
+                unless_all_have_it.callback(communicator.close)
+            if (obstacle := meeting.first_obstacle(obstacle)) is not None:
+                return None, obstacle
+            unless_all_have_it.pop_all()
+    less = f", in arenas of {offer.nbytes} bytes because {offer.note}" if offer.note else ""
+    return communicator, f"all ranks run on one host and share its memory{less}"
 
 
-def _reserve(total: int, world_size: int) -> tuple[int, str | None]:
-    """A nameless file of shared memory whose pages are all there, or why not."""
+@dataclass(frozen=True)
+class _Reserved:
+    """A nameless file of shared memory whose pages are all there, or why there is none."""
+
+    fd: int = -1
+    nbytes: int = 0  # for each rank
+    note: str = ""  # why less than asked for
+    failure: str | None = None
+    errno: int = errno.ENOSPC
+    owner: int = 0  # its process
+
+
+def _reserve(most: int, least: int, world_size: int) -> _Reserved:
     try:
         fd = os.open(_SHM_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError as error:
-        return -1, f"Group.open: cannot create shared memory in {_SHM_FOLDER}: {error.strerror}"
-    try:
-        os.posix_fallocate(fd, 0, total)
-    except OSError as error:
-        os.close(fd)
-        space = os.statvfs(_SHM_FOLDER)
-        return -1, (
-            f"Group.open: the arenas of {world_size} ranks need {total} bytes of {_SHM_FOLDER}, which has "
-            f"{space.f_bavail * space.f_frsize} bytes free ({error.strerror}). Pass a smaller arena_bytes "
-            f"(now {total // world_size} a rank) or enlarge {_SHM_FOLDER} (docker: --shm-size)."
-        )
-    return fd, None
+        failure = f"cannot create shared memory in {_SHM_FOLDER}: {error.strerror}. {_needed(error)}"
+        return _Reserved(failure=failure, errno=error.errno or errno.ENOSPC)
+    nbytes, note = most, ""
+    while True:
+        try:
+            os.posix_fallocate(fd, 0, nbytes * world_size)
+            return _Reserved(fd, nbytes, note)
+        except OSError as error:
+            os.ftruncate(fd, 0)
+            if not note:
+                note = _no_room(nbytes, world_size, error)
+            if nbytes // 2 >= least:
+                nbytes = rounded_to_pages(nbytes // 2)
+                continue
+            os.close(fd)
+            return _Reserved(
+                failure=f"{note}. Pass a smaller arena_bytes (now {most} a rank) or enlarge {_SHM_FOLDER} "
+                "(docker: --shm-size)",
+                errno=error.errno or errno.ENOSPC,
+            )
+
+
+def _no_room(nbytes: int, world_size: int, error: OSError) -> str:
+    space = os.statvfs(_SHM_FOLDER)
+    return (
+        f"the arenas of {world_size} ranks need {nbytes * world_size} bytes of {_SHM_FOLDER}, which has "
+        f"{space.f_bavail * space.f_frsize} bytes free ({error.strerror})"
+    )
+
+
+def _needed(error: OSError) -> str:
+    """What a machine must have that cannot make a nameless file."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise the number of files that a process may open (ulimit -n), or close some"
+    return (
+        f"It must be a tmpfs that this user can write to and that has an inode left (ramfs and others have no "
+        f"nameless files): mount -t tmpfs tmpfs {_SHM_FOLDER}"
+    )

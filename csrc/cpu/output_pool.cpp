@@ -1,5 +1,6 @@
 #include "output_pool.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -24,6 +25,9 @@ Pool& pool() {
   static Pool* instance = new Pool;
   return *instance;
 }
+// A fork waits for who holds it, so that the child can use it.
+[[maybe_unused]] const int pool_at_fork =
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
 // Sizes in steps of an eighth of their power of two, so that a block serves sizes near its own.
 size_t rounded(size_t bytes) {

@@ -11,6 +11,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 
 #include "../check.h"
 #include "../errors.h"
@@ -38,6 +39,18 @@ inline uint32_t* futex_word(const std::atomic<uint64_t>& word) {
   return reinterpret_cast<uint32_t*>(const_cast<std::atomic<uint64_t>*>(&word));
 }
 
+// Where there is no pidfd (an old kernel, seccomp, no descriptors left): whether the process has ended. One that its
+// parent has not reaped yet has.
+bool is_gone(int pid) {
+  if (kill(pid, 0) != 0 && errno == ESRCH) return true;
+  std::ifstream file(concat("/proc/", pid, "/stat"));
+  std::string text;
+  if (!std::getline(file, text)) return false;
+  const size_t name_ends = text.rfind(')');  // the state comes next: ") S "
+  return name_ends != std::string::npos && name_ends + 2 < text.size() &&
+         (text[name_ends + 2] == 'Z' || text[name_ends + 2] == 'X');
+}
+
 }  // namespace
 
 ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
@@ -57,21 +70,45 @@ ShmCommunicator::ShmCommunicator(std::string name, std::string label, int rank, 
   }
   base_ = static_cast<char*>(memory);
   heap_.reset(arena(rank) + layout_.heap_offset(), layout_.heap_bytes());
+  inputs_.resize(static_cast<size_t>(world_size));
+  outputs_.resize(static_cast<size_t>(world_size) + 1);
   for (int r = 0; r < world_size; ++r) {
     pidfds_.push_back(static_cast<int>(syscall(SYS_pidfd_open, pids_[static_cast<size_t>(r)], 0)));
   }
 }
 
-ShmCommunicator::~ShmCommunicator() {
-  for (int fd : pidfds_) {
+ShmCommunicator::~ShmCommunicator() { unmap(); }
+
+void ShmCommunicator::unmap() {
+  for (int& fd : pidfds_) {
     if (fd >= 0) ::close(fd);
+    fd = -1;
   }
   if (base_ != nullptr) munmap(base_, layout_.arena_bytes * static_cast<size_t>(world_size()));
+  base_ = nullptr;
 }
 
+// No call is in progress, and none comes any more: only tensors of the heap need the memory.
 void ShmCommunicator::do_close() {
   control(rank()).state.store(static_cast<uint32_t>(RankState::Closed), std::memory_order_release);
   wake_sleepers();
+  std::lock_guard<std::mutex> lock(mapping_mutex_);
+  left_ = true;
+  if (heap_blocks_ == 0) unmap();
+}
+
+void* ShmCommunicator::heap_allocate(size_t bytes) {
+  std::lock_guard<std::mutex> lock(mapping_mutex_);
+  if (left_) throw PeerLost(concat("group '", label(), "': its memory is gone, because this rank closed the group"));
+  void* const block = heap_.allocate(bytes);
+  if (block != nullptr) ++heap_blocks_;
+  return block;
+}
+
+void ShmCommunicator::heap_free(void* pointer) {
+  std::lock_guard<std::mutex> lock(mapping_mutex_);
+  heap_.free(pointer);
+  if (--heap_blocks_ == 0 && left_) unmap();
 }
 
 void ShmCommunicator::announce(const CallSpec& spec, const void* input_in_heap) {
@@ -249,7 +286,7 @@ void ShmCommunicator::look_for_trouble(Op op, int other, const std::atomic<uint6
     if (r == rank()) continue;
     pollfd process{pidfds_[static_cast<size_t>(r)], POLLIN, 0};
     const int pid = pids_[static_cast<size_t>(r)];
-    const bool gone = process.fd >= 0 ? poll(&process, 1, 0) > 0 : kill(pid, 0) != 0 && errno == ESRCH;
+    const bool gone = process.fd >= 0 ? poll(&process, 1, 0) > 0 : is_gone(pid);
     const bool closed = control(r).state.load(std::memory_order_acquire) == static_cast<uint32_t>(RankState::Closed);
     if (!gone && !closed) continue;
     const bool owes = r == other ? word.load(std::memory_order_acquire) < target : last_call(r) < call_;

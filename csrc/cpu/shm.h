@@ -19,8 +19,8 @@ class ShmCommunicator final : public Communicator {
   ~ShmCommunicator() override;
 
   const char* transport() const override { return "shm"; }
-  void* heap_allocate(size_t bytes) override { return heap_.allocate(bytes); }
-  void heap_free(void* pointer) override { heap_.free(pointer); }
+  void* heap_allocate(size_t bytes) override;
+  void heap_free(void* pointer) override;
   size_t heap_bytes() const override { return heap_.bytes(); }
 
  protected:
@@ -33,6 +33,7 @@ class ShmCommunicator final : public Communicator {
   void do_close() override;
 
  private:
+  void unmap();
   // --- signals (shm.cpp)
   Control& control(int rank) const { return *reinterpret_cast<Control*>(arena(rank)); }
   char* arena(int rank) const { return base_ + static_cast<size_t>(rank) * layout_.arena_bytes; }
@@ -94,6 +95,12 @@ class ShmCommunicator final : public Communicator {
   std::vector<int> pids_;
   std::vector<int> pidfds_;  // -1 where the kernel has none
   Heap heap_;
+  std::mutex mapping_mutex_;  // of the next two, and of who unmaps
+  size_t heap_blocks_ = 0;    // tensors that lie in the heap: they keep the memory mapped after `close`
+  bool left_ = false;
+  // Of a call in progress: where the parts of all ranks lie; one more output than ranks.
+  std::vector<const void*> inputs_;
+  std::vector<void*> outputs_;
 };
 
 }  // namespace tpk

@@ -23,9 +23,6 @@
 namespace tpk {
 namespace {
 
-using Pointers = std::array<const void*, kMaxRanks>;
-using Outputs = std::array<void*, kMaxRanks>;
-
 // An all_gather moves a quarter of a piece at a time, so that what a rank copies twice is still in its cache.
 constexpr size_t kGatherParts = 4;
 
@@ -42,7 +39,13 @@ Cut chunks_of(const Wire& wire, size_t count, int world_size) {
 }  // namespace
 
 size_t ShmCommunicator::piece_values(const Wire& wire, size_t parts) const {
-  return wire.values_in(std::min(layout_.slot_bytes, kPieceBytes) / parts);
+  const size_t block = wire.bytes(wire.block_values);
+  // The same on all ranks, before any of them has announced anything.
+  TPK_CHECK(parts * block <= layout_.slot_bytes, "group '", label(), "' of ", world_size(), " ranks: ", parts,
+            " blocks of ", block, " bytes (", name_of(wire.dtype), ", codec ", name_of(wire.codec),
+            ") must fit into a slot, which has ", layout_.slot_bytes, " bytes (an eighth of arena_bytes, ",
+            ArenaLayout::kMaxSlotBytes, " at most); open the group with a larger arena_bytes or transport='group'");
+  return std::max(wire.values_in(std::min(layout_.slot_bytes, kPieceBytes) / parts), wire.block_values);
 }
 
 void ShmCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
@@ -80,15 +83,14 @@ void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const Inp
   announce(spec, nullptr);
   if (meanwhile != nullptr) (*meanwhile)();
   hear_all(spec);
-  Pointers inputs;
-  for (int r = 0; r < world_size(); ++r) inputs[static_cast<size_t>(r)] = slot(r, 0);
+  for (int r = 0; r < world_size(); ++r) inputs_[static_cast<size_t>(r)] = slot(r, 0);
   if (wire.is_plain()) {
-    wire.reduce_to_values(inputs.data(), world_size(), out, n);
+    wire.reduce_to_values(inputs_.data(), world_size(), out, n);
   } else {
     // Packed again as a two-shot's owner would, so that the size of a message does not change its bits.
     std::array<char, 2 * kOneShotBytes> packed;
     void* const result = packed.data();
-    wire.reduce(inputs.data(), world_size(), &result, 1, n);
+    wire.reduce(inputs_.data(), world_size(), &result, 1, n);
     wire.decode(result, out, n);
   }
   count(static_cast<uint64_t>(world_size() - 1) * wire.bytes(n));
@@ -123,14 +125,12 @@ void ShmCommunicator::reduce_chunk(const Wire& wire, const Input& in, void* out,
                                    size_t piece) {
   const size_t offset = wire.offset(chunks.start(rank()));
   const size_t value_offset = (start + chunks.start(rank())) * wire.value_bytes;
-  Pointers inputs;
-  Outputs outputs;
   for (int r = 0; r < world_size(); ++r) {
     const bool direct = wire.is_plain() && r == rank();
-    inputs[static_cast<size_t>(r)] = direct ? at(in.values(), value_offset) : slot(r, piece) + offset;
-    outputs[static_cast<size_t>(r)] = direct ? at(out, value_offset) : slot(r, piece) + offset;
+    inputs_[static_cast<size_t>(r)] = direct ? at(in.values(), value_offset) : slot(r, piece) + offset;
+    outputs_[static_cast<size_t>(r)] = direct ? at(out, value_offset) : slot(r, piece) + offset;
   }
-  wire.reduce(inputs.data(), world_size(), outputs.data(), world_size(), chunks.size(rank()));
+  wire.reduce(inputs_.data(), world_size(), outputs_.data(), world_size(), chunks.size(rank()));
   const size_t others = static_cast<size_t>(world_size() - 1);
   const size_t chunk_bytes = wire.bytes(chunks.size(rank()));
   count(wire.bytes(chunks.total()) - chunk_bytes + others * chunk_bytes);
@@ -161,10 +161,9 @@ void ShmCommunicator::two_shot_read(const CallSpec& spec, const Wire& wire, void
   for (size_t p = 0; p < pieces; ++p) {
     const Cut chunks = chunks_of(wire, std::min(piece, n - p * piece), world_size());
     const size_t mine = chunks.start(rank()) * wire.value_bytes, base = p * piece * wire.value_bytes;
-    Pointers inputs;
-    for (int r = 0; r < world_size(); ++r) inputs[static_cast<size_t>(r)] = heap_input(r) + base + mine;
+    for (int r = 0; r < world_size(); ++r) inputs_[static_cast<size_t>(r)] = heap_input(r) + base + mine;
     void* const outputs[2] = {at(out, base + mine), slot(rank(), p) + mine};
-    wire.reduce(inputs.data(), world_size(), outputs, 2, chunks.size(rank()));
+    wire.reduce(inputs_.data(), world_size(), outputs, 2, chunks.size(rank()));
     signal(2 + p);
     wait_all(spec.op, 2 + p);
     for (int r = 0; r < world_size(); ++r) {
@@ -180,14 +179,12 @@ void ShmCommunicator::two_shot_read(const CallSpec& spec, const Wire& wire, void
 void ShmCommunicator::two_shot_in_place(const CallSpec& spec, const Wire& wire, void* data, size_t n) {
   const Cut chunks = chunks_of(wire, n, world_size());
   const size_t mine = chunks.start(rank()) * wire.value_bytes;
-  Pointers inputs;
-  Outputs outputs;
   for (int r = 0; r < world_size(); ++r) {
     char* theirs = (r == rank() ? static_cast<char*>(data) : heap_input(r)) + mine;
-    inputs[static_cast<size_t>(r)] = theirs;
-    outputs[static_cast<size_t>(r)] = theirs;
+    inputs_[static_cast<size_t>(r)] = theirs;
+    outputs_[static_cast<size_t>(r)] = theirs;
   }
-  wire.reduce(inputs.data(), world_size(), outputs.data(), world_size(), chunks.size(rank()));
+  wire.reduce(inputs_.data(), world_size(), outputs_.data(), world_size(), chunks.size(rank()));
   signal(2);
   wait_all(spec.op, 2);
   count(wire.bytes(n - chunks.size(rank())) + static_cast<size_t>(world_size() - 1) * wire.bytes(chunks.size(rank())));
@@ -225,31 +222,29 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
       signal(1 + p);
       wait_all(spec.op, 1 + p);
     }
-    Pointers inputs;
-    Outputs outputs;  // out first, then back over what was read
-    int num_outputs = 0;
-    outputs[static_cast<size_t>(num_outputs++)] = at(out, p * piece * wire.value_bytes);
+    int num_outputs = 0;  // out first, then back over what was read
+    outputs_[static_cast<size_t>(num_outputs++)] = at(out, p * piece * wire.value_bytes);
     for (int r = 0; r < world_size(); ++r) {
       char* theirs = slot(r, p) + static_cast<size_t>(rank()) * stride;
       const bool direct = r == rank() && wire.is_plain();
-      inputs[static_cast<size_t>(r)] = direct ? at(in.values(), (cut.start(r) + p * piece) * wire.value_bytes) : theirs;
-      if (!direct) outputs[static_cast<size_t>(num_outputs++)] = theirs;
+      inputs_[static_cast<size_t>(r)] =
+          direct ? at(in.values(), (cut.start(r) + p * piece) * wire.value_bytes) : theirs;
+      if (!direct) outputs_[static_cast<size_t>(num_outputs++)] = theirs;
     }
     if (wire.is_plain()) {
-      wire.reduce(inputs.data(), world_size(), outputs.data(), num_outputs, part(rank(), p));
+      wire.reduce(inputs_.data(), world_size(), outputs_.data(), num_outputs, part(rank(), p));
     } else {
-      wire.reduce_to_values(inputs.data(), world_size(), outputs[0], part(rank(), p));
+      wire.reduce_to_values(inputs_.data(), world_size(), outputs_[0], part(rank(), p));
     }
   }
   turn_ += pieces;
 }
 
 void ShmCommunicator::reduce_scatter_read(const CallSpec& spec, const Wire& wire, void* out, const Cut& cut) {
-  Pointers inputs;
   for (int r = 0; r < world_size(); ++r) {
-    inputs[static_cast<size_t>(r)] = heap_input(r) + cut.start(rank()) * wire.value_bytes;
+    inputs_[static_cast<size_t>(r)] = heap_input(r) + cut.start(rank()) * wire.value_bytes;
   }
-  wire.reduce_to_values(inputs.data(), world_size(), out, cut.size(rank()));
+  wire.reduce_to_values(inputs_.data(), world_size(), out, cut.size(rank()));
   count(wire.bytes(cut.total() - cut.size(rank())));
   signal(2);
   wait_all(spec.op, 2);  // nobody may change its input while another reads it

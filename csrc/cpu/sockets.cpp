@@ -133,6 +133,8 @@ bool SocketExchange::sleep() {
 void SocketExchange::close(uint64_t last_call) {
   watch_->leave(last_call);  // first, so that who finds the connection closed finds out why
   disconnect();
+  send_.reset();
+  receive_.reset();
 }
 
 void SocketExchange::disconnect() {

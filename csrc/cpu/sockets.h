@@ -57,7 +57,7 @@ class SocketExchange final : public Exchange {
   const size_t rank_, capacity_;
   const double timeout_s_;
   const std::unique_ptr<Watch> watch_;
-  const std::unique_ptr<char[]> send_, receive_;
+  std::unique_ptr<char[]> send_, receive_;
   std::string lost_;  // what the first broken connection looked like
 };
 

@@ -51,7 +51,8 @@ DeviceGroupCommunicator::DeviceGroupCommunicator(std::string name, std::string l
                                                  double timeout_s, int device, std::unique_ptr<DeviceExchange> exchange)
     : DeviceCommunicator(std::move(name), std::move(label), rank, world_size, timeout_s, device),
       exchange_(std::move(exchange)) {
-  TPK_CHECK(world_size <= kMaxRanks, "Group.open: at most ", kMaxRanks, " ranks, got ", world_size);
+  TPK_CHECK(world_size <= kMaxWires, "Group.open: transport 'group' on a device takes at most ", kMaxWires,
+            " ranks, got ", world_size);
   TPK_CHECK(exchange_->capacity() >= static_cast<size_t>(world_size) * 65536,
             "Group.open: the exchange buffers must hold 65536 bytes for each of ", world_size, " ranks, got ",
             exchange_->capacity());

@@ -103,7 +103,7 @@ Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::s
 void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec) {
   const auto comm = communicator_of(Op::AllReduceInplace, group, world_size);
   const Wire& wire = wire_for(Op::AllReduceInplace, x, codec, reduce_op_of("all_reduce_", op));
-  if (x.is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
+  if (in_memory(x).is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
   Tensor copy = dense(x);
   all_reduce_into(Op::AllReduceInplace, *comm, wire, copy, copy);
   copy_into(x, copy);
@@ -151,8 +151,10 @@ Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dty
                                        "); open the group with a larger arena_bytes or free tensors of group.empty"));
   }
   // The tensor keeps the communicator, and so the mapping, alive.
-  return torch::stable::from_blob(memory, shape, strides, device_of(*comm), dtype,
-                                  [comm](void* pointer) { comm->heap_free(pointer); });
+  return torch::stable::from_blob(memory, shape, strides, device_of(*comm), dtype, [comm](void* pointer) {
+    // A forked child has a copy of the tensor; the block is its parent's.
+    if (comm->is_of_this_process()) comm->heap_free(pointer);
+  });
 }
 
 Tensor device_arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype,

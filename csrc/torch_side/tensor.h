@@ -112,9 +112,17 @@ auto made(Make&& make) {
 }
 #endif
 
+// A kernel that is called past the dispatcher can be given a tensor whose values lie nowhere (a ZeroTensor).
+inline const Tensor& in_memory(const Tensor& x) {
+  TPK_CHECK(
+      x.numel() == 0 || x.const_data_ptr() != nullptr,
+      "a tensor without memory (a ZeroTensor?) cannot be read here: call the op through torch.ops, or clone() it");
+  return x;
+}
+
 inline Tensor dense(const Tensor& x) {
-  if (x.is_contiguous()) return x;
-  return made([x] { return torch::stable::contiguous(x); });
+  if (x.is_contiguous()) return in_memory(x);
+  return made([x] { return torch::stable::contiguous(in_memory(x)); });
 }
 
 inline Tensor empty_of(const Tensor& like, const Shape& shape) { return kept(torch::stable::new_empty(like, shape)); }

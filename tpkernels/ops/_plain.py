@@ -81,4 +81,5 @@ def _is_plain_beside(other: Any, grad: bool) -> bool:
         and other.is_cpu
         and other.layout is strided
         and not other.is_neg()
+        and not other._is_zerotensor()
     )

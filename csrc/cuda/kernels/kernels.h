@@ -160,8 +160,9 @@ cudaError_t launch_all_reduce_add_rms_norm(const Peers&, const Call&, const void
 // ---- local (codec.cu): the moves of wire.h on device memory, for transport `group` and for gradients
 cudaError_t launch_encode(DType, Codec, const void* values, void* wire, size_t n, cudaStream_t);
 cudaError_t launch_decode(DType, Codec, const void* wire, void* values, size_t n, cudaStream_t);
+constexpr int kMaxWires = 64;  // ranks whose wires one launch reduces
 struct WireList {
-  const void* wire[kMaxPeers * 8];  // up to 64 ranks
+  const void* wire[kMaxWires];
 };
 // The wire of the reduced values, written to `wire`; the same in values, not packed again.
 cudaError_t launch_reduce_wires(DType, Codec, ReduceOp, const WireList&, int num_inputs, void* wire, size_t n,

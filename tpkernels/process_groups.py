@@ -1,0 +1,70 @@
+"""Process groups of torch: which one is meant, whether it can be used here, and when it is gone."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+# What ops say of a group over such a process group.
+DESTROYED = (
+    "the process group that it was opened over was destroyed; open a group over the new one (a model: make or "
+    "parallelize it again, or set_group where rank and number of ranks are the same)"
+)
+
+# Those of the process that this one was forked from. Kept, because their end waits for threads that are not here.
+_inherited: list[dist.ProcessGroup] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(dist.distributed_c10d._world.pg_map))
+
+
+def process_group_of(
+    where: dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None,
+) -> tuple[dist.ProcessGroup | None, str]:
+    """The process group that an argument of Group.open means, and what messages call it."""
+    if where is None:
+        return (dist.group.WORLD, "world") if dist.is_initialized() else (None, "local")
+    if isinstance(where, tuple):
+        mesh, dim = where
+        group = mesh.get_group(dim)
+        return group, dim if isinstance(dim, str) else (group.group_desc or group.group_name)
+    if isinstance(where, DeviceMesh):
+        if where.ndim != 1:
+            raise ValueError(f"Group.open: a mesh of {where.ndim} dimensions needs a dimension: (mesh, name or index)")
+        names = where.mesh_dim_names
+        return where.get_group(), names[0] if names else "mesh"
+    if isinstance(where, dist.ProcessGroup):
+        world = where is dist.group.WORLD
+        desc = where.group_desc
+        return where, "world" if world else (desc if desc and desc != "undefined" else where.group_name)
+    if where is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("Group.open: this rank does not belong to the process group")
+    raise TypeError(
+        "Group.open: expected a ProcessGroup, a DeviceMesh, (DeviceMesh, dimension) or None, "
+        f"got {type(where).__name__}"
+    )
+
+
+def check_usable(process_group: dist.ProcessGroup | None, label: str) -> None:
+    """Raise unless a group can be opened over the process group in this process."""
+    if process_group is None:
+        return
+    if any(process_group is other for other in _inherited):
+        raise RuntimeError(
+            f"Group.open({label!r}): this process was forked from the one that made the process group, which cannot be "
+            f"used here; call init_process_group in the process that opens the group"
+        )
+    if process_group not in dist.distributed_c10d._world.pg_map:
+        raise ValueError(f"Group.open({label!r}): the process group was destroyed")
+
+
+def when_destroyed(process_group: dist.ProcessGroup, do: Callable[[], None]) -> None:
+    """Call `do` when destroy_process_group has let go of the process group.
+
+    torch tells nobody. What it lets go of is the Python object of the group's store, which nothing else here keeps.
+    """
+    store = dist.distributed_c10d._get_process_group_store(process_group)
+    if store is not None:
+        weakref.finalize(store, do).atexit = False
