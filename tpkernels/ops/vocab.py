@@ -17,7 +17,7 @@ from tpkernels.shard import part_size, part_start
 from ._check import FLOATS, check_size, check_tensor, names
 from ._grad import replicated
 from ._plain import are_plain, direct, shortcut
-from ._register import fake, gradient
+from ._register import communicates, fake, gradient
 
 Call = torch.ops.tpkernels
 _IDS = (torch.int64, torch.int32)
@@ -261,3 +261,5 @@ def _differentiable_gradient(ctx: Any, dloss: Tensor | None, dlse: Tensor | None
 
 
 gradient("vocab_cross_entropy", _vocab_cross_entropy_gradient, _vocab_cross_entropy_context)
+
+communicates("vocab_embedding", "vocab_cross_entropy")
