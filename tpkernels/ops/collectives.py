@@ -18,8 +18,9 @@ from tpkernels.shard import part_sizes
 
 from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
 from ._grad import backward_codec, gather_alike, replicated
+from ._order import communicates
 from ._plain import direct, is_plain, shortcut
-from ._register import communicates, fake, gradient
+from ._register import fake, gradient
 
 Call = torch.ops.tpkernels
 _all_reduce = direct(Call.all_reduce.default)
@@ -346,5 +347,6 @@ gradient("all_gather", _all_gather_gradient, _all_gather_context)
 @fake("device_arena_empty")
 def _device_arena_empty_fake(group: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
 
 communicates("all_reduce", "reduce_scatter", "all_gather")

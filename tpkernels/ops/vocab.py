@@ -16,8 +16,9 @@ from tpkernels.shard import part_size, part_start
 
 from ._check import FLOATS, check_size, check_tensor, names
 from ._grad import replicated
+from ._order import communicates
 from ._plain import are_plain, direct, shortcut
-from ._register import communicates, fake, gradient
+from ._register import fake, gradient
 
 Call = torch.ops.tpkernels
 _IDS = (torch.int64, torch.int32)
