@@ -18,6 +18,7 @@ from tpkernels.shard import part_sizes
 
 from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
 from ._grad import backward_codec, gather_alike, replicated
+from ._order import communicates
 from ._plain import direct, is_plain, shortcut
 from ._register import fake, gradient
 
@@ -129,10 +130,12 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     check_reduction("all_reduce_", x, op, codec, group)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
-    if not is_compiling() and torch._debug_has_internal_overlap(x) == 1:
+    if is_compiling():  # compilers keep the order of calls that write to nothing, see _register.communicates
+        return x.copy_(Call.all_reduce(x, group.name, group.world_size, op, codec))
+    if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
     Call.all_reduce_(x, group.name, group.world_size, op, codec)
-    if not (is_compiling() or x.is_inference()):
+    if not x.is_inference():
         _increment_version((x,))  # so that a backward that saved x notices
     return x
 
@@ -344,3 +347,6 @@ gradient("all_gather", _all_gather_gradient, _all_gather_context)
 @fake("device_arena_empty")
 def _device_arena_empty_fake(group: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+communicates("all_reduce", "reduce_scatter", "all_gather")

@@ -16,6 +16,7 @@ from tpkernels.group import Group, resolve
 from ._check import check_codec, check_dim, check_linear, check_size, fits_linear
 from ._grad import backward_codec, replicated
 from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
+from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
 from .collectives import gather_call, reduce_call, shard_shape, whole_shape, whole_size
@@ -366,3 +367,8 @@ def _all_gather_gemm_backward_fake(
     _, world_size, rank, dim, *_ = call
     tokens = shard_shape(dy.shape, world_size, rank, dim)[:-1]
     return gradient_fakes(tokens, dy, x_shard, w_shard, (need_x, need_w, need_b))
+
+
+# Forwards, and backwards; the forward of replicated_gemm sends nothing.
+communicates("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")
+communicates("replicated_gemm_backward", "gemm_reduce_scatter_backward", "all_gather_gemm_backward")

@@ -16,6 +16,7 @@ from tpkernels.group import Group, resolve
 
 from ._check import FLOATS, MULTIPLIABLE, check_codec, check_tensor, names
 from ._grad import replicated
+from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
 
@@ -251,3 +252,6 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 @fake("squared_norm")
 def _squared_norm_fake(xs: list[Tensor]) -> Tensor:
     return xs[0].new_empty([], dtype=torch.float64)
+
+
+communicates("all_reduce_add_rms_norm")

@@ -23,6 +23,7 @@ from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
 from ._check import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, names
+from ._order import communicates
 from ._register import fake
 
 Call = torch.ops.tpkernels
@@ -296,3 +297,6 @@ def _check_bytes(name: str, wire: Tensor, expected: int, what: str) -> None:
         )
     if wire.numel() != expected:
         raise ValueError(f"{name}: wire must have {expected} bytes for {what}, got {wire.numel()}")
+
+
+communicates("all_reduce_packed", "reduce_scatter_packed")

@@ -16,6 +16,7 @@ from tpkernels.shard import part_size, part_start
 
 from ._check import FLOATS, check_size, check_tensor, names
 from ._grad import replicated
+from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
 
@@ -261,3 +262,5 @@ def _differentiable_gradient(ctx: Any, dloss: Tensor | None, dlse: Tensor | None
 
 
 gradient("vocab_cross_entropy", _vocab_cross_entropy_gradient, _vocab_cross_entropy_context)
+
+communicates("vocab_embedding", "vocab_cross_entropy")
