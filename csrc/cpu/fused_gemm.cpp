@@ -32,8 +32,8 @@ OptionalTensor product_in_arena(const Communicator& comm, const std::string& gro
 
 }  // namespace
 
-Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, std::string codec) {
+Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, Text codec) {
   const auto comm = communicator_of(Op::GemmAllReduce, group, world_size);
   const Shape y_shape = check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
@@ -51,8 +51,8 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return y;
 }
 
-Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string) {
+Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                           int64_t world_size, int64_t rank, int64_t dim, Text codec, Text) {
   const auto comm = communicator_of(Op::GemmReduceScatter, group, world_size);
   const Shape y_shape = check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
   check_token_dim("gemm_reduce_scatter", shape_of(x_shard), dim);
@@ -67,9 +67,8 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, *partial, dim);
 }
 
-Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
-                       std::string) {
+Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, Text codec, Text) {
   const auto comm = communicator_of(Op::AllGatherGemm, group, world_size);
   check_rank("all_gather_gemm", *comm, rank);
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
@@ -79,7 +78,7 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return linear(x, w_shard, bias);
 }
 
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string, int64_t, std::string) {
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text, int64_t, Text) {
   check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias);
   return linear(x, w_shard, bias);
 }
@@ -90,7 +89,7 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bo
 }
 
 Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
-                                   bool need_b, std::string group, int64_t world_size, std::string codec) {
+                                   bool need_b, Text group, int64_t world_size, Text codec) {
   const auto comm = communicator_of(Op::ReplicatedGemmBackward, group, world_size);
   Tensor dw = nothing(dy), db = nothing(dy);
   const auto local_gradients = [&] {
@@ -109,8 +108,8 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
 }
 
 Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_shard, const Tensor& w_shard,
-                                       bool need_x, bool need_w, bool need_b, std::string group, int64_t world_size,
-                                       int64_t dim, int64_t dim_size, std::string codec) {
+                                       bool need_x, bool need_w, bool need_b, Text group, int64_t world_size,
+                                       int64_t dim, int64_t dim_size, Text codec) {
   const auto comm = communicator_of(Op::GemmReduceScatterBackward, group, world_size);
   const Wire& wire = wire_for(Op::GemmReduceScatterBackward, dy_shard, codec);
   const Tensor dy = all_gather_dim(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, dim, dim_size);
@@ -118,8 +117,8 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
 }
 
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
-                                   bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec) {
+                                   bool need_w, bool need_b, Text group, int64_t world_size, int64_t rank, int64_t dim,
+                                   int64_t dim_size, Text codec, Text grad_codec) {
   const auto comm = communicator_of(Op::AllGatherGemmBackward, group, world_size);
   check_rank("all_gather_gemm_backward", *comm, rank);
   const Wire& x_wire = wire_for(Op::AllGatherGemmBackward, x_shard, codec);

@@ -8,6 +8,12 @@
 
 #include "gemv.h"
 
+// torch's own door to its oneDNN linear for compiled programs; absent where torch has no oneDNN. As an op,
+// mkldnn::_linear_pointwise, it takes two strings, and loses them at each call (torch_side/text.h).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(  // NOLINT: the name is torch's
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t num_scalars, const char** algorithm, AtenTensorHandle* y);
+
 namespace tpk {
 namespace {
 
@@ -46,9 +52,13 @@ bool has_avx512() {
 
 Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   // oneDNN takes strides of x and w into account, but reads the bias as dense.
-  const OptionalTensor packed = bias.has_value() ? OptionalTensor(dense(*bias)) : bias;
-  return call("mkldnn::_linear_pointwise", "", x, w, packed, std::string("none"), std::vector<int64_t>{},
-              std::optional<std::string>(std::string()));
+  const Tensor packed = bias.has_value() ? dense(*bias) : x;
+  AtenTensorHandle added = packed.get(), y = nullptr;
+  const char* algorithm = "";
+  check_torch("mkldnn::_linear_pointwise",
+              aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias.has_value() ? &added : nullptr, "none", nullptr,
+                                               0, &algorithm, &y));
+  return Tensor(y);
 }
 
 Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
@@ -120,7 +130,9 @@ bool takes(Engine engine, DType dtype, int64_t M, int64_t N, int64_t K) {
   return M <= static_cast<int64_t>(kMostGemvRows) && dtype == DType::BF16;
 }
 
-void set_onednn_available(bool available) { onednn_available = available; }
+void set_onednn_available(bool available) {
+  onednn_available = available && &aoti_torch_cpu__linear_pointwise != nullptr;
+}
 
 void set_measured_engine(DType dtype, int64_t M, int64_t N, int64_t K, Engine engine) {
   std::lock_guard<std::mutex> lock(measured().mutex);

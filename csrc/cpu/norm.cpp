@@ -105,8 +105,8 @@ void add_parts(const std::vector<SumOf<T>>& partial_sums, size_t parts, Tensor& 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> all_reduce_add_rms_norm(const Tensor& x, const Tensor& residual,
-                                                           const Tensor& weight, std::string group, int64_t world_size,
-                                                           double eps, std::string codec) {
+                                                           const Tensor& weight, Text group, int64_t world_size,
+                                                           double eps, Text codec) {
   constexpr Op op = Op::AllReduceAddRmsNorm;
   const auto comm = communicator_of(op, group, world_size);
   check_add_norm(name_of(op), shape_of(x), shape_of(residual), shape_of(weight));

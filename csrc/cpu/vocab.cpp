@@ -151,7 +151,7 @@ void add_rows(const Tensor& dy, const std::vector<int64_t>& ids, int64_t vocab_s
 
 }  // namespace
 
-Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, std::string group, int64_t world_size,
+Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group, int64_t world_size,
                        int64_t vocab_start, int64_t vocab_size) {
   const auto comm = communicator_of(Op::VocabEmbedding, group, world_size);
   TPK_CHECK(table_shard.dim() == 2, "vocab_embedding: table_shard must have 2 dims [vocabulary shard, D], got shape ",
@@ -194,7 +194,7 @@ Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t voc
   return half ? torch::stable::to(sums, gradient.scalar_type()) : sums;
 }
 
-std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, std::string group,
+std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, Text group,
                                                int64_t world_size, int64_t vocab_start, int64_t vocab_size,
                                                int64_t ignore_index, double label_smoothing) {
   const auto comm = communicator_of(Op::VocabCrossEntropy, group, world_size);

@@ -21,7 +21,7 @@ bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_da
 
 }  // namespace
 
-Tensor compress(const Tensor& x, std::string codec) {
+Tensor compress(const Tensor& x, Text codec) {
   const Wire& wire = packing("compress", x, codec);
   const Tensor values = dense(x);
   const size_t n = numel_of(values);
@@ -35,7 +35,7 @@ Tensor compress(const Tensor& x, std::string codec) {
   return out;
 }
 
-Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, std::string codec) {
+Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, Text codec) {
   const auto [out, wire] = unpacking(wire_bytes, shape, dtype, codec);
   const size_t n = numel_of(out);
   Tensor packed = dense(wire_bytes);
@@ -53,7 +53,7 @@ Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarTy
   return out;
 }
 
-Tensor compress_with_feedback(const Tensor& x, Tensor residual, std::string codec, double scale) {
+Tensor compress_with_feedback(const Tensor& x, Tensor residual, Text codec, double scale) {
   const char* const op = "compress_with_feedback";
   check_residual(op, x, residual);
   const Wire& wire = packing(op, x, codec);

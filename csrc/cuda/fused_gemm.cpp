@@ -19,8 +19,8 @@ using cuda::data_of;
 using cuda::linear_into;
 using cuda::rows_of;
 
-Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, std::string codec) {
+Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, Text codec) {
   constexpr Op op = Op::GemmAllReduce;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   const Shape y_shape = check_linear(op, x_shard, w_shard, bias);
@@ -53,8 +53,8 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return y;
 }
 
-Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string) {
+Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                           int64_t world_size, int64_t rank, int64_t dim, Text codec, Text) {
   constexpr Op op = Op::GemmReduceScatter;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   Shape y_shape = check_linear(op, x_shard, w_shard, bias);
@@ -91,9 +91,8 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   return y;
 }
 
-Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
-                       std::string) {
+Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, Text codec, Text) {
   constexpr Op op = Op::AllGatherGemm;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   check_rank(name_of(op), *comm, rank);
@@ -125,7 +124,7 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return y;
 }
 
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string, int64_t, std::string) {
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text, int64_t, Text) {
   const Tensor y = fresh_output(x, check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias));
   linear_into(as_rows(x), w_shard, bias, as_rows(y));
   return y;

@@ -44,7 +44,7 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bo
 }
 
 Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
-                                   bool need_b, std::string group, int64_t world_size, std::string codec) {
+                                   bool need_b, Text group, int64_t world_size, Text codec) {
   constexpr Op op = Op::ReplicatedGemmBackward;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   LocalGradients gradients(dy);
@@ -64,8 +64,8 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
 }
 
 Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_shard, const Tensor& w_shard,
-                                       bool need_x, bool need_w, bool need_b, std::string group, int64_t world_size,
-                                       int64_t dim, int64_t dim_size, std::string codec) {
+                                       bool need_x, bool need_w, bool need_b, Text group, int64_t world_size,
+                                       int64_t dim, int64_t dim_size, Text codec) {
   constexpr Op op = Op::GemmReduceScatterBackward;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   const Wire& wire = wire_for(op, dy_shard, codec);
@@ -98,8 +98,8 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
 }
 
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
-                                   bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec) {
+                                   bool need_w, bool need_b, Text group, int64_t world_size, int64_t rank, int64_t dim,
+                                   int64_t dim_size, Text codec, Text grad_codec) {
   constexpr Op op = Op::AllGatherGemmBackward;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   check_rank(name_of(op), *comm, rank);

@@ -32,8 +32,8 @@ DType float_dtype_of(const char* op, const Tensor& x) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> all_reduce_add_rms_norm(const Tensor& x, const Tensor& residual,
-                                                           const Tensor& weight, std::string group, int64_t world_size,
-                                                           double eps, std::string codec) {
+                                                           const Tensor& weight, Text group, int64_t world_size,
+                                                           double eps, Text codec) {
   constexpr Op op = Op::AllReduceAddRmsNorm;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
   check_add_norm(name_of(op), shape_of(x), shape_of(residual), shape_of(weight));

@@ -40,7 +40,7 @@ constexpr int64_t kStats = 4;  // numbers that a rank knows of a row
 
 }  // namespace
 
-Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, std::string group, int64_t world_size,
+Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group, int64_t world_size,
                        int64_t vocab_start, int64_t vocab_size) {
   constexpr Op op = Op::VocabEmbedding;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
@@ -78,7 +78,7 @@ Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t voc
   return table;
 }
 
-std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, std::string group,
+std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, Text group,
                                                int64_t world_size, int64_t vocab_start, int64_t vocab_size,
                                                int64_t ignore_index, double label_smoothing) {
   constexpr Op op = Op::VocabCrossEntropy;

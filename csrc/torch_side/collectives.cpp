@@ -6,13 +6,16 @@
 
 namespace tpk {
 
+void check_torch(const char* name, AOTITorchError code) {
+  if (code == AOTI_TORCH_SUCCESS) return;
+  // Newer torch keeps the text of the last exception for us; older torch has only printed it.
+  using TextOf = const char* (*)();
+  static const auto text = reinterpret_cast<TextOf>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  throw std::runtime_error(concat(name, ": ", text != nullptr ? text() : "failed (torch printed why)"));
+}
+
 Tensor call_op(const char* name, const char* overload, StableIValue* stack) {
-  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
-    // Newer torch keeps the text of the last exception for us; older torch has only printed it.
-    using Text = const char* (*)();
-    static const Text text = reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-    throw std::runtime_error(concat(name, ": ", text != nullptr ? text() : "failed (torch printed why)"));
-  }
+  check_torch(name, torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -91,7 +94,7 @@ Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor&
   return dim_back(out, dim);
 }
 
-Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::string op, std::string codec) {
+Tensor all_reduce(const Tensor& x, Text group, int64_t world_size, Text op, Text codec) {
   const auto comm = communicator_of(Op::AllReduce, group, world_size);
   const Wire& wire = wire_for(Op::AllReduce, x, codec, reduce_op_of("all_reduce", op));
   const Tensor in = dense(x);
@@ -100,7 +103,7 @@ Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::s
   return out;
 }
 
-void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec) {
+void all_reduce_(Tensor x, Text group, int64_t world_size, Text op, Text codec) {
   const auto comm = communicator_of(Op::AllReduceInplace, group, world_size);
   const Wire& wire = wire_for(Op::AllReduceInplace, x, codec, reduce_op_of("all_reduce_", op));
   if (in_memory(x).is_contiguous()) return all_reduce_into(Op::AllReduceInplace, *comm, wire, x, x);
@@ -109,8 +112,8 @@ void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op
   copy_into(x, copy);
 }
 
-Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
-                      std::string codec, std::string) {
+Tensor reduce_scatter(const Tensor& x, Text group, int64_t world_size, int64_t rank, int64_t dim, Text op, Text codec,
+                      Text) {
   const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
   check_rank("reduce_scatter", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x.dim(), "reduce_scatter: dim must be in [0, ", x.dim(), "), got ", dim);
@@ -118,8 +121,8 @@ Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, in
   return reduce_scatter_dim(Op::ReduceScatter, *comm, wire, x, dim);
 }
 
-Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
-                  int64_t dim_size, std::string codec, std::string) {
+Tensor all_gather(const Tensor& x_shard, Text group, int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size,
+                  Text codec, Text) {
   const auto comm = communicator_of(Op::AllGather, group, world_size);
   check_rank("all_gather", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x_shard.dim(), "all_gather: dim must be in [0, ", x_shard.dim(), "), got ", dim);
@@ -131,7 +134,7 @@ Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, 
   return all_gather_dim(Op::AllGather, *comm, wire, x_shard, dim, dim_size);
 }
 
-Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype) {
+Tensor arena_empty(Text group, std::vector<int64_t> shape, ScalarType dtype) {
   const std::shared_ptr<Communicator> comm = find_communicator(group, "group.empty");
   Shape strides(shape.size());
   int64_t numel = 1;
@@ -157,15 +160,14 @@ Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dty
   });
 }
 
-Tensor device_arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype,
-                          torch::stable::Device device) {
+Tensor device_arena_empty(Text group, std::vector<int64_t> shape, ScalarType dtype, torch::stable::Device device) {
   const auto here = device_of(*find_communicator(group, "group.empty"));
   TPK_CHECK(device.type() == here.type() && (device.index() == here.index() || device.index() < 0),
             "group.empty: the group is on device ", here.index(), ", got device ", device.index());
   return arena_empty(std::move(group), std::move(shape), dtype);
 }
 
-std::vector<int64_t> exchange_sizes(std::string group, int64_t mine) {
+std::vector<int64_t> exchange_sizes(Text group, int64_t mine) {
   return find_communicator(group, "sizes")->exchange(Op::Sizes, mine);
 }
 

@@ -22,15 +22,14 @@ Tensor reduce_scatter_dim(Op op, Communicator&, const Wire&, const Tensor& x, in
 Tensor all_gather_dim(Op op, Communicator&, const Wire&, const Tensor& x_shard, int64_t dim, int64_t dim_size);
 
 // --- ops (schemas and formulas in ops.cpp)
-Tensor all_reduce(const Tensor& x, std::string group, int64_t world_size, std::string op, std::string codec);
-void all_reduce_(Tensor x, std::string group, int64_t world_size, std::string op, std::string codec);
-Tensor reduce_scatter(const Tensor& x, std::string group, int64_t world_size, int64_t rank, int64_t dim, std::string op,
-                      std::string codec, std::string grad_codec);
-Tensor all_gather(const Tensor& x_shard, std::string group, int64_t world_size, int64_t rank, int64_t dim,
-                  int64_t dim_size, std::string codec, std::string grad_codec);
-Tensor arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype);
-Tensor device_arena_empty(std::string group, std::vector<int64_t> shape, ScalarType dtype,
-                          torch::stable::Device device);
-std::vector<int64_t> exchange_sizes(std::string group, int64_t mine);
+Tensor all_reduce(const Tensor& x, Text group, int64_t world_size, Text op, Text codec);
+void all_reduce_(Tensor x, Text group, int64_t world_size, Text op, Text codec);
+Tensor reduce_scatter(const Tensor& x, Text group, int64_t world_size, int64_t rank, int64_t dim, Text op, Text codec,
+                      Text grad_codec);
+Tensor all_gather(const Tensor& x_shard, Text group, int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size,
+                  Text codec, Text grad_codec);
+Tensor arena_empty(Text group, std::vector<int64_t> shape, ScalarType dtype);
+Tensor device_arena_empty(Text group, std::vector<int64_t> shape, ScalarType dtype, torch::stable::Device device);
+std::vector<int64_t> exchange_sizes(Text group, int64_t mine);
 
 }  // namespace tpk

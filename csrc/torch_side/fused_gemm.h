@@ -23,23 +23,22 @@ inline OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTenso
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of x, w, bias; an empty tensor where none was asked for
 
-Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, std::string codec);
-Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                           int64_t world_size, int64_t rank, int64_t dim, std::string codec, std::string grad_codec);
-Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, std::string codec,
-                       std::string grad_codec);
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string group,
-                       int64_t world_size, std::string codec);
+Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, Text codec);
+Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                           int64_t world_size, int64_t rank, int64_t dim, Text codec, Text grad_codec);
+Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
+                       int64_t world_size, int64_t rank, int64_t dim, int64_t dim_size, Text codec, Text grad_codec);
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text group, int64_t world_size,
+                       Text codec);
 Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b);
 Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
-                                   bool need_b, std::string group, int64_t world_size, std::string codec);
+                                   bool need_b, Text group, int64_t world_size, Text codec);
 Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_shard, const Tensor& w_shard,
-                                       bool need_x, bool need_w, bool need_b, std::string group, int64_t world_size,
-                                       int64_t dim, int64_t dim_size, std::string codec);
+                                       bool need_x, bool need_w, bool need_b, Text group, int64_t world_size,
+                                       int64_t dim, int64_t dim_size, Text codec);
 Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, const Tensor& w_shard, bool need_x,
-                                   bool need_w, bool need_b, std::string group, int64_t world_size, int64_t rank,
-                                   int64_t dim, int64_t dim_size, std::string codec, std::string grad_codec);
+                                   bool need_w, bool need_b, Text group, int64_t world_size, int64_t rank, int64_t dim,
+                                   int64_t dim_size, Text codec, Text grad_codec);
 
 }  // namespace tpk

@@ -9,8 +9,8 @@
 namespace tpk {
 
 std::tuple<Tensor, Tensor, Tensor> all_reduce_add_rms_norm(const Tensor& x, const Tensor& residual,
-                                                           const Tensor& weight, std::string group, int64_t world_size,
-                                                           double eps, std::string codec);
+                                                           const Tensor& weight, Text group, int64_t world_size,
+                                                           double eps, Text codec);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, OptionalTensor dresidual_out, const Tensor& residual_out,
                                              const Tensor& weight, const Tensor& inverse_rms, bool need_r, bool need_w);
 Tensor squared_norm(std::vector<Tensor> xs);

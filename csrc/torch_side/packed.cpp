@@ -24,8 +24,8 @@ Input input_of(const Tensor& packed, const Wire& wire) {
 
 }  // namespace
 
-Tensor all_reduce_packed(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, std::string group,
-                         int64_t world_size, std::string op, std::string codec) {
+Tensor all_reduce_packed(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, Text group,
+                         int64_t world_size, Text op, Text codec) {
   const auto comm = communicator_of(Op::AllReduce, group, world_size);
   Tensor out = fresh_output(empty_of(wire_bytes, {0}, dtype), shape);
   const size_t n = numel_of(out);
@@ -36,8 +36,8 @@ Tensor all_reduce_packed(const Tensor& wire_bytes, std::vector<int64_t> shape, S
   return out;
 }
 
-Tensor reduce_scatter_packed(const Tensor& wire_bytes, int64_t numel, ScalarType dtype, std::string group,
-                             int64_t world_size, int64_t rank, std::string op, std::string codec) {
+Tensor reduce_scatter_packed(const Tensor& wire_bytes, int64_t numel, ScalarType dtype, Text group, int64_t world_size,
+                             int64_t rank, Text op, Text codec) {
   const auto comm = communicator_of(Op::ReduceScatter, group, world_size);
   check_rank("reduce_scatter_packed", *comm, rank);
   TPK_CHECK(numel >= 0, "reduce_scatter_packed: numel must not be negative, got ", numel);

@@ -19,6 +19,7 @@
 #include "../communicator.h"
 #include "../shapes.h"
 #include "../types.h"
+#include "text.h"
 
 namespace tpk {
 
@@ -134,12 +135,15 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
 // What a backward returns for a gradient that nobody asked for.
 inline Tensor nothing(const Tensor& like) { return empty_of(like, {0}); }
 
-// Calls an op by its name; the operands must match the schema. The error text of the op is kept where torch hands it
-// out.
+// Throws, with torch's text where torch hands it out, unless `code` says that the op `name` succeeded.
+void check_torch(const char* name, AOTITorchError code);
+
+// Calls an op by its name; the operands must match the schema.
 Tensor call_op(const char* name, const char* overload, StableIValue* stack);
 
 template <class... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
+  static_assert((!std::is_convertible_v<Args, std::string> && ...), "torch loses the memory of strings (text.h)");
   return made([=] {
     std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
     return call_op(name, overload, stack.data());

@@ -7,10 +7,10 @@
 
 namespace tpk {
 
-Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, std::string group, int64_t world_size,
+Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group, int64_t world_size,
                        int64_t vocab_start, int64_t vocab_size);
 Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t vocab_start, int64_t shard_size);
-std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, std::string group,
+std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const Tensor& target, Text group,
                                                int64_t world_size, int64_t vocab_start, int64_t vocab_size,
                                                int64_t ignore_index, double label_smoothing);
 Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_shard, const Tensor& target,
