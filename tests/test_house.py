@@ -29,7 +29,7 @@ LEVELS = [
         "rendezvous",
         "tune",
     },
-    {"compress", "ops", "shard"},
+    {"compress", "ops", "optimizers", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
