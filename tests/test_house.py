@@ -42,6 +42,7 @@ LEVELS = [
         "derive_groups",
         "derive_inputs",
         "derive_labels",
+        "guards",
     }
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {

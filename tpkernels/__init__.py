@@ -10,7 +10,18 @@ from tpkernels.errors import PeerLostError, RankMismatchError
 _C.set_error_types(RankMismatchError, PeerLostError)
 _C.set_onednn_available(_torch._C._has_mkldnn)
 
-from tpkernels import checkpoint, compress, data_parallel, generate, hf, layers, ops, optimizers, shard  # noqa: E402
+from tpkernels import (  # noqa: E402
+    checkpoint,
+    compress,
+    data_parallel,
+    generate,
+    guards,
+    hf,
+    layers,
+    ops,
+    optimizers,
+    shard,
+)
 from tpkernels._build import build_info  # noqa: E402
 from tpkernels.group import Explanation, Group  # noqa: E402
 from tpkernels.plan import Plan, parallelize  # noqa: E402
@@ -32,6 +43,7 @@ __all__ = [
     "data_parallel",
     "fit_trainer",
     "generate",
+    "guards",
     "hf",
     "layers",
     "one_replica",

@@ -70,7 +70,7 @@ def _wrap(kind: type[optim.Optimizer]) -> None:
         if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
             raise ValueError(
                 f"{name}.step: with parameters that are cut over {cut[0][2].label!r} it runs on gathered tensors, "
-                f"where a closure that runs the model cannot be called: take an optimizer that needs none or, if {name} "
+                f"where a closure that runs the model cannot be called: take one that needs none or, if {name} "
                 f"treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
         _check_same_gradients(name, cut)
