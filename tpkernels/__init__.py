@@ -23,6 +23,7 @@ from tpkernels import (  # noqa: E402
     shard,
 )
 from tpkernels._build import build_info  # noqa: E402
+from tpkernels.data_parallel import check_replicas  # noqa: E402
 from tpkernels.group import Explanation, Group  # noqa: E402
 from tpkernels.plan import Plan, parallelize  # noqa: E402
 from tpkernels.plan_peft import cut_adapters  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "Plan",
     "RankMismatchError",
     "build_info",
+    "check_replicas",
     "checkpoint",
     "compress",
     "cut_adapters",
