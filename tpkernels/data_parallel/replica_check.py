@@ -38,8 +38,8 @@ def check_replicas(
             check_replicas(model, group=tp, batch=batch, optimizer=optimizer, step=step, every=100)
 
     Over the group over which the model is cut: replicated parameters, the batch, random numbers, the optimizer's
-    options and its state of replicated parameters. Over a data-parallel group: every parameter, the optimizer, the scaler; each
-    replica has a batch of its own there, and may have random numbers of its own.
+    options and its state of replicated parameters. Over a data-parallel group: every parameter, the optimizer, the
+    scaler; each replica has a batch of its own there, and may have random numbers of its own.
 
     Costs a pass over what is compared (2 GB/s and more on one core) and one message of 8 bytes. Where the ranks differ
     they also tell each other all digests.
