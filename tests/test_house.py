@@ -31,7 +31,7 @@ LEVELS = [
         "rendezvous",
         "tune",
     },
-    {"compress", "ops", "shard"},
+    {"compress", "ops", "optimizers", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
     | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
@@ -44,6 +44,7 @@ LEVELS = [
         "derive_groups",
         "derive_inputs",
         "derive_labels",
+        "guards",
     }
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {

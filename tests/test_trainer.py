@@ -140,11 +140,22 @@ def a_loss_of_ones_own_counts_alike(tp: Group, dp: Group, folder: str) -> None:
         trainer_of(cut.model, folder, (tp, dp), kind=Own)
 
 
+def an_optimizer_of_whole_tensors_makes_their_steps(tp: Group, dp: Group, folder: str) -> None:
+    whole = tiny("llama").float()
+    cut = trainer_of(parallelize(copy.deepcopy(whole), group=tp), folder, (tp, dp), optim="adafactor", max_steps=2)
+    alone = trainer_of(whole, f"{folder}/ada-{tp.rank}-{dp.rank}", None, optim="adafactor", max_steps=2)
+    for trainer in (cut, alone):
+        trainer.train()
+    for (name, parameter), other in zip(cut.model.named_parameters(), whole.parameters(), strict=True):
+        close(parameter, part_of(parameter, other), f"{name} by Adafactor", 1e-4)
+
+
 def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> None:
     cut = parallelize(tiny("llama").float(), group=tp)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"save_only_model": True}, "save_model"),
         ({"auto_find_batch_size": True}, "give a size"),
+        ({"optim": "adafactor", "save_strategy": "steps"}, "a checkpoint with Adafactor, .* set save_strategy='no'"),
         ({"train_sampling_strategy": "group_by_length"}, "take 'random'"),
         ({"accelerator_config": {"split_batches": True}}, "split"),
         ({"train_sampling_strategy": "batch_rebalance"}, "take 'random'"),
@@ -173,6 +184,7 @@ def trained_by_the_trainer(folder: str) -> None:
         with Group.open() as group:
             other_ranks_go_on(saved, group, folder)
         a_loss_of_ones_own_counts_alike(tp, dp, folder)
+        an_optimizer_of_whole_tensors_makes_their_steps(tp, dp, folder)
         what_the_trainer_cannot_do_is_refused(tp, dp, folder)
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from tpkernels import checkpoint, layers, ops
 from tpkernels.ckpt_place import Place
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
+from tpkernels.optimizers import needs_whole_tensors
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_styles import PlanError
 
@@ -109,6 +110,12 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
             "compute_metrics or preprocess_logits_for_metrics where the model was cut with gather_logits=False",
             "each rank would see its part of the vocabulary: gather the logits, or set prediction_loss_only=True",
         )
+    kind = _optimizer_class(trainer)
+    if _text(of.save_strategy) != "no" and kind is not None and needs_whole_tensors(kind):
+        yield (
+            f"a checkpoint with {kind.__name__}, whose state is that of whole tensors,",
+            "set save_strategy='no' and call trainer.save_model, or take one that treats every value by itself",
+        )
     if of.auto_find_batch_size:
         yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
     if dp_group is None:
@@ -127,6 +134,16 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
             "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
             "replica's loss counts alike",
         )
+
+
+def _optimizer_class(trainer: Any) -> type[torch.optim.Optimizer] | None:
+    """Of the optimizer that the Trainer has or will make; None where it cannot be told."""
+    kind: Any = type(trainer.optimizer)
+    if trainer.optimizer is None:
+        with suppress(ImportError, ValueError):  # the Trainer raises it when it makes one
+            made = trainer.optimizer_cls_and_kwargs
+            kind = (made or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model))[0]
+    return kind if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) else None
 
 
 def _cut_logits(model: Any) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from tpkernels.errors import PeerLostError
-from tpkernels.group import Group
+from tpkernels.group import Group, find
+from tpkernels.shard import ShardInfo
 
 T = TypeVar("T")
 
@@ -52,6 +53,12 @@ def global_ranks(group: Group | Ranks) -> list[int]:
     if group.process_group is None:
         return [dist.get_rank() if dist.is_initialized() else 0]
     return dist.get_process_group_ranks(group.process_group)
+
+
+def is_cut_among(info: ShardInfo, ranks: Sequence[int]) -> bool:
+    """Whether several of these ranks, counted as the default process group does, hold parts of one tensor."""
+    cut = find(name=info.group_name) if info.world_size > 1 else None
+    return cut is not None and len(set(global_ranks(cut)) & set(ranks)) > 1
 
 
 def private_process_group(group: Group | Ranks, user: str, made_by: str, backend: str) -> dist.ProcessGroup:

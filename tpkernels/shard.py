@@ -13,14 +13,18 @@ ranks share), a table of runs says which indices each rank holds: `ShardInfo.run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 # The (start, size) of each run of neighbouring indices that a rank holds, in the order in which they lie in its part.
 Runs = tuple[tuple[int, int], ...]
+
+_marked: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id, all that are cut over two ranks or more
+_at_first_mark: list[Callable[[], None]] = []
 
 
 def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
@@ -273,6 +277,20 @@ def full_shape(tensor: Tensor) -> torch.Size:
 def mark_shard(parameter: Tensor, info: ShardInfo) -> None:
     """Say on the parameter that it holds the part `info` of a larger tensor."""
     parameter.tpk_shard = info  # type: ignore[attr-defined]
+    if info.world_size > 1:
+        _marked[id(parameter)] = parameter
+        while _at_first_mark:
+            _at_first_mark.pop()()
+
+
+def marked_shards() -> list[Tensor]:
+    """Return all parameters of this process that hold a part of a tensor cut over two ranks or more."""
+    return list(_marked.values())
+
+
+def at_first_mark(action: Callable[[], None]) -> None:
+    """Have action called once, when the first parameter of this process is cut over two ranks or more."""
+    _at_first_mark.append(action)
 
 
 def _check_cut(n: int, R: int, unit: int, rank: int = 0) -> None:

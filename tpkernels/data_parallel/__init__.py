@@ -5,6 +5,7 @@ from .agree import Agreement, replicas_agree
 from .clip import clip_grad_norm_
 from .hooks import CommHook, comm_hook
 from .outer import OuterSGD
+from .replica_check import check_replicas, replicas_callback
 from .scaling import unscale_
 from .sparse import TopK
 from .state import AggregatorState, reshard_state
@@ -16,9 +17,11 @@ __all__ = [
     "GradAggregator",
     "OuterSGD",
     "TopK",
+    "check_replicas",
     "clip_grad_norm_",
     "comm_hook",
     "replicas_agree",
+    "replicas_callback",
     "reshard_state",
     "unscale_",
 ]

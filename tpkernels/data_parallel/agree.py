@@ -78,18 +78,20 @@ def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: boo
         TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
     """
     group = resolve(group)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replicas_agree: model must be a torch.nn.Module, got {type(model).__name__}")
-    mine = _entries(model, group, buffers)
+    mine = entries_of("replicas_agree", model, group, buffers)
+    return agreement("replicas_agree", mine, group, "parameters and buffers" if buffers else "parameters")
+
+
+def agreement(who: str, mine: list[Entry], group: Group, what: str) -> Agreement:
+    """Whether all ranks have the same entries; a collective of one small message where they have."""
     total = hashlib.blake2b(repr(mine).encode(), digest_size=8).digest()
     totals = group.exchange_sizes(int.from_bytes(total, "little") >> 1)
     if len(set(totals)) == 1:
-        what = "parameters and buffers" if buffers else "parameters"
         return Agreement(True, None, (), f"all {group.world_size} ranks hold the same {len(mine)} {what}")
-    return _compare(gather(mine, group), group)
+    return _compare(who, gather(mine, group), group)
 
 
-def _compare(every: list[list[Entry]], group: Group) -> Agreement:
+def _compare(who: str, every: list[list[Entry]], group: Group) -> Agreement:
     """The first place at which the lists of the ranks differ."""
     for i in range(max(map(len, every))):
         found = [entries[i] if i < len(entries) else None for entries in every]
@@ -100,7 +102,7 @@ def _compare(every: list[list[Entry]], group: Group) -> Agreement:
         ranks = tuple(rank for rank, entry in enumerate(found) if entry != usual)
         named = usual or next(entry for entry in found if entry is not None)
         others = {rank: entry for rank, entry in enumerate(found) if entry != usual}
-        text = f"replicas_agree on group {group.label!r}: {named[0]!r} is the first to differ, on ranks {list(ranks)}: "
+        text = f"{who} on group {group.label!r}: {named[0]!r} is the first to differ, on ranks {list(ranks)}: "
         return Agreement(False, named[0], ranks, text + _difference(usual, next(iter(others.values())), ranks[0]))
     raise AssertionError("other digests of equal lists")
 
@@ -114,12 +116,14 @@ def _difference(usual: Entry | None, other: Entry | None, rank: int) -> str:
     return f"{describe(other)} on rank {rank}, {describe(usual)} elsewhere"
 
 
-def _entries(model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
+def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
     """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
     tensors = list(_named(model, buffers))
     digests, what, skipped = [], [], []
     for name, tensor in tensors:
-        _check(name, tensor)
+        _check(who, name, tensor)
         info = shard_info(tensor)
         cut = info is not None and _is_cut_over(info, group)
         shape = full_shape(tensor) if cut else tensor.shape
@@ -137,13 +141,13 @@ def _named(model: nn.Module, buffers: bool) -> Iterator[tuple[str, Tensor]]:
         yield from model.named_buffers()
 
 
-def _check(name: str, tensor: Tensor) -> None:
+def _check(who: str, name: str, tensor: Tensor) -> None:
     if tensor.is_meta or tensor.layout != torch.strided:
         raise ValueError(
-            f"replicas_agree: {name!r} must be dense and hold values, got layout {tensor.layout} on {tensor.device}"
+            f"{who}: {name!r} must be dense and hold values, got layout {tensor.layout} on {tensor.device}"
         )
     if type(tensor.data) is not Tensor:
-        raise ValueError(f"replicas_agree: {name!r} must be a plain tensor, got {type(tensor.data).__name__}")
+        raise ValueError(f"{who}: {name!r} must be a plain tensor, got {type(tensor.data).__name__}")
 
 
 def _is_cut_over(info: ShardInfo, group: Group) -> bool:

@@ -10,7 +10,8 @@ from torch import nn
 from tpkernels import ops
 from tpkernels.compress import CODECS
 from tpkernels.group import Group
-from tpkernels.ranks import gather
+from tpkernels.ranks import gather, global_ranks, is_cut_among
+from tpkernels.shard import shard_info
 
 from .agree import replicas_agree
 from .buckets import Member
@@ -96,8 +97,16 @@ def members_of(
     found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not found:
         raise ValueError(f"{WHO}: model must have a parameter that requires a gradient, got none")
+    ranks = global_ranks(group)
     for name, parameter in found:
         _check_parameter(name, parameter, group, codec)
+        info = shard_info(parameter)
+        if info is not None and is_cut_among(info, ranks):
+            raise ValueError(
+                f"{WHO}: parameter {name!r} is cut over group {info.group_label!r}, and ranks of group {group.label!r} "
+                f"hold several of its parts, which cannot be averaged: give group= the ranks that hold the same part "
+                f"of each replica"
+            )
     return [
         Member(i, name, parameter, _travel_dtype(parameter.dtype, gradient_dtype, mode))
         for i, (name, parameter) in enumerate(found)

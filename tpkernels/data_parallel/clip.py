@@ -13,6 +13,7 @@ from tpkernels.group import Group, resolve
 from tpkernels.shard import ShardInfo, shard_info
 
 RUN = 1024
+_Gradient = tuple[Tensor, ShardInfo | None]
 
 
 @torch.no_grad()
@@ -68,25 +69,70 @@ def clip_grad_norm_(
         raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
     over = [] if groups is None and pipeline is not None else _as_groups(groups)
     parameters, copies = _split_tied(_parameters(model_or_params), list(tied), pipeline)
-    replicated, cut, gradients = _sort(parameters, over)
-    *_, uncounted = _sort(copies, over)
-    total = _combine(replicated, cut, uncounted, over, norm_type)
-    gradients += uncounted
-    wide = any(g.dtype == torch.float64 for g in gradients)
-    if pipeline is not None:
-        total, wide = _over_stages(total, wide, pipeline, over, norm_type)
-    total = total if math.isinf(norm_type) else total.pow(1.0 / norm_type)
-    total = total.to(torch.float64 if wide else torch.float32)
-    if error_if_nonfinite and not bool(total.isfinite()):
-        raise RuntimeError(
-            f"clip_grad_norm_: the norm (norm_type={norm_type}) of all gradients is {total.item()}, so they cannot be "
-            f"clipped; pass error_if_nonfinite=False to go on"
-        )
+    total = _root(*_counted(_with_cuts(parameters), _with_cuts(copies), over, pipeline, norm_type), norm_type)
+    _check_finite(total, norm_type, error_if_nonfinite)
+    gradients = [p.grad for p in (*parameters, *copies) if p.grad is not None]
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     if scale.device.type != "cpu" or float(scale) != 1.0:  # NaN is not 1: it goes into the gradients
         for gradient in gradients:
             gradient.mul_(scale.to(gradient.device))
     return total
+
+
+@torch.no_grad()
+def total_norm(
+    gradients: Iterable[tuple[Tensor, ShardInfo | None]],
+    groups: Sequence[Group],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Return the norm of gradients over the unsharded parameters, each given with what it is a part of.
+
+    A collective over the groups; see `clip_grad_norm_`.
+    """
+    norm_type = float(norm_type)
+    total = _root(*_counted(list(gradients), [], list(groups), None, norm_type), norm_type)
+    _check_finite(total, norm_type, error_if_nonfinite)
+    return total
+
+
+def _check_finite(total: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(
+            f"clip_grad_norm_: the norm (norm_type={norm_type}) of all gradients is {total.item()}, so they cannot be "
+            f"clipped; pass error_if_nonfinite=False to go on"
+        )
+
+
+def _root(total: Tensor, wide: bool, norm_type: float) -> Tensor:
+    total = total if math.isinf(norm_type) else total.pow(1.0 / norm_type)
+    return total.to(torch.float64 if wide else torch.float32)
+
+
+def _with_cuts(parameters: list[Tensor]) -> list[_Gradient]:
+    return [(p.grad, shard_info(p)) for p in parameters if p.grad is not None]
+
+
+def _counted(
+    counting: list[_Gradient],
+    uncounted: list[_Gradient],
+    groups: list[Group],
+    pipeline: Group | None,
+    norm_type: float,
+) -> tuple[Tensor, bool]:
+    """Return the sum of powers (the maximum for inf) over everything, and whether any gradient is fp64."""
+    for gradient, _ in (*counting, *uncounted):
+        if gradient.layout != torch.strided:
+            raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
+        if type(gradient) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"clip_grad_norm_: gradients must be plain tensors, got a {type(gradient).__name__}: of a model that "
+                f"fully_shard alone has sharded, torch.nn.utils.clip_grad_norm_ takes the norm"
+            )
+    replicated, cut = _sort(counting, groups)
+    total = _combine(replicated, cut, [gradient for gradient, _ in uncounted], groups, norm_type)
+    wide = any(gradient.dtype == torch.float64 for gradient, _ in (*counting, *uncounted))
+    return (total, wide) if pipeline is None else _over_stages(total, wide, pipeline, groups, norm_type)
 
 
 def _as_groups(groups: Group | Sequence[Group] | None) -> list[Group]:
@@ -117,28 +163,20 @@ def _split_tied(
     return [p for p in parameters if id(p) not in copies], [p for p in parameters if id(p) in copies]
 
 
-def _sort(parameters: list[Tensor], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tensor]]:
-    """Return what counts here of the gradients of replicated parameters and, by group name, of cut ones; all gradients.
+def _sort(gradients: list[_Gradient], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Return what counts here of the gradients of replicated parameters and, by group name, of cut ones.
 
     Of a part that several ranks hold the first of them counts each index.
     """
     replicated: list[Tensor] = []
     cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
-    gradients: list[Tensor] = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if gradient.layout != torch.strided:
-            raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
-        gradients.append(gradient)
-        info = shard_info(parameter)
+    for gradient, info in gradients:
         if info is None:
             replicated.append(gradient)
         else:
             counted = cut[_group_of(info, groups).name]
             counted += [gradient.narrow(info.dim, *stretch) for stretch in info.owned_by(info.rank)]
-    return replicated, cut, gradients
+    return replicated, cut
 
 
 def _group_of(info: ShardInfo, groups: list[Group]) -> Group:

@@ -12,6 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from tpkernels.ranks import private_process_group
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
+_Last = Callable[[BaseException | None], None]
 
 GRACE_S = 5.0  # beyond the group's timeout, for a worker that waits for a lost rank to notice
 
@@ -35,9 +37,13 @@ _open_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 class Lane:
     """Runs jobs one after the other beside the caller. Every rank must submit the same jobs in the same order.
 
+    A lane that nobody holds any more closes by itself, when the jobs that were submitted have ended.
+
     Attributes:
         group: the lane's own group, over the ranks of the given one: jobs call ops on it, nobody else does.
     """
+
+    _dropped: weakref.finalize[Any, Lane]
 
     def __init__(self, group: Group) -> None:
         """Open the lane; a collective over `group`, which stays free for others.
@@ -87,11 +93,10 @@ class Lane:
         if self._closed:
             return
         self._closed = True
+        self._dropped.detach()
         self._finish()
-        self.group.close()
-        if self._process_group is not None and self._failure is None:
-            _idle.append(self._process_group)
-            self._process_group = None
+        _leave(self.group, self._process_group, self._failure)
+        self._process_group = None
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
@@ -103,13 +108,16 @@ class Lane:
 class _ThreadLane(Lane):
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        # The thread must not keep the lane alive, and a lane that nobody holds any more ends its thread.
+        self._jobs: queue.SimpleQueue[_Job | _Last] = queue.SimpleQueue()
+        # The thread must not keep the lane alive. Of one that is dropped it closes the group, so that no garbage
+        # collection waits for other ranks.
         self._thread = threading.Thread(
             target=_work, args=(self._jobs, weakref.ref(self)), name=f"tpkernels-lane-{group.label}", daemon=True
         )
         self._thread.start()
-        weakref.finalize(self, self._jobs.put, None)
+        leave = partial(_leave, self.group, self._process_group)
+        self._dropped = weakref.finalize(self, self._jobs.put, leave)
+        self._dropped.atexit = False
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -122,16 +130,23 @@ class _ThreadLane(Lane):
         return self._submit(question).wait()
 
     def _finish(self) -> None:
-        self._jobs.put(None)
+        self._jobs.put(lambda failure: None)
         if threading.current_thread() is not self._thread:
             self._thread.join(self.group.timeout_s + GRACE_S)
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None], lane: weakref.ref[Lane]) -> None:
-    """Run jobs until None comes; after a failure the rest fails with it."""
+def _leave(group: Group, process_group: dist.ProcessGroup | None, failure: BaseException | None) -> None:
+    """Close the group of a lane; its process group is for the next one, unless ranks may still wait in it."""
+    group.close()
+    if process_group is not None and failure is None:
+        _idle.append(process_group)
+
+
+def _work(jobs: queue.SimpleQueue[_Job | _Last], lane: weakref.ref[Lane]) -> None:
+    """Run jobs until the last thing to do comes; after a failure the rest fails with it."""
     failure: BaseException | None = None
     with torch.no_grad():
-        while (entry := jobs.get()) is not None:
+        while isinstance(entry := jobs.get(), tuple):
             job, future = entry
             if failure is None:
                 try:
@@ -147,12 +162,15 @@ def _work(jobs: queue.SimpleQueue[_Job | None], lane: weakref.ref[Lane]) -> None
                 future.set_exception(failure)
             del entry, job, future
             value = None
+    entry(failure)
 
 
 class _StreamLane(Lane):
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
+        self._dropped = weakref.finalize(self, _leave_stream, self._stream, self.group, self._process_group)
+        self._dropped.atexit = False
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future(devices=[self.group.device])
@@ -167,6 +185,11 @@ class _StreamLane(Lane):
 
     def _finish(self) -> None:
         self._stream.synchronize()
+
+
+def _leave_stream(stream: torch.cuda.Stream, group: Group, process_group: dist.ProcessGroup | None) -> None:
+    stream.synchronize()
+    _leave(group, process_group, None)
 
 
 def open_lane(group: Group) -> Lane:

@@ -27,7 +27,6 @@ class Sender:
     def __init__(self, members: Sequence[Member], traffic: Traffic, bucket_bytes: int) -> None:
         self._members, self._traffic, self._bucket_bytes = list(members), traffic, bucket_bytes
         self._quiet = self._heard_quietly = False  # inside no_sync; whether gradients came there since the last round
-        self._expects_end = False  # of the backward pass that runs
         self._round: Round | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.settled, self.step = False, 0
@@ -99,10 +98,12 @@ class Sender:
         current, name, gradient = self._round, self._members[index].name, parameter.grad
         if gradient is None:
             return
-        if current is not None and (self._quiet or current.is_complete or current.has(index)):
+        if current is not None and (self._quiet or current.has(index)):
             raise RuntimeError(
                 f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
-                f"passes of a step but the last one under no_sync(), and call wait() after each step"
+                f"passes of a step but the last one under no_sync(), and call wait() after each step. (One backward "
+                f"pass gives a parameter several gradients where blocks that share it are recomputed by "
+                f"torch.utils.checkpoint: take use_reentrant=False there.)"
             )
         if gradient.layout != torch.strided:
             raise ValueError(
@@ -114,16 +115,7 @@ class Sender:
             return
         if self._round is None:
             self._round = Round(self._traffic, self.step)
-        if not self._expects_end:
-            self._expects_end = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
         self._round.ready(index, gradient)
-
-    def _on_end(self) -> None:
-        """The backward pass is over: parameters without a gradient must not hold the others up."""
-        self._expects_end = False
-        if self._round is not None and not self._quiet:
-            self._round.complete(self._gradient)
 
     def _gradient(self, index: int) -> Tensor | None:
         return self._members[index].parameter.grad

@@ -1,0 +1,206 @@
+"""Optimizers on cut models: every step is the part of the step on the unsharded model, whatever the optimizer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from op_tools import raised
+from torch import Tensor, nn
+
+from tpkernels import optimizers
+from tpkernels.errors import RankMismatchError
+from tpkernels.group import Group
+from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
+from tpkernels.shard import shard_info
+from tpkernels.testing import run_ranks
+
+
+class Lamb(torch.optim.Optimizer):
+    """Steps as long as the parameter, along the gradient: a norm of each tensor."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad * (p.norm() / p.grad.norm()), alpha=group["lr"])
+
+
+class Shampoo(Lamb):
+    """Preconditioners of rows and columns, kept as state; the step of the class above is called from inside."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() == 2):
+            state = self.state[p]
+            for side, product in (("left", p.grad @ p.grad.T), ("right", p.grad.T @ p.grad)):
+                state[side] = state.get(side, torch.eye(len(product), dtype=p.dtype)) + product
+            p.grad = torch.linalg.solve(state["left"], p.grad) @ torch.linalg.inv(state["right"])
+        super().step()
+
+
+class Prodigious(torch.optim.Optimizer):
+    """A step that depends on the sum over all gradients."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack([p.grad.square().sum() for p in every]).sum().sqrt()
+        for p in every:
+            p.sub_(p.grad / total, alpha=self.param_groups[0]["lr"])
+
+
+class SignSGD(Lamb):
+    """Value by value, but nobody knows."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+class Fails(Lamb):
+    """Changes some parameters and raises."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        raise ArithmeticError("half way")
+
+
+class OwnDefaults(torch.optim.AdamW):
+    """A step that is inherited as it is."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+
+
+MATRICES_ONLY = {"Muon": lambda params: torch.optim.Muon(params, lr=0.05)}
+ELEMENTWISE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    kind.__name__: kind for kind in optimizers.ELEMENTWISE if kind is not torch.optim.SparseAdam
+} | {"AdamW with own defaults": OwnDefaults}
+WHOLE: dict[str, Callable[[Any], torch.optim.Optimizer]] = MATRICES_ONLY | {
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=0.05),
+    "LAMB": lambda params: Lamb(params, lr=0.05),
+    "Shampoo": lambda params: Shampoo(params, lr=0.05),
+    "Prodigy": lambda params: Prodigious(params, lr=0.05),
+    "unknown": lambda params: SignSGD(params, lr=0.05),
+}
+
+
+class Block(nn.Module):
+    """Uneven cuts along rows and along columns, and a replicated norm."""
+
+    def __init__(self, group: Group | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        up, down = nn.Linear(10, 7).double(), nn.Linear(7, 10).double()
+        self.norm = nn.LayerNorm(10).double()
+        self.up: nn.Module = up if group is None else ColumnParallelLinear.from_linear(up, group=group)
+        self.down: nn.Module = down if group is None else RowParallelLinear.from_linear(down, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return y
+
+
+def data(step: int) -> Tensor:
+    return torch.randn(5, 10, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def part_of(parameter: Tensor, full: Tensor) -> Tensor:
+    info = shard_info(parameter)
+    return full if info is None else info.part(full)
+
+
+def trained(model: nn.Module, name: str, make: Callable[[Any], torch.optim.Optimizer], steps: int = 3) -> nn.Module:
+    optimizer = make([p for p in model.parameters() if p.dim() == 2 or name not in MATRICES_ONLY])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(data(step)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model
+
+
+def every_step_is_the_part_of_the_whole_one() -> None:
+    group = Group.open()
+    for name, make in (ELEMENTWISE | WHOLE).items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            cut = trained(Block(group), name, make)
+        assert any("gathers the cut parameters" in str(w.message) for w in said) == (name in WHOLE), name
+        want = dict(trained(Block(), name, make).named_parameters())
+        for key, parameter in cut.named_parameters():
+            torch.testing.assert_close(parameter, part_of(parameter, want[key]), msg=lambda m, n=name: f"{n}: {m}")
+            assert parameter.grad is not None and parameter.grad.shape == parameter.shape, "gradients are parts again"
+    group.close()
+
+
+def trouble_changes_nothing_and_is_named() -> None:
+    group = Group.open(timeout_s=20)
+    model = Block(group)
+    model(data(0)).square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    assert "a closure that runs the model cannot be called" in raised(lambda: lbfgs.step(lambda: 0.0), ValueError)
+    closure = Lamb(model.parameters(), lr=0.1)
+    assert "ELEMENTWISE.add(Lamb)" in raised(lambda: closure.step(lambda: 0.0), ValueError)
+    if group.rank == 1:
+        model.up.weight.grad = None
+    text = raised(Lamb(model.parameters(), lr=0.1).step, RankMismatchError)
+    assert "each with a gradient on all ranks or on none" in text and "nothing has changed" in text
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    model.zero_grad()
+    model(data(0)).square().sum().backward()
+    assert raised(Fails(model.parameters(), lr=0.1).step, ArithmeticError) == "half way"
+    assert all(p.shape == before[key].shape for key, p in model.named_parameters()), "a step that fails leaves parts"
+    whole = Block()
+    whole(data(0)).square().sum().backward()
+    Lamb(whole.parameters(), lr=0.1).step()
+    for (key, got), want in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got, part_of(got, want), msg=key)
+    group.close()
+    text = raised(Lamb(model.parameters(), lr=0.1).step, ValueError)
+    assert "is closed" in text and "set_group" in text
+
+
+def declared_elementwise_steps_on_parts() -> None:
+    group = Group.open()
+    optimizers.ELEMENTWISE.add(SignSGD)
+    try:
+        group.reset_stats()
+        model = Block(group)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        SignSGD(model.parameters(), lr=0.1).step()
+        assert group.stats()["calls"] == 0
+    finally:
+        optimizers.ELEMENTWISE.remove(SignSGD)
+    group.close()
+
+
+@pytest.mark.parametrize("R", [2, 3])
+def test_every_step_is_the_part_of_the_whole_one(R: int) -> None:
+    run_ranks(every_step_is_the_part_of_the_whole_one, R, fresh=True)
+
+
+def test_what_a_step_on_whole_tensors_cannot_do_is_refused_before_anything_changes() -> None:
+    run_ranks(trouble_changes_nothing_and_is_named, 2)
+
+
+def test_a_class_that_is_said_to_be_elementwise_steps_without_a_collective() -> None:
+    run_ranks(declared_elementwise_steps_on_parts, 2)

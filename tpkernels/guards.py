@@ -1,0 +1,279 @@
+"""What torch offers for whole models, on cut ones: made right, or refused before anything is changed.
+
+DDP, FSDP and others take the ranks that they work over for ranks that hold the same parameters. Over the ranks of a
+tensor-parallel group they write one rank's parts over those of the others, and say nothing. Once a parameter is cut
+over two ranks or more, the entry points in CHECKS look whether their ranks hold parts of one tensor; over the ranks of
+a data-parallel group all of them work as ever. `import tpkernels` alone changes nothing in torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
+
+from tpkernels.data_parallel.clip import total_norm
+from tpkernels.group import Group, find
+from tpkernels.ranks import is_cut_among
+from tpkernels.shard import ShardInfo, at_first_mark, marked_shards, shard_info
+
+Arguments = dict[str, Any]
+
+REPLICAS = (
+    "to train one replica leave it out; with replicas give it the ranks that hold the same part of each (a "
+    "data-parallel group). Make a Trainer or an Accelerator inside `with tpkernels.one_replica():`, and give the "
+    "Trainer to tpkernels.fit_trainer"
+)
+
+
+def refuse_over_parts(who: str, named: Iterable[tuple[str, Tensor]], over: Any, instead: str) -> None:
+    """Raise ValueError if ranks that one is to work over hold parts of one parameter.
+
+    Args:
+        who: is to work over them.
+        named: its parameters.
+        over: a process group (None: the default one), a device mesh, or several of these.
+        instead: what to do.
+    """
+    ranks = _ranks_of(over)
+    cut = [(name, info) for name, p in named if (info := shard_info(p)) is not None and is_cut_among(info, ranks)]
+    if cut:
+        name, info = cut[0]
+        raise ValueError(
+            f"{who}: its ranks {ranks} must hold the same parameters, but {len(cut)} are cut over some of them (first "
+            f"{name!r}, over group {info.group_label!r}), and parts would be taken for one another: {instead}"
+        )
+
+
+def _ranks_of(over: Any) -> list[int]:
+    """The global ranks of a process group, a device mesh, or several of these."""
+    if isinstance(over, Sequence):
+        return sorted({rank for one in over for rank in _ranks_of(one)})
+    if isinstance(over, DeviceMesh):
+        mesh: list[int] = over.mesh.flatten().tolist()
+        return mesh
+    if not dist.is_initialized():
+        return []
+    return dist.get_process_group_ranks(over)
+
+
+def _over(arguments: Arguments) -> Any:
+    """Where DDP and FSDP look for their ranks."""
+    mesh = arguments.get("device_mesh")
+    return mesh if mesh is not None else arguments.get("process_group")
+
+
+def _named(parameters: Any) -> list[tuple[str, Tensor]]:
+    """Parameters, or groups of them as optimizers take them, called by number."""
+    flat = [p for one in parameters for p in (one["params"] if isinstance(one, Mapping) else [one])]
+    return [(f"parameter {i}", p[1] if isinstance(p, tuple) else p) for i, p in enumerate(flat)]
+
+
+def _ddp(a: Arguments) -> None:
+    refuse_over_parts("DistributedDataParallel", a["module"].named_parameters(), _over(a), REPLICAS)
+
+
+def _fsdp1(a: Arguments) -> None:
+    refuse_over_parts("FullyShardedDataParallel", a["module"].named_parameters(), _over(a), REPLICAS)
+
+
+def _fsdp2(a: Arguments) -> None:
+    names = {id(p): name for module in a["modules"] for name, p in module.named_parameters()}
+    named = [(names.get(id(p), f"parameter {i}"), p) for i, p in enumerate(a["params"])]
+    refuse_over_parts("fully_shard", named, a["mesh_info"].mesh, REPLICAS)
+
+
+def _data_parallel(a: Arguments) -> None:
+    cut = [name for name, p in a["module"].named_parameters() if (i := shard_info(p)) and i.world_size > 1]
+    if cut:
+        raise ValueError(
+            f"DataParallel: module must be whole, but {len(cut)} of its parameters are cut (first {cut[0]!r}), and "
+            f"each rank has one device: let each process see one (CUDA_VISIBLE_DEVICES), and leave DataParallel out"
+        )
+
+
+def _sync_batch_norm(a: Arguments) -> None:
+    instead = "ranks that share a batch need no common statistics; give process_group= the data-parallel ranks"
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in a["module"].modules())
+    named = a["module"].named_parameters() if norms else []
+    refuse_over_parts("SyncBatchNorm.convert_sync_batchnorm", named, a.get("process_group"), instead)
+
+
+def _zero(a: Arguments) -> None:
+    a["params"] = params = list(a["params"])
+    instead = "give process_group= the ranks that hold the same part of each replica, or take the optimizer itself"
+    refuse_over_parts("ZeroRedundancyOptimizer", _named(params), a.get("process_group"), instead)
+
+
+def _averaging(a: Arguments) -> None:
+    a["params"] = params = list(a["params"])
+    instead = "give the averager the ranks that hold the same part of each replica"
+    refuse_over_parts("average_parameters", _named(params), a.get("process_group"), instead)
+
+
+def _stage(a: Arguments) -> None:
+    instead = "give group= one rank of each stage"
+    refuse_over_parts("PipelineStage", a["submodule"].named_parameters(), a.get("group"), instead)
+
+
+def _dcp(a: Arguments) -> None:
+    """Ranks that save parts under one name: one of them would be written, for all."""
+    if a.get("no_dist") or not dist.is_initialized():
+        return
+    places = {p.untyped_storage().data_ptr(): shard_info(p) for p in marked_shards() if p.numel()}
+    ranks, found = _ranks_of(a.get("process_group")), dict[str, ShardInfo]()
+    for name, value in _entries(a["state_dict"]):
+        info = places.get(value.untyped_storage().data_ptr())
+        if info is not None and is_cut_among(info, ranks):
+            found[name] = info
+    for label in {info.group_name for info in found.values()}:
+        group = find(name=label)
+        assert group is not None
+        digests = group.exchange_sizes(zlib.crc32(repr(sorted(found)).encode()))
+        if len(set(digests)) < len(digests):
+            raise ValueError(
+                f"torch.distributed.checkpoint: ranks {ranks} save parts of parameters that are cut over group "
+                f"{group.label!r} under the same names (here {len(found)}, first {min(found)!r}), and one rank's would "
+                f"be written as the whole: take tpkernels.checkpoint.save, or save_pretrained for a whole model"
+            )
+
+
+def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
+    """Every plain tensor of nested dicts and lists, or of what has a state_dict, by its path."""
+    if callable(getattr(state, "state_dict", None)):
+        state = state.state_dict()
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _entries(value, f"{path}.{key}" if path else str(key))
+        return
+    for i, leaf in enumerate(tree_leaves(state)):
+        if type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided and not leaf.is_meta:
+            yield f"{path}.{i}" if isinstance(state, list | tuple) else path, leaf
+
+
+CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
+    "torch.nn.parallel.distributed": {"DistributedDataParallel.__init__": _ddp},
+    "torch.nn.parallel.data_parallel": {"DataParallel.__init__": _data_parallel},
+    "torch.nn.modules.batchnorm": {"SyncBatchNorm.convert_sync_batchnorm": _sync_batch_norm},
+    "torch.distributed.fsdp.fully_sharded_data_parallel": {"FullyShardedDataParallel.__init__": _fsdp1},
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group": {"FSDPParamGroup.__init__": _fsdp2},
+    "torch.distributed.optim.zero_redundancy_optimizer": {"ZeroRedundancyOptimizer.__init__": _zero},
+    "torch.distributed.algorithms.model_averaging.utils": {"average_parameters": _averaging},
+    "torch.distributed.pipelining.stage": {"_PipelineStageBase.__init__": _stage},
+    "torch.distributed.checkpoint.state_dict_saver": {"_save_state_dict": _dcp, "async_save": _dcp},
+    "torch.distributed.checkpoint": {"async_save": _dcp},
+}
+"""By module: what is looked at before it is called."""
+
+
+@at_first_mark
+def install() -> None:
+    """Watch the entry points of modules that are loaded, and of others when they are."""
+    for name in CHECKS:
+        if name in sys.modules:
+            _watch(sys.modules[name])
+    sys.meta_path.insert(0, _WatchWhenLoaded())
+    _count_parts_in_norms()
+
+
+def _watch(module: ModuleType) -> None:
+    for path, check in CHECKS[module.__name__].items():
+        *outer, name = path.split(".")
+        owner: Any = getattr(module, outer[0], None) if outer else module
+        function = getattr(owner, name, None)
+        if function is not None and not hasattr(function, "tpk_guard"):  # torch may have moved what is private
+            _check_before(owner, name, function, check)
+
+
+def _check_before(owner: Any, name: str, function: Callable[..., Any], check: Callable[[Arguments], None]) -> None:
+    is_method_of_class = isinstance(function, MethodType)
+    inner = function.__func__ if isinstance(function, MethodType) else function
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return inner(*args, **kwargs)  # its own error says it best
+        check(bound.arguments)
+        return inner(*bound.args, **bound.kwargs)
+
+    checked.tpk_guard = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(checked) if is_method_of_class else checked)
+
+
+class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; a module that is to be watched is, as soon as it is there."""
+
+    def __init__(self) -> None:
+        self._waiting = CHECKS.keys() - sys.modules.keys()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that the others give, with one thing more to do when the module is executed."""
+        if name not in self._waiting:
+            return None
+        self._waiting.discard(name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_watch(module: ModuleType) -> None:
+                execute(module)
+                _watch(module)
+
+            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
+        return spec
+
+
+def _count_parts_in_norms() -> None:
+    """Let torch's norm of gradients, and so its clip_grad_norm_, count the parts of all ranks."""
+    module = torch.nn.utils.clip_grad
+    plain = module._get_total_norm
+
+    @functools.wraps(plain)
+    def norm_over_ranks(
+        tensors: Tensor | Iterable[Tensor],
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        shards = {id(t): p for p in marked_shards() for t in (p, p.grad) if t is not None}
+        if not any(id(t) in shards for t in tensors):
+            norm: Tensor = plain(tensors, norm_type, error_if_nonfinite, foreach)
+            return norm
+        infos = [shard_info(shards[id(t)]) if id(t) in shards else None for t in tensors]
+        return total_norm(zip(tensors, infos, strict=True), _groups_of(infos), norm_type, error_if_nonfinite)
+
+    module._get_total_norm = norm_over_ranks
+    torch.nn.utils.get_total_norm = norm_over_ranks
+
+
+def _groups_of(infos: Iterable[ShardInfo | None]) -> list[Group]:
+    found: dict[str, Group] = {}
+    for info in infos:
+        group = find(name=info.group_name) if info is not None else None
+        if info is not None and group is None:
+            raise ValueError(
+                f"torch.nn.utils: the group {info.group_label!r} over which a parameter is cut is closed; open it anew "
+                f"and give it to the model by set_group"
+            )
+        if group is not None:
+            found[group.name] = group
+    return list(found.values())

@@ -1,0 +1,151 @@
+"""Optimizers on cut parameters: those that look at whole tensors are given whole tensors.
+
+Adam treats every value by itself, so a step on a shard is the shard of a step. Muon (singular vectors), Adafactor
+(means of rows and columns), LAMB and LARS (a norm of each tensor), Prodigy (sums over everything) do not, and nothing
+in a step on shards says that it is another one. So once a parameter is cut, every optimizer that gets hold of one is
+looked at: the step of a class that is not in ELEMENTWISE runs on the gathered parameters and gradients, the same on all
+ranks, and each rank keeps its part. That costs each rank the memory of the whole model during the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, optim
+
+from tpkernels import ops
+from tpkernels.errors import RankMismatchError
+from tpkernels.group import Group, find
+from tpkernels.shard import ShardInfo, at_first_mark, shard_info
+
+ELEMENTWISE: set[type[optim.Optimizer]] = {
+    optim.SGD, optim.Adam, optim.AdamW, optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.NAdam,
+    optim.RAdam, optim.RMSprop, optim.Rprop, optim.SparseAdam,
+}  # fmt: skip
+"""Classes whose step treats every value by itself. Add those of others that do: ELEMENTWISE.add(Lion)."""
+
+_Cut = tuple[Tensor, ShardInfo, Group]
+_wrapped: set[type[optim.Optimizer]] = set()
+_inside: WeakSet[optim.Optimizer] = WeakSet()
+
+
+def needs_whole_tensors(kind: type[optim.Optimizer]) -> bool:
+    """Whether the steps of a class run on gathered tensors: they are not those of ELEMENTWISE, nor handed on."""
+    steps = {inspect.unwrap(known.step) for known in ELEMENTWISE}
+    return inspect.unwrap(kind.step) not in steps and not kind.__module__.startswith("torch.distributed.optim")
+
+
+@at_first_mark
+def watch_optimizers() -> None:
+    """Let every optimizer that gets a cut parameter from now on be one that is right for it."""
+    add = optim.Optimizer.add_param_group
+
+    @functools.wraps(add)
+    def add_param_group(self: optim.Optimizer, param_group: dict[str, Any]) -> None:
+        add(self, param_group)
+        if needs_whole_tensors(type(self)) and type(self) not in _wrapped and _cut_parameters(self):
+            _wrap(type(self))
+
+    optim.Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+
+
+def _wrap(kind: type[optim.Optimizer]) -> None:
+    """Let the steps of a class run on whole tensors where its parameters are cut."""
+    step: Callable[..., Any] = kind.step
+    _wrapped.add(kind)
+
+    @functools.wraps(step)
+    def step_on_whole_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self in _inside or not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
+            return step(self, *args, **kwargs)
+        name = type(self).__name__
+        if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
+            raise ValueError(
+                f"{name}.step: with parameters that are cut over {cut[0][2].label!r} it runs on gathered tensors, "
+                f"where a closure that runs the model cannot be called: take one that needs none or, if {name} "
+                f"treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
+            )
+        _check_same_gradients(name, cut)
+        _inside.add(self)
+        try:
+            with _whole(cut):
+                return step(self, *args, **kwargs)
+        finally:
+            _inside.discard(self)
+
+    kind.step = step_on_whole_tensors  # type: ignore[method-assign]
+    warnings.warn(
+        f"{kind.__name__} is not known to treat every value by itself, so each step gathers the cut parameters and "
+        f"their gradients on every rank, and its state is that of the whole model. If it does, say so before: "
+        f"tpkernels.optimizers.ELEMENTWISE.add({kind.__name__})",
+        stacklevel=5,
+    )
+
+
+def _cut_parameters(optimizer: optim.Optimizer) -> list[_Cut]:
+    """The parameters that are cut over two ranks or more, in the order of the optimizer, and over which group."""
+    found: dict[int, _Cut] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        info = shard_info(parameter)
+        if info is None or info.world_size == 1:
+            continue
+        over = find(name=info.group_name)
+        if over is None:
+            raise ValueError(
+                f"{type(optimizer).__name__}: the group {info.group_label!r} over which a parameter of shape "
+                f"{list(parameter.shape)} is cut is closed; open it anew and give it to the model by set_group"
+            )
+        found[id(parameter)] = parameter, info, over
+    return list(found.values())
+
+
+def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
+    """Raise on all ranks unless they step the same parameters, each with a gradient on all ranks or on none."""
+    for over in {group.name: group for *_, group in cut}.values():
+        mine = [(info.full_shape(p), p.grad is not None) for p, info, group in cut if group is over]
+        digest = hashlib.sha256(repr(mine).encode()).digest()
+        if len(set(over.exchange_sizes(int.from_bytes(digest[:6], "big")))) > 1:
+            raise RankMismatchError(
+                f"{name}.step on group {over.label!r} (rank {over.rank} of {over.world_size}): the ranks must step the "
+                f"same cut parameters, each with a gradient on all ranks or on none, got {len(mine)} parameters here, "
+                f"{sum(has for _, has in mine)} with a gradient; nothing has changed"
+            )
+
+
+@contextmanager
+@torch.no_grad()
+def _whole(cut: list[_Cut]) -> Iterator[None]:
+    """Inside, parameters and gradients are those of the unsharded tensors; behind it they are this rank's parts."""
+    wholes = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
+    parts = [(p.data, p.grad) for p, *_ in cut]
+    try:
+        for (p, *_), (values, gradient) in zip(cut, wholes, strict=True):
+            _put(p, values, gradient)
+        yield
+    finally:
+        for (p, info, _), (values, gradient) in zip(cut, parts, strict=True):
+            if p.shape == info.full_shape(values):
+                values.copy_(info.part(p.data))
+            _put(p, values, gradient)
+
+
+def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:
+    parameter.grad = None  # of the other shape
+    parameter.data = values
+    parameter.grad = gradient
+
+
+def _gather(shard: Tensor, info: ShardInfo, over: Group) -> Tensor:
+    """The unsharded tensor on every rank."""
+    if shard.layout != torch.strided:
+        raise ValueError(f"an optimizer on whole tensors needs dense gradients, got layout {shard.layout}")
+    together = ops.all_gather(shard, info.dim, group=over)
+    return info.assemble(torch.split(together, info.sizes, info.dim))
