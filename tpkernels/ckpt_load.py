@@ -55,12 +55,13 @@ def restore(
             _load_aggregator(aggregator, state)
     if place.is_first and place.tp != source.tp:
         source.warn_of_replicas()
-    with torch.no_grad():
-        for key, tensor in targets:
-            _fill(source, place, key, tensor, _cut(tensor))
-    if optimizer is not None:
-        _fill_optimizer(model, optimizer, source, place)
-    layers.set_rng_state(rng)
+    with place.together(f"load {folder} (all of it fits, but it could not be read to the end; model is half loaded)"):
+        with torch.no_grad():
+            for key, tensor in targets:
+                _fill(source, place, key, tensor, _cut(tensor))
+        if optimizer is not None:
+            _fill_optimizer(model, optimizer, source, place)
+        layers.set_rng_state(rng)
     return Loaded(int(source.manifest["step"]), dict(source.manifest["extra"]))
 
 

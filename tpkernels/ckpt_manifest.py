@@ -14,6 +14,7 @@ sha256      of all this
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -32,20 +33,55 @@ from tpkernels.ckpt_state import Snapshot
 VERSION = 2
 
 
+def common(snapshot: Snapshot) -> dict[str, Any]:
+    """What all ranks must say alike, for `check_agreement`."""
+    return {
+        "step": snapshot.step,
+        "extra": snapshot.extra,
+        "aliases": snapshot.aliases,
+        "optimizer": snapshot.optimizer,
+        "aggregator": snapshot.aggregator is not None,
+        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
+    }
+
+
+def check_agreement(said: list[dict[str, Any]]) -> None:
+    """Compare what the ranks say, replica by replica.
+
+    Raises:
+        CheckpointError: they do not say the same, as JSON has it.
+    """
+    for number, other in enumerate(said[1:], start=1):
+        for what in said[0]:
+            mine, theirs = _by_key(said[0][what], what), _by_key(other[what], what)
+            for key in sorted(mine.keys() | theirs.keys()):
+                if mine.get(key) != theirs.get(key):
+                    raise CheckpointError(
+                        f"ranks disagree about {key}: {mine.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
+                    )
+
+
+def _by_key(value: Any, what: str) -> dict[str, str]:
+    """Each field of a mapping, anything else under its own name, as text: NaN equals itself there."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        return {what: json.dumps(value)}
+    return {key if what == "tensors" else f"{what}[{key!r}]": json.dumps(v, sort_keys=True) for key, v in value.items()}
+
+
 def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
     """What a rank says of its file, for `join`."""
     own = {key: snapshot.tensors[key] for key in snapshot.own}
     return {
         "file": file,
         "sha256": digest,
-        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
         "replicas": replicas,
         "own": {
             "tensors": {k: kind_of(t.dtype, t.shape) for k, t in own.items()},
             "aggregator": snapshot.aggregator,
         },
-        "optimizer": snapshot.optimizer,
-    }  # fmt: skip
+    }
 
 
 def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
@@ -54,19 +90,7 @@ def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
 
 
 def join(said: list[dict[str, Any]], snapshot: Snapshot, place: Place) -> dict[str, Any]:
-    """The manifest, from what the ranks say, replica by replica.
-
-    Raises:
-        CheckpointError: they do not say the same of a tensor or of the optimizer.
-    """
-    for number, other in enumerate(said[1:], start=1):
-        for what in ("tensors", "optimizer"):
-            mine, theirs = said[0][what] or {}, other[what] or {}
-            for key in sorted(mine.keys() | theirs.keys()):
-                if mine.get(key) != theirs.get(key):
-                    raise CheckpointError(
-                        f"ranks disagree about {key}: {mine.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
-                    )
+    """The manifest, from what the ranks say of their files, replica by replica."""
     tensors = {name: _marked(name, entry, said[: place.tp]).to_json() for name, entry in snapshot.entries.items()}
     return {
         "version": VERSION,
