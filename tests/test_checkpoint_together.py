@@ -51,8 +51,7 @@ def fail_to_save(folder: str) -> None:
             kind, text = (KeyboardInterrupt, None) if group.rank == 1 else (CheckpointError, "1: KeyboardInterrupt")
             with pytest.raises(kind, match=text):
                 checkpoint.save(model, root / "step-2", group=group)
-        group.barrier()  # rank 0 has cleared up
-        assert sorted(p.name for p in root.iterdir()) == ["begin"]
+        assert group.rank != 0 or sorted(p.name for p in root.iterdir()) == ["begin"]
         checkpoint.save(model, root / "step-2", group=group)
         check_waiting_on_one_rank(group, model, root)
         fail_to_load(group, root / "step-2")
@@ -117,8 +116,7 @@ def export(folder: str) -> None:
         told = pytest.raises(CheckpointError, match="rank 0: MemoryError: no room")
         with planted(group, 0, "transformers.LlamaForCausalLM.save_pretrained", MemoryError("no room")), told:
             model.save_pretrained(root / "out")
-        group.barrier()  # rank 0 has cleared up
-        assert not list(root.iterdir())
+        assert group.rank != 0 or not list(root.iterdir())
         checkpoint.export_hf(model, root / "out", group=group)
         model.save_pretrained(root / "again")
         assert sorted(p.name for p in root.iterdir()) == ["again", "out"]
@@ -134,14 +132,15 @@ def disagree(folder: str) -> None:
         model, mine = small_gpt(group), group.rank
         optimizer = adamw(model)
         learn(model, optimizer, range(1))
+        other = small_gpt(group, dtype=torch.bfloat16 if mine else torch.float32)
         cases: list[tuple[str, dict[str, Any]]] = [
             (r"about step: 0 on rank 0, 1 on rank 1", {"step": mine}),
             (r"about extra\['note'\]: 0 on rank 0, 1 on rank 1", {"extra": {"note": mine}}),
-            (r"about extra\['note'\]: None on rank 0", {"extra": {"note": 1} if mine else None}),
+            (r"about extra\['note'\]: null on rank 0", {"extra": {"note": 1} if mine else None}),
             (r"about folder", {"folder": root / f"at-{mine}"}),
-            (r"about optimizer\['class'\]: None", {"optimizer": optimizer if mine else None}),
-            (r"about model/blocks", {"model": small_gpt(group, dtype=torch.bfloat16 if mine else torch.float32)}),
-            (r"about model/extra: .*int64.* on rank 0, None", {"model": with_buffer(small_gpt(group), mine)}),
+            (r"about optimizer: null on rank 0", {"optimizer": optimizer if mine else None}),
+            (r"about tensors\['model/blocks.*'dtype'\]: .float32. on rank 0, .bfloat16. on rank 1", {"model": other}),
+            (r"about tensors\['model/extra'\]: .*int64", {"model": with_buffer(small_gpt(group), mine)}),
         ]
         for text, change in cases:
             for save in (checkpoint.save, checkpoint.save_async):

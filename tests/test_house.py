@@ -32,7 +32,7 @@ LEVELS = [
     {"compress", "ops", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
-    | {"ckpt_reshard", "ckpt_residuals", "ckpt_room", "ckpt_state"}
+    | {"ckpt_reshard", "ckpt_residuals", "ckpt_room", "ckpt_schema", "ckpt_state"}
     | {
         "data_parallel",
         "derive",

@@ -130,6 +130,8 @@ def load(
     dp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
+    strict: bool = True,
+    convert_dtype: bool = False,
 ) -> Loaded:
     """Fill model, optimizer and random numbers from a checkpoint; collective over the group, and over dp_group.
 
@@ -140,12 +142,25 @@ def load(
 
     Random numbers of ranks that were not there: those of rank t modulo tp of replica d modulo dp; see `Source.rng`.
 
+    Args:
+        group, dp_group: as for `save`.
+        optimizer, aggregator: to be filled, too; None leaves what was saved of them aside.
+        strict: whether the model must have the tensors of the checkpoint, no more and no fewer. With False the others
+            are loaded, and the result names what is missing and unexpected; shapes must agree all the same, and an
+            optimizer must have the parameters that it had.
+        convert_dtype: copy tensors into a model of another dtype, rounding to the nearest, as `load_state_dict` does;
+            of the optimizer, those that had the dtype of their parameter. Without it another dtype is an error,
+            because a resumed run would not be the one that was saved.
+
+    Returns:
+        step and extra of the save, and with strict=False the names that only one side has.
+
     Raises:
         CheckpointError: no checkpoint there, a damaged, missing or foreign file (named), tensors of other names,
             shapes or dtypes than the model has (named).
     """
     ckpt_async.wait_for_pending(place := Place(resolve(group), dp_group))
-    return restore(model, Path(folder), place, optimizer, aggregator)
+    return restore(model, Path(folder), place, optimizer, aggregator, strict=strict, convert_dtype=convert_dtype)
 
 
 def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -275,15 +275,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(), object_pairs_hook=_unique)
         written = manifest.pop("sha256", None)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint (it has no {MANIFEST}): name another folder") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     if written != _digest_of_manifest(manifest):
         raise damaged(path, "it is not what its sha-256 says")
     return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field is there twice")
+    return found
 
 
 def _digest_of_manifest(manifest: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from tpkernels.ckpt_cuts import Entry, Read
 from tpkernels.ckpt_files import CheckpointError, TensorFile, check_file, check_folder, damaged, read_manifest
 from tpkernels.ckpt_place import Place, file_name
+from tpkernels.ckpt_schema import check_manifest
 from tpkernels.ckpt_state import Snapshot
 
 VERSION = 2
@@ -52,22 +53,22 @@ def check_agreement(said: list[dict[str, Any]]) -> None:
         CheckpointError: they do not say the same, as JSON has it.
     """
     for number, other in enumerate(said[1:], start=1):
-        for what in said[0]:
-            mine, theirs = _by_key(said[0][what], what), _by_key(other[what], what)
-            for key in sorted(mine.keys() | theirs.keys()):
-                if mine.get(key) != theirs.get(key):
-                    raise CheckpointError(
-                        f"ranks disagree about {key}: {mine.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
-                    )
+        if (found := _difference(said[0], other)) is not None:
+            where, mine, theirs = found
+            raise CheckpointError(
+                f"ranks disagree about {where}: {mine:.100} on rank 0, {theirs:.100} on rank {number}"
+            )
 
 
-def _by_key(value: Any, what: str) -> dict[str, str]:
-    """Each field of a mapping, anything else under its own name, as text: NaN equals itself there."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        return {what: json.dumps(value)}
-    return {key if what == "tensors" else f"{what}[{key!r}]": json.dumps(v, sort_keys=True) for key, v in value.items()}
+def _difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, str, str] | None:
+    """Where two values of JSON differ first, and how, as text: NaN equals itself there."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            if found := _difference(mine.get(key), theirs.get(key), f"{where}[{key!r}]" if where else key):
+                return found
+        return None
+    texts = json.dumps(mine, sort_keys=True), json.dumps(theirs, sort_keys=True)
+    return None if texts[0] == texts[1] else (where, *texts)
 
 
 def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
@@ -130,13 +131,19 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or a newer tpkernels wrote it.
     """
     manifest = read_manifest(Path(folder))
-    if manifest.get("version") == 1:
-        manifest = _from_version_1(manifest)
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version")
+    if version not in (1, VERSION) or isinstance(version, (bool, float)):
         raise CheckpointError(
-            f"{folder} has layout version {manifest.get('version')} and this tpkernels reads 1 to {VERSION}: "
+            f"{folder} has layout version {version} and this tpkernels reads 1 to {VERSION}: "
             f"use the tpkernels that wrote it"
         )
+    try:
+        manifest = _from_version_1(manifest) if version == 1 else manifest
+        check_manifest(manifest)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: the manifest makes no sense ({error!r})") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     return manifest
 
 
@@ -168,7 +175,9 @@ class Source:
             )
         self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
         self._open: dict[str, TensorFile] = {}
-        names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
+        names = set()
+        if self.tp * self.dp == len(self.manifest["files"]):
+            names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
         if names != set(self.manifest["files"]) or names != set(self.manifest["own"]):
             raise CheckpointError(
                 f"the manifest says that {self.tp} ranks of {self.dp} replicas wrote it, and lists "

@@ -196,14 +196,15 @@ class _Saving:
                 kept, name = trainer.state.stateful_callbacks, type(callback).__name__
                 kept[name] = [*kept[name], callback.state()] if isinstance(kept[name], list) else callback.state()
         step = trainer.state.global_step
-        state = json.loads(json.dumps(dataclasses.asdict(trainer.state)))
+        extra = {
+            "trainer_state": json.loads(json.dumps(dataclasses.asdict(trainer.state))),
+            "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
+        }  # fmt: skip
         folder = checkpoint.save(
             trainer.model,
             os.path.join(trainer.args.output_dir, f"{STEP}{step:08d}"),
             group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer), step=step,
-            extra={
-                "trainer_state": state, "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
-            },
+            extra=self._place.gather(extra)[0],  # in a Trainer's state is who it is
         )  # fmt: skip
         with self._place.together(f"save {folder}"):
             if self._place.is_first and (trainer.args.save_total_limit or 0) > 0:

@@ -302,6 +302,7 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
 
     Raises:
         UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
+        CheckpointError: the folder has checkpoints of steps that are still to come, so that a save would fail.
     """
     group = layout.world
     with raise_together(group, UserError, ""):
@@ -318,9 +319,13 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
         trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp)
     step, total = _continue(trainer, folder, layout) if resume else (0, None)
     with raise_together(group, UserError, ""):
-        if group.rank == 0 and resume:
+        if group.rank == 0 and not resume:
+            _refuse_used(folder)
+    with raise_together(group, checkpoint.CheckpointError, ""):
+        if group.rank == 0:
             refuse_later(folder / "checkpoints", STEP, step)
-        elif group.rank == 0:
+    with raise_together(group, UserError, ""):
+        if group.rank == 0 and not resume:
             _claim(settings, folder)
     chief = group.rank == 0
     log = RunLog(folder / "log.jsonl" if chief else None, keep_below=step)
@@ -332,12 +337,14 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
             trainer.replicas.close()
 
 
-def _claim(settings: Settings, folder: Path) -> None:
+def _refuse_used(folder: Path) -> None:
     if (folder / "settings.json").exists():
         raise UserError(
             f"{folder} holds a run already: add --resume to continue it, or name another folder with --folder."
         )
-    refuse_later(folder / "checkpoints", STEP, 0)
+
+
+def _claim(settings: Settings, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings_file.save(settings, folder)
