@@ -62,6 +62,7 @@ LEVELS = [
         "gpt",
         "hf",
         "hf_files",
+        "hf_fresh",
         "hf_gguf",
         "job",
         "launch",
