@@ -15,6 +15,7 @@ from checkpoint_tools import adamw, assert_same, grid, learn, small_gpt, whole
 from op_tools import raised
 
 from tpkernels import checkpoint, ops
+from tpkernels.ckpt_room import SAVING
 from tpkernels.data_parallel.lane import open_lane
 from tpkernels.group import Group
 from tpkernels.ranks import global_ranks, private_process_group
@@ -57,7 +58,7 @@ def check_order(model: torch.nn.Module, root: Path, both: dict[str, Any]) -> Non
     real = checkpoint.write_tensors
 
     def noted(path: Path, *args: Any) -> str:
-        name = path.parent.name.removeprefix(checkpoint.SAVING)
+        name = path.parent.name.removeprefix(SAVING).partition(".")[0]
         events.append(f"begin {name}")
         digest = real(path, *args)
         events.append(f"end {name}")

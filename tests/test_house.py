@@ -34,7 +34,7 @@ LEVELS = [
     {"compress", "ops", "optimizers", "shard"},
     {"layers"},
     {"checkpoint", "ckpt_async", "ckpt_cuts", "ckpt_export", "ckpt_files", "ckpt_load", "ckpt_manifest", "ckpt_place"}
-    | {"ckpt_reshard", "ckpt_residuals", "ckpt_state"}
+    | {"ckpt_reshard", "ckpt_residuals", "ckpt_room", "ckpt_schema", "ckpt_state"}
     | {
         "data_parallel",
         "derive",
@@ -65,6 +65,7 @@ LEVELS = [
         "gpt",
         "hf",
         "hf_files",
+        "hf_fresh",
         "hf_gguf",
         "job",
         "launch",

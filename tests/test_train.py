@@ -14,6 +14,7 @@ import torch
 from train_tools import finished, run
 
 from tpkernels import checkpoint, parity, report
+from tpkernels.checkpoint import CheckpointError
 from tpkernels.data import check_size, open_corpus, train_batch, validation_batches
 from tpkernels.gpt import whole_parts
 from tpkernels.runlog import RunLog, read
@@ -69,6 +70,13 @@ def check_other_data(folder: str, settings: Settings, other: str) -> None:
         finished(replace(settings, data=other), folder, resume=True)
     with pytest.raises(UserError, match=r"holds a run already: add --resume to continue it"):
         finished(settings, folder)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        Path(folder, "settings.json").unlink()
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match=r"step-00000004 exists already, and a run that is at step 0"):
+        finished(settings, folder)
+    assert not Path(folder, "settings.json").exists(), "nothing was changed, and nothing trained in vain"
 
 
 def check_time_limit(folder: str, settings: Settings) -> None:

@@ -84,6 +84,9 @@ def the_trainer_trains_it(tp: Group, dp: Group | None, folder: str) -> Tensor:
     again.train(resume_from_checkpoint=f"{folder}/cut/checkpoint-00000004")  # inside of the second epoch
     assert torch.equal(logged(again), logged(got)) and len(logged(got)) == 6
     assert all(torch.equal(p, q) for p, q in zip(cut[0].parameters(), cut[1].parameters(), strict=True))
+    late = trainer_of(cut[1], f"{folder}/cut", (tp, dp), save_strategy="steps", save_steps=4)
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000004 exists already, and a run that is at step 0"):
+        late.train()
     got.save_model(f"{folder}/plain")
     kind: Any = type(whole)
     back = kind.from_pretrained(f"{folder}/plain")

@@ -8,20 +8,22 @@ A checkpoint is a folder:
         manifest.json               sha-256 of each file; how each tensor is cut; step; optimizer's options; extra
 
 Written into a hidden folder beside it, synced to disk, then renamed: a folder with the final name is complete. There
-is no pickle anywhere. A rank that fails makes the call fail on all ranks. Loading checks the digests first.
+is no pickle anywhere. A rank that fails, in whichever way, makes the call fail on all ranks. Loading checks the digests
+first. Jobs that save into the same parent folder do not disturb each other.
 
 The manifest says for each tensor the unsharded shape and what each rank holds of it, so that any number of ranks, cut
 in any way, is served by slices of these same files: `load` takes them directly, `reshard` writes them anew.
 
-The parts: ckpt_files (bytes), ckpt_cuts (how a tensor is cut), ckpt_state (what is saved), ckpt_manifest, ckpt_load,
-ckpt_async, ckpt_reshard; ckpt_export writes a plain Hugging Face folder, and hf.py reads one.
+The parts: ckpt_files (bytes), ckpt_room (hidden folders), ckpt_cuts (how a tensor is cut), ckpt_state (what is saved),
+ckpt_manifest, ckpt_load, ckpt_async, ckpt_reshard; ckpt_export writes a plain Hugging Face folder, and hf.py reads one.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ from torch import nn
 
 from tpkernels import ckpt_async, ckpt_manifest
 from tpkernels.ckpt_export import export_hf
-from tpkernels.ckpt_files import MANIFEST, SAVING, CheckpointError, make_room, publish, write_manifest, write_tensors
+from tpkernels.ckpt_files import MANIFEST, CheckpointError, read_manifest, write_manifest, write_tensors
 from tpkernels.ckpt_load import Loaded, restore
 from tpkernels.ckpt_place import Place, file_name
 from tpkernels.ckpt_reshard import reshard
+from tpkernels.ckpt_room import Room, refuse_existing, remove
 from tpkernels.ckpt_state import Aggregator, Snapshot, take
 from tpkernels.group import Group, resolve
 
@@ -71,14 +74,17 @@ def save(
         the folder. When this returns, the checkpoint is on the disk and complete.
 
     Raises:
-        CheckpointError: any rank could not write (full disk, no permission); the text names it. Nothing is left behind
-            but an unfinished folder, which the next save removes.
+        CheckpointError: any rank could not write (full disk, no permission, no memory), something cannot be saved
+            (named), or the ranks pass different things; the text names the rank. Nothing is left behind.
         PeerLostError: a rank died; the last complete checkpoint is still there.
     """
     place, final = Place(resolve(group), dp_group), Path(folder)
     ckpt_async.wait_for_pending(place)
     with place.together(f"save {final}"):
+        if place.is_first:
+            refuse_existing(final)
         snapshot = take(model, optimizer, aggregator, place, step, extra)
+    _agree(snapshot, final, place)
     return _write(snapshot, final, place)
 
 
@@ -109,7 +115,10 @@ def save_async(
     place, final = Place(resolve(group), dp_group), Path(folder)
     ckpt_async.wait_for_pending(place)
     with place.together(f"save {final}"):
+        if place.is_first:
+            refuse_existing(final)
         snapshot = take(model, optimizer, aggregator, place, step, extra).copied()
+    _agree(snapshot, final, place)
     return ckpt_async.start(lambda talk: _write(snapshot, final, talk), place, final)
 
 
@@ -121,6 +130,8 @@ def load(
     dp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
+    strict: bool = True,
+    convert_dtype: bool = False,
 ) -> Loaded:
     """Fill model, optimizer and random numbers from a checkpoint; collective over the group, and over dp_group.
 
@@ -131,12 +142,25 @@ def load(
 
     Random numbers of ranks that were not there: those of rank t modulo tp of replica d modulo dp; see `Source.rng`.
 
+    Args:
+        group, dp_group: as for `save`.
+        optimizer, aggregator: to be filled, too; None leaves what was saved of them aside.
+        strict: whether the model must have the tensors of the checkpoint, no more and no fewer. With False the others
+            are loaded, and the result names what is missing and unexpected; shapes must agree all the same, and an
+            optimizer must have the parameters that it had.
+        convert_dtype: copy tensors into a model of another dtype, rounding to the nearest, as `load_state_dict` does;
+            of the optimizer, those that had the dtype of their parameter. Without it another dtype is an error,
+            because a resumed run would not be the one that was saved.
+
+    Returns:
+        step and extra of the save, and with strict=False the names that only one side has.
+
     Raises:
         CheckpointError: no checkpoint there, a damaged, missing or foreign file (named), tensors of other names,
             shapes or dtypes than the model has (named).
     """
     ckpt_async.wait_for_pending(place := Place(resolve(group), dp_group))
-    return restore(model, Path(folder), place, optimizer, aggregator)
+    return restore(model, Path(folder), place, optimizer, aggregator, strict=strict, convert_dtype=convert_dtype)
 
 
 def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -149,35 +173,63 @@ def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def latest(parent: str | os.PathLike[str]) -> Path | None:
-    """The last complete checkpoint in a folder of checkpoints (by name, so steps need leading zeros), or None."""
-    return max(_complete(parent), default=None)
+    """The complete checkpoint of the highest step in a folder of checkpoints, or None. Of one step, the last by name.
+
+    A damaged manifest is warned of and passed over.
+    """
+    return max(_complete(parent), default=(0, None))[1]
 
 
 def prune(parent: str | os.PathLike[str], keep: int) -> None:
-    """Remove all but the last `keep` complete checkpoints. Call it on one rank."""
-    for folder in sorted(_complete(parent))[:-keep]:
-        # Without its manifest a half-removed folder is not taken for a checkpoint.
-        (folder / MANIFEST).unlink()
-        shutil.rmtree(folder)
+    """Remove all complete checkpoints but the `keep` that have the highest steps. Call it on one rank.
+
+    A folder whose manifest cannot be read is neither removed nor counted.
+
+    Raises:
+        ValueError: keep is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"prune: keep must be 1 or more, got {keep}: to remove all checkpoints, remove the folder")
+    for _, folder in sorted(_complete(parent))[:-keep]:
+        remove(folder)
 
 
-def _complete(parent: str | os.PathLike[str]) -> list[Path]:
-    return [path.parent for path in Path(parent).glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+def _complete(parent: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """Step and folder of each complete checkpoint."""
+    found = []
+    for folder in (path.parent for path in Path(parent).glob(f"*/{MANIFEST}")):
+        if folder.name.startswith("."):
+            continue
+        try:
+            found.append((int(read_manifest(folder)["step"]), folder))
+        except (CheckpointError, LookupError, TypeError) as error:
+            if any(folder.glob("rank-0-of-*")):  # else it is something else that has a manifest
+                warnings.warn(f"{folder} is passed over: {error}", stacklevel=3)
+    return found
+
+
+def _agree(snapshot: Snapshot, final: Path, place: Place) -> None:
+    """Raise CheckpointError on all ranks, before anything is written, unless they are about to save the same."""
+    everyone = place.gather({"folder": final.name, **ckpt_manifest.common(snapshot)})
+    with place.together(f"save {final}"):
+        ckpt_manifest.check_agreement(everyone)
 
 
 def _write(snapshot: Snapshot, final: Path, place: Place) -> Path:
-    temporary, name = final.with_name(f"{SAVING}{final.name}"), file_name(place.rank, place.tp, place.replica)
-    with place.together(f"save {final}"):
-        if place.is_first:
-            make_room(final, temporary, f"{SAVING}*")
-    said: dict[str, Any] = {}
-    with place.together(f"save {final}"):
-        digest = write_tensors(temporary / name, snapshot.tensors)
-        replicas = snapshot.replica_digests() if place.tp > 1 else {}
-        said = ckpt_manifest.describe(snapshot, name, digest, replicas)
-    everyone = place.gather(said)
-    with place.together(f"save {final}"):
-        if place.is_first:
-            write_manifest(temporary, ckpt_manifest.join(everyone, snapshot, place))
-            publish(temporary, final)
+    doing, name = f"save {final}", file_name(place.rank, place.tp, place.replica)
+    with ExitStack() as stack:
+        room: Room | None = None
+        with place.together(doing):
+            room = stack.enter_context(Room(final)) if place.is_first else None
+        folder = final.with_name(place.gather(room.path.name if room is not None else "")[0])
+        said: dict[str, Any] = {}
+        with place.together(doing):
+            digest = write_tensors(folder / name, snapshot.tensors)
+            replicas = snapshot.replica_digests() if place.tp > 1 else {}
+            said = ckpt_manifest.describe(snapshot, name, digest, replicas)
+        everyone = place.gather(said)
+        with place.together(doing):
+            if room is not None:
+                write_manifest(room.path, ckpt_manifest.join(everyone, snapshot, place))
+                room.publish()
     return final

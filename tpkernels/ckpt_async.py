@@ -10,6 +10,7 @@ import atexit
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 
 import torch.distributed as dist
 
@@ -31,9 +32,14 @@ class SaveHandle:
         self._folder: Path | None = None
         self._error: BaseException | None = None
         self.told = False
+        self._begin: Queue[bool] = Queue()
         # Not a daemon: a program that ends waits until the checkpoint is written.
         self._thread = threading.Thread(target=self._run, name="tpkernels-save")
         self._thread.start()
+
+    def begin(self, do: bool) -> None:
+        """Let the thread go on: to write, or, where another rank has none, to end at once."""
+        self._begin.put(do)
 
     def done(self) -> bool:
         """Whether it has come to its end, good or bad."""
@@ -54,7 +60,8 @@ class SaveHandle:
 
     def _run(self) -> None:
         try:
-            self._folder = self._work()
+            if self._begin.get():
+                self._folder = self._work()
         except BaseException as error:  # for wait, whatever it is
             self._error = error
 
@@ -70,22 +77,30 @@ def start(write: Callable[[Place], Path], place: Place, final: Path) -> SaveHand
     with place.together(f"save {final}"):
         dp_talk = _talk(place.dp_group) if place.dp_group is not None else None
     apart = Place(talk, dp_talk)
-    handle = _pending[place.number] = SaveHandle(lambda: write(apart))
+    handle: SaveHandle | None = None
+    try:
+        with place.together(f"save {final}"):
+            handle = SaveHandle(lambda: write(apart))
+    except BaseException:
+        if handle is not None:
+            handle.begin(False)
+        raise
+    assert handle is not None, "a rank without a thread has raised"
+    _pending[place.number] = handle
+    handle.begin(True)
     return handle
 
 
 def wait_for_pending(place: Place) -> None:
-    """Wait for the save that is under way, if there is one.
+    """Wait for the save that is under way, if there is one. Collective.
 
     Raises:
-        CheckpointError, PeerLostError: it failed, and nobody has been told yet.
+        CheckpointError, PeerLostError: it failed, and some rank has not been told yet.
     """
-    handle = _pending.pop(place.number, None)
-    if handle is None:
-        return
-    if handle.told:
-        return
-    handle.wait()
+    with place.together(""):
+        handle = _pending.pop(place.number, None)
+        if handle is not None and not handle.told:
+            handle.wait()
 
 
 def _talk(group: Group | Ranks) -> Talk:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tpkernels.ckpt_files import CheckpointError
+from tpkernels.ckpt_schema import DTYPE_NAMES, is_shape, is_whole
 from tpkernels.shard import Runs, ShardInfo, lay_out, rule_runs, run_size
 
 Read = Callable[..., Tensor]  # (rank, *(dim, start, stop)) -> that range of what the rank's file holds
@@ -65,17 +66,32 @@ class Entry:
             CheckpointError: it does not say what an entry says.
         """
         try:
-            dtype = getattr(torch, said["dtype"])
-            shape, dim = tuple(int(n) for n in said["shape"]), said["dim"]
-            table = said.get("runs")
-            runs = None if table is None else tuple(tuple((int(a), int(n)) for a, n in rank) for rank in table)
-            if not isinstance(dtype, torch.dtype) or (dim is not None and not 0 <= dim < len(shape)):
-                raise ValueError("dtype or dim")
-            if said.get("stage", 0) != 0:
-                raise ValueError("a stage of a model that is not cut by layer")
-            return cls(dtype, shape, said["style"], dim, int(said["unit"]), runs, said.get("replicas_differ", False))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls._parsed(said)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the manifest's entry of {name} makes no sense ({error!r})") from None
+
+    @classmethod
+    def _parsed(cls, said: dict[str, Any]) -> Entry:
+        dtype, shape, dim, unit, table = said["dtype"], said["shape"], said["dim"], said["unit"], said.get("runs")
+        if dtype not in DTYPE_NAMES or not is_shape(shape):
+            raise ValueError("dtype or shape")
+        if dim is not None and not (is_whole(dim) and dim < len(shape)):
+            raise ValueError("dim")
+        if not is_whole(unit, 1) or (dim is not None and table is None and shape[dim] % unit):
+            raise ValueError("unit")
+        if said.get("stage", 0) != 0:
+            raise ValueError("a stage of a model that is not cut by layer")
+        style, differ = said["style"], said.get("replicas_differ", False)
+        if not isinstance(style, str) or not isinstance(differ, bool):
+            raise ValueError("style or replicas_differ")
+        runs = None if table is None else tuple(tuple((start, size) for start, size in rank) for rank in table)
+        entry = cls(getattr(torch, dtype), tuple(shape), style, dim, unit, runs, differ)
+        if runs is not None:
+            numbers = [run for rank in runs for run in rank]
+            if dim is None or not all(is_whole(a) and is_whole(n) and a + n <= shape[dim] for a, n in numbers):
+                raise ValueError("runs")
+            stretches(entry, len(runs))
+        return entry
 
     def to_json(self) -> dict[str, Any]:
         """The entry as the manifest holds it."""
@@ -129,6 +145,13 @@ def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:
         found.append(Stretch(next_one.rank, next_one.held + skip, end, next_one.size - skip))
         end = next_one.start + next_one.size
     return found
+
+
+def ranks_read(entry: Entry, world_size: int, dim: int | None, runs: Runs, first: int) -> set[int]:
+    """The ranks whose files `read_part` reads with these arguments."""
+    if dim is not None and dim == entry.dim and entry.runs_of(first, world_size) == runs:
+        return {first}
+    return {box.rank for box in _boxes(entry, world_size, dim, runs, first)}
 
 
 def read_part(entry: Entry, world_size: int, read: Read, dim: int | None, runs: Runs, out: Tensor, first: int) -> None:

@@ -6,7 +6,6 @@ parameter in another form than its files (experts fused into one tensor, for exa
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -20,17 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpkernels.ckpt_files import (
-    INDEX,
-    SINGLE,
-    WRITING,
-    CheckpointError,
-    TensorWriter,
-    make_room,
-    publish,
-    sync,
-)
+from tpkernels.ckpt_files import INDEX, SINGLE, CheckpointError, TensorWriter, check_tensors, sync, sync_folder
 from tpkernels.ckpt_place import Place
+from tpkernels.ckpt_room import Room
 from tpkernels.errors import PeerLostError
 from tpkernels.group import Group, resolve
 from tpkernels.shard import full_shape, shard_info
@@ -62,25 +53,26 @@ def export_hf(
         CheckpointError: it is no transformers model, the folder exists, or the disk is full (on all ranks).
     """
     place, final = Place(resolve(group)), Path(folder)
-    temporary, doing = final.with_name(f"{WRITING}{final.name}"), f"export {final}"
-    shards: list[list[Unit]] = []
-    with place.together(doing):
-        if not hasattr(getattr(model, "config", None), "save_pretrained"):
-            raise CheckpointError(f"expected a transformers model with a config, got {type(model).__name__}")
-        shards = _packed(units_of(model), max_shard_bytes)
-        if place.is_first:
-            make_room(final, temporary, glob.escape(temporary.name))
-            _write_texts(model, temporary, tokenizer, files)
-    names = _file_names(len(shards))
-    for name, units in zip(names, shards, strict=True):
-        _write_shard(model, temporary / name, units, place, doing)
-    with place.together(doing):
-        if place.is_first:
-            if len(names) > 1:
-                _write_index(temporary, names, shards)
-            for path in temporary.rglob("*"):
-                sync(path)
-            publish(temporary, final)
+    doing, shards = f"export {final}", list[list[Unit]]()
+    with ExitStack() as stack:
+        room: Room | None = None
+        with place.together(doing):
+            if not hasattr(getattr(model, "config", None), "save_pretrained"):
+                raise CheckpointError(f"expected a transformers model with a config, got {type(model).__name__}")
+            shards = _packed(units_of(model), max_shard_bytes)
+            if place.is_first:
+                room = stack.enter_context(Room(final))
+                _write_texts(model, room.path, tokenizer, files)
+        names = _file_names(len(shards))
+        for name, units in zip(names, shards, strict=True):
+            _write_shard(model, None if room is None else room.path / name, units, place, doing)
+        with place.together(doing):
+            if room is not None:
+                if len(names) > 1:
+                    _write_index(room.path, names, shards)
+                for path in room.path.rglob("*"):
+                    sync_folder(path) if path.is_dir() else sync(path)
+                room.publish()
     return final
 
 
@@ -116,9 +108,8 @@ def _saved_state(model: Any) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     second = set(getattr(model, "all_tied_weights_keys", None) or {})
     kept: dict[int, str] = {}
+    check_tensors(state)
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} of the model's state is {type(tensor).__name__}, not a tensor")
         if id(tensor) not in kept or (kept[id(tensor)] in second and name not in second):
             kept[id(tensor)] = name
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
@@ -203,26 +194,26 @@ def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[U
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_shard(model: Any, path: Path, units: Sequence[Unit], place: Place, doing: str) -> None:
-    """Rank 0 writes what all ranks send; its disk's errors are told when all is sent, so that nobody waits in vain."""
-    problem: OSError | ValueError | None = None
+def _write_shard(model: Any, path: Path | None, units: Sequence[Unit], place: Place, doing: str) -> None:
+    """Rank 0, which has a path, writes what all ranks send; errors are told when all is sent, so that nobody waits."""
+    problem: Exception | None = None
     with ExitStack() as stack:
         writer: TensorWriter | None = None
-        if place.is_first:
-            try:
+        with place.together(doing):
+            if path is not None:
                 layout = {name: kind for unit in units for name, kind in unit.outputs.items()}
                 writer = stack.enter_context(TensorWriter(path, layout, {"format": "pt"}))
-            except (OSError, ValueError) as error:
-                problem = error
         state = model.state_dict(keep_vars=True)
         for unit in units:
             try:
                 _add(model, writer if problem is None else None, unit, state, place)
-            except (OSError, ValueError) as error:
+            except PeerLostError:
+                raise
+            except Exception as error:
                 problem = error
         with place.together(doing):
             if problem is not None:
-                raise CheckpointError(str(problem)) from problem
+                raise problem
             if writer is not None:
                 writer.finish()
 
@@ -240,6 +231,7 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
     """The unsharded tensor on rank 0, None on the others. Collective; ranks that hold the same send once.
 
     Raises:
+        CheckpointError: a rank has no memory for it (on all ranks).
         PeerLostError: a rank died.
     """
     info = shard_info(tensor)
@@ -248,25 +240,28 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
     pg, dim = place.group.process_group, info.dim % tensor.dim()
     senders = [r for r in range(place.tp) if info.owned_by(r)]
     device = tensor.device if dist.get_backend(pg) != "gloo" else torch.device("cpu")
+    parts: dict[int, Tensor] = {}
+    with place.together("gather a tensor"):  # memory first: nobody sends to a rank that has none
+        if place.rank == 0:
+            full = torch.empty(info.full_shape(tensor), dtype=tensor.dtype, device=device)
+            for rank in senders:
+                shape = (*full.shape[:dim], info.sizes[rank], *full.shape[dim + 1 :])
+                parts[rank] = tensor.detach() if rank == 0 else torch.empty(shape, dtype=tensor.dtype, device=device)
+        elif place.rank in senders:
+            parts[place.rank] = tensor.detach().contiguous().to(device)
     try:
-        if place.rank != 0:
-            if place.rank in senders and tensor.numel():
-                bytes_of = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-                dist.send(bytes_of.to(device), group=pg, group_dst=0)
-            return None
-        full = torch.empty(info.full_shape(tensor), dtype=tensor.dtype, device=device)
-        for rank in senders:
-            part, shape = tensor.detach(), (*full.shape[:dim], info.sizes[rank], *full.shape[dim + 1 :])
-            if rank != 0:
-                part = torch.empty(shape, dtype=tensor.dtype, device=device)
-                if part.numel():
-                    dist.recv(part.reshape(-1).view(torch.uint8), group=pg, group_src=rank)
-            info.put(part, rank, full)
-        return full
-    except torch.OutOfMemoryError:
-        raise
+        for rank, part in parts.items():
+            if part.numel() and place.rank != 0:
+                dist.send(part.reshape(-1).view(torch.uint8), group=pg, group_dst=0)
+            elif part.numel() and rank != 0:
+                dist.recv(part.reshape(-1).view(torch.uint8), group=pg, group_src=rank)
     except RuntimeError as error:
         raise PeerLostError(
             f"a rank of group '{place.group.label}' died or left while rank {place.rank} of {place.tp} gathered a "
             f"tensor ({str(error).splitlines()[0]})"
         ) from None
+    if place.rank != 0:
+        return None
+    for rank, part in parts.items():
+        info.put(part, rank, full)
+    return full

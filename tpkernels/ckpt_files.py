@@ -7,10 +7,10 @@ through the safetensors package, which checks that no two tensors overlap and th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-SAVING = ".saving-"  # what a save has not finished; the next save in the same place removes it
-WRITING = ".writing-"  # the same of a reshard or an export, which may run beside a training that saves
 CHUNK = 1 << 24
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the weights of a Hugging Face folder
 DTYPES = {
@@ -40,12 +38,21 @@ class CheckpointError(ValueError):
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk; some file systems (FUSE, SMB) cannot be asked for it."""
+    try:
+        sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def digest_of(path: Path) -> str:
@@ -58,23 +65,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The values of a tensor as they stand in a file; of a contiguous one on the CPU nothing is copied."""
     flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-def make_room(final: Path, temporary: Path, left_overs: str) -> None:
-    """Make the hidden folder that `final` is written into, and remove what matches the glob `left_overs` beside it."""
-    if final.exists():
-        raise CheckpointError("it exists already: remove it or save under another name")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(left_overs):
-        shutil.rmtree(left)
-    temporary.mkdir()
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a folder whose files are on the disk its name, in one step."""
-    sync(temporary)
-    temporary.rename(final)
-    sync(final.parent)
 
 
 class TensorWriter:
@@ -139,13 +129,43 @@ class TensorWriter:
         os.close(self._file)
 
 
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """Check that a file can hold each of the tensors; its values are not looked at.
+
+    Raises:
+        CheckpointError: one has no values of its own in plain memory, or no dtype of safetensors; named.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} of the model's state is {type(tensor).__name__}, not a tensor")
+        if (why := _not_plain(tensor)) is not None:
+            raise CheckpointError(f"{name} {why}")
+
+
+def _not_plain(tensor: Tensor) -> str | None:
+    kind = type(tensor).__name__
+    if torch.nn.parameter.is_lazy(tensor):
+        return f"is a {kind}: run the model once, so that it has a shape"
+    if kind == "DTensor":
+        return "is a DTensor, of which this rank has a part: save such a model with torch.distributed.checkpoint"
+    if any(getattr(tensor, field, None) is not None for field in ("quant_state", "SCB")):
+        return f"is quantised ({kind}), and its scales are not in the tensor: dequantise it first"
+    if type(tensor.data) is not Tensor:
+        return f"is a {kind}, which safetensors files cannot hold: make a plain tensor of it first"
+    if tensor.is_meta:
+        return "is on the meta device and has no values: load or initialise the model first"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}, which safetensors files cannot hold: make it dense first (to_dense())"
+    if tensor.dtype not in DTYPES:
+        return f"is {tensor.dtype}, which safetensors files cannot hold: convert it first"
+    return None
+
+
 def _header(names: list[str], layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         dtype, shape = layout[name]
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{name} is {dtype}, which safetensors files cannot hold: convert it first")
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -255,15 +275,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(), object_pairs_hook=_unique)
         written = manifest.pop("sha256", None)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint (it has no {MANIFEST}): name another folder") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     if written != _digest_of_manifest(manifest):
         raise damaged(path, "it is not what its sha-256 says")
     return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field is there twice")
+    return found
 
 
 def _digest_of_manifest(manifest: dict[str, Any]) -> str:

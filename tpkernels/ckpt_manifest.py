@@ -14,6 +14,7 @@ sha256      of all this
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -27,9 +28,47 @@ from torch import Tensor
 from tpkernels.ckpt_cuts import Entry, Read
 from tpkernels.ckpt_files import CheckpointError, TensorFile, check_file, check_folder, damaged, read_manifest
 from tpkernels.ckpt_place import Place, file_name
+from tpkernels.ckpt_schema import check_manifest
 from tpkernels.ckpt_state import Snapshot
 
 VERSION = 2
+
+
+def common(snapshot: Snapshot) -> dict[str, Any]:
+    """What all ranks must say alike, for `check_agreement`."""
+    return {
+        "step": snapshot.step,
+        "extra": snapshot.extra,
+        "aliases": snapshot.aliases,
+        "optimizer": snapshot.optimizer,
+        "aggregator": snapshot.aggregator is not None,
+        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
+    }
+
+
+def check_agreement(said: list[dict[str, Any]]) -> None:
+    """Compare what the ranks say, replica by replica.
+
+    Raises:
+        CheckpointError: they do not say the same, as JSON has it.
+    """
+    for number, other in enumerate(said[1:], start=1):
+        if (found := _difference(said[0], other)) is not None:
+            where, mine, theirs = found
+            raise CheckpointError(
+                f"ranks disagree about {where}: {mine:.100} on rank 0, {theirs:.100} on rank {number}"
+            )
+
+
+def _difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, str, str] | None:
+    """Where two values of JSON differ first, and how, as text: NaN equals itself there."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted(mine.keys() | theirs.keys()):
+            if found := _difference(mine.get(key), theirs.get(key), f"{where}[{key!r}]" if where else key):
+                return found
+        return None
+    texts = json.dumps(mine, sort_keys=True), json.dumps(theirs, sort_keys=True)
+    return None if texts[0] == texts[1] else (where, *texts)
 
 
 def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
@@ -38,14 +77,12 @@ def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str
     return {
         "file": file,
         "sha256": digest,
-        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
         "replicas": replicas,
         "own": {
             "tensors": {k: kind_of(t.dtype, t.shape) for k, t in own.items()},
             "aggregator": snapshot.aggregator,
         },
-        "optimizer": snapshot.optimizer,
-    }  # fmt: skip
+    }
 
 
 def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
@@ -54,19 +91,7 @@ def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
 
 
 def join(said: list[dict[str, Any]], snapshot: Snapshot, place: Place) -> dict[str, Any]:
-    """The manifest, from what the ranks say, replica by replica.
-
-    Raises:
-        CheckpointError: they do not say the same of a tensor or of the optimizer.
-    """
-    for number, other in enumerate(said[1:], start=1):
-        for what in ("tensors", "optimizer"):
-            mine, theirs = said[0][what] or {}, other[what] or {}
-            for key in sorted(mine.keys() | theirs.keys()):
-                if mine.get(key) != theirs.get(key):
-                    raise CheckpointError(
-                        f"ranks disagree about {key}: {mine.get(key)} on rank 0, {theirs.get(key)} on rank {number}"
-                    )
+    """The manifest, from what the ranks say of their files, replica by replica."""
     tensors = {name: _marked(name, entry, said[: place.tp]).to_json() for name, entry in snapshot.entries.items()}
     return {
         "version": VERSION,
@@ -106,13 +131,19 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, or a newer tpkernels wrote it.
     """
     manifest = read_manifest(Path(folder))
-    if manifest.get("version") == 1:
-        manifest = _from_version_1(manifest)
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version")
+    if version not in (1, VERSION) or isinstance(version, (bool, float)):
         raise CheckpointError(
-            f"{folder} has layout version {manifest.get('version')} and this tpkernels reads 1 to {VERSION}: "
+            f"{folder} has layout version {version} and this tpkernels reads 1 to {VERSION}: "
             f"use the tpkernels that wrote it"
         )
+    try:
+        manifest = _from_version_1(manifest) if version == 1 else manifest
+        check_manifest(manifest)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: the manifest makes no sense ({error!r})") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     return manifest
 
 
@@ -144,7 +175,9 @@ class Source:
             )
         self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
         self._open: dict[str, TensorFile] = {}
-        names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
+        names = set()
+        if self.tp * self.dp == len(self.manifest["files"]):
+            names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
         if names != set(self.manifest["files"]) or names != set(self.manifest["own"]):
             raise CheckpointError(
                 f"the manifest says that {self.tp} ranks of {self.dp} replicas wrote it, and lists "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,11 @@ import torch
 from torch import Tensor
 
 from tpkernels.ckpt_cuts import Entry, read_part
-from tpkernels.ckpt_files import (
-    WRITING,
-    CheckpointError,
-    TensorWriter,
-    make_room,
-    publish,
-    write_manifest,
-)
+from tpkernels.ckpt_files import CheckpointError, TensorWriter, write_manifest
 from tpkernels.ckpt_manifest import Source, kind_of, read
 from tpkernels.ckpt_place import file_name
 from tpkernels.ckpt_residuals import Residuals
+from tpkernels.ckpt_room import Room, refuse_existing
 from tpkernels.shard import Runs
 
 
@@ -50,21 +42,19 @@ def reshard(
         CheckpointError: src is no checkpoint or damaged (named), dst exists, or the disk is full.
     """
     source_folder, final = Path(src), Path(dst)
-    temporary = final.with_name(f"{WRITING}{final.name}")
     try:
-        return _reshard(source_folder, final, temporary, tp, dp)
+        return _reshard(source_folder, final, tp, dp)
     except (CheckpointError, OSError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"reshard {source_folder} to {final}: {error}") from None
 
 
-def _reshard(source_folder: Path, final: Path, temporary: Path, tp: int | None, dp: int | None) -> Path:
+def _reshard(source_folder: Path, final: Path, tp: int | None, dp: int | None) -> Path:
     source = Source(source_folder, read(source_folder))
     tp, dp = source.tp if tp is None else tp, source.dp if dp is None else dp
     if tp < 1 or dp < 1:
         raise CheckpointError(f"tp and dp must be 1 or more, got tp={tp}, dp={dp}")
+    refuse_existing(final)
     source.check_files()
-    make_room(final, temporary, glob.escape(temporary.name))
     entries = source.entries
     if tp != source.tp:
         source.warn_of_replicas()
@@ -77,12 +67,13 @@ def _reshard(source_folder: Path, final: Path, temporary: Path, tp: int | None, 
         "files": {},
         "own": {},
     }
-    for replica in range(dp):
-        for rank in range(tp):
-            name = file_name(rank, tp, replica)
-            manifest["files"][name], manifest["own"][name] = target.write(temporary / name, rank, replica)
-    write_manifest(temporary, manifest)
-    publish(temporary, final)
+    with Room(final) as room:
+        for replica in range(dp):
+            for rank in range(tp):
+                name = file_name(rank, tp, replica)
+                manifest["files"][name], manifest["own"][name] = target.write(room.path / name, rank, replica)
+        write_manifest(room.path, manifest)
+        room.publish()
     return final
 
 

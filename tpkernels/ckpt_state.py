@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tpkernels import layers
 from tpkernels.ckpt_cuts import Entry
-from tpkernels.ckpt_files import CheckpointError, bytes_of
+from tpkernels.ckpt_files import CheckpointError, bytes_of, check_tensors
 from tpkernels.ckpt_place import Place
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.shard import ShardInfo, shard_info
@@ -82,15 +82,15 @@ def take(
     """
     aliases = aliases_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
+    check_tensors({f"model/{name}": tensor for name, tensor in state.items()})
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     styles = _styles(model)
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} of the model's state is {type(tensor).__name__}, not a tensor")
         entries[f"model/{name}"] = _entry(tensor, shard_info(tensor), styles.get(name))
         tensors[f"model/{name}"] = tensor
     for name, field, value, info in _optimizer_tensors(model, optimizer):
+        check_tensors({f"optimizer/{name}/{field}": value})
         entries[f"optimizer/{name}/{field}"] = _entry(value, info, styles.get(name) if info else None)
         tensors[f"optimizer/{name}/{field}"] = value
     if place.replica > 0:
@@ -100,6 +100,7 @@ def take(
     if mine is not None:
         _check_aggregator(mine["numbers"], place)
         own |= {f"aggregator/{key}": value for key, value in mine["tensors"].items()}
+    check_tensors(own)
     return Snapshot(
         tensors | own, entries, list(own), aliases, optimizer_numbers(model, optimizer),
         None if mine is None else plain(mine["numbers"], "the aggregator's state"),

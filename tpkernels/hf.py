@@ -23,6 +23,7 @@ from tpkernels.ckpt_files import CheckpointError
 from tpkernels.ckpt_manifest import few
 from tpkernels.ckpt_place import Place
 from tpkernels.group import Group, resolve
+from tpkernels.hf_fresh import initialised
 from tpkernels.plan import Plan, parallelize
 from tpkernels.shard import full_shape, lay_out, shard_info
 
@@ -35,29 +36,36 @@ def load_pretrained(
     *,
     group: Group | None = None,
     plan: str | Mapping[str, str] | Plan = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     model_class: type[Any] | None = None,
     config: PreTrainedConfig | None = None,
+    variant: str | None = None,
     sequence_parallel: bool = False,
     codec: str = "none",
+    grad_codec: str | None = None,
+    gather_logits: bool = True,
 ) -> PreTrainedModel:
     """Load a model of the Hugging Face kind, cut over the ranks of a group. Collective.
 
     Args:
         path: a folder with config.json and safetensors (one file, or several with an index), or a GGUF file.
         group: over which; None means all ranks.
-        plan, sequence_parallel, codec: as for `parallelize`.
-        dtype: of the parameters; None takes that of the config, else that of the file.
+        plan, sequence_parallel, codec, grad_codec, gather_logits: as for `parallelize`.
+        dtype: of the parameters, also by its name; None and "auto" take that of the config, else that of the file.
         model_class: a class of transformers, or one of its Auto classes. None takes the class that the config names;
-            AutoModelForCausalLM for a GGUF file.
+            AutoModelForCausalLM for a GGUF file. A class that was not the one saved may lack tensors of the file (a
+            base without its head) and have others (a new head): these are initialised as transformers does it, the
+            same on all ranks, and rank 0 warns of both.
         config: in place of the one in the path, for example with another attn_implementation.
+        variant: as for `from_pretrained`: reads model.<variant>.safetensors.
 
     Returns:
         the model in eval mode, on the group's device, with its generation config. Parameters and buffers are those that
         `from_pretrained` gives, cut; tied parameters are tied.
 
     Raises:
-        CheckpointError: files are missing or damaged, or have tensors of other names or shapes than the model (named).
+        CheckpointError: files are missing or damaged, the weights are quantised, or they have other names or shapes
+            than the model (named).
         PlanError: the model cannot be cut by the plan.
         ModuleNotFoundError: transformers, accelerate or gguf is not installed; says how to install them.
     """
@@ -69,14 +77,28 @@ def load_pretrained(
         if not path.exists():
             raise CheckpointError("there is no such file or folder")
         config = config if config is not None else _config_of(path)
-        files = {} if _is_gguf(path) else hf_files.open_folder(path)
-        model = _empty(config, _class_of(config, model_class), dtype or _dtype_of(config, files))
-    parallelize(model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec)
-    state = _state(model)
+        if not _is_gguf(path):
+            hf_files.refuse_quantised(path, config)
+        files = {} if _is_gguf(path) else hf_files.open_folder(path, variant)
+        kind, dtype = _class_of(config, model_class), _dtype_of(dtype, config, files)
+        model = _empty(config, kind, dtype)
+    parallelize(
+        model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec, grad_codec=grad_codec,
+        gather_logits=gather_logits,
+    )  # fmt: skip
+    state, fresh = _state(model), list[str]()
     with place.together(doing):
-        supply = _from_gguf(model, state, path) if _is_gguf(path) else _from_folder(model, state, files)
+        if _is_gguf(path):
+            supply = _from_gguf(model, state, path)
+        else:
+            supply, fresh = _from_folder(model, state, files, _names_other(config, model), warn=place.is_first)
         _materialise(model, group.device)
         _fill(_state(model), supply)
+    if fresh:
+        drawn = place.gather(torch.get_rng_state() if place.is_first else None)[0]
+        with place.together(doing):
+            values = initialised(_empty(config, kind, dtype), fresh, drawn)
+            _fill(_state(model), ((name, tuple(t.shape), _ranges_of(t)) for name, t in values.items()))
     _add_generation_config(model, path)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -123,11 +145,19 @@ def _class_of(config: Any, asked: type[Any] | None) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _dtype_of(config: Any, files: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that `from_pretrained` takes when it is not told one."""
-    said = getattr(config, "dtype", None)
+def _names_other(config: Any, model: Any) -> bool:
+    """Whether the config names other classes than that of the model."""
+    return bool(config.architectures) and type(model).__name__ not in config.architectures
+
+
+def _dtype_of(asked: torch.dtype | str | None, config: Any, files: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that `from_pretrained` takes."""
+    said = getattr(config, "dtype", None) if asked in (None, "auto") else asked
     if said is not None:
-        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
+        found = said if isinstance(said, torch.dtype) else getattr(torch, str(said), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise CheckpointError(f"dtype must be a floating dtype of torch, its name, 'auto' or None, got {said!r}")
+        return found
     dtypes = (file.dtype(name) for name, file in files.items())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
@@ -176,11 +206,28 @@ def _materialise(model: Any, device: torch.device) -> None:
 Supply = Iterator[tuple[str, hf_files.Shape, hf_files.Fetch]]
 
 
-def _from_folder(model: Any, state: dict[str, Tensor], files: Mapping[str, Any]) -> Supply:
-    """What fills each tensor; names and shapes are checked now, tensors are read one by one later."""
+def _from_folder(
+    model: Any, state: dict[str, Tensor], files: Mapping[str, Any], other_class: bool, warn: bool
+) -> tuple[Supply, list[str]]:
+    """What fills each tensor, and the names of those that are to be initialised.
+
+    Names and shapes are checked now, tensors are read one by one later.
+
+    Args:
+        other_class: the model is of another class than the one that was saved, and may lack and have tensors.
+        warn: of these.
+    """
     found = hf_files.find(model, state, dict(files))
     there = set(found.direct) | {name for names, _ in found.made for name in names}
-    _check_names(model, state, there, sorted(set(found.unexpected) - set(hf_files.ignored(model, found.unexpected))))
+    unexpected = sorted(set(found.unexpected) - set(hf_files.ignored(model, found.unexpected)))
+    missing = _missing(model, state, there)
+    computed = [name for name in missing if name in (model._keys_to_ignore_on_save or ())]
+    heads = [name for name in missing if name not in computed]
+    if other_class and there:
+        if warn and (heads or unexpected):
+            hf_files.warn_of_other(type(model).__name__, heads, unexpected)
+    else:
+        _refuse_names(model, heads, unexpected)
     for name, (shape, _) in found.direct.items():
         _check_shape(name, shape, state)
 
@@ -193,7 +240,7 @@ def _from_folder(model: Any, state: dict[str, Tensor], files: Mapping[str, Any])
                     raise CheckpointError(f"it gives {name}, which the model lacks")
                 yield name, tuple(tensor.shape), _ranges_of(tensor)
 
-    return supply()
+    return supply(), missing
 
 
 def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:
@@ -202,7 +249,7 @@ def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:
         there.add(name)
         if name in state:
             yield name, tuple(tensor.shape), _ranges_of(tensor)
-    _check_names(model, state, there, sorted(there - set(state)))
+    _refuse_names(model, _missing(model, state, there), sorted(there - set(state)))
 
 
 def _ranges_of(tensor: Tensor) -> hf_files.Fetch:
@@ -215,14 +262,18 @@ def _ranges_of(tensor: Tensor) -> hf_files.Fetch:
     return fetch
 
 
-def _check_names(model: Any, state: dict[str, Tensor], there: set[str], unexpected: list[str]) -> None:
+def _missing(model: Any, state: dict[str, Tensor], there: set[str]) -> list[str]:
+    """The tensors that nothing fills, under any of their names, and that are not computed when the model is built."""
     filled = {id(state[name]) for name in there if name in state}
     may_lack = model._keys_to_ignore_on_load_missing or ()
-    missing = [
+    return [
         name
         for name, tensor in state.items()
         if id(tensor) not in filled and not (not isinstance(tensor, nn.Parameter) and _matches(name, may_lack))
     ]
+
+
+def _refuse_names(model: Any, missing: list[str], unexpected: list[str]) -> None:
     for text, names in (("lacks", missing), ("has, and the model lacks,", unexpected)):
         if names:
             raise CheckpointError(f"it {text} {few(names)}: is {type(model).__name__} the class that was saved?")
@@ -246,11 +297,19 @@ def _fill(state: dict[str, Tensor], supply: Supply) -> None:
         tensor = state[name]
         info = shard_info(tensor)
         if info is None:
-            tensor.copy_(fetch())
+            _copy(name, tensor, fetch())
             continue
         dim = info.dim % tensor.dim()
         for at, start, size in lay_out(info.runs_of(info.rank)):
-            tensor.narrow(dim, at, size).copy_(fetch((dim, start, start + size)))
+            _copy(name, tensor.narrow(dim, at, size), fetch((dim, start, start + size)))
+
+
+def _copy(name: str, into: Tensor, value: Tensor) -> None:
+    if into.is_floating_point() and not value.is_floating_point():
+        raise CheckpointError(
+            f"{name} is {value.dtype} in it, as quantised weights are: take a folder that is not quantised"
+        )
+    into.copy_(value)
 
 
 def _add_generation_config(model: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tpkernels.ckpt_files import INDEX, SINGLE, CheckpointError, TensorFile, damaged
+from tpkernels.ckpt_manifest import few
 
 Shape = tuple[int, ...]
 Fetch = Callable[..., Tensor]  # (*(dim, start, stop)) -> that range of the tensor, or all of it
@@ -37,13 +39,52 @@ class Found:
     unexpected: list[str] = field(default_factory=list)
 
 
-def open_folder(folder: Path) -> dict[str, TensorFile]:
+def refuse_quantised(folder: Path, config: Any) -> None:
+    """Raise CheckpointError when the weights of a folder are packed, which no rank can cut.
+
+    Args:
+        folder: its config.json is looked at, too, because `config` may be another.
+    """
+    said = getattr(config, "quantization_config", None)
+    if (file := folder / "config.json").is_file():
+        try:
+            said = said or json.loads(file.read_text()).get("quantization_config")
+        except (ValueError, AttributeError) as error:
+            raise damaged(file, str(error)) from None
+    if said:
+        fields = said if isinstance(said, dict) else vars(said)
+        method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method") or "of an unknown method"))
+        raise CheckpointError(
+            f"its weights are quantised ({method}; quantization_config of its config), and packed weights cannot be "
+            f"cut: take the folder of the model before it was quantised, or save a dequantised one"
+        )
+
+
+def warn_of_other(kind: str, missing: list[str], unexpected: list[str]) -> None:
+    """Warn that a model of another class than the one saved was loaded."""
+    texts = []
+    if missing:
+        texts.append(
+            f"{few(missing)} of {kind} are not in it and are newly initialised: train them before you use them"
+        )
+    if unexpected:
+        texts.append(f"{few(unexpected)} of it are not in {kind} and are not used")
+    warnings.warn(f"load_pretrained: the class that was saved is another: {'; '.join(texts)}", stacklevel=5)
+
+
+def open_folder(folder: Path, variant: str | None = None) -> dict[str, TensorFile]:
     """The files of a folder, by the names of the tensors that they hold.
+
+    Args:
+        variant: which files, model.<variant>.safetensors; None takes model.safetensors.
 
     Raises:
         CheckpointError: there are no safetensors files, one of the index is missing or lacks a tensor, or is damaged.
     """
-    if (index := folder / INDEX).exists():
+    single, index_name = SINGLE, INDEX
+    if variant is not None:
+        single, index_name = f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
+    if (index := folder / index_name).exists():
         try:
             where: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
@@ -56,12 +97,20 @@ def open_folder(folder: Path) -> dict[str, TensorFile]:
             if differ := sorted(listed ^ set(file.names)):
                 raise damaged(file.path, f"its tensors are not those of the index: {', '.join(differ[:3])}")
         return {tensor: files[name] for tensor, name in where.items()}
-    if (folder / SINGLE).exists():
-        file = TensorFile(folder / SINGLE)
+    if (folder / single).exists():
+        file = TensorFile(folder / single)
         return dict.fromkeys(file.names, file)
-    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    hint = f" (it has {others[0]}, a pickle, which is not opened: convert it to safetensors)" if others else ""
-    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = ""
+    if others:
+        hint = f" (it has {few(others)}: pass variant=... where that is model.<variant>.safetensors)"
+    elif pickles:
+        hint = (
+            f" (it has {pickles[0]}, a pickle, which is not opened: convert it to safetensors, for example by "
+            f"from_pretrained and save_pretrained of transformers)"
+        )
+    raise CheckpointError(f"{folder} has neither {single} nor {index_name}{hint}")
 
 
 def find(model: Any, state: dict[str, Tensor], files: dict[str, TensorFile]) -> Found:

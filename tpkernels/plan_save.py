@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
+from tpkernels.ckpt_files import CheckpointError
 from tpkernels.group import Group
 from tpkernels.plan_layers import group_of
+from tpkernels.ranks import raise_together
 from tpkernels.shard import shard_info
 
 
@@ -56,10 +58,10 @@ class SavePretrained:
             raise ValueError("save_pretrained: state_dict holds this rank's parts only; leave it out")
         group = self.group
         state = state or full_state_dict(model, group)
-        if group.rank == 0:
-            save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
-            save(model, save_directory, *args, state_dict=state, **kwargs)
-        group.barrier()
+        with raise_together(group, CheckpointError, f"save_pretrained {save_directory}"):
+            if group.rank == 0:
+                save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
+                save(model, save_directory, *args, state_dict=state, **kwargs)
 
 
 def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:

@@ -16,8 +16,9 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpkernels import checkpoint, layers, ops
 from tpkernels.ckpt_place import Place
+from tpkernels.ckpt_room import refuse_later
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.optimizers import needs_whole_tensors
@@ -37,6 +39,7 @@ from tpkernels.plan_styles import PlanError
 LAUNCHED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
+STEP = "checkpoint-"  # and the step, the names of checkpoints
 STATE = "trainer_state.json"  # where the Trainer looks for its state
 
 
@@ -154,6 +157,17 @@ def _text(option: Any) -> str:
     return str(getattr(option, "value", option))
 
 
+def _at_the_beginning(do: Callable[[], None]) -> Any:
+    """A callback of a Trainer that does something before the first step."""
+    from transformers import TrainerCallback
+
+    class AtTheBeginning(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            do()
+
+    return AtTheBeginning()
+
+
 class _Saving:
     """Clips, saves and loads for a Trainer, whose own way would be one file written by all ranks."""
 
@@ -169,6 +183,14 @@ class _Saving:
         trainer._load_from_checkpoint = self._open
         trainer._load_optimizer_and_scheduler = self._load
         trainer._load_rng_state = self._load_random
+        trainer.add_callback(_at_the_beginning(self._check_names))
+
+    def _check_names(self) -> None:
+        """Refuse at the beginning what would fail at the first save."""
+        folder, step = self._trainer.args.output_dir, self._trainer.state.global_step
+        with self._place.together(f"train in {folder}"):
+            if self._place.is_first and _text(self._trainer.args.save_strategy) != "no":
+                refuse_later(Path(folder), STEP, step)
 
     def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
         return clip_grad_norm_(list(parameters), max_norm, groups=self._group, norm_type=norm_type)
@@ -191,17 +213,18 @@ class _Saving:
                 kept, name = trainer.state.stateful_callbacks, type(callback).__name__
                 kept[name] = [*kept[name], callback.state()] if isinstance(kept[name], list) else callback.state()
         step = trainer.state.global_step
-        state = json.loads(json.dumps(dataclasses.asdict(trainer.state)))
+        extra = {
+            "trainer_state": json.loads(json.dumps(dataclasses.asdict(trainer.state))),
+            "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
+        }  # fmt: skip
         folder = checkpoint.save(
             trainer.model,
-            os.path.join(trainer.args.output_dir, f"checkpoint-{step:08d}"),
+            os.path.join(trainer.args.output_dir, f"{STEP}{step:08d}"),
             group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer), step=step,
-            extra={
-                "trainer_state": state, "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
-            },
+            extra=self._place.gather(extra)[0],  # in a Trainer's state is who it is
         )  # fmt: skip
         with self._place.together(f"save {folder}"):
-            if self._place.is_first and trainer.args.save_total_limit:
+            if self._place.is_first and (trainer.args.save_total_limit or 0) > 0:
                 checkpoint.prune(folder.parent, trainer.args.save_total_limit)
 
     def _open(self, folder: str, model: Any = None) -> None:

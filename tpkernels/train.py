@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tpkernels import checkpoint, data_parallel, ops
 from tpkernels import settings as settings_file
+from tpkernels.ckpt_room import refuse_later
 from tpkernels.data import Corpus, check_size, open_corpus, train_batch, validation_batches
 from tpkernels.errors import RankMismatchError
 from tpkernels.gpt import GPT, GPTConfig, Parts, sharded_parts
@@ -29,6 +30,7 @@ from tpkernels.settings import Settings, UserError
 
 CALIBRATION_STEPS = 20  # after so many the number of steps that fit into --minutes is settled
 DEFAULT_MINUTES = 2.0
+STEP = "step-"  # and the step, the names of checkpoints
 OVERTIME = 1.15  # a run whose length was estimated may take so much longer before it is cut short
 OTHER_WORK = 0.06  # share of the time for validation and checkpoints, when estimating
 
@@ -276,7 +278,7 @@ class Run:
         t = self.trainer
         checkpoint.save(
             t.model,
-            parent / f"step-{self.step:08d}",
+            parent / f"{STEP}{self.step:08d}",
             group=self.layout.tp,
             dp_group=self.layout.dp,
             optimizer=t.optimizer,
@@ -285,8 +287,9 @@ class Run:
             extra=extra,
         )
         self.saved_at = self.step
-        if self.group.rank == 0:
-            checkpoint.prune(parent, self.settings.keep)
+        with raise_together(self.group, checkpoint.CheckpointError, f"remove old checkpoints in {parent}"):
+            if self.group.rank == 0:
+                checkpoint.prune(parent, self.settings.keep)
 
     def stopped_early(self) -> bool:
         """Whether the schedule has steps left."""
@@ -299,6 +302,7 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
 
     Raises:
         UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
+        CheckpointError: the folder has checkpoints of steps that are still to come, so that a save would fail.
     """
     group = layout.world
     with raise_together(group, UserError, ""):
@@ -316,6 +320,12 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
     step, total = _continue(trainer, folder, layout) if resume else (0, None)
     with raise_together(group, UserError, ""):
         if group.rank == 0 and not resume:
+            _refuse_used(folder)
+    with raise_together(group, checkpoint.CheckpointError, ""):
+        if group.rank == 0:
+            refuse_later(folder / "checkpoints", STEP, step)
+    with raise_together(group, UserError, ""):
+        if group.rank == 0 and not resume:
             _claim(settings, folder)
     chief = group.rank == 0
     log = RunLog(folder / "log.jsonl" if chief else None, keep_below=step)
@@ -327,11 +337,14 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
             trainer.replicas.close()
 
 
-def _claim(settings: Settings, folder: Path) -> None:
+def _refuse_used(folder: Path) -> None:
     if (folder / "settings.json").exists():
         raise UserError(
             f"{folder} holds a run already: add --resume to continue it, or name another folder with --folder."
         )
+
+
+def _claim(settings: Settings, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings_file.save(settings, folder)
