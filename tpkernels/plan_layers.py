@@ -229,7 +229,7 @@ class _CutLinear(CutModule):
     random: BlockRandom | None  # of the stretch that this layer begins or ends
 
     def _own(self, name: str) -> Tensor | None:
-        parameter = self._parameters[name]
+        parameter: Tensor | None = getattr(self, name)
         if parameter is None:
             return None
         cut = self._cuts.get(name)

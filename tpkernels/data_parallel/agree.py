@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group, find, resolve
+from tpkernels.layers.base import mark_shards
 from tpkernels.ranks import gather, global_ranks
 from tpkernels.shard import ShardInfo, full_shape, shard_info
 
@@ -116,6 +117,7 @@ def _difference(usual: Entry | None, other: Entry | None, rank: int) -> str:
 
 def _entries(model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
     """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
+    mark_shards(model)
     tensors = list(_named(model, buffers))
     digests, what, skipped = [], [], []
     for name, tensor in tensors:
