@@ -36,6 +36,7 @@ from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import CutModule, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
+from tpkernels.plan_outputs import GatheredAttentions, refuse_methods
 from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_refuse import patched_parents, refuse, refuse_patched
 from tpkernels.plan_save import SavePretrained
@@ -220,6 +221,7 @@ def parallelize(
     leave_fast_paths(model)
     if not gather_logits:
         cut_logits(model, heads[0])
+    GatheredAttentions().watch(model, blocks, group)
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
@@ -242,8 +244,10 @@ def _guard(model: nn.Module, group: Group) -> None:
         first.register_forward_pre_hook(AdapterGuard(model))
     if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the whole model
         model._get_static_cache_init_shape = _lazily  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SavePretrained(model, group)  # type: ignore[assignment]
+    for module in model.modules():  # the models in a model, too
+        if hasattr(type(module), "save_pretrained") and any(isinstance(m, CutModule) for m in module.modules()):
+            module.save_pretrained = SavePretrained(module, group)  # type: ignore[assignment]
+            refuse_methods(module)
 
 
 def _lazily() -> None:
