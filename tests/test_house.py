@@ -50,6 +50,7 @@ LEVELS = [
     | {
         "plan_layers",
         "plan_loss",
+        "plan_outputs",
         "plan_peft",
         "plan_random",
         "plan_refuse",

@@ -24,6 +24,7 @@ from tpkernels.ckpt_place import Place
 from tpkernels.ckpt_room import Room
 from tpkernels.errors import PeerLostError
 from tpkernels.group import Group, resolve
+from tpkernels.layers.base import mark_shards
 from tpkernels.shard import full_shape, shard_info
 
 
@@ -105,6 +106,7 @@ def units_of(model: Any) -> list[Unit]:
 
 def _saved_state(model: Any) -> dict[str, Tensor]:
     """The tensors that a file holds: tied ones once, under the name that transformers looks for."""
+    mark_shards(model)
     state = model.state_dict(keep_vars=True)
     second = set(getattr(model, "all_tied_weights_keys", None) or {})
     kept: dict[int, str] = {}

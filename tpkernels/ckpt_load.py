@@ -19,6 +19,7 @@ from tpkernels.ckpt_place import Place
 from tpkernels.ckpt_residuals import Residuals
 from tpkernels.ckpt_state import Aggregator, aliases_of
 from tpkernels.data_parallel.state import AggregatorState
+from tpkernels.layers.base import mark_shards
 from tpkernels.shard import Runs, full_shape, shard_info
 
 
@@ -53,6 +54,7 @@ def restore(
         source = Source(folder, read(folder))
         source.check_files(place.number, place.tp * place.dp)
     with place.together(f"load {folder}"):
+        mark_shards(model)
         targets, missing, unexpected = _targets(model, source, strict, convert_dtype)
         wanted = {key: _cut(tensor) for key, tensor in targets}
         if optimizer is not None:

@@ -16,6 +16,7 @@ from tpkernels.ckpt_cuts import Entry
 from tpkernels.ckpt_files import CheckpointError, bytes_of, check_tensors
 from tpkernels.ckpt_place import Place
 from tpkernels.data_parallel.state import AggregatorState
+from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, shard_info
 
 STYLE_OF: dict[type[nn.Module], str] = {
@@ -80,6 +81,7 @@ def take(
     Raises:
         CheckpointError: there is something that a checkpoint cannot hold; says what.
     """
+    mark_shards(model)
     aliases = aliases_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
     check_tensors({f"model/{name}": tensor for name, tensor in state.items()})

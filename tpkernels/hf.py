@@ -24,6 +24,7 @@ from tpkernels.ckpt_manifest import few
 from tpkernels.ckpt_place import Place
 from tpkernels.group import Group, resolve
 from tpkernels.hf_fresh import initialised
+from tpkernels.layers.base import mark_shards
 from tpkernels.plan import Plan, parallelize
 from tpkernels.shard import full_shape, lay_out, shard_info
 
@@ -190,6 +191,7 @@ def _replace(parameter: Tensor, value: Tensor) -> None:
 
 def _state(model: Any) -> dict[str, Tensor]:
     """The tensors to fill, by name; of tied ones every name."""
+    mark_shards(model)
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 

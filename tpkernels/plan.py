@@ -36,8 +36,9 @@ from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import CutModule, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
+from tpkernels.plan_outputs import GatheredAttentions, refuse_methods
 from tpkernels.plan_peft import AdapterGuard
-from tpkernels.plan_refuse import refuse
+from tpkernels.plan_refuse import patched_parents, refuse, refuse_patched
 from tpkernels.plan_save import SavePretrained
 from tpkernels.plan_sequence import check_sequence, cut_sequence
 from tpkernels.plan_styles import TRANSLATION, PlanError, Style, parse_style
@@ -173,15 +174,16 @@ def parallelize(
             activations, the same traffic). Hidden states of single layers that the model returns are such parts, too.
         codec: how partial sums travel.
         grad_codec: how the backward packs partial gradients; None: as `codec`.
-        gather_logits: False leaves the logits of a causal language model cut over the vocabulary and computes its loss
-            from the parts; for training, where whole logits may be the largest tensors of all.
+        gather_logits: False leaves the logits of a causal language model cut over the vocabulary in calls with labels
+            and computes the loss from the parts; for training, where whole logits may be the largest tensors of all.
+            Calls without labels (generate, a loss of your own) gather them.
 
     Returns:
         the model.
 
     Raises:
-        PlanError: the plan does not fit, or the model cannot be cut: quantised, already wrapped, too few heads; nothing
-            is changed then.
+        PlanError: the plan does not fit, or the model cannot be cut: quantised, already wrapped, patched on instances,
+            too few heads; nothing is changed then.
         ValueError: no such codec.
 
     Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
@@ -196,6 +198,7 @@ def parallelize(
     plan = Plan.resolve(model, plan)
     styles = plan.styles(model)
     modules = dict(model.named_modules())
+    refuse_patched(modules, styles)
     blocks = list(find_blocks(modules, styles))
     cuts = all_cuts(modules, styles, blocks, group.world_size)
     check_ties(modules, cuts)
@@ -217,7 +220,8 @@ def parallelize(
     share_inputs(modules)
     leave_fast_paths(model)
     if not gather_logits:
-        cut_logits(model, modules[heads[0]])
+        cut_logits(model, heads[0])
+    GatheredAttentions().watch(model, blocks, group)
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:
@@ -240,8 +244,10 @@ def _guard(model: nn.Module, group: Group) -> None:
         first.register_forward_pre_hook(AdapterGuard(model))
     if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the whole model
         model._get_static_cache_init_shape = _lazily  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SavePretrained(model, group)  # type: ignore[assignment]
+    for module in model.modules():  # the models in a model, too
+        if hasattr(type(module), "save_pretrained") and any(isinstance(m, CutModule) for m in module.modules()):
+            module.save_pretrained = SavePretrained(module, group)  # type: ignore[assignment]
+            refuse_methods(module)
 
 
 def _lazily() -> None:
@@ -297,7 +303,7 @@ def _of_the_model(model: nn.Module) -> Plan | None:
     found = {glob: str(TRANSLATION[style]) for glob, style in rules.items() if TRANSLATION[style] is not None}
     plan = Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
     modules, styles = dict(model.named_modules()), plan.styles(model)
-    silent = unsaid(modules, styles)
+    silent = unsaid(modules, styles) + patched_parents(modules, styles)
     silent += [n for n, style in styles.items() if style.name == "expert" and not takes_choices(modules[n])]
     if silent:
         log.info("the plan that ships with %s is not enough for %s", type(model).__name__, _few(silent))

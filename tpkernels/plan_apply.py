@@ -112,7 +112,8 @@ def can_be_cut(module: nn.Module) -> bool:
     forward: Any = type(module).forward
     if forward in (nn.Linear.forward, nn.Embedding.forward) or is_conv1d(module):
         return True
-    return "__class__" in forward.__code__.co_freevars  # it calls super()
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "__class__" in code.co_freevars  # it calls super()
 
 
 def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:

@@ -151,6 +151,9 @@ def cut_module(
         attributes: set on the module.
     """
     cut = cast(CutModule, module)
+    vars(module).pop(
+        "forward", None
+    )  # the class's own, bound, where something that was set on the instance was taken away
     object.__setattr__(module, "__class__", cut_class(cast(Any, type(module)), cast(Any, style), summed))
     cut.group = group
     cut._place = (group.rank, group.world_size)
@@ -226,7 +229,7 @@ class _CutLinear(CutModule):
     random: BlockRandom | None  # of the stretch that this layer begins or ends
 
     def _own(self, name: str) -> Tensor | None:
-        parameter = self._parameters[name]
+        parameter: Tensor | None = getattr(self, name)
         if parameter is None:
             return None
         cut = self._cuts.get(name)

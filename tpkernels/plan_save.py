@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tpkernels import ops
 from tpkernels.ckpt_files import CheckpointError
 from tpkernels.group import Group
+from tpkernels.layers.base import mark_shards
 from tpkernels.plan_layers import group_of
 from tpkernels.ranks import raise_together
 from tpkernels.shard import shard_info
@@ -24,6 +25,7 @@ def full_state_dict(model: nn.Module, group: Group) -> dict[str, Tensor]:
         model: cut over `group`.
         group: over which.
     """
+    mark_shards(model)
     found: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group, find, resolve
+from tpkernels.layers.base import mark_shards
 from tpkernels.ranks import gather, global_ranks
 from tpkernels.shard import ShardInfo, full_shape, shard_info
 
@@ -120,6 +121,7 @@ def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[
     """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
+    mark_shards(model)
     tensors = list(_named(model, buffers))
     digests, what, skipped = [], [], []
     for name, tensor in tensors:

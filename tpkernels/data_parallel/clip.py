@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tpkernels import ops
 from tpkernels.group import Group, resolve
+from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, shard_info
 
 RUN = 1024
@@ -143,6 +144,7 @@ def _as_groups(groups: Group | Sequence[Group] | None) -> list[Group]:
 
 def _parameters(model_or_params: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(model_or_params, nn.Module):
+        mark_shards(model_or_params)
         return list(model_or_params.parameters())
     if isinstance(model_or_params, Tensor):
         return [model_or_params]

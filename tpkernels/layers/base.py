@@ -19,6 +19,8 @@ from tpkernels import ops
 from tpkernels.group import Group, resolve
 from tpkernels.shard import Runs, ShardInfo, mark_shard, shard_info
 
+from .parametrized import CutParametrizations, commutes, originals
+
 BLOCK_ELEMENTS = 1 << 20
 
 
@@ -105,10 +107,71 @@ class ParallelModule(nn.Module):
         """Put ShardInfo on the parameters that are cut: torch drops attributes when it makes new Parameter objects."""
         for name, cut in self._cuts.items():
             parameter = self._parameters.get(name)
-            if parameter is not None:
-                mark_shard(parameter, self._info(cut))
+            for tensor in originals(self, name) if parameter is None else [parameter]:
+                mark_shard(tensor, self._info(cut))
 
-    # The three places where torch replaces parameter objects behind a module's back.
+    def _check(self, where: str) -> None:
+        """Raise ValueError unless every cut parameter is there and has the size of this rank's part."""
+        for name, cut in self._cuts.items():
+            found = [self._parameters[name]] if name in self._parameters else originals(self, name)
+            size = self._info(cut).size
+            wrong = [list(t.shape) for t in found if t is not None and t.size(cut.dim) != size]
+            if wrong or not found:
+                got = f"shape {wrong[0]}" if found else "no such parameter (deleted, or computed by a hook?)"
+                raise ValueError(
+                    f"{where}.{name} ({type(self).__name__}): expected this rank's {size} of {cut.full_size} indices "
+                    f"of dimension {cut.dim}, got {got}"
+                )
+            if name in self._parameters:
+                continue
+            chains: Any = self.parametrizations
+            if len(chains[name]) != chains.checked[name] and not commutes(chains[name], cut.dim):
+                raise ValueError(f"{where}.{name} ({type(self).__name__}) has a parametrization that needs the whole")
+
+    # The places where parameter objects are replaced behind a module's back, by torch or by an assignment.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module does; the place of a cut parameter takes this rank's part only.
+
+        Raises:
+            ValueError: it has another size; a hook would compute a cut parameter from it (pruning, old weight norm).
+        """
+        cuts: dict[str, Cut] = self.__dict__.get("_cuts", {})
+        cut, of = cuts.get(name), next((n for n in cuts if name in (f"{n}_orig", f"{n}_g", f"{n}_v")), None)
+        if of is not None:
+            self._put_back(of)
+            raise ValueError(
+                f"{type(self).__name__}: {of} is cut, and pruning, weight_norm and spectral_norm of torch.nn.utils "
+                f"would compute with a part as if it were the whole: apply and make them permanent before the cut"
+            )
+        if cut is not None and param is not None and param.size(cut.dim) != self._info(cut).size:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be this rank's {self._info(cut).size} of {cut.full_size} indices "
+                f"of dimension {cut.dim}, got shape {list(param.shape)}: take the part that its ShardInfo names"
+            )
+        super().register_parameter(name, param)
+        if cut is not None and param is not None:
+            mark_shard(param, self._info(cut))
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._cuts and self._parameters.get(name) is not None:  # kept for a parametrization that is refused
+            self.__dict__["_taken"] = {name: dict(self._parameters)}
+        super().__delattr__(name)
+
+    def _put_back(self, name: str) -> None:
+        """Undo that a parameter was deleted, its place in the order included."""
+        before: dict[str, nn.Parameter | None] = self.__dict__.pop("_taken", {}).get(name, {})
+        self._parameters.update({n: before[n] for n in before.keys() - self._parameters.keys()})
+        for n in [*before]:
+            self._parameters[n] = self._parameters.pop(n)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and isinstance(value, nn.ModuleDict):
+            value = CutParametrizations(self, self._dim_of)
+        super().__setattr__(name, value)
+
+    def _dim_of(self, name: str) -> int | None:
+        return self._cuts[name].dim if name in self._cuts else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -129,6 +192,18 @@ class ParallelModule(nn.Module):
                 f"{g.label!r} with rank {g.rank} of {g.world_size}: load each rank's own pickle, or a checkpoint"
             )
         self._mark()  # a deep copy of a Parameter has no attributes
+
+
+def mark_shards(model: nn.Module) -> None:
+    """Say anew on all cut parameters of a model what they are parts of, before somebody looks who must not be wrong.
+
+    Raises:
+        ValueError: a layer has lost a parameter, or holds one that is not its part; names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ParallelModule):
+            module._check(name)
+            module._mark()
 
 
 def gather(shard: Tensor, dim: int, full_size: int, group: Group, *, unit: int = 1) -> Tensor:

@@ -1,0 +1,158 @@
+"""What goes in and out of a cut model by heads: attention weights are gathered, caches of all heads are refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from tpkernels import ops
+from tpkernels.group import Group
+from tpkernels.plan_heads import Block, Heads
+from tpkernels.plan_layers import group_of
+from tpkernels.plan_styles import PlanError
+
+
+@dataclass
+class _Seen:
+    """Attention weights [N, this rank's heads, L, S] that a block gave, where its heads lie, and how many there are."""
+
+    weights: Tensor
+    first: int
+    heads: int
+    group: Group
+
+    def whole(self) -> Tensor:
+        """All ranks' heads, on every rank; the gradient is that of this rank's."""
+        around = (self.first, self.heads - self.first - self.weights.size(1))
+        return ops.all_reduce(F.pad(self.weights, (0, 0, 0, 0, *around)), group=self.group)
+
+
+class GatheredAttentions:
+    """Gathers the attention weights that a model returns where its caller asks for them (output_attentions).
+
+    Attention blocks give those of their rank's heads. Which tensors of an output are such is told by the tensors and
+    not by their names or places, so that tuples and outputs of any class are served.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[bool] = []  # of the models that are running, the outer ones first
+        self._seen: list[_Seen] = []
+
+    def watch(self, model: nn.Module, blocks: list[Block], group: Group) -> None:
+        """Hook the models in `model` that hold cut blocks, and the blocks."""
+        cut = [block for block in blocks if block.columns and group.world_size > 1]
+        for name, module in model.named_modules():
+            inside = [b for b in cut if b.name.startswith(f"{name}." if name else "")]
+            if inside and hasattr(module, "config") and hasattr(module, "main_input_name"):
+                module.register_forward_pre_hook(CacheCheck(inside, group), with_kwargs=True)
+                module.register_forward_pre_hook(self.begin, with_kwargs=True)
+                module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+        for block in cut:
+            block.module.register_forward_hook(BlockWatch(self._seen, self._asked, block.heads, group))
+
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook in front of a model."""
+        asks = kwargs.get("output_attentions")
+        if asks is None and args:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            asks = dict(zip(names, args, strict=False)).get("output_attentions")
+        self._asked.append(bool(getattr(module.config, "output_attentions", False) if asks is None else asks))
+
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Hook behind it, also when it raised."""
+        seen = list(self._seen) if self._asked and self._asked.pop() else []
+        if not any(self._asked):
+            self._seen.clear()
+        return tree_map(lambda x: next((s.whole() for s in seen if s.weights is x), x), output) if seen else None
+
+
+class BlockWatch:
+    """A hook behind an attention block that notes the attention weights it gives while somebody asks for them."""
+
+    def __init__(self, seen: list[_Seen], asked: list[bool], heads: Heads, group: Group) -> None:
+        self._seen, self._asked, self._heads, self._group = seen, asked, heads, group
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Look at the output for tensors of this rank's heads."""
+        if not any(self._asked) or not isinstance(output, tuple):
+            return
+        group = group_of(module, self._group)
+        first, count = self._heads.query_of(group.world_size, group.rank)
+        for x in output:
+            if isinstance(x, Tensor) and x.dim() == 4 and x.size(1) == count:
+                self._seen.append(_Seen(x, first, self._heads.query, group))
+
+
+class CacheCheck:
+    """A hook in front of a model that refuses a cache of keys and values of all heads (made early, or by another)."""
+
+    def __init__(self, blocks: list[Block], group: Group) -> None:
+        self._heads: dict[int, set[tuple[int, int]]] = {}
+        for block in blocks:
+            place = getattr(block.module, "layer_idx", None)
+            if isinstance(place, int):
+                mine = block.heads.kv_of(group.world_size, group.rank)[1]
+                self._heads.setdefault(place, set()).add((block.heads.kv, mine))
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Compare the heads of the cache's layers with those of the blocks.
+
+        Raises:
+            PlanError: a layer of the cache holds the heads of all ranks.
+        """
+        for place, keys in _keys_of(kwargs.get("past_key_values")):
+            known = self._heads.get(place, set())
+            if keys.size(1) in {whole for whole, _ in known} - {mine for _, mine in known}:
+                raise PlanError(
+                    f"layer {place} of past_key_values has the {keys.size(1)} key and value heads of the whole model, "
+                    f"expected this rank's {sorted(mine for _, mine in known)}: let the cut model make its caches "
+                    f"itself (a StaticCache without early_initialization), or give early_initialization those numbers"
+                )
+
+
+def _keys_of(cache: Any) -> Iterator[tuple[int, Tensor]]:
+    for own in (cache, getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)):
+        for place, layer in enumerate(getattr(own, "layers", None) or ()):
+            keys = getattr(layer, "keys", None)
+            if isinstance(keys, Tensor) and keys.dim() == 4:
+                yield place, keys
+
+
+class Refusal:
+    """Stands in the place of a method that would treat this rank's parts as the whole."""
+
+    def __init__(self, model: nn.Module, method: str, instead: str) -> None:
+        self._kind, self._method, self._instead = type(model).__name__, method, instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise PlanError: says what to do."""
+        raise PlanError(
+            f"{self._kind}.{self._method}: the model is cut, and this needs the whole weights: {self._instead}"
+        )
+
+
+# Methods of models of transformers that are refused once they are cut, and what to do.
+REFUSED = {
+    "resize_token_embeddings": "resize before parallelize (or save_pretrained, load, resize, and cut again)",
+    "resize_position_embeddings": "resize before parallelize",
+    "init_weights": "it would draw the same numbers for every rank's part: initialise before parallelize",
+    "initialize_weights": "it would draw the same numbers for every rank's part: initialise before parallelize",
+    "dequantize": "only unquantised models are cut",
+    "push_to_hub": "call save_pretrained on all ranks, and push the folder from one",
+    "prune_heads": "prune before parallelize",
+    "set_input_embeddings": "put other embeddings in before parallelize",
+    "set_output_embeddings": "put another head in before parallelize",
+}
+
+
+def refuse_methods(model: nn.Module) -> None:
+    """Let methods of a model of transformers that would go wrong once it is cut say so."""
+    for method, instead in REFUSED.items():
+        if hasattr(type(model), method):
+            setattr(model, method, Refusal(model, method, instead))
