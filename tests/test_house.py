@@ -48,6 +48,8 @@ LEVELS = [
         "plan_layers",
         "plan_loss",
         "plan_peft",
+        "plan_peft_load",
+        "plan_peft_refuse",
         "plan_random",
         "plan_refuse",
         "plan_save",

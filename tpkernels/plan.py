@@ -34,11 +34,12 @@ from tpkernels.plan_apply import (
 )
 from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
-from tpkernels.plan_layers import CutModule, Tied, group_of
+from tpkernels.plan_layers import Column, CutModule, Row, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
 from tpkernels.plan_peft import AdapterGuard
+from tpkernels.plan_peft_load import LoadAdapter, load_whole
 from tpkernels.plan_refuse import refuse
-from tpkernels.plan_save import SavePretrained
+from tpkernels.plan_save import SavePretrained, give_whole
 from tpkernels.plan_sequence import check_sequence, cut_sequence
 from tpkernels.plan_styles import TRANSLATION, PlanError, Style, parse_style
 from tpkernels.plan_units import check_ties
@@ -235,9 +236,14 @@ def _say(report: PlanReport) -> None:
 
 def _guard(model: nn.Module, group: Group) -> None:
     """Keep from going wrong in silence what others do with a model without knowing that it is cut."""
-    first = next((module for module in model.modules() if isinstance(module, CutModule)), None)
-    if first is not None:
-        first.register_forward_pre_hook(AdapterGuard(model))
+    for kinds in ((CutModule,), (Column, Row)):  # the table of ids is passed by where embeddings are given
+        first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+        if first is not None:
+            first.register_forward_pre_hook(AdapterGuard(model))
+    model.register_load_state_dict_pre_hook(load_whole)  # type: ignore[no-untyped-call]
+    model.register_state_dict_post_hook(give_whole)  # type: ignore[no-untyped-call]
+    if hasattr(model, "load_adapter"):
+        model.load_adapter = LoadAdapter(model)  # type: ignore[assignment]
     if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the whole model
         model._get_static_cache_init_shape = _lazily  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
