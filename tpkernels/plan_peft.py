@@ -160,7 +160,7 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
         if hasattr(type(module), "add_weighted_adapter"):
             module.add_weighted_adapter = WeightedAdapters(module, top)  # type: ignore[assignment]
     if getattr(model, "word_embeddings", ...) is None and hasattr(top, "get_input_embeddings"):
-        wrapper.word_embeddings = top.get_input_embeddings()  # peft looks for a table with as many rows as words
+        wrapper.word_embeddings = top.get_input_embeddings()  # type: ignore[operator]  # peft looks for a table with as many rows as words
     prompts = getattr(model, "prompt_encoder", None)
     for parameter in prompts.parameters() if isinstance(prompts, nn.Module) else ():
         parameter.data.copy_(_of_rank_0(parameter.data, group))

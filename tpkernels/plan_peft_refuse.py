@@ -13,6 +13,7 @@ from tpkernels.plan_styles import PlanError
 # Prompts that are embeddings in front of the sequence, which every rank holds whole.
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 INITS = (True, "gaussian")  # of A; B begins as zeros
+INSIDE = ("base_layer", "original_module", "token_adapter")  # names that peft puts between
 BLENDS = ("linear", "cat")  # made of rows and columns one by one
 
 
@@ -59,10 +60,9 @@ def _refuse_around(prefix: str, outer: nn.Module, name: str, inner: CutModule, m
 
     if isinstance(outer, ModulesToSaveWrapper):  # copies of the layer, which are cut as it is
         return
-    what, instead = (
-        type(outer).__name__,
-        f"adapt other layers, or leave it whole with the rule {{{prefix!r}: 'replicate'}}",
-    )
+    kind = f"{type(outer).__module__}.{type(outer).__name__}"
+    layer = ".".join(part for part in name.split(".") if part not in INSIDE)
+    instead = f"adapt other layers, or leave it whole with the rule {{{layer!r}: 'replicate'}}"
     base = getattr(outer, "base_layer", None)
     if type(outer) is Linear and isinstance(base, (Column, Row)):
         above = modules.get(prefix.rpartition(".")[0])
@@ -74,10 +74,10 @@ def _refuse_around(prefix: str, outer: nn.Module, name: str, inner: CutModule, m
         return
     if isinstance(base, CutModule) and not isinstance(base, (Column, Row)):
         raise PlanError(
-            f"cut_adapters: {prefix} must adapt a column or row layer, or one that is whole, got a "
-            f"{type(base).__name__} in a {what}: {instead}"
+            f"cut_adapters: {layer} must adapt a column or row layer, or one that is whole, got a "
+            f"{type(base).__name__} in a {kind}: {instead}"
         )
-    raise PlanError(f"cut_adapters: {prefix} is a {what} around {name}; on cut layers only LoRA is known: {instead}")
+    raise PlanError(f"cut_adapters: {layer} is in a {kind}; on cut layers only LoRA is known: {instead}")
 
 
 def _refuse_kind(name: str, module: Any, adapter: str, config: Any) -> None:
@@ -118,7 +118,22 @@ class WeightedAdapters:
                 f"add_weighted_adapter: combination_type={kind!r} needs whole matrices, and this model is cut: take "
                 f"one of {BLENDS}, or blend on an uncut model, save, and load the result here"
             )
-        return blend(tuner, *args, **kwargs)
+        whole = [(layer, vars(layer).copy()) for layer in self._top[0].modules() if _states_whole(layer)]
+        for layer, _ in whole:  # of which peft makes the new matrices
+            base: Any = layer.base_layer
+            size = base._info(base._cuts["weight"]).size
+            setattr(layer, "out_features" if isinstance(base, Column) else "in_features", size)
+        try:
+            return blend(tuner, *args, **kwargs)
+        finally:
+            for layer, before in whole:
+                layer.in_features, layer.out_features = before["in_features"], before["out_features"]
+
+
+def _states_whole(layer: nn.Module) -> bool:
+    """Whether a layer of peft is around a cut one that takes or gives whole tensors, and so states whole sizes."""
+    base = getattr(layer, "base_layer", None)
+    return (isinstance(base, Column) and base.gather_output) or (isinstance(base, Row) and base.split_input)
 
 
 def _text(kind: Any) -> str:

@@ -130,7 +130,6 @@ def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
 def give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Behind state_dict of a cut model: what peft asks for to save adapters is gathered, on every rank. Collective.
 
