@@ -285,7 +285,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "llama",
         peft.AdaLoraConfig(target_modules=["q_proj"], init_r=3, target_r=2, total_step=9),
-        "SVDLinear .* only LoRA is known: adapt other layers",
+        "SVDLinear; on cut layers only LoRA is known: adapt other layers",
     ),
     ("llama", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "is PREFIX_TUNING, which does not"),
     ("qwen3_moe", lora([], target_parameters=["mlp.experts.gate_up_proj"]), "must adapt a column or row layer"),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -120,6 +120,7 @@ class PlanReport:
         heads: {how: number of attention blocks}.
         first_group: over which it was cut. model: which.
         sequence_parallel: whether tokens are cut between the blocks.
+        options: of parallelize, by which another model of the kind is cut alike.
     """
 
     source: str
@@ -130,6 +131,7 @@ class PlanReport:
     whole: list[str] = field(default_factory=list)
     heads: dict[str, int] = field(default_factory=dict)
     sequence_parallel: bool = False
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def group(self) -> Group:
@@ -206,6 +208,7 @@ def parallelize(
         check_cut_logits(model, heads)
     report = _report(PlanReport(plan.source, group, [model]), styles, cuts, modules, blocks)
     report.sequence_parallel = sequence_parallel
+    report.options = {"plan": plan, "sequence_parallel": sequence_parallel, "codec": codec, "grad_codec": grad_codec}
     tied = Tied(model)
     tied.check(modules, cuts)
     apply_to_blocks(blocks, styles, settings, tied)

@@ -13,6 +13,7 @@ from tpkernels.group import Group
 from tpkernels.layers.base import Cut
 from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
+from tpkernels.plan_head import Head
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
 from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
@@ -181,7 +182,8 @@ def _apply_linear(module: nn.Module, style: Style, cut: Cut, settings: CutSettin
     if module.bias is not None:
         cuts["bias"] = cut
     gathers = style.name in ("column_gather", "vocab_head")
-    cut_module(module, Column, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
+    kind = Head if style.name == "vocab_head" else Column
+    cut_module(module, kind, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
     if not gathers:
         setattr(module, "nf" if transposed else "out_features", _size(module.weight))
 
