@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tpkernels import parallelize
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_peft import cut_adapters
+from tpkernels.plan_trainer import fit_trainer, one_replica
 from tpkernels.testing import run_ranks
 
 peft = pytest.importorskip("peft")
@@ -303,6 +305,42 @@ def what_is_not_right_is_refused(group: Group, folder: str) -> None:
         assert classes == [type(module) for module in model.modules()], "nothing is changed"
 
 
+def trainer_of(model: Any, folder: str, **options: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in ids(16)]
+    settings: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "adam_epsilon": 1e-3, "use_cpu": True,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1,
+    }  # fmt: skip
+    return Trainer(model=model, args=TrainingArguments(folder, **(settings | options)), train_dataset=data)
+
+
+def the_trainer_trains_saves_and_resumes_them(group: Group, folder: str) -> None:
+    """Losses and adapters are those of the uncut model; a resumed run has the bits of one that went through."""
+    config = lora([*TARGETS, "lm_head"], lora_dropout=0.0, modules_to_save=["embed_tokens"])
+    base, whole, cut = adapted(group, config)
+    cuts, runs = [cut, copy.deepcopy(cut)], []
+    with one_replica():
+        want = trainer_of(whole, f"{folder}/whole-{group.rank}")
+        want.train()
+        for model, resume in zip(cuts, (None, f"{folder}/cut/checkpoint-00000002"), strict=True):
+            trainer = fit_trainer(trainer_of(model, f"{folder}/cut", save_strategy="steps", save_steps=2))
+            trainer.train(resume_from_checkpoint=resume)
+            runs.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+            group.barrier()
+            if resume is None and group.rank == 0:
+                shutil.rmtree(f"{folder}/cut/checkpoint-00000004")
+            group.barrier()
+    assert runs[0] == runs[1] and len(runs[0]) == 4
+    losses = [row["loss"] for row in want.state.log_history if "loss" in row]
+    assert all(abs(a - b) <= 1e-5 * b for a, b in zip(runs[0], losses, strict=True)), (runs, losses)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in cuts), strict=True))
+    trainer.save_model(f"{folder}/saved")
+    back = peft.PeftModel.from_pretrained(base, f"{folder}/saved", autocast_adapter_dtype=False)
+    close(logits_of(back), logits_of(whole.eval()), "saved by the trainer")
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -313,6 +351,7 @@ def what_is_not_right_is_refused(group: Group, folder: str) -> None:
         blended_adapters_keep_their_values,
         new_adapters_are_those_of_the_uncut_model,
         prompts_of_peft_are_the_same_on_all_ranks,
+        the_trainer_trains_saves_and_resumes_them,
         what_is_not_right_is_refused,
     ],
     ids=lambda run: run.__name__,
