@@ -163,6 +163,8 @@ def a_save_fails_on_all_ranks_or_on_none(group: Group, folder: str) -> None:
     kind, text = (ValueError, "not a file") if group.rank == 0 else (RuntimeError, "rank 0 could not save to .*not a f")
     with pytest.raises(kind, match=text):
         cut.save_pretrained(f"{folder}/file")
+    with pytest.raises(OSError, match="file"):
+        cut.save_pretrained(f"{folder}/file/below")
     group.barrier()
     with Group.open(timeout_s=1.0) as hasty:
         base = tiny("llama", num_hidden_layers=1)
@@ -272,11 +274,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("llama", lora(["embed_tokens", "q_proj"]), r"model\.embed_tokens must adapt a column or row layer.* 'replicate'"),
     (
         "llama",
-        lora(["q_proj"], trainable_token_indices=[1]),
-        r"embed_tokens must adapt a column .*TrainableTokens.*'model.embed_tokens': 'replicate'",
-    ),
-    (
-        "llama",
         peft.LoHaConfig(r=2, target_modules=["q_proj"]),
         r"q_proj is in a peft\.tuners\.loha\..* only LoRA is known",
     ),
@@ -295,6 +292,12 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 
 def what_is_not_right_is_refused(group: Group, folder: str) -> None:
+    for index in (1, 66):
+        cut = parallelize(tiny("llama"), group=group)
+        with pytest.raises(
+            PlanError, match="trainable tokens do not work on a table of ids that is cut: leave it whol"
+        ):
+            peft.get_peft_model(cut, lora(["q_proj"], trainable_token_indices=[index]))
     moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4}
     for family, config, why in REFUSED:
         cut = parallelize(tiny(family, **(moe if family == "qwen3_moe" else {})), group=group)

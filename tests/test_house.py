@@ -46,7 +46,7 @@ LEVELS = [
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {
         "plan_layers",
-        "plan_head",
+        "plan_vocab",
         "plan_loss",
         "plan_peft",
         "plan_peft_load",

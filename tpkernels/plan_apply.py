@@ -13,13 +13,13 @@ from tpkernels.group import Group
 from tpkernels.layers.base import Cut
 from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
-from tpkernels.plan_head import Head
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
+from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, check_counts, cut_in_units, tell_counts
+from tpkernels.plan_vocab import Head, IdTable
 from tpkernels.shard import packed_runs, part_start, shard_info
 
 # What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
@@ -158,7 +158,7 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSetting
         module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
     elif style.name == "vocab":
         assert cut is not None
-        cut_module(module, Vocab, {"weight": cut}, group, tied)
+        cut_module(module, IdTable, {"weight": cut}, group, tied)
     elif isinstance(module, nn.Embedding) and cut is not None:
         cut_module(module, Table, {"weight": cut}, group, tied)
         module.embedding_dim = _size(module.weight)

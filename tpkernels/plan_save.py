@@ -84,11 +84,13 @@ class SavePretrained:
                 save(model, save_directory, *args, state_dict=state, **kwargs)
             except Exception as error:
                 problem = error
-        met = gather(None if problem is None else f"{type(problem).__name__}: {problem}", group)[0]
+        text = None if problem is None else f"{type(problem).__name__}: {problem}"
+        met, is_disk = gather((text, isinstance(problem, OSError)), group)[0]
         if problem is not None:
             raise problem
         if met is not None:
-            raise RuntimeError(f"save_pretrained: rank 0 could not save to {save_directory}: {met}")
+            kind = OSError if is_disk else RuntimeError
+            raise kind(f"save_pretrained: rank 0 could not save to {save_directory}: {met}")
 
 
 def _to_save(model: nn.Module) -> Callable[[str], bool]:

@@ -30,10 +30,10 @@ from tpkernels.ckpt_place import Place
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.plan import parallelize
-from tpkernels.plan_head import show_heads
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
+from tpkernels.plan_vocab import show_heads
 from tpkernels.shard import full_shape
 
 # By these accelerate recognises that it was started as one of several processes.

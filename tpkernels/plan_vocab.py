@@ -1,4 +1,4 @@
-"""The linear that makes logits, and trainers that multiply by its weight themselves.
+"""The linear that makes logits, with trainers that multiply by its weight themselves, and the table of ids.
 
 Fused losses (those of TRL, of Liger) never call the head: they take hidden states and `lm_head.weight`. While a
 trainer that `fit_trainer` made right computes a step, the weight of a cut head is therefore whole for whoever reads it:
@@ -7,6 +7,7 @@ gathered once a step, and its gradient is this rank's rows. The head's own forwa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels.layers.base import gather
-from tpkernels.plan_layers import Column
+from tpkernels.plan_layers import Column, Vocab
+from tpkernels.plan_styles import PlanError
 
 
 class WholeHeads:
@@ -62,6 +64,20 @@ class Head(Column):
     def bias(self) -> Any:  # type: ignore[override]
         """This rank's part, or all of it."""
         return self._parameters["bias"] if self.whole is None else self.whole.look(self, "bias")
+
+
+class IdTable(Vocab):
+    """A table of ids that says why it cannot train single rows."""
+
+    @property
+    def qweight(self) -> Any:
+        """There is none. Trainable tokens of peft look for it just before they take rows, by their whole numbers."""
+        if sys._getframe(2).f_globals.get("__name__") == "peft.tuners.trainable_tokens.layer":
+            raise PlanError(
+                "trainable tokens do not work on a table of ids that is cut: leave it whole with the rule "
+                "{its name: 'replicate'} (a head that is tied to it, too), or train the whole table by modules_to_save"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute 'qweight'")
 
 
 def show_heads(trainer: Any) -> None:
