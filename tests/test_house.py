@@ -49,9 +49,12 @@ LEVELS = [
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {
         "plan_layers",
+        "plan_vocab",
         "plan_loss",
         "plan_outputs",
         "plan_peft",
+        "plan_peft_load",
+        "plan_peft_refuse",
         "plan_random",
         "plan_refuse",
         "plan_save",

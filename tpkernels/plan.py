@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -34,12 +34,13 @@ from tpkernels.plan_apply import (
 )
 from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
 from tpkernels.plan_heads import Block, find_blocks
-from tpkernels.plan_layers import CutModule, Tied, group_of
+from tpkernels.plan_layers import Column, CutModule, Row, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
 from tpkernels.plan_outputs import GatheredAttentions, refuse_methods
 from tpkernels.plan_peft import AdapterGuard
+from tpkernels.plan_peft_load import LoadAdapter, load_whole
 from tpkernels.plan_refuse import patched_parents, refuse, refuse_patched
-from tpkernels.plan_save import SavePretrained
+from tpkernels.plan_save import SavePretrained, give_whole
 from tpkernels.plan_sequence import check_sequence, cut_sequence
 from tpkernels.plan_styles import TRANSLATION, PlanError, Style, parse_style
 from tpkernels.plan_units import check_ties
@@ -120,6 +121,7 @@ class PlanReport:
         heads: {how: number of attention blocks}.
         first_group: over which it was cut. model: which.
         sequence_parallel: whether tokens are cut between the blocks.
+        options: of parallelize, by which another model of the kind is cut alike.
     """
 
     source: str
@@ -130,6 +132,7 @@ class PlanReport:
     whole: list[str] = field(default_factory=list)
     heads: dict[str, int] = field(default_factory=dict)
     sequence_parallel: bool = False
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def group(self) -> Group:
@@ -208,6 +211,7 @@ def parallelize(
         check_cut_logits(model, heads)
     report = _report(PlanReport(plan.source, group, [model]), styles, cuts, modules, blocks)
     report.sequence_parallel = sequence_parallel
+    report.options = {"plan": plan, "sequence_parallel": sequence_parallel, "codec": codec, "grad_codec": grad_codec}
     tied = Tied(model)
     tied.check(modules, cuts)
     apply_to_blocks(blocks, styles, settings, tied)
@@ -239,9 +243,14 @@ def _say(report: PlanReport) -> None:
 
 def _guard(model: nn.Module, group: Group) -> None:
     """Keep from going wrong in silence what others do with a model without knowing that it is cut."""
-    first = next((module for module in model.modules() if isinstance(module, CutModule)), None)
-    if first is not None:
-        first.register_forward_pre_hook(AdapterGuard(model))
+    for kinds in ((CutModule,), (Column, Row)):  # the table of ids is passed by where embeddings are given
+        first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+        if first is not None:
+            first.register_forward_pre_hook(AdapterGuard(model))
+    model.register_load_state_dict_pre_hook(load_whole)  # type: ignore[no-untyped-call]
+    model.register_state_dict_post_hook(give_whole)  # type: ignore[no-untyped-call]
+    if hasattr(model, "load_adapter"):
+        model.load_adapter = LoadAdapter(model)  # type: ignore[assignment]
     if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the whole model
         model._get_static_cache_init_shape = _lazily  # type: ignore[assignment]
     for module in model.modules():  # the models in a model, too

@@ -14,11 +14,12 @@ from tpkernels.layers.base import Cut
 from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
+from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, check_counts, cut_in_units, tell_counts
+from tpkernels.plan_vocab import Head, IdTable
 from tpkernels.shard import packed_runs, part_start, shard_info
 
 # What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
@@ -158,7 +159,7 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSetting
         module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
     elif style.name == "vocab":
         assert cut is not None
-        cut_module(module, Vocab, {"weight": cut}, group, tied)
+        cut_module(module, IdTable, {"weight": cut}, group, tied)
     elif isinstance(module, nn.Embedding) and cut is not None:
         cut_module(module, Table, {"weight": cut}, group, tied)
         module.embedding_dim = _size(module.weight)
@@ -182,7 +183,8 @@ def _apply_linear(module: nn.Module, style: Style, cut: Cut, settings: CutSettin
     if module.bias is not None:
         cuts["bias"] = cut
     gathers = style.name in ("column_gather", "vocab_head")
-    cut_module(module, Column, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
+    kind = Head if style.name == "vocab_head" else Column
+    cut_module(module, kind, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
     if not gathers:
         setattr(module, "nf" if transposed else "out_features", _size(module.weight))
 

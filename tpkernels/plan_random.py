@@ -8,6 +8,8 @@ from the common state; behind it they go on as if one number had been drawn (lay
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tpkernels.group import Group
@@ -31,6 +33,14 @@ class BlockRandom:
     def __init__(self, block: nn.Module) -> None:
         self._modules = [block]  # in a list: a reference, and no child of anything
         self._before: dict[str, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRandom:
+        """A copy of the block has a stretch of its own; a copy of a layer in it goes on in the one it came from."""
+        block = memo.get(id(self._modules[0]))
+        if block is None:
+            return self
+        memo[id(self)] = again = BlockRandom(block)
+        return again
 
     def enter(self, group: Group) -> None:
         """Go over to this rank's own numbers, if the block drops anything. The group is that of the layer that enters.

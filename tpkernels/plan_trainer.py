@@ -32,8 +32,12 @@ from tpkernels.ckpt_room import refuse_later
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.optimizers import needs_whole_tensors
+from tpkernels.plan import parallelize
 from tpkernels.plan_loss import CutCausalLoss
+from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
+from tpkernels.plan_vocab import show_heads
+from tpkernels.shard import full_shape
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
@@ -88,7 +92,11 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
         )
     for problem, instead in _problems(trainer, dp_group):
         raise PlanError(f"fit_trainer: {problem} does not work on a cut model; {instead}")
+    if getattr(trainer.model, "peft_config", None):
+        cut_adapters(trainer.model)
+    _cut_reference(trainer)
     _Saving(trainer, report.group, dp_group)
+    show_heads(trainer)
     if dp_group is not None:
         _Replica(trainer, report.group, dp_group)
     return trainer
@@ -119,6 +127,16 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
             f"a checkpoint with {kind.__name__}, whose state is that of whole tensors,",
             "set save_strategy='no' and call trainer.save_model, or take one that treats every value by itself",
         )
+    own_loss = type(trainer).compute_loss is not Trainer.compute_loss
+    if _cut_logits(trainer.model) and (own_loss or of.label_smoothing_factor or trainer.compute_loss_func is not None):
+        yield (
+            "a loss of the trainer's own or label_smoothing_factor where the model was cut with gather_logits=False",
+            "each rank would compute it from its part of the vocabulary: gather the logits",
+        )
+    if getattr(of, "precompute_ref_log_probs", False):
+        yield "precompute_ref_log_probs=True", "they were computed from this rank's part of the head: set it to False"
+    if getattr(of, "use_vllm", False):
+        yield "use_vllm=True", "the engine would be given this rank's parts: generate with the model"
     if of.auto_find_batch_size:
         yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
     if dp_group is None:
@@ -131,7 +149,7 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
         yield "use_seedable_sampler=False with replicas", "they would shuffle apart: leave it True"
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
         yield "sync_each_batch=True with replicas", "leave it out: gradients travel once a step"
-    if type(trainer).compute_loss is not Trainer.compute_loss and of.average_tokens_across_devices:
+    if own_loss and of.average_tokens_across_devices:
         yield (
             "a compute_loss of your own with replicas and average_tokens_across_devices=True",
             "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
@@ -147,6 +165,19 @@ def _optimizer_class(trainer: Any) -> type[torch.optim.Optimizer] | None:
             made = trainer.optimizer_cls_and_kwargs
             kind = (made or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model))[0]
     return kind if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) else None
+
+
+def _cut_reference(trainer: Any) -> None:
+    """Cut a whole reference model as the trained one is: its numbers are to be the same bits where nothing was learned.
+
+    One of other sizes stays whole, on every rank.
+    """
+    reference, report = getattr(trainer, "ref_model", None), trainer.model.tpk_plan
+    if not isinstance(reference, torch.nn.Module) or getattr(reference, "tpk_plan", None) is not None:
+        return
+    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
+    if shapes[0] == shapes[1]:
+        parallelize(reference, group=report.group, **report.options)
 
 
 def _cut_logits(model: Any) -> bool:
