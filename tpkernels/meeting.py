@@ -211,10 +211,8 @@ class Meeting:
     @contextlib.contextmanager
     def _announced(self) -> Iterator[None]:
         self._announce(self._label)
-        try:
-            yield
-        finally:
-            self._announce("")
+        yield
+        self._announce("")  # not after an error: who waits for this rank elsewhere is still to find it
 
     def _announce(self, label: str) -> None:
         with contextlib.suppress(Exception):  # for messages only
@@ -276,7 +274,7 @@ class Meeting:
 
 
 def _where(elsewhere: Sequence[tuple[int, str]]) -> str:
-    return "".join(f"; rank {r} is opening {where!r}" for r, where in elsewhere)
+    return "".join(f"; rank {r} was seen opening {where!r}" for r, where in elsewhere)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -79,7 +79,9 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return linear(x, w_shard, bias);
 }
 
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string, int64_t, std::string) {
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, std::string group, int64_t,
+                       std::string) {
+  find_communicator(group, "replicated_gemm");  // nothing is sent, but a shard is of no use without its group
   check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias);
   return linear(x, w_shard, bias);
 }
