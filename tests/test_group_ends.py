@@ -128,13 +128,13 @@ def check_a_new_default() -> None:
     y = layer(x)
     dist.barrier()
     dist.destroy_process_group()
-    assert gone in raised(lambda: layer(torch.ones(1, 4)), PeerLostError)
+    assert "process group was destroyed" in raised(lambda: layer(torch.ones(1, 4)), PeerLostError)
     assert gone in raised(mine.barrier, PeerLostError)
     assert "its process group was destroyed" in raised(lambda: y.sum().backward(), PeerLostError)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert ops.all_reduce(torch.ones(1)).item() == 1
     assert tpk.layers.ColumnParallelLinear(4, 8)(torch.ones(1, 4)).shape == (1, 8)
-    assert gone in raised(lambda: layer(torch.ones(1, 4)), PeerLostError), rank
+    assert "process group was destroyed" in raised(lambda: layer(torch.ones(1, 4)), PeerLostError), rank
     dist.destroy_process_group()
     assert ops.all_reduce(torch.ones(1)).item() == 1
 
