@@ -65,7 +65,8 @@ def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
         raise NotImplementedError(f"{op}: {name} must not carry a forward-mode tangent: only backward is defined")
     if not is_compiling() and torch._C._functorch.is_gradtrackingtensor(x):
         raise NotImplementedError(
-            f"{op}: {name} must not be inside torch.func.grad, vjp or jacrev: use backward() or torch.autograd.grad"
+            f"{op}: {name} must not be inside functorch's torch.func.grad, vjp or jacrev: use backward() or "
+            f"torch.autograd.grad"
         )
     if not is_compiling() and hasattr(x, "to_local"):
         raise TypeError(f"{op}: {name} must be this rank's tensor, got a {type(x).__name__}: pass {name}.to_local()")
