@@ -114,11 +114,9 @@ void Communicator::as_one_call(Op op, const std::function<void()>& body) { Turn(
 bool Communicator::is_of_this_process() const { return process_generation == owner_; }
 
 void Communicator::check_process(const char* what) const {
-  if (is_of_this_process()) return;
-  throw PeerLost(concat(what, " on group '", label_,
-                        "': this process was forked after the group was opened; the group ",
-                        "is its parent's. Open a group in the process that uses it (DataLoader workers and other ",
-                        "children must not use that of the rank)"));
+  TPK_CHECK(is_of_this_process(), what, " on group '", label_,
+            "': this process was forked after the group was opened, which stays its parent's; open the group in the "
+            "process that uses it");
 }
 
 void Communicator::check() {

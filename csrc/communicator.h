@@ -95,7 +95,7 @@ class Communicator {
   // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
   // threads of the parent held, and none of those threads: it must not touch the rest of this object.
   bool is_of_this_process() const;
-  // Throws PeerLost unless it is; `what`: the op that was called.
+  // Throws std::invalid_argument unless it is; `what`: the op that was called.
   void check_process(const char* what) const;
   std::array<OpStats, kOps> stats();
   void reset_stats();

@@ -87,7 +87,7 @@ def _obstacle(process_group: dist.ProcessGroup) -> str | None:
 def _listen() -> socket.socket:
     address = _address()
     family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((address, 0), family=family, backlog=128)
+    return socket.create_server((address, 0), family=family, backlog=1024)
 
 
 def _address() -> str:

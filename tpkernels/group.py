@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, SupportsFloat
@@ -81,8 +81,7 @@ class Group:
         self._address: int = communicator.address  # for the short way of ops/_plain.py; 0: there is none
         self._reason = reason
         _open_groups[self.name] = self
-        if process_group is not None:
-            _close_with(process_group, self.name)
+        self._forget_end = (lambda: None) if process_group is None else _close_with(process_group, self.name)
 
     @classmethod
     def open(
@@ -240,6 +239,7 @@ class Group:
         self._close("this rank closed the group")
 
     def _close(self, why: str) -> None:
+        self._forget_end()
         self._communicator.close(why)
         # A process group that is still there when Python ends can end the process by a signal: a thread of gloo lets
         # go of a tensor, wants Python for it, and is cancelled. Models keep their groups, so the groups let go.
@@ -311,7 +311,7 @@ def _check_open(timeout_s: float, arena_bytes: int | None) -> None:
         raise ValueError(f"Group.open: arena_bytes must be an int of at least {1 << 18}, got {arena_bytes!r}")
 
 
-def _close_with(process_group: dist.ProcessGroup, name: str) -> None:
+def _close_with(process_group: dist.ProcessGroup, name: str) -> Callable[[], object]:
     """Close the group of that name when the process group is destroyed.
 
     Ops need no process group over shared memory, so that nothing else would tell them that its ranks are no more.
@@ -322,7 +322,7 @@ def _close_with(process_group: dist.ProcessGroup, name: str) -> None:
             with contextlib.suppress(Exception):
                 group._close(DESTROYED)
 
-    when_destroyed(process_group, gone)
+    return when_destroyed(process_group, gone)
 
 
 def _forget_the_parent() -> None:

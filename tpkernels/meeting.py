@@ -100,7 +100,8 @@ class Meeting:
         """
         said = json.dumps(asdict(Build.here())).encode() + b"\n" + pickle.dumps(mine)
         with self._announced():
-            found = [message.split(b"\n", 1) for message in self._met(said)]
+            met = self._met(said) if self._store is not None else self._through_the_backend(said)
+        found = [message.split(b"\n", 1) for message in met]
         # Before anything is unpickled: what another build pickles need not be known here.
         warning = check_builds([Build(**json.loads(build)) for build, _ in found])
         return [pickle.loads(brought) for _, brought in found], warning
@@ -115,6 +116,8 @@ class Meeting:
         Raises:
             TimeoutError, PeerLostError: a rank is late, or died; names it.
         """
+        if self._store is None:
+            return self._through_the_backend(mine)
         self._step += 1
         keys = self._keys(self._step)
         self._set(keys[self.rank], pickle.dumps(mine))
@@ -136,13 +139,22 @@ class Meeting:
 
     def tell(self, obstacle: str) -> None:
         """Let the others find an obstacle while they wait for something else: see `told`."""
-        self._set(f"{self._prefix}/told", obstacle.encode())
+        if self._store is not None:
+            self._set(f"{self._prefix}/told", obstacle.encode())
 
     def told(self) -> str | None:
         """What a rank has told since the meeting began."""
         key = f"{self._prefix}/told"
+        if self._store is None:
+            return None
         with self._reachable():
             return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _through_the_backend(self, mine: Any) -> list[Any]:
+        """The same where there is no store (MPI), and so no deadline but that of the backend."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=self._process_group)
+        return everyone
 
     # --- the meeting itself: one numbered round after another, each of which all ranks complete or give up
 
@@ -211,10 +223,8 @@ class Meeting:
     @contextlib.contextmanager
     def _announced(self) -> Iterator[None]:
         self._announce(self._label)
-        try:
-            yield
-        finally:
-            self._announce("")
+        yield
+        self._announce("")  # not after an error: who waits for this rank elsewhere is still to find it
 
     def _announce(self, label: str) -> None:
         with contextlib.suppress(Exception):  # for messages only
@@ -276,7 +286,7 @@ class Meeting:
 
 
 def _where(elsewhere: Sequence[tuple[int, str]]) -> str:
-    return "".join(f"; rank {r} is opening {where!r}" for r, where in elsewhere)
+    return "".join(f"; rank {r} was seen opening {where!r}" for r, where in elsewhere)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -60,11 +60,14 @@ def check_usable(process_group: dist.ProcessGroup | None, label: str) -> None:
         raise ValueError(f"Group.open({label!r}): the process group was destroyed")
 
 
-def when_destroyed(process_group: dist.ProcessGroup, do: Callable[[], None]) -> None:
-    """Call `do` when destroy_process_group has let go of the process group.
+def when_destroyed(process_group: dist.ProcessGroup, do: Callable[[], None]) -> Callable[[], object]:
+    """Call `do` when destroy_process_group has let go of the process group; return what takes that back.
 
     torch tells nobody. What it lets go of is the Python object of the group's store, which nothing else here keeps.
     """
     store = dist.distributed_c10d._get_process_group_store(process_group)
-    if store is not None:
-        weakref.finalize(store, do).atexit = False
+    if store is None:  # of MPI
+        return lambda: None
+    found = weakref.finalize(store, do)
+    found.atexit = False
+    return found.detach

@@ -78,7 +78,8 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return linear(x, w_shard, bias);
 }
 
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text, int64_t, Text) {
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text group, int64_t, Text) {
+  find_communicator(group, "replicated_gemm");  // nothing is sent, but a shard is of no use without its group
   check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias);
   return linear(x, w_shard, bias);
 }

@@ -214,4 +214,22 @@ CASE(heaps_of_all_some_or_no_ranks_give_the_same_sums) {
   for (int world_size : {2, 3}) heaps_are_read_in_place(world_size);
 }
 
+CASE(a_block_of_the_heap_outlives_close) {
+  with_ranks(2, [](Communicator& comm) {
+    char* const block = static_cast<char*>(comm.heap_allocate(5000));
+    comm.exchange(Op::Barrier, 0);
+    comm.close();
+    block[4999] = 1;
+    EXPECT(block[4999] == 1);
+    comm.heap_free(block);
+    bool refused = false;
+    try {
+      comm.heap_allocate(1);
+    } catch (const PeerLost&) {
+      refused = true;
+    }
+    EXPECT(refused);
+  });
+}
+
 }  // namespace

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._C._functorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -44,7 +45,8 @@ MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dty
 def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
     """Raise TypeError unless x is a Tensor, ValueError unless it is dense and where the group works (or on meta).
 
-    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word.
+    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word, or
+    belongs to torch.func's grad, which our backwards do not know. (vmap calls an op once for each x.)
 
     Args:
         op: the public function, for the text.
@@ -54,12 +56,26 @@ def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        what = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {what}")
     if x.device.type != "meta":
         _check_device(op, name, x, group)
     if not is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(f"{op}: {name} must not carry a forward-mode tangent: only backward is defined")
+    if not is_compiling() and torch._C._functorch.is_gradtrackingtensor(x):
+        raise NotImplementedError(
+            f"{op}: {name} must not be inside functorch's torch.func.grad, vjp or jacrev: use backward() or "
+            f"torch.autograd.grad"
+        )
+    if not is_compiling() and hasattr(x, "to_local"):
+        raise TypeError(f"{op}: {name} must be this rank's tensor, got a {type(x).__name__}: pass {name}.to_local()")
+
+
+def check_writable(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError where an op could not write to x: it has no memory of its own."""
+    if not is_compiling() and x._is_zerotensor():
+        raise ValueError(f"{op}: {name} must have memory to write to, got a ZeroTensor; pass {name}.clone()")
 
 
 def _check_device(op: str, name: str, x: Tensor, group: Group | None) -> None:

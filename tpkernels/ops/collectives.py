@@ -16,7 +16,7 @@ from tpkernels._C import short_all_gather, short_all_reduce, short_all_reduce_, 
 from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor
+from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor, check_writable
 from ._grad import backward_codec, gather_alike, replicated
 from ._order import communicates
 from ._plain import direct, is_plain, shortcut
@@ -128,12 +128,17 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     if not is_dynamo_compiling() and short_all_reduce_(x, group._address, op, codec):
         return x
     check_reduction("all_reduce_", x, op, codec, group)
+    check_writable("all_reduce_", "x", x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
     if is_compiling():  # compilers keep the order of calls that write to nothing, see _register.communicates
         return x.copy_(Call.all_reduce(x, group.name, group.world_size, op, codec))
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
+    if not is_compiling() and x.is_neg():  # a negated view: torch has no way to let an op without a result write to it
+        y = x.resolve_neg()
+        Call.all_reduce_(y, group.name, group.world_size, op, codec)
+        return x.copy_(y)
     Call.all_reduce_(x, group.name, group.world_size, op, codec)
     if not x.is_inference():
         _increment_version((x,))  # so that a backward that saved x notices

@@ -22,7 +22,7 @@ from tpkernels.compress import block_values, wire_bytes
 from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, names
+from ._check import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, check_writable, names
 from ._order import communicates
 from ._register import fake
 
@@ -121,6 +121,9 @@ def compress_with_feedback(x: Tensor, residual: Tensor, codec: str, scale: float
 
 
 def _check_residual(op: str, x: Tensor, residual: Tensor) -> None:
+    check_writable(op, "residual", residual)
+    if residual.is_neg():
+        raise ValueError(f"{op}: residual must not be a negated view; pass residual.resolve_neg() and keep it")
     if residual.dtype != torch.float32 or not residual.is_contiguous() or residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual must be float32, contiguous and of the shape of x, {list(x.shape)}, got "
