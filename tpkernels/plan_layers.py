@@ -17,7 +17,7 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
-from tpkernels.ops._linear import linear_gradients
+from tpkernels.ops._linear import linear_gradients, saved_linear
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import PlanError
@@ -197,12 +197,12 @@ class _LocalLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
+        need_x, need_w, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs[0] if need_w else None, inputs[1] if need_x else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        x, weight, needs = saved_linear(ctx, grads[0])
         if torch.is_grad_enabled():
             found = linear_gradients(grads[0], x, weight, needs)
         else:

@@ -23,7 +23,8 @@ class SharedInput:
 
     def __init__(self, grad_codec: str) -> None:
         self.grad_codec = grad_codec
-        self._seen: list[tuple[Tensor, Tensor]] | None = None  # nothing is kept between calls
+        # (what a layer was handed, its version, what it uses); nothing is kept between calls
+        self._seen: list[tuple[Tensor, int, Tensor]] | None = None
 
     def enter(self, x: Tensor, group: Group) -> Tensor | None:
         """Return x with a gradient that is summed over the ranks, the same tensor for the same x; None outside.
@@ -32,11 +33,12 @@ class SharedInput:
         """
         if self._seen is None:
             return None
-        for seen, entered in self._seen:
-            if seen is x:
+        version = 0 if x.is_inference() else x._version  # of one modified in place since, the gradient is another
+        for seen, at, entered in self._seen:
+            if seen is x and at == version:
                 return entered
         (entered,) = sum_gradient(x, group=group, grad_codec=self.grad_codec)
-        self._seen.append((x, entered))
+        self._seen.append((x, version, entered))
         return entered
 
     def begin(self, module: nn.Module, args: Any) -> None:

@@ -195,7 +195,9 @@ Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const Optional
 }
 
 Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  return dense(linear_by(engine_for(x, w), x, w, bias));
+  const Tensor y = dense(linear_by(engine_for(x, w), x, w, bias));
+  // Of more than two dims, aten and oneDNN make a view of rows, and autograd forbids to modify that in place.
+  return y.dim() == 2 ? y : call("aten::_unsafe_view", "", y, shape_of(y));
 }
 
 void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y) {

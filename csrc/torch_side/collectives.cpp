@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+
 #include "../specs.h"
 
 namespace tpk {
@@ -66,14 +68,38 @@ void all_reduce_into(Op op, Communicator& comm, const Wire& wire, const Tensor& 
                   numel_of(x));
 }
 
+namespace {
+
+// Where a collective writes rows of this shape, whose dimension 0 is `dim` of the result; and the result. Where both
+// have one order in memory they are one tensor, so that the result is never a view: autograd forbids to modify those.
+bool is_in_order(const Shape& rows, int64_t dim) {
+  int64_t before = 1, all = rows[0];
+  for (size_t i = 1; i < rows.size(); ++i) {
+    all *= rows[i];
+    if (static_cast<int64_t>(i) <= dim) before *= rows[i];
+  }
+  return before == 1 || rows[0] == 1 || all == 0;
+}
+
+Tensor output_for(const Tensor& like, Shape rows, int64_t dim) {
+  if (is_in_order(rows, dim)) std::rotate(rows.begin(), rows.begin() + 1, rows.begin() + dim + 1);
+  return fresh_output(like, rows);
+}
+
+Tensor result_of(const Tensor& out, const Shape& rows, int64_t dim) {
+  return is_in_order(rows, dim) ? out : dim_back(out, dim);
+}
+
+}  // namespace
+
 Tensor reduce_scatter_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x, int64_t dim) {
   const Tensor rows = dim_first(x, dim);
   Shape shape = shape_of(rows);
   const CutCall call = reduce_scatter_call(op, wire, shape.data(), shape.size(), dim, comm);
   shape[0] = call.rows;
-  Tensor out = fresh_output(rows, shape);
+  Tensor out = output_for(rows, shape, dim);
   comm.reduce_scatter(call.spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), call.cut);
-  return dim_back(out, dim);
+  return result_of(out, shape, dim);
 }
 
 Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim,
@@ -89,9 +115,9 @@ Tensor all_gather_dim(Op op, Communicator& comm, const Wire& wire, const Tensor&
     rows = empty_of(rows, shape);
   }
   shape[0] = call.rows;
-  Tensor out = fresh_output(rows, shape);
+  Tensor out = output_for(rows, shape, dim);
   comm.all_gather(call.spec, wire, rows.const_data_ptr(), out.mutable_data_ptr(), call.cut);
-  return dim_back(out, dim);
+  return result_of(out, shape, dim);
 }
 
 Tensor all_reduce(const Tensor& x, Text group, int64_t world_size, Text op, Text codec) {

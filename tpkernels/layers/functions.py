@@ -72,7 +72,7 @@ def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1
     group = resolve(group)
     backward_codec("take_shard", "none", grad_codec, x)
     if group.world_size == 1:
-        return x
+        return x.clone(memory_format=torch.contiguous_format)  # never x itself, as on more ranks
     first = dim % x.dim()
     if unit == 1:
         return _take(x, first, group, grad_codec)

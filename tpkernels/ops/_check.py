@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._C._functorch
+import torch._C._functorch as functorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -42,17 +42,18 @@ REDUCIBLE = frozenset(
 MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
 
 
-def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
+def check_tensor(op: str, name: str, x: Any, group: Group | None, *, by_function: bool = False) -> None:
     """Raise TypeError unless x is a Tensor, ValueError unless it is dense and where the group works (or on meta).
 
-    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word, or
-    belongs to torch.func's grad, which our backwards do not know. (vmap calls an op once for each x.)
+    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word, or is
+    differentiated by torch.func, which has no way into an op whose gradient is registered in Python.
 
     Args:
         op: the public function, for the text.
         name: of the argument, for the text.
         x: the argument.
         group: the ranks; None for an op without ranks, which takes tensors of every device that has kernels.
+        by_function: the call goes through an autograd.Function that torch.func can differentiate.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
@@ -61,15 +62,36 @@ def check_tensor(op: str, name: str, x: Any, group: Group | None) -> None:
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {what}")
     if x.device.type != "meta":
         _check_device(op, name, x, group)
-    if not is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{op}: {name} must not carry a forward-mode tangent: only backward is defined")
-    if not is_compiling() and torch._C._functorch.is_gradtrackingtensor(x):
-        raise NotImplementedError(
-            f"{op}: {name} must not be inside functorch's torch.func.grad, vjp or jacrev: use backward() or "
-            f"torch.autograd.grad"
-        )
-    if not is_compiling() and hasattr(x, "to_local"):
+    if is_compiling():
+        return
+    if hasattr(x, "to_local"):
         raise TypeError(f"{op}: {name} must be this rank's tensor, got a {type(x).__name__}: pass {name}.to_local()")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            f"{op}: {name} must not carry a forward-mode tangent (torch.func.jvp, jacfwd, hessian): only backward is "
+            "defined (use torch.autograd.grad)"
+        )
+    if group is not None and not by_function and is_transforming() and _is_differentiated(x):
+        raise NotImplementedError(
+            f"{op}: {name} must not be differentiated by torch.func (grad, vjp, jacrev, hessian): "
+            "use torch.autograd.grad or backward, which work with torch.func.functional_call and around vmap, too"
+        )
+
+
+def is_transforming() -> bool:
+    """Return whether a transform of torch.func is active."""
+    return functorch.peek_interpreter_stack() is not None
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func, at any level, records what is done with x."""
+    if not torch.is_grad_enabled():
+        return False
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_writable(op: str, name: str, x: Tensor) -> None:

@@ -20,11 +20,16 @@ from typing import Any
 import torch
 import torch.fx.traceback
 import torch.utils.checkpoint
+from torch._higher_order_ops.effects import with_effects
 from torch._library.effects import EffectType
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 _RECOMPUTED = "recompute"  # what activation checkpointing says of a node to the partitioner
 _Checkpointing = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", None)
+
+# All that the code of a graph with effects depends on is in the graph, as in any other; torch, which does not say so,
+# would compile it anew in every process.
+with_effects._cacheable = True
 
 
 def communicates(*names: str) -> None:

@@ -16,7 +16,7 @@ from tpkernels._C import short_all_gather, short_all_reduce, short_all_reduce_, 
 from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor, check_writable
+from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor, check_writable, is_transforming
 from ._grad import backward_codec, gather_alike, replicated
 from ._order import communicates
 from ._plain import direct, is_plain, shortcut
@@ -131,7 +131,7 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     check_writable("all_reduce_", "x", x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
-    if is_compiling():  # compilers keep the order of calls that write to nothing, see _register.communicates
+    if is_compiling() or is_transforming():  # those know what to do with calls that write to nothing, see _order.py
         return x.copy_(Call.all_reduce(x, group.name, group.world_size, op, codec))
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
@@ -287,7 +287,7 @@ def all_gather(
         and 0 <= dim < x_shard.dim()
     ):
         return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec, grad_codec)  # type: ignore[no-any-return]
-    check_tensor("all_gather", "x_shard", x_shard, group)
+    check_tensor("all_gather", "x_shard", x_shard, group, by_function=grad == "split")
     check_codec("all_gather", codec, x_shard.dtype)
     if grad not in GRADS:
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")

@@ -72,7 +72,7 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
         raise TypeError(f"decompress: dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_codec("decompress", codec, dtype)
     sizes = _check_shape("decompress", shape)
-    _check_bytes("decompress", wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
+    _check_bytes("decompress", wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), sizes)
     return Call.decompress(wire, sizes, dtype, codec)  # type: ignore[no-any-return]
 
 
@@ -170,7 +170,7 @@ def all_reduce_packed(
     name, group = "all_reduce_packed", resolve(group)
     _check_packed(name, wire, dtype, op, codec, group)
     sizes = _check_shape(name, shape)
-    _check_bytes(name, wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), f"shape {sizes}")
+    _check_bytes(name, wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), sizes)
     return Call.all_reduce_packed(wire, sizes, dtype, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
@@ -216,7 +216,7 @@ def reduce_scatter_packed(
     check_size(name, "numel", numel)
     parts = [_part(numel, group.world_size, r) for r in range(group.world_size)]
     expected = sum(wire_bytes(codec, part, dtype.itemsize) for part in parts)
-    _check_bytes(name, wire, expected, f"{numel} values in {group.world_size} packed parts")
+    _check_bytes(name, wire, expected, parts)
     call = (group.name, group.world_size, group.rank, op, codec)
     return Call.reduce_scatter_packed(wire, numel, dtype, *call)  # type: ignore[no-any-return]
 
@@ -293,12 +293,15 @@ def _check_shape(name: str, shape: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _check_bytes(name: str, wire: Tensor, expected: int, what: str) -> None:
+def _check_bytes(name: str, wire: Tensor, expected: int, sizes: list[int]) -> None:
+    """`sizes`: of the values that the wire is to hold, for the text."""
     if wire.dtype != torch.uint8 or wire.dim() != 1:
         raise ValueError(
             f"{name}: wire must be uint8 with one dim, got {names([wire.dtype])} of shape {list(wire.shape)}"
         )
     if wire.numel() != expected:
+        parts = name == "reduce_scatter_packed"
+        what = f"{sum(sizes)} values in {len(sizes)} packed parts" if parts else f"shape {sizes}"
         raise ValueError(f"{name}: wire must have {expected} bytes for {what}, got {wire.numel()}")
 
 
