@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.cell import DTYPES, Cell
-from bench.rows import RESULTS, Row, circumstances, row_of, save
+from bench.rows import KEEP_HELP, Row, circumstances, destination, row_of, save
 from bench.table import digits, under
 from bench.timing import Candidate, Timing
 
@@ -272,7 +272,10 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Of a candidate in a round.")] = 24,
     port: Annotated[int, typer.Option(help="And the next one: where ranks meet.")] = 29533,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to add the rows to.")] = RESULTS / "generate.jsonl",
+    keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines to add the rows to; default runs/bench/generate.jsonl.")
+    ] = None,
 ) -> None:
     """Measure decoding of SmolLM2 at batch 1."""
     if even is not None and not (even / "config.json").exists():
@@ -300,8 +303,8 @@ def main(
     wrong = [t.name for t in timings if not t.verified]
     if wrong:
         print(f"wrong and not timed: {', '.join(wrong)}")
-    elif out is not None:
-        save(out, found)
+    else:
+        save(destination("generate.jsonl", keep, out), found)
     raise typer.Exit(bool(wrong))
 
 

@@ -108,11 +108,13 @@ def line(row: Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything; the exit code is 1 when a cell failed or a result was wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", type=Path, default=kept.RESULTS / "gpu.jsonl", help="add the rows to this file")
+    parser.add_argument("--out", type=Path, help="add the rows to this file; default runs/bench/gpu.jsonl")
+    parser.add_argument("--keep", action="store_true", help=kept.KEEP_HELP)
     parser.add_argument("--list", action="store_true", help="only say which cells there are")
     parser.add_argument("--family", choices=families(cells()), help="measure these cells, in this process")
     parser.add_argument("--goals", action="store_true", help="only say what the file says of the goals")
     asked = parser.parse_args(arguments)
+    out = kept.destination("gpu.jsonl", asked.keep, asked.out)
     if asked.list:
         print("\n".join(cell.name for cell in cells()))
         print(f"{len(cells())} cells, {len(GOALS)} goals")
@@ -123,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("bench.gpu needs a CUDA GPU, and this process sees none.")
             return NO_GPU
         if asked.family:
-            return measure_family(asked.family, asked.out)
-    failed = 0 if asked.goals else measure_all(asked.out)
-    measured = kept.load(asked.out)
+            return measure_family(asked.family, out)
+    failed = 0 if asked.goals else measure_all(out)
+    measured = kept.load(out)
     for goal in GOALS:
         print(goal.verdict(measured))
     return failed

@@ -19,7 +19,9 @@ from bench.cell import Cell
 from bench.timing import Candidate, Summary, Timing, exposed, ratios, summary
 
 Row = dict[str, Any]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # the numbers of the documents
+MINE = Path(__file__).parent.parent / "runs" / "bench"  # what a run leaves that nobody asked to keep; not in git
+KEEP_HELP = "Put the rows among those that the documents are made of, in bench/results."
 
 # Two rows with the same identity measure the same thing; the later one replaces the earlier.
 IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
@@ -163,6 +165,11 @@ def load(path: Path) -> list[Row]:
     """Rows of one file, or of all files of a folder; none where there is no such file."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+
+
+def destination(name: str, keep: bool, out: Path | None = None) -> Path:
+    """Where the rows of a run go: to `out`, else to the file or folder of this name, the kept one only if asked to."""
+    return out or (RESULTS if keep else MINE) / name
 
 
 def save(path: Path, rows: Iterable[Row]) -> None:

@@ -23,7 +23,7 @@ import httpx
 import torch
 import typer
 
-from bench.rows import FIELDS, RESULTS, Row, circumstances, number, save, times
+from bench.rows import FIELDS, KEEP_HELP, Row, circumstances, destination, number, save, times
 from bench.timing import summary
 
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 32
@@ -151,7 +151,10 @@ def main(
     clients: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "1,8,64",
     slots: Annotated[int, typer.Option(min=1)] = 8,
     compile: Annotated[bool, typer.Option("--compile")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to add the rows to.")] = RESULTS / "serve.jsonl",
+    keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines to add the rows to; default runs/bench/serve.jsonl.")
+    ] = None,
 ) -> None:
     """Measure the server."""
     model, rows, answers = "smollm2", list[Row](), list[list[Answer]]()
@@ -171,8 +174,7 @@ def main(
         print(f"{row['slots']} slots, {row['clients']} clients: {row['tokens_per_s']} tokens/s, p50 {p50:.2f} s, "
               f"p95 {p95:.2f} s, verified {row['verified']}, {row['answers_that_differ']} answers differ")  # fmt: skip
     right = [row for row in rows if row["verified"]]
-    if out is not None:
-        save(out, right)
+    save(destination("serve.jsonl", keep, out), right)
     if len(right) < len(rows):
         print(f"wrong and not kept: {len(rows) - len(right)} of {len(rows)} rows")
         raise typer.Exit(1)

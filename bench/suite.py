@@ -1,4 +1,4 @@
-"""Take all kept measurements anew: `python -m bench.suite` (about 25 minutes on two cores, longer if they are busy).
+"""Take all measurements anew: `python -m bench.suite --keep` (about 25 minutes on two cores, longer if they are busy).
 
 Each size waits until the machine is quiet, because gloo sleeps where this library spins: on a loaded machine gloo looks
 ten times worse than it is. Where the cores were is not ours to choose; repeat until goals list near and far.
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench.rows import RESULTS
+from bench.rows import KEEP_HELP, destination
 
 # Arguments of `python -m bench.run`; the first word is the op and names the file. The training step is its own program.
 RUNS = [
@@ -45,7 +45,8 @@ def chosen(ops: Sequence[str]) -> list[str]:
 
 def main(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to measure; default all.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of JSON lines, one file an op.")] = RESULTS,
+    keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of JSON lines, one file an op; default runs/bench.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a quiet machine in each run.")] = 3600.0,
     repeat: Annotated[int, typer.Option(help="How often to go through the list.")] = 1,
 ) -> None:
@@ -53,9 +54,9 @@ def main(
     for run in chosen(ops or []) * repeat:
         words = run.split()
         print(f"\n# {run}", flush=True)
-        keep = ["--out", str(out / f"{words[0]}.jsonl"), "--wait", str(wait)]
+        to = ["--out", str(destination("", keep, out) / f"{words[0]}.jsonl"), "--wait", str(wait)]
         program = ["bench.train_step", *words[1:]] if words[0] == "train_step" else ["bench.run", *words]
-        command = [sys.executable, "-m", *program, *keep]
+        command = [sys.executable, "-m", *program, *to]
         if code := subprocess.run(command).returncode:
             sys.exit(code)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import plain_model
 from bench.cell import Cell
 from bench.ranks import RankTeam, cores, launch
-from bench.rows import RESULTS, Row, circumstances, row_of, save
+from bench.rows import KEEP_HELP, Row, circumstances, destination, row_of, save
 from bench.run import complete, wait_until_quiet
 from bench.table import digits, under
 from bench.timing import Candidate, measure, slowest
@@ -155,7 +155,10 @@ def main(
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Of our candidate.")] = False,
     most_lost: Annotated[float, typer.Option(help="Part of a block that others may take; 1e9: any.")] = 0.05,
     wait: Annotated[float, typer.Option(help="Seconds to wait, in all, for a quiet machine; then keep nothing.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to add the rows to.")] = RESULTS / "train_step.jsonl",
+    keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines to add the rows to; default runs/bench/train_step.jsonl.")
+    ] = None,
 ) -> None:
     """Measure the training step with the main job's default sizes."""
     pinned = ranks <= len(cores())
@@ -166,8 +169,8 @@ def main(
     show(rows, settings.tokens, console)
     if not complete(rows, rounds):
         console.print("others had the cores in more than half of the rounds: nothing is kept")
-    elif out is not None:
-        save(out, rows)
+    else:
+        save(destination("train_step.jsonl", keep, out), rows)
     if not all(row["verified"] for row in rows):
         console.print("a result is wrong: see verified", style="bold red")
         sys.exit(1)

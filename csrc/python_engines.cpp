@@ -5,6 +5,8 @@ namespace tpk {
 
 void add_engines(py::module_& m) {
   m.def("set_onednn_available", &set_onednn_available, py::arg("available"));
+  m.def("assume_cpu", [](bool amd, bool avx512) { assume_cpu(Cpu{amd, avx512}); }, py::arg("amd"), py::arg("avx512"));
+  m.def("forget_assumed_cpu", [] { assume_cpu(std::nullopt); });
   m.def(
       "set_measured_engine",
       [](const std::string& dtype, int64_t M, int64_t N, int64_t K, const std::string& engine) {

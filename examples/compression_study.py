@@ -2,14 +2,15 @@
 
     python examples/compression_study.py                    # all cells that are missing; hours
     python examples/compression_study.py --kind loss --only "dp2/*" --minutes 5
-    python examples/compression_study.py --table-only       # docs/ anew from the rows that are kept
+    python examples/compression_study.py --keep --table-only    # docs/ anew from the rows that are kept
     python examples/compression_study.py --smoke            # does it work? seconds
 
 Trains the byte-level model of `tpkernels train` with two replicas, cut over two ranks, and both, for every codec and
 mode and several seeds, beside torch's DDP plain, with its fp16 hook, and with PowerSGD; times their steps over links of
 100 Mbit, 1 Gbit and 10 Gbit (network namespaces joined by a veth pair behind a token bucket: needs root; without it the
-loopback alone is measured). Each cell is one row in bench/results/study/compression_study.jsonl, added when it is done,
-so that the study can be interrupted and goes on. Table and picture are docs/compression_study.md and .png.
+loopback alone is measured). Each cell is one row in runs/bench/study/compression_study.jsonl, added when it is done, so
+that the study can be interrupted and goes on; table and picture lie beside it. With --keep the rows are those in
+bench/results/study, table and picture docs/compression_study.md and .png.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.rows import KEEP_HELP, destination  # noqa: E402
 from bench.study import goals, picture, plan, rows, table  # noqa: E402
 from bench.study.methods import LAYOUTS  # noqa: E402
 
@@ -41,8 +43,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = plan.Study.seeds,
     rounds: Annotated[int, typer.Option(help="Turns of each method on a link.")] = plan.Study.rounds,
     minutes: Annotated[float | None, typer.Option(help="Begin nothing new after so many.")] = None,
-    out: Annotated[Path, typer.Option(help="The rows.")] = rows.KEPT,
-    docs: Annotated[Path, typer.Option(help="Folder of table and picture.")] = ROOT / "docs",
+    keep: Annotated[bool, typer.Option("--keep", help=f"{KEEP_HELP} Table and picture are those of docs/.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The rows.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Folder of table and picture.")] = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Measure nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two methods, few steps, the loopback; no files.")] = False,
 ) -> None:
@@ -52,6 +55,8 @@ def main(
         layouts=tuple(layout or LAYOUTS), links=tuple(link or plan.Study.links), only=tuple(only or ()),
         steps=steps, seeds=seeds, rounds=rounds, minutes=minutes,
     )  # fmt: skip
+    out = destination(rows.FILE, keep, out)
+    docs = docs or (ROOT / "docs" if keep else out.parent)
     with tempfile.TemporaryDirectory() as folder:
         if smoke:
             out, docs = Path(folder, "rows.jsonl"), Path(folder)

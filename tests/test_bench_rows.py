@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_tools import gemm_rows, some_rows
 
-from bench import goals, readme, rows, table
+from bench import goals, readme, rows, suite, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +108,35 @@ def test_documents_say_what_the_kept_results_say(name: str) -> None:
     if not path.exists():
         pytest.skip(f"needs the document {name}, which an archive of the sources may not have")
     assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
+
+
+@pytest.mark.parametrize("module", ["generate", "serve", "train_step", "suite"])
+def test_a_bench_adds_to_the_kept_results_only_when_asked_to(module: str) -> None:
+    options = inspect.signature(pytest.importorskip(f"bench.{module}").main).parameters
+    assert options["keep"].default is False
+    assert options["out"].default is None
+
+
+def test_the_suite_says_so_to_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    for keep in (False, True):
+        suite.main(["all_reduce", "train_step"], keep=keep, repeat=1, wait=0.0)
+    folders = [Path(command[command.index("--out") + 1]).parent for command in commands]
+    half = len(folders) // 2
+    assert folders == [rows.MINE] * half + [rows.RESULTS] * half
+
+
+def test_what_is_not_kept_is_not_in_git() -> None:
+    assert rows.destination("a.jsonl", keep=True) == rows.RESULTS / "a.jsonl"
+    assert rows.destination("a.jsonl", keep=False) == rows.MINE / "a.jsonl"
+    assert rows.destination("a.jsonl", True, Path("b")) == Path("b")
+    assert f"{rows.MINE.parent.relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_the_kept_results_are_verified_and_complete() -> None:

@@ -56,6 +56,15 @@ def test_numbers_may_differ_and_words_may_not(tmp_path: Path) -> None:
     assert "no_such_module" in done.stderr
 
 
+def test_the_way_of_a_gemm_may_differ_between_cpus_and_no_other_may() -> None:
+    ways = [
+        "unfused: GEMM by onednn (rule: AMD core, large weights, 4 to 128 rows), then two_shot: 9 bytes",
+        "fused: GEMM by aten (rule: not an AMD core) writes into the arena, summed where it lies",
+    ]
+    assert tutorial.skeleton(ways[0]) == tutorial.skeleton(ways[1])
+    assert tutorial.skeleton("one_shot: 9 bytes") != tutorial.skeleton("two_shot: 9 bytes")
+
+
 def test_outputs_are_put_below_their_blocks() -> None:
     written = tutorial.with_outputs(DOCUMENT, ["", "rank 0 took 9 ms\n"])
     assert written == DOCUMENT.replace("1.5", "9")

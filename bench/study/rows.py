@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KEPT = Path(__file__).resolve().parent.parent / "results" / "study" / "compression_study.jsonl"
+FILE = "study/compression_study.jsonl"  # among the rows of the bench
 
 # What a row measures. A later row of the same identity replaces an earlier one.
 IDENTITY = ("kind", "layout", "link", "method", "seed", "steps")

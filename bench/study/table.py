@@ -79,7 +79,7 @@ def write(kept: Sequence[Row], folder: Path) -> Path:
 def lines_of(kept: Sequence[Row]) -> Iterator[str]:
     yield "# Compression of gradients: loss and speed"
     yield ""
-    yield "Written by `python examples/compression_study.py` from `bench/results/study/compression_study.jsonl`."
+    yield "Written by `python examples/compression_study.py --keep` from `bench/results/study/compression_study.jsonl`."
     yield ""
     yield "![loss over bytes, loss over steps, tokens per second over links](compression_study.png)"
     yield ""

@@ -32,22 +32,17 @@ Measured& measured() {
   return *instance;
 }
 
-bool is_amd() {
+Cpu found_cpu() {
 #if defined(__x86_64__)
-  static const bool amd = __builtin_cpu_is("amd") != 0;
-  return amd;
+  return {__builtin_cpu_is("amd") != 0, __builtin_cpu_supports("avx512f") != 0};
 #else
-  return false;
+  return {};
 #endif
 }
 
-bool has_avx512() {
-#if defined(__x86_64__)
-  static const bool found = __builtin_cpu_supports("avx512f") != 0;
-  return found;
-#else
-  return false;
-#endif
+std::atomic<Cpu>& cpu() {
+  static std::atomic<Cpu> instance{found_cpu()};
+  return instance;
 }
 
 Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
@@ -100,7 +95,7 @@ EngineChoice choose_for_few_rows(int64_t M) {
   // it reads the weights at 11 to 18 GB/s; 1.14 to 1.6 times for two to four. Without AVX-512 the sums of four rows do
   // not fit the registers.
   if (M == 1) return {Engine::Gemv, "rule: one row in bf16, bound by memory"};
-  if (M <= static_cast<int64_t>(kMostGemvRows) && has_avx512()) {
+  if (M <= static_cast<int64_t>(kMostGemvRows) && cpu().load().avx512) {
     return {Engine::Gemv, "rule: few rows in bf16, AVX-512"};
   }
   return {Engine::Aten, "rule: bf16 of many rows; aten calls oneDNN itself where it can"};
@@ -134,6 +129,8 @@ void set_onednn_available(bool available) {
   onednn_available = available && &aoti_torch_cpu__linear_pointwise != nullptr;
 }
 
+void assume_cpu(std::optional<Cpu> other) { cpu() = other.value_or(found_cpu()); }
+
 void set_measured_engine(DType dtype, int64_t M, int64_t N, int64_t K, Engine engine) {
   std::lock_guard<std::mutex> lock(measured().mutex);
   measured().engines[{dtype, M, N, K}] = engine;
@@ -162,8 +159,9 @@ EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K) {
   // AVX-512: 1.2 to 1.6 times at 4 to 64 rows and weights that the caches do not hold, 1.1 at 128, behind from 256 on
   // and for small weights.
   constexpr int64_t kLargeWeights = int64_t{4} << 20;
-  if (!is_amd()) return {Engine::Aten, "rule: not an AMD core"};
-  if (has_avx512()) {
+  const Cpu here = cpu();
+  if (!here.amd) return {Engine::Aten, "rule: not an AMD core"};
+  if (here.avx512) {
     if (M < 8) return {Engine::Aten, "rule: few rows, bound by memory"};
     return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores with AVX-512 from 8 rows on"};
   }

@@ -24,6 +24,14 @@ EngineChoice choose_engine(DType dtype, int64_t M, int64_t N, int64_t K);
 // The same for these tensors, which may lie in memory as one engine does not take them.
 Engine engine_for(const Tensor& x, const Tensor& w);
 
+// What the rule knows of the CPU. Nothing else in the choice of an engine depends on the machine.
+struct Cpu {
+  bool amd = false;     // else MKL, which ATen calls in fp32, is at its best
+  bool avx512 = false;  // avx512f
+};
+// Let the rule decide as on another CPU; nullopt: as on this one again. For tests.
+void assume_cpu(std::optional<Cpu> other);
+
 // Whether torch has oneDNN, and what a measurement on this machine found for one shape.
 void set_onednn_available(bool available);
 void set_measured_engine(DType dtype, int64_t M, int64_t N, int64_t K, Engine engine);
