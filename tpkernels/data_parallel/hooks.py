@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from tpkernels.ops._check import check_codec
 from tpkernels.ranks import global_ranks
 
 from .feedback import average_with_feedback
-from .lane import Lane, open_lane
+from .lane import NO_COPY, Lane, open_lane
 
 WHO = "comm_hook"
 
@@ -164,6 +164,9 @@ class CommHook:
         if residual is None:
             return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
         return average_with_feedback(flat, residual, self.codec, group)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{NO_COPY}, got {self.__qualname__} over group {self.group.label!r}")
 
     def lane(self) -> Lane:
         """Where the messages travel, beside the caller; opened by the first call, on all ranks together."""
