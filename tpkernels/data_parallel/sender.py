@@ -83,9 +83,9 @@ class Sender:
         """Send what is left of the gradients that have come, and let the next ones belong to the next round.
 
         Returns:
-            the round; None when no gradient has come since the last one.
+            the round; None when no gradient has come since the last one, though this rank's count.
         """
-        if not self.busy:
+        if not self.busy and not self._traffic.weights.is_zero:
             return None
         current = self._round or Round(self._traffic, self.step)
         current.complete(self._gradient)
