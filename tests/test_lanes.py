@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from op_tools import raised
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tpkernels import group as groups
-from tpkernels.data_parallel import GradAggregator, comm_hook
+from tpkernels.data_parallel import GradAggregator, clip_grad_norm_, comm_hook
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
 
@@ -29,7 +35,6 @@ def held() -> tuple[int, int, int]:
         if thread.name.startswith("tpkernels-lane"):
             thread.join(DEADLINE_S)
             assert not thread.is_alive(), "the lane has ended"
-    gc.collect()
     with open("/proc/self/maps") as file:
         arenas = sum("/dev/shm" in line for line in file)
     return len(os.listdir("/proc/self/fd")), arenas, len(groups._open_groups)
@@ -55,9 +60,8 @@ def nothing_is_left_of_what_is_dropped(transport: str) -> None:
         for use in (aggregated, hooked):
             use(group)
             before = held()
-            for _ in range(2):
-                use(group)
-                assert held() == before, use.__name__
+            use(group)
+            assert held() == before, use.__name__
 
 
 def one_that_is_dropped_with_messages_under_way_waits_for_nobody() -> None:
@@ -113,6 +117,67 @@ def recomputed_blocks_are_averaged(reentrant: bool) -> None:
                     for p, q in zip(model.blocks.parameters(), whole.blocks.parameters(), strict=True):
                         torch.testing.assert_close(p.grad, q.grad)
                     assert model.unused.weight.grad is None
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    " on cpu when it was made, and is bfloat16 [3": lambda model: model.to(torch.bfloat16),
+    "and is float64 [3": lambda model: model.double(),
+    "and is float32 [4": lambda model: setattr(model.weight, "data", torch.ones(4, 3)),
+    "have changed since it was made: new ['weight', 'bias']": lambda model: model.to("meta"),
+    "have changed since it was made: new ['bias']": lambda model: setattr(model, "bias", nn.Parameter(torch.ones(3))),
+}
+
+
+def a_model_that_changes_under_an_aggregator_is_named() -> None:
+    with Group.open() as group:
+        for mode in ("sync", "delayed", "local"):
+            for text, change in CHANGES.items():
+                torch.manual_seed(0)
+                model: Any = nn.Linear(3, 3)
+                with GradAggregator(model, group=group, mode=mode, warmup_steps=0) as aggregator:
+                    change(model)
+                    model.bias.data = model.bias.data.new_ones(len(model.weight))
+
+                    def step(model: Any = model, aggregator: GradAggregator = aggregator) -> None:
+                        model(torch.ones_like(model.weight[:1])).sum().backward()
+                        aggregator.wait()
+
+                    assert text in raised(step, RuntimeError), mode
+
+
+def what_cannot_be_copied_says_what_to_copy() -> None:
+    with Group.open() as group:
+        torch.manual_seed(0)
+        ddp = DistributedDataParallel(nn.Linear(3, 3))
+        hook = comm_hook("fp16", group=group)
+        ddp.register_comm_hook(hook.state, hook)
+        aggregator = GradAggregator(nn.Linear(3, 3), group=group, sync_parameters=True)
+        for copied in (ddp, hook, aggregator):
+            for way in (copy.deepcopy, lambda what: torch.save(what, io.BytesIO())):
+                text = raised(lambda way=way, copied=copied: way(copied), TypeError)
+                assert "copy or save the model itself (of DistributedDataParallel: its .module)" in text
+        copy.deepcopy(ddp.module)(torch.ones(1, 3))
+        aggregator.close()
+
+
+def gradients_that_fully_shard_has_cut_are_refused_by_the_norm() -> None:
+    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    model(torch.ones(1, 4)).sum().backward()
+    with Group.open() as group:
+        text = raised(lambda: clip_grad_norm_(model, 1.0, groups=group), TypeError)
+        assert "must be plain tensors, got a DTensor" in text and "torch.nn.utils.clip_grad_norm_" in text
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        a_model_that_changes_under_an_aggregator_is_named,
+        what_cannot_be_copied_says_what_to_copy,
+        gradients_that_fully_shard_has_cut_are_refused_by_the_norm,
+    ],
+)
+def test_what_does_not_go_together_is_an_error_that_helps(check: Callable[[], None]) -> None:
+    run_ranks(check, 2)
 
 
 @pytest.mark.parametrize("transport", ["auto", "group"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from .rounds import Average, Averages, Traffic
 from .sender import Sender
 from .sparse import TopK, TopKAverage
 from .state import VERSION, AggregatorState, check_loadable
+from .weights import Weights, ranks_with
+
+T = TypeVar("T")
 
 BUCKET_BYTES = {"cpu": 1 << 20, "cuda": 25 << 20}
 """Size of messages by device: small enough to leave early, large enough that their latency does not count."""
@@ -70,6 +74,7 @@ class GradAggregator:
         model: any module, on the device of the group.
         group: the data-parallel ranks; None means all ranks of the default process group. All of them make the
             aggregator, with the same arguments.
+        reduce: "mean" over the ranks, weighted where `weigh` says so, or "sum"; mode "local" knows the mean alone.
         codec: how gradients travel: a name in `tpkernels.compress.CODECS`, or "topk" (the largest only; see TopK).
         error_feedback: what packing loses is kept and added to the next message (codec "none" loses nothing, "topk"
             always keeps). Needs fp32 memory of the size of the model.
@@ -95,6 +100,7 @@ class GradAggregator:
         model: nn.Module,
         *,
         group: Group | None = None,
+        reduce: str = "mean",
         codec: str = "fp16",
         error_feedback: bool = True,
         mode: str = "sync",
@@ -111,11 +117,14 @@ class GradAggregator:
         bucket_bytes = BUCKET_BYTES[group.device.type] if bucket_bytes is None else bucket_bytes
         outer, topk = outer or OuterSGD(), topk or TopK()
         checks.check_choice(codec, mode, topk)
+        weights = Weights(checks.WHO, reduce)
+        if reduce != "mean" and mode == "local":
+            raise ValueError(f"{checks.WHO}: reduce must be 'mean' in mode 'local', got {reduce!r}")
         checks.check_counts(bucket_bytes=bucket_bytes, warmup_steps=warmup_steps, local_steps=local_steps)
         members = checks.members_of(model, group, codec, gradient_dtype, mode)
         settings = {
-            "codec": codec, "error_feedback": error_feedback, "mode": mode, "bucket_bytes": bucket_bytes,
-            "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters,
+            "reduce": reduce, "codec": codec, "error_feedback": error_feedback, "mode": mode,
+            "bucket_bytes": bucket_bytes, "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters,
             "check_parameters": check_parameters, "warmup_steps": warmup_steps,
             "local_steps": local_steps, "outer": outer, "topk": topk,
         }  # fmt: skip
@@ -129,7 +138,7 @@ class GradAggregator:
         self._warmup_steps, self._local_steps, self._outer_settings = warmup_steps, local_steps, outer
         self._lane = open_lane(group)
         average: Average = TopKAverage(topk) if codec == "topk" else DenseAverage(codec, error_feedback)
-        self._traffic = Traffic(self._lane, average, sets=2 if mode == "delayed" else 1)
+        self._traffic = Traffic(self._lane, average, sets=2 if mode == "delayed" else 1, weights=weights)
         self._sender = Sender(members, self._traffic, bucket_bytes)
         self._in_flight: Callable[[], Averages] | None = None
         self._loss_scale = 1.0
@@ -143,6 +152,47 @@ class GradAggregator:
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward passes inside only add to p.grad; nothing travels. All ranks must use it alike."""
         return self._sender.quiet()
+
+    def weigh(self, weight: float | Tensor) -> None:
+        """Say how much this rank's gradients count from the next backward pass on, such as by its number of tokens.
+
+            aggregator.weigh(tokens)                     # before the backward pass; p.grad becomes, with reduce "mean",
+            loss.backward()                              # sum_r w_r g_r / sum_r w_r;  with "sum" sum_r w_r g_r
+
+        All ranks call it alike, between steps. It holds until it is called again; a rank of weight 0 needs no backward
+        pass, and its gradients count as zero. The sum of the weights travels ahead of the gradients.
+
+        Raises:
+            ValueError: the weight is negative or not finite; all ranks have 0 (from the backward pass, or `wait`).
+            RuntimeError: mode is "local".
+        """
+        self._check_between_steps("weigh")
+        if self._outer is not None:
+            raise RuntimeError(f"GradAggregator.weigh: mode must be 'sync' or 'delayed', got {self.mode!r}")
+        self._traffic.weights.set(weight, self._lane)
+
+    def join(self, batches: Iterable[T]) -> Iterator[T | None]:
+        """Give this rank's batches, then None until no rank has any more: as many turns on all ranks.
+
+            for batch in aggregator.join(data):          # of any length
+                if batch is not None:
+                    loss(model, batch).backward()
+                aggregator.step(optimizer)               # on all ranks: parameters and optimizers stay the same
+
+        The average is over the ranks that have a batch (`weigh` inside the loop, on all ranks, says otherwise); with
+        reduce "sum" the others add nothing. In mode "local" a rank without a batch stays where it is. One small message
+        a turn. No rank may leave the loop before the others.
+        """
+        left = iter(batches)
+        while True:
+            turn = list(itertools.islice(left, 1))
+            if ranks_with(bool(turn), self._lane) == 0:
+                break
+            if self._outer is None:
+                self.weigh(len(turn))
+            yield turn[0] if turn else None
+        if self._outer is None:
+            self.weigh(1)
 
     def wait(self) -> bool:
         """Put the averages into p.grad; call it after the backward pass, before clipping and optimizer.step.
@@ -329,8 +379,10 @@ class GradAggregator:
         return kept | (state_by_name(self._traffic.buckets, self._outer.state) if self._outer is not None else {})
 
     def _deliver(self, averages: Averages) -> None:
+        factor = self._traffic.weights.factor(self.group.world_size)
         for member in self._members:
-            member.parameter.grad = averages.get(member.index)
+            average = averages.get(member.index)
+            member.parameter.grad = average if average is None or factor == 1.0 else average.mul_(factor)
 
     def _check_between_steps(self, what: str) -> None:
         if self._sender.busy:

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+Kind = tuple[torch.dtype, torch.Size, torch.device]
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """Dtype, shape and device."""
+    return tensor.dtype, tensor.shape, tensor.device
+
 
 @dataclass(frozen=True)
 class Member:
@@ -21,12 +28,14 @@ class Member:
         name: in the model; of tied ones the first.
         parameter: the tensor itself.
         dtype: in which its values travel through buckets: that of its gradient.
+        made_as: what the parameter was when this was made; see `kind_of`.
     """
 
     index: int
     name: str
     parameter: nn.Parameter
     dtype: torch.dtype
+    made_as: Kind
 
     @property
     def numel(self) -> int:

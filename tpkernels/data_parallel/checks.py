@@ -14,7 +14,7 @@ from tpkernels.ranks import gather, global_ranks, is_cut_among
 from tpkernels.shard import shard_info
 
 from .agree import replicas_agree
-from .buckets import Member
+from .buckets import Member, kind_of
 from .sparse import TopK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,6 +48,8 @@ def check_counts(**counts: Any) -> None:
 
 def check_unchanged(model: nn.Module, members: list[Member]) -> None:
     """Raise RuntimeError unless the model's trained parameters are still these."""
+    for member in members:
+        check_kind(member)
     now = [p for p in model.parameters() if p.requires_grad]
     if len(now) == len(members) and all(p is member.parameter for p, member in zip(now, members, strict=True)):
         return
@@ -58,6 +60,19 @@ def check_unchanged(model: nn.Module, members: list[Member]) -> None:
         raise RuntimeError(
             f"{WHO}: the trained parameters of the model have changed since it was made: new {new[:5]}, gone or frozen "
             f"{gone[:5]}; make a new {WHO} on all ranks when parameters are added, replaced, frozen or unfrozen"
+        )
+
+
+def check_kind(member: Member) -> None:
+    """Raise RuntimeError unless the parameter still has the dtype, shape and device that it had."""
+    if (kind := kind_of(member.parameter)) != member.made_as:
+        was, now = (
+            f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+            for dtype, shape, device in (member.made_as, kind)
+        )
+        raise RuntimeError(
+            f"{WHO}: parameter {member.name!r} was {was} when it was made, and is {now} now; close it, and make a new "
+            f"{WHO} on all ranks after model.to(...) and the like"
         )
 
 
@@ -108,7 +123,7 @@ def members_of(
                 f"of each replica"
             )
     return [
-        Member(i, name, parameter, _travel_dtype(parameter.dtype, gradient_dtype, mode))
+        Member(i, name, parameter, _travel_dtype(parameter.dtype, gradient_dtype, mode), kind_of(parameter))
         for i, (name, parameter) in enumerate(found)
     ]
 

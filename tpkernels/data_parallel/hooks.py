@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,15 @@ from tpkernels.ops._check import check_codec
 from tpkernels.ranks import global_ranks
 
 from .feedback import average_with_feedback
-from .lane import Lane, open_lane
+from .lane import NO_COPY, Lane, open_lane
+from .weights import Weights
 
 WHO = "comm_hook"
 
 
-def comm_hook(codec: str = "fp16", error_feedback: bool = True, *, group: Group | None = None) -> "CommHook":
+def comm_hook(
+    codec: str = "fp16", error_feedback: bool = True, *, group: Group | None = None, reduce: str = "mean"
+) -> "CommHook":
     """Make a hook through which DDP or FSDP2 averages gradients, packed on the wire.
 
         hook = comm_hook("fp16", group=dp)
@@ -50,13 +53,14 @@ def comm_hook(codec: str = "fp16", error_feedback: bool = True, *, group: Group 
         error_feedback: what packing loses is kept and added to the next message (codec "none" loses nothing). Needs
             fp32 memory of the size of the gradients. A parameter that no rank used in a step loses what was kept of it.
         group: the ranks over which DDP or FSDP2 works; None means all ranks of the default process group.
+        reduce: "mean" over the ranks, weighted where `weigh` says so, or "sum" (of FSDP2: of what it would average).
 
     Raises:
-        ValueError: no such codec.
+        ValueError: no such codec or reduction.
 
     Source: error feedback of Seide et al. 2014 (1-bit SGD) and Karimireddy et al. 2019 (arXiv:1901.09847).
     """
-    return CommHook(codec, error_feedback, resolve(group))
+    return CommHook(codec, error_feedback, resolve(group), reduce)
 
 
 class Residuals:
@@ -103,8 +107,9 @@ class CommHook:
         state: the residuals of DDP's parameters; what `register_comm_hook` takes beside the hook.
     """
 
-    def __init__(self, codec: str, error_feedback: bool, group: Group) -> None:
+    def __init__(self, codec: str, error_feedback: bool, group: Group, reduce: str = "mean") -> None:
         check_codec(WHO, codec, torch.float32)
+        self._weights, self._loss_scale = Weights(WHO, reduce), 1.0
         self.codec, self.group = codec, group
         self.error_feedback = error_feedback and codec != "none"
         self.state = Residuals()
@@ -161,9 +166,49 @@ class CommHook:
 
     def _average(self, flat: Tensor, residual: Tensor | None) -> Tensor:
         group = self.lane().group
+        self._weighted(flat)
         if residual is None:
-            return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
-        return average_with_feedback(flat, residual, self.codec, group)
+            average = ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
+        else:
+            average = average_with_feedback(flat, residual, self.codec, group)
+        factor = self._weights.factor(group.world_size)
+        return average if factor == 1.0 else average.mul_(factor)
+
+    def _weighted(self, flat: Tensor) -> None:
+        """Multiply what this rank sends by its weight, in the bucket, where the average will take its place."""
+        scale = self._weights.scale(self.group.world_size)
+        if scale != 1.0:
+            flat.mul_(scale)
+
+    def weigh(self, weight: float | Tensor) -> None:
+        """Say how much this rank's gradients count from the next backward pass on, such as by its number of tokens.
+
+        All ranks call it alike, between steps, and it holds until it is called again. With reduce "mean" the gradients
+        become sum_r w_r g_r / sum_r w_r, with "sum" sum_r w_r g_r. Inside DDP.join, where some ranks call nothing, it
+        cannot be used: there every rank counts, and one that has no more batches adds zero.
+
+        Raises:
+            ValueError: the weight is negative or not finite; all ranks have 0 (from the backward pass).
+        """
+        self._weights.set(weight, self.lane())
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Say by what the loss will be multiplied in the steps to come; call it on all ranks alike, between steps.
+
+        What is kept of earlier gradients is then brought to the new scale. With a scaler:
+
+            hook.set_loss_scale(scaler.get_scale())            # before the backward pass of a step
+        """
+        factor, self._loss_scale = scale / self._loss_scale, scale
+        for flat in self._residuals():
+            flat.mul_(factor)
+
+    def _residuals(self) -> list[Tensor]:
+        scattered = [flat for scatter in self._scatters.values() for flat in scatter.residuals.values()]
+        return [part for _, part in self.state._parts.values()] + scattered
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{NO_COPY}, got {self.__qualname__} over group {self.group.label!r}")
 
     def lane(self) -> Lane:
         """Where the messages travel, beside the caller; opened by the first call, on all ranks together."""
@@ -196,7 +241,8 @@ class CommHook:
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The residuals of this rank, copied: every rank has its own. Call it between steps.
 
-        In units of the average: for another number of ranks the sum over all ranks is what must stay the same.
+        In units of the average, at a loss scale of 1: for another number of ranks the sum over all ranks is what must
+        stay the same.
 
         Args:
             model: the one that was registered.
@@ -206,12 +252,12 @@ class CommHook:
             fully_shard, by the number of values that take part.
         """
         found = {
-            f"residual.{name}": residual.detach().clone(memory_format=torch.contiguous_format)
+            f"residual.{name}": residual.detach().clone(memory_format=torch.contiguous_format).div_(self._loss_scale)
             for name, p in _inner(model).named_parameters()
             if (residual := self.state.get(p)) is not None
         }
         for name, scatter in self._scatters.items():
-            found |= {f"residual.{name}:{numel}": flat.clone() for numel, flat in scatter.residuals.items()}
+            found |= {f"residual.{name}:{numel}": flat / self._loss_scale for numel, flat in scatter.residuals.items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -222,7 +268,8 @@ class CommHook:
         """
         parameters = dict(_inner(model).named_parameters())
         puts: list[Any] = []
-        for key, residual in state.items():
+        for key, kept in state.items():
+            residual = kept * self._loss_scale
             name = key.removeprefix("residual.")
             module, _, numel = name.rpartition(":")
             if name in parameters and residual.shape == parameters[name].shape:
@@ -272,15 +319,18 @@ class _ReduceScatter:
 
     def _reduce(self, output: Tensor, flat: Tensor, kind: str) -> None:
         hook, group = self._hook, self._hook.lane().group
+        hook._weighted(flat)
+        factor = hook._weights.factor(group.world_size)
         if not hook.error_feedback:
-            output.copy_(ops.reduce_scatter(flat, group=group, op=kind, codec=hook.codec))
+            output.copy_(ops.reduce_scatter(flat, group=group, op=kind, codec=hook.codec)).mul_(factor)
             return
         residual = self.residuals.get(flat.numel())
         if residual is None:
             residual = self.residuals[flat.numel()] = torch.zeros_like(flat, dtype=torch.float32)
         scale = 1.0 / group.world_size if kind == "avg" else 1.0
         wire = ops.compress_parts(flat, hook.codec, group=group, residual=residual, scale=scale)
-        output.copy_(ops.reduce_scatter_packed(wire, flat.numel(), flat.dtype, group=group, codec=hook.codec))
+        part = ops.reduce_scatter_packed(wire, flat.numel(), flat.dtype, group=group, codec=hook.codec)
+        output.copy_(part).mul_(factor)
 
     def put(self, residual: Tensor) -> None:
         """Replace the residual of messages of this size."""

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,10 @@ T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
 _Last = Callable[[BaseException | None], None]
 
+NO_COPY = (
+    "what averages gradients over ranks (GradAggregator, comm_hook) belongs to this process and can be neither copied "
+    "nor pickled: copy or save the model itself (of DistributedDataParallel: its .module)"
+)
 GRACE_S = 5.0  # beyond the group's timeout, for a worker that waits for a lost rank to notice
 
 # Process groups of closed lanes, for the next one. They are not destroyed: torch gives a new group of the same ranks
@@ -87,6 +91,9 @@ class Lane:
         meanwhile, it would wait for a job that waits for Python.
         """
         return question()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{NO_COPY}, got one over group {self.group.label!r}")
 
     def close(self) -> None:
         """Let the submitted jobs end, which takes the group's timeout at most, and leave the group. Twice is once."""

@@ -17,6 +17,7 @@ from tpkernels.group import Group
 from .buckets import Bucket
 from .dense import State
 from .lane import Lane
+from .weights import Weights
 
 Averages = dict[int, Tensor | None]
 """The average of each parameter by its index; None where no rank had a gradient."""
@@ -39,12 +40,13 @@ class Traffic:
         buckets: in the order in which their messages go out.
         flats: what is filled and sent, a set for each round that can be under way at once.
         state: what the average keeps, for each bucket.
+        weights: how much this rank's gradients count.
         exposed_s: seconds that the training thread has waited for averages.
         events: when it is a list, ("ready", parameter index) and ("launch", bucket) are written down as they happen.
     """
 
-    def __init__(self, lane: Lane, average: Average, sets: int) -> None:
-        self.lane, self.average, self._sets = lane, average, sets
+    def __init__(self, lane: Lane, average: Average, sets: int, weights: Weights) -> None:
+        self.lane, self.average, self._sets, self.weights = lane, average, sets, weights
         self.buckets: list[Bucket] = []
         self.state: list[State] = []
         self.exposed_s = 0.0
@@ -87,6 +89,7 @@ class Round:
     def __init__(self, traffic: Traffic, step: int) -> None:
         traffic.lane.check()
         self._traffic, self.step = traffic, step
+        self._scale = traffic.weights.scale(traffic.lane.group.world_size)
         self._buckets, self._flats = traffic.buckets, traffic.flats[step % len(traffic.flats)]
         self._missing = [len(bucket.members) for bucket in self._buckets]
         self._came: dict[int, None] = {}  # in the order in which they came
@@ -161,6 +164,8 @@ class Round:
             part.zero_()
         else:
             part.copy_(gradient)
+            if self._scale != 1.0:
+                part.mul_(self._scale)
         self._missing[k] -= 1
         while len(self._futures) < len(self._buckets) and self._missing[len(self._futures)] == 0:
             self._launch(len(self._futures))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tpkernels import ops
 
 from .buckets import Member, cut_into_buckets, move_state
+from .checks import check_kind
 from .rounds import Round, Traffic
 
 
@@ -82,9 +83,9 @@ class Sender:
         """Send what is left of the gradients that have come, and let the next ones belong to the next round.
 
         Returns:
-            the round; None when no gradient has come since the last one.
+            the round; None when no gradient has come since the last one, though this rank's count.
         """
-        if not self.busy:
+        if not self.busy and not self._traffic.weights.is_zero:
             return None
         current = self._round or Round(self._traffic, self.step)
         current.complete(self._gradient)
@@ -98,6 +99,7 @@ class Sender:
         current, name, gradient = self._round, self._members[index].name, parameter.grad
         if gradient is None:
             return
+        check_kind(self._members[index])
         if current is not None and (self._quiet or current.has(index)):
             raise RuntimeError(
                 f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
