@@ -197,14 +197,14 @@ class Engine:
         found = carry_out(self._decoder, step)
         if probe:
             self.sick = NAN if Sampler(Sampling()).draw(found.pop(0)) == NOT_A_NUMBER else None
-        for slot, logits in found.items():
-            request = self._active[slot]
-            if not request.cancelled:
-                self._take(request, request.sampler.draw(logits))
         self.last_step = time.monotonic()
         if step.tokens or step.begin:
             self._probing, self.last_pass = False, self.last_step
             self.passes += 1
+        for slot, logits in found.items():
+            request = self._active[slot]
+            if not request.cancelled:
+                self._take(request, request.sampler.draw(logits))
 
     def _admit(self) -> dict[int, Request]:
         """Free the slots of requests that nobody waits for, and give free slots to those that wait."""
