@@ -83,7 +83,11 @@ def cut_decoder(group: Group) -> SlotDecoder:
 
 
 def serve_ranks(
-    check: Callable[[Served], Awaitable[Any]], token: str | None = None, timeout_s: float = 30.0, drain_s: float = 30.0
+    check: Callable[[Served], Awaitable[Any]],
+    token: str | None = None,
+    timeout_s: float = 30.0,
+    drain_s: float = 30.0,
+    health_s: float = 20.0,
 ) -> Any:
     """On every rank: rank 0 serves and runs the check against its server, the others follow."""
     with Group.open(timeout_s=timeout_s) as group:
@@ -91,15 +95,20 @@ def serve_ranks(
         if group.rank:
             return follow(decoder, group, SLOTS)
         engine = Engine(decoder, byte_tokenizer(), group, QUEUE, Metrics())
-        return serve_one(check, engine, decoder, token, drain_s)
+        return serve_one(check, engine, decoder, token, drain_s, health_s)
 
 
 def serve_one(
-    check: Callable[[Served], Awaitable[Any]], engine: Engine, decoder: Any, token: str | None, drain_s: float
+    check: Callable[[Served], Awaitable[Any]],
+    engine: Engine,
+    decoder: Any,
+    token: str | None,
+    drain_s: float,
+    health_s: float = 20.0,
 ) -> Any:
     gate, listening = Gate(decoder), listen("127.0.0.1", 0)
     engine.start()
-    server = Server(create_app(engine, "tiny", token), engine, listening, drain_s)
+    server = Server(create_app(engine, "tiny", token, health_s), engine, listening, drain_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve_until_stopped()), daemon=True)
     thread.start()
 

@@ -69,3 +69,10 @@ def test_adapters_are_trained_on_a_cut_model(tmp_path: Path) -> None:
     assert shapes["o_proj.lora_A.default.weight"] == [4, 48]
     first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
     assert last < first
+
+
+def test_a_small_model_learns_to_translate_and_says_the_same_when_it_is_cut() -> None:
+    needs("transformers")
+    said = torchrun(2, "translate.py")
+    assert "204 -> two zero four" in said
+    assert "918 -> nine one eight" in said

@@ -104,6 +104,10 @@ def serve(
     drain: Annotated[
         float, Option(min=0.0, help="Seconds for running requests to end after SIGTERM.", rich_help_panel=SERVING)
     ] = 25.0,
+    health: Annotated[
+        float,
+        Option(min=0.0, help="Seconds that a step may take before /health says 503.", rich_help_panel=SERVING),
+    ] = 20.0,
     tp: Tp = 1,
     compile_: Compile = False,
     dtype: Dtype = "auto",
@@ -125,7 +129,20 @@ def serve(
 
         work(
             ServeArguments(
-                model, host, port, token, name, slots, queue, max_length, drain, compile_, dtype, timeout, arena_mib
+                model,
+                host,
+                port,
+                token,
+                name,
+                slots,
+                queue,
+                max_length,
+                drain,
+                compile_,
+                dtype,
+                timeout,
+                arena_mib,
+                health,
             )
         )
 

@@ -25,7 +25,8 @@ from tpkernels.ckpt_place import Place
 from tpkernels.group import Group, resolve
 from tpkernels.hf_fresh import initialised
 from tpkernels.layers.base import mark_shards
-from tpkernels.plan import Plan, parallelize
+from tpkernels.plan import Plan, PlanError, parallelize
+from tpkernels.ranks import raise_together
 from tpkernels.shard import full_shape, lay_out, shard_info
 
 if TYPE_CHECKING:
@@ -83,10 +84,11 @@ def load_pretrained(
         files = {} if _is_gguf(path) else hf_files.open_folder(path, variant)
         kind, dtype = _class_of(config, model_class), _dtype_of(dtype, config, files)
         model = _empty(config, kind, dtype)
-    parallelize(
-        model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec, grad_codec=grad_codec,
-        gather_logits=gather_logits,
-    )  # fmt: skip
+    with raise_together(group, PlanError, ""):
+        parallelize(
+            model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec, grad_codec=grad_codec,
+            gather_logits=gather_logits,
+        )  # fmt: skip
     state, fresh = _state(model), list[str]()
     with place.together(doing):
         if _is_gguf(path):

@@ -76,22 +76,30 @@ class Running:
         return text
 
 
+def is_seq2seq(model: Any) -> bool:
+    """Whether the model has an encoder for the prompt and a decoder for the text."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 class Generator:
-    """Continues prompts with a causal language model of transformers, whole or cut over the ranks of a group.
+    """Continues prompts with a language model of transformers, whole or cut over the ranks of a group.
+
+    A model with an encoder (T5, BART, MarianMT) reads the prompt and writes a text of its own, a translation perhaps.
 
     Every rank makes one and calls it alike; tokens and texts are the same on all of them, sampled ones too.
 
     Args:
-        model: a decoder, such as `tpk.parallelize` leaves it.
+        model: a decoder, or encoder and decoder, such as `tpk.parallelize` leaves it.
         tokenizer: its tokenizer.
         group: the ranks; None means all ranks of the default process group.
-        cache: "static" (keys and values in memory of a fixed size) or "dynamic" (they grow).
+        cache: "static" (keys and values in memory of a fixed size) or "dynamic" (they grow, as they always do in a
+            model with an encoder).
         compile: compile the decode step (static cache only): a wait of a minute at first, then about twice the
             speed (SmolLM2 in fp32 on a CPU). A prompt length and number of tokens that need another size of cache
             compile anew.
 
     Raises:
-        ValueError: cache or compile do not fit; the model is no decoder, or its attention needs the dynamic cache.
+        ValueError: cache or compile do not fit; the model cannot be generated from, or needs the dynamic cache.
     """
 
     def __init__(
@@ -107,6 +115,8 @@ class Generator:
             raise ValueError(f"generate: cache must be {' or '.join(map(repr, CACHES))}, got {cache!r}")
         if compile and cache != "static":
             raise ValueError("generate: compile needs cache 'static', got 'dynamic'")
+        if compile and is_seq2seq(model):
+            raise ValueError("generate: a model with an encoder cannot be compiled: leave out compile")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.group = resolve(group)
@@ -158,11 +168,12 @@ class Generator:
             sampling.check()
 
     def _pieces(self, prompts: list[list[int]], every: list[Sampling]) -> Iterator[Piece]:
-        running = {
-            i: (Running(p, s, self.tokenizer), Sampler(s)) for i, (p, s) in enumerate(zip(prompts, every, strict=True))
-        }
         needed = max(len(p) + s.max_tokens for p, s in zip(prompts, every, strict=True))
         decoder = self._decoder_for(len(prompts), needed)
+        before = [[decoder.start_token]] * len(prompts) if is_seq2seq(self.model) else prompts
+        running = {
+            i: (Running(p, s, self.tokenizer), Sampler(s)) for i, (p, s) in enumerate(zip(before, every, strict=True))
+        }
         logits = decoder.start(prompts)
         while True:
             rows = range(min(len(prompts), len(logits)))
@@ -177,8 +188,10 @@ class Generator:
             logits = decoder.step({i: drawn[i] for i in running})
 
     def _decoder_for(self, rows: int, length: int) -> Any:
-        from . import decoders
+        from . import decoders, seq2seq
 
+        if is_seq2seq(self.model):
+            return seq2seq.Seq2SeqDecoder(self.model)
         if self._cache == "dynamic":
             return decoders.DynamicDecoder(self.model)
         kept = self._decoder

@@ -70,11 +70,13 @@ def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
 def load_whole(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """The same, not cut."""
     path, wanted = _prepare(name, dtype)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     model: Any
     if path.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted or "auto", local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(path, dtype=wanted or "auto", local_files_only=True)
     else:
         file = {"gguf_file": path.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=wanted, **file)

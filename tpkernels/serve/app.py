@@ -24,6 +24,8 @@ from .metrics import Metrics
 from .protocol import Asked, ChatAsked, CompletionAsked, Invalid, error_body, parse
 
 MOST_BODY = 16 << 20  # bytes
+FRESH_S = 1.0  # a forward pass that ended so long ago shows that the next one will, too
+POLL_S = 0.01
 
 
 class Job:
@@ -120,13 +122,14 @@ class Guard:
             raise
 
 
-def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
+def create_app(engine: Engine, name: str, token: str | None = None, health_s: float = 20.0) -> FastAPI:
     """The application.
 
     Args:
         engine: started.
         name: of the model, in answers and as requests must give it.
         token: which /v1 asks for as a bearer token; None for none.
+        health_s: how long a forward pass may take before /health says that the model is not available.
     """
     app = FastAPI(title="tpkernels", docs_url=None, redoc_url=None, openapi_url=None)
     created = int(time.time())
@@ -149,15 +152,16 @@ def create_app(engine: Engine, name: str, token: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        if engine.failure is not None:
-            return JSONResponse({"status": "unhealthy", "reason": engine.failure}, 503)
-        if engine.draining:
+        if engine.failure is None and engine.draining:
             return JSONResponse({"status": "stopping"}, 503)
+        if (why := await _why_unhealthy(engine, health_s)) is not None:
+            return JSONResponse({"status": "unhealthy", "reason": why}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        engine.metrics.healthy.set(engine.failure is None)
+        stands = time.monotonic() - engine.last_step > health_s
+        engine.metrics.healthy.set(engine.failure is None and engine.sick is None and not stands)
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
@@ -225,6 +229,18 @@ async def _stream(job: Job, answer: Any, usage: bool, leaving: asyncio.Future[No
     finally:
         leaving.cancel()
     yield "data: [DONE]\n\n"
+
+
+async def _why_unhealthy(engine: Engine, health_s: float) -> str | None:
+    """Why the ranks make no tokens together; None where they have just made one."""
+    start, before = time.monotonic(), engine.passes
+    if engine.failure is None and start - engine.last_pass > FRESH_S:
+        engine.probe()
+        while engine.failure is None and engine.passes == before:
+            if (waited := time.monotonic() - start) > health_s:
+                return f"the model has made no token in {waited:.0f} s"
+            await asyncio.sleep(POLL_S)
+    return engine.failure or engine.sick
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ class ServeArguments:
     dtype: str = "auto"
     timeout_s: float = 120.0
     arena_mib: int = 16
+    health_s: float = 20.0
 
 
 class Server(uvicorn.Server):
@@ -157,7 +158,7 @@ def _lead(asked: ServeArguments, group: Group, decoder: SlotDecoder, tokenizer: 
     engine.start()
     try:
         name = asked.name or asked.model.rstrip("/").rpartition("/")[2]
-        server = Server(create_app(engine, name, asked.token), engine, listening, asked.drain_s)
+        server = Server(create_app(engine, name, asked.token, asked.health_s), engine, listening, asked.drain_s)
         host, port = listening.getsockname()[:2]
         typer.echo(f"serving {name} over {group.world_size} ranks at http://{host}:{port}/v1", err=True)
         asyncio.run(server.serve_until_stopped())

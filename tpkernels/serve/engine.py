@@ -7,6 +7,7 @@ without padding, so that its answer does not depend on who else is there.
 from __future__ import annotations
 
 import heapq
+import math
 import threading
 import time
 from collections import deque
@@ -17,13 +18,14 @@ from typing import Any
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.generate import Sampling
 from tpkernels.generate.generator import Running
-from tpkernels.generate.sampling import Sampler
+from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
 from tpkernels.group import Group
 
 from .metrics import Metrics
 from .plan import Channel, Step, carry_out
 
 STOPPING = "the server is stopping"
+NAN = "the model's logits hold NaN"
 HEARTBEAT_S = 0.5  # between empty steps; a dead rank is noticed at the next one
 
 
@@ -79,6 +81,11 @@ class Engine:
         group: the ranks; this must be rank 0.
         most_waiting: requests that may wait for a slot.
         metrics: which are kept up to date.
+
+    Attributes:
+        passes, last_pass: how many forward passes were made, and when the last one ended (time.monotonic()).
+        last_step: when the last step ended, which may have had nothing to do.
+        sick: what was wrong with the logits of the last probe; None while they are numbers.
     """
 
     def __init__(self, decoder: Any, tokenizer: Any, group: Group, most_waiting: int, metrics: Metrics) -> None:
@@ -91,9 +98,11 @@ class Engine:
         self._active: dict[int, Request] = {}
         self._free = list(range(decoder.slots))
         self._changed = threading.Condition()
-        self._draining = self._stopping = False
+        self._draining = self._stopping = self._probing = False
         self._failure: str | None = None
         self._heartbeat = min(HEARTBEAT_S, group.timeout_s / 4)
+        self.passes, self.last_pass, self.last_step = 0, -math.inf, time.monotonic()
+        self.sick: str | None = None
         self.error: BaseException | None = None  # what ended it, unless it was told to stop
         self._thread = threading.Thread(target=self._run, name="tpkernels-engine", daemon=True)
 
@@ -140,6 +149,12 @@ class Engine:
             request.cancelled = True
             self._changed.notify()
 
+    def probe(self) -> None:
+        """Have a forward pass of one token made on all ranks, unless sequences that run make others."""
+        with self._changed:
+            self._probing = True
+            self._changed.notify()
+
     def drain(self) -> None:
         """Refuse new requests; those that are here go on."""
         with self._changed:
@@ -172,13 +187,21 @@ class Engine:
     def _step(self) -> None:
         """Let others begin, one more token for everybody; while there is nobody, wait for a heartbeat."""
         with self._changed:
-            if not self._waiting and not self._active and not self._stopping:
+            if not self._waiting and not self._active and not self._stopping and not self._probing:
                 self._changed.wait(self._heartbeat)
             begin = self._admit()
             going_on = {slot: r.token for slot, r in self._active.items() if slot not in begin}
-        step = Step(going_on, {slot: r.prompt for slot, r in begin.items()})
+            probe = self._probing and not self._active
+        step = Step(going_on, {0: [0]} if probe else {slot: r.prompt for slot, r in begin.items()})
         self._channel.send(step)
-        for slot, logits in carry_out(self._decoder, step).items():
+        found = carry_out(self._decoder, step)
+        if probe:
+            self.sick = NAN if Sampler(Sampling()).draw(found.pop(0)) == NOT_A_NUMBER else None
+        self.last_step = time.monotonic()
+        if step.tokens or step.begin:
+            self._probing, self.last_pass = False, self.last_step
+            self.passes += 1
+        for slot, logits in found.items():
             request = self._active[slot]
             if not request.cancelled:
                 self._take(request, request.sampler.draw(logits))
