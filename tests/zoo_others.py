@@ -50,15 +50,8 @@ def translation() -> dict[str, Any]:
 
 
 def seq2seq(base: dict[str, Any], attention: str = "", refused: str = "", **changes: Any) -> Animal:
-    return Animal(
-        base | changes,
-        "AutoModelForSeq2SeqLM",
-        translation,
-        generates={},
-        attention=attention,
-        refused=refused,
-        plain=True,
-    )
+    kind: dict[str, Any] = {"auto": "AutoModelForSeq2SeqLM", "inputs": translation, "plain": True}
+    return Animal(base | changes, generates={}, attention=attention, refused=refused, **kind)
 
 
 def waves() -> dict[str, Any]:
@@ -134,7 +127,10 @@ ANIMALS: dict[str, Animal] = {
     "fnet": masked("eager", tpu_short_seq_length=7),
     "convbert": masked("eager", embedding_size=12, head_ratio=1, conv_kernel_size=3),
     "ibert": Animal({}, "AutoModelForMaskedLM", attention="eager", refused="nothing in IBertForMaskedLM can be cut"),
-    "funnel": Animal({"vocab_size": 67, "d_model": 36, "d_head": 4, "n_head": 9, "d_inner": 50, "block_sizes": [1, 1]}, "AutoModelForMaskedLM", attention="eager", plain=True),
+    "funnel": Animal(
+        {"vocab_size": 67, "d_model": 36, "d_head": 4, "n_head": 9, "d_inner": 50, "block_sizes": [1, 1]},
+        "AutoModelForMaskedLM", attention="eager", plain=True,
+    ),
     # encoder-decoders
     "mbart": seq2seq(SEQ2SEQ),
     "pegasus": seq2seq(SEQ2SEQ),
@@ -166,8 +162,8 @@ ANIMALS: dict[str, Animal] = {
     ),
     "segformer": Animal(
         {
-            "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [12, 36], "patch_sizes": [3, 3],
-            "strides": [2, 2], "num_attention_heads": [3, 9], "mlp_ratios": [2, 2], "decoder_hidden_size": 12,
+            "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [12, 36],
+            "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [3, 9], "mlp_ratios": [2, 2], "decoder_hidden_size": 12,
         },
         "AutoModelForImageClassification", pictures(), attention="eager", plain=True,
     ),
@@ -216,7 +212,8 @@ ANIMALS: dict[str, Animal] = {
         inputs=both,
     ),
     "paligemma": Animal(
-        of("PaliGemmaConfig", "PaliGemmaForConditionalGeneration", text_config=TINY | {"model_type": "gemma", "head_dim": 4},
+        of("PaliGemmaConfig", "PaliGemmaForConditionalGeneration",
+           text_config=TINY | {"model_type": "gemma", "head_dim": 4},
            vision_config=IMAGE | {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 36},
            image_token_index=60, projection_dim=36),
         inputs=seen(4, token_type_ids=(beside(4, 60) > 0).int()),

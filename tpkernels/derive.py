@@ -249,7 +249,7 @@ def _runs(
         raise DeriveError(
             f"derive_plan: {type(model).__name__} could not be run on sample inputs "
             f"({f'{type(first).__name__}: {first}' if first else 'none could be guessed'}); "
-            f"give inputs=(args, kwargs) to tpkernels.derive.derive_plan and what it returns as plan, or write a plan"
+            f"give inputs=(args, kwargs) or a plan"
         ) from first
     return runs
 
