@@ -163,7 +163,8 @@ ANIMALS: dict[str, Animal] = {
     "segformer": Animal(
         {
             "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [12, 36],
-            "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [3, 9], "mlp_ratios": [2, 2], "decoder_hidden_size": 12,
+            "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [3, 9], "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 12,
         },
         "AutoModelForImageClassification", pictures(), attention="eager", plain=True,
     ),
