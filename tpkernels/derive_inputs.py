@@ -55,11 +55,18 @@ def _known(config: Any) -> dict[str, Tensor | None]:
         "input_ids": ids if getattr(text, "vocab_size", None) else None,
         "pixel_values": _image(vision),
         "input_features": torch.zeros(BATCH, mels, frames) if mels else None,
-        "input_values": torch.zeros(BATCH, 4000) if hasattr(config, "conv_kernel") else None,
+        "input_values": _sound(config),
         "decoder_input_ids": ids if getattr(config, "is_encoder_decoder", False) else None,
         "bbox": torch.zeros(BATCH, TOKENS, 4, dtype=torch.int64),
         **_patches(config),
     }
+
+
+def _sound(config: Any) -> Tensor | None:
+    """A wave, or the spectrogram of one where the model takes patches of it."""
+    if hasattr(config, "frequency_stride"):
+        return torch.zeros(BATCH, config.max_length, config.num_mel_bins)
+    return torch.zeros(BATCH, 4000) if hasattr(config, "conv_kernel") else None
 
 
 def _patches(config: Any) -> dict[str, Tensor]:
@@ -76,7 +83,8 @@ def _image(config: Any) -> Tensor | None:
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)
+    frames = (config.num_frames,) if hasattr(config, "tubelet_size") else ()
+    return torch.zeros(BATCH, *frames, getattr(config, "num_channels", 3), height, width)
 
 
 def _of_module(model: nn.Module) -> Iterator[Call]:

@@ -113,7 +113,7 @@ def can_be_cut(module: nn.Module) -> bool:
     forward: Any = type(module).forward
     if forward in (nn.Linear.forward, nn.Embedding.forward) or is_conv1d(module):
         return True
-    code = getattr(inspect.unwrap(forward), "__code__", None)
+    code = getattr(getattr(forward, "__wrapped__", forward), "__code__", None)
     return code is not None and "__class__" in code.co_freevars  # it calls super()
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from tpkernels import ops
 from tpkernels.group import Group
-from tpkernels.plan_heads import Block, Heads
+from tpkernels.plan_heads import HEAD_SIZE, HEADS, Block, Heads, number
 from tpkernels.plan_layers import group_of
 from tpkernels.plan_styles import PlanError
 
@@ -50,7 +50,7 @@ class GatheredAttentions:
         for name, module in model.named_modules():
             inside = [b for b in cut if b.name.startswith(f"{name}." if name else "")]
             if inside and hasattr(module, "config") and hasattr(module, "main_input_name"):
-                module.register_forward_pre_hook(CacheCheck(inside, group), with_kwargs=True)
+                module.register_forward_pre_hook(CacheCheck(module, inside, group), with_kwargs=True)
                 module.register_forward_pre_hook(self.begin, with_kwargs=True)
                 module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         for block in cut:
@@ -92,13 +92,15 @@ class BlockWatch:
 class CacheCheck:
     """A hook in front of a model that refuses a cache of keys and values of all heads (made early, or by another)."""
 
-    def __init__(self, blocks: list[Block], group: Group) -> None:
+    def __init__(self, model: nn.Module, blocks: list[Block], group: Group) -> None:
         self._heads: dict[int, set[tuple[int, int]]] = {}
-        for block in blocks:
-            place = getattr(block.module, "layer_idx", None)
-            if isinstance(place, int):
-                mine = block.heads.kv_of(group.world_size, group.rank)[1]
-                self._heads.setdefault(place, set()).add((block.heads.kv, mine))
+        cut = {block.module: block.heads for block in blocks}
+        for module in model.modules():
+            place = getattr(module, "layer_idx", None)
+            if isinstance(place, int) and (module in cut or number(module, HEADS) or number(module, HEAD_SIZE)):
+                heads = cut.get(module)  # None: attention that is whole on every rank, whose cache is, too
+                mine = heads.kv_of(group.world_size, group.rank)[1] if heads else 0
+                self._heads.setdefault(place, set()).add((heads.kv if heads else 0, mine))
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Compare the heads of the cache's layers with those of the blocks.
@@ -108,7 +110,7 @@ class CacheCheck:
         """
         for place, keys in _keys_of(kwargs.get("past_key_values")):
             known = self._heads.get(place, set())
-            if keys.size(1) in {whole for whole, _ in known} - {mine for _, mine in known}:
+            if (0, 0) not in known and keys.size(1) in {whole for whole, _ in known} - {mine for _, mine in known}:
                 raise PlanError(
                     f"layer {place} of past_key_values has the {keys.size(1)} key and value heads of the whole model, "
                     f"expected this rank's {sorted(mine for _, mine in known)}: let the cut model make its caches "
