@@ -44,7 +44,7 @@ class LoadAdapter:
         adapter_kwargs: dict[str, Any] | None = None,
         **download: Any,
     ) -> Any:
-        """Add an adapter and fill it; call cut_adapters behind it, as behind add_adapter.
+        """Add an adapter and fill it: what is loaded needs no cut_adapters.
 
         Args:
             peft_model_id, adapter_name, peft_config, adapter_state_dict, is_trainable, adapter_kwargs: as in
