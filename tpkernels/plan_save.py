@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
+from tpkernels.ckpt_files import CheckpointError
 from tpkernels.group import Group
 from tpkernels.plan_layers import group_of
 from tpkernels.plan_styles import PlanError
-from tpkernels.ranks import gather
+from tpkernels.ranks import raise_together
 from tpkernels.shard import ShardInfo, shard_info
 
 
@@ -77,20 +78,10 @@ class SavePretrained:
             )
         group.barrier()  # a rank that calls alone must not find out only when its file is written
         state = state or full_state_dict(model, group, _to_save(model))
-        problem: Exception | None = None
-        if group.rank == 0:
-            save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
-            try:
+        with raise_together(group, CheckpointError, f"save_pretrained {save_directory}"):
+            if group.rank == 0:
+                save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
                 save(model, save_directory, *args, state_dict=state, **kwargs)
-            except Exception as error:
-                problem = error
-        text = None if problem is None else f"{type(problem).__name__}: {problem}"
-        met, is_disk = gather((text, isinstance(problem, OSError)), group)[0]
-        if problem is not None:
-            raise problem
-        if met is not None:
-            kind = OSError if is_disk else RuntimeError
-            raise kind(f"save_pretrained: rank 0 could not save to {save_directory}: {met}")
 
 
 def _to_save(model: nn.Module) -> Callable[[str], bool]:

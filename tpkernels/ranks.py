@@ -95,21 +95,30 @@ def raise_together(
 ) -> Iterator[None]:
     """If the body fails on any rank, raise on all ranks, naming the ranks, what they met and what they were `doing`.
 
-    Only expected failures are shared: `error_type` and OSError. Anything else is a bug and goes its own way.
+    Whatever the error is, the others are told, so that none waits for a rank that does not come. What asks for the end
+    of the program (KeyboardInterrupt, SystemExit) stays that on its own rank. PeerLostError is not shared.
 
     Args:
         ask: gives what each rank says; None asks those of the group. `name` calls one by its place among these.
     """
-    problem: str | None = None
+    mine: BaseException | None = None
     try:
         yield
-    except (error_type, OSError) as error:
-        problem = str(error)
-    problems = gather(problem, group) if ask is None else ask(problem)
+    except PeerLostError:
+        raise
+    except BaseException as error:
+        mine = error
+    expected = mine is None or isinstance(mine, (error_type, OSError))
+    problem = None if mine is None else str(mine) if expected else f"{type(mine).__name__}: {mine}".removesuffix(": ")
+    try:
+        problems = gather(problem, group) if ask is None else ask(problem)
+    finally:
+        if mine is not None and not isinstance(mine, Exception):
+            raise mine
     met = {number: text for number, text in enumerate(problems) if text is not None}
     if not met:
         return
     texts = list(dict.fromkeys(met.values()))
     common = len(met) == len(problems) and len(texts) == 1
     text = texts[0] if common else "; ".join(f"{name(number)}: {text}" for number, text in met.items())
-    raise error_type(f"{doing}: {text}" if doing else text)
+    raise error_type(f"{doing}: {text}" if doing else text) from (None if expected else mine)
