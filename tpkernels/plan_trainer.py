@@ -57,6 +57,10 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
     many sequences; `save_model` writes a plain Hugging Face folder. Only rank 0 shows progress and reports. Random
     numbers of torch are saved, others are not.
 
+    Adapters of peft are cut (`cut_adapters`). A trainer that multiplies by the weight of the head itself (those of TRL)
+    finds it whole; a reference model of the same sizes is cut, too. At the first step the ranks of a replica must see
+    the same batch and draw the same random numbers.
+
     Args:
         trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder all see.
         dp_group: the ranks that hold the same part of other replicas; None when there is one replica.
