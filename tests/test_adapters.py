@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from parallelize_tools import close, compare_steps, ids, part_of, tiny
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tpkernels import parallelize
+from tpkernels.checkpoint import CheckpointError
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_peft import cut_adapters
@@ -88,8 +90,14 @@ def adapters_are_saved_whole_and_come_back(group: Group, folder: str) -> None:
                 autocast_adapter_dtype=False,
                 low_cpu_mem_usage=low,
             )
-            cut_adapters(again)
             close(logits_of(again), want, f"{what}: loaded onto a cut model")
+            digests = group.exchange_sizes(int(torch.rand((), dtype=torch.float64) * 2**50))
+            assert len(set(digests)) == 1, "peft has drawn other amounts on each rank"
+            again.save_pretrained(f"{where}-again-{group.rank}")
+            saved, first = (
+                load_file(f"{at}/adapter_model.safetensors") for at in (f"{where}-again-{group.rank}", where)
+            )
+            assert saved.keys() == first.keys() and all(torch.equal(saved[n], t) for n, t in first.items())
 
 
 def test_adapters_are_saved_whole_and_come_back(tmp_path: Path) -> None:
@@ -119,9 +127,6 @@ def state_dicts_of_adapters_are_whole(group: Group, folder: str) -> None:
     for name in ("default", "second"):
         path = f"{folder}/own-{group.rank}" + ("/second" if name == "second" else "")
         cut.load_adapter(path, f"again-{name}")
-        with pytest.raises(PlanError, match="cut_adapters"):
-            loss_of(cut)
-        cut_adapters(cut)
         for model, adapter in ((whole, name), (cut, f"again-{name}")):
             model.set_adapter(adapter)
         close(logits_of(cut), logits_of(whole), f"{name}, loaded beside others")
@@ -144,7 +149,6 @@ def transformers_loads_and_saves_them(group: Group, folder: str) -> None:
     cut.save_pretrained(f"{folder}/peft")
     other = parallelize(copy.deepcopy(base), group=group)
     other.load_adapter(f"{folder}/peft")
-    cut_adapters(other)
     close(logits_of(other), logits_of(whole), "load_adapter of transformers")
     assert not any(p.requires_grad for name, p in other.named_parameters() if "lora_" in name)
     with pytest.raises(PlanError, match="hotswap"):
@@ -160,10 +164,9 @@ def a_save_fails_on_all_ranks_or_on_none(group: Group, folder: str) -> None:
     with pytest.raises(ValueError, match=r"path_initial_model_for_weight_conversion does not work"):
         cut.save_pretrained(f"{folder}/converted", path_initial_model_for_weight_conversion=folder)
     Path(folder, "file").touch()
-    kind, text = (ValueError, "not a file") if group.rank == 0 else (RuntimeError, "rank 0 could not save to .*not a f")
-    with pytest.raises(kind, match=text):
+    with pytest.raises(CheckpointError, match=r"save_pretrained .*: rank 0: ValueError: .* not a file"):
         cut.save_pretrained(f"{folder}/file")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(CheckpointError, match=r"save_pretrained .*: rank 0: .*Not a directory"):
         cut.save_pretrained(f"{folder}/file/below")
     group.barrier()
     with Group.open(timeout_s=1.0) as hasty:

@@ -49,7 +49,6 @@ LEVELS = [
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
     | {
         "plan_layers",
-        "plan_vocab",
         "plan_loss",
         "plan_outputs",
         "plan_peft",
@@ -62,6 +61,7 @@ LEVELS = [
         "plan_shared",
         "plan_table",
         "plan_trainer",
+        "plan_trainer_models",
     }
     | {"plan_styles", "plans", "ranks"},
     {

@@ -143,7 +143,8 @@ def what_cannot_be_right_is_refused(folder: str) -> None:
             PlanError, match=r"a loss of the trainer's own .* gather_logits=False .*: gather the logits"
         ):
             fit_trainer(sft(cut, folder))
-        trainer = sft(parallelize(model_of(num_hidden_layers=1), group=group), folder)
+        whole = model_of(num_hidden_layers=1)
+        trainer = sft(parallelize(whole, group=group), folder, train_sampling_strategy="sequential")
         for option, why in {
             "precompute_ref_log_probs": "this rank's part of the head: set it to False",
             "use_vllm": "would be given this rank's parts",
@@ -152,6 +153,10 @@ def what_cannot_be_right_is_refused(folder: str) -> None:
             with pytest.raises(PlanError, match=why):
                 fit_trainer(trainer)
             setattr(trainer.args, option, False)
+        fit_trainer(trainer)
+        torch.manual_seed(group.rank)
+        with pytest.raises(PlanError, match="the ranks of a replica must draw the same random numbers"):
+            trainer.train()
 
 
 def test_what_trl_cannot_do_on_a_cut_model_is_refused(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, 
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
-from tpkernels.plan_units import Table, check_counts, cut_in_units, tell_counts
-from tpkernels.plan_vocab import Head, IdTable
+from tpkernels.plan_units import IdTable, Table, check_counts, cut_in_units, tell_counts
 from tpkernels.shard import packed_runs, part_start, shard_info
 
 # What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
@@ -183,8 +182,7 @@ def _apply_linear(module: nn.Module, style: Style, cut: Cut, settings: CutSettin
     if module.bias is not None:
         cuts["bias"] = cut
     gathers = style.name in ("column_gather", "vocab_head")
-    kind = Head if style.name == "vocab_head" else Column
-    cut_module(module, kind, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
+    cut_module(module, Column, cuts, settings.group, tied, gather_output=gathers, entered=False, **common)
     if not gathers:
         setattr(module, "nf" if transposed else "out_features", _size(module.weight))
 

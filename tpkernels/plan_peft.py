@@ -33,9 +33,9 @@ def cut_adapters(model: nn.Module) -> nn.Module:
     """Make the adapters that peft has put on a cut model right: call it behind get_peft_model, add_adapter, loading.
 
     Collective. The ranks start with the same adapters: those that hold values (loaded, or blended of others) keep
-    them, new ones are those of the unsharded model with rank 0's random numbers. All ranks get rank 0's random state,
-    because peft has drawn other amounts on each. Parameters stay the same objects. `save_pretrained` of the model saves
-    whole adapters from now on, on rank 0; every rank must call it.
+    them, new ones are drawn as for the unsharded model, from rank 0's random numbers. All ranks get rank 0's random
+    state, because peft has drawn other amounts on each. Parameters stay the same objects. `save_pretrained` of the
+    model saves whole adapters from now on, on rank 0; every rank must call it.
 
     Args:
         model: what peft returned, or the model it was added to.
@@ -61,13 +61,17 @@ def cut_adapters(model: nn.Module) -> nn.Module:
                 _start_alike(module, base, adapter, top.peft_config[adapter])  # type: ignore[index]
         else:
             _share_adapter(module, adapter, group)
-    _mark_known(top)
+    _mark_known(top, set(getattr(top, "peft_config", ())))
+    top.__dict__.pop("tpk_apart", None)
     _complete(model, top, group)
     return model
 
 
 def cut_loaded(top: nn.Module, names: set[str]) -> None:
     """Cut those new adapters on cut layers whose values are about to be loaded: nothing is sent, nothing is drawn.
+
+    Those of which everything is loaded are ready for use; that peft has drawn other amounts of random numbers on each
+    rank is made good at the first forward.
 
     Args:
         top: the cut model.
@@ -76,14 +80,20 @@ def cut_loaded(top: nn.Module, names: set[str]) -> None:
     Raises:
         PlanError: as cut_adapters.
     """
-    if all(_is_known(top, adapter) for adapter in getattr(top, "peft_config", ())):
+    news = {adapter for adapter in getattr(top, "peft_config", ()) if not _is_known(top, adapter)}
+    if not news:
         return
     refuse_adapters(top)
-    of = {module: name for name, module in top.named_modules()}
+    of, partly = {module: name for name, module in top.named_modules()}, set[str]()
     for module, base, adapter in _adapters(top):
-        matrices = {f"{of[module]}.lora_{matrix}.{adapter}.weight" for matrix in "AB"}
-        if isinstance(base, (Column, Row)) and not _is_cut(module, adapter) and matrices <= names:
+        own = {f"{of[module]}.{name}" for name, _ in _parameters_of(module, adapter)}
+        if not own <= names:
+            partly.add(adapter)
+        elif isinstance(base, (Column, Row)) and not _is_cut(module, adapter):
             _cut_one(module, base, adapter)
+    if news - partly:
+        _mark_known(top, news - partly)
+        top.tpk_apart = True  # type: ignore[assignment]
 
 
 class AdapterGuard:
@@ -98,6 +108,8 @@ class AdapterGuard:
         adapters = getattr(model, "peft_config", None)
         if adapters and not all(_is_known(model, adapter) for adapter in adapters):
             raise PlanError("a cut model has new adapters of peft: call tpkernels.cut_adapters(model) once")
+        if adapters and not is_compiling() and vars(model).pop("tpk_apart", False):
+            _share_rng(model.tpk_plan.group)  # type: ignore[union-attr, arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterGuard:
         """A copy of the whole model is watched by a guard of its own, a copy of a layer by the same one."""
@@ -120,6 +132,12 @@ def _adapters(top: nn.Module) -> Iterator[tuple[Any, nn.Module, str]]:
                     yield module, base, adapter
 
 
+def _parameters_of(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters():
+        if not name.startswith("base_layer.") and adapter in name.split("."):
+            yield name, parameter
+
+
 def _is_cut(module: Any, adapter: str) -> bool:
     return isinstance(module.lora_A[adapter], CutModule) or isinstance(module.lora_B[adapter], CutModule)
 
@@ -128,15 +146,16 @@ def _is_cut(module: Any, adapter: str) -> bool:
 # later under the same name does not.
 
 
-def _mark_known(top: nn.Module) -> None:
-    adapters, known = set(getattr(top, "peft_config", ())), dict[str, str]()
+def _mark_known(top: nn.Module, adapters: set[str]) -> None:
+    known: dict[str, str] = {}
     for name, module in top.named_modules():
         matrices: Any = getattr(module, "lora_A", None)
         if isinstance(matrices, nn.ModuleDict):
             for adapter in adapters & set(matrices):
                 matrices[adapter].tpk_known = True  # type: ignore[assignment]
                 known.setdefault(adapter, f"{name}.lora_A.{adapter}")
-    top.tpk_adapters = {adapter: known.get(adapter, "") for adapter in adapters}  # type: ignore[assignment]
+    before = vars(top).get("tpk_adapters", {})
+    top.tpk_adapters = before | {adapter: known.get(adapter, "") for adapter in adapters}
 
 
 def _is_known(top: nn.Module, adapter: str) -> bool:
@@ -160,7 +179,8 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
         if hasattr(type(module), "add_weighted_adapter"):
             module.add_weighted_adapter = WeightedAdapters(module, top)  # type: ignore[assignment]
     if getattr(model, "word_embeddings", ...) is None and hasattr(top, "get_input_embeddings"):
-        wrapper.word_embeddings = top.get_input_embeddings()  # type: ignore[operator]  # peft looks for a table with as many rows as words
+        # peft looks for a table with as many rows as there are words
+        wrapper.word_embeddings = top.get_input_embeddings()  # type: ignore[operator]
     prompts = getattr(model, "prompt_encoder", None)
     for parameter in prompts.parameters() if isinstance(prompts, nn.Module) else ():
         parameter.data.copy_(_of_rank_0(parameter.data, group))
@@ -169,9 +189,8 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
 @torch.no_grad()
 def _share_adapter(module: nn.Module, adapter: str, group: Group) -> None:
     """Give an adapter of a layer that is whole on every rank rank 0's values."""
-    for name, parameter in module.named_parameters():
-        if not name.startswith("base_layer.") and adapter in name.split("."):
-            parameter.copy_(_of_rank_0(parameter, group))
+    for _, parameter in _parameters_of(module, adapter):
+        parameter.copy_(_of_rank_0(parameter, group))
 
 
 def _share_rng(group: Group) -> None:

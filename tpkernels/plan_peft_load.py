@@ -39,16 +39,18 @@ class LoadAdapter:
         peft_config: Any = None,
         adapter_state_dict: dict[str, Tensor] | None = None,
         *,
+        low_cpu_mem_usage: bool = False,
         is_trainable: bool = False,
         hotswap: bool | str = "auto",
         adapter_kwargs: dict[str, Any] | None = None,
         **download: Any,
     ) -> Any:
-        """Add an adapter and fill it; call cut_adapters behind it, as behind add_adapter.
+        """Add an adapter and fill it: what is loaded needs no cut_adapters.
 
         Args:
             peft_model_id, adapter_name, peft_config, adapter_state_dict, is_trainable, adapter_kwargs: as in
                 transformers.
+            low_cpu_mem_usage: not used, adapters are small.
             hotswap: must not be True.
             download: options of peft's load_peft_weights, such as token.
         """

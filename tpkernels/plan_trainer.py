@@ -15,16 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tpkernels import checkpoint, layers, ops
 from tpkernels.ckpt_place import Place
@@ -32,12 +29,10 @@ from tpkernels.ckpt_room import refuse_later
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 from tpkernels.group import Group
 from tpkernels.optimizers import needs_whole_tensors
-from tpkernels.plan import parallelize
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
-from tpkernels.plan_vocab import show_heads
-from tpkernels.shard import full_shape
+from tpkernels.plan_trainer_models import SameSteps, cut_reference, show_heads
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
@@ -65,6 +60,10 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
     checkpoint-<step> which `train(resume_from_checkpoint=...)` takes, also on other ranks as long as a step is of as
     many sequences; `save_model` writes a plain Hugging Face folder. Only rank 0 shows progress and reports. Random
     numbers of torch are saved, others are not.
+
+    Adapters of peft are cut (`cut_adapters`). A trainer that multiplies by the weight of the head itself (those of TRL)
+    finds it whole; a reference model of the same sizes is cut, too. At the first step the ranks of a replica must see
+    the same batch and draw the same random numbers.
 
     Args:
         trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder all see.
@@ -94,9 +93,10 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
         raise PlanError(f"fit_trainer: {problem} does not work on a cut model; {instead}")
     if getattr(trainer.model, "peft_config", None):
         cut_adapters(trainer.model)
-    _cut_reference(trainer)
+    cut_reference(trainer)
     _Saving(trainer, report.group, dp_group)
     show_heads(trainer)
+    SameSteps(trainer, report.group)
     if dp_group is not None:
         _Replica(trainer, report.group, dp_group)
     return trainer
@@ -165,19 +165,6 @@ def _optimizer_class(trainer: Any) -> type[torch.optim.Optimizer] | None:
             made = trainer.optimizer_cls_and_kwargs
             kind = (made or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model))[0]
     return kind if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) else None
-
-
-def _cut_reference(trainer: Any) -> None:
-    """Cut a whole reference model as the trained one is: its numbers are to be the same bits where nothing was learned.
-
-    One of other sizes stays whole, on every rank.
-    """
-    reference, report = getattr(trainer, "ref_model", None), trainer.model.tpk_plan
-    if not isinstance(reference, torch.nn.Module) or getattr(reference, "tpk_plan", None) is not None:
-        return
-    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
-    if shapes[0] == shapes[1]:
-        parallelize(reference, group=report.group, **report.options)
 
 
 def _cut_logits(model: Any) -> bool:
@@ -303,7 +290,6 @@ class _Replica:
     def __init__(self, trainer: Any, group: Group, dp_group: Group) -> None:
         self._trainer, self._group, self._dp_group = trainer, group, dp_group
         self._aggregator: GradAggregator | None = None
-        self._checked = False
         self._train, self._step, self._loss = trainer.train, trainer.training_step, trainer.compute_loss
         self._tokens, self._loader = trainer._get_num_items_in_batch, trainer.get_train_dataloader
         self._batch_size = trainer.get_total_train_batch_size
@@ -313,7 +299,7 @@ class _Replica:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """With replicas that are the same at the beginning and average their gradients."""
-        accelerator, self._checked = self._trainer.accelerator, False
+        accelerator = self._trainer.accelerator
         with GradAggregator(self._trainer.model, group=self._dp_group, codec="none") as self._aggregator:
             accelerator.no_sync = lambda model=None: self._aggregator.no_sync()
             try:
@@ -324,8 +310,6 @@ class _Replica:
 
     def step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; the loss is the mean over the replicas."""
-        if not self._checked:
-            self._check_same_data(inputs)
         loss: Tensor = self._step(model, inputs, *args, **kwargs)
         if self._aggregator is not None and self._trainer.accelerator.sync_gradients:
             self._aggregator.wait()
@@ -375,21 +359,6 @@ class _Replica:
         )
         accelerator._dataloaders.append(made)
         return made
-
-    def _check_same_data(self, inputs: Any) -> None:
-        """Once: a replica whose ranks learn from different sequences learns nonsense."""
-        digest = 0
-        for leaf in tree_leaves(dict(inputs)):
-            if isinstance(leaf, Tensor):
-                digest = zlib.crc32(
-                    leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest
-                )
-        if len(set(digests := self._group.exchange_sizes(digest))) > 1:
-            raise PlanError(
-                f"fit_trainer: the ranks of a replica must see the same batches, got digests {digests} in rank order: "
-                f"give all ranks the same data and seed"
-            )
-        self._checked = True
 
 
 def _plain(optimizer: Any) -> Any:

@@ -1,11 +1,14 @@
-"""Cuts into units that the plan itself states, for modules that do not say how many heads they have."""
+"""Cuts into units that the plan itself states, for modules that do not say how many heads they have; and tables."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 from torch import Tensor, nn
 
 from tpkernels.layers.base import Cut
-from tpkernels.plan_layers import CutModule
+from tpkernels.plan_layers import CutModule, Vocab
 from tpkernels.plan_styles import PlanError, Style, packed_sizes
 from tpkernels.shard import packed_runs, part_size
 
@@ -81,3 +84,17 @@ def check_ties(modules: dict[str, nn.Module], cuts: dict[str, Cut]) -> None:
             raise PlanError(
                 f"Plan: {cut[0]} is cut, and {whole[0]}, which has the same weight, has no rule that cuts it"
             )
+
+
+class IdTable(Vocab):
+    """A table of ids that says why it cannot train single rows."""
+
+    @property
+    def qweight(self) -> Any:
+        """There is none. Trainable tokens of peft look for it just before they take rows, by their whole numbers."""
+        if sys._getframe(2).f_globals.get("__name__") == "peft.tuners.trainable_tokens.layer":
+            raise PlanError(
+                "trainable tokens do not work on a table of ids that is cut: leave it whole with the rule "
+                "{its name: 'replicate'} (a head that is tied to it, too), or train the whole table by modules_to_save"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute 'qweight'")

@@ -16,7 +16,16 @@ from tpkernels._C import short_all_gather, short_all_reduce, short_all_reduce_, 
 from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import REDUCIBLE, check_codec, check_dim, check_reduction, check_size, check_tensor, check_writable, is_transforming
+from ._check import (
+    REDUCIBLE,
+    check_codec,
+    check_dim,
+    check_reduction,
+    check_size,
+    check_tensor,
+    check_writable,
+    is_transforming,
+)
 from ._grad import backward_codec, gather_alike, replicated
 from ._order import communicates
 from ._plain import direct, is_plain, shortcut

@@ -1,0 +1,176 @@
+"""The models of a trainer: their heads, for losses that multiply by the weight themselves, and a reference model.
+
+Fused losses (those of TRL, of Liger) never call the head: they take hidden states and `lm_head.weight`. While a
+trainer that `fit_trainer` made right computes a step, the weight of a cut head is therefore whole for whoever reads it:
+gathered once a step, and its gradient is this rank's rows. The head's own forward goes on multiplying by its part.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tpkernels.group import Group
+from tpkernels.layers import rng_state
+from tpkernels.layers.base import gather
+from tpkernels.plan import parallelize
+from tpkernels.plan_layers import Column, cut_class
+from tpkernels.plan_styles import PlanError
+from tpkernels.shard import full_shape
+
+
+class WholeHeads:
+    """Whether heads are seen whole now, and what was gathered for that."""
+
+    def __init__(self) -> None:
+        self._gathered: dict[tuple[Any, ...], Tensor] | None = None
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """Let the weights of heads be whole; nothing is kept behind the outermost of these."""
+        if self._gathered is not None:
+            yield
+            return
+        self._gathered = {}
+        try:
+            yield
+        finally:
+            self._gathered = None
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Let them be parts, for the head itself."""
+        before, self._gathered = self._gathered, None
+        try:
+            yield
+        finally:
+            self._gathered = before
+
+    def look(self, head: Head, name: str) -> Any:
+        """The parameter, or the whole that it is a part of. Collective in the second case."""
+        if name not in head._parameters:
+            raise AttributeError(f"{type(head).__name__} has no attribute {name!r}")
+        parameter, cut = head._parameters[name], head._cuts.get(name)
+        if self._gathered is None or parameter is None or cut is None:
+            return parameter
+        key = (id(parameter), parameter._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if key not in self._gathered:
+            self._gathered[key] = gather(parameter, cut.dim, cut.full_size, head.group, unit=cut.unit)
+        return self._gathered[key]
+
+
+class Head(Column):
+    """A column layer that makes logits, in a trainer."""
+
+    whole: WholeHeads
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """This rank's rows, or all."""
+        return self.whole.look(self, "weight")
+
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        """This rank's part, or all of it."""
+        return self.whole.look(self, "bias")
+
+    def _own(self, name: str) -> Tensor | None:
+        with self.whole.unseen():
+            return super()._own(name)
+
+
+def show_heads(trainer: Any) -> None:
+    """Let a trainer see the heads of its models whole while it computes: its own model, a reference, rewards."""
+    whole = WholeHeads()
+    for model in _models_of(trainer):
+        for module in model.modules():
+            if type(module).__dict__.get("_origin") and isinstance(module, Column) and module.gather_output:
+                original, _, summed = type(module)._origin
+                object.__setattr__(module, "__class__", cut_class(original, Head, summed))  # type: ignore[arg-type]
+                module.whole = whole  # type: ignore[assignment]
+    for name in ("training_step", "prediction_step"):
+        setattr(trainer, name, _inside(whole, getattr(trainer, name)))
+
+
+def cut_reference(trainer: Any) -> None:
+    """Cut a whole reference model as the trained one is: its numbers are to be the same bits where nothing was learned.
+
+    One of other sizes stays whole, on every rank.
+    """
+    reference, report = getattr(trainer, "ref_model", None), trainer.model.tpk_plan
+    if not isinstance(reference, nn.Module) or getattr(reference, "tpk_plan", None) is not None:
+        return
+    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
+    if shapes[0] == shapes[1]:
+        parallelize(reference, group=report.group, **report.options)
+
+
+def _models_of(trainer: Any) -> Iterator[nn.Module]:
+    """The models that a trainer holds, one by one or in lists."""
+    for value in vars(trainer).values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, nn.Module):
+                yield item
+
+
+class SameSteps:
+    """Checks at the first step of a training that the ranks of a replica have the same batch and random numbers."""
+
+    def __init__(self, trainer: Any, group: Group) -> None:
+        self._trainer, self._group, self._state = trainer, group, None
+        self._step = trainer.training_step
+        trainer.training_step = self
+
+    def __call__(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One step.
+
+        Raises:
+            PlanError: they differ; a replica whose ranks learn from different sequences learns nonsense.
+        """
+        if self._state is not self._trainer.state:  # a new one for each training
+            self._check(inputs)
+            self._state = self._trainer.state
+        step: Tensor = self._step(model, inputs, *args, **kwargs)
+        return step
+
+    def _check(self, inputs: Any) -> None:
+        leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        for what, values, instead in (
+            ("see the same batches", leaves, "give all ranks the same data and seed"),
+            (
+                "draw the same random numbers",
+                rng_state().values(),
+                "seed all alike, and draw nothing on some only",
+            ),
+        ):
+            if len(set(digests := self._group.exchange_sizes(_digest(values)))) > 1:
+                raise PlanError(
+                    f"fit_trainer: the ranks of a replica must {what}, got digests {digests} in rank order: {instead}"
+                )
+
+
+def _digest(values: Iterable[Any]) -> int:
+    digest = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), digest)
+        elif isinstance(value, str | int | float):
+            digest = zlib.crc32(repr(value).encode(), digest)
+    return digest
+
+
+def _inside(whole: WholeHeads, step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with whole.seen():
+            return step(*args, **kwargs)
+
+    return run
