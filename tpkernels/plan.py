@@ -29,10 +29,10 @@ from tpkernels.plan_apply import (
     can_be_cut,
     is_linear,
     share_inputs,
-    takes_choices,
     unsaid,
 )
 from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
+from tpkernels.plan_experts import takes_choices
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import CutModule, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,17 +12,14 @@ from tpkernels.group import Group
 from tpkernels.layers.base import Cut
 from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
+from tpkernels.plan_experts import cut_experts, cut_of_experts
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
+from tpkernels.plan_layers import Column, HeadParameters, Row, Summed, SumTail, Tied, Vocab, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import Table, check_counts, cut_in_units, tell_counts
-from tpkernels.shard import packed_runs, part_start, shard_info
-
-# What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
-# that is behind the last expert.
-CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+from tpkernels.shard import packed_runs, shard_info
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
 
 def _cut_of(name: str, module: nn.Module, style: Style, R: int) -> Cut | None:
     if style.name == "expert":
-        return _cut_of_experts(name, module, R)
+        return cut_of_experts(name, module)
     if style.name == "vocab":
         if not isinstance(module, nn.Embedding):
             raise PlanError(f"Plan: style 'vocab' of {name} needs an nn.Embedding, got {type(module).__name__}")
@@ -115,26 +111,6 @@ def can_be_cut(module: nn.Module) -> bool:
     return "__class__" in forward.__code__.co_freevars  # it calls super()
 
 
-def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
-    count = getattr(module, "num_experts", None)
-    sizes = {p.size(0) for p in module.parameters(recurse=False)}
-    if not isinstance(count, int) or sizes != {count}:
-        raise PlanError(
-            f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
-            f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
-        )
-    if not takes_choices(module):
-        raise PlanError(f"Plan: style 'expert' of {name} needs a forward(tokens, top_k_index, top_k_weights)")
-    if count < R:
-        raise PlanError(f"Plan: {name} has {count} experts, which leaves some of {R} ranks with none")
-    return Cut(0, count)
-
-
-def takes_choices(module: nn.Module) -> bool:
-    """Whether experts are called with the tokens, and with which experts each has chosen."""
-    return tuple(inspect.signature(type(module).forward).parameters)[2:4] in CHOICES
-
-
 def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
     """Cut one module by its style."""
     group = settings.group
@@ -149,12 +125,7 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSetting
         cut_module(module, SumTail, {}, group, tied, tail=style.packed[0])
     elif style.name == "expert":
         assert cut is not None
-        first = part_start(cut.full_size, group.world_size, group.rank)
-        cuts = {name: cut for name, _ in module.named_parameters(recurse=False)}
-        skips = tuple(inspect.signature(type(module).forward).parameters)[2:4] == CHOICES[0]
-        wire: dict[str, Any] = {"codec": settings.codec, "grad_codec": settings.grad_codec}
-        cut_module(module, Experts, cuts, group, tied, first_expert=first, skips=skips, **wire)
-        module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
+        cut_experts(module, cut, group, settings.codec, settings.grad_codec, tied)
     elif style.name == "vocab":
         assert cut is not None
         cut_module(module, Vocab, {"weight": cut}, group, tied)
