@@ -44,7 +44,7 @@ LEVELS = [
         "derive_labels",
     }
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
-    | {"plan_experts"}
+    | {"plan_doors", "plan_experts", "plan_tokens"}
     | {
         "plan_layers",
         "plan_loss",

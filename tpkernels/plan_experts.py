@@ -1,6 +1,6 @@
 """The experts of a mixture over the ranks, whole ones each: the style "expert".
 
-A module of experts is called with tokens, with which experts each token has chosen, and with the weights of its choices.
+A module of experts is called with tokens, with the experts that each has chosen, and with the weights of its choices.
 On a rank it is called with the choices of its own experts alone, each a row with one choice: such a call is right
 whatever computes it (a loop over the experts, batched or grouped products, a kernel), and none of its rows is left
 unwritten.

@@ -18,7 +18,7 @@ from tpkernels.group import Group
 from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
 from tpkernels.ops._linear import linear_gradients
-from tpkernels.plan_random import BlockRandom
+from tpkernels.plan_random import BlockRandom, common_numbers
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
@@ -334,6 +334,16 @@ class SumTail(CutModule):
         y: Tensor = super().forward(*args, **kwargs)
         kept, tail = y[..., : -self.tail], y[..., -self.tail :]
         return torch.cat([kept, sum_gradient(tail, group=self.group)[0]], -1)
+
+
+class CommonDropout(CutModule):
+    """A dropout of what is whole inside a cut block: one mask on all ranks, between those that are the rank's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module gives."""
+        with common_numbers():
+            y: Tensor = super().forward(x)
+        return y
 
 
 class RankDropout(CutModule):
