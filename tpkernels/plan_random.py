@@ -136,7 +136,7 @@ def drops(block: nn.Module) -> bool:
         if isinstance(module, _DropoutNd) and module.p > 0:
             return True
         for name, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and ("drop" in name or name.endswith("_pdrop")):
+            if isinstance(value, float) and value > 0 and "drop" in name:
                 return True
     return False
 
