@@ -47,6 +47,7 @@ LEVELS = [
         "guards",
     }
     | {"derive_names", "derive_run", "plan", "plan_alibi", "plan_apply", "plan_attention", "plan_heads", "plan_units"}
+    | {"plan_doors", "plan_experts", "plan_tokens"}
     | {
         "plan_layers",
         "plan_loss",

@@ -17,7 +17,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpkernels.derive_attention import attention_left_whole, find_attention
-from tpkernels.derive_groups import LinearGroup, choose, find_groups, refuse_undroppable, refuse_unsummable
+from tpkernels.derive_groups import (
+    LinearGroup,
+    choose,
+    common_dropouts,
+    find_groups,
+    refuse_undroppable,
+    refuse_unsummable,
+)
 from tpkernels.derive_inputs import Call
 from tpkernels.derive_names import generalise
 from tpkernels.derive_run import Mismatch, Run, check, evaluating, first_that_runs
@@ -84,6 +91,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         refuse_unsummable(model, groups, owners, sources)
         refuse_undroppable(model, groups)
         styles = _checked(model, sources, owners, groups, runs, direct)
+        styles |= common_dropouts(model, groups)
     called = {name for run in runs for name in run.flow.called}
     direct |= {name: "the run did not reach it" for name in attention if name not in called}
     for name, why in attention_left_whole(attention, owners, direct, RANKS).items():
@@ -246,8 +254,9 @@ def _runs(
         runs += [run] if run else []
         first = first or error
     if not runs:
+        which = "sample inputs" if inputs is None else "the inputs given"
         raise DeriveError(
-            f"derive_plan: {type(model).__name__} could not be run on sample inputs "
+            f"derive_plan: {type(model).__name__} could not be run on {which} "
             f"({f'{type(first).__name__}: {first}' if first else 'none could be guessed'}); "
             f"give inputs=(args, kwargs) or a plan"
         ) from first

@@ -1,13 +1,42 @@
-"""What there is to ask about one call of an op, and how tensors of the run meet in it."""
+"""What there is to ask about one call of an op, how tensors of the run meet in it, and what is dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+
+
+@dataclass
+class Step:
+    """A call of the source `name`, or, with a rate, a dropout in the module `name` and the labels of what it drops."""
+
+    name: str
+    rate: float | None = None
+    labels: Tensor | None = None
+
+
+class Dropouts(TorchFunctionMode):
+    """Notes what dropouts are called with, also where they do nothing: in modules and as functions."""
+
+    def __init__(self, note: Callable[[Tensor, float], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            given = dict(zip(("input", "p"), args, strict=False)) | kwargs
+            self.note(given["input"], float(given.get("p", 0.5)))
+        return func(*args, **kwargs)
 
 
 def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:

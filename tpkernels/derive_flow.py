@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpkernels.derive_calls import argument, side_by_side, tensors_in
+from tpkernels.derive_calls import Step, argument, side_by_side, tensors_in
 from tpkernels.derive_labels import NONE, WHOLE, Edges, broadcast, meet, meet_all, meet_along
 
 # Ops that move elements: the labels take the same way. VIEWS go by strides, which differ.
@@ -60,6 +60,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used: set[str] = set()  # parameters that an op outside of a source's own forward takes
         self.returned: set[str] = set()  # parameters on which the output depends past all features
         self.dropped: list[tuple[str, Tensor]] = []  # a dropout and the labels of what it drops
+        self.steps: list[Step] = []  # calls of sources, and dropouts with any rate, in their order
         self.met: list[tuple[str, Tensor]] = []  # a replicated parameter and the labels it met
         self.trace: list[tuple[str, tuple[float, ...], str]] = []  # op, numbers, module: where features take part
         self._labels: Any = WeakIdKeyDictionary()
@@ -107,16 +108,17 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             labels = self.labels_of(given[0]) if isinstance(module, nn.Dropout) and module.p > 0 and given else None
             if labels is not None:
-                with _out_of_sight():
+                with out_of_sight():
                     self.dropped.append((name, labels.unique()))  # type: ignore[no-untyped-call]
             if source is not None:
                 self._quiet += 1
-                with _out_of_sight():
+                self.steps.append(Step(source))
+                with out_of_sight():
                     self._arrive(source, given[0] if given else None)
             if name in self.closed:
                 self._quiet += 1
                 self.called.append(name)
-                with _out_of_sight():
+                with out_of_sight():
                     for t in given:
                         if (labels := self.labels_of(t)) is not None:
                             self.whole(labels, f"{name} takes them whole")
@@ -128,7 +130,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.pop()
             if source is not None:
                 self._quiet -= 1
-                with _out_of_sight():
+                with out_of_sight():
                     self._start(source, output)
             if name in self.closed:
                 self._quiet -= 1
@@ -164,6 +166,12 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the labels of the n output features of a source."""
         self._next += n
         return torch.arange(self._next - n, self._next, device="cpu")
+
+    def drop(self, x: Tensor, rate: float) -> None:
+        """Note that a dropout gets this tensor."""
+        labels = self.labels_of(x)
+        with out_of_sight():
+            self.steps.append(Step(self.where, rate, None if labels is None else labels.unique()))  # type: ignore
 
     @property
     def count(self) -> int:
@@ -360,6 +368,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _out_of_sight() -> Iterator[None]:
+def out_of_sight() -> Iterator[None]:
+    """Run ops that no flow follows."""
     with torch.utils._python_dispatch._disable_current_modes():
         yield

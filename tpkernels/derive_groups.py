@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from tpkernels.derive_flow import Flow
 from tpkernels.derive_labels import WHOLE
@@ -26,6 +27,7 @@ class LinearGroup:
         reason: why they cannot be cut.
         weight: how many parameters a cut would cut.
         drops: dropouts that its features go through.
+        common: modules that drop something else while its features are under way, and the rates.
         counts: styles for the modules around that were not tried yet.
     """
 
@@ -38,6 +40,7 @@ class LinearGroup:
     weight: int = 0
 
     drops: list[str] = field(default_factory=list)
+    common: dict[str, float] = field(default_factory=dict)
     counts: list[dict[str, str]] | None = None
 
     def parents(self) -> list[str]:
@@ -88,6 +91,7 @@ def find_groups(flow: Flow, modules: dict[str, nn.Module], direct: dict[str, str
         for i in {group_of[c] for c in root[labels.numpy()].tolist() if c in group_of}:
             groups[i].drops.append(name)
     for group in groups:
+        _note_common(flow, group, group_of, root, groups)
         whole = [s for s in (*group.sources, *group.sinks) if s in direct]
         if whole and not group.reason:
             group.reason = direct[whole[0]] if whole[0] in group.sources[:1] else f"{whole[0]}: {direct[whole[0]]}"
@@ -127,6 +131,20 @@ def _note_summed(flow: Flow, groups: list[LinearGroup], group_of: dict[int, int]
         for c in np.unique(root[labels.numpy()][labels.numpy() >= 0]).tolist():
             if c in group_of:
                 groups[group_of[c]].summed.add(parameter)
+
+
+def _note_common(
+    flow: Flow, group: LinearGroup, group_of: dict[int, int], root: np.ndarray, groups: list[LinearGroup]
+) -> None:
+    """What is dropped between a source and the sink behind it, and does not belong to them."""
+    under_way = False
+    for step in flow.steps:
+        if step.rate is None:
+            under_way = step.name in group.sources or (under_way and step.name not in group.sinks)
+        elif under_way:
+            classes = [] if step.labels is None else root[step.labels.numpy()].tolist()
+            if not any(groups[group_of[c]] is group for c in classes if c in group_of):
+                group.common[step.name] = max(step.rate, group.common.get(step.name, 0.0))
 
 
 def _judge(
@@ -217,6 +235,9 @@ def refuse_unsummable(
 def refuse_undroppable(model: nn.Module, groups: list[LinearGroup]) -> None:
     """Ranks drop numbers of their own between columns and rows of one module, or of a block that knows its heads."""
     for group in groups:
+        for name, rate in group.common.items():
+            if rate > 0 and not isinstance(model.get_submodule(name), _DropoutNd):
+                group.refuse(f"{name} drops, by a function, what is on all ranks, while they are under way")
         columns, rows = ({name.rpartition(".")[0] for name in names} for names in (group.sources, group.sinks))
         blocks = all(number(model.get_submodule(name), (*HEAD_SIZE, *HEADS)) for name in columns)
         if group.drops and columns != rows and not blocks:
@@ -227,6 +248,13 @@ def refuse_undroppable(model: nn.Module, groups: list[LinearGroup]) -> None:
             children = [f"{parent}.{key}" if parent else key for key, _ in model.get_submodule(parent).named_children()]
             if next((child for child in children if child in cut), group.sources[0]) not in group.sources:
                 group.refuse(f"{group.drops[0]} drops what is cut, and {parent} cuts other linears before")
+
+
+def common_dropouts(model: nn.Module, groups: list[LinearGroup]) -> dict[str, str]:
+    """Return the style of dropouts that get what is on all ranks while cut features are under way."""
+    cut = [group for group in groups if group.units]
+    found = {name for group in cut for name in group.common if isinstance(model.get_submodule(name), _DropoutNd)}
+    return dict.fromkeys(found - {name for group in cut for name in group.drops}, "common")
 
 
 def choose(groups: list[LinearGroup]) -> list[LinearGroup]:

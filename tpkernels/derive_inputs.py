@@ -17,6 +17,13 @@ TEXTS, IMAGES = ("text", "texts", "input_ids", "ids", "tokens"), ("image", "imag
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def check_inputs(inputs: object) -> None:
+    """Raise ValueError unless inputs are None or (args, kwargs)."""
+    fits = isinstance(inputs, (tuple, list)) and len(inputs) == 2
+    if inputs is not None and not (fits and isinstance(inputs[0], (tuple, list)) and isinstance(inputs[1], dict)):  # type: ignore[index]
+        raise ValueError(f"inputs must be (args, kwargs), such as ((ids,), {{}}), got {type(inputs).__name__}")
+
+
 def candidates(model: nn.Module) -> list[Call]:
     """Return arguments for model(*args, **kwargs), the likeliest first.
 

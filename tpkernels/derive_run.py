@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from tpkernels.derive_calls import tensors_in
+from tpkernels.derive_calls import Dropouts, tensors_in
 from tpkernels.derive_flow import Flow
 from tpkernels.derive_inputs import Call, candidates
 from tpkernels.layers.base import Cut
@@ -69,7 +69,7 @@ def first_that_runs(
             own = {name: module for name, module in sources.items() if module in set(part.modules())}
             run = Run(part, call, device, Flow(own, {}, closed))
             try:
-                whole = {name: _stand_in(p, device) for name, p in model.named_parameters()}
+                whole = {name: stand_in(p, device) for name, p in model.named_parameters()}
                 execute(model, run, run.flow, whole)
                 return run, None
             except Exception as error:  # whatever a stranger's forward raises when it does not like its arguments
@@ -88,7 +88,7 @@ def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flow.hooked(run.part, paths), flow:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flow.hooked(run.part, paths), flow, Dropouts(flow.drop):
             output = functional_call(run.part, local, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -98,7 +98,8 @@ def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -
         raise Mismatch("", "it would return tensors of other sizes")
 
 
-def _stand_in(tensor: Tensor, device: str) -> Tensor:
+def stand_in(tensor: Tensor, device: str) -> Tensor:
+    """Return what stands for a parameter in a run on a device."""
     return torch.empty_like(tensor, device="meta") if device == "meta" else tensor.detach()
 
 
@@ -159,7 +160,7 @@ def check(model: nn.Module, run: Run, styles: dict[str, Style], R: int, rank: in
     cuts = all_cuts(modules, styles, blocks, R)
     parts: dict[str, tuple[Tensor, bool]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
-    values = {name: _stand_in(p, run.device) for name, p in model.named_parameters()}
+    values = {name: stand_in(p, run.device) for name, p in model.named_parameters()}
     with _numbers_kept(modules.values()):
         for block in blocks:
             tell_heads(block, R, rank)

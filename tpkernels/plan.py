@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tpkernels.compress import CODECS
+from tpkernels.derive_inputs import Call, check_inputs
 from tpkernels.group import Group, resolve
 from tpkernels.layers.base import Cut
 from tpkernels.plan_apply import (
@@ -29,10 +30,10 @@ from tpkernels.plan_apply import (
     can_be_cut,
     is_linear,
     share_inputs,
-    takes_choices,
     unsaid,
 )
 from tpkernels.plan_attention import STYLE, leave_fast_paths, settle
+from tpkernels.plan_experts import takes_choices
 from tpkernels.plan_heads import Block, find_blocks
 from tpkernels.plan_layers import Column, CutModule, Row, Tied, group_of
 from tpkernels.plan_loss import check_cut_logits, cut_logits
@@ -41,7 +42,7 @@ from tpkernels.plan_peft import AdapterGuard
 from tpkernels.plan_peft_load import LoadAdapter, load_whole
 from tpkernels.plan_refuse import patched_parents, refuse, refuse_patched
 from tpkernels.plan_save import SavePretrained, give_whole
-from tpkernels.plan_sequence import check_sequence, cut_sequence
+from tpkernels.plan_sequence import check_sequence, cut_sequence, find_doors
 from tpkernels.plan_styles import TRANSLATION, PlanError, Style, parse_style
 from tpkernels.plan_units import check_ties
 
@@ -67,12 +68,15 @@ class Plan:
     strict: bool = True
 
     @classmethod
-    def resolve(cls, model: nn.Module, plan: str | Mapping[str, str] | Plan = "auto") -> Plan:
+    def resolve(
+        cls, model: nn.Module, plan: str | Mapping[str, str] | Plan = "auto", *, inputs: Call | None = None
+    ) -> Plan:
         """Return the plan for a model.
 
         Args:
             model: whole; parameters may be on the meta device.
             plan: "auto" for plans/<model_type>.py, else the model's own, else a derived one; {module glob: style}.
+            inputs: (args, kwargs) with which a plan is derived; None: sample inputs are made.
 
         Raises:
             PlanError: there is none, with the reason.
@@ -83,7 +87,7 @@ class Plan:
             return cls(dict(plan))
         if plan != "auto":
             raise PlanError(f"Plan: plan must be 'auto' or {{module glob: style}}, got {plan!r}")
-        return _of_ours(model) or _of_the_model(model) or _derived(model)
+        return _of_ours(model) or _of_the_model(model) or _derived(model, inputs)
 
     def styles(self, model: nn.Module) -> dict[str, Style]:
         """Return the style of every module that the plan cuts or keeps: {module name: Style}.
@@ -158,6 +162,7 @@ def parallelize(
     codec: str = "none",
     grad_codec: str | None = None,
     gather_logits: bool = True,
+    inputs: Call | None = None,
 ) -> Model:
     """Cut a model over the ranks of a group, in place.
 
@@ -180,6 +185,8 @@ def parallelize(
         gather_logits: False leaves the logits of a causal language model cut over the vocabulary in calls with labels
             and computes the loss from the parts; for training, where whole logits may be the largest tensors of all.
             Calls without labels (generate, a loss of your own) gather them.
+        inputs: (args, kwargs) with which to call the model where it is run to see how it can be cut: for a plan from
+            its module tree and for sequence_parallel. None: sample inputs are made.
 
     Returns:
         the model.
@@ -187,7 +194,7 @@ def parallelize(
     Raises:
         PlanError: the plan does not fit, or the model cannot be cut: quantised, already wrapped, patched on instances,
             too few heads; nothing is changed then.
-        ValueError: no such codec.
+        ValueError: no such codec; inputs are no (args, kwargs).
 
     Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
     """
@@ -198,7 +205,8 @@ def parallelize(
             f"parallelize: codecs must be among {list(CODECS)}, got {settings.codec!r}, {settings.grad_codec!r}"
         )
     refuse(model)
-    plan = Plan.resolve(model, plan)
+    check_inputs(inputs)
+    plan = Plan.resolve(model, plan, inputs=inputs)
     styles = plan.styles(model)
     modules = dict(model.named_modules())
     refuse_patched(modules, styles)
@@ -206,6 +214,7 @@ def parallelize(
     cuts = all_cuts(modules, styles, blocks, group.world_size)
     check_ties(modules, cuts)
     layers = check_sequence(model, modules, [block.name for block in blocks]) if sequence_parallel else []
+    found = find_doors(model, layers, {modules[n]: style for n, style in styles.items()}, inputs) if layers else []
     heads = [name for name, style in styles.items() if style.name == "vocab_head"]
     if not gather_logits:
         check_cut_logits(model, heads)
@@ -218,9 +227,9 @@ def parallelize(
     for name, style in styles.items():
         apply(modules[name], style, cuts.get(name), settings, tied)
     tied.rejoin(model)
-    arrange_random(modules, blocks)
+    arrange_random(modules, blocks, group)
     if layers:
-        cut_sequence(layers, group, settings.codec, settings.grad_codec)
+        cut_sequence(layers, found, group, settings.codec, settings.grad_codec)
     share_inputs(modules)
     leave_fast_paths(model)
     if not gather_logits:
@@ -328,12 +337,12 @@ def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
     return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) else {})
 
 
-def _derived(model: nn.Module) -> Plan:
+def _derived(model: nn.Module, inputs: Call | None) -> Plan:
     if importlib.util.find_spec("tpkernels.derive") is None:
         raise PlanError(f"Plan: there is no plan for {type(model).__name__}; pass one as {{module glob: style}}")
     derive = importlib.import_module("tpkernels.derive")
     try:
-        return Plan(derive.derive_plan(model), "its module tree")
+        return Plan(derive.derive_plan(model, inputs=inputs), "its module tree")
     except derive.DeriveError as error:
         raise PlanError(
             f"Plan: there is no plan for {type(model).__name__}, and none can be derived: {error}"

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from tpkernels.group import Group
 from tpkernels.layers.base import Cut
 from tpkernels.plan_alibi import OwnSlopes, takes_alibi
 from tpkernels.plan_attention import STYLE, cut_attention, cuts_of_attention
+from tpkernels.plan_experts import Experts, cut_experts, cut_of_experts
 from tpkernels.plan_heads import Block, cuts_of_block, cuts_of_own, sizes_of, tell_heads
-from tpkernels.plan_layers import Column, Experts, HeadParameters, Row, Summed, SumTail, Tied, cut_module
+from tpkernels.plan_layers import Column, CommonDropout, HeadParameters, Row, Summed, SumTail, Tied, cut_module
 from tpkernels.plan_random import BlockRandom
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import LINEAR, PlanError, Style, packed_sizes
 from tpkernels.plan_units import IdTable, Table, check_counts, cut_in_units, tell_counts
-from tpkernels.shard import packed_runs, part_start, shard_info
-
-# What the forwards of experts call the choices of the tokens and their weights. Those of the first kind skip a choice
-# that is behind the last expert.
-CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+from tpkernels.shard import packed_runs, shard_info
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,8 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
     for name, style in styles.items():
         if style.name == "counts":
             check_counts(name, modules[name], style, R)
+        if style.name == "common" and not isinstance(modules[name], _DropoutNd):
+            raise PlanError(f"Plan: style 'common' of {name} needs a dropout, got {type(modules[name]).__name__}")
         if name not in cuts:
             cut = _cut_of(name, modules[name], style, R)
             if cut is not None:
@@ -72,7 +71,7 @@ def all_cuts(modules: dict[str, nn.Module], styles: dict[str, Style], blocks: li
 
 def _cut_of(name: str, module: nn.Module, style: Style, R: int) -> Cut | None:
     if style.name == "expert":
-        return _cut_of_experts(name, module, R)
+        return cut_of_experts(name, module)
     if style.name == "vocab":
         if not isinstance(module, nn.Embedding):
             raise PlanError(f"Plan: style 'vocab' of {name} needs an nn.Embedding, got {type(module).__name__}")
@@ -116,26 +115,6 @@ def can_be_cut(module: nn.Module) -> bool:
     return code is not None and "__class__" in code.co_freevars  # it calls super()
 
 
-def _cut_of_experts(name: str, module: nn.Module, R: int) -> Cut:
-    count = getattr(module, "num_experts", None)
-    sizes = {p.size(0) for p in module.parameters(recurse=False)}
-    if not isinstance(count, int) or sizes != {count}:
-        raise PlanError(
-            f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
-            f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
-        )
-    if not takes_choices(module):
-        raise PlanError(f"Plan: style 'expert' of {name} needs a forward(tokens, top_k_index, top_k_weights)")
-    if count < R:
-        raise PlanError(f"Plan: {name} has {count} experts, which leaves some of {R} ranks with none")
-    return Cut(0, count)
-
-
-def takes_choices(module: nn.Module) -> bool:
-    """Whether experts are called with the tokens, and with which experts each has chosen."""
-    return tuple(inspect.signature(type(module).forward).parameters)[2:4] in CHOICES
-
-
 def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
     """Cut one module by its style."""
     group = settings.group
@@ -143,6 +122,8 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSetting
         tell_counts(module, style, group.world_size, group.rank)
     elif style.name == STYLE:
         cut_attention(cast(nn.MultiheadAttention, module), group, settings.codec, settings.grad_codec, tied)
+    elif style.name == "common":
+        cut_module(module, CommonDropout, {}, group)
     elif style.name == "sum_grad":
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         cut_module(module, Summed, {}, group, tied, summed=names)
@@ -150,12 +131,7 @@ def apply(module: nn.Module, style: Style, cut: Cut | None, settings: CutSetting
         cut_module(module, SumTail, {}, group, tied, tail=style.packed[0])
     elif style.name == "expert":
         assert cut is not None
-        first = part_start(cut.full_size, group.world_size, group.rank)
-        cuts = {name: cut for name, _ in module.named_parameters(recurse=False)}
-        skips = tuple(inspect.signature(type(module).forward).parameters)[2:4] == CHOICES[0]
-        wire: dict[str, Any] = {"codec": settings.codec, "grad_codec": settings.grad_codec}
-        cut_module(module, Experts, cuts, group, tied, first_expert=first, skips=skips, **wire)
-        module.num_experts = _size(next(module.parameters()))  # type: ignore[assignment]
+        cut_experts(module, cut, group, settings.codec, settings.grad_codec, tied)
     elif style.name == "vocab":
         assert cut is not None
         cut_module(module, IdTable, {"weight": cut}, group, tied)
@@ -193,20 +169,23 @@ def _size(parameter: Any) -> int:
     return info.size
 
 
-def arrange_random(modules: dict[str, nn.Module], blocks: list[Block]) -> None:
-    """Give each stretch from column layers to the row layer behind them random numbers of the rank's own."""
+def arrange_random(modules: dict[str, nn.Module], blocks: list[Block], group: Group) -> None:
+    """Give what lies between column layers and the row layers behind them random numbers of the rank's own."""
     taken = set()
     for block in blocks:
         if block.columns:  # nn.MultiheadAttention goes over to them by itself
-            _stretch(block.module, [modules[n] for n in block.columns], [modules[n] for n in block.rows])
+            _stretch(modules, [*block.columns, *block.rows], group)
         taken |= {block.name, *(name.rpartition(".")[0] for name in block.rows)}
     for name, module in modules.items():
+        if isinstance(module, Experts):
+            BlockRandom(module, group, at_once=True)
         if name in taken:
             continue
-        columns = [m for m in module.children() if isinstance(m, Column) and not m.gather_output]
-        rows = [m for m in module.children() if isinstance(m, Row) and not m.split_input]
+        children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+        columns = [n for n, m in children.items() if isinstance(m, Column) and not m.gather_output]
+        rows = [n for n, m in children.items() if isinstance(m, Row) and not m.split_input]
         if columns and rows:
-            _stretch(module, columns, rows)
+            _stretch(modules, [*columns, *rows], group)
 
 
 def share_inputs(modules: dict[str, nn.Module]) -> None:
@@ -254,8 +233,12 @@ def apply_to_blocks(blocks: list[Block], styles: dict[str, Style], settings: Cut
             cut_module(block.module, HeadParameters, own, group, tied)
 
 
-def _stretch(block: nn.Module, columns: Sequence[nn.Module], rows: Sequence[nn.Module]) -> None:
-    random = BlockRandom(block)
-    columns[0].random = random  # type: ignore[assignment]
-    for row in rows:
-        row.random = random  # type: ignore[assignment]
+def _stretch(modules: dict[str, nn.Module], layers: Sequence[str], group: Group) -> None:
+    """Let column and row layers go over to the rank's own numbers and back, within the module around them all."""
+    parents = [name.split(".")[:-1] for name in layers]
+    around = parents[0]
+    while any(parent[: len(around)] != around for parent in parents):
+        around = around[:-1]
+    random = BlockRandom(modules[".".join(around)], group)
+    for name in layers:
+        modules[name].random = random  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from tpkernels.group import Group
 from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
 from tpkernels.ops._linear import linear_gradients, saved_linear
-from tpkernels.plan_random import BlockRandom
+from tpkernels.plan_random import BlockRandom, common_numbers
 from tpkernels.plan_shared import SharedInput
 from tpkernels.plan_styles import PlanError
 from tpkernels.shard import ShardInfo
@@ -339,6 +339,16 @@ class SumTail(CutModule):
         return torch.cat([kept, sum_gradient(tail, group=self.group)[0]], -1)
 
 
+class CommonDropout(CutModule):
+    """A dropout of what is whole inside a cut block: one mask on all ranks, between those that are the rank's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module gives."""
+        with common_numbers():
+            y: Tensor = super().forward(x)
+        return y
+
+
 class RankDropout(CutModule):
     """A dropout of cut activations: each rank draws its own mask, and the default generators stay in step."""
 
@@ -350,46 +360,3 @@ class RankDropout(CutModule):
             return x
         with rank_rng(self.group):
             return nn.functional.dropout(x, self.p, training=True)
-
-
-class _Join(torch.autograd.Function):
-    """Forward: y. Backward: zeros for the other tensors too, so that this rank takes part in their collectives."""
-
-    @staticmethod
-    def forward(y: Tensor, *others: Tensor | None) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors)
-
-
-class Experts(CutModule):
-    """The experts of a mixture, whole ones on each rank: each token's weighted sum over its experts, over the ranks.
-
-    The module's forward takes (tokens, chosen experts, their weights). A choice of another rank's expert gets weight 0,
-    and becomes the number behind the last own one where the forward skips that, else the first own one.
-    """
-
-    num_experts: int
-    codec: str
-    grad_codec: str
-    first_expert: int
-    skips: bool
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *more: Any) -> Tensor:
-        """The sum over all ranks' experts, on every rank."""
-        group, count = self.group, self.num_experts
-        own = (top_k_index >= self.first_expert) & (top_k_index < self.first_expert + count)
-        index = torch.where(own, top_k_index - self.first_expert, count if self.skips else 0)
-        x = sum_gradient(hidden_states, group=group, grad_codec=self.grad_codec)[0]
-        weights = sum_gradient(top_k_weights, group=group)[0]
-        weights = torch.where(own, weights, torch.zeros_like(weights))
-        y: Tensor = super().forward(x, index, weights, *more)
-        if torch.is_grad_enabled() and not y.requires_grad:  # no token chose an expert of this rank
-            y = _Join.apply(y, x, weights, *self._parameters.values())  # type: ignore[no-untyped-call]
-        return ops.all_reduce(y, group=group, codec=self.codec)

@@ -23,7 +23,7 @@ from tpkernels.group import Group
 from tpkernels.layers import init_shard_
 from tpkernels.layers.base import Cut
 from tpkernels.layers.random import rng_state, set_rng_state
-from tpkernels.plan_layers import Column, CutModule, RankDropout, Row, Summed, cut_module
+from tpkernels.plan_layers import Column, CommonDropout, CutModule, RankDropout, Row, Summed, cut_module
 from tpkernels.plan_peft_refuse import WeightedAdapters, refuse_adapters, refuse_prompts
 from tpkernels.plan_save import SavePretrained
 from tpkernels.plan_styles import PlanError
@@ -239,6 +239,9 @@ def _cut_one(module: Any, base: Column | Row, adapter: str) -> None:
         if isinstance(dropout, nn.Dropout) and not base.split_input and not isinstance(dropout, CutModule):
             cut_module(dropout, RankDropout, {}, group)
         return
+    dropout = module.lora_dropout[adapter]
+    if isinstance(dropout, nn.Dropout) and not isinstance(dropout, CutModule):
+        cut_module(dropout, CommonDropout, {}, group)
     cuts = {name: Cut(0, whole.full_size, whole.unit, whole.runs) for name, _ in B.named_parameters(recurse=False)}
     _take_part(B, cuts, base)
     cut_module(B, Column, cuts, group, gather_output=base.gather_output, entered=base.entered, **wire)

@@ -4,56 +4,25 @@
 
 In a layer, norms, residual sums and dropouts work on the rank's tokens. A block of column and row layers gathers the
 tokens once at its door, and its row layer scatters the sums, so that the traffic is that of the all-reduce it replaces.
-Any other module with weights (a mixture of experts) sees all tokens, and its result is cut. S need not divide by R.
+Any other module with weights (a mixture of experts) sees all tokens, and its result is cut (plan_doors.py). S need not
+divide by R. What a layer does beside that must treat tokens one by one, which a run shows (plan_tokens.py).
 
 Source: Korthikanti et al. 2022 (arXiv:2205.05198).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from tpkernels import ops
+from tpkernels.derive_inputs import Call
 from tpkernels.group import Group
 from tpkernels.layers import take_shard
-from tpkernels.plan_layers import Column, CutModule, RankDropout, Row, Summed, cut_module
-from tpkernels.plan_styles import PlanError
-
-TOKENS = 1  # hidden states are [B, S, D]
-HIDDEN = ("hidden_states", "x", "hidden_state", "inputs")
-
-
-class AtTheDoor:
-    """A hook that changes the hidden states a module gets."""
-
-    def __init__(self, change: Any) -> None:
-        self.change = change
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Change the first argument, or the keyword that stands for it."""
-        if args and isinstance(args[0], Tensor):
-            return (self.change(args[0]), *args[1:]), kwargs
-        for name in HIDDEN:
-            if isinstance(kwargs.get(name), Tensor):
-                return args, kwargs | {name: self.change(kwargs[name])}
-        raise PlanError(f"sequence_parallel: {type(module).__name__} was called without hidden states")
-
-
-class BehindIt:
-    """A hook that changes the hidden states a module returns, alone or as the first of several things."""
-
-    def __init__(self, change: Any) -> None:
-        self.change = change
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Change the output."""
-        if isinstance(output, Tensor):
-            return self.change(output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            return type(output)((self.change(output[0]), *output[1:]))
-        raise PlanError(f"sequence_parallel: {type(module).__name__} returned no hidden states")
+from tpkernels.plan_doors import AtTheDoor, BehindIt, Door, doors
+from tpkernels.plan_layers import Column, CutModule, Row, Summed, cut_module
+from tpkernels.plan_random import BlockRandom, CommonInside
+from tpkernels.plan_styles import PlanError, Style
+from tpkernels.plan_tokens import TOKENS, check_tokens
 
 
 class CutTokens:
@@ -118,46 +87,52 @@ def _check_layer(layer: nn.Module, why: str) -> None:
         raise PlanError(f"{why}{type(layer).__name__} has parameters of its own: {own}")
 
 
-def cut_sequence(layers: list[nn.Module], group: Group, codec: str, grad_codec: str) -> None:
+def find_doors(
+    model: nn.Module, layers: list[nn.Module], styles: dict[nn.Module, Style], inputs: Call | None
+) -> list[Door]:
+    """Return where tokens are gathered and cut again in the layers, as a run of the model has shown to be right.
+
+    Raises:
+        PlanError: there is no way that is.
+    """
+    reasons = []
+    for deep in (False, True):
+        found = [door for layer in layers for door in doors(layer, styles, deep=deep)]
+        try:
+            check_tokens(model, layers, found, inputs)
+            return found
+        except PlanError as error:
+            reasons.append(str(error))
+    raise PlanError(
+        f"parallelize: sequence_parallel does not apply to {type(model).__name__}: its layers do not handle the tokens "
+        f"[B, S, D] one by one: {reasons[0]}" + (f"; or: {reasons[1]}" if reasons[1] != reasons[0] else "")
+    )
+
+
+def cut_sequence(layers: list[nn.Module], found: list[Door], group: Group, codec: str, grad_codec: str) -> None:
     """Cut the tokens in front of the first layer, gather them behind the last, and arrange what is between."""
     first = next(module for module in layers[0].modules() if isinstance(module, CutModule))
     cut = CutTokens(first, grad_codec)
     inside = GatherTokens(first, "reduce", codec, grad_codec)
     outside = GatherTokens(first, "split", codec, grad_codec)
+    for door in found:
+        module = door.module
+        if door.kind == "summed":
+            names = tuple(name for name, p in module.named_parameters(recurse=False))
+            if not isinstance(module, CutModule):
+                cut_module(module, Summed, {}, group, summed=names)
+        elif door.kind == "scatter":
+            assert isinstance(module, Row)
+            module.sequence_parallel, module.sequence_dim = True, TOKENS
+        elif door.kind == "gather":
+            door.hang(inside, cut)
+            for child in module.modules():
+                if isinstance(child, Column):
+                    child.entered = True
+        else:
+            CommonInside(module)
+            door.hang(outside, cut)
     for layer in layers:
-        for child in layer.children():
-            if isinstance(child, nn.Dropout):
-                cut_module(child, RankDropout, {}, group)
-            elif _is_cut_block(child):
-                _open_block(child, inside, group)
-            elif any(True for _ in child.parameters()):
-                if next(child.children(), None) is None and not isinstance(child, (nn.Linear, Column, Row)):
-                    names = tuple(name for name, p in child.named_parameters(recurse=False))
-                    cut_module(child, Summed, {}, group, summed=names)
-                else:
-                    child.register_forward_pre_hook(AtTheDoor(outside), with_kwargs=True)
-                    child.register_forward_hook(BehindIt(cut))
+        BlockRandom(layer, group, at_once=True)
     layers[0].register_forward_pre_hook(AtTheDoor(cut), with_kwargs=True)
     layers[-1].register_forward_hook(BehindIt(outside))
-
-
-def _is_cut_block(module: nn.Module) -> bool:
-    """Whether all weights of a module are in column layers, in row layers behind them, and in what lies between."""
-    holders = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
-    columns = [m for m in holders if isinstance(m, Column) and not m.gather_output]
-    rows = [m for m in holders if isinstance(m, Row) and not m.split_input]
-    between = [m for m in holders if isinstance(m, Summed)]
-    return bool(columns and rows) and len(columns) + len(rows) + len(between) == len(holders)
-
-
-def _open_block(module: nn.Module, gather: GatherTokens, group: Group) -> None:
-    """Gather at the door, scatter in the row layer; what comes behind the row layer sees the rank's tokens."""
-    module.register_forward_pre_hook(AtTheDoor(gather), with_kwargs=True)
-    seen_row = False
-    for child in list(module.modules()):
-        if isinstance(child, Column):
-            child.entered = True
-        elif isinstance(child, Row):
-            child.sequence_parallel, child.sequence_dim, seen_row = True, TOKENS, True
-        elif isinstance(child, nn.Dropout) and seen_row and not isinstance(child, RankDropout):
-            cut_module(child, RankDropout, {}, group)

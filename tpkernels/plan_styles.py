@@ -14,6 +14,7 @@
     sum_grad               a small module inside a cut block (a norm of each head): parameters whole, gradients summed
     sum_tail:64            a whole linear whose last 64 outputs go straight into cut heads: their gradient is summed
     replicate              whole on every rank
+    common                 an nn.Dropout inside a cut block whose input is whole: all ranks draw one mask
     counts:n_heads,width   a module whose numbers of these names count what is cut: each rank's become its own part
     STYLE:units=8          column, packed_column, row and counts: cut into 8 units, the same of all linears of a block,
                            where no module says how many heads there are; an nn.Embedding takes "column", too (columns)
@@ -27,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LINEAR = ("column", "column_gather", "packed_column", "row", "row_split", "vocab_head")
-STYLES = (*LINEAR, "multihead_attention", "vocab", "expert", "sum_grad", "sum_tail", "counts", "replicate")
+STYLES = (*LINEAR, "multihead_attention", "vocab", "expert", "sum_grad", "sum_tail", "counts", "common", "replicate")
 IN_UNITS = ("column", "packed_column", "row", "counts")
 
 # What transformers calls them in `base_model_tp_plan` and `_tp_plan`. None: the rule says nothing for us, because it

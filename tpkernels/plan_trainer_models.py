@@ -94,7 +94,7 @@ def show_heads(trainer: Any) -> None:
             if type(module).__dict__.get("_origin") and isinstance(module, Column) and module.gather_output:
                 original, _, summed = type(module)._origin
                 object.__setattr__(module, "__class__", cut_class(original, Head, summed))  # type: ignore[arg-type]
-                module.whole = whole  # type: ignore[assignment]
+                module.whole = whole
     for name in ("training_step", "prediction_step"):
         setattr(trainer, name, _inside(whole, getattr(trainer, name)))
 

@@ -119,7 +119,7 @@ def seed_for_rank(group: Group) -> dict[str, Tensor]:
     Returns:
         the state to go back to by `set_rng_state`: that behind the number drawn.
     """
-    seed = mix_seed(int(torch.randint(0, 2**62, (), device="cpu")), group.rank)
+    seed = mix_seed(_draw(), group.rank)
     before = rng_state()
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device there is
     if _cuda_is_in_use():
@@ -140,6 +140,22 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def same_state(state: dict[str, Tensor]) -> bool:
+    """Whether nothing was drawn since `rng_state` gave this."""
+    now = rng_state()
+    return now.keys() == state.keys() and all(torch.equal(now[device], state[device]) for device in now)
+
+
+def next_state(state: dict[str, Tensor]) -> None:
+    """Go on as if, since `rng_state` gave this state, one number had been drawn."""
+    set_rng_state(state)
+    _draw()
+
+
+def _draw() -> int:
+    return int(torch.randint(0, 2**62, (), device="cpu"))
 
 
 def check_same_rng(group: Group | None = None) -> None:
