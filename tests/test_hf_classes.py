@@ -160,6 +160,26 @@ def test_a_variant_is_read_where_it_is_asked_for_and_named_where_it_is_not(folde
     assert_same(hf.load_pretrained(tmp_path / "many", variant="fp16"), reference)
 
 
+def test_a_class_of_ones_own_keeps_its_new_buffers_and_draws_its_new_weights(folder: Path) -> None:
+    class Own(transformers.LlamaForCausalLM):  # type: ignore[misc]
+        """With a layer and a buffer that were not saved."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.more = torch.nn.Linear(4, 3)
+            self.register_buffer("seen", torch.full((2,), 7.0))
+            self.post_init()
+
+    torch.manual_seed(5)
+    with pytest.warns(UserWarning, match=r"more\.bias, more\.weight, seen of Own are not in it"):
+        model = hf.load_pretrained(folder / "llama", model_class=Own, plan={"*": "replicate"})
+    torch.manual_seed(5)
+    reference = Own.from_pretrained(folder / "llama")
+    assert model.seen.tolist() == [7.0, 7.0]
+    reference.seen = model.seen  # which transformers leaves without values
+    assert_same(model, reference)
+
+
 def test_an_unknown_dtype_and_a_class_that_has_nothing_of_the_file_are_refused(folder: Path) -> None:
     for bad in ("int8", "nonsense", torch.int32, "nn"):
         with pytest.raises(CheckpointError, match=r"dtype must be a floating dtype of torch, its name, 'auto' or None"):

@@ -225,8 +225,7 @@ def _from_folder(
     there = set(found.direct) | {name for names, _ in found.made for name in names}
     unexpected = sorted(set(found.unexpected) - set(hf_files.ignored(model, found.unexpected)))
     missing = _missing(model, state, there)
-    computed = [name for name in missing if name in (model._keys_to_ignore_on_save or ())]
-    heads = [name for name in missing if name not in computed]
+    heads = [name for name in missing if not _matches(name, model._keys_to_ignore_on_save or ())]  # others are computed
     if other_class and there:
         if warn and (heads or unexpected):
             hf_files.warn_of_other(type(model).__name__, heads, unexpected)
@@ -244,7 +243,9 @@ def _from_folder(
                     raise CheckpointError(f"it gives {name}, which the model lacks")
                 yield name, tuple(tensor.shape), _ranges_of(tensor)
 
-    return supply(), missing
+    return supply(), [
+        name for name in missing if isinstance(state[name], nn.Parameter)
+    ]  # buffers are as they were built
 
 
 def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:
