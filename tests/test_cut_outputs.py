@@ -21,6 +21,10 @@ from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "gemma2": {"head_dim": 4}, "gpt2": {"n_head": 9, "n_embd": 36},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},  # a derived plan tells it how many heads it has
+}  # fmt: skip
 
 
 def pair(group: Group, model_type: str = "llama", **changes: Any) -> Any:
@@ -52,7 +56,7 @@ def attentions(output: Any) -> list[Tensor]:
 
 
 def of_decoders(group: Group) -> None:
-    for model_type, more in (("llama", {}), ("gemma2", {"head_dim": 4}), ("gpt2", {"n_head": 9, "n_embd": 36})):
+    for model_type, more in FAMILIES.items():
         whole, cut = pair(group, model_type, **more)
         for asked in ({"output_attentions": True}, {"output_attentions": True, "output_hidden_states": True}):
             for call in ({"use_cache": False}, {"use_cache": False, "return_dict": False}):
@@ -60,9 +64,9 @@ def of_decoders(group: Group) -> None:
                 assert alike(*outputs, f"{model_type} {asked}") > 2
         inner = [m.base_model(input_ids=ids(), output_attentions=True) for m in (cut, whole)]
         assert alike(inner[0].attentions, inner[1].attentions, "the model in it") == 2
-        assert inner[0].attentions[0].size(1) == 9
+        assert inner[0].attentions[0].size(1) == whole.config.num_attention_heads
         for output in (inner[0].attentions, inner[1].attentions):
-            (output[0] * torch.arange(9.0).double().view(9, 1, 1)).square().sum().backward()
+            (output[0] * torch.arange(float(output[0].size(1))).double().view(-1, 1, 1)).square().sum().backward()
         for name in ("model.embed_tokens.weight",) if model_type == "llama" else ():
             grads = [m.get_parameter(name).grad for m in (cut, whole)]
             info = cut.get_parameter(name).tpk_shard
@@ -70,6 +74,10 @@ def of_decoders(group: Group) -> None:
         assert all(
             not watch._seen for m in cut.modules() for watch in m._forward_hooks.values() if hasattr(watch, "_seen")
         )
+    if group.world_size < 4:
+        _, cut = pair(group, "diffllama", num_attention_heads=12, num_key_value_heads=6, head_dim=4)
+        with pytest.raises(PlanError, match=r"output_attentions: the plan of .* does not say which heads a rank has"):
+            cut(input_ids=ids(), output_attentions=True)
     whole, cut = pair(group)
     asked = {"output_attentions": True, "return_dict_in_generate": True}
     steps = [m.generate(ids(), **asked, **OPTIONS).attentions for m in (cut, whole)]

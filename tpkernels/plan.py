@@ -234,7 +234,7 @@ def parallelize(
     leave_fast_paths(model)
     if not gather_logits:
         cut_logits(model, heads[0])
-    GatheredAttentions().watch(model, blocks, group)
+    GatheredAttentions().watch(model, blocks, styles, group)
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:

@@ -15,7 +15,7 @@ from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.plan_heads import HEAD_SIZE, HEADS, Block, Heads, number
 from tpkernels.plan_layers import group_of
-from tpkernels.plan_styles import PlanError
+from tpkernels.plan_styles import PlanError, Style
 
 
 @dataclass
@@ -44,17 +44,27 @@ class GatheredAttentions:
         self._asked: list[bool] = []  # of the models that are running, the outer ones first
         self._seen: list[_Seen] = []
 
-    def watch(self, model: nn.Module, blocks: list[Block], group: Group) -> None:
-        """Hook the models in `model` that hold cut blocks, and the blocks."""
-        cut = [block for block in blocks if block.columns and group.world_size > 1]
-        for name, module in model.named_modules():
-            inside = [b for b in cut if b.name.startswith(f"{name}." if name else "")]
+    def watch(self, model: nn.Module, blocks: list[Block], styles: dict[str, Style], group: Group) -> None:
+        """Hook the models in `model` that hold cut attention, and its blocks. The model is cut already."""
+        modules = dict(model.named_modules())
+        cut = [block for block in blocks if block.columns]
+        heads: dict[str, Heads | None] = {block.name: block.heads for block in cut}
+        for name, style in styles.items():  # a derived plan cuts into units, of one head or several
+            if style.name == "counts":
+                heads[name] = Heads(style.units, style.units)
+        for name in [n.rpartition(".")[0] for n, style in styles.items() if style.units and style.name != "counts"]:
+            heads.setdefault(name)  # which heads of its own the rank has is not known
+        if group.world_size == 1:
+            return
+        for name, module in modules.items():
+            inside = [n for n in heads if n.startswith(f"{name}." if name else "")]
             if inside and hasattr(module, "config") and hasattr(module, "main_input_name"):
-                module.register_forward_pre_hook(CacheCheck(module, inside, group), with_kwargs=True)
+                here = [block for block in cut if block.name in inside]
+                module.register_forward_pre_hook(CacheCheck(module, here, group), with_kwargs=True)
                 module.register_forward_pre_hook(self.begin, with_kwargs=True)
                 module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-        for block in cut:
-            block.module.register_forward_hook(BlockWatch(self._seen, self._asked, block.heads, group))
+        for name, found in heads.items():
+            modules[name].register_forward_hook(BlockWatch(self._seen, self._asked, found, group))
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook in front of a model."""
@@ -75,7 +85,7 @@ class GatheredAttentions:
 class BlockWatch:
     """A hook behind an attention block that notes the attention weights it gives while somebody asks for them."""
 
-    def __init__(self, seen: list[_Seen], asked: list[bool], heads: Heads, group: Group) -> None:
+    def __init__(self, seen: list[_Seen], asked: list[bool], heads: Heads | None, group: Group) -> None:
         self._seen, self._asked, self._heads, self._group = seen, asked, heads, group
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -83,10 +93,18 @@ class BlockWatch:
         if not any(self._asked) or not isinstance(output, tuple):
             return
         group = group_of(module, self._group)
+        if self._heads is None:
+            if any(isinstance(x, Tensor) and x.dim() == 4 for x in output):
+                raise PlanError(
+                    f"output_attentions: the plan of {type(module).__name__} does not say which heads a rank has, so "
+                    f"that their weights cannot be put together: ask the uncut model for them"
+                )
+            return
         first, count = self._heads.query_of(group.world_size, group.rank)
         for x in output:
-            if isinstance(x, Tensor) and x.dim() == 4 and x.size(1) == count:
-                self._seen.append(_Seen(x, first, self._heads.query, group))
+            if isinstance(x, Tensor) and x.dim() == 4 and x.size(1) and x.size(1) % count == 0:
+                each = x.size(1) // count  # more than one where the plan knows units of several heads only
+                self._seen.append(_Seen(x, first * each, self._heads.query * each, group))
 
 
 class CacheCheck:
