@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 from tpkernels.data_parallel.clip import total_norm
 from tpkernels.group import Group, find
+from tpkernels.layers.base import marked_shards
 from tpkernels.ranks import is_cut_among
-from tpkernels.shard import ShardInfo, at_first_mark, marked_shards, shard_info
+from tpkernels.shard import ShardInfo, at_first_mark, shard_info
 
 Arguments = dict[str, Any]
 

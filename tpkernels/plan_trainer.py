@@ -129,10 +129,10 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
             "set save_strategy='no' and call trainer.save_model, or take one that treats every value by itself",
         )
     own_loss = type(trainer).compute_loss is not Trainer.compute_loss
-    if _cut_logits(trainer.model) and (own_loss or of.label_smoothing_factor or trainer.compute_loss_func is not None):
+    if own_loss and _cut_logits(trainer.model):
         yield (
-            "a loss of the trainer's own or label_smoothing_factor where the model was cut with gather_logits=False",
-            "each rank would compute it from its part of the vocabulary: gather the logits",
+            "a compute_loss of the trainer's own where the model was cut with gather_logits=False",
+            "it may compute the loss from this rank's part of the vocabulary: gather the logits",
         )
     if getattr(of, "precompute_ref_log_probs", False):
         yield "precompute_ref_log_probs=True", "they were computed from this rank's part of the head: set it to False"

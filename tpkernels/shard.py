@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from torch import Tensor
 # The (start, size) of each run of neighbouring indices that a rank holds, in the order in which they lie in its part.
 Runs = tuple[tuple[int, int], ...]
 
-_marked: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id, all that are cut over two ranks or more
 _at_first_mark: list[Callable[[], None]] = []
 
 
@@ -277,15 +275,8 @@ def full_shape(tensor: Tensor) -> torch.Size:
 def mark_shard(parameter: Tensor, info: ShardInfo) -> None:
     """Say on the parameter that it holds the part `info` of a larger tensor."""
     parameter.tpk_shard = info  # type: ignore[attr-defined]
-    if info.world_size > 1:
-        _marked[id(parameter)] = parameter
-        while _at_first_mark:
-            _at_first_mark.pop()()
-
-
-def marked_shards() -> list[Tensor]:
-    """Return all parameters of this process that hold a part of a tensor cut over two ranks or more."""
-    return list(_marked.values())
+    while _at_first_mark and info.world_size > 1:
+        _at_first_mark.pop()()
 
 
 def at_first_mark(action: Callable[[], None]) -> None:

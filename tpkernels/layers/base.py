@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from tpkernels.shard import Runs, ShardInfo, mark_shard, shard_info
 from .parametrized import CutParametrizations, commutes, originals
 
 BLOCK_ELEMENTS = 1 << 20
+
+_with_shards: WeakSet[ParallelModule] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,15 @@ class ParallelModule(nn.Module):
     def _mark(self) -> None:
         """Put ShardInfo on the parameters that are cut: torch drops attributes when it makes new Parameter objects."""
         for name, cut in self._cuts.items():
-            parameter = self._parameters.get(name)
-            for tensor in originals(self, name) if parameter is None else [parameter]:
+            for tensor in self._tensors_of(name):
                 mark_shard(tensor, self._info(cut))
+        if self._cuts and self.group.world_size > 1:
+            _with_shards.add(self)
+
+    def _tensors_of(self, name: str) -> list[Tensor]:
+        """Return the parameter of that name, or those from which a parametrization computes it."""
+        parameter = self._parameters.get(name)
+        return originals(self, name) if parameter is None else [parameter]
 
     def _check(self, where: str) -> None:
         """Raise ValueError unless every cut parameter is there and has the size of this rank's part."""
@@ -192,6 +201,12 @@ class ParallelModule(nn.Module):
                 f"{g.label!r} with rank {g.rank} of {g.world_size}: load each rank's own pickle, or a checkpoint"
             )
         self._mark()  # a deep copy of a Parameter has no attributes
+
+
+def marked_shards() -> list[Tensor]:
+    """Return the parameters of all layers of this process that hold a shard of a tensor cut over two ranks or more."""
+    # Of modules, not of parameters: torch.utils.swap_tensors refuses a tensor that a weak reference knows.
+    return [tensor for module in list(_with_shards) for name in module._cuts for tensor in module._tensors_of(name)]
 
 
 def mark_shards(model: nn.Module) -> None:
