@@ -72,6 +72,14 @@ inline void must_be_wrong(const Body& body) {
   for (uint64_t seed : {0, 1, 2}) EXPECT(!run(quiet(seed), body).right, "seed ", seed, ": the values are right");
 }
 
+// Wrong values, or a report where another order of the threads gave the right ones all the same.
+inline void must_be_found(const Body& body) {
+  for (uint64_t seed : {0, 1, 2}) {
+    const Outcome outcome = run(quiet(seed), body);
+    EXPECT(!outcome.right || !outcome.reports.empty(), "seed ", seed, ": the values are right, and nothing is reported");
+  }
+}
+
 inline void must_be_silent(const Body& body, const std::vector<uint64_t>& seeds = {0, 1, 2, 3, 4}) {
   for (uint64_t seed : seeds) {
     const Outcome outcome = run(quiet(seed), body);
