@@ -76,7 +76,8 @@ inline void must_be_wrong(const Body& body) {
 inline void must_be_found(const Body& body) {
   for (uint64_t seed : {0, 1, 2}) {
     const Outcome outcome = run(quiet(seed), body);
-    EXPECT(!outcome.right || !outcome.reports.empty(), "seed ", seed, ": the values are right, and nothing is reported");
+    EXPECT(!outcome.right || !outcome.reports.empty(), "seed ", seed,
+           ": the values are right, and nothing is reported");
   }
 }
 
