@@ -23,6 +23,7 @@ pytest.importorskip("transformers")
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "gemma2": {"head_dim": 4}, "gpt2": {"n_head": 9, "n_embd": 36},
+    "openai-gpt": {"n_head": 9, "n_embd": 36, "n_layer": 2},  # its attention returns a list
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},  # a derived plan tells it how many heads it has
 }  # fmt: skip
 

@@ -51,6 +51,7 @@ LEVELS = [
     | {
         "plan_layers",
         "plan_loss",
+        "plan_alike",
         "plan_outputs",
         "plan_peft",
         "plan_peft_load",

@@ -168,6 +168,10 @@ ANIMALS: dict[str, Animal] = {
         },
         "AutoModelForImageClassification", pictures(), attention="eager", plain=True,
     ),
+    "swinv2": Animal(  # an activation in place behind a linear that makes the biases of positions
+        {"image_size": 16, "patch_size": 2, "embed_dim": 18, "depths": [2, 1], "num_heads": [3, 9], "window_size": 4},
+        "AutoModelForImageClassification", pictures(size=16), plain=True,
+    ),
     "vit_msn": picture_model(),
     "yolos": Animal(
         IMAGE | {"image_size": [8, 8], "num_detection_tokens": 3}, "AutoModelForObjectDetection",

@@ -21,6 +21,7 @@ from tpkernels.compress import CODECS
 from tpkernels.derive_inputs import Call, check_inputs
 from tpkernels.group import Group, resolve
 from tpkernels.layers.base import Cut
+from tpkernels.plan_alike import SameInputs
 from tpkernels.plan_apply import (
     CutSettings,
     all_cuts,
@@ -235,6 +236,7 @@ def parallelize(
     if not gather_logits:
         cut_logits(model, heads[0])
     GatheredAttentions().watch(model, blocks, styles, group)
+    SameInputs(model, group)
     _guard(model, group)
     model.tpk_plan = report  # type: ignore[assignment]
     if group.rank == 0:

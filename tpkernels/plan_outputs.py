@@ -90,7 +90,7 @@ class BlockWatch:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Look at the output for tensors of this rank's heads."""
-        if not any(self._asked) or not isinstance(output, tuple):
+        if not any(self._asked) or not isinstance(output, tuple | list):
             return
         group = group_of(module, self._group)
         if self._heads is None:
