@@ -29,7 +29,7 @@ class OnCuda:
         self.name, self.label, self.transport, self.address = "fake/1", "fake", "peer", 0
         self.rank, self.world_size = rank, world_size
 
-    def close(self) -> None:
+    def close(self, why: str = "") -> None:
         pass
 
 
