@@ -42,6 +42,7 @@ def trainer_of(
         "max_steps": 6, "per_device_train_batch_size": 4 // replicas, "gradient_accumulation_steps": 2, "seed": 3,
         "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-2, "max_grad_norm": 0.05,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "include_num_input_tokens_seen": "all",
     }  # fmt: skip
     with one_replica():
         trainer = kind(
@@ -78,6 +79,8 @@ def the_trainer_trains_it(tp: Group, dp: Group | None, folder: str) -> Tensor:
         close(logged(got)[:, column], logged(want)[:, column], f"{name} of the trainer", 1e-5)
     for (name, parameter), (_, other) in zip(cut[0].named_parameters(), whole.named_parameters(), strict=True):
         close(parameter, part_of(parameter, other), name, 1e-5)
+    for count in ("num_input_tokens_seen", "total_flos", "epoch"):
+        assert getattr(got.state, count) == getattr(want.state, count) > 0, count
     evaluations_are_those_of_one_process(got, want)
     again = trainer_of(cut[1], f"{folder}/cut", (tp, dp))
     assert sorted(path.name for path in Path(folder, "cut").iterdir()) == [f"checkpoint-0000000{n}" for n in (4, 6)]
@@ -170,6 +173,10 @@ def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> 
     for options, why in refused:
         with pytest.raises(PlanError, match=why):
             trainer_of(cut, folder, (tp, dp), **options)
+    made = trainer_of(cut, folder, None)
+    made.model_init = lambda: cut
+    with pytest.raises(PlanError, match="model_init with replicas .* make the model yourself"):
+        fit_trainer(made, dp)
     with pytest.raises(PlanError, match="dp_group must join"):
         trainer_of(cut, folder, (tp, None))
     trainer = trainer_of(cut, folder, (tp, dp))

@@ -33,7 +33,7 @@ from tpkernels.optimizers import needs_whole_tensors
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
-from tpkernels.plan_trainer_models import SameSteps, cut_reference, show_heads
+from tpkernels.plan_trainer_models import SameSteps, count_whole, cut_reference, show_heads
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
@@ -98,6 +98,7 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
     _Saving(trainer, report.group, dp_group)
     show_heads(trainer)
     SameSteps(trainer, report.group)
+    count_whole(trainer, dp_group)
     if dp_group is not None:
         _Replica(trainer, report.group, dp_group)
     return trainer
@@ -142,6 +143,8 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
         yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
     if dp_group is None:
         return
+    if getattr(trainer, "model_init", None) is not None:
+        yield "model_init with replicas", "it makes another model when the training begins: make the model yourself"
     if _text(of.train_sampling_strategy) not in ("random", "sequential"):
         yield f"train_sampling_strategy={_text(of.train_sampling_strategy)!r} with replicas", "take 'random'"
     if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
