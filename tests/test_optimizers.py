@@ -129,6 +129,25 @@ class AdamOfNormedGradients(torch.optim.AdamW):
         return super()._init_group(group, *lists)  # type: ignore[misc]
 
 
+class ClipsItself(torch.optim.AdamW):
+    """Adam's step behind torch's own norm over all gradients."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.05)
+        super().step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Steps of another optimizer that looks at whole tensors."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base = Lamb(self.param_groups, lr=lr)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+
 class ScheduleFree(torch.optim.Optimizer):
     """Trains one point, is evaluated at another: `eval` and `train` go between them."""
 
@@ -247,6 +266,8 @@ def what_a_class_brings_beside_its_step_is_right() -> None:
         "Sam, gradients added up": lambda m: two_steps(m, Sam, False),
         "SamAdam": lambda m: two_steps(m, SamAdam, True),
         "a helper": lambda m: trained(m, "", lambda params: AdamOfNormedGradients(params, lr=0.05, eps=1e-1)),
+        "a norm of torch": lambda m: trained(m, "", lambda params: ClipsItself(params, lr=0.05, eps=1e-1)),
+        "another inside": lambda m: trained(m, "", lambda params: Lookahead(params, lr=0.05)),
         "schedule-free": there_and_back,
     }
     for name, run in runs.items():

@@ -175,7 +175,7 @@ def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> 
             trainer_of(cut, folder, (tp, dp), **options)
     made = trainer_of(cut, folder, None)
     made.model_init = lambda: cut
-    with pytest.raises(PlanError, match="model_init with replicas .* make the model yourself"):
+    with pytest.raises(PlanError, match=r"model_init with replicas .* make the model yourself"):
         fit_trainer(made, dp)
     with pytest.raises(PlanError, match="dp_group must join"):
         trainer_of(cut, folder, (tp, None))

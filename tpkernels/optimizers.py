@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, optim
@@ -25,7 +24,7 @@ from torch import Tensor, optim
 from tpkernels import ops
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group, find
-from tpkernels.shard import ShardInfo, at_first_mark, shard_info
+from tpkernels.shard import ShardInfo, at_first_mark, mark_shard, shard_info
 
 ELEMENTWISE: set[type[optim.Optimizer]] = {
     optim.SGD, optim.Adam, optim.AdamW, optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.NAdam,
@@ -38,7 +37,6 @@ ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
 
 _Cut = tuple[Tensor, ShardInfo, Group]
 _wrapped: set[type[optim.Optimizer]] = set()
-_inside: WeakSet[optim.Optimizer] = WeakSet()
 
 
 def needs_whole_tensors(kind: type[optim.Optimizer]) -> bool:
@@ -92,7 +90,7 @@ def _wrap(kind: type[optim.Optimizer]) -> None:
 def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def on_whole_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self in _inside or not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
+        if not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
             return method(self, *args, **kwargs)
         name = type(self).__name__
         if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
@@ -102,12 +100,8 @@ def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name} treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
         _check_same_gradients(f"{name}.{method.__name__}", cut)
-        _inside.add(self)
-        try:
-            with _whole(cut):
-                return method(self, *args, **kwargs)
-        finally:
-            _inside.discard(self)
+        with _whole(cut):
+            return method(self, *args, **kwargs)
 
     return on_whole_tensors
 
@@ -145,11 +139,15 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
 @contextmanager
 @torch.no_grad()
 def _whole(cut: list[_Cut]) -> Iterator[None]:
-    """Inside, parameters and gradients are those of the unsharded tensors; behind it they are this rank's parts."""
+    """Inside, parameters and gradients are the unsharded tensors, marked as such; behind it this rank's parts.
+
+    What the method calls (a norm of gradients, another optimizer, its own base class) so finds nothing that is cut.
+    """
     wholes = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
     parts = [(p.data, p.grad) for p, *_ in cut]
     try:
         for (p, *_), (values, gradient) in zip(cut, wholes, strict=True):
+            vars(p).pop("tpk_shard", None)
             _put(p, values, gradient)
         yield
     finally:
@@ -157,6 +155,7 @@ def _whole(cut: list[_Cut]) -> Iterator[None]:
             if p.shape == info.full_shape(values):
                 values.copy_(info.part(p.data))
             _put(p, values, _gradient_behind(p.grad, gradient, info))
+            mark_shard(p, info)
 
 
 def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:
