@@ -146,6 +146,23 @@ def a_loss_of_ones_own_counts_alike(tp: Group, dp: Group, folder: str) -> None:
         trainer_of(cut.model, folder, (tp, dp), kind=Own)
 
 
+def a_loss_that_is_not_divided_by_tokens_is_a_mean_over_replicas(tp: Group, dp: Group, folder: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny("llama").config
+    config.num_labels = 3
+    whole = AutoModelForSequenceClassification.from_config(config).float()
+    cut = parallelize(copy.deepcopy(whole), group=tp)
+    trainers = (
+        trainer_of(cut, folder, (tp, dp), max_steps=2),
+        trainer_of(whole, f"{folder}/class-{tp.rank}-{dp.rank}", None, max_steps=2),
+    )
+    for trainer in trainers:
+        trainer.train_dataset = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(ids(24))]
+        trainer.train()
+    close(logged(trainers[0]), logged(trainers[1]), "a loss of classes", 1e-5)
+
+
 def an_optimizer_of_whole_tensors_makes_their_steps(tp: Group, dp: Group, folder: str) -> None:
     whole = tiny("llama").float()
     cut = trainer_of(parallelize(copy.deepcopy(whole), group=tp), folder, (tp, dp), optim="adafactor", max_steps=2)
@@ -194,6 +211,7 @@ def trained_by_the_trainer(folder: str) -> None:
         with Group.open() as group:
             other_ranks_go_on(saved, group, folder)
         a_loss_of_ones_own_counts_alike(tp, dp, folder)
+        a_loss_that_is_not_divided_by_tokens_is_a_mean_over_replicas(tp, dp, folder)
         an_optimizer_of_whole_tensors_makes_their_steps(tp, dp, folder)
         what_the_trainer_cannot_do_is_refused(tp, dp, folder)
 

@@ -327,14 +327,13 @@ class _Replica:
         return found
 
     def loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Times the replicas where it was divided by the tokens of all, because the average divides by them again."""
-        found = self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        trainer = self._trainer
-        divided = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if not (divided and isinstance(num_items_in_batch, Tensor) and trainer.args.average_tokens_across_devices):
-            return found
-        times = self._dp_group.world_size
-        return (found[0] * times, found[1]) if return_outputs else found * times
+        """Divided by the mean of the replicas' tokens, if it is by tokens: the average divides by the replicas again.
+
+        Losses that are not divided by tokens (those of classes, for one) stay the means that they are.
+        """
+        if isinstance(num_items_in_batch, Tensor) and self._trainer.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self._dp_group.world_size
+        return self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def loader(self) -> Any:
         """Of the batches whose number, modulo the replicas, is that of this one."""
