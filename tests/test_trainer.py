@@ -150,7 +150,8 @@ def a_loss_that_is_not_divided_by_tokens_is_a_mean_over_replicas(tp: Group, dp: 
     from transformers import AutoModelForSequenceClassification
 
     config = tiny("llama").config
-    config.num_labels = 3
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(5)
     whole = AutoModelForSequenceClassification.from_config(config).float()
     cut = parallelize(copy.deepcopy(whole), group=tp)
     trainers = (

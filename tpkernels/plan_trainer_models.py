@@ -115,12 +115,14 @@ def cut_reference(trainer: Any) -> None:
 
 def count_whole(trainer: Any, dp_group: Group | None) -> None:
     """Let a trainer count the operations of the unsharded model, and operations and tokens of all replicas."""
-    flops, tokens = trainer.floating_point_ops, getattr(trainer, "_track_num_input_tokens", None)
+    flops: Callable[[Any], float] = trainer.floating_point_ops
+    tokens: Any = getattr(trainer, "_track_num_input_tokens", None)
 
     def floating_point_ops(inputs: Any) -> int:
         tables = {id(p) for m in trainer.model.modules() if isinstance(m, nn.Embedding) for p in m._parameters.values()}
         counted = [p for p in trainer.model.parameters() if id(p) not in tables]
-        parts, whole = sum(p.numel() for p in counted), sum(full_shape(p).numel() for p in counted)
+        parts: int = sum(p.numel() for p in counted)
+        whole: int = sum(full_shape(p).numel() for p in counted)
         replicas = 1 if dp_group is None else dp_group.world_size
         return int(flops(inputs)) * whole * replicas // max(1, parts)
 
