@@ -140,7 +140,7 @@ def what_cannot_be_right_is_refused(folder: str) -> None:
     with Group.open() as group, one_replica():
         cut = parallelize(model_of(num_hidden_layers=1), group=group, gather_logits=False)
         with pytest.raises(
-            PlanError, match=r"a loss of the trainer's own .* gather_logits=False .*: gather the logits"
+            PlanError, match=r"a compute_loss of the trainer's own .* gather_logits=False .*: gather the logits"
         ):
             fit_trainer(sft(cut, folder))
         whole = model_of(num_hidden_layers=1)
