@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from tpkernels import one_replica
+from tpkernels import one_replica, parallelize
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.group import Group
 from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
@@ -113,6 +113,42 @@ def dcp_async_save(model: nn.Module) -> None:
     dcp.async_save({"model": model}, checkpoint_id=tempfile.mkdtemp())
 
 
+def full_state(model: nn.Module) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def full_optimizer_state(model: nn.Module) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+
+
+def state_of_rank_0(model: nn.Module) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    return set_model_state_dict(model, model.state_dict() if dist.get_rank() == 0 else {}, options=options)
+
+
+def distributed_tensors(model: nn.Module) -> Any:
+    from torch.distributed.tensor import distribute_module
+
+    return distribute_module(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def cut_by_torch(model: nn.Module) -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    with Group.open() as group:
+        linears = parallelize(
+            nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), group=group, plan={"0": "column", "1": "row"}
+        )
+        return parallelize_module(linears, init_device_mesh("cpu", (dist.get_world_size(),)), {"0": ColwiseParallel()})
+
+
 REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
     (DistributedDataParallel, "DistributedDataParallel: its ranks [0, 1] must hold the same parameters, but 3 are cut"),
     (accelerator, "DistributedDataParallel: its ranks [0, 1] must hold the same parameters"),
@@ -129,6 +165,11 @@ REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
     (dcp_save, "save parts of parameters that are cut over group 'world' under the same names (here 3, first"),
     (dcp_save_of_the_model, "take tpkernels.checkpoint.save"),
     (dcp_async_save, "take tpkernels.checkpoint.save"),
+    (full_state, "state_dict with full_state_dict=True: its ranks [0, 1] must hold the same parameters, but 3 are cut"),
+    (full_optimizer_state, "take save_pretrained or tpkernels.checkpoint.save"),
+    (state_of_rank_0, "take save_pretrained or tpkernels.checkpoint.save"),
+    (distributed_tensors, "torch.distributed.tensor: its ranks [0, 1] must hold the same parameters"),
+    (cut_by_torch, "torch.distributed.tensor: its ranks [0, 1] must hold the same parameters"),
     (lambda model: GradAggregator(model), "GradAggregator: parameter 'up.weight' is cut over group 'world'"),
 ]
 
@@ -215,11 +256,28 @@ def norms_are_those_of_the_whole_model() -> None:
         assert "of all gradients is nan" in text
 
 
+def a_scaler_skips_on_all_ranks_or_on_none() -> None:
+    with Group.open(timeout_s=30) as group:
+        for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon):
+            for options in ({}, {"fused": True}) if kind is not torch.optim.Muon else ({},):
+                model, scaler = Block(group), torch.amp.GradScaler("cpu", init_scale=4.0)
+                optimizer = kind([p for p in model.parameters() if p.dim() == 2], lr=0.1, **options)
+                for overflow in (False, True):
+                    before = [p.detach().clone() for p in model.parameters()]
+                    optimizer.zero_grad()
+                    scaler.scale(model(data()).square().sum()).backward()
+                    if overflow and group.rank == group.world_size - 1:
+                        model.up.weight.grad[0, 0] = float("inf")
+                    scaler.step(optimizer)
+                    scaler.update()
+                    same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if p.dim() == 2]
+                    assert same == [overflow] * 2, (kind, options, overflow, same)
+                assert scaler.get_scale() == 2.0
+
+
 def the_trainer_alone_is_refused_or_right(folder: str) -> None:
     import transformers
     from parallelize_tools import ids, tiny
-
-    from tpkernels import parallelize
 
     rows = [{"input_ids": row, "labels": row} for row in ids(8)]
     options: dict[str, Any] = {
@@ -249,6 +307,7 @@ def the_trainer_alone_is_refused_or_right(folder: str) -> None:
         (norms_are_those_of_the_whole_model, 2),
         (norms_are_those_of_the_whole_model, 3),
         (replicas_of_a_cut_model_work_as_ever, 4),
+        (a_scaler_skips_on_all_ranks_or_on_none, 2),
     ],
 )
 def test_a_cut_model_in_foreign_hands(check: Callable[[], None], R: int) -> None:

@@ -286,7 +286,7 @@ def check_arguments() -> None:
     text = raised(lambda: hook.register(wide), ValueError)
     assert "parameter 'weight': codec 'fp16' needs a dtype of float32" in text
     low = DistributedDataParallel(nn.Linear(2, 2, dtype=torch.bfloat16))
-    low.register_comm_hook(hook.state, hook)  # in torch's own words
+    low.register_comm_hook(None, hook)  # in torch's own words; the state is the hook's
     low(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     assert torch.equal(low.module.bias.grad, torch.ones(2, dtype=torch.bfloat16))
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)

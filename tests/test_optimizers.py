@@ -71,6 +71,107 @@ class SignSGD(Lamb):
                 p.sub_(p.grad.sign(), alpha=group["lr"])
 
 
+class Sam(torch.optim.Optimizer):
+    """Two steps: up, by the norm over all gradients, and back and down."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base = torch.optim.AdamW(self.param_groups, lr=lr, eps=1e-3)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack([p.grad.square().sum() for p in every]).sum().sqrt()
+        for p in every:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad / total, alpha=0.5)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            p.data = self.state[p]["old"]
+        self.base.step()
+
+
+class SamAdam(torch.optim.AdamW):
+    """The same by inheritance: the step is Adam's own."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, lr=lr, eps=1e-3)
+        self.old: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        every = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack([p.grad.square().sum() for p in every]).sum().sqrt()
+        for p in every:
+            self.old[p] = p.clone()
+            p.add_(p.grad / total, alpha=0.5)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, old in self.old.items():
+            p.copy_(old)
+        self.step()
+
+
+class AdamOfNormedGradients(torch.optim.AdamW):
+    """Adam's step behind a helper that looks at all gradients."""
+
+    def _init_group(self, group: Any, *lists: Any) -> Any:
+        total = torch.stack([p.grad.square().sum() for p in group["params"] if p.grad is not None]).sum().sqrt()
+        for p in (p for p in group["params"] if p.grad is not None):
+            p.grad = p.grad / total
+        return super()._init_group(group, *lists)  # type: ignore[misc]
+
+
+class ClipsItself(torch.optim.AdamW):
+    """Adam's step behind torch's own norm over all gradients."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.05)
+        super().step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Steps of another optimizer that looks at whole tensors."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base = Lamb(self.param_groups, lr=lr)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Trains one point, is evaluated at another: `eval` and `train` go between them."""
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            p.lerp_(self.state[p]["z"], -1.0)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            p.lerp_(self.state[p]["z"], 0.5)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            z = self.state[p].setdefault("z", p.clone())
+            z.sub_(p.grad, alpha=0.01)
+            p.lerp_(z, 0.3)
+
+
 class Fails(Lamb):
     """Changes some parameters and raises."""
 
@@ -135,6 +236,50 @@ def trained(model: nn.Module, name: str, make: Callable[[Any], torch.optim.Optim
     return model
 
 
+def two_steps(model: nn.Module, kind: Any, zero_grad: bool) -> nn.Module:
+    optimizer = kind(model.parameters(), lr=0.05)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(data(step)).square().sum().backward()
+        optimizer.first_step(zero_grad=zero_grad)
+        assert all((p.grad is None) == zero_grad for p in model.parameters())
+        model(data(step)).square().sum().backward()
+        optimizer.second_step()
+    return model
+
+
+def there_and_back(model: nn.Module) -> nn.Module:
+    optimizer = ScheduleFree(model.parameters(), lr=0.05)
+    for step in range(3):
+        optimizer.train()
+        optimizer.zero_grad()
+        model(data(step)).square().sum().backward()
+        optimizer.step()
+        optimizer.eval()
+    return model
+
+
+def what_a_class_brings_beside_its_step_is_right() -> None:
+    group = Group.open()
+    runs: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "Sam": lambda m: two_steps(m, Sam, True),
+        "Sam, gradients added up": lambda m: two_steps(m, Sam, False),
+        "SamAdam": lambda m: two_steps(m, SamAdam, True),
+        "a helper": lambda m: trained(m, "", lambda params: AdamOfNormedGradients(params, lr=0.05, eps=1e-1)),
+        "a norm of torch": lambda m: trained(m, "", lambda params: ClipsItself(params, lr=0.05, eps=1e-1)),
+        "another inside": lambda m: trained(m, "", lambda params: Lookahead(params, lr=0.05)),
+        "schedule-free": there_and_back,
+    }
+    for name, run in runs.items():
+        cut, want = run(Block(group)), dict(run(Block()).named_parameters())
+        for key, parameter in cut.named_parameters():
+            torch.testing.assert_close(parameter, part_of(parameter, want[key]), msg=lambda m, n=name: f"{n}: {m}")
+            whole = want[key].grad
+            assert parameter.grad is not None and whole is not None
+            torch.testing.assert_close(parameter.grad, part_of(parameter, whole), msg=lambda m, n=name: f"{n}: {m}")
+    group.close()
+
+
 def every_step_is_the_part_of_the_whole_one() -> None:
     group = Group.open()
     for name, make in (ELEMENTWISE | WHOLE).items():
@@ -196,6 +341,10 @@ def declared_elementwise_steps_on_parts() -> None:
 @pytest.mark.parametrize("R", [2, 3])
 def test_every_step_is_the_part_of_the_whole_one(R: int) -> None:
     run_ranks(every_step_is_the_part_of_the_whole_one, R, fresh=True)
+
+
+def test_methods_beside_the_step_and_gradients_that_a_step_changes_are_those_of_the_whole_model() -> None:
+    run_ranks(what_a_class_brings_beside_its_step_is_right, 2)
 
 
 def test_what_a_step_on_whole_tensors_cannot_do_is_refused_before_anything_changes() -> None:

@@ -40,7 +40,8 @@ class Run:
 
     def __init__(self, group: Group) -> None:
         self.group, self.model = group, Net(group)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW([{"params": parameters[:-1]}, {"params": parameters[-1:]}], lr=0.1)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         self.batch = {"ids": torch.arange(6).view(2, 3), "names": ["a", "b"]}
         torch.manual_seed(7)
@@ -64,6 +65,11 @@ def other_momentum(run: Run) -> None:
     run.optimizer.state[run.model.norm.bias]["exp_avg"] += 1e-7
 
 
+def moved_to_another_group(run: Run) -> None:
+    first, second = run.optimizer.param_groups
+    first["params"].append(second["params"].pop())
+
+
 FAULTS: dict[str, Callable[[Run], Any]] = {
     "'norm.weight' is the first to differ": lambda run: run.model.norm.weight.data.add_(1e-6),
     "'table' is the first to differ": lambda run: run.model.table.neg_(),
@@ -73,6 +79,9 @@ FAULTS: dict[str, Callable[[Run], Any]] = {
     "'scaler scale' is the first to differ": scaled_down,
     "'optimizer option lr of group 0'": lambda run: run.optimizer.param_groups[0].update(lr=0.2),
     "'optimizer state exp_avg of norm.bias'": other_momentum,
+    "'optimizer group of norm.bias' is the first to differ": moved_to_another_group,
+    "'requires_grad of norm.bias' is the first to differ": lambda run: run.model.norm.bias.requires_grad_(False),
+    "'training of norm' is the first to differ": lambda run: run.model.norm.eval(),
 }
 
 

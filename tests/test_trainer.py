@@ -42,6 +42,7 @@ def trainer_of(
         "max_steps": 6, "per_device_train_batch_size": 4 // replicas, "gradient_accumulation_steps": 2, "seed": 3,
         "optim": "adamw_torch", "adam_epsilon": 1e-3, "learning_rate": 1e-2, "max_grad_norm": 0.05,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "include_num_input_tokens_seen": "all",
     }  # fmt: skip
     with one_replica():
         trainer = kind(
@@ -78,6 +79,8 @@ def the_trainer_trains_it(tp: Group, dp: Group | None, folder: str) -> Tensor:
         close(logged(got)[:, column], logged(want)[:, column], f"{name} of the trainer", 1e-5)
     for (name, parameter), (_, other) in zip(cut[0].named_parameters(), whole.named_parameters(), strict=True):
         close(parameter, part_of(parameter, other), name, 1e-5)
+    for count in ("num_input_tokens_seen", "total_flos", "epoch"):
+        assert getattr(got.state, count) == getattr(want.state, count) > 0, count
     evaluations_are_those_of_one_process(got, want)
     again = trainer_of(cut[1], f"{folder}/cut", (tp, dp))
     assert sorted(path.name for path in Path(folder, "cut").iterdir()) == [f"checkpoint-0000000{n}" for n in (4, 6)]
@@ -143,6 +146,24 @@ def a_loss_of_ones_own_counts_alike(tp: Group, dp: Group, folder: str) -> None:
         trainer_of(cut.model, folder, (tp, dp), kind=Own)
 
 
+def a_loss_that_is_not_divided_by_tokens_is_a_mean_over_replicas(tp: Group, dp: Group, folder: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny("llama").config
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(5)
+    whole = AutoModelForSequenceClassification.from_config(config).float()
+    cut = parallelize(copy.deepcopy(whole), group=tp)
+    trainers = (
+        trainer_of(cut, folder, (tp, dp), max_steps=2),
+        trainer_of(whole, f"{folder}/class-{tp.rank}-{dp.rank}", None, max_steps=2),
+    )
+    for trainer in trainers:
+        trainer.train_dataset = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(ids(24))]
+        trainer.train()
+    close(logged(trainers[0]), logged(trainers[1]), "a loss of classes", 1e-5)
+
+
 def an_optimizer_of_whole_tensors_makes_their_steps(tp: Group, dp: Group, folder: str) -> None:
     whole = tiny("llama").float()
     cut = trainer_of(parallelize(copy.deepcopy(whole), group=tp), folder, (tp, dp), optim="adafactor", max_steps=2)
@@ -170,6 +191,10 @@ def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> 
     for options, why in refused:
         with pytest.raises(PlanError, match=why):
             trainer_of(cut, folder, (tp, dp), **options)
+    made = trainer_of(cut, folder, None)
+    made.model_init = lambda: cut
+    with pytest.raises(PlanError, match=r"model_init with replicas .* make the model yourself"):
+        fit_trainer(made, dp)
     with pytest.raises(PlanError, match="dp_group must join"):
         trainer_of(cut, folder, (tp, None))
     trainer = trainer_of(cut, folder, (tp, dp))
@@ -187,6 +212,7 @@ def trained_by_the_trainer(folder: str) -> None:
         with Group.open() as group:
             other_ranks_go_on(saved, group, folder)
         a_loss_of_ones_own_counts_alike(tp, dp, folder)
+        a_loss_that_is_not_divided_by_tokens_is_a_mean_over_replicas(tp, dp, folder)
         an_optimizer_of_whole_tensors_makes_their_steps(tp, dp, folder)
         what_the_trainer_cannot_do_is_refused(tp, dp, folder)
 

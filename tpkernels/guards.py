@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from tpkernels.data_parallel.clip import total_norm
+from tpkernels.data_parallel.scaling import agree_on_overflow
 from tpkernels.group import Group, find
 from tpkernels.layers.base import marked_shards
 from tpkernels.ranks import is_cut_among
@@ -152,6 +153,27 @@ def _dcp(a: Arguments) -> None:
             )
 
 
+def _state_dict(a: Arguments) -> None:
+    """Asked for whole tensors, torch gathers its own sharded ones and takes everything else for whole."""
+    if a["info"].full_state_dict or a["info"].broadcast_from_rank0:
+        instead = "take save_pretrained or tpkernels.checkpoint.save, and tpkernels.checkpoint.load to load"
+        who = "torch.distributed.checkpoint.state_dict with full_state_dict=True"
+        refuse_over_parts(who, a["model"].named_parameters(), None, instead)
+
+
+def _load_state_dict(a: Arguments) -> None:
+    """Whole values are right: the model takes its part of them."""
+    if a["info"].broadcast_from_rank0:
+        _state_dict(a)
+
+
+def _distribute(a: Arguments) -> None:
+    """Of DTensor, which sends rank 0's values to the others."""
+    named = a["module"].named_parameters() if "module" in a else [("tensor", a["tensor"])]
+    over = a.get("device_mesh")
+    refuse_over_parts("torch.distributed.tensor", named, over, "distribute the model before, or leave it to tpkernels")
+
+
 def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
     """Every plain tensor of nested dicts and lists, or of what has a state_dict, by its path."""
     if callable(getattr(state, "state_dict", None)):
@@ -176,7 +198,15 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
     "torch.distributed.pipelining.stage": {"_PipelineStageBase.__init__": _stage},
     "torch.distributed.checkpoint.state_dict_saver": {"_save_state_dict": _dcp, "async_save": _dcp},
     "torch.distributed.checkpoint": {"async_save": _dcp},
-}
+    "torch.distributed.checkpoint.state_dict": {
+        "_get_model_state_dict": _state_dict, "_get_optim_state_dict": _state_dict,
+        "_load_model_state_dict": _load_state_dict, "_load_optim_state_dict": _state_dict,
+    },
+    **{
+        f"torch.distributed.tensor{module}": {"distribute_tensor": _distribute, "distribute_module": _distribute}
+        for module in ("", "._api", ".parallel.style")
+    },
+}  # fmt: skip
 """By module: what is looked at before it is called."""
 
 
@@ -188,6 +218,7 @@ def install() -> None:
             _watch(sys.modules[name])
     sys.meta_path.insert(0, _WatchWhenLoaded())
     _count_parts_in_norms()
+    _skip_together()
 
 
 def _watch(module: ModuleType) -> None:
@@ -264,6 +295,23 @@ def _count_parts_in_norms() -> None:
 
     module._get_total_norm = norm_over_ranks
     torch.nn.utils.get_total_norm = norm_over_ranks
+
+
+def _skip_together() -> None:
+    """Let the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none."""
+    plain = getattr(torch.amp.GradScaler, "_unscale_grads_", None)  # private: `unscale_` of data_parallel does it, too
+    if plain is None:
+        return
+
+    @functools.wraps(plain)
+    def unscale_together(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        found: dict[torch.device, Tensor] = plain(self, optimizer, *args, **kwargs)
+        groups = _groups_of(shard_info(p) for group in optimizer.param_groups for p in group["params"])
+        if groups:
+            agree_on_overflow(found, groups)
+        return found
+
+    torch.amp.GradScaler._unscale_grads_ = unscale_together  # type: ignore[method-assign]
 
 
 def _groups_of(infos: Iterable[ShardInfo | None]) -> list[Group]:

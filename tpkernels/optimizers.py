@@ -3,8 +3,9 @@
 Adam treats every value by itself, so a step on a shard is the shard of a step. Muon (singular vectors), Adafactor
 (means of rows and columns), LAMB and LARS (a norm of each tensor), Prodigy (sums over everything) do not, and nothing
 in a step on shards says that it is another one. So once a parameter is cut, every optimizer that gets hold of one is
-looked at: the step of a class that is not in ELEMENTWISE runs on the gathered parameters and gradients, the same on all
-ranks, and each rank keeps its part. That costs each rank the memory of the whole model during the step.
+looked at: the step of a class that is not in ELEMENTWISE, and whatever else it brings (the two steps of SAM, `eval` of
+schedule-free ones), runs on the gathered parameters and gradients, the same on all ranks, and each rank keeps its part.
+That costs each rank the memory of the whole model during the step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, optim
@@ -24,7 +24,7 @@ from torch import Tensor, optim
 from tpkernels import ops
 from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group, find
-from tpkernels.shard import ShardInfo, at_first_mark, shard_info
+from tpkernels.shard import ShardInfo, at_first_mark, mark_shard, shard_info
 
 ELEMENTWISE: set[type[optim.Optimizer]] = {
     optim.SGD, optim.Adam, optim.AdamW, optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.NAdam,
@@ -32,15 +32,32 @@ ELEMENTWISE: set[type[optim.Optimizer]] = {
 }  # fmt: skip
 """Classes whose step treats every value by itself. Add those of others that do: ELEMENTWISE.add(Lion)."""
 
+ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
+"""Methods that a class may bring and still treat every value by itself; those with underscores on both sides, too."""
+
 _Cut = tuple[Tensor, ShardInfo, Group]
 _wrapped: set[type[optim.Optimizer]] = set()
-_inside: WeakSet[optim.Optimizer] = WeakSet()
 
 
 def needs_whole_tensors(kind: type[optim.Optimizer]) -> bool:
-    """Whether the steps of a class run on gathered tensors: they are not those of ELEMENTWISE, nor handed on."""
+    """Whether the methods of a class run on gathered tensors: it is not one of ELEMENTWISE, nor hands its steps on.
+
+    A subclass of one of these that brings methods of its own (a second step, a norm taken before the step) is none.
+    """
+    if kind.__module__.startswith("torch.distributed.optim"):
+        return False
     steps = {inspect.unwrap(known.step) for known in ELEMENTWISE}
-    return inspect.unwrap(kind.step) not in steps and not kind.__module__.startswith("torch.distributed.optim")
+    return inspect.unwrap(kind.step) not in steps or any(name != "step" for name in _own_methods(kind))
+
+
+def _own_methods(kind: type[optim.Optimizer]) -> set[str]:
+    """Names of what a class brings beside the classes of ELEMENTWISE and Optimizer itself."""
+    names = set[str]()
+    for base in kind.__mro__:
+        if base is optim.Optimizer or base in ELEMENTWISE:
+            break
+        names |= {name for name, value in vars(base).items() if inspect.isfunction(value)}
+    return {name for name in names - ABOUT_STATE if not name.startswith("__")}
 
 
 @at_first_mark
@@ -58,36 +75,35 @@ def watch_optimizers() -> None:
 
 
 def _wrap(kind: type[optim.Optimizer]) -> None:
-    """Let the steps of a class run on whole tensors where its parameters are cut."""
-    step: Callable[..., Any] = kind.step
+    """Let the methods of a class run on whole tensors where its parameters are cut."""
     _wrapped.add(kind)
-
-    @functools.wraps(step)
-    def step_on_whole_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self in _inside or not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
-            return step(self, *args, **kwargs)
-        name = type(self).__name__
-        if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
-            raise ValueError(
-                f"{name}.step: with parameters that are cut over {cut[0][2].label!r} it runs on gathered tensors, "
-                f"where a closure that runs the model cannot be called: take one that needs none or, if {name} "
-                f"treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
-            )
-        _check_same_gradients(name, cut)
-        _inside.add(self)
-        try:
-            with _whole(cut):
-                return step(self, *args, **kwargs)
-        finally:
-            _inside.discard(self)
-
-    kind.step = step_on_whole_tensors  # type: ignore[method-assign]
+    for method in {"step"} | {name for name in _own_methods(kind) if not name.startswith("_")}:
+        setattr(kind, method, _on_whole_tensors(getattr(kind, method)))
     warnings.warn(
         f"{kind.__name__} is not known to treat every value by itself, so each step gathers the cut parameters and "
         f"their gradients on every rank, and its state is that of the whole model. If it does, say so before: "
         f"tpkernels.optimizers.ELEMENTWISE.add({kind.__name__})",
         stacklevel=5,
     )
+
+
+def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def on_whole_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
+            return method(self, *args, **kwargs)
+        name = type(self).__name__
+        if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
+            raise ValueError(
+                f"{name}.{method.__name__}: with parameters that are cut over {cut[0][2].label!r} it runs on gathered "
+                f"tensors, where a closure that runs the model cannot be called: take one that needs none or, if "
+                f"{name} treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
+            )
+        _check_same_gradients(f"{name}.{method.__name__}", cut)
+        with _whole(cut):
+            return method(self, *args, **kwargs)
+
+    return on_whole_tensors
 
 
 def _cut_parameters(optimizer: optim.Optimizer) -> list[_Cut]:
@@ -114,7 +130,7 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
         digest = hashlib.sha256(repr(mine).encode()).digest()
         if len(set(over.exchange_sizes(int.from_bytes(digest[:6], "big")))) > 1:
             raise RankMismatchError(
-                f"{name}.step on group {over.label!r} (rank {over.rank} of {over.world_size}): the ranks must step the "
+                f"{name} on group {over.label!r} (rank {over.rank} of {over.world_size}): the ranks must step the "
                 f"same cut parameters, each with a gradient on all ranks or on none, got {len(mine)} parameters here, "
                 f"{sum(has for _, has in mine)} with a gradient; nothing has changed"
             )
@@ -123,24 +139,36 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
 @contextmanager
 @torch.no_grad()
 def _whole(cut: list[_Cut]) -> Iterator[None]:
-    """Inside, parameters and gradients are those of the unsharded tensors; behind it they are this rank's parts."""
+    """Inside, parameters and gradients are the unsharded tensors, marked as such; behind it this rank's parts.
+
+    What the method calls (a norm of gradients, another optimizer, its own base class) so finds nothing that is cut.
+    """
     wholes = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
     parts = [(p.data, p.grad) for p, *_ in cut]
     try:
         for (p, *_), (values, gradient) in zip(cut, wholes, strict=True):
+            vars(p).pop("tpk_shard", None)
             _put(p, values, gradient)
         yield
     finally:
         for (p, info, _), (values, gradient) in zip(cut, parts, strict=True):
             if p.shape == info.full_shape(values):
                 values.copy_(info.part(p.data))
-            _put(p, values, gradient)
+            _put(p, values, _gradient_behind(p.grad, gradient, info))
+            mark_shard(p, info)
 
 
 def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:
     parameter.grad = None  # of the other shape
     parameter.data = values
     parameter.grad = gradient
+
+
+def _gradient_behind(whole: Tensor | None, part: Tensor | None, info: ShardInfo) -> Tensor | None:
+    """This rank's part of the gradient that a step has left, which may have cleared or changed it."""
+    if whole is None or part is None:
+        return None if whole is None else info.part(whole).clone()
+    return part.copy_(info.part(whole)) if whole.shape == info.full_shape(part) else part
 
 
 def _gather(shard: Tensor, info: ShardInfo, over: Group) -> Tensor:

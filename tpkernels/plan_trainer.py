@@ -33,7 +33,7 @@ from tpkernels.optimizers import needs_whole_tensors
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
-from tpkernels.plan_trainer_models import SameSteps, cut_reference, show_heads
+from tpkernels.plan_trainer_models import SameSteps, count_whole, cut_reference, show_heads
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
@@ -98,6 +98,7 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
     _Saving(trainer, report.group, dp_group)
     show_heads(trainer)
     SameSteps(trainer, report.group)
+    count_whole(trainer, dp_group)
     if dp_group is not None:
         _Replica(trainer, report.group, dp_group)
     return trainer
@@ -142,6 +143,8 @@ def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]
         yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
     if dp_group is None:
         return
+    if getattr(trainer, "model_init", None) is not None:
+        yield "model_init with replicas", "it makes another model when the training begins: make the model yourself"
     if _text(of.train_sampling_strategy) not in ("random", "sequential"):
         yield f"train_sampling_strategy={_text(of.train_sampling_strategy)!r} with replicas", "take 'random'"
     if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
@@ -324,14 +327,13 @@ class _Replica:
         return found
 
     def loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Times the replicas where it was divided by the tokens of all, because the average divides by them again."""
-        found = self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        trainer = self._trainer
-        divided = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        if not (divided and isinstance(num_items_in_batch, Tensor) and trainer.args.average_tokens_across_devices):
-            return found
-        times = self._dp_group.world_size
-        return (found[0] * times, found[1]) if return_outputs else found * times
+        """Divided by the mean of the replicas' tokens, if it is by tokens: the average divides by the replicas again.
+
+        Losses that are not divided by tokens (those of classes, for one) stay the means that they are.
+        """
+        if isinstance(num_items_in_batch, Tensor) and self._trainer.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self._dp_group.world_size
+        return self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def loader(self) -> Any:
         """Of the batches whose number, modulo the replicas, is that of this one."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tpkernels import ops
 from tpkernels.group import Group
 from tpkernels.layers import rng_state
 from tpkernels.layers.base import gather
@@ -110,6 +111,30 @@ def cut_reference(trainer: Any) -> None:
     shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
     if shapes[0] == shapes[1]:
         parallelize(reference, group=report.group, **report.options)
+
+
+def count_whole(trainer: Any, dp_group: Group | None) -> None:
+    """Let a trainer count the operations of the unsharded model, and operations and tokens of all replicas."""
+    flops: Callable[[Any], float] = trainer.floating_point_ops
+    tokens: Any = getattr(trainer, "_track_num_input_tokens", None)
+
+    def floating_point_ops(inputs: Any) -> int:
+        tables = {id(p) for m in trainer.model.modules() if isinstance(m, nn.Embedding) for p in m._parameters.values()}
+        counted = [p for p in trainer.model.parameters() if id(p) not in tables]
+        parts: int = sum(p.numel() for p in counted)
+        whole: int = sum(full_shape(p).numel() for p in counted)
+        replicas = 1 if dp_group is None else dp_group.world_size
+        return int(flops(inputs)) * whole * replicas // max(1, parts)
+
+    def track_tokens(inputs: Any) -> None:
+        before = trainer.state.num_input_tokens_seen
+        tokens(inputs)
+        mine = torch.tensor([trainer.state.num_input_tokens_seen - before])
+        trainer.state.num_input_tokens_seen = before + int(ops.all_reduce(mine, group=dp_group).item())
+
+    trainer.floating_point_ops = floating_point_ops
+    if dp_group is not None and tokens is not None and trainer.args.include_num_input_tokens_seen != "no":
+        trainer._track_num_input_tokens = track_tokens
 
 
 def _models_of(trainer: Any) -> Iterator[nn.Module]:

@@ -150,8 +150,8 @@ class CommHook:
             self._scatters[name] = _ReduceScatter(self)
             module.set_custom_reduce_scatter(self._scatters[name])  # type: ignore[arg-type]
 
-    def __call__(self, state: Residuals, bucket: GradBucket) -> Future[Tensor]:
-        """DDP's call for a bucket whose gradients are ready: send it off.
+    def __call__(self, state: Residuals | None, bucket: GradBucket) -> Future[Tensor]:
+        """DDP's call for a bucket whose gradients are ready: send it off. Without a state, with the hook's own.
 
         Raises:
             TimeoutError, PeerLostError: a rank did not come, or died, in an earlier bucket. In the bucket in which it
@@ -160,6 +160,7 @@ class CommHook:
         flat = bucket.buffer()
         if flat.layout != torch.strided:
             raise ValueError(f"{WHO}: gradients must be dense, got layout {flat.layout}; set sparse=False")
+        state = self.state if state is None else state
         residual = state.of(bucket.parameters(), flat) if self.error_feedback else None
         sent = self.lane().submit(partial(self._average, flat, residual))
         return sent.then(_value)

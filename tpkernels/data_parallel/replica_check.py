@@ -37,9 +37,10 @@ def check_replicas(
         for step, batch in enumerate(data):
             check_replicas(model, group=tp, batch=batch, optimizer=optimizer, step=step, every=100)
 
-    Over the group over which the model is cut: replicated parameters, the batch, random numbers, the optimizer's
-    options and its state of replicated parameters. Over a data-parallel group: every parameter, the optimizer, the
-    scaler; each replica has a batch of its own there, and may have random numbers of its own.
+    Over the group over which the model is cut: replicated parameters, which are trained, modes of modules, the batch,
+    random numbers, the optimizer's options, which parameters have them, and its state of replicated ones. Over a
+    data-parallel group: every parameter, the optimizer, the scaler; each replica has a batch of its own there, and may
+    have random numbers of its own.
 
     Costs a pass over what is compared (2 GB/s and more on one core) and one message of 8 bytes. Where the ranks differ
     they also tell each other all digests.
@@ -68,6 +69,8 @@ def check_replicas(
         return False
     group = resolve(group)
     mine = entries_of(WHO, model, group, buffers)
+    mine += [_plain(f"requires_grad of {name}", p.requires_grad) for name, p in model.named_parameters()]
+    mine += [_plain(f"training of {name or 'the model'}", module.training) for name, module in model.named_modules()]
     mine += [
         _plain(f"batch{keystr(path)}", leaf)
         for path, leaf in tree_leaves_with_path(dict(batch) if isinstance(batch, Mapping) else batch)
@@ -118,7 +121,9 @@ def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, group
             if name != "params":
                 yield _plain(f"optimizer option {name} of group {i}", value)
     ranks = global_ranks(group)
+    groups = {id(p): i for i, options in enumerate(optimizer.param_groups) for p in options["params"]}
     for name, parameter in model.named_parameters():
+        yield _plain(f"optimizer group of {name}", groups.get(id(parameter)))
         info = shard_info(parameter)
         cut = info is not None and is_cut_among(info, ranks)
         for field, value in optimizer.state.get(parameter, {}).items():

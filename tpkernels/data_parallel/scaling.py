@@ -32,8 +32,21 @@ def unscale_(
         return torch.zeros(())
     scaler.unscale_(optimizer)
     flags: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return agree_on_overflow(flags, [groups] if isinstance(groups, Group) else groups)
+
+
+def agree_on_overflow(flags: dict[torch.device, Tensor], groups: Sequence[Group]) -> Tensor:
+    """Set each flag to 1 where one of any rank is. A collective over each group.
+
+    Args:
+        flags: what a GradScaler has found on each device: 1 where a gradient is not finite.
+        groups: whose ranks step together.
+
+    Returns:
+        1 or 0: a scalar, fp32.
+    """
     anywhere = torch.stack([flag.reshape(()).float().cpu() for flag in flags.values()] or [torch.zeros(())]).max()
-    for group in [groups] if isinstance(groups, Group) else groups:
+    for group in groups:
         anywhere = ops.all_reduce(anywhere.to(group.device), group=group, op="max")
     for flag in flags.values():
         flag.fill_(anywhere.item())
