@@ -122,7 +122,7 @@ def _named(extra: Any) -> dict[str, Any]:
     """The mapping as JSON gives it back, which makes text of all keys."""
     if not isinstance(extra, Mapping):
         raise CheckpointError(f"extra must be a mapping, got {type(extra).__name__}")
-    pending = [extra]
+    pending: list[Any] = [extra]
     while pending:
         value = pending.pop()
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
