@@ -140,6 +140,24 @@ def test_the_last_checkpoint_is_that_of_the_highest_step_whatever_its_name(tmp_p
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_step_or_extra_that_would_not_come_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for step in (None, 1.5, "3", True):
+        with pytest.raises(CheckpointError, match=rf"step must be a whole number, got {step!r}"):
+            checkpoint.save(linear(1), tmp_path / "one", step=step)
+    for extra, said in (({1: 2}, "text for keys, got 1"), ({"a": [{None: 1}]}, "keys, got None"), ([1], "a mapping")):
+        with pytest.raises(CheckpointError, match=f"extra must .*{said}"):
+            checkpoint.save(linear(1), tmp_path / "one", extra=extra)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(linear(1), tmp_path / "one", step=torch.tensor(3), extra={"a": [{"b": 1.5}]})
+    loaded = checkpoint.load(linear(1), tmp_path / "one")
+    assert (loaded.step, loaded.extra) == (3, {"a": [{"b": 1.5}]})
+    manifest = read_manifest(tmp_path / "one")
+    (tmp_path / "one" / "manifest.json").unlink()
+    write_manifest(tmp_path / "one", manifest | {"step": "three"})
+    with pytest.warns(UserWarning, match="is passed over"):
+        assert checkpoint.latest(tmp_path) is None
+
+
 def test_a_folder_whose_manifest_is_damaged_or_not_ours_is_passed_over_and_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint.save(linear(step), tmp_path / f"step-{step}", step=step)

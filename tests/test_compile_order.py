@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -132,6 +133,32 @@ def selectively_checkpointed(group: Group) -> Step:
     return checkpointed(group, context_fn=keep_products)
 
 
+class Twice(torch.autograd.Function):
+    """A function of a user's own, whose forward and backward meet the other ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return ops.all_reduce(x, group=group) * 2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ops.all_reduce(dy * 3, group=ctx.group), None
+
+
+def in_a_function(group: Group) -> Step:
+    return lambda x, w, *others: [torch.cat([Twice.apply(x, group), Twice.apply(w, group)]).square().sum()]
+
+
+def with_memory_of_the_group(group: Group) -> Step:
+    def step(x: Tensor, *others: Tensor) -> list[Tensor]:
+        inside, residual = group.empty(x.shape), torch.zeros_like(x.detach())
+        ops.all_reduce_(inside.copy_(x.detach()), group=group)
+        return [inside, ops.compress_with_feedback(x, residual, "int8"), residual]
+
+    return step
+
+
 def outcome(step: Step, inputs: list[Tensor]) -> list[Tensor]:
     """Results and gradients."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
@@ -194,6 +221,10 @@ def test_ranks_that_use_other_results_still_call_every_collective_in_one_order(
     backend: str, steps: tuple[Callable[[Group], Step], ...]
 ) -> None:
     run_ranks(check_steps, 2, backend, *steps, timeout=300.0)
+
+
+def test_a_whole_graph_may_use_memory_of_the_group_and_functions_of_ones_own() -> None:
+    run_ranks(check_steps, 2, "aot_eager", in_a_function, with_memory_of_the_group)
 
 
 def test_the_order_holds_with_dynamic_shapes() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import tpkernels as tpk
-from tpkernels import ops
+from tpkernels import _C, ops
 from tpkernels.group import Group
 from tpkernels.testing import run_ranks
 
@@ -115,10 +115,25 @@ def check_negated(group: Group) -> None:
     assert "residual must not be a negated view" in text
 
 
+def check_overlapping(group: Group) -> None:
+    """Rows that share memory, by each engine."""
+    _C.assume_cpu(True, True)
+    try:
+        for shape, strides in (((10, 6), (1, 1)), ((6, 10), (2, 1)), ((8, 6), (0, 1)), ((8, 6), (1, 2))):
+            w = torch.as_strided(torch.arange(40.0) - 7, shape, strides)
+            x, v = torch.randn(9, shape[1]), torch.randn(9, 6)
+            assert torch.allclose(ops.replicated_gemm(x, w, group=group), x @ w.clone().T, atol=1e-4)
+            assert torch.allclose(ops.replicated_gemm(w, x, group=group), w.clone() @ x.T, atol=1e-4)
+            assert torch.allclose(ops.replicated_gemm(v, v, group=group), v @ v.T, atol=1e-4)
+    finally:
+        _C.forget_assumed_cpu()
+
+
 def check_all(group: Group) -> None:
     check_zeros(group)
     check_zeros_in_backwards(group)
     check_negated(group)
+    check_overlapping(group)
 
 
 @pytest.mark.parametrize("transport", ["shm", "group"])

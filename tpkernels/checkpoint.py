@@ -84,7 +84,8 @@ def save(
         if place.is_first:
             refuse_existing(final)
         snapshot = take(model, optimizer, aggregator, place, step, extra)
-    _agree(snapshot, final, place)
+        said = {"folder": final.name, **ckpt_manifest.common(snapshot)}
+    _agree(said, final, place)
     return _write(snapshot, final, place)
 
 
@@ -118,7 +119,8 @@ def save_async(
         if place.is_first:
             refuse_existing(final)
         snapshot = take(model, optimizer, aggregator, place, step, extra).copied()
-    _agree(snapshot, final, place)
+        said = {"folder": final.name, **ckpt_manifest.common(snapshot)}
+    _agree(said, final, place)
     return ckpt_async.start(lambda talk: _write(snapshot, final, talk), place, final)
 
 
@@ -202,15 +204,15 @@ def _complete(parent: str | os.PathLike[str]) -> list[tuple[int, Path]]:
             continue
         try:
             found.append((int(read_manifest(folder)["step"]), folder))
-        except (CheckpointError, LookupError, TypeError) as error:
+        except (CheckpointError, LookupError, TypeError, ValueError, OverflowError) as error:
             if any(folder.glob("rank-0-of-*")):  # else it is something else that has a manifest
                 warnings.warn(f"{folder} is passed over: {error}", stacklevel=3)
     return found
 
 
-def _agree(snapshot: Snapshot, final: Path, place: Place) -> None:
+def _agree(said: dict[str, Any], final: Path, place: Place) -> None:
     """Raise CheckpointError on all ranks, before anything is written, unless they are about to save the same."""
-    everyone = place.gather({"folder": final.name, **ckpt_manifest.common(snapshot)})
+    everyone = place.gather(said)
     with place.together(f"save {final}"):
         ckpt_manifest.check_agreement(everyone)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -106,8 +107,29 @@ def take(
     return Snapshot(
         tensors | own, entries, list(own), aliases, optimizer_numbers(model, optimizer),
         None if mine is None else plain(mine["numbers"], "the aggregator's state"),
-        step, plain(dict(extra or {}), "extra"),
+        _whole(step), _named(extra or {}),
     )  # fmt: skip
+
+
+def _whole(step: Any) -> int:
+    """The step as an int; one that `load` would not read is refused."""
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise CheckpointError(f"step must be a whole number, got {step!r}")
+    return operator.index(step)
+
+
+def _named(extra: Any) -> dict[str, Any]:
+    """The mapping as JSON gives it back, which makes text of all keys."""
+    if not isinstance(extra, Mapping):
+        raise CheckpointError(f"extra must be a mapping, got {type(extra).__name__}")
+    pending: list[Any] = [extra]
+    while pending:
+        value = pending.pop()
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(value, Mapping) and not isinstance(key, str):
+                raise CheckpointError(f"extra must have text for keys, got {key!r}: JSON would make text of it")
+            pending += [inner] if isinstance(inner, (Mapping, list, tuple)) else []
+    return plain(dict(extra), "extra")  # type: ignore[no-any-return]
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

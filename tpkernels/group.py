@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpkernels.devices import device_of
@@ -155,6 +156,8 @@ class Group:
         """
         sizes = [shape] if isinstance(shape, int) else list(shape)
         dtype = dtype or torch.get_default_dtype()
+        if is_compiling():  # where a collective in place makes another tensor in any case
+            return torch.empty(sizes, dtype=dtype, device=self.device)
         if self.is_cpu:
             made: Tensor = torch.ops.tpkernels.arena_empty(self.name, sizes, dtype)
         else:

@@ -45,14 +45,31 @@ std::atomic<Cpu>& cpu() {
   return instance;
 }
 
+// Whether no two places of x can be one piece of memory; oneDNN has no name for strides that cross. Zero strides it
+// takes.
+bool is_laid_out(const Tensor& x) {
+  int64_t reach = 1;  // of the dimensions that were gone through, from the smallest stride on
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) > 0) dims.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  for (const auto& [stride, size] : dims) {
+    if (stride < reach) return false;
+    reach = stride * size;
+  }
+  return true;
+}
+
 Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   // oneDNN takes strides of x and w into account, but reads the bias as dense.
   const Tensor packed = bias.has_value() ? dense(*bias) : x;
+  const Tensor rows = is_laid_out(x) ? x : dense(x), weight = is_laid_out(w) ? w : dense(w);
   AtenTensorHandle added = packed.get(), y = nullptr;
   const char* algorithm = "";
   check_torch("mkldnn::_linear_pointwise",
-              aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias.has_value() ? &added : nullptr, "none", nullptr,
-                                               0, &algorithm, &y));
+              aoti_torch_cpu__linear_pointwise(rows.get(), weight.get(), bias.has_value() ? &added : nullptr, "none",
+                                               nullptr, 0, &algorithm, &y));
   return Tensor(y);
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch._C._functorch as functorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from tpkernels.compress import CODECS
 from tpkernels.devices import load_cuda
@@ -57,7 +57,8 @@ def check_tensor(op: str, name: str, x: Any, group: Group | None, *, by_function
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
+    # Dynamo, which takes dense tensors only, lets no autograd.Function ask for the layout.
+    if not is_dynamo_compiling() and (x.layout != torch.strided or x.is_nested):
         what = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {what}")
     if x.device.type != "meta":

@@ -122,7 +122,7 @@ def compress_with_feedback(x: Tensor, residual: Tensor, codec: str, scale: float
 
 def _check_residual(op: str, x: Tensor, residual: Tensor) -> None:
     check_writable(op, "residual", residual)
-    if residual.is_neg():
+    if not is_compiling() and residual.is_neg():
         raise ValueError(f"{op}: residual must not be a negated view; pass residual.resolve_neg() and keep it")
     if residual.dtype != torch.float32 or not residual.is_contiguous() or residual.shape != x.shape:
         raise ValueError(
