@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from tpkernels.checkpoint import CheckpointError
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_trainer import fit_trainer, one_replica
+from tpkernels.plan_trainer_models import load_scheduler, scheduler_state
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")
@@ -272,3 +274,25 @@ def test_models_and_trainers_that_do_not_fit_are_refused(tmp_path: Path) -> None
         own.__class__ = type("OwnLoss", (type(own),), {"compute_loss": lambda self, *args, **kwargs: None})
         with pytest.raises(PlanError, match=r"compute_loss .* gather_logits=False .*: gather the logits"):
             fit_trainer(own)
+
+
+def test_a_scheduler_with_milestones_goes_on_behind_a_checkpoint() -> None:
+    def made() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 4], gamma=0.5)
+
+    def rates(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found.append(scheduler.get_last_lr()[0])
+        return found
+
+    want = rates(*made(), 6)
+    first, second = made(), made()
+    begin = rates(*first, 3)
+    load_scheduler(second[1], json.loads(json.dumps(scheduler_state(first[1]))))
+    second[0].load_state_dict(first[0].state_dict())
+    assert begin + rates(*second, 3) == want and want[-1] == 0.125
+    assert sorted(second[1].milestones.elements()) == [2, 4, 4]

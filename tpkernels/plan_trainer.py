@@ -33,7 +33,14 @@ from tpkernels.optimizers import needs_whole_tensors
 from tpkernels.plan_loss import CutCausalLoss
 from tpkernels.plan_peft import cut_adapters
 from tpkernels.plan_styles import PlanError
-from tpkernels.plan_trainer_models import SameSteps, count_whole, cut_reference, show_heads
+from tpkernels.plan_trainer_models import (
+    SameSteps,
+    count_whole,
+    cut_reference,
+    load_scheduler,
+    scheduler_state,
+    show_heads,
+)
 
 # By these accelerate recognises that it was started as one of several processes.
 LAUNCHED = (
@@ -237,7 +244,7 @@ class _Saving:
         step = trainer.state.global_step
         extra = {
             "trainer_state": json.loads(json.dumps(dataclasses.asdict(trainer.state))),
-            "scheduler": trainer.lr_scheduler.state_dict(), "sequences": self._sequences(),
+            "scheduler": scheduler_state(trainer.lr_scheduler), "sequences": self._sequences(),
         }  # fmt: skip
         folder = checkpoint.save(
             trainer.model,
@@ -280,7 +287,7 @@ class _Saving:
         found = checkpoint.load(
             trainer.model, folder, group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer)
         )
-        trainer.lr_scheduler.load_state_dict(found.extra["scheduler"])
+        load_scheduler(trainer.lr_scheduler, found.extra["scheduler"])
         self._random = layers.rng_state()  # to be set again when the batches of before have been passed over
 
     def _load_random(self, folder: str | None) -> None:

@@ -8,6 +8,7 @@ gathered once a step, and its gradient is this rank's rows. The head's own forwa
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -199,3 +200,31 @@ def _inside(whole: WholeHeads, step: Callable[..., Any]) -> Callable[..., Any]:
             return step(*args, **kwargs)
 
     return run
+
+
+def scheduler_state(scheduler: Any) -> Any:
+    """Return the state of a scheduler for JSON, whose keys are text: a mapping with other keys as a list of pairs."""
+    return _pairs(scheduler.state_dict())
+
+
+def load_scheduler(scheduler: Any, state: Any) -> None:
+    """Give a scheduler the state that `scheduler_state` returned."""
+    found = _unpaired(state)
+    for name, value in found.items():
+        if isinstance(getattr(scheduler, name, None), Counter):  # the milestones of MultiStepLR
+            found[name] = Counter(value)
+    scheduler.load_state_dict(found)
+
+
+def _pairs(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items = [[key, _pairs(inner)] for key, inner in value.items()]
+        return dict(items) if all(isinstance(key, str) for key, _ in items) else {"pairs": items}
+    return [_pairs(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _unpaired(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = value["pairs"] if value.keys() == {"pairs"} else value.items()
+        return {key: _unpaired(inner) for key, inner in items}
+    return [_unpaired(inner) for inner in value] if isinstance(value, list) else value
