@@ -73,7 +73,7 @@ class BlockRandom:
         self._mine = False  # whether this one went over to the rank's own numbers
         self._watched: dict[str, Tensor] | None = None
         self._runs = False
-        self._drops = False
+        self._drops, self._rates = False, rate_names(block)
         block.register_forward_pre_hook(self._begin, prepend=True)
         block.register_forward_hook(self._end, always_call=True)
 
@@ -84,7 +84,9 @@ class BlockRandom:
             NOW.common = None  # left by a recomputation of a part of a block
         NOW.depth += 1
         self._mine, self._runs, self._watched = False, True, None
-        self._drops = drops(block)
+        if not is_compiling():  # torch 2.11 traces no loop over the attributes of a module
+            self._rates = rate_names(block)
+        self._drops = drops(block, self._rates)
         if self._at_once:
             self.enter(self._group)
 
@@ -141,13 +143,19 @@ class CommonInside:
             self._open.pop().__exit__(None, None, None)
 
 
-def drops(block: nn.Module) -> bool:
-    """Whether a module or one below it has a rate of dropout above zero: an attribute of that name, or a Dropout's."""
+def rate_names(block: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes of a module, and those below it, that may be rates of dropout."""
+    return tuple(sorted({name for module in block.modules() for name in vars(module) if "drop" in name}))
+
+
+def drops(block: nn.Module, rates: tuple[str, ...]) -> bool:
+    """Whether a module or one below it has a rate of dropout above zero: an attribute named so, or a Dropout's."""
     for module in block.modules():
         if isinstance(module, _DropoutNd) and module.p > 0:
             return True
-        for name, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and "drop" in name:
+        for name in rates:
+            value = getattr(module, name, None)
+            if isinstance(value, float) and value > 0:
                 return True
     return False
 
