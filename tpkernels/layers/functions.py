@@ -23,8 +23,8 @@ class _TakeShard(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.call = inputs
-        ctx.call.append(x.size(inputs[4]))
+        x, *call = inputs
+        ctx.call = (*call, x.size(inputs[4]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
