@@ -170,7 +170,7 @@ ANIMALS: dict[str, Animal] = {
     ),
     "swinv2": Animal(  # an activation in place behind a linear that makes the biases of positions
         {"image_size": 16, "patch_size": 2, "embed_dim": 18, "depths": [2, 1], "num_heads": [3, 9], "window_size": 4},
-        "AutoModelForImageClassification", pictures(size=16), plain=True,
+        "AutoModelForImageClassification", pictures(size=16), attention="eager", plain=True,
     ),
     "vit_msn": picture_model(),
     "yolos": Animal(
