@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tpkernels import parallelize
 from tpkernels.checkpoint import CheckpointError
+from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_trainer import fit_trainer, one_replica
@@ -201,7 +202,9 @@ def what_the_trainer_cannot_do_is_refused(tp: Group, dp: Group, folder: str) -> 
         trainer_of(cut, folder, (tp, None))
     trainer = trainer_of(cut, folder, (tp, dp))
     trainer.train_dataset = [{"input_ids": row, "labels": row} for row in ids(24) // (1 + tp.rank)]  # a planted fault
-    with pytest.raises(PlanError, match="must see the same batches"):
+    with pytest.raises(
+        RankMismatchError, match=r"check_replicas .*batch\['input_ids'\].* is the first to differ, on ranks \["
+    ):
         trainer.train()
 
 

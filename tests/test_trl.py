@@ -11,6 +11,7 @@ import torch
 from parallelize_tools import close, part_of, tiny
 
 from tpkernels import parallelize
+from tpkernels.errors import RankMismatchError
 from tpkernels.group import Group
 from tpkernels.plan import PlanError
 from tpkernels.plan_trainer import fit_trainer, one_replica
@@ -155,7 +156,7 @@ def what_cannot_be_right_is_refused(folder: str) -> None:
             setattr(trainer.args, option, False)
         fit_trainer(trainer)
         torch.manual_seed(group.rank)
-        with pytest.raises(PlanError, match="the ranks of a replica must draw the same random numbers"):
+        with pytest.raises(RankMismatchError, match=r"check_replicas .*random numbers of cpu.* is the first to differ"):
             trainer.train()
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,7 @@ def save(
         PeerLostError: a rank died; the last complete checkpoint is still there.
     """
     place, final = Place(resolve(group), dp_group), Path(folder)
-    ckpt_async.wait_for_pending(place)
-    with place.together(f"save {final}"):
-        if place.is_first:
-            refuse_existing(final)
-        snapshot = take(model, optimizer, aggregator, place, step, extra)
-        said = {"folder": final.name, **ckpt_manifest.common(snapshot)}
-    _agree(said, final, place)
+    snapshot = _snapshot(final, place, lambda: take(model, optimizer, aggregator, place, step, extra))
     return _write(snapshot, final, place)
 
 
@@ -114,13 +108,7 @@ def save_async(
             by `wait()` on all ranks, or by the next save when nobody waited.
     """
     place, final = Place(resolve(group), dp_group), Path(folder)
-    ckpt_async.wait_for_pending(place)
-    with place.together(f"save {final}"):
-        if place.is_first:
-            refuse_existing(final)
-        snapshot = take(model, optimizer, aggregator, place, step, extra).copied()
-        said = {"folder": final.name, **ckpt_manifest.common(snapshot)}
-    _agree(said, final, place)
+    snapshot = _snapshot(final, place, lambda: take(model, optimizer, aggregator, place, step, extra).copied())
     return ckpt_async.start(lambda talk: _write(snapshot, final, talk), place, final)
 
 
@@ -210,11 +198,22 @@ def _complete(parent: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     return found
 
 
-def _agree(said: dict[str, Any], final: Path, place: Place) -> None:
-    """Raise CheckpointError on all ranks, before anything is written, unless they are about to save the same."""
+def _snapshot(final: Path, place: Place, taken: Callable[[], Snapshot]) -> Snapshot:
+    """Return what is to be saved, once the save before has ended and all ranks are about to save the same.
+
+    Raises:
+        CheckpointError: on all ranks, before anything is written.
+    """
+    ckpt_async.wait_for_pending(place)
+    with place.together(f"save {final}"):
+        if place.is_first:
+            refuse_existing(final)
+        snapshot = taken()
+        said = {"folder": final.name, **ckpt_manifest.common(snapshot)}
     everyone = place.gather(said)
     with place.together(f"save {final}"):
         ckpt_manifest.check_agreement(everyone)
+    return snapshot
 
 
 def _write(snapshot: Snapshot, final: Path, place: Place) -> Path:

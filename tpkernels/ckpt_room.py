@@ -114,7 +114,7 @@ def _remove_left_overs(parent: Path, published: str = "") -> None:
     for left in parent.glob(f"{SAVING}*"):
         name = left.name.removeprefix(SAVING)
         replaced = published in (name, name[:-17]) and published != ""  # without the random part, as it once was
-        if replaced or name[-16:-8] == _boot():
+        if replaced or name[-16:-8] == _boot() != NO_LOCK:
             _remove_unless_locked(left, replaced)
 
 

@@ -80,7 +80,7 @@ def _check_own(where: str, own: dict[str, Any]) -> None:
     _need(_is_map(tensors) and all(map(_is_map, tensors.values())), f"{where}['tensors']", "{name: kind}", tensors)
     _need("aggregator" in own, where, "with an aggregator, or null", list(own))
     for name, kind in tensors.items():
-        known = kind.get("dtype") in DTYPE_NAMES if isinstance(kind.get("dtype"), str) else False
+        known = isinstance(kind.get("dtype"), str) and kind["dtype"] in DTYPE_NAMES
         _need(known and is_shape(kind.get("shape")), f"{where}['tensors'][{name!r}]", "a dtype and a shape", kind)
     _need("rng/cpu" in tensors, f"{where}['tensors']", "with rng/cpu among them", list(tensors))
 

@@ -243,9 +243,8 @@ def _from_folder(
                     raise CheckpointError(f"it gives {name}, which the model lacks")
                 yield name, tuple(tensor.shape), _ranges_of(tensor)
 
-    return supply(), [
-        name for name in missing if isinstance(state[name], nn.Parameter)
-    ]  # buffers are as they were built
+    fresh = [name for name in missing if isinstance(state[name], nn.Parameter)]  # buffers are as they were built
+    return supply(), fresh
 
 
 def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:

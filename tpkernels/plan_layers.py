@@ -151,9 +151,7 @@ def cut_module(
         attributes: set on the module.
     """
     cut = cast(CutModule, module)
-    vars(module).pop(
-        "forward", None
-    )  # the class's own, bound, where something that was set on the instance was taken away
+    vars(module).pop("forward", None)  # the class's own, which a hook that was removed has left on the instance
     object.__setattr__(module, "__class__", cut_class(cast(Any, type(module)), cast(Any, style), summed))
     cut.group = group
     cut._place = (group.rank, group.world_size)

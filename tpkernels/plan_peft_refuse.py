@@ -27,7 +27,7 @@ def refuse_adapters(top: nn.Module) -> None:
     for name, module in modules.items():
         if isinstance(module, CutModule):
             for prefix in (name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)):
-                _refuse_around(prefix, modules[prefix], name, module, modules)
+                _refuse_around(prefix, modules[prefix], name, modules)
     for name, module in modules.items():
         base = getattr(module, "base_layer", None)
         if isinstance(base, (Column, Row)):
@@ -51,7 +51,7 @@ def refuse_prompts(model: nn.Module) -> None:
             )
 
 
-def _refuse_around(prefix: str, outer: nn.Module, name: str, inner: CutModule, modules: dict[str, nn.Module]) -> None:
+def _refuse_around(prefix: str, outer: nn.Module, name: str, modules: dict[str, nn.Module]) -> None:
     """Refuse a module of peft around a cut one, unless it is known to compute the same with parts."""
     if not type(outer).__module__.startswith("peft."):
         return

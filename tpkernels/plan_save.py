@@ -78,7 +78,6 @@ class SavePretrained:
                 "save_pretrained: path_initial_model_for_weight_conversion does not work on a cut model: save as it "
                 "is, load into an uncut model, and convert there"
             )
-        group = self.group
         group.barrier()  # a rank that calls alone must not find out only when its file is written
         state = state or full_state_dict(model, group, _to_save(model))
         with raise_together(group, CheckpointError, f"save_pretrained {save_directory}"):

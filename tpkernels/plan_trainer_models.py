@@ -1,4 +1,4 @@
-"""The models of a trainer: their heads, for losses that multiply by the weight themselves, and a reference model.
+"""What `fit_trainer` changes of a trainer beside saving and replicas: heads, a reference, checks, counts, schedulers.
 
 Fused losses (those of TRL, of Liger) never call the head: they take hidden states and `lm_head.weight`. While a
 trainer that `fit_trainer` made right computes a step, the weight of a cut head is therefore whole for whoever reads it:
@@ -7,24 +7,21 @@ gathered once a step, and its gradient is this rank's rows. The head's own forwa
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tpkernels import ops
+from tpkernels.data_parallel import check_replicas
 from tpkernels.group import Group
-from tpkernels.layers import rng_state
 from tpkernels.layers.base import gather
 from tpkernels.plan import parallelize
 from tpkernels.plan_layers import Column, cut_class
-from tpkernels.plan_styles import PlanError
 from tpkernels.shard import full_shape
 
 
@@ -147,7 +144,7 @@ def _models_of(trainer: Any) -> Iterator[nn.Module]:
 
 
 class SameSteps:
-    """Checks at the first step of a training that the ranks of a replica have the same batch and random numbers."""
+    """Checks at the first step of a training that the ranks of a replica have the same parameters, batch and seeds."""
 
     def __init__(self, trainer: Any, group: Group) -> None:
         self._trainer, self._group, self._state = trainer, group, None
@@ -158,39 +155,13 @@ class SameSteps:
         """One step.
 
         Raises:
-            PlanError: they differ; a replica whose ranks learn from different sequences learns nonsense.
+            RankMismatchError: they differ; names what and the ranks.
         """
         if self._state is not self._trainer.state:  # a new one for each training
-            self._check(inputs)
+            check_replicas(model, group=self._group, batch=inputs, rng=True, buffers=False)
             self._state = self._trainer.state
         step: Tensor = self._step(model, inputs, *args, **kwargs)
         return step
-
-    def _check(self, inputs: Any) -> None:
-        leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
-        for what, values, instead in (
-            ("see the same batches", leaves, "give all ranks the same data and seed"),
-            (
-                "draw the same random numbers",
-                rng_state().values(),
-                "seed all alike, and draw nothing on some only",
-            ),
-        ):
-            if len(set(digests := self._group.exchange_sizes(_digest(values)))) > 1:
-                raise PlanError(
-                    f"fit_trainer: the ranks of a replica must {what}, got digests {digests} in rank order: {instead}"
-                )
-
-
-def _digest(values: Iterable[Any]) -> int:
-    digest = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten()
-            digest = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), digest)
-        elif isinstance(value, str | int | float):
-            digest = zlib.crc32(repr(value).encode(), digest)
-    return digest
 
 
 def _inside(whole: WholeHeads, step: Callable[..., Any]) -> Callable[..., Any]:

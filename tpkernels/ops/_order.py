@@ -27,10 +27,6 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 _RECOMPUTED = "recompute"  # what activation checkpointing says of a node to the partitioner
 _Checkpointing = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", None)
 
-# All that the code of a graph with effects depends on is in the graph, as in any other; torch, which does not say so,
-# would compile it anew in every process.
-with_effects._cacheable = True
-
 
 def communicates(*names: str) -> None:
     """Register that ops meet other ranks. An op that writes to its arguments cannot be one: see `all_reduce_`."""
@@ -44,6 +40,9 @@ def communicates(*names: str) -> None:
 
 def _traced(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """What happens when AOTAutograd traces a call."""
+    # All that the code of a graph with effects depends on is in the graph, as in any other; torch, which does not say
+    # so, would compile it anew in every process.
+    with_effects._cacheable = True
     inductor = sys.modules.get("torch._inductor.lowering")  # imported by now where it is the backend
     if inductor is not None and op not in inductor.lowerings:
         inductor.register_lowering(op, type_promotion_kind=None)(_lowered(op, inductor))

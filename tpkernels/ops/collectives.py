@@ -144,7 +144,7 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
         return x.copy_(Call.all_reduce(x, group.name, group.world_size, op, codec))
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
-    if not is_compiling() and x.is_neg():  # a negated view: torch has no way to let an op without a result write to it
+    if x.is_neg():  # a negated view: torch has no way to let an op without a result write to it
         y = x.resolve_neg()
         Call.all_reduce_(y, group.name, group.world_size, op, codec)
         return x.copy_(y)

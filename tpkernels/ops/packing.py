@@ -216,7 +216,7 @@ def reduce_scatter_packed(
     check_size(name, "numel", numel)
     parts = [_part(numel, group.world_size, r) for r in range(group.world_size)]
     expected = sum(wire_bytes(codec, part, dtype.itemsize) for part in parts)
-    _check_bytes(name, wire, expected, parts)
+    _check_bytes(name, wire, expected, parts, in_parts=True)
     call = (group.name, group.world_size, group.rank, op, codec)
     return Call.reduce_scatter_packed(wire, numel, dtype, *call)  # type: ignore[no-any-return]
 
@@ -293,15 +293,14 @@ def _check_shape(name: str, shape: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _check_bytes(name: str, wire: Tensor, expected: int, sizes: list[int]) -> None:
-    """`sizes`: of the values that the wire is to hold, for the text."""
+def _check_bytes(name: str, wire: Tensor, expected: int, sizes: list[int], *, in_parts: bool = False) -> None:
+    """Raise ValueError unless a wire has the bytes of values of that shape, or of packed parts of these many values."""
     if wire.dtype != torch.uint8 or wire.dim() != 1:
         raise ValueError(
             f"{name}: wire must be uint8 with one dim, got {names([wire.dtype])} of shape {list(wire.shape)}"
         )
     if wire.numel() != expected:
-        parts = name == "reduce_scatter_packed"
-        what = f"{sum(sizes)} values in {len(sizes)} packed parts" if parts else f"shape {sizes}"
+        what = f"{sum(sizes)} values in {len(sizes)} packed parts" if in_parts else f"shape {sizes}"
         raise ValueError(f"{name}: wire must have {expected} bytes for {what}, got {wire.numel()}")
 
 
