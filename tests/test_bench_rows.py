@@ -129,7 +129,7 @@ def test_the_suite_says_so_to_every_run(monkeypatch: pytest.MonkeyPatch) -> None
         suite.main(["all_reduce", "train_step"], keep=keep, repeat=1, wait=0.0)
     folders = [Path(command[command.index("--out") + 1]).parent for command in commands]
     half = len(folders) // 2
-    assert folders == [rows.MINE] * half + [rows.RESULTS] * half
+    assert half and folders == [rows.MINE] * half + [rows.RESULTS] * half
 
 
 def test_what_is_not_kept_is_not_in_git() -> None:

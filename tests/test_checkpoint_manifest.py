@@ -69,6 +69,7 @@ def test_a_changed_manifest_is_a_clear_error_and_changes_nothing(tmp_path: Path,
     optimizer = adamw(model)
     learn(model, optimizer, range(1))
     folder = checkpoint.save(model, tmp_path / "one", optimizer=optimizer, step=1, extra={"note": [1]})
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
     folder = folder if tp == 1 else checkpoint.reshard(folder, tmp_path / "two", tp=2)
     learn(model, optimizer, range(1))
     before, manifest = [copy.deepcopy(v) for v in state_of(model, optimizer)], read_manifest(folder)
@@ -85,6 +86,8 @@ def test_a_changed_manifest_is_a_clear_error_and_changes_nothing(tmp_path: Path,
         else:  # what was changed is of no account, or an option or a number of another value: the tensors are right
             model, optimizer = small_gpt(resolve(None)), adamw(model)
             checkpoint.load(model, folder)
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, saved[name]), name
             optimizer = adamw(model)
             learn(model, optimizer, range(1))
             learn(model, optimizer, range(1))

@@ -55,18 +55,26 @@ def check_signals(transport: str, connections: bool) -> None:
         # Many, at any moment of many calls.
         struck = 0
         for i in range(150):
+            x, calls, raised = torch.full((20_000,), rank + 1.0), group.stats()["calls"], 0
             try:
                 if rank == 0:
                     signal.setitimer(signal.ITIMER_REAL, 0.0003)
-                ops.all_reduce(torch.full((20_000,), rank + 1.0), group=group)
+                elif i % 2:
+                    come_late(0.003)  # a call of 80 KB may end before the signal comes
+                ops.all_reduce(x, group=group)
             except Struck:
-                struck += 1
+                raised += 1
             finally:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 except Struck:
-                    struck += 1
-            assert rank == 0 or struck == 0, i
+                    raised += 1
+            assert rank == 0 or raised == 0, i
+            if group.stats()["calls"] == calls:  # the signal came before the call
+                ops.all_reduce(x, group=group)
+            else:
+                struck += raised
+        assert rank or struck, "no signal came during a call"
         check_total(group, 9)
         group.close()
     finally:

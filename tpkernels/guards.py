@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import sys
 import zlib
@@ -260,13 +259,14 @@ class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
         """The spec that the others give, with one thing more to do when the module is executed."""
         if name not in self._waiting:
             return None
-        self._waiting.discard(name)
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_watch(module: ModuleType) -> None:
                 execute(module)
+                self._waiting.discard(name)
                 _watch(module)
 
             spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
