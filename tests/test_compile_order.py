@@ -245,7 +245,7 @@ def test_graphs_from_a_cache_that_ranks_share_keep_the_order(tmp_path: Path) -> 
 
 
 def test_without_effects_the_order_is_lost() -> None:
-    with pytest.raises(RankError):
+    with pytest.raises(RankError, match=r"Tensor-likes are not close|RankMismatchError"):
         run_ranks(check_without_effects, 2, fresh=True)
 
 

@@ -23,8 +23,8 @@ from tpkernels.settings import Settings
 from tpkernels.testing import run_ranks
 from tpkernels.testing.cases import CASES
 
-WARM_UP, CALLS = 20, 100
-PER_CALL = 16  # bytes: below the smallest block of malloc (24), so that nothing can be lost at each call
+WARM_UP, CALLS = 20, 300
+PER_CALL = 16  # bytes: 300 of these and APART are less than 300 of the smallest block of malloc (32 with its header)
 APART = 4096  # bytes that are not lost: tables that grew, blocks that a thread keeps for itself
 
 Use = Callable[[], Any]

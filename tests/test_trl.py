@@ -76,17 +76,36 @@ def dpo(model: Any, folder: str, **options: Any) -> Any:
     return DPOTrainer(model=model, ref_model=reference, args=given, train_dataset=pairs(), processing_class=tokenizer())
 
 
-def grpo(model: Any, folder: str, **options: Any) -> Any:
+def kto(model: Any, folder: str, **options: Any) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
+    given = KTOConfig(folder, max_length=24, **(COMMON | options))
+    reference = copy.deepcopy(model)
+    return KTOTrainer(model=model, ref_model=reference, args=given, train_dataset=pairs(), processing_class=tokenizer())
+
+
+def with_rewards(trainer: Any, config: Any, model: Any, folder: str, **options: Any) -> Any:
     """With a reference from disk, which TRL loads whole."""
-    from trl import GRPOConfig, GRPOTrainer
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(completion))) for completion in completions]
 
     sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "beta": 0.1}
-    given = GRPOConfig(folder, temperature=1.0, **(COMMON | sizes | options))
+    given = config(folder, temperature=1.0, **(COMMON | sizes | options))
     data = pairs().select_columns("prompt")
-    return GRPOTrainer(model=model, reward_funcs=reward, args=given, train_dataset=data, processing_class=tokenizer())
+    return trainer(model=model, reward_funcs=reward, args=given, train_dataset=data, processing_class=tokenizer())
+
+
+def grpo(model: Any, folder: str, **options: Any) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return with_rewards(GRPOTrainer, GRPOConfig, model, folder, **options)
+
+
+def rloo(model: Any, folder: str, **options: Any) -> Any:
+    from trl import RLOOConfig, RLOOTrainer
+
+    return with_rewards(RLOOTrainer, RLOOConfig, model, folder, **options)
 
 
 def reward(model: Any, folder: str, **options: Any) -> Any:
@@ -132,7 +151,7 @@ def logs_are_those_of_the_uncut_model(make: Any, folder: str) -> None:
         assert want[0]["grad_norm"] > 0 or want[1]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("make", [sft, dpo, grpo, reward], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, reward], ids=lambda make: make.__name__)
 def test_trainers_of_trl_log_what_they_log_of_the_uncut_model(make: Any, tmp_path: Path) -> None:
     run_ranks(logs_are_those_of_the_uncut_model, 2, make, str(tmp_path))
 
