@@ -155,6 +155,8 @@ def digest(tensors: dict[str, Tensor]) -> dict[str, str]:
 def check_alike(model: nn.Module, group: Group, label: str, loss: Callable[[nn.Module], Tensor] = loss_of) -> None:
     """After steps all replicated parameters, losses and generators are the same bits on all ranks."""
     torch.manual_seed(5)
+    with torch.no_grad():
+        assert float(loss(model)) != float(loss(model)), f"{label}: nothing drops"
     step = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for _ in range(2):

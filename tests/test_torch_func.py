@@ -59,9 +59,9 @@ def calls(group: Group) -> dict[str, Callable[[Tensor], Tensor]]:
         "gemm_reduce_scatter": lambda x: ops.gemm_reduce_scatter(x, w, group=group),
         "all_gather_gemm": lambda x: ops.all_gather_gemm(x, w, group=group, dim_size=2 * R * R),
         "replicated_gemm": lambda x: ops.replicated_gemm(x, w, group=group),
-        "add_norm": lambda x: ops.all_reduce_add_rms_norm(x, x, w[0], group=group)[0],
-        "cross_entropy": lambda x: ops.vocab_cross_entropy(x, ids, group=group, vocab_size=6 * R),
-        "embedding": lambda x: ops.vocab_embedding(ids, x, group=group, vocab_size=2 * R * R),
+        "all_reduce_add_rms_norm": lambda x: ops.all_reduce_add_rms_norm(x, x, w[0], group=group)[0],
+        "vocab_cross_entropy": lambda x: ops.vocab_cross_entropy(x, ids, group=group, vocab_size=6 * R),
+        "vocab_embedding": lambda x: ops.vocab_embedding(ids, x, group=group, vocab_size=2 * R * R),
     }
 
 
@@ -90,7 +90,7 @@ def check_what_is_refused() -> None:
                 lambda call=call: jvp(call, (x,), (x,)),
             ]
             for transform in transforms:
-                with pytest.raises(NotImplementedError, match=rf"^{name.split()[0]}|^all_reduce|^vocab"):
+                with pytest.raises(NotImplementedError, match=rf"^{name.split()[0]}\b"):
                     transform()
         call = calls(group)["all_reduce"]
         assert torch.equal(grad(lambda t: (t * call(x)).sum())(x), call(x)), "x is no variable here"
