@@ -316,6 +316,8 @@ def a_module_that_is_loaded_late_is_watched() -> None:
         module = importlib.import_module(name)
         for path in checks:
             assert operator.attrgetter(path)(module).tpk_guard, f"{name}: {path}"
+    again = importlib.reload(sys.modules["torch.distributed.algorithms.model_averaging.utils"])
+    assert again.average_parameters.tpk_guard
 
 
 @pytest.mark.parametrize(

@@ -250,14 +250,11 @@ def _check_before(owner: Any, name: str, function: Callable[..., Any], check: Ca
 class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
     """Finds nothing itself; a module that is to be watched is, as soon as it is there."""
 
-    def __init__(self) -> None:
-        self._waiting = CHECKS.keys() - sys.modules.keys()
-
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that the others give, with one thing more to do when the module is executed."""
-        if name not in self._waiting:
+        if name not in CHECKS:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
@@ -266,7 +263,6 @@ class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
 
             def execute_and_watch(module: ModuleType) -> None:
                 execute(module)
-                self._waiting.discard(name)
                 _watch(module)
 
             spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
