@@ -148,7 +148,7 @@ def candidates_of(
     dist.init_process_group("gloo")
     from tpkernels import Group
     from tpkernels.generate.sampling import share
-    from tpkernels.plan import parallelize
+    from tpkernels.plan.api import parallelize
 
     group = Group.open(timeout_s=WAIT_S)
     model = parallelize(make_model(even, dtype, folder=folder), group=group)

@@ -18,8 +18,8 @@ from bench.gpu_ranks import VirtualRanks, in_rank_order
 from bench.gpu_timing import GpuCell, graph_of
 from bench.timing import Candidate
 from tpkernels import ops
+from tpkernels.comm.group import Group
 from tpkernels.compress import wire_bytes
-from tpkernels.group import Group
 
 MIB = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

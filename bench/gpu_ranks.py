@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpkernels.devices import load_cuda
-from tpkernels.group import Group
+from tpkernels.comm.devices import load_cuda
+from tpkernels.comm.group import Group
 
 # Before CUDA starts: streams must not share a work queue, and no kernel may be loaded while another waits for it.
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}

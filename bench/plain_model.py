@@ -1,4 +1,4 @@
-"""The baseline of the training step: the parts of tpkernels.gpt written as one would with torch.distributed alone.
+"""The baseline of the training step: tpkernels.train.gpt's parts, written with torch.distributed alone.
 
 F.linear and gloo collectives, cut like Megatron-LM's layers (Shoeybi et al. 2019, arXiv:1909.08053), with what makes
 those fast: the input gradient of a column-parallel linear travels (async_op) while the weight gradient is computed.
@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpkernels.gpt import Parts
 from tpkernels.shard import ShardInfo, mark_shard, part
+from tpkernels.train.gpt import Parts
 
 
 def plain_parts() -> Parts:

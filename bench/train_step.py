@@ -1,8 +1,8 @@
 """Tokens/s of the main job's training step against the same model on F.linear and gloo: `python -m bench.train_step`.
 
-Both are tpkernels.gpt in the same rank processes, with the same optimizer, clipping and batches; only the parts differ
-(bench/plain_model.py). Verified before and after: from the same seed, the loss and gradient norm of the fourth step,
-which three updates have shaped, must be those of one uncut process within the bound of tpkernels.parity.
+Both are tpkernels.train.gpt in the same rank processes, with the same optimizer, clipping and batches; only the parts
+differ (bench/plain_model.py). Verified before and after: from the same seed, the loss and gradient norm of the fourth
+step, which three updates have shaped, must be those of one uncut process within the bound of tpkernels.train.parity.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from bench.run import complete, wait_until_quiet
 from bench.table import digits, under
 from bench.timing import Candidate, measure, slowest
 from tpkernels import Group
-from tpkernels.data import Corpus, open_corpus
-from tpkernels.gpt import Parts, sharded_parts, whole_parts
-from tpkernels.parity import rounding
-from tpkernels.settings import Settings
-from tpkernels.train import Trainer
+from tpkernels.train.data import Corpus, open_corpus
+from tpkernels.train.gpt import Parts, sharded_parts, whole_parts
+from tpkernels.train.parity import rounding
+from tpkernels.train.settings import Settings
+from tpkernels.train.trainer import Trainer
 
 TOTAL = 1000  # of the schedule; the rate plays no part in the time
 CHECKED = 4  # steps from the start until the result is compared

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import tpkernels as tpk
-from tpkernels.devices import cuda_facts, obstacle_to_cuda
+from tpkernels.comm.devices import cuda_facts, obstacle_to_cuda
 
 
 def missing() -> str | None:

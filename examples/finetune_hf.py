@@ -23,8 +23,8 @@ import typer
 from torch import Tensor
 
 import tpkernels as tpk
+from tpkernels.comm.layout import Layout, open_layout, rows_of
 from tpkernels.generate.load import load
-from tpkernels.layout import Layout, open_layout, rows_of
 
 HERE = Path(__file__).resolve().parents[1]
 KINDS = {".txt", ".md", ".py"}

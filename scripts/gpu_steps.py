@@ -59,7 +59,7 @@ STEPS = (
     # Each in a process of its own: a kernel that fails takes the rest of its process along.
     Step("local", PYTEST, 60.0, LOCAL),
     Step("virtual", PYTEST, 90.0, ("tests/gpu/test_virtual.py",)),
-    Step("fused", PYTEST, 60.0, ("tests/test_fused_path.py",)),
+    Step("fused", PYTEST, 60.0, ("tests/ops/test_fused_path.py",)),
     Step("cupy", PYTEST, 30.0, ("tests/gpu/test_cupy.py",)),
     Step("two_processes", PYTEST, 60.0, ("tests/gpu/test_two_processes.py",),
          environment={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}),

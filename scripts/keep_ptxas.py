@@ -1,7 +1,7 @@
 """Run a compiler command and keep what it said beside the object it made, as OBJECT.ptxas.
 
 CMake puts this in front of nvcc with TPKERNELS_CUDA_REPORT: a build that compiles nothing anew says nothing, and still
-the report of every kernel is there for tests/test_cuda_build.py.
+the report of every kernel is there for tests/project/test_cuda_build.py.
 """
 
 from __future__ import annotations

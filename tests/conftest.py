@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tpkernels.devices import load_cuda
+from tests.harness.thread_team import end_resting_thread_teams
+from tpkernels.comm.devices import load_cuda
 from tpkernels.generate.load import load_whole
 from tpkernels.testing.spawn import end_resting_teams
-from tpkernels.testing.thread_team import end_resting_thread_teams
 
 SHM = "/dev/shm"
 

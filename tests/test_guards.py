@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from op_tools import raised
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from tests.harness.ops import raised
 from tpkernels import one_replica, parallelize
+from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator
-from tpkernels.group import Group
 from tpkernels.guards import CHECKS
 from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
 from tpkernels.testing import run_ranks
@@ -282,7 +282,8 @@ def a_scaler_skips_on_all_ranks_or_on_none() -> None:
 
 def the_trainer_alone_is_refused_or_right(folder: str) -> None:
     import transformers
-    from parallelize_tools import ids, tiny
+
+    from tests.harness.parallelize import ids, tiny
 
     rows = [{"input_ids": row, "labels": row} for row in ids(8)]
     options: dict[str, Any] = {

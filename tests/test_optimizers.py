@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from op_tools import raised
 from torch import Tensor, nn
 
+from tests.harness.ops import raised
 from tpkernels import optimizers
+from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
-from tpkernels.group import Group
 from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks

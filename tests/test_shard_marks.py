@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from parallelize_tools import close, ids, tiny
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from tests.harness.parallelize import close, ids, tiny
 from tpkernels import checkpoint, layers, parallelize
+from tpkernels.comm.group import Group
 from tpkernels.data_parallel import clip_grad_norm_
-from tpkernels.group import Group
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 

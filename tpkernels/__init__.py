@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import torch as _torch  # the extension needs libtorch in the process
-
-from tpkernels import _C as _C
-from tpkernels.errors import PeerLostError, RankMismatchError
-
-_C.set_error_types(RankMismatchError, PeerLostError)
-_C.set_onednn_available(_torch._C._has_mkldnn)
-
-from tpkernels import (  # noqa: E402
-    checkpoint,
-    compress,
-    data_parallel,
-    generate,
-    guards,
-    hf,
-    layers,
-    ops,
-    optimizers,
-    shard,
+from tpkernels import checkpoint, compress, data_parallel, generate, guards, hf, layers, ops, optimizers, plan, shard
+from tpkernels._build import build_info
+from tpkernels.comm.explain import Explanation
+from tpkernels.comm.group import Group
+from tpkernels.data_parallel import check_replicas
+from tpkernels.errors import (
+    CheckpointError,
+    DeriveError,
+    PeerLostError,
+    PlanError,
+    RankMismatchError,
+    UnequalGroupsError,
+    UserError,
 )
-from tpkernels._build import build_info  # noqa: E402
-from tpkernels.data_parallel import check_replicas  # noqa: E402
-from tpkernels.group import Explanation, Group  # noqa: E402
-from tpkernels.plan import Plan, parallelize  # noqa: E402
-from tpkernels.plan_peft import cut_adapters  # noqa: E402
-from tpkernels.plan_trainer import fit_trainer, one_replica  # noqa: E402
+from tpkernels.hf import fit_trainer, one_replica
+from tpkernels.plan import Plan, PlanReport, cut_adapters, parallelize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "DeriveError",
     "Explanation",
     "Group",
     "PeerLostError",
     "Plan",
+    "PlanError",
+    "PlanReport",
     "RankMismatchError",
+    "UnequalGroupsError",
+    "UserError",
     "build_info",
     "check_replicas",
     "checkpoint",
@@ -52,5 +48,6 @@ __all__ = [
     "ops",
     "optimizers",
     "parallelize",
+    "plan",
     "shard",
 ]

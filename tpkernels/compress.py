@@ -1,4 +1,4 @@
-"""The codecs: how values are packed on the wire. Names and sizes come from the C++ list (csrc/codec/codec.h).
+"""The codecs: how values are packed on the wire. Names and sizes come from the C++ list (csrc/core/codec/codec.h).
 
 When one pays: packing costs a core 0.3 to 0.7 ns a value of an all_reduce (1 MiB between two ranks, all of it: bf16
 0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. Where ranks share memory every codec
@@ -9,7 +9,7 @@ bench/results/codecs.jsonl, codec_moves.jsonl, study/.
 
 from __future__ import annotations
 
-from tpkernels import _C
+from tpkernels._native import _C
 
 _BLOCKS: dict[str, tuple[int, int]] = {name: (values, nbytes) for name, values, nbytes in _C.codecs()}
 

@@ -20,3 +20,23 @@ class PeerLostError(RuntimeError):
 
     The text names the rank and the last call it made. The group is broken: every later call raises the same error.
     """
+
+
+class UserError(ValueError):
+    """Something the user can put right; the text is one sentence that says what to change."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; the text says which, why, and what to do."""
+
+
+class PlanError(ValueError):
+    """A plan does not fit the model, or a model cannot be cut; the text names the modules and says why."""
+
+
+class DeriveError(ValueError):
+    """No plan can be derived for a model; the text names the module and says why."""
+
+
+class UnequalGroupsError(RuntimeError):
+    """Ranks belong to different numbers of process groups, so that torch can make no more for some of them only."""

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
+from tpkernels.comm.group import Group, find
+from tpkernels.comm.objects import is_cut_among
 from tpkernels.data_parallel.clip import total_norm
 from tpkernels.data_parallel.scaling import agree_on_overflow
-from tpkernels.group import Group, find
 from tpkernels.layers.base import marked_shards
-from tpkernels.ranks import is_cut_among
 from tpkernels.shard import ShardInfo, at_first_mark, shard_info
 
 Arguments = dict[str, Any]

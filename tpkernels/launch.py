@@ -18,8 +18,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tpkernels.group import Group
-from tpkernels.layout import Layout, enough_memory, open_layout
+from tpkernels.comm.group import Group
+from tpkernels.comm.layout import Layout, enough_memory, open_layout
 
 
 def under_torchrun() -> bool:

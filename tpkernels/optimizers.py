@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, optim
 
 from tpkernels import ops
+from tpkernels.comm.group import Group, find
 from tpkernels.errors import RankMismatchError
-from tpkernels.group import Group, find
 from tpkernels.shard import ShardInfo, at_first_mark, mark_shard, shard_info
 
 ELEMENTWISE: set[type[optim.Optimizer]] = {

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from bench.study.methods import DDPTrainer, Method, make, settings_of
 from tpkernels import ops
+from tpkernels.comm.layout import Layout, rows_of
 from tpkernels.compress import CODECS
-from tpkernels.data import Corpus, open_corpus, validation_batches
-from tpkernels.layout import Layout, rows_of
-from tpkernels.settings import Settings
-from tpkernels.train import Trainer
+from tpkernels.train.data import Corpus, open_corpus, validation_batches
+from tpkernels.train.settings import Settings
+from tpkernels.train.trainer import Trainer
 
 Row = dict[str, Any]
 VALIDATIONS = 32  # batches whose loss is averaged at the end

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.plain_model import clip_grad_norm_ as plain_clip
 from bench.plain_model import plain_parts
+from tpkernels.comm.layout import Layout, rows_of
 from tpkernels.compress import CODECS
-from tpkernels.data import Corpus
-from tpkernels.gpt import GPT, sharded_parts
-from tpkernels.layout import Layout, rows_of
-from tpkernels.settings import GRAD_CODECS, GRAD_MODES, Settings
-from tpkernels.train import Trainer
+from tpkernels.train.data import Corpus
+from tpkernels.train.gpt import GPT, sharded_parts
+from tpkernels.train.settings import GRAD_CODECS, GRAD_MODES, Settings
+from tpkernels.train.trainer import Trainer
 
 LAYOUTS = {"dp2": (1, 2), "tp2": (2, 1), "tp2dp2": (2, 2)}  # (tp, dp)
 POWER_RANK = 4  # of PowerSGD's approximation

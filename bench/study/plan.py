@@ -12,7 +12,7 @@ from typing import Any
 from bench.rows import circumstances
 from bench.study import links, rows, session
 from bench.study.methods import LAYOUTS, Method, methods
-from tpkernels.settings import Settings
+from tpkernels.train.settings import Settings
 
 # Of the runs for the loss: a third of the parameters of `make run`, so that three seeds of everything take an hour.
 SMALL = Settings(layers=3, d_model=160, heads=4, context=64, batch=8, warmup=40)

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from bench.study import cells
 from bench.study.methods import LAYOUTS, Method, methods
-from tpkernels.group import Group
-from tpkernels.layout import Layout
-from tpkernels.settings import Settings
+from tpkernels.comm.group import Group
+from tpkernels.comm.layout import Layout
+from tpkernels.train.settings import Settings
 
 TIMEOUT = timedelta(minutes=5)
 

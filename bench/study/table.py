@@ -16,8 +16,8 @@ from bench.study.links import LOOPBACK, RATES
 from bench.study.methods import LAYOUTS, POWER_RANK, POWER_START, methods
 from bench.study.plan import FULL, SMALL
 from bench.study.rows import Row, select
-from tpkernels.gpt import GPT, GPTConfig, whole_parts
-from tpkernels.settings import Settings
+from tpkernels.train.gpt import GPT, GPTConfig, whole_parts
+from tpkernels.train.settings import Settings
 
 LINKS = (LOOPBACK, *RATES)
 TITLES = {

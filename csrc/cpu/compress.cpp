@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../torch_side/packing.h"
-#include "feedback.h"
+#include "core/feedback.h"
 
 namespace tpk {
 namespace {

@@ -3,8 +3,8 @@
 // 0, and in the backward the gradient of x under way while the gradient of w is computed.
 #include "../torch_side/fused_gemm.h"
 
-#include "../arena.h"
 #include "../torch_side/collectives.h"
+#include "core/arena.h"
 #include "gemm.h"
 
 namespace tpk {

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <tuple>
 
-#include "gemv.h"
+#include "cpu/loops/gemv.h"
 
 // torch's own door to its oneDNN linear for compiled programs; absent where torch has no oneDNN. As an op,
 // mkldnn::_linear_pointwise, it takes two strings, and loses them at each call (torch_side/text.h).

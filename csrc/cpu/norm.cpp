@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../torch_side/collectives.h"
-#include "norm_rows.h"
+#include "cpu/loops/norm_rows.h"
 
 namespace tpk {
 namespace {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "../torch_side/collectives.h"
+#include "cpu/loops/softmax.h"
 #include "gemm.h"
-#include "softmax.h"
 
 namespace tpk {
 namespace {

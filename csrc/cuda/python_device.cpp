@@ -1,8 +1,8 @@
 #include "python_device.h"
 
-#include "../check.h"
-#include "device_group.h"
-#include "peer_communicator.h"
+#include "core/check.h"
+#include "cuda/comm/device_group.h"
+#include "cuda/comm/peer_communicator.h"
 #include "stream.h"
 
 namespace tpk::cuda {

@@ -1,9 +1,9 @@
 // How the rows of a fused GEMM are cut into parts, and what the parts send. Shared by its forward and its backward.
 #pragma once
 
-#include "../specs.h"
 #include "../torch_side/collectives.h"
-#include "device_communicator.h"
+#include "core/specs.h"
+#include "cuda/comm/device_communicator.h"
 #include "gemm.h"
 
 namespace tpk::cuda {

@@ -1,6 +1,6 @@
 #include "stream.h"
 
-#include "device_communicator.h"
+#include "cuda/comm/device_communicator.h"
 
 #if defined(TPK_EMU)
 #include <exception>

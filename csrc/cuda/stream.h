@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../torch_side/backend.h"
-#include "runtime.h"
+#include "cuda/comm/runtime.h"
 
 namespace tpk::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../specs.h"
+#include "core/specs.h"
 
 namespace tpk {
 

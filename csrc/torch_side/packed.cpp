@@ -2,8 +2,8 @@
 //
 // Such a call is the op without `packed` in its name, fingerprint and counters included: the same bytes travel, so that
 // a rank whose input is packed meets ranks whose inputs are not.
-#include "../specs.h"
 #include "compress.h"
+#include "core/specs.h"
 #include "packing.h"
 
 namespace tpk {

@@ -14,11 +14,11 @@
 #include <utility>
 #include <vector>
 
-#include "../check.h"
-#include "../codec/half.h"
-#include "../communicator.h"
-#include "../shapes.h"
-#include "../types.h"
+#include "core/check.h"
+#include "core/codec/half.h"
+#include "core/communicator.h"
+#include "core/shapes.h"
+#include "core/types.h"
 #include "text.h"
 
 namespace tpk {

@@ -4,8 +4,8 @@
 // the one right answer, to the bit. With others the reference is fp64, and the tolerance what rounding can do.
 #pragma once
 
+#include "cuda/comm/tensor_map.h"
 #include "cuda/kernels/fused_gemm.h"
-#include "cuda/tensor_map.h"
 #include "emu_ranks.h"
 
 namespace tpk::testing {

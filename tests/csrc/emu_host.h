@@ -8,10 +8,10 @@
 #include <functional>
 #include <memory>
 
-#include "cuda/device_group.h"
-#include "cuda/peer_communicator.h"
+#include "core/errors.h"
+#include "cuda/comm/device_group.h"
+#include "cuda/comm/peer_communicator.h"
 #include "emu/control.h"
-#include "errors.h"
 #include "expect.h"
 
 namespace tpk::testing {

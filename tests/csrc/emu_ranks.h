@@ -8,7 +8,7 @@
 #include <memory>
 #include <random>
 
-#include "cpu/wire.h"
+#include "core/wire.h"
 #include "cuda/kernels/kernels.h"
 #include "emu/control.h"
 #include "expect.h"

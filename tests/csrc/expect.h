@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "core/check.h"
 
 namespace tpk::testing {
 

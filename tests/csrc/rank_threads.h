@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "communicator.h"
+#include "core/communicator.h"
 
 namespace tpk {
 

@@ -1,5 +1,5 @@
 // The chooser of the CUDA backend: pure functions, tested without a device.
-#include "cuda/choose.h"
+#include "cuda/comm/choose.h"
 
 #include <set>
 

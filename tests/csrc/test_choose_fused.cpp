@@ -1,5 +1,5 @@
 // When path fused is taken, and how a call is cut then: pure functions, tested without a device.
-#include "cuda/choose_fused.h"
+#include "cuda/comm/choose_fused.h"
 
 #include <set>
 

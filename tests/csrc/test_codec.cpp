@@ -3,8 +3,8 @@
 #include <limits>
 #include <random>
 
-#include "codec/codec.h"
-#include "cpu/wire.h"
+#include "core/codec/codec.h"
+#include "core/wire.h"
 #include "expect.h"
 
 using namespace tpk;

@@ -5,9 +5,9 @@
 #include <limits>
 #include <random>
 
-#include "codec/codec.h"
-#include "cpu/feedback.h"
-#include "cpu/wire.h"
+#include "core/codec/codec.h"
+#include "core/feedback.h"
+#include "core/wire.h"
 #include "expect.h"
 
 using namespace tpk;

@@ -1,7 +1,7 @@
 // The residual add and RMSNorm on emulated devices, fused with the all-reduce and alone, against the CPU's row loops.
 #include <memory>
 
-#include "cpu/norm_rows.h"
+#include "cpu/loops/norm_rows.h"
 #include "emu_local.h"
 
 using namespace tpk;

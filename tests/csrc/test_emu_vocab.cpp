@@ -3,7 +3,7 @@
 #include <limits>
 #include <memory>
 
-#include "cpu/softmax.h"
+#include "cpu/loops/softmax.h"
 #include "emu_local.h"
 
 using namespace tpk;

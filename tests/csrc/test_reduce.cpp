@@ -4,7 +4,7 @@
 #include <limits>
 #include <random>
 
-#include "cpu/wire.h"
+#include "core/wire.h"
 #include "expect.h"
 
 using namespace tpk;

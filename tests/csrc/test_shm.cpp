@@ -5,8 +5,8 @@
 #include <atomic>
 #include <functional>
 
-#include "cpu/shm.h"
-#include "errors.h"
+#include "core/errors.h"
+#include "cpu/transport/shm.h"
 #include "expect.h"
 #include "rank_threads.h"
 

@@ -7,9 +7,9 @@
 #include <functional>
 #include <thread>
 
-#include "cpu/group_transport.h"
-#include "cpu/sockets.h"
-#include "errors.h"
+#include "core/errors.h"
+#include "cpu/transport/group_transport.h"
+#include "cpu/transport/sockets.h"
 #include "expect.h"
 #include "rank_threads.h"
 

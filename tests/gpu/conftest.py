@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from op_tools import place_for
 
-from tpkernels.group import Group
-from tpkernels.testing.thread_team import end_resting_thread_teams
+from tests.harness.ops import place_for
+from tests.harness.thread_team import end_resting_thread_teams
+from tpkernels.comm.group import Group
 
 
 @pytest.fixture(autouse=True)

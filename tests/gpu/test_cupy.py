@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_tools import run_at
 from torch import Tensor
 
+from tests.harness.ops import run_at
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 N = 200_003
 R = 2

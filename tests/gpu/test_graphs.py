@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_tools import run_at, there
 from torch import Tensor
 
+from tests.harness.ops import run_at, there
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 from tpkernels.testing.case import Case, Sizes
 from tpkernels.testing.cases import CASES
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_tools import FLOATS, check_forward, check_gradient
 from torch import Tensor
 
+from tests.harness.ops import FLOATS, check_forward, check_gradient
 from tpkernels import ops
+from tpkernels.comm.group import Group
 from tpkernels.compress import CODECS
-from tpkernels.group import Group
 from tpkernels.testing.case import Case, Sizes
 from tpkernels.testing.cases import CASES, GEMMS
 

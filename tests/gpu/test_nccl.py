@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from tpkernels import ops
-from tpkernels.device_exchange import DeviceExchange
-from tpkernels.devices import load_cuda
-from tpkernels.group import Group
+from tpkernels.comm.device_exchange import DeviceExchange
+from tpkernels.comm.devices import load_cuda
+from tpkernels.comm.group import Group
 from tpkernels.testing.spawn import RankError, call_ranks, report
 
 

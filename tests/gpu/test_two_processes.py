@@ -9,10 +9,10 @@ import os
 
 import pytest
 import torch
-from op_tools import check_forward
 
+from tests.harness.ops import check_forward
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
 from tpkernels.testing.case import Sizes
 from tpkernels.testing.cases import COLLECTIVES, GEMM_ALL_REDUCE

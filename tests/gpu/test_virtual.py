@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_tools import FLOATS, check_forward, check_gradient, place_for, run_at
 from torch import Tensor
 
+from tests.harness.ops import FLOATS, check_forward, check_gradient, place_for, run_at
 from tpkernels import RankMismatchError, ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 from tpkernels.testing.case import Sizes
 from tpkernels.testing.cases import CASES, COLLECTIVES
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 
 from . import checks
 from .buckets import fill_state, state_by_name

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tpkernels import ops
+from tpkernels.comm.group import Group
+from tpkernels.comm.objects import gather, global_ranks, is_cut_among
 from tpkernels.compress import CODECS
-from tpkernels.group import Group
-from tpkernels.ranks import gather, global_ranks, is_cut_among
 from tpkernels.shard import shard_info
 
 from .agree import replicas_agree

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, shard_info
 

@@ -14,9 +14,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from tpkernels import ops
-from tpkernels.group import Group, resolve
-from tpkernels.ops._check import check_codec
-from tpkernels.ranks import global_ranks
+from tpkernels.comm.group import Group, resolve
+from tpkernels.comm.objects import global_ranks
+from tpkernels.ops.checks import check_codec
 
 from .feedback import average_with_feedback
 from .lane import NO_COPY, Lane, open_lane

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from tpkernels.group import Group
-from tpkernels.ranks import private_process_group
+from tpkernels.comm.group import Group
+from tpkernels.comm.objects import private_process_group
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
+from tpkernels.comm.objects import global_ranks, is_cut_among
 from tpkernels.layers.random import rng_state
-from tpkernels.ranks import global_ranks, is_cut_among
 from tpkernels.shard import shard_info
 
-from .agree import Entry, agreement, digest, entries_of
+from .agree import Entry, agreement, entries_of
+from .digest import digest
 
 WHO = "check_replicas"
 

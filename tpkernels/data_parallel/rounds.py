@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 from .buckets import Bucket
 from .dense import State

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 
 def unscale_(

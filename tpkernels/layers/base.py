@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 from tpkernels.shard import Runs, ShardInfo, mark_shard, shard_info
 
 from .parametrized import CutParametrizations, commutes, originals

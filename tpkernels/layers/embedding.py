@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 from .base import Cut, ParallelModule, init_shard_
 from .functions import take_shard

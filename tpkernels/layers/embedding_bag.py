@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 from .embedding import VocabParallelTable
 from .functions import sum_gradient

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpkernels.group import Group, resolve
-from tpkernels.ops._grad import backward_codec, gather_alike
+from tpkernels.comm.group import Group, resolve
+from tpkernels.ops.gradients import backward_codec, gather_alike
 from tpkernels.shard import part
 
 # Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.

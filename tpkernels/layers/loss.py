@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpkernels import ops
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 from .base import ParallelModule
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tpkernels.group import Group
+from tpkernels.comm.group import Group
 
 from .base import ParallelModule
 from .functions import sum_gradient

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tpkernels import ops
+from tpkernels.comm.group import Group, resolve
 from tpkernels.errors import RankMismatchError
-from tpkernels.group import Group, resolve
 from tpkernels.shard import part
 
 from .base import ParallelModule

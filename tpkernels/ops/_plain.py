@@ -4,8 +4,8 @@ A call through the dispatcher of an op whose autograd is registered in Python co
 is needed; straight to the CPU kernel it costs about 4 us. An all_reduce of a few KiB takes 1 us, so this matters.
 
 The short way is right only for plain tensors: no gradient to record, no tracing, no mode, no transform, no profiler
-(which would not see the op). csrc/short_way.cpp asks all of that in a quarter of a microsecond, and runs collectives on
-small contiguous tensors by their pointers; whoever is not plain takes the dispatcher.
+(which would not see the op). csrc/python/fast_path.cpp asks all of that in a quarter of a microsecond, and runs
+collectives on small contiguous tensors by their pointers; whoever is not plain takes the dispatcher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.autograd.forward_ad
 from torch import Tensor, is_grad_enabled, strided
 from torch.compiler import is_compiling
 
-from tpkernels import _C
+from tpkernels._native import _C
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 

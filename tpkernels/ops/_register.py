@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tpkernels import _C as _C  # importing it defines the ops
+from tpkernels._native import _C as _C  # importing it defines the ops
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch._C import _increment_version
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from tpkernels._C import short_all_gather, short_all_reduce, short_all_reduce_, short_reduce_scatter
-from tpkernels.group import Group, resolve
+from tpkernels._native import _C
+from tpkernels.comm.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import (
+from ._order import communicates
+from ._plain import direct, is_plain, shortcut
+from ._register import fake, gradient
+from .checks import (
     REDUCIBLE,
     check_codec,
     check_dim,
@@ -26,11 +29,10 @@ from ._check import (
     check_writable,
     is_transforming,
 )
-from ._grad import backward_codec, gather_alike, replicated
-from ._order import communicates
-from ._plain import direct, is_plain, shortcut
-from ._register import fake, gradient
+from .gradients import backward_codec, gather_alike, replicated
 
+short_all_gather, short_reduce_scatter = _C.short_all_gather, _C.short_reduce_scatter
+short_all_reduce, short_all_reduce_ = _C.short_all_reduce, _C.short_all_reduce_
 Call = torch.ops.tpkernels
 _all_reduce = direct(Call.all_reduce.default)
 _reduce_scatter = direct(Call.reduce_scatter.default)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, is_autocast_enabled
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 
-from ._check import check_codec, check_dim, check_linear, check_size, fits_linear
-from ._grad import backward_codec, replicated
-from ._linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
 from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
+from .checks import check_codec, check_dim, check_linear, check_size, fits_linear
 from .collectives import gather_call, reduce_call, shard_shape, whole_shape, whole_size
+from .gradients import backward_codec, replicated
+from .linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
 
 Call = torch.ops.tpkernels
 _gemm_all_reduce = direct(Call.gemm_all_reduce.default)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, is_autocast_enabled
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 
-from ._check import FLOATS, MULTIPLIABLE, check_codec, check_tensor, names
-from ._grad import replicated
 from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
+from .checks import FLOATS, MULTIPLIABLE, check_codec, check_tensor, names
+from .gradients import replicated
 
 Call = torch.ops.tpkernels
 _all_reduce_add_rms_norm = direct(Call.all_reduce_add_rms_norm.default)

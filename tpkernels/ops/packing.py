@@ -18,13 +18,13 @@ from torch import Tensor
 from torch._C import _increment_version
 from torch.compiler import is_compiling
 
+from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import block_values, wire_bytes
-from tpkernels.group import Group, resolve
 from tpkernels.shard import part_sizes
 
-from ._check import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, check_writable, names
 from ._order import communicates
 from ._register import fake
+from .checks import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, check_writable, names
 
 Call = torch.ops.tpkernels
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tpkernels.group import Group, resolve
+from tpkernels.comm.group import Group, resolve
 from tpkernels.shard import part_size, part_start
 
-from ._check import FLOATS, check_size, check_tensor, names
-from ._grad import replicated
 from ._order import communicates
 from ._plain import are_plain, direct, shortcut
 from ._register import fake, gradient
+from .checks import FLOATS, check_size, check_tensor, names
+from .gradients import replicated
 
 Call = torch.ops.tpkernels
 _IDS = (torch.int64, torch.int32)

@@ -17,16 +17,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from tpkernels import launch
+from tpkernels.comm.group import Group
+from tpkernels.comm.objects import gather
+from tpkernels.errors import UserError
 from tpkernels.generate.decoders import SlotDecoder
 from tpkernels.generate.load import load
-from tpkernels.group import Group
-from tpkernels.ranks import gather
-from tpkernels.settings import UserError
 
 from .app import create_app
+from .channel import follow
 from .engine import Engine
 from .metrics import Metrics
-from .plan import follow
 
 POLL_S = 0.05  # how often a draining server looks whether it is done
 

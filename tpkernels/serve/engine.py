@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.generate import Sampling
 from tpkernels.generate.generator import Running
 from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
-from tpkernels.group import Group
 
+from .channel import Channel, Step, carry_out
 from .metrics import Metrics
-from .plan import Channel, Step, carry_out
 
 STOPPING = "the server is stopping"
 NAN = "the model's logits hold NaN"

@@ -4,7 +4,7 @@
 //   two_shot    rank r sums chunk r of all ranks, then every rank reads the R sums: two waits.
 //   multicast   the switch sums chunk r for rank r and hands the sum to all ranks; needs a multicast mapping.
 //
-// Called by  csrc/cuda/peer_communicator.cpp when choose.h says so.
+// Called by  csrc/cuda/comm/peer_communicator.cpp when choose.h says so.
 // Needs      what peer.cuh needs; multicast: an arena that is mapped through the switch, and sm_90.
 // Order      peer.cuh's. A chunk's owner writes the sum over its own input, which nobody else reads.
 // Sums       fp32 (fp64 in fp64, integers wrapping), ranks 0..R-1, so all ranks hold the same bits. With a codec the

@@ -1,10 +1,10 @@
-// The moves of a wire (cpu/wire.h) on one device: encode, decode, reduce wires, encode with error feedback.
+// The moves of a wire (core/wire.h) on one device: encode, decode, reduce wires, encode with error feedback.
 //
 // Called by  transport `group`, which lets the process group carry the wires, and by gradient compression.
 // Needs      wires of a codec aligned to 16 bytes. An output may be one of the inputs.
 // Sums       fp32 (fp64 in fp64, integers wrapping), in the order of the list, rounded once; codecs to the CPU's bytes.
 // Traffic    each value and each wire is read and written once.
-#include "../../codec/plain.h"
+#include "core/codec/plain.h"
 #include "dispatch.cuh"
 
 namespace tpk::cuda {

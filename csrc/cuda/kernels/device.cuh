@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../../codec/half.h"
+#include "core/codec/half.h"
 #include "launch.h"
 
 namespace tpk::cuda {

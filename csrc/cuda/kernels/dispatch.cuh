@@ -59,7 +59,7 @@ cudaError_t with_coded(DType dtype, Codec codec, Action action) {
   });
 }
 
-// action(Format{}) for what wire_of (cpu/wire.h) reduces; the rest has no meaning and is refused.
+// action(Format{}) for what wire_of (core/wire.h) reduces; the rest has no meaning and is refused.
 template <class Action>
 cudaError_t with_reduction(DType dtype, Codec codec, ReduceOp op, Action action) {
   if (codec != Codec::None) {

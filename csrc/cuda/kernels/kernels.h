@@ -11,8 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../codec/codec.h"
-#include "../../types.h"
+#include "core/codec/codec.h"
+#include "core/types.h"
 #include "peer_limits.h"
 
 namespace tpk::cuda {

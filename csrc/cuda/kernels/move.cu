@@ -4,7 +4,7 @@
 //   all_gather       every rank reads the parts of all others.
 //   barrier          announcements and nothing else.
 //
-// Called by  csrc/cuda/peer_communicator.cpp.
+// Called by  csrc/cuda/comm/peer_communicator.cpp.
 // Needs      what peer.cuh needs. Parts may be uneven and empty, and lie anywhere in the whole tensor (DeviceCut).
 // Order      peer.cuh's; reading from heaps takes one more step, so that nobody changes an input that another still
 // reads. Sums       as all_reduce.cu. The sum is not packed again: it travels no further. Traffic    (R - 1) / R n

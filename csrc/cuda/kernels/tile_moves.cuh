@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "../../codec/sum.h"
+#include "core/codec/sum.h"
 #include "gemm_sm90.cuh"
 
 namespace tpk::cuda {

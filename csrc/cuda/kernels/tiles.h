@@ -13,7 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../codec/half.h"
+#include "core/codec/half.h"
 #include "peer_limits.h"
 
 namespace tpk::cuda {

@@ -18,7 +18,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../../codec/sum.h"
+#include "core/codec/sum.h"
 #include "device.cuh"
 #include "kernels.h"
 

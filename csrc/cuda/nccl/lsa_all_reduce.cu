@@ -7,8 +7,8 @@
 // Traffic  (R - 1) n values into each rank.
 #include "lsa_all_reduce.h"
 
-#include "../../codec/half.h"
-#include "../kernels/launch.h"
+#include "core/codec/half.h"
+#include "cuda/kernels/launch.h"
 
 namespace tpk::cuda {
 namespace {

@@ -5,7 +5,7 @@
 #include <nccl.h>
 #include <nccl_device.h>
 
-#include "../../types.h"
+#include "core/types.h"
 
 namespace tpk::cuda {
 

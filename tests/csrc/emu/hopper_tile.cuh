@@ -5,9 +5,9 @@
 #include <map>
 #include <random>
 
+#include "cuda/comm/tensor_map.h"
 #include "cuda/kernels/hopper.cuh"
-#include "cuda/tensor_map.h"
-#include "emu/planted.h"
+#include "planted.h"
 
 namespace tpk::planted {
 

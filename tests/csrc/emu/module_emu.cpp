@@ -1,10 +1,10 @@
 // The Python module of the emulated backend, for tests: the CUDA backend on emulated devices in place of tpkernels._C.
 // Its ops take CPU tensors. A rank is a Python thread that has called set_device.
-#include "arena.h"
 #include "control.h"
+#include "core/arena.h"
 #include "cuda/python_device.h"
 #include "cuda/stream.h"
-#include "short_way.h"
+#include "python/fast_path.h"
 
 namespace tpk {
 namespace {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "control.h"
 #include "cuda/kernels/device.cuh"
-#include "emu/control.h"
 #include "expect.h"
 
 namespace tpk::planted {

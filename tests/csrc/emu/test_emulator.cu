@@ -3,8 +3,8 @@
 #include <atomic>
 #include <numeric>
 
+#include "control.h"
 #include "cuda/kernels/device.cuh"
-#include "emu/control.h"
 #include "expect.h"
 
 using namespace tpk;

@@ -1,8 +1,8 @@
 // Capture into graphs as CUDA documents it: what becomes a node, what is refused and with which error, what replays do.
 #include <thread>
 
+#include "control.h"
 #include "cuda/kernels/device.cuh"
-#include "emu/control.h"
 #include "expect.h"
 
 using namespace tpk;

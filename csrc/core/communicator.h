@@ -1,0 +1,156 @@
+// A communicator is a group on one device: the only long-lived state. Torch-free.
+//
+// Every collective is one call with one fingerprint; all ranks make the same calls in the same order. A communicator
+// that failed (a rank lost, a deadline passed) refuses further calls with the first error; a mismatch between ranks is
+// seen by all of them in the same call, before any data is read, and leaves the communicator usable.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "types.h"
+#include "wire.h"
+
+namespace tpk {
+
+// What a call says of itself. numel and shape_hash must agree over the ranks; `mine` is each rank's own number.
+struct CallSpec {
+  Op op;
+  DType dtype;
+  ReduceOp reduce_op;
+  Codec codec;
+  uint64_t numel;
+  uint32_t shape_hash;
+  int64_t mine;
+};
+
+// Of the dimensions that must agree, for CallSpec::shape_hash.
+inline uint32_t hash_of(const int64_t* sizes, size_t num_dims) {
+  uint32_t hash = 2166136261u;
+  for (size_t i = 0; i < num_dims; ++i) hash = (hash ^ static_cast<uint32_t>(sizes[i])) * 16777619u;
+  return hash;
+}
+
+// How values are cut over the ranks: rank r has [starts[r], starts[r + 1]).
+struct Cut {
+  std::vector<size_t> starts;
+
+  // n items of `item` values each; the first n % R ranks have one item more.
+  static Cut even(size_t n, int world_size, size_t item = 1);
+  static Cut of_sizes(const std::vector<int64_t>& sizes);
+  Cut times(size_t item) const;
+  size_t start(int rank) const { return starts[static_cast<size_t>(rank)]; }
+  size_t size(int rank) const { return starts[static_cast<size_t>(rank) + 1] - starts[static_cast<size_t>(rank)]; }
+  size_t total() const { return starts.back(); }
+  size_t largest() const;
+};
+
+struct OpStats {
+  uint64_t calls = 0;
+  uint64_t wire_bytes = 0;   // sent by this rank; what k ranks read counts k times
+  uint64_t nanoseconds = 0;  // inside the collective, waiting included
+  uint64_t wait_nanoseconds = 0;
+};
+
+class Communicator {
+ public:
+  Communicator(std::string name, std::string label, int rank, int world_size, double timeout_s);
+  virtual ~Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  const std::string& name() const { return name_; }
+  const std::string& label() const { return label_; }
+  int rank() const { return rank_; }
+  int world_size() const { return world_size_; }
+  double timeout_s() const { return timeout_s_; }
+  virtual const char* transport() const = 0;
+
+  // out[n] = reduction over the ranks of in[n]. in == out is allowed. Only with a codec is an input packed.
+  void all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n);
+  // out = this rank's part of the reduction of in, cut as `cut` says.
+  void reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut);
+  // out = the parts of all ranks, in rank order; in is this rank's.
+  void all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
+  // `mine` of every rank, in rank order.
+  std::vector<int64_t> exchange(Op op, int64_t mine);
+  // An all_reduce in place whose waiting happens after `meanwhile` has run.
+  void all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                         const std::function<void()>& meanwhile);
+
+  // Memory that the other ranks can read directly; nullptr when this transport has none or it is full.
+  virtual void* heap_allocate(size_t bytes) = 0;
+  virtual void heap_free(void* pointer) = 0;
+  virtual size_t heap_bytes() const = 0;
+
+  // Raises what a device found out since: calls there return before they have run. Nothing to do on the CPU.
+  void check();
+  // `why`: what later calls on this rank say.
+  void close(const std::string& why = "this rank closed the group");
+  // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
+  // threads of the parent held, and none of those threads: it must not touch the rest of this object.
+  bool is_of_this_process() const;
+  // Throws std::invalid_argument unless it is; `what`: the op that was called.
+  void check_process(const char* what) const;
+  std::array<OpStats, kOps> stats();
+  void reset_stats();
+
+ protected:
+  virtual void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) = 0;
+  virtual void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) = 0;
+  virtual void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
+  virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
+                                    const std::function<void()>& meanwhile);
+  virtual void do_check() {}
+  virtual void do_close() = 0;
+
+  // Everything that `body` sends counts as one call.
+  void as_one_call(Op op, const std::function<void()>& body);
+  std::string describe_call(Op op) const { return describe_call(op, call_); }
+  std::string describe_call(Op op, uint64_t call) const;
+  [[noreturn]] void mismatch(uint64_t call, const CallSpec& mine, int other_rank, const CallSpec& other) const;
+  // Of a wait that passed the deadline; last_seen: the call at which the first of the late ranks was seen last.
+  std::string late_text(Op op, uint64_t call, const std::vector<int>& late, const std::vector<int>& came,
+                        uint64_t last_seen) const;
+  // Compares what the ranks said; throws RankMismatch, the same on every rank.
+  void check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const;
+  // Gathering: what each rank says it brings must be what the cut gives it.
+  void check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const;
+  void count(uint64_t wire_bytes) { current_->wire_bytes += wire_bytes; }
+  void count_wait(uint64_t nanoseconds) { current_->wait_nanoseconds += nanoseconds; }
+
+  uint64_t call_ = 0;  // number of the call in progress, 1 for the first
+
+ private:
+  class Turn;
+  template <class Body>
+  void remember_failure(Body&& body);
+
+  const std::string name_, label_;
+  const int rank_, world_size_;
+  const double timeout_s_;
+  const uint64_t owner_;  // which process: see process_generation
+  std::mutex mutex_;
+  std::string closed_;  // why; empty while the group is open
+  std::string broken_;  // the first fatal error
+  std::array<OpStats, kOps> stats_{};
+  OpStats* current_ = nullptr;
+};
+
+uint64_t now_nanoseconds();
+
+// The communicators of this process, by the group name that ops carry.
+void register_communicator(const std::shared_ptr<Communicator>& communicator);
+void unregister_communicator(const std::string& name);
+std::shared_ptr<Communicator> find_communicator(const std::string& name, const char* op);
+
+// All ranks of a group of one: nothing travels.
+std::shared_ptr<Communicator> make_local(std::string name, std::string label);
+
+}  // namespace tpk

@@ -1,0 +1,28 @@
+// The row loops of the vocabulary-parallel loss. Torch-free. Values are read in T, everything else is Sum: float, or
+// double for double.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/lanes.h"
+
+namespace tpk {
+
+// What one rank knows of a row: with these four numbers of every rank the loss is known to all.
+template <class Sum>
+struct RowStats {
+  Sum largest;    // of this rank's logits
+  Sum exponents;  // sum of exp(logit - largest)
+  Sum target;     // the target's logit, where this rank has it, else 0
+  Sum total;      // sum of the logits, for label smoothing
+};
+
+template <class T>
+void row_stats(const T* logits, size_t n, bool smoothing, RowStats<SumOf<T>>* stats);
+
+// gradient[j] = scale * (exp(logits[j] - lse) - uniform); the target's own term is the caller's.
+template <class T>
+void row_gradient(const T* logits, size_t n, SumOf<T> lse, SumOf<T> uniform, SumOf<T> scale, T* gradient);
+
+}  // namespace tpk

@@ -1,0 +1,283 @@
+#include "group_transport.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/arena.h"
+#include "core/check.h"
+#include "core/errors.h"
+
+namespace tpk {
+namespace {
+
+constexpr size_t kInlineBytes = 1024;
+constexpr size_t kOpeningBytes = 64 + kInlineBytes;
+
+struct Opening {
+  uint64_t call, numel;
+  int64_t mine;
+  uint32_t shape_hash;
+  uint8_t op, dtype, reduce_op, codec;
+};
+static_assert(sizeof(Opening) <= 64, "the fingerprint fits in front of the payload");
+
+inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
+inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
+
+std::vector<size_t> starts_of(const std::vector<size_t>& sizes) {
+  std::vector<size_t> starts{0};
+  for (size_t size : sizes) starts.push_back(starts.back() + size);
+  return starts;
+}
+
+}  // namespace
+
+GroupCommunicator::GroupCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                                     std::unique_ptr<Exchange> exchange)
+    : Communicator(std::move(name), std::move(label), rank, world_size, timeout_s), exchange_(std::move(exchange)) {
+  TPK_CHECK(exchange_->capacity() >= static_cast<size_t>(world_size) * 8192,
+            "Group.open: the exchange buffers must hold 8192 bytes for each of ", world_size, " ranks, got ",
+            exchange_->capacity());
+}
+
+size_t GroupCommunicator::piece_values(const Wire& wire, size_t parts) const {
+  // Room for one more block a rank, because chunks end at block boundaries.
+  const size_t usable = exchange_->capacity() - static_cast<size_t>(world_size()) * wire.bytes(wire.block_values);
+  return std::max(wire.values_in(usable / parts), wire.block_values);
+}
+
+template <class Start>
+void GroupCommunicator::run_started(Op op, const Start& start, const std::function<void()>* meanwhile) {
+  try {
+    start();
+    if (meanwhile != nullptr) (*meanwhile)();
+    const uint64_t started = now_nanoseconds();
+    exchange_->wait(call_);
+    count_wait(now_nanoseconds() - started);
+  } catch (const TimeoutFailure& error) {
+    throw TimeoutFailure(concat(describe_call(op), ": ", error.what()));
+  } catch (const PeerLost& error) {
+    throw PeerLost(concat(describe_call(op), ": ", error.what()));
+  }
+}
+
+void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile) {
+  run_started(op, [&] { exchange_->start(send, receive); }, meanwhile);
+  for (int r = 0; r < world_size(); ++r) {
+    if (r != rank()) count(send[static_cast<size_t>(r)]);
+  }
+}
+
+void GroupCommunicator::run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
+                                    const std::function<void()>* meanwhile) {
+  run_started(op, [&] { exchange_->start_between(send, receive); }, meanwhile);
+  for (int r = 0; r < world_size(); ++r) {
+    if (r != rank()) count(send[static_cast<size_t>(r)].bytes);
+  }
+}
+
+const char* GroupCommunicator::inline_payload(int r) const {
+  return exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes + 64;
+}
+
+std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const Input* payload,
+                                                   size_t n) {
+  const Opening mine{call_,
+                     spec.numel,
+                     spec.mine,
+                     spec.shape_hash,
+                     static_cast<uint8_t>(spec.op),
+                     static_cast<uint8_t>(spec.dtype),
+                     static_cast<uint8_t>(spec.reduce_op),
+                     static_cast<uint8_t>(spec.codec)};
+  for (int r = 0; r < world_size(); ++r) {
+    char* to = exchange_->send_buffer() + static_cast<size_t>(r) * kOpeningBytes;
+    std::memset(to, 0, kOpeningBytes);
+    std::memcpy(to, &mine, sizeof mine);
+    if (wire != nullptr) payload->encode(*wire, to + 64, n);
+  }
+  const Sizes sizes(static_cast<size_t>(world_size()), kOpeningBytes);
+  run(spec.op, sizes, sizes);
+  std::vector<CallSpec> all;
+  for (int r = 0; r < world_size(); ++r) {
+    Opening theirs;
+    std::memcpy(&theirs, exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes, sizeof theirs);
+    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype),
+                   static_cast<ReduceOp>(theirs.reduce_op), static_cast<Codec>(theirs.codec), theirs.numel,
+                   theirs.shape_hash, theirs.mine});
+  }
+  check_agreement(spec, all);
+  return all;
+}
+
+void GroupCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
+  all_reduce_with(spec, wire, in, out, n, nullptr);
+}
+
+void GroupCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                                             const std::function<void()>& meanwhile) {
+  all_reduce_with(spec, wire, data, data, n, &meanwhile);
+}
+
+void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
+                                        const std::function<void()>* meanwhile) {
+  if (wire.bytes(n) <= kInlineBytes) {
+    open_call(spec, &wire, &in, n);
+    std::vector<const void*> inputs;
+    for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
+    std::vector<char> packed(wire.bytes(n) + 1);
+    void* const result = packed.data();
+    wire.reduce(inputs.data(), world_size(), &result, 1, n);
+    wire.decode(result, out, n);
+    return;
+  }
+  open_call(spec);
+  const size_t piece = piece_values(wire, 1);
+  for (size_t start = 0; start < n; start += piece) {
+    all_reduce_piece(spec, wire, in.from(wire, start), at(out, start * wire.value_bytes), std::min(piece, n - start),
+                     start == 0 ? meanwhile : nullptr);
+  }
+}
+
+// Rank r gets chunk r of everyone, sums it, and sends the sum to everyone.
+void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
+                                         const std::function<void()>* meanwhile) {
+  if (wire.is_plain() && exchange_->takes_any_memory()) {
+    return all_reduce_where_it_lies(spec, wire, static_cast<const char*>(in.values()), static_cast<char*>(out), n,
+                                    meanwhile);
+  }
+  const size_t ranks = static_cast<size_t>(world_size());
+  Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
+  for (size_t& start : chunks.starts) start = std::min(start, n);
+  Sizes chunk_bytes;
+  for (int r = 0; r < world_size(); ++r) chunk_bytes.push_back(wire.bytes(chunks.size(r)));
+  const size_t mine = chunk_bytes[static_cast<size_t>(rank())];
+  const Sizes same(ranks, mine), wire_starts = starts_of(chunk_bytes);
+
+  in.encode(wire, exchange_->send_buffer(), n);
+  run(spec.op, chunk_bytes, same, meanwhile);
+
+  std::vector<const void*> inputs;
+  std::vector<void*> outputs;
+  for (size_t r = 0; r < ranks; ++r) inputs.push_back(exchange_->receive_buffer() + r * mine);
+  for (size_t r = 0; r < ranks; ++r) outputs.push_back(exchange_->send_buffer() + r * mine);
+  wire.reduce(inputs.data(), world_size(), outputs.data(), world_size(), chunks.size(rank()));
+  run(spec.op, same, chunk_bytes);
+  for (int r = 0; r < world_size(); ++r) {
+    wire.decode(exchange_->receive_buffer() + wire_starts[static_cast<size_t>(r)],
+                at(out, chunks.start(r) * wire.value_bytes), chunks.size(r));
+  }
+}
+
+// The same without a copy: what travels is the tensor itself. in == out is allowed.
+void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wire& wire, const char* in, char* out,
+                                                 size_t n, const std::function<void()>* meanwhile) {
+  const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
+  const Cut chunks = Cut::even(n, world_size());
+  const Cut bytes = chunks.times(wire.value_bytes);
+  const size_t mine = bytes.size(rank());
+  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
+
+  std::vector<Outgoing> send;
+  std::vector<Incoming> receive;
+  std::vector<const void*> inputs;
+  for (size_t r = 0; r < ranks; ++r) {
+    send.push_back({in + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]});
+    receive.push_back({scratch + r * mine, mine});
+    inputs.push_back(r == me ? send[r].from : receive[r].to);
+  }
+  run_between(spec.op, send, receive, meanwhile);
+
+  void* const sum = out + bytes.starts[me];
+  wire.reduce(inputs.data(), world_size(), &sum, 1, chunks.size(rank()));
+  for (size_t r = 0; r < ranks; ++r) {
+    send[r] = {out + bytes.starts[me], mine};
+    receive[r] = {out + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
+  }
+  run_between(spec.op, send, receive);
+}
+
+void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {
+  open_call(spec);
+  const size_t ranks = static_cast<size_t>(world_size());
+  const size_t piece = piece_values(wire, ranks);
+  for (size_t start = 0; start < cut.largest(); start += piece) {
+    const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
+    if (exchange_->takes_any_memory() && (wire.is_plain() || in.is_packed())) {
+      Sizes sizes;
+      for (int r = 0; r < world_size(); ++r) sizes.push_back(part(r));
+      reduce_scatter_where_it_lies(spec, wire, in, at(out, start * wire.value_bytes), cut, start, sizes);
+      continue;
+    }
+    Sizes send;
+    char* to = exchange_->send_buffer();
+    for (int r = 0; r < world_size(); ++r) {
+      if (part(r) > 0) in.of_part(wire, cut.starts, static_cast<size_t>(r), start).encode(wire, to, part(r));
+      send.push_back(wire.bytes(part(r)));
+      to += send.back();
+    }
+    const size_t mine = send[static_cast<size_t>(rank())];
+    run(spec.op, send, Sizes(ranks, mine));
+    std::vector<const void*> inputs;
+    for (size_t r = 0; r < ranks; ++r) inputs.push_back(exchange_->receive_buffer() + r * mine);
+    wire.reduce_to_values(inputs.data(), world_size(), at(out, start * wire.value_bytes), part(rank()));
+  }
+}
+
+// One piece of it, `sizes[r]` values from value `start` of part r on: what travels is the tensor or the wire itself.
+void GroupCommunicator::reduce_scatter_where_it_lies(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
+                                                     const Cut& cut, size_t start, const Sizes& sizes) {
+  const size_t ranks = sizes.size(), me = static_cast<size_t>(rank()), mine = wire.bytes(sizes[me]);
+  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
+  std::vector<Outgoing> send;
+  std::vector<Incoming> receive;
+  std::vector<const void*> inputs;
+  for (size_t r = 0; r < ranks; ++r) {
+    const void* part = sizes[r] > 0 ? in.of_part(wire, cut.starts, r, start).values() : nullptr;
+    send.push_back({static_cast<const char*>(part), wire.bytes(sizes[r])});
+    receive.push_back({scratch + r * mine, mine});
+    inputs.push_back(r == me ? part : receive[r].to);
+  }
+  run_between(spec.op, send, receive);
+  wire.reduce_to_values(inputs.data(), world_size(), out, sizes[me]);
+}
+
+void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                      const Cut& cut) {
+  check_parts(spec, open_call(spec), cut);
+  const size_t ranks = static_cast<size_t>(world_size());
+  const size_t piece = piece_values(wire, ranks);
+  for (size_t start = 0; start < cut.largest(); start += piece) {
+    const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
+    const size_t mine = wire.bytes(part(rank()));
+    if (exchange_->takes_any_memory() && wire.is_plain()) {
+      const char* const from = at(in, start * wire.value_bytes);
+      const std::vector<Outgoing> send(ranks, {from, mine});
+      std::vector<Incoming> into;
+      for (int r = 0; r < world_size(); ++r) {
+        into.push_back({at(out, (cut.start(r) + start) * wire.value_bytes), wire.bytes(part(r))});
+      }
+      run_between(spec.op, send, into);
+      wire.encode(from, into[static_cast<size_t>(rank())].to, part(rank()));
+      continue;
+    }
+    wire.encode(at(in, start * wire.value_bytes), exchange_->send_buffer(), part(rank()));
+    for (size_t r = 1; r < ranks; ++r) std::memcpy(exchange_->send_buffer() + r * mine, exchange_->send_buffer(), mine);
+    Sizes receive;
+    for (int r = 0; r < world_size(); ++r) receive.push_back(wire.bytes(part(r)));
+    run(spec.op, Sizes(ranks, mine), receive);
+    const Sizes starts = starts_of(receive);
+    for (int r = 0; r < world_size(); ++r) {
+      wire.decode(exchange_->receive_buffer() + starts[static_cast<size_t>(r)],
+                  at(out, (cut.start(r) + start) * wire.value_bytes), part(r));
+    }
+  }
+}
+
+std::vector<int64_t> GroupCommunicator::do_exchange(const CallSpec& spec) {
+  std::vector<int64_t> all;
+  for (const CallSpec& theirs : open_call(spec)) all.push_back(theirs.mine);
+  return all;
+}
+
+}  // namespace tpk

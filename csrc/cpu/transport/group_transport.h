@@ -1,0 +1,57 @@
+// Transport `group`: the same collectives over any c10d process group (gloo between hosts). Torch-free.
+//
+// It is built on one primitive, an exchange in which every rank sends bytes to every other one. Sums are local and in
+// rank order, not the backend's own all-reduce, so that the bits are those of every other transport. The first exchange
+// of a call has a fixed size and carries the fingerprint (and the message itself when it is small): backends abort or
+// hang when the sizes disagree, so nothing else may travel before the ranks have agreed.
+#pragma once
+
+#include "core/communicator.h"
+#include "core/exchange.h"
+
+namespace tpk {
+
+class GroupCommunicator final : public Communicator {
+ public:
+  GroupCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                    std::unique_ptr<Exchange> exchange);
+
+  const char* transport() const override { return "group"; }
+  void* heap_allocate(size_t) override { return nullptr; }
+  void heap_free(void*) override {}
+  size_t heap_bytes() const override { return 0; }
+
+ protected:
+  void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
+  void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) override;
+  void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  std::vector<int64_t> do_exchange(const CallSpec&) override;
+  void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
+                            const std::function<void()>& meanwhile) override;
+  void do_close() override { exchange_->close(call_); }
+
+ private:
+  using Sizes = std::vector<size_t>;
+  // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns what each rank said.
+  std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
+                                  size_t n = 0);
+  const char* inline_payload(int rank) const;
+  void run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile = nullptr);
+  void run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
+                   const std::function<void()>* meanwhile = nullptr);
+  template <class Start>
+  void run_started(Op op, const Start& start, const std::function<void()>* meanwhile);
+  void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
+                       const std::function<void()>* meanwhile);
+  void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
+                        const std::function<void()>* meanwhile);
+  void all_reduce_where_it_lies(const CallSpec&, const Wire&, const char* in, char* out, size_t n,
+                                const std::function<void()>* meanwhile);
+  void reduce_scatter_where_it_lies(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&, size_t start,
+                                    const Sizes& sizes);
+  size_t piece_values(const Wire&, size_t parts) const;
+
+  std::unique_ptr<Exchange> exchange_;
+};
+
+}  // namespace tpk

@@ -1,0 +1,362 @@
+// An all_reduce of a few KiB between two cores takes a microsecond; asking torch from Python whether anything stands
+// between the call and its kernel takes longer. Here the same is asked from C, and torch tells all about a tensor in
+// one call (DLPack's exchange interface, plain C, in torch from 2.10 on); then the collective runs on the tensor's
+// pointer.
+#include "fast_path.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <utility>
+
+#include "core/check.h"
+#include "core/communicator.h"
+#include "core/specs.h"
+#include "cpu/output_pool.h"
+#include "dlpack_exchange.h"
+
+namespace py = pybind11;
+
+namespace tpk {
+namespace {
+
+using Translate = void (*)(std::exception_ptr);
+Translate translate_error = nullptr;
+
+// What is asked of torch. Strong references that are never given back.
+#define TPK_ASKED(X)          \
+  X(tensor_type)              \
+  X(parameter_type)           \
+  X(is_grad_enabled)          \
+  X(len_dispatch_modes)       \
+  X(is_function_mode_enabled) \
+  X(peek_transforms)          \
+  X(is_profiler_enabled)      \
+  X(tracing_state)            \
+  X(forward_ad)               \
+  X(increment_version)
+
+struct Asked {
+#define TPK_ASKED_FIELD(name) PyObject* name = nullptr;
+  TPK_ASKED(TPK_ASKED_FIELD)
+#undef TPK_ASKED_FIELD
+  const dlpack::ExchangeApi* exchange = nullptr;  // nullptr until set_short_way: nothing is plain
+} asked;
+
+// Interned once: an attribute is then found by pointer.
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+struct Names {
+  PyObject* requires_grad = interned("requires_grad");
+  PyObject* is_neg = interned("is_neg");
+  PyObject* current_level = interned("_current_level");
+  PyObject* none = interned("none");
+  PyObject* sum = interned("sum");
+};
+const Names& names() {
+  static const Names* instance = new Names;
+  return *instance;
+}
+
+py::object steal(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+bool method_is(PyObject* of, PyObject* name, PyObject* what) {
+  return steal(PyObject_CallMethodNoArgs(of, name)).ptr() == what;
+}
+bool call_is(PyObject* function, PyObject* what) { return steal(PyObject_CallNoArgs(function)).ptr() == what; }
+
+int64_t integer(const py::object& value) {
+  const long long found = PyLong_AsLongLong(value.ptr());
+  if (found == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return found;
+}
+
+// Nothing to record, no mode, no transform, no profiler, no tracing.
+bool nothing_watches(PyObject* x) {
+  const bool wants_grad = steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True;
+  return !(wants_grad && call_is(asked.is_grad_enabled, Py_True)) &&
+         integer(steal(PyObject_CallNoArgs(asked.len_dispatch_modes))) == 0 &&
+         call_is(asked.is_function_mode_enabled, Py_False) && call_is(asked.peek_transforms, Py_None) &&
+         call_is(asked.is_profiler_enabled, Py_False) && call_is(asked.tracing_state, Py_None) &&
+         integer(steal(PyObject_GetAttr(asked.forward_ad, names().current_level))) < 0;
+}
+
+// A ZeroTensor (such as the gradient of torch.sgn) has values and no memory: the dispatcher makes it one of zeros.
+bool has_memory(const dlpack::View& view) {
+  return view.data != nullptr || std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
+}
+
+// Fills view and returns true for an ordinary dense tensor on the CPU that nothing watches.
+bool plain(PyObject* x, dlpack::View* view) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+  if (asked.exchange == nullptr || (type != asked.tensor_type && type != asked.parameter_type)) return false;
+  if (asked.exchange->view_of_object(x, view) != 0) {  // sparse, meta, a dtype that DLPack lacks
+    PyErr_Clear();
+    return false;
+  }
+  return view->device.type == dlpack::kCpu && has_memory(*view) && method_is(x, names().is_neg, Py_False) &&
+         nothing_watches(x);
+}
+
+DType dtype_of(const dlpack::DataType& type) {
+  const int bytes = type.bits / 8;
+  const auto by_size = [bytes](DType one, DType two, DType four, DType eight) {
+    return bytes == 1 ? one : bytes == 2 ? two : bytes == 4 ? four : bytes == 8 ? eight : DType::Count;
+  };
+  if (type.lanes != 1) return DType::Count;
+  switch (type.code) {
+    case dlpack::kFloat: return by_size(DType::Count, DType::F16, DType::F32, DType::F64);
+    case dlpack::kBfloat: return bytes == 2 ? DType::BF16 : DType::Count;
+    case dlpack::kInt: return by_size(DType::I8, DType::I16, DType::I32, DType::I64);
+    case dlpack::kUInt: return bytes == 1 ? DType::U8 : DType::Count;
+    default: return DType::Count;
+  }
+}
+
+bool is_contiguous(const dlpack::View& x) {
+  int64_t expected = 1;
+  for (int i = x.ndim; i-- > 0;) {
+    if (x.shape[i] == 0) return true;
+    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.shape[i];
+  }
+  return true;
+}
+
+// The wire of a reduction, or nullptr when there is none (the long way says what is wrong).
+const Wire* find_wire(DType dtype, PyObject* op, PyObject* codec) {
+  if (dtype == DType::Count) return nullptr;
+  if (op == names().sum && codec == names().none) return &wire_of(dtype, Codec::None, ReduceOp::Sum);
+  if (!PyUnicode_Check(op) || !PyUnicode_Check(codec)) return nullptr;
+  const Codec packed = codec_of(PyUnicode_AsUTF8(codec));
+  const bool is_float = dtype <= DType::F16, packs = packed != Codec::None;
+  if (packed == Codec::Count || (packs && (!is_float || dtype == DType::F64))) return nullptr;
+  for (ReduceOp found : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
+    if (PyUnicode_CompareWithASCIIString(op, name_of(found)) != 0) continue;
+    const bool meaningful = (found != ReduceOp::Avg || is_float) && (!packs || found <= ReduceOp::Avg);
+    return meaningful ? &wire_of(dtype, packed, found) : nullptr;
+  }
+  return nullptr;
+}
+
+// A plain, contiguous tensor of at most `largest` bytes under a reduction that exists.
+struct Short {
+  Communicator& comm;
+  const Wire& wire;
+  dlpack::View view;
+  size_t numel;
+
+  const char* data() const { return static_cast<const char*>(view.data) + view.byte_offset; }
+  size_t num_dims() const { return static_cast<size_t>(view.ndim); }
+};
+
+std::optional<Short> short_call(PyObject* x, PyObject* address, PyObject* op, PyObject* codec) {
+  auto* const comm = static_cast<Communicator*>(PyLong_AsVoidPtr(address));
+  dlpack::View view;
+  if (comm == nullptr || !plain(x, &view) || !is_contiguous(view)) return {};
+  const Wire* const wire = find_wire(dtype_of(view.dtype), op, codec);
+  if (wire == nullptr) return {};
+  size_t numel = 1;
+  for (int i = 0; i < view.ndim; ++i) numel *= static_cast<size_t>(view.shape[i]);
+  return Short{*comm, *wire, view, numel};
+}
+
+// A new tensor like x but for the size of dimension 0. Through DLPack, too: torch.empty costs as much as the
+// collective.
+class NewTensor {
+ public:
+  NewTensor(const dlpack::View& like, int64_t rows, size_t bytes) {
+    const size_t num_dims = static_cast<size_t>(like.ndim);
+    // The sizes and strides lie behind the header.
+    self_ = static_cast<Owned*>(std::malloc(sizeof(Owned) + 2 * num_dims * sizeof(int64_t)));
+    data_ = static_cast<char*>(allocate(bytes));
+    if (self_ == nullptr || data_ == nullptr) throw std::bad_alloc();
+    int64_t* const shape = reinterpret_cast<int64_t*>(self_ + 1);
+    int64_t* const strides = shape + num_dims;
+    int64_t stride = 1;
+    for (size_t i = num_dims; i-- > 0;) {
+      shape[i] = i == 0 ? rows : like.shape[i];
+      strides[i] = stride;
+      stride *= std::max<int64_t>(shape[i], 1);
+    }
+    self_->bytes = bytes;
+    self_->managed = {{dlpack::kMajor, dlpack::kMinor},
+                      nullptr,
+                      &free,
+                      0,
+                      {data_, like.device, like.ndim, like.dtype, shape, strides, 0}};
+  }
+  NewTensor(const NewTensor&) = delete;
+  NewTensor& operator=(const NewTensor&) = delete;
+  ~NewTensor() {
+    if (self_ != nullptr) free(&self_->managed);
+  }
+  char* data() const { return data_; }
+  PyObject* release() {
+    void* object = nullptr;
+    dlpack::Managed* const given = &std::exchange(self_, nullptr)->managed;
+    if (asked.exchange->to_object(given, &object) != 0) throw py::error_already_set();
+    return static_cast<PyObject*>(object);
+  }
+
+ private:
+  struct Owned {
+    dlpack::Managed managed;  // first, so that free finds the rest
+    size_t bytes;
+  };
+  static void free(dlpack::Managed* managed) {
+    const size_t bytes = reinterpret_cast<Owned*>(managed)->bytes;
+    bytes < kSmallestPooled ? std::free(managed->view.data) : pool_free(managed->view.data, bytes);
+    std::free(managed);
+  }
+  static void* allocate(size_t bytes) {
+    constexpr size_t kAlignment = 64;  // as torch's own
+    if (bytes >= kSmallestPooled) return pool_allocate(bytes);
+    return std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+  Owned* self_;
+  char* data_;
+};
+
+CallSpec reduction_spec(const Short& call, Op op) {
+  const Wire& wire = call.wire;
+  return {op, wire.dtype, wire.op, wire.codec, call.numel, hash_of(call.view.shape, call.num_dims()), 0};
+}
+
+// Runs a body with C++ errors turned into Python's.
+template <class Body>
+PyObject* guarded(Py_ssize_t given, Py_ssize_t wanted, Body&& body) {
+  if (given != wanted) {
+    PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
+    return nullptr;
+  }
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (...) {
+    translate_error(std::current_exception());
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, "unknown error in a collective");
+  }
+  return nullptr;
+}
+
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+bool too_large(size_t numel, const Wire& wire, PyObject* largest) {
+  return numel * wire.value_bytes > PyLong_AsSize_t(largest);
+}
+
+using Arguments = PyObject* const*;
+
+PyObject* is_plain(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 1, [&] {
+    dlpack::View view;
+    return PyBool_FromLong(plain(args[0], &view));
+  });
+}
+
+// (x, address, op, codec) -> whether it was done
+PyObject* short_all_reduce_inplace(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 4, [&] {
+    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
+    if (!call.has_value()) return PyBool_FromLong(0);
+    {
+      py::gil_scoped_release no_gil;
+      void* const data = const_cast<char*>(call->data());
+      call->comm.all_reduce(reduction_spec(*call, Op::AllReduceInplace), call->wire, data, data, call->numel);
+    }
+    // So that a backward that saved x notices (torch passes inference tensors by, which have no versions).
+    const py::object one = steal(PyTuple_Pack(1, args[0]));
+    steal(PyObject_CallOneArg(asked.increment_version, one.ptr()));
+    return PyBool_FromLong(1);
+  });
+}
+
+// (x, address, op, codec, largest) -> the new tensor, or None where the long way is to be taken
+PyObject* short_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 5, [&]() -> PyObject* {
+    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
+    if (!call.has_value() || too_large(call->numel, call->wire, args[4])) return none();
+    NewTensor out(call->view, call->view.ndim > 0 ? call->view.shape[0] : 1, call->numel * call->wire.value_bytes);
+    {
+      py::gil_scoped_release no_gil;
+      call->comm.all_reduce(reduction_spec(*call, Op::AllReduce), call->wire, call->data(), out.data(), call->numel);
+    }
+    return out.release();
+  });
+}
+
+// (x, address, op, codec, largest): along dimension 0
+PyObject* short_reduce_scatter(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 5, [&]() -> PyObject* {
+    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
+    if (!call.has_value() || call->view.ndim == 0 || too_large(call->numel, call->wire, args[4])) return none();
+    const CutCall cut =
+        reduce_scatter_call(Op::ReduceScatter, call->wire, call->view.shape, call->num_dims(), 0, call->comm);
+    NewTensor out(call->view, cut.rows, static_cast<size_t>(cut.rows) * cut.row * call->wire.value_bytes);
+    {
+      py::gil_scoped_release no_gil;
+      call->comm.reduce_scatter(cut.spec, call->wire, call->data(), out.data(), cut.cut);
+    }
+    return out.release();
+  });
+}
+
+// (x_shard, address, dim_size, codec, largest): along dimension 0
+PyObject* short_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 5, [&]() -> PyObject* {
+    if (!PyLong_CheckExact(args[2])) return none();  // the ranks have to be asked
+    const std::optional<Short> call = short_call(args[0], args[1], names().sum, args[3]);
+    const int64_t dim_size = PyLong_AsLongLong(args[2]);
+    if (!call.has_value() || call->view.ndim == 0 || dim_size < 0) return none();
+    const size_t row = row_values(call->view.shape, call->num_dims());
+    if (too_large(static_cast<size_t>(dim_size) * row, call->wire, args[4])) return none();
+    const CutCall cut = all_gather_call(Op::AllGather, call->wire, call->view.shape, call->num_dims(), 0,
+                                        Cut::even(static_cast<size_t>(dim_size), call->comm.world_size()));
+    NewTensor out(call->view, dim_size, static_cast<size_t>(dim_size) * row * call->wire.value_bytes);
+    {
+      py::gil_scoped_release no_gil;
+      call->comm.all_gather(cut.spec, call->wire, call->data(), out.data(), cut.cut);
+    }
+    return out.release();
+  });
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, Arguments, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"is_plain", fast(is_plain), METH_FASTCALL, "Whether nothing stands between a call with x and its CPU kernel."},
+    {"short_all_reduce_", fast(short_all_reduce_inplace), METH_FASTCALL,
+     "all_reduce_ of a plain tensor, if it is one."},
+    {"short_all_reduce", fast(short_all_reduce), METH_FASTCALL, "all_reduce of a small plain tensor, or None."},
+    {"short_reduce_scatter", fast(short_reduce_scatter), METH_FASTCALL, "reduce_scatter likewise, along dim 0."},
+    {"short_all_gather", fast(short_all_gather), METH_FASTCALL, "all_gather likewise, along dim 0."},
+    {nullptr, nullptr, 0, nullptr}};
+
+void set_short_way(const py::dict& given, const py::capsule& exchange) {
+#define TPK_ASKED_SET(name) asked.name = py::object(given[#name]).release().ptr();
+  TPK_ASKED(TPK_ASKED_SET)
+#undef TPK_ASKED_SET
+  const auto* const found = static_cast<const dlpack::ExchangeApi*>(exchange.get_pointer());
+  if (found->version.major == dlpack::kMajor) asked.exchange = found;
+}
+
+}  // namespace
+
+void add_short_way(py::module_& m, Translate translate) {
+  translate_error = translate;
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  m.def("set_short_way", &set_short_way, py::arg("asked"), py::arg("exchange"));
+}
+
+}  // namespace tpk

@@ -1,0 +1,88 @@
+// The Python module of the CPU backend: opening communicators, the codec list, the engine choice. Ops go through torch
+// instead.
+#include "core/arena.h"
+#include "cpu/transport/group_transport.h"
+#include "cpu/transport/shm.h"
+#include "cpu/transport/sockets.h"
+#include "fast_path.h"
+#include "python_side.h"
+
+namespace tpk {
+namespace {
+
+std::shared_ptr<Communicator> registered(std::shared_ptr<Communicator> comm) {
+  register_communicator(comm);
+  return comm;
+}
+
+std::shared_ptr<Communicator> open_shm(const std::string& name, const std::string& label, int rank, int world_size,
+                                       double timeout_s, int fd, size_t arena_bytes, const std::vector<int>& pids,
+                                       int cores) {
+  return registered(
+      std::make_shared<ShmCommunicator>(name, label, rank, world_size, timeout_s, fd, arena_bytes, pids, cores));
+}
+
+std::shared_ptr<Communicator> open_group(const std::string& name, const std::string& label, int rank, int world_size,
+                                         double timeout_s, py::object exchange) {
+  return registered(std::make_shared<GroupCommunicator>(
+      name, label, rank, world_size, timeout_s, std::make_unique<PythonExchange<Exchange>>(std::move(exchange))));
+}
+
+// What a Python object knows of the other ranks: Watch in tpkernels/comm/exchange.py.
+class PythonWatch final : public SocketExchange::Watch {
+ public:
+  explicit PythonWatch(py::object watch) : kept_(std::move(watch)) {}
+  void look(uint64_t call, bool late, bool ended, const std::string& what) override {
+    in_python_undisturbed(kept_.get(), [&](py::object& watch) { watch.attr("look")(call, late, ended, what); });
+  }
+  void leave(uint64_t last_call) noexcept override {
+    try {
+      in_python_undisturbed(kept_.get(), [&](py::object& watch) { watch.attr("close")(last_call); });
+    } catch (...) {  // leaving must not fail
+    }
+  }
+
+ private:
+  Kept kept_;
+};
+
+std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::string& label, int rank, int world_size,
+                                           double timeout_s, size_t capacity, const std::vector<int>& sockets,
+                                           py::object watch) {
+  auto exchange = std::make_unique<SocketExchange>(sockets, rank, capacity, timeout_s,
+                                                   std::make_unique<PythonWatch>(std::move(watch)));
+  return registered(std::make_shared<GroupCommunicator>(name, label, rank, world_size, timeout_s, std::move(exchange)));
+}
+
+std::shared_ptr<Communicator> open_local(const std::string& name, const std::string& label) {
+  return registered(make_local(name, label));
+}
+
+}  // namespace
+}  // namespace tpk
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tpk;
+  m.doc() = "Runtime objects of tpkernels; importing this module registers torch.ops.tpkernels.";
+  add_basics(m);
+  add_engines(m);
+  add_short_way(m, &translate_errors);
+  add_communicator<Communicator>(m).def_property_readonly(
+      "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); });
+
+  m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("fd"), py::arg("arena_bytes"), py::arg("pids"), py::arg("cores"));
+  m.def("open_group", &open_group, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("exchange"));
+  m.def("open_sockets", &open_sockets, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
+        py::arg("timeout_s"), py::arg("capacity"), py::arg("sockets"), py::arg("watch"));
+  m.def("open_local", &open_local, py::arg("name"), py::arg("label"));
+  m.def("limits", [] {
+    py::dict limits;
+    limits["arena_layout"] = kArenaLayout;
+    limits["one_shot_bytes"] = kOneShotBytes;
+    limits["piece_bytes"] = kPieceBytes;
+    limits["smallest_in_arena"] = kSmallestInArena;
+    return limits;
+  });
+}

@@ -1,0 +1,154 @@
+"""What becomes of timings: rows, goals, tables, README, plots. Nothing here is timed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bench import goals, readme, rows, suite, table
+from tests.harness.bench import gemm_rows, some_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_row_has_every_field_and_survives_json(tmp_path: Path) -> None:
+    found = [*some_rows(), *gemm_rows()]
+    for row in found:
+        assert tuple(row) == rows.FIELDS
+    rows.save(tmp_path / "a.jsonl", found)
+    assert rows.load(tmp_path / "a.jsonl") == found
+    assert rows.load(tmp_path) == found
+
+
+def test_a_row_says_how_fast_how_sure_and_where() -> None:
+    gloo, plain, bad = some_rows([100.0, 100.0, 500.0, 500.0])
+    assert (plain["ratio"], plain["ratio_min"], plain["ratio_max"]) == pytest.approx((90.0, 90.0, 90.0))
+    assert plain["median_us"] == pytest.approx(1e4) and gloo["ratios"]["plain"][0] == pytest.approx(1 / 90, rel=1e-3)
+    assert {name: at["rounds"] for name, at in plain["by_placement"].items()} == {"near": 1, "mixed": 1, "far": 1}
+    assert plain["placement"] == "mixed"
+    assert bad["verified"] is False and bad["median_us"] is None and bad["ratio"] is None
+    fused = next(row for row in gemm_rows() if row["variant"] == "tpkernels")
+    assert fused["exposed_us"] == pytest.approx(1e4) and rows.over_roof(fused) == pytest.approx(0.025)
+
+
+def test_a_newer_row_replaces_the_one_that_measured_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows.save(path, some_rows())
+    again = [{**row, "date": "2026-02-02T00:00:00Z"} for row in some_rows()]
+    rows.save(path, again)
+    assert rows.load(path) == again
+    rows.save(path, some_rows([500.0] * 4))
+    assert len(rows.load(path)) == 2 * len(again), "near and far are kept side by side"
+
+
+def test_rows_of_a_server_with_other_slots_or_clients_are_kept_side_by_side(tmp_path: Path) -> None:
+    path, one = tmp_path / "a.jsonl", some_rows()[0]
+    served = [{**one, "slots": slots, "clients": clients} for slots in (1, 8) for clients in (1, 64)]
+    rows.save(path, served[:2])
+    rows.save(path, [*served[1:], one])
+    assert rows.load(path) == [*served, one]
+
+
+def test_a_goal_counts_in_every_placement_that_was_measured() -> None:
+    goal = goals.Goal("all_reduce", "plain", 4096, 80)
+    found = list(goals.verdicts([goal], [*some_rows(), *some_rows([500.0] * 3)]))
+    assert [(v.placement, v.word) for v in found] == [("near", "reached"), ("far", "reached")]
+    (missed,) = goals.verdicts([replace(goal, at_least=91)], some_rows())
+    assert missed.word == "MISSED"
+    (absent,) = goals.verdicts([replace(goal, size=8192)], some_rows())
+    assert absent.word == "not measured"
+
+
+def test_a_goal_against_the_gemm_alone_reads_the_exposed_time() -> None:
+    goal = goals.Goal("gemm_all_reduce", "tpkernels", 16, 1 / 1.03, goals.GEMM_ALONE)
+    (verdict,) = goals.verdicts([goal], gemm_rows())
+    assert verdict.word == "reached"
+    (verdict,) = goals.verdicts([replace(goal, at_least=0.99)], gemm_rows())
+    assert verdict.word == "MISSED"
+
+
+def test_never_slower_is_even_within_noise_and_missed_beyond() -> None:
+    goal = goals.Goal("gemm_all_reduce", "tpkernels", 16, 1.0, "gemm_onednn")
+    (verdict,) = goals.verdicts([goal], gemm_rows())
+    assert verdict.found is not None and verdict.found[0] == pytest.approx(0.9756, rel=1e-3)
+    assert verdict.word == "MISSED"
+
+
+def test_a_table_shows_every_column_that_has_something_to_say() -> None:
+    shown = table.columns(gemm_rows())
+    for name in ("op", "size", "R", "dtype", "median us", "p90", "GFLOP/s", "exposed us", "vs linear_gloo", "verified"):
+        assert name in shown
+    assert "busbw GB/s" not in shown
+
+
+def test_the_readme_tables_are_written_between_the_markers_and_nowhere_else() -> None:
+    text = "# Top\n<!-- bench:all_reduce -->\nold\n<!-- /bench -->\nmiddle\n<!-- bench:gemm -->\n<!-- /bench -->\nend\n"
+    data = [*some_rows(), *gemm_rows()]
+    after = readme.filled(text, data)
+    assert after.startswith("# Top\n<!-- bench:all_reduce -->\n| size |") and after.endswith("<!-- /bench -->\nend\n")
+    assert "old" not in after and "| 4 KiB | plain |" in after and "90x [90, 90]" in after
+    assert "\nmiddle\n" in after and "| gemm_all_reduce | 16x4096x4096 |" in after
+    assert readme.filled(after, data) == after
+    with pytest.raises(ValueError, match="no table is called"):
+        readme.filled("<!-- bench:nonsense -->\n<!-- /bench -->", data)
+
+
+def test_every_readme_table_can_be_written_from_nothing() -> None:
+    for name in readme.TABLES:
+        assert isinstance(readme.table(name, []), str)
+
+
+@pytest.mark.parametrize("name", readme.DOCUMENTS)
+def test_documents_say_what_the_kept_results_say(name: str) -> None:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"needs the document {name}, which an archive of the sources may not have")
+    assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
+
+
+@pytest.mark.parametrize("module", ["generate", "serve", "train_step", "suite"])
+def test_a_bench_adds_to_the_kept_results_only_when_asked_to(module: str) -> None:
+    options = inspect.signature(pytest.importorskip(f"bench.{module}").main).parameters
+    assert options["keep"].default is False
+    assert options["out"].default is None
+
+
+def test_the_suite_says_so_to_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    for keep in (False, True):
+        suite.main(["all_reduce", "train_step"], keep=keep, repeat=1, wait=0.0)
+    folders = [Path(command[command.index("--out") + 1]).parent for command in commands]
+    half = len(folders) // 2
+    assert half and folders == [rows.MINE] * half + [rows.RESULTS] * half
+
+
+def test_what_is_not_kept_is_not_in_git() -> None:
+    assert rows.destination("a.jsonl", keep=True) == rows.RESULTS / "a.jsonl"
+    assert rows.destination("a.jsonl", keep=False) == rows.MINE / "a.jsonl"
+    assert rows.destination("a.jsonl", True, Path("b")) == Path("b")
+    assert f"{rows.MINE.parent.relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_kept_results_are_verified_and_complete() -> None:
+    for row in rows.load(rows.RESULTS):
+        if "variant" in row:
+            assert set(rows.FIELDS) <= set(row)
+            assert row["verified"] and row["median_us"] > 0
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    plot = pytest.importorskip("bench.plot", reason="matplotlib is not installed")
+    plot.figure([*some_rows(), *some_rows(size=65536)], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no verified row"):
+        plot.figure([], tmp_path / "b.png")

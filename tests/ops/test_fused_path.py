@@ -1,0 +1,89 @@
+"""Path fused of the sharded GEMMs, on emulated devices and on GPUs: asked for, explained, the plain program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.harness.ops import check_forward, check_gradient, run_at
+from tpkernels.comm.group import Group
+from tpkernels.testing.case import Sizes
+from tpkernels.testing.cases import ALL_GATHER_GEMM, ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER
+
+FUSED = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM)
+
+
+def ask(group: Group, blocks: int = 1) -> None:
+    """Take path fused where it can be taken, in a grid that several ranks fit beside each other."""
+    grid = 4 if group.is_cpu else torch.cuda.get_device_properties(0).multi_processor_count // group.world_size
+    group._communicator.force(path="fused", blocks=blocks, grid=grid)
+
+
+def check_fused(group: Group) -> None:
+    R = group.world_size
+    ask(group)
+    for s in (
+        Sizes(R=R, M=7, N=16, K=24, dtype=torch.bfloat16, integers=True),
+        Sizes(R=R, M=140 * R - 1, N=24, K=72, dtype=torch.float16),
+        Sizes(R=R, M=3, N=8, K=5 * R + 1, batch=(3,), dtype=torch.bfloat16, bias=False),  # own K, own N: padded
+    ):
+        for case in FUSED:
+            check_forward(case, s, group)
+            check_gradient(case, replace(s, M=5), group)
+        check_forward(ALL_REDUCE, replace(s, M=5), group)  # other calls go on between
+
+
+def check_pieces(group: Group) -> None:
+    """More rows than a slot holds: several launches of one call, counted as one.
+
+    The bytes of gemm_all_reduce are those of no other path: with three ranks one_shot sends half as much again.
+    """
+    s = Sizes(R=group.world_size, M=600, N=64, K=264, dtype=torch.bfloat16)
+    ask(group)
+    for case in FUSED:
+        group.reset_stats()
+        check_forward(case, s, group)
+        sent, least = group.stats()["by_op"][case.name], case.wire_bytes(s)
+        assert sent["calls"] == 1
+        assert 0.99 * least <= sent["wire_bytes"] <= 1.05 * least + 4096, (case.name, sent, least)
+    found = group.explain("gemm_reduce_scatter", M=600, N=64, K=88, dtype=torch.bfloat16)
+    assert "2 pieces" in found.reason or not group.is_cpu, found
+
+
+def check_explained(group: Group) -> None:
+    sizes = {"M": 64, "N": 64, "K": 64}
+    found = group.explain("gemm_all_reduce", **sizes, dtype=torch.bfloat16)
+    assert found.path == "unfused"
+    assert "fused only when asked for" in found.reason
+    ask(group)
+    assert group.explain("gemm_all_reduce", **sizes, dtype=torch.bfloat16).path == "fused"
+    for change, why in (
+        ({"dtype": torch.float32}, "bfloat16 and float16 only"),
+        ({"dtype": torch.bfloat16, "codec": "fp16"}, "not packed"),
+        ({"dtype": torch.bfloat16, "N": 60}, "N that is a multiple of 8"),
+    ):
+        found = group.explain("gemm_all_reduce", **{**sizes, **change})
+        assert found.path == "unfused"
+        assert "fused was asked for, but " in found.reason and why in found.reason, found
+    with pytest.raises(ValueError, match="path must be '', one_shot, two_shot, multicast or fused, got 'magic'"):
+        group._communicator.force(path="magic")
+    # What cannot be fused goes the other way and is right.
+    check_forward(GEMM_ALL_REDUCE, Sizes(R=group.world_size, M=9, N=12, K=8), group)
+
+
+@pytest.mark.parametrize("place", ["emu", "virtual"])
+@pytest.mark.parametrize("R", [2, 3])
+def test_a_fused_gemm_is_its_plain_program(R: int, place: str) -> None:
+    run_at(place, check_fused, R)
+
+
+@pytest.mark.parametrize("place", ["emu", "virtual"])
+def test_a_fused_gemm_larger_than_a_slot_goes_in_pieces(place: str) -> None:
+    run_at(place, check_pieces, 3, arena_bytes=1 << 18)
+
+
+@pytest.mark.parametrize("place", ["emu", "virtual"])
+def test_explain_says_why_a_gemm_is_not_fused(place: str) -> None:
+    run_at(place, check_explained, 2)

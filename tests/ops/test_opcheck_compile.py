@@ -1,0 +1,361 @@
+"""Every op under opcheck, torch.compile(fullgraph=True), torch.export, meta tensors, make_fx and the profiler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch._inductor.config
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.harness.ops import assert_within, check_forward
+from tpkernels import ops
+from tpkernels.comm.group import Group
+from tpkernels.testing import run_ranks
+from tpkernels.testing.case import Case, Sizes
+from tpkernels.testing.cases import CASES, VOCAB_CROSS_ENTROPY, VOCAB_EMBEDDING
+
+CALLS = torch.ops.tpkernels
+
+
+def sizes(group: Group, **changes: Any) -> Sizes:
+    """Even over the ranks: what compiling takes when no size is given."""
+    R = group.world_size
+    return replace(Sizes(R=R, M=2 * R, N=3 * R, K=4 * R, V=5 * R), **changes)
+
+
+def op_calls(group: Group) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every registered op with good arguments."""
+    R, rank, name = group.world_size, group.rank, group.name
+    x, w, bias, dy = torch.randn(2 * R, 3), torch.randn(5, 3), torch.randn(5), torch.randn(2 * R, 5)
+    part, dy_part = torch.randn(2, 3), torch.randn(2, 5)
+    table, ids = torch.randn(4, 3), torch.randint(4 * R, (3, 2))
+    logits, target = torch.randn(3, 4), torch.randint(4 * R, (3,))
+    start, loss = 4 * rank, torch.randn(3)
+    needs = (True, True, True)
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.clone().requires_grad_()
+
+    return [
+        (CALLS.all_reduce, (leaf(x), name, R, "sum", "none")),
+        (CALLS.all_reduce, (leaf(x), name, R, "avg", "fp16")),
+        (CALLS.all_reduce, (leaf(x), name, R, "max", "none")),
+        (CALLS.all_reduce, (ids, name, R, "min", "none")),
+        (CALLS.all_reduce_, (x.clone(), name, R, "sum", "none")),
+        (CALLS.reduce_scatter, (leaf(x), name, R, rank, 0, "sum", "none", "fp16")),
+        (CALLS.reduce_scatter, (leaf(x), name, R, rank, 1, "max", "none", "none")),
+        (CALLS.all_gather, (leaf(part), name, R, rank, 0, 2 * R, "none", "none")),
+        (CALLS.all_gather, (leaf(part), name, R, rank, 1, -1, "bf16", "fp16")),
+        (CALLS.all_gather, (ids > 2, name, R, rank, 1, 2 * R, "none", "none")),
+        (CALLS.gemm_all_reduce, (leaf(x), leaf(w), leaf(bias), name, R, "none")),
+        (CALLS.gemm_all_reduce, (leaf(x), leaf(w), None, name, R, "fp16")),
+        (CALLS.gemm_reduce_scatter, (leaf(x), leaf(w), leaf(bias), name, R, rank, 0, "none", "bf16")),
+        (CALLS.all_gather_gemm, (leaf(part), leaf(w), leaf(bias), name, R, rank, 0, 2 * R, "none", "none")),
+        (CALLS.all_gather_gemm, (leaf(part), leaf(w), None, name, R, rank, 0, -1, "none", "fp16")),
+        (CALLS.replicated_gemm, (leaf(x), leaf(w), leaf(bias), name, R, "none")),
+        (CALLS.linear_backward, (dy, x, w, *needs)),
+        (CALLS.linear_backward, (dy, x, w, False, True, False)),
+        (CALLS.replicated_gemm_backward, (dy, x, w, *needs, name, R, "none")),
+        (CALLS.gemm_reduce_scatter_backward, (dy_part, x, w, *needs, name, R, 0, 2 * R, "none")),
+        (CALLS.all_gather_gemm_backward, (dy, part, w, *needs, name, R, rank, 0, 2 * R, "none", "fp16")),
+        (CALLS.vocab_embedding, (ids, leaf(table), name, R, start, 4 * R)),
+        (CALLS.vocab_embedding_backward, (torch.randn(3, 2, 3), ids, start, 4)),
+        (CALLS.vocab_cross_entropy, (leaf(logits), target, name, R, start, 4 * R, -100, 0.1)),
+        (CALLS.vocab_cross_entropy_backward, (loss, logits, target, loss + 5, start, 4 * R, -100, 0.1)),
+        (CALLS.all_reduce_add_rms_norm, (leaf(x), leaf(x), leaf(x[0]), name, R, 1e-5, "none")),
+        (CALLS.all_reduce_add_rms_norm, (leaf(x), x.clone(), leaf(x[0]), name, R, 0.0, "fp16")),
+        (CALLS.rms_norm_backward, (x.clone(), None, x.clone(), x[0].clone(), x[:, 0].exp(), True, True)),
+        (CALLS.rms_norm_backward, (x.clone(), x.clone(), x.clone(), x[0].clone(), x[:, 0].exp(), True, False)),
+        (CALLS.squared_norm, ([x.clone(), bias.half()],)),
+        (CALLS.compress, (x.clone(), "fp16")),
+        (CALLS.compress, (ids, "none")),
+        (CALLS.decompress, (torch.zeros(22, dtype=torch.uint8), [3, 1], torch.bfloat16, "fp16")),
+        (CALLS.compress_with_feedback, (x.clone(), x.clone(), "bf16", 0.5)),
+        (CALLS.all_reduce_packed, (ops.compress(x, "fp16"), [2 * R, 3], torch.float32, name, R, "sum", "fp16")),
+        (CALLS.reduce_scatter_packed, (ops.compress(x, "none"), 6 * R, torch.float32, name, R, rank, "sum", "none")),
+    ]
+
+
+def check_opcheck() -> None:
+    with Group.open() as group:
+        for op, arguments in op_calls(group):
+            torch.manual_seed(0)
+            torch.library.opcheck(op.default, arguments)
+
+
+def registered_names() -> set[str]:
+    return {
+        schema.name.removeprefix("tpkernels::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("tpkernels::")
+    }
+
+
+def check_opcheck_covers_every_op() -> None:
+    with Group.open() as group:
+        checked = {op.default.name().removeprefix("tpkernels::") for op, _ in op_calls(group)}
+        made_of_nothing = {"arena_empty", "device_arena_empty", "exchange_sizes"}
+        assert registered_names() - checked == made_of_nothing, "those make no tensor from a tensor"
+
+
+def compiled_step(case: Case, s: Sizes, group: Group) -> Callable[..., Tensor]:
+    """The op between other ops, as in a model."""
+
+    def step(*arguments: Tensor | None) -> Tensor:
+        scaled = [x * 2 if x is not None and x.is_floating_point() else x for x in arguments]
+        return case.call(s, scaled, group) * 3
+
+    return step
+
+
+def settings_of(case: Case, group: Group, backend: str) -> list[Sizes]:
+    """Two, unless code would be generated twice for the same: to inductor, op and codec are words that it hands on."""
+    plain, other = sizes(group), sizes(group, op="avg", bias=False, codec="fp16")
+    absent = [[x is None for x in case.arguments(s, group.rank)] for s in (plain, other)]
+    return [plain] if backend == "inductor" and absent[0] == absent[1] else [plain, other]
+
+
+def check_compile(backend: str) -> None:
+    with Group.open() as group:
+        for case in CASES:
+            for s in settings_of(case, group, backend):
+                torch._dynamo.reset()
+                step = compiled_step(case, s, group)
+                compiled = torch.compile(step, backend=backend, fullgraph=True)
+                results = []
+                for fn in (step, compiled):
+                    leaves = [
+                        x.requires_grad_() if x is not None and x.is_floating_point() else x
+                        for x in case.arguments(s, group.rank)
+                    ]
+                    y = fn(*leaves)
+                    y.sum().backward()
+                    results.append([y, *(x.grad for x in leaves if x is not None and x.requires_grad)])
+                for want, got in zip(*results, strict=True):
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, c=case: f"{c.name}: {m}")
+                with torch.no_grad():
+                    torch.testing.assert_close(compiled(*case.arguments(s, group.rank)), results[0][0].detach())
+
+
+def with_sizes(case: Case) -> Case:
+    """The case with the sizes given that the ranks would otherwise ask each other, or take for even when compiling."""
+
+    def options(s: Sizes) -> dict[str, Any]:
+        sized = {"all_gather": {"dim_size": s.M}, "all_gather_gemm": {"dim_size": s.M}}
+        vocab = {"vocab_size": s.V} if case in (VOCAB_EMBEDDING, VOCAB_CROSS_ENTROPY) else {}
+        return {**case.options(s), **sized.get(case.name, vocab)}
+
+    return replace(case, options=options)
+
+
+def check_a_shared_compile_cache(folder: str) -> None:
+    """Rank after rank compiles, each into the cache that the ones before have filled; the others run the plain step."""
+    cache = mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder})
+    with Group.open() as group, cache, torch._inductor.config.patch(fx_graph_cache=True):
+        for case in CASES:
+            s = sizes(group)
+            step = compiled_step(with_sizes(case), s, group)
+            for turn in range(group.world_size):
+                torch._dynamo.reset()
+                run = torch.compile(step, fullgraph=True) if group.rank == turn else step
+                leaves = [
+                    x.requires_grad_() if x is not None and x.is_floating_point() else x
+                    for x in case.arguments(s, group.rank)
+                ]
+                run(*leaves).sum().backward()
+
+
+def check_compile_with_dynamic_shapes() -> None:
+    with Group.open() as group:
+        R = group.world_size
+        for case in CASES:
+            torch._dynamo.reset()
+            graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+            step = compiled_step(case, sizes(group), group)
+            compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=True)
+            counts = []
+            for M in (11, 12, 13, 14):  # no size that another dimension has, which would make them one symbol
+                arguments = case.arguments(sizes(group, M=M * R), group.rank)
+                torch.testing.assert_close(compiled(*arguments), step(*arguments))
+                counts.append(graphs.frame_count)
+            assert counts[0] == counts[-1], f"{case.name}: compiled again for another number of tokens: {counts}"
+
+
+def check_compile_of_uneven_cuts() -> None:
+    """With the sizes given, uneven cuts compile, too."""
+    with Group.open() as group:
+        R = group.world_size
+        s = Sizes(R=R, M=2 * R + 1, N=R + 1, K=3 * R + 1, V=4 * R + 1)
+        for case in CASES:
+            known = with_sizes(case)
+            torch._dynamo.reset()
+            compiled = torch.compile(compiled_step(known, s, group), backend="aot_eager", fullgraph=True)
+            leaves = [
+                x.requires_grad_() if x is not None and x.is_floating_point() else x
+                for x in known.arguments(s, group.rank)
+            ]
+            plain = known.call(s, [x * 2 if x is not None and x.is_floating_point() else x for x in leaves], group) * 3
+            y = compiled(*leaves)
+            torch.testing.assert_close(y, plain)
+            y.sum().backward()
+            assert all(x.grad is not None for x in leaves if x is not None and x.requires_grad)
+
+
+class Module(nn.Module):
+    """One op as a model, for torch.export."""
+
+    def __init__(self, case: Case, s: Sizes, group: Group) -> None:
+        super().__init__()
+        self.case, self.s, self.group = case, s, group
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, *arguments: Tensor | None) -> Tensor:
+        return self.case.call(self.s, list(arguments), self.group) * self.weight
+
+
+def check_export() -> None:
+    with Group.open() as group:
+        for case in CASES:
+            s = sizes(group)
+            arguments = tuple(case.arguments(s, group.rank))
+            module = Module(case, s, group)
+            for strict in (False, True):
+                program = torch.export.export(module, arguments, strict=strict)
+                targets = {str(node.target) for node in program.graph.nodes}
+                assert f"tpkernels.{case.name}.default" in targets, (case.name, targets)
+                torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
+def check_export_with_dynamic_tokens() -> None:
+    with Group.open() as group:
+        for case in CASES:
+            s = sizes(group)
+            arguments = tuple(case.arguments(s, group.rank))
+            shapes = ([{0: torch.export.Dim.AUTO} if x is not None else None for x in arguments],)
+            shapes = tuple(shapes[0])
+            program = torch.export.export(Module(case, s, group), arguments, dynamic_shapes=(shapes,))
+            torch.testing.assert_close(program.module()(*arguments), Module(case, s, group)(*arguments))
+
+
+def check_in_place_compiles() -> None:
+    with Group.open() as group:
+
+        def step(x: Tensor) -> Tensor:
+            y = x * 2
+            ops.all_reduce_(y, group=group, op="sum")
+            return y + 1
+
+        for backend in ("aot_eager", "inductor"):
+            torch._dynamo.reset()
+            compiled = torch.compile(step, backend=backend, fullgraph=True)
+            x = torch.arange(5.0)
+            assert torch.equal(compiled(x), x * 2 * group.world_size + 1)
+            assert torch.equal(x, torch.arange(5.0))
+
+
+def check_meta_and_fake() -> None:
+    with Group.open() as group:
+        for case in CASES:
+            s = sizes(group, M=2 * group.world_size)
+            arguments = case.arguments(s, group.rank)
+            y = case.call(s, arguments, group)
+            known = replace(case, options=lambda s, case=case: {**case.options(s), **explicit(case, s)})
+            meta = known.call(s, [None if x is None else x.to("meta") for x in arguments], group)
+            assert (meta.shape, meta.dtype, meta.device.type) == (y.shape, y.dtype, "meta"), case.name
+            with torch._subclasses.FakeTensorMode() as mode:
+                fakes = [None if x is None else mode.from_tensor(x) for x in arguments]
+                fake = known.call(s, fakes, group)
+            assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride()), case.name
+
+
+def explicit(case: Case, s: Sizes) -> dict[str, int]:
+    """The sizes that only the ranks know, given."""
+    if case.name.startswith("all_gather"):
+        return {"dim_size": s.M}
+    return {"vocab_size": s.V} if case in (VOCAB_EMBEDDING, VOCAB_CROSS_ENTROPY) else {}
+
+
+def check_what_stands_between_is_not_skipped() -> None:
+    """The short way to the kernel must not pass by anybody who watches or transforms the call."""
+    with Group.open() as group:
+        R = group.world_size
+        x = torch.arange(4.0)
+        total = R * x
+        graph = make_fx(lambda t: ops.all_reduce(t, group=group))(x)
+        assert "tpkernels.all_reduce" in graph.code
+        with pytest.raises(NotImplementedError, match=r"torch\.func"):  # has no way into ops with Python autograd
+            torch.func.grad(lambda t: ops.all_reduce(t * t, group=group).sum())(x)
+        seen = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        class Overridden(torch.Tensor):
+            pass
+
+        with Watch():
+            assert torch.equal(ops.all_reduce(x, group=group), total)
+        assert "tpkernels.all_reduce.default" in seen
+        assert type(ops.all_reduce(x.as_subclass(Overridden), group=group)) is Overridden
+        assert torch.equal(ops.all_reduce(nn.Parameter(x), group=group).detach(), total)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            ops.all_reduce(x, group=group)
+            ops.gemm_all_reduce(torch.ones(2, 3), torch.ones(4, 3), group=group)
+        names = {event.key for event in profile.key_averages()}
+        assert {"tpkernels::all_reduce", "tpkernels::gemm_all_reduce"} <= names
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones(4))
+            with pytest.raises(NotImplementedError, match="forward-mode"):  # never a tangent lost in silence
+                ops.all_reduce(dual, group=group)
+        z = torch.complex(x, x).conj()
+        assert torch.equal(ops.all_reduce(z.imag, group=group), -total)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_opcheck,
+        check_opcheck_covers_every_op,
+        check_compile_with_dynamic_shapes,
+        check_compile_of_uneven_cuts,
+        check_export,
+        check_export_with_dynamic_tokens,
+        check_in_place_compiles,
+        check_meta_and_fake,
+        check_what_stands_between_is_not_skipped,
+    ],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+def test_ops_are_good_citizens_of_torch(check: Callable[[], None]) -> None:
+    run_ranks(check, 2, timeout=240.0)
+
+
+@pytest.mark.parametrize(("backend", "R"), [("eager", 3), ("aot_eager", 1), ("aot_eager", 3), ("inductor", 2)])
+def test_ops_compile_into_one_graph_with_the_same_result(backend: str, R: int) -> None:
+    run_ranks(check_compile, R, backend, timeout=300.0)
+
+
+def test_ranks_that_share_a_compile_cache_do_not_get_each_others_backward(tmp_path: Path) -> None:
+    run_ranks(check_a_shared_compile_cache, 2, str(tmp_path), timeout=300.0)
+
+
+def check_references() -> None:
+    with Group.open() as group:
+        for case in CASES:
+            y = check_forward(case, sizes(group), group)
+            assert_within(y, y, torch.zeros(()), case.name)
+
+
+def test_the_sizes_of_these_tests_are_right_for_every_op() -> None:
+    run_ranks(check_references, 2)

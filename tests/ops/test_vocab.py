@@ -1,0 +1,180 @@
+"""Embedding and cross entropy over a cut vocabulary against the unsharded ones, on real ranks."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.harness.ops import (
+    FLOATS,
+    Drawn,
+    assert_same_on_all_ranks,
+    check_forward,
+    check_gradient,
+    is_device,
+    on_cpu,
+    raised,
+)
+from tpkernels import ops
+from tpkernels.comm.group import Group
+from tpkernels.shard import part
+from tpkernels.testing import run_ranks
+from tpkernels.testing.case import Sizes
+from tpkernels.testing.cases import VOCAB, VOCAB_CROSS_ENTROPY
+
+RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
+SHAPES = {  # M, K, V, batch
+    "even": (6, 8, 24, ()),
+    "uneven": (9, 5, 17, ()),
+    "batch": (3, 4, 10, (2, 2)),
+    "fewer ids than ranks": (5, 3, 2, ()),
+    "one": (1, 1, 1, ()),
+    "no tokens": (0, 4, 9, ()),
+    "long rows": (3, 300, 1201, ()),
+}
+
+
+def check_every_shape_and_dtype(group: Group) -> None:
+    for M, K, V, batch in SHAPES.values():
+        for dtype in FLOATS:
+            for smoothing in (0.0, 0.1, 1.0):
+                s = Sizes(R=group.world_size, M=M, K=K, V=V, batch=batch, dtype=dtype, smoothing=smoothing)
+                for case in VOCAB:
+                    y = check_forward(case, s, group)
+                    assert_same_on_all_ranks(group, f"{case.name} {s}", y)
+                    check_gradient(case, s, group)
+
+
+@RANKS
+@pytest.mark.parametrize("transport", ["shm", "group"])
+def test_a_cut_vocabulary_equals_the_whole_one(transport: str, R: int) -> None:
+    if R == 1 and transport == "group":
+        return  # one rank has one kind of group, tested as "shm"
+    on_cpu(check_every_shape_and_dtype, R, transport)
+
+
+def check_any_cut(group: Group) -> None:
+    """Not the cut of the rule: the last rank holds most, the first one or nothing."""
+    R, rank = group.world_size, group.rank
+    counts = [2 * r + (R == 1) for r in range(R)]
+    V, start = sum(counts), sum(counts[:rank])
+    drawn = Drawn(group)
+    table = drawn.randn(V, 5)
+    ids = drawn.randint(V, 4, 3, dtype=torch.int32)
+    mine = table[start : start + counts[rank]].clone().requires_grad_()
+    y = ops.vocab_embedding(ids, mine, group=group)
+    assert torch.equal(y, table[ids])
+    y.sum().backward()
+    want = torch.zeros(V, 5).index_add(0, ids.flatten().long(), torch.ones(12, 5))
+    assert torch.equal(mine.grad, want[start : start + counts[rank]])
+    logits, target = drawn.randn(7, V), drawn.randint(V, 7, dtype=torch.int32)
+    cut = logits[:, start : start + counts[rank]].clone().requires_grad_()
+    loss = ops.vocab_cross_entropy(cut, target, group=group, label_smoothing=0.2)
+    whole = logits.clone().requires_grad_()
+    want_loss = F.cross_entropy(whole, target.long(), reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(loss, want_loss)
+    loss.sum().backward()
+    want_loss.sum().backward()
+    torch.testing.assert_close(cut.grad, whole.grad[:, start : start + counts[rank]])
+
+
+def check_ignored_tokens(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    logits = Drawn(group).randn(6, 11)
+    for ignore_index in (-100, -1, 3):
+        target = torch.tensor([0, 3, 10, ignore_index, 5, ignore_index])
+        for smoothing in (0.0, 0.3):
+            mine = part(logits, 1, R, rank).clone().requires_grad_()
+            options = {"ignore_index": ignore_index, "label_smoothing": smoothing}
+            loss = ops.vocab_cross_entropy(mine, target, group=group, **options)
+            want = F.cross_entropy(logits, target, reduction="none", **options)
+            torch.testing.assert_close(loss, want)
+            assert torch.equal(loss == 0, target == ignore_index)
+            loss.sum().backward()
+            assert torch.equal(mine.grad.abs().sum(-1) == 0, target == ignore_index)
+    everything = torch.full((6,), -100)
+    assert torch.equal(ops.vocab_cross_entropy(part(logits, 1, R, rank), everything, group=group), torch.zeros(6))
+
+
+def check_extreme_logits(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    logits = torch.zeros(4, 12)
+    logits[0] += 1e4  # overflows without the maximum taken off
+    logits[1] -= 1e4
+    logits[2, :-1] = float("-inf")  # on all ranks but the last nothing but -inf
+    logits[3, 5] = float("nan")
+    target = torch.tensor([1, 2, 11, 0])
+    mine = part(logits, 1, R, rank).clone().requires_grad_()
+    loss = ops.vocab_cross_entropy(mine, target, group=group)
+    log12 = torch.log(torch.tensor(12.0)).item()
+    torch.testing.assert_close(loss[:2], torch.full((2,), log12), atol=2e-3, rtol=0)
+    assert loss[2] == 0.0
+    assert loss[3].isnan(), "a NaN on one rank is seen by all"
+    loss[:3].sum().backward()
+    assert mine.grad[:3].isfinite().all()
+
+
+def check_wrong_ids_are_named(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    table, logits = torch.randn(3, 4), torch.randn(2, 3)
+    for wrong in (-1, 3 * R, 1 << 40):
+        ids = torch.tensor([0, wrong])
+        for call in (
+            lambda ids=ids: ops.vocab_embedding(ids, table, group=group),
+            lambda ids=ids: ops.vocab_embedding(ids, table.clone().requires_grad_(), group=group, vocab_size=3 * R),
+            lambda ids=ids: ops.vocab_cross_entropy(logits, ids, group=group),
+        ):
+            text = raised(lambda call=call: (call(), group.check()), ValueError)
+            assert str(wrong) in text or is_device(group), text  # a device counts them
+            assert f"{3 * R}" in text, text
+    assert ops.all_gather(torch.tensor([rank]), group=group).tolist() == list(range(R)), "the group still works"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_any_cut, check_ignored_tokens, check_extreme_logits, check_wrong_ids_are_named],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+@pytest.mark.parametrize("R", [1, 3])
+def test_vocabulary(check: Callable[[Group], None], R: int) -> None:
+    on_cpu(check, R)
+
+
+def measure_memory() -> None:
+    with Group.open() as group:
+        s = Sizes(R=group.world_size, M=256, V=32768, smoothing=0.1)
+        logits, target = torch.randn(s.M, s.V // s.R, requires_grad=True), torch.randint(s.V, (s.M,))
+        ops.vocab_cross_entropy(logits[:4], target[:4], group=group).sum().backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        loss = ops.vocab_cross_entropy(logits, target, group=group, label_smoothing=0.1)
+        forward = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        loss.sum().backward()
+        both = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        part_kib, whole_kib = s.M * s.V // s.R * 4 // 1024, s.M * s.V * 4 // 1024
+        assert forward < part_kib / 2, f"the forward took {forward} KiB, logits_shard has {part_kib}"
+        assert both < whole_kib * 3 / 4, f"forward and backward took {both} KiB, whole logits have {whole_kib}"
+        group.reset_stats()
+        ops.vocab_cross_entropy(logits, target, group=group, vocab_size=s.V)
+        sent = group.stats()["wire_bytes"]
+        assert sent <= 16 * s.M * (s.R - 1) + 4096, f"{sent} bytes sent for {s.M} tokens"
+
+
+def test_no_rank_ever_holds_or_sends_logits_of_the_whole_vocabulary() -> None:
+    run_ranks(measure_memory, 4, fresh=True)
+
+
+def check_bf16_logits_are_summed_in_fp32(group: Group) -> None:
+    s = Sizes(R=group.world_size, M=4, V=4001, dtype=torch.bfloat16)
+    loss = check_forward(VOCAB_CROSS_ENTROPY, s, group)
+    assert loss.dtype == torch.float32
+    again = check_forward(VOCAB_CROSS_ENTROPY, replace(s, dtype=torch.float64), group)
+    assert again.dtype == torch.float64
+
+
+def test_bf16_logits_are_summed_in_fp32() -> None:
+    on_cpu(check_bf16_logits_are_summed_in_fp32, 2)

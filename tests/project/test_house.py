@@ -1,0 +1,306 @@
+"""The rules of the house that no compiler checks: who imports whom, how long files are, what is said in one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
+LONGEST_FILE = 400
+
+# Imports point down: a package imports itself and those in front of it.
+ORDER = [
+    "_C", "errors", "_build", "_native", "shard", "comm", "compress", "ops", "optimizers", "layers", "launch",
+    "data_parallel", "checkpoint", "plan", "guards", "hf", "generate", "serve", "train", "cli", "testing", "__init__",
+    "__main__",
+]  # fmt: skip
+# Modules that import an optional package, or torch's compiler: imported where they are used.
+LATE = {
+    "tpkernels.generate.compiled": "torch._inductor",
+    "tpkernels.generate.decoders": "transformers",
+    "tpkernels.generate.seq2seq": "transformers",
+    "tpkernels.serve.command": "fastapi",
+}
+
+
+def tracked_files() -> list[Path]:
+    """Every file that git knows; tests of an unpacked archive have none to look at."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def package_files() -> list[Path]:
+    return sorted((ROOT / "tpkernels").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """tpkernels/plan/api.py: "tpkernels.plan.api"; a package has its own name."""
+    parts = path.with_suffix("").parts
+    start = len(parts) - 1 - parts[::-1].index("tpkernels")
+    return ".".join(parts[start:]).removesuffix(".__init__")
+
+
+def imports(text: str, module: str, is_package: bool) -> Iterator[tuple[str, str, int, bool]]:
+    """Every import of tpkernels in a module: (module, name or "", line, whether inside a function or under an if)."""
+    tree = ast.parse(text)
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "", node.lineno, node not in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: None if is_package else -1]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            yield from ((source, alias.name, node.lineno, node not in top) for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[tuple[str, str, int, bool]]:
+    found = imports(path.read_text(), name_of(path), path.name == "__init__.py")
+    return (row for row in found if row[0].partition(".")[0] == "tpkernels")
+
+
+def part_of(module: str, name: str = "") -> str:
+    """The part of ORDER that a module, or a name imported from the root, belongs to."""
+    parts = [*module.split(".")[1:], name]
+    return parts[0] if parts[0] in ORDER else "__init__"
+
+
+def target(module: str, name: str, modules: set[str]) -> str:
+    """The module that `from module import name` loads last."""
+    return f"{module}.{name}" if f"{module}.{name}" in modules else module
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or by way of others."""
+    sorter = TopologicalSorter(arrows)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def cmake_list(name: str) -> list[str]:
+    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    found = re.search(rf"set\({name}\s+(.*?)\)", text, re.S)
+    assert found, f"CMakeLists.txt has no list {name}"
+    return found[1].split()
+
+
+def emulated_tests() -> list[str]:
+    files = (ROOT / "CMakeLists.txt", ROOT / "tests/csrc/planted_fused.cmake")
+    text = re.sub(r"#.*", "", "".join(file.read_text() for file in files))
+    calls = re.findall(r"tpk_emu_test\(\w+ VARIANTS [^)]*?SOURCES ([^)]*?)(?:KERNELS[^)]*)?\)", text)
+    return [source for call in calls for source in call.split()]
+
+
+# The lists of CMakeLists.txt, and those of them that know neither torch nor Python.
+TORCH_FREE_LISTS = [
+    "TORCH_FREE_SOURCES", "CUDA_KERNEL_SOURCES", "CUDA_HOPPER_SOURCES", "CUDA_NCCL_SOURCES", "CUDA_HOST_SOURCES",
+    "TEST_SOURCES", "EMU_SOURCES", "EMU_RACE_SOURCES",
+]  # fmt: skip
+MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
+TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]
+# csrc/core is what both back ends and every test share: it includes neither.
+MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
+# Where headers are looked for that do not lie beside who includes them.
+HEADERS = [ROOT / "csrc", ROOT / "tests/csrc", ROOT / "tests/csrc/emu"]
+# What makes Python modules, or is a short way from Python into one.
+SPEAKS_PYTHON = {
+    "csrc/python/module.cpp",
+    "csrc/python/python_engines.cpp",
+    "csrc/python/python_side.cpp",
+    "csrc/python/fast_path.cpp",
+    "csrc/cuda/module.cpp",
+    "csrc/cuda/python_device.cpp",
+    "tests/csrc/emu/module_emu.cpp",
+}
+
+
+def includes(path: Path) -> tuple[set[Path], set[str]]:
+    """All project headers that a C++ file reaches, and all headers of others that they or it include."""
+    own, foreign, queue = set[Path](), set[str](), [path]
+    while queue:
+        current = queue.pop()
+        text = current.read_text()
+        foreign |= set(re.findall(r"#include <([^>]+)>", text))
+        for name in re.findall(r'#include "([^"]+)"', text):
+            places = [current.parent, *HEADERS]
+            header = next((folder / name).resolve() for folder in places if (folder / name).exists())
+            if header not in own:
+                own.add(header)
+                queue.append(header)
+    return own, foreign
+
+
+PATHS = pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(ROOT / "tpkernels")))
+
+
+def faults_of(path: Path) -> list[str]:
+    """What the imports of a file do that they must not do."""
+    module, faults = name_of(path), []
+    mine = part_of(module) if module != "tpkernels" else "__init__"
+    assert mine in ORDER, f"{path.name}: give {mine} a place in ORDER"
+    for source, name, line, late in own_imports(path):
+        part, where = part_of(source, name), f"{path.name}:{line}"
+        if ORDER.index(part) > ORDER.index(mine):
+            faults.append(f"{where}: {mine} imports {part}, which is above it")
+        if late and target(source, name, set(LATE)) not in LATE:
+            faults.append(f"{where}: an import of {source} that is not at the top")
+        if (
+            "_C" in (name, source.rpartition(".")[2])
+            and source != "tpkernels._native"
+            and module != "tpkernels._native"
+        ):
+            faults.append(f"{where}: only _native.py imports _C")
+        private = [p for p in (*source.split("."), name) if p.startswith("_") and p not in ("_C", "_native", "_build")]
+        if private and part != mine and not name.startswith("__"):
+            faults.append(f"{where}: {private[-1]} of {part} is private")
+    return faults
+
+
+@PATHS
+def test_imports_point_down_and_stand_at_the_top_and_respect_what_is_private(path: Path) -> None:
+    assert faults_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("def f():\n    from tpkernels.layers import linear\n", "above"),
+        ("from tpkernels import cli\n", "above"),
+        ("from ..layers import base\n", "above"),
+        ("if TYPE_CHECKING:\n    from tpkernels.comm.objects import gather\n", "not at the top"),
+        ("def f():\n    from tpkernels.shard import part\n", "not at the top"),
+        ("from tpkernels import _C\n", "only _native"),
+        ("from tpkernels._C import limits\n", "only _native"),
+        ("from tpkernels.shard import _attach\n", "private"),
+    ],
+)
+def test_a_fault_of_imports_is_noticed(tmp_path: Path, text: str, fault: str) -> None:
+    file = tmp_path / "tpkernels" / "comm" / "group.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert any(fault in found for found in faults_of(file)), faults_of(file)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {name_of(path): path for path in package_files()}
+    arrows: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for source, imported, _, _ in own_imports(path):
+            found = target(source, imported, set(modules))
+            if found in modules and found != name and not name.startswith(f"{found}."):
+                arrows[name].add(found)
+    assert circles(arrows) == []
+    arrows["tpkernels.shard"].add("tpkernels.cli.main")
+    assert circles(arrows) != []
+
+
+def test_importing_the_package_imports_nothing_optional() -> None:
+    code = "import sys, tpkernels; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"transformers", "fastapi", "uvicorn", "matplotlib", "typer", "peft", "accelerate", "gguf"}
+
+
+def test_at_most_a_dozen_files_stand_at_the_top_of_the_package() -> None:
+    assert len(list((ROOT / "tpkernels").glob("*.py"))) <= 12
+
+
+def test_no_code_file_is_longer_than_four_hundred_lines() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in tracked_files() if path.suffix in CODE}
+    assert {str(path): n for path, n in lines.items() if n > LONGEST_FILE} == {}
+
+
+def test_cmake_builds_every_source_file_and_lists_none_that_is_gone() -> None:
+    there = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "tests/csrc")
+        for path in (ROOT / folder).rglob("*.c*")
+        if path.suffix in (".cpp", ".cu")
+    }
+    assert set(TORCH_FREE) | set(MODULES) == there
+
+
+def test_sources_and_flags_are_listed_in_cmake_alone() -> None:
+    for name in ("setup.py", "build_backend/tpk_backend.py", "Makefile", "pyproject.toml"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"csrc/[\w/]+\.cpp|-O[0-9s]\b|-std=|-march", text), name
+
+
+@pytest.mark.parametrize("source", TORCH_FREE)
+def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
+    _, foreign = includes(ROOT / source)
+    assert not {name for name in foreign if re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", name)}
+
+
+def test_only_module_files_and_the_short_way_speak_python_in_cpp() -> None:
+    for source in MODULES:
+        _, foreign = includes(ROOT / source)
+        speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h", name)}
+        assert bool(speaks) == (source in SPEAKS_PYTHON), source
+
+
+@pytest.mark.parametrize("source", MODULES)
+def test_cpp_includes_only_stable_headers_of_torch(source: str) -> None:
+    _, foreign = includes(ROOT / source)
+    torch = {name for name in foreign if re.match(r"torch/|ATen/|c10/", name)}
+    assert not {
+        name for name in torch if not re.match(r"torch/(csrc/stable|csrc/inductor/aoti_torch|headeronly)/", name)
+    }
+
+
+def test_the_core_includes_neither_torch_nor_a_back_end() -> None:
+    for path in sorted((ROOT / "csrc/core").rglob("*")):
+        if path.suffix in CODE:
+            own, _ = includes(path)
+            outside = {str(o.relative_to(ROOT / "csrc")) for o in own if not o.is_relative_to(ROOT / "csrc/core")}
+            assert not outside, f"{path.name} includes {outside}"
+
+
+def test_kernels_leave_ptx_to_device_cuh_and_launches_to_launch_h() -> None:
+    for path in (ROOT / "csrc/cuda").rglob("*.cu*"):
+        text = re.sub(r"//.*", "", path.read_text())
+        assert "<<<" not in text, path.name
+        assert path.name in ("device.cuh", "hopper.cuh") or not re.search(r"\basm\b|__CUDA_ARCH__", text), path.name
+
+
+def test_there_are_at_most_three_environment_variables_of_our_own() -> None:
+    names = {
+        name
+        for path in tracked_files()
+        if path.suffix in CODE and "tests" not in path.parts
+        for name in re.findall(r'"(TPK(?:ERNELS)?_[A-Z_]+)"', path.read_text())
+    }
+    assert len(names) <= 3, names
+
+
+def test_no_file_names_a_place_on_one_machine_or_holds_unfinished_work() -> None:
+    suspicious = re.compile("|".join([r"(?<![\w.])/(?:root|home|work)/", "TO" + "DO", "FIX" + "ME", "XX" + "X"]))
+    found = []
+    for path in tracked_files():
+        if path.name == "LICENSE" or path.suffix in {".png", ".jsonl"}:
+            continue  # not ours, or not text that people write
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if suspicious.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in tracked_files():
+        if path.suffix == ".md":
+            for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text()):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"

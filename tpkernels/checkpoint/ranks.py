@@ -1,0 +1,90 @@
+"""Where a rank stands in a checkpoint, and how all ranks come to fail together.
+
+A model is cut over the ranks of `group`; `dp_group` joins the ranks that hold the same part in different replicas. Rank
+t of replica d writes:
+
+    rank-t-of-R.safetensors               replica 0: parameters, buffers, optimizer state, and what is the rank's own
+    rank-t-of-R-replica-d.safetensors     the others: what is the rank's own (random numbers, state of the aggregator)
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from tpkernels.comm.group import Group
+from tpkernels.comm.objects import Ranks, gather, raise_together
+from tpkernels.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Talk:
+    """Ranks that tell each other how they stand, over a process group of their own."""
+
+    label: str
+    rank: int
+    world_size: int
+    process_group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank's place: rank of `tp` that a replica is cut over, replica of `dp`."""
+
+    group: Group | Ranks
+    dp_group: Group | Ranks | None = None
+
+    @property
+    def rank(self) -> int:
+        """Which part of the model this is."""
+        return self.group.rank
+
+    @property
+    def tp(self) -> int:
+        """How many ranks a replica is cut over."""
+        return self.group.world_size
+
+    @property
+    def replica(self) -> int:
+        """Which replica this is."""
+        return self.dp_group.rank if self.dp_group is not None else 0
+
+    @property
+    def dp(self) -> int:
+        """How many replicas there are."""
+        return self.dp_group.world_size if self.dp_group is not None else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what only one does."""
+        return (self.rank, self.replica) == (0, 0)
+
+    @property
+    def number(self) -> int:
+        """This rank among all of them, replica by replica."""
+        return self.replica * self.tp + self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, replica by replica."""
+        values = gather(value, self.group)
+        if self.dp_group is None:
+            return values
+        return [v for replica in gather(values, self.dp_group) for v in replica]
+
+    def together(self, doing: str) -> AbstractContextManager[None]:
+        """If the body fails on any rank, raise a CheckpointError on all, naming the ranks and what they met."""
+        return raise_together(self.group, CheckpointError, doing, ask=self.gather, name=self._name)
+
+    def _name(self, number: int) -> str:
+        replica, rank = divmod(number, self.tp)
+        return f"rank {rank}" + (f" of replica {replica}" if self.dp > 1 else "")
+
+
+def file_name(rank: int, tp: int, replica: int = 0) -> str:
+    """The file of a rank."""
+    return f"rank-{rank}-of-{tp}{f'-replica-{replica}' if replica else ''}.safetensors"

@@ -1,0 +1,127 @@
+"""Reshard: the files that another number of ranks would have written, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels.checkpoint.files import TensorWriter, write_manifest
+from tpkernels.checkpoint.manifest import Source, kind_of, read
+from tpkernels.checkpoint.ranks import file_name
+from tpkernels.checkpoint.regions import Entry, read_part
+from tpkernels.checkpoint.residuals import Residuals
+from tpkernels.checkpoint.staging import Room, refuse_existing
+from tpkernels.errors import CheckpointError
+from tpkernels.shard import Runs
+
+
+def reshard(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], tp: int | None = None, dp: int | None = None
+) -> Path:
+    """Write a checkpoint anew for another number of ranks: the tensors that these would have saved, bit for bit.
+
+    One process does it; call it on one rank. In memory are one tensor of the new files and one slice of an old one.
+    `checkpoint.load` needs no reshard, it reads any checkpoint; resharding once saves every later load its slicing.
+
+    Args:
+        src: a checkpoint. All of it is checked first.
+        dst: the new checkpoint's folder; must not exist yet.
+        tp: ranks that each replica is to be cut over; None keeps their number.
+        dp: number of replicas; None keeps it.
+
+    Returns:
+        dst, on the disk and complete. Where the rule of shard.py says how a tensor was cut, the new parts are those of
+        the rule. Where ranks listed what they hold (packed projections, shared heads), which says nothing of other
+        numbers of ranks, they are plain parts; `load` puts them in place all the same.
+
+    Raises:
+        CheckpointError: src is no checkpoint or damaged (named), dst exists, or the disk is full.
+    """
+    source_folder, final = Path(src), Path(dst)
+    try:
+        return _reshard(source_folder, final, tp, dp)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"reshard {source_folder} to {final}: {error}") from None
+
+
+def _reshard(source_folder: Path, final: Path, tp: int | None, dp: int | None) -> Path:
+    source = Source(source_folder, read(source_folder))
+    tp, dp = source.tp if tp is None else tp, source.dp if dp is None else dp
+    if tp < 1 or dp < 1:
+        raise CheckpointError(f"tp and dp must be 1 or more, got tp={tp}, dp={dp}")
+    refuse_existing(final)
+    source.check_files()
+    entries = source.entries
+    if tp != source.tp:
+        source.warn_of_replicas()
+        entries = {name: replace(e, runs=None, replicas_differ=False) for name, e in entries.items()}
+    target = _Target(source, entries, tp, dp)
+    manifest = dict(source.manifest) | {
+        "world_size": tp,
+        "layout": {"tp": tp, "dp": dp, "pp": 1},
+        "tensors": {name: entry.to_json() for name, entry in entries.items()},
+        "files": {},
+        "own": {},
+    }
+    with Room(final) as room:
+        for replica in range(dp):
+            for rank in range(tp):
+                name = file_name(rank, tp, replica)
+                manifest["files"][name], manifest["own"][name] = target.write(room.path / name, rank, replica)
+        write_manifest(room.path, manifest)
+        room.publish()
+    return final
+
+
+@dataclass
+class _Target:
+    """The new checkpoint: how its tensors are cut."""
+
+    source: Source
+    entries: dict[str, Entry]
+    tp: int
+    dp: int
+
+    def write(self, path: Path, rank: int, replica: int) -> tuple[str, dict[str, Any]]:
+        """Write the file of a rank; its digest, and what the manifest says of what is the rank's own."""
+        own = {f"rng/{key}": value for key, value in self.source.rng(rank, replica).items()}
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
+        said: dict[str, Any] = {"aggregator": None}
+        residuals: Residuals | None = None
+        if self.source.aggregator_numbers(0, 0) is not None:
+            residuals = Residuals(self.source, rank, self.tp, replica, self.dp, self._cuts(rank))
+            said["aggregator"] = residuals.numbers()
+            layout |= {f"aggregator/{name}": kind for name, kind in residuals.layout().items()}
+        said["tensors"] = {name: kind_of(*kind) for name, kind in layout.items()}
+        if replica == 0:
+            layout = {name: (e.dtype, e.part_shape(rank, self.tp)) for name, e in self.entries.items()} | layout
+        with TensorWriter(path, layout) as writer:
+            for name in writer.names:
+                if name in own:
+                    writer.add(name, own[name])
+                elif residuals is not None and name.startswith("aggregator/"):
+                    writer.add(name, residuals.tensor(name.partition("/")[2]))
+                else:
+                    writer.add(name, self._part(name, rank))
+            return writer.finish(), said
+
+    def _cuts(self, rank: int) -> dict[str, tuple[int | None, Runs]]:
+        """What the rank holds of each tensor of the model."""
+        return {
+            name.partition("/")[2]: (e.dim, () if e.dim is None else e.runs_of(rank, self.tp))
+            for name, e in self.entries.items()
+            if name.startswith("model/")
+        }
+
+    def _part(self, name: str, rank: int) -> Tensor:
+        entry = self.entries[name]
+        out = torch.empty(entry.part_shape(rank, self.tp), dtype=entry.dtype)
+        runs = () if entry.dim is None else entry.runs_of(rank, self.tp)
+        first = rank if self.tp == self.source.tp else 0
+        read_part(self.source.entries[name], self.source.tp, self.source.reader(name), entry.dim, runs, out, first)
+        return out

@@ -1,0 +1,99 @@
+"""State of a GradAggregator in a checkpoint: of every rank of every replica, and what other ranks begin with.
+
+Its tensors are called "<kind>.<parameter>" and have the parameter's shape, so they are cut like it. Over another number
+of replicas goes the rule of `data_parallel.state.reshard_state`; here it is applied to one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels.checkpoint.manifest import Source
+from tpkernels.checkpoint.regions import Entry, Read, read_part
+from tpkernels.data_parallel.state import OWN, AggregatorState, reshard_state
+from tpkernels.errors import CheckpointError
+from tpkernels.shard import Runs, run_size
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What rank `rank` of `tp` of replica `replica` of `dp` begins with.
+
+    Args:
+        cuts: what this rank holds of each parameter, as (dim, runs).
+
+    Raises:
+        CheckpointError: none was saved, or what was saved fits no other number of ranks.
+    """
+
+    source: Source
+    rank: int
+    tp: int
+    replica: int
+    dp: int
+    cuts: Mapping[str, tuple[int | None, Runs]]
+
+    def numbers(self) -> dict[str, Any]:
+        """What goes with the tensors."""
+        said = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
+        if any(n is None for n in said):
+            raise CheckpointError("it holds no state of an aggregator: load it without one")
+        try:
+            return reshard_state([{"tensors": {}, "numbers": n} for n in said], self.dp)[self.replica]["numbers"]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor."""
+        own = self.source.own(self._old_rank, 0)
+        names = [key.partition("/")[2] for key in own if key.startswith("aggregator/")]
+        return {n: (getattr(torch, own[f"aggregator/{n}"]["dtype"]), self._cut(n)[2]) for n in names}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors; besides it there is no more in memory than another of its size and a slice."""
+        entry, (dim, runs, shape) = self._entry(name), self._cut(name)
+        first = self.rank if self.tp == self.source.tp else 0
+        total = torch.zeros(shape, dtype=self.layout()[name][0])
+        old = [0] if name.partition(".")[0] not in OWN else list(range(self.replica, self.source.dp, self.dp))
+        if self.dp == self.source.dp:
+            old = [self.replica]
+        for q in old:
+            part = torch.empty_like(total) if len(old) > 1 else total
+            read_part(entry, self.source.tp, self._reader(q, f"aggregator/{name}"), dim, runs, part, first)
+            if part is not total:
+                total += part
+        return total
+
+    def state(self) -> AggregatorState:
+        """All of it."""
+        return {"tensors": {name: self.tensor(name) for name in self.layout()}, "numbers": self.numbers()}
+
+    @property
+    def _old_rank(self) -> int:
+        return self.rank % self.source.tp
+
+    def _entry(self, name: str) -> Entry:
+        parameter = name.partition(".")[2]
+        key = f"model/{self.source.manifest['aliases'].get(parameter, parameter)}"
+        if key not in self.source.entries:
+            raise CheckpointError(f"it holds the aggregator's state of {parameter}, which is no parameter of the model")
+        return self.source.entries[key]
+
+    def _cut(self, name: str) -> tuple[int | None, Runs, tuple[int, ...]]:
+        """What this rank holds of a tensor, (dim, runs), and the shape of it."""
+        entry, parameter = self._entry(name), name.partition(".")[2]
+        if parameter not in self.cuts:
+            raise CheckpointError(f"it holds the aggregator's state of {parameter}, which the model lacks")
+        dim, runs = self.cuts[parameter]
+        shape = list(entry.shape)
+        if dim is not None:
+            shape[dim] = run_size(runs)
+        return dim, runs, tuple(shape)
+
+    def _reader(self, replica: int, key: str) -> Read:
+        return lambda rank, *ranges: self.source.file(rank, replica).read(key, *ranges)

@@ -1,0 +1,233 @@
+"""Loading: everything is checked on all ranks, then each rank reads the slices that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import layers
+from tpkernels.checkpoint.files import check_tensors
+from tpkernels.checkpoint.manifest import Source, few, read
+from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.regions import ranks_read, read_part
+from tpkernels.checkpoint.residuals import Residuals
+from tpkernels.checkpoint.snapshot import Aggregator, aliases_of
+from tpkernels.data_parallel.state import AggregatorState
+from tpkernels.errors import CheckpointError
+from tpkernels.layers.base import mark_shards
+from tpkernels.shard import Runs, full_shape, shard_info
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says besides tensors.
+
+    Attributes:
+        step, extra: as they were saved.
+        missing: tensors of the model that the checkpoint lacks; they are as they were. Only with strict=False.
+        unexpected: tensors of the checkpoint that the model lacks. Only with strict=False.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+def restore(
+    model: nn.Module,
+    folder: Path,
+    place: Place,
+    optimizer: torch.optim.Optimizer | None,
+    aggregator: Aggregator | None,
+    *,
+    strict: bool,
+    convert_dtype: bool,
+) -> Loaded:
+    """See `checkpoint.load`."""
+    with place.together(f"load {folder}"):
+        source = Source(folder, read(folder))
+        source.check_files(place.number, place.tp * place.dp)
+    with place.together(f"load {folder}"):
+        mark_shards(model)
+        targets, missing, unexpected = _targets(model, source, strict, convert_dtype)
+        wanted = {key: _cut(tensor) for key, tensor in targets}
+        if optimizer is not None:
+            wanted |= _check_optimizer(model, optimizer, source)
+        if aggregator is not None:
+            cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
+            state = Residuals(source, place.rank, place.tp, place.replica, place.dp, cuts).state()
+        _open_files(source, place, wanted)
+        rng = source.rng(place.rank, place.replica)
+        _check_rng(rng)
+    if aggregator is not None:
+        with place.together(f"load {folder}"):
+            _load_aggregator(aggregator, state)
+    if place.is_first and place.tp != source.tp:
+        source.warn_of_replicas()
+    with place.together(f"load {folder} (all of it fits, but it could not be read to the end; model is half loaded)"):
+        with torch.no_grad():
+            for key, tensor in targets:
+                _fill(source, place, key, tensor, wanted[key])
+        if optimizer is not None:
+            _fill_optimizer(model, optimizer, source, place)
+        layers.set_rng_state(rng)
+    return Loaded(int(source.manifest["step"]), dict(source.manifest["extra"]), missing, unexpected)
+
+
+def _targets(
+    model: nn.Module, source: Source, strict: bool, convert_dtype: bool
+) -> tuple[list[tuple[str, Tensor]], tuple[str, ...], tuple[str, ...]]:
+    """Each tensor of the model to fill, with the name under which it was saved; the names that only one of them has."""
+    saved = {key.removeprefix("model/") for key in source.entries if key.startswith("model/")}
+    tied_there, tied_here = source.manifest["aliases"], aliases_of(model)
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in tied_here}
+    check_tensors(state)
+    for name in tied_here:
+        if name in saved:
+            raise CheckpointError(f"it holds {name} apart from {tied_here[name]}, and the model ties the two")
+    names = {name: tied_there.get(name, name) for name in state}
+    missing = sorted(name for name in state if names[name] not in saved)
+    unexpected = sorted(saved - set(names.values()))
+    for text, some in (("lacks", missing), ("has, and the model lacks,", unexpected)):
+        if some and strict:
+            raise CheckpointError(f"it {text} {few(some)}: build the model that was saved, or pass strict=False")
+    targets = []
+    for name in [name for name in state if names[name] in saved]:
+        entry, tensor = source.entries[f"model/{names[name]}"], state[name]
+        shape = tuple(full_shape(tensor))
+        if entry.shape != shape or (entry.dtype != tensor.dtype and not convert_dtype):
+            hint = ", or pass convert_dtype=True" if entry.shape == shape else ""
+            raise CheckpointError(
+                f"{name} is {entry.dtype} {list(entry.shape)} in it and "
+                f"{tensor.dtype} {list(shape)} in the model: build the model that was saved{hint}"
+            )
+        targets.append((f"model/{names[name]}", tensor))
+    return targets, tuple(missing), tuple(unexpected)
+
+
+def _open_files(source: Source, place: Place, wanted: Mapping[str, tuple[int | None, Runs]]) -> None:
+    """Open and check the files that are going to be read for these tensors."""
+    ranks = {place.rank} if place.tp == source.tp else set(range(source.tp))
+    first = place.rank if place.tp == source.tp else 0
+    for key, (dim, runs) in wanted.items():
+        ranks |= ranks_read(source.entries[key], source.tp, dim, runs, first)
+    for rank in sorted(ranks):
+        source.file(rank)
+
+
+def _check_rng(rng: dict[str, Tensor]) -> None:
+    try:
+        for device, state in rng.items():
+            if device == "cpu" or torch.cuda.is_available():
+                torch.Generator(device).set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"its random numbers are of another torch, or none: {error}") from None
+
+
+def _check_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, source: Source
+) -> dict[str, tuple[int | None, Runs]]:
+    """Check that its state fits; what this rank will read of each of its tensors."""
+    saved = source.manifest["optimizer"]
+    if saved is None:
+        raise CheckpointError("it holds no optimizer state: load it without an optimizer")
+    if saved["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"it holds the state of {saved['class']}: load it into that, not into {type(optimizer).__name__}"
+        )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names.get(p, "a parameter that the model lacks") for p in g["params"]] for g in optimizer.param_groups]
+    there = [g["params"] for g in saved["groups"]]
+    if groups != there:
+        pairs = zip(chain(*groups), chain(*there), strict=False)
+        first = next((f", {here} in place of {name}" for here, name in pairs if here != name), "")
+        raise CheckpointError(
+            f"its optimizer has other parameter groups (of {list(map(len, there))} parameters, here "
+            f"{list(map(len, groups))}{first}): group the parameters as they were"
+        )
+    for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for option, value in numbers.items():
+            if option in group and option != "params" and not _fits(group[option], value):
+                raise CheckpointError(f"its optimizer has {option}={value!r}, and here it is {group[option]!r}")
+    known, keys = set(chain(*there)), [key for key in source.entries if key.startswith("optimizer/")]
+    if strange := (set(saved.get("state", {})) | {_parameter_of(key) for key in keys}) - known:
+        raise CheckpointError(f"it holds optimizer state of {few(strange)}, which its optimizer has not")
+    parameters = dict(model.named_parameters())
+    cuts = {}
+    for key in keys:
+        parameter = parameters[_parameter_of(key)]
+        cuts[key] = _cut(parameter) if source.entries[key].shape == tuple(full_shape(parameter)) else (None, ())
+    return cuts
+
+
+def _parameter_of(key: str) -> str:
+    """Of a tensor of the optimizer, optimizer/<parameter>/<field>."""
+    return key.partition("/")[2].rpartition("/")[0]
+
+
+def _fits(old: Any, value: Any) -> bool:
+    """Whether a saved option of an optimizer is of a kind that can take the place of the present one."""
+    if isinstance(old, tuple | list):
+        return isinstance(value, list) and len(value) == len(old) and all(map(_fits, old, value))
+    if isinstance(old, Tensor) or (isinstance(old, int | float) and not isinstance(old, bool)):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(old, bool) or old is None:
+        return value is None or isinstance(value, bool | int | float)
+    return isinstance(value, type(old))
+
+
+def _load_aggregator(aggregator: Aggregator, state: AggregatorState) -> None:
+    """It checks everything before it changes anything; what does not fit is an error on all ranks."""
+    try:
+        aggregator.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
+    """What this rank holds of a tensor: (dim, runs), or (None, ()) for all of it."""
+    info = shard_info(tensor)
+    return (None, ()) if info is None else (info.dim % tensor.dim(), info.runs_of(info.rank))
+
+
+def _fill(source: Source, place: Place, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
+    """Read this rank's part; the rank's own file comes first where several hold the same."""
+    first = place.rank if place.tp == source.tp else 0
+    read_part(source.entries[key], source.tp, source.reader(key), *cut, tensor, first)
+
+
+def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, place: Place) -> None:
+    saved, parameters = source.manifest["optimizer"], dict(model.named_parameters())
+    on_device: dict[Tensor, bool] = {}
+    for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for option, value in numbers.items():
+            old = group.get(option)
+            if option == "params":
+                continue
+            if isinstance(old, Tensor):
+                old.fill_(value)
+            else:
+                group[option] = tuple(value) if isinstance(old, tuple) else value
+        on_device |= {p: bool(group.get("fused") or group.get("capturable")) for p in group["params"]}
+    optimizer.state.clear()
+    for name, fields in saved.get("state", {}).items():
+        optimizer.state[parameters[name]].update(fields)
+    aliases = source.manifest["aliases"]
+    for key, entry in source.entries.items():
+        if key.startswith("optimizer/"):
+            name, field = _parameter_of(key), key.rpartition("/")[2]
+            parameter, was = parameters[name], source.entries.get(f"model/{aliases.get(name, name)}")
+            like = entry.shape == tuple(full_shape(parameter))
+            device = parameter.device if like or on_device.get(parameter) or entry.shape else torch.device("cpu")
+            shape = parameter.shape if like else torch.Size(entry.shape)
+            converted = like and was is not None and was.dtype == entry.dtype  # as optimizer.load_state_dict does
+            value = torch.empty(shape, dtype=parameter.dtype if converted else entry.dtype, device=device)
+            _fill(source, place, key, value, _cut(parameter) if like else (None, ()))
+            optimizer.state[parameter][field] = value

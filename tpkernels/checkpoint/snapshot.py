@@ -1,0 +1,225 @@
+"""What a rank has to save: tensors by name, how each is cut, and what is not a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tpkernels import layers
+from tpkernels.checkpoint.files import bytes_of, check_tensors
+from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.regions import Entry
+from tpkernels.data_parallel.state import AggregatorState
+from tpkernels.errors import CheckpointError
+from tpkernels.layers.base import mark_shards
+from tpkernels.shard import ShardInfo, shard_info
+
+STYLE_OF: dict[type[nn.Module], str] = {
+    layers.ColumnParallelLinear: "column",
+    layers.RowParallelLinear: "row",
+    layers.VocabParallelEmbedding: "vocab",
+}
+
+
+class Aggregator(Protocol):
+    """What a checkpoint asks of a GradAggregator."""
+
+    def state_dict(self) -> AggregatorState:
+        """Its state: {"tensors": {name: tensor}, "numbers": what JSON holds}."""
+
+    def load_state_dict(self, state: AggregatorState) -> None:
+        """Go on from a state."""
+
+
+@dataclass
+class Snapshot:
+    """What one rank saves.
+
+    Attributes:
+        tensors: what goes into its file. Replicas after the first have only what is their own.
+        entries: how each tensor of model and optimizer is cut.
+        own: names of tensors that belong to this rank alone.
+    """
+
+    tensors: dict[str, Tensor]
+    entries: dict[str, Entry]
+    own: list[str]
+    aliases: dict[str, str]
+    optimizer: dict[str, Any] | None
+    aggregator: Any
+    step: int
+    extra: dict[str, Any]
+
+    def copied(self) -> Snapshot:
+        """The same with tensors of its own in memory, which nobody changes."""
+        return replace(self, tensors={k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.tensors.items()})
+
+    def replica_digests(self) -> dict[str, str]:
+        """A digest of each tensor that other ranks hold, too, by which a save finds replicas that differ."""
+        return {
+            name: _digest(self.tensors[name])
+            for name, entry in self.entries.items()
+            if name in self.tensors and (entry.dim is None or entry.runs is not None)
+        }
+
+
+def take(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    aggregator: Aggregator | None,
+    place: Place,
+    step: int,
+    extra: Mapping[str, Any] | None,
+) -> Snapshot:
+    """Everything this rank saves, not yet copied.
+
+    Raises:
+        CheckpointError: there is something that a checkpoint cannot hold; says what.
+    """
+    mark_shards(model)
+    aliases = aliases_of(model)
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
+    check_tensors({f"model/{name}": tensor for name, tensor in state.items()})
+    entries: dict[str, Entry] = {}
+    tensors: dict[str, Tensor] = {}
+    styles = _styles(model)
+    for name, tensor in state.items():
+        entries[f"model/{name}"] = _entry(tensor, shard_info(tensor), styles.get(name))
+        tensors[f"model/{name}"] = tensor
+    for name, field, value, info in _optimizer_tensors(model, optimizer):
+        check_tensors({f"optimizer/{name}/{field}": value})
+        entries[f"optimizer/{name}/{field}"] = _entry(value, info, styles.get(name) if info else None)
+        tensors[f"optimizer/{name}/{field}"] = value
+    if place.replica > 0:
+        tensors = {}
+    own = {f"rng/{key}": value for key, value in layers.rng_state().items()}
+    mine = aggregator.state_dict() if aggregator is not None else None
+    if mine is not None:
+        _check_aggregator(mine["numbers"], place)
+        own |= {f"aggregator/{key}": value for key, value in mine["tensors"].items()}
+    check_tensors(own)
+    return Snapshot(
+        tensors | own, entries, list(own), aliases, optimizer_numbers(model, optimizer),
+        None if mine is None else plain(mine["numbers"], "the aggregator's state"),
+        _whole(step), _named(extra or {}),
+    )  # fmt: skip
+
+
+def _whole(step: Any) -> int:
+    """The step as an int; one that `load` would not read is refused."""
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise CheckpointError(f"step must be a whole number, got {step!r}")
+    return operator.index(step)
+
+
+def _named(extra: Any) -> dict[str, Any]:
+    """The mapping as JSON gives it back, which makes text of all keys."""
+    if not isinstance(extra, Mapping):
+        raise CheckpointError(f"extra must be a mapping, got {type(extra).__name__}")
+    pending: list[Any] = [extra]
+    while pending:
+        value = pending.pop()
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(value, Mapping) and not isinstance(key, str):
+                raise CheckpointError(f"extra must have text for keys, got {key!r}: JSON would make text of it")
+            pending += [inner] if isinstance(inner, (Mapping, list, tuple)) else []
+    return plain(dict(extra), "extra")  # type: ignore[no-any-return]
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Second names of tied tensors, which are saved once: {second name: first name}."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: first[id(t)] for name, t in state.items() if first.setdefault(id(t), name) != name}
+
+
+def plain(value: Any, what: str) -> Any:
+    """The value as JSON gives it back.
+
+    Raises:
+        CheckpointError: JSON does not hold it.
+    """
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} must be what JSON holds: {error}") from None
+
+
+def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+    """What the optimizer knows besides tensors: its options, which parameters each group has, numbers of its state."""
+    if optimizer is None:
+        return None
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        if not all(p in names for p in group["params"]):
+            raise CheckpointError("the optimizer has parameters that the model does not have")
+        options = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        groups.append(plain(options, "the optimizer's options") | {"params": [names[p] for p in group["params"]]})
+    state = {
+        names[parameter]: {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
+        for parameter, fields in optimizer.state.items()
+    }
+    state = plain({name: fields for name, fields in state.items() if fields}, "the optimizer's state")
+    return {"class": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def _check_aggregator(numbers: dict[str, Any], place: Place) -> None:
+    """It must work over the replicas that are saved, and one replica's parameters must be everybody's."""
+    if (numbers["rank"], numbers["world_size"]) != (place.replica, place.dp):
+        raise CheckpointError(
+            f"the aggregator is rank {numbers['rank']} of {numbers['world_size']} and this is replica {place.replica} "
+            f"of {place.dp}: pass its group as dp_group"
+        )
+    if place.dp > 1 and numbers.get("local_step") and not numbers.get("own_parameters"):
+        raise CheckpointError(
+            f"the replicas are {numbers['local_step']} local steps after their last average, so that each has "
+            f"parameters of its own and only those of the first would be saved: call the aggregator's drain() first"
+        )
+
+
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> list[tuple[str, str, Tensor, ShardInfo | None]]:
+    """Parameter, field, value and cut of each tensor of the optimizer's state. It is cut like its parameter."""
+    found = []
+    for name, parameter in model.named_parameters():
+        fields = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        info = shard_info(parameter)
+        for field, value in fields.items():
+            if not isinstance(value, Tensor):
+                continue
+            if info is not None and value.shape != parameter.shape and value.numel() != 1:
+                raise CheckpointError(
+                    f"{field} of {name} in the optimizer has shape {list(value.shape)}: of a parameter that is cut, "
+                    f"only numbers and tensors of its own shape {list(parameter.shape)} can be saved"
+                )
+            found.append((name, field, value, info if value.shape == parameter.shape else None))
+    return found
+
+
+def _entry(tensor: Tensor, info: ShardInfo | None, style: str | None) -> Entry:
+    return Entry.of(tensor, info, (style or "replicate") if info is not None else "replicate")
+
+
+def _styles(model: nn.Module) -> dict[str, str]:
+    """The style of each module's parameters, by parameter name; a cut that nothing names is called by its dim."""
+    found = {}
+    planned = getattr(getattr(model, "tpk_plan", None), "styles", {})
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            info = shard_info(parameter)
+            known = next((style for kind, style in STYLE_OF.items() if isinstance(module, kind)), None)
+            found[name] = planned.get(prefix) or known or (f"dim {info.dim}" if info is not None else "replicate")
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()

@@ -1,0 +1,293 @@
+"""What ranks tell each other while they open a group: through the store of their process group, with a deadline.
+
+Not through the backend: its collectives wait for the process group's time-out, half an hour unless somebody chose
+otherwise, say which socket was silent and not which rank, and cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tpkernels._build import build_info
+from tpkernels._native import _C
+from tpkernels.comm.watch import is_dead
+from tpkernels.errors import PeerLostError
+
+_SLICE_S = 0.2  # between two looks at the other ranks
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02  # between two questions to the store
+_COMPLETE = b"complete"
+
+# The number of the next meeting of each process group, so that a meeting that some gave up disturbs no later one.
+_next: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a rank runs. All of it but torch must be the same on all ranks."""
+
+    tpkernels: str
+    commit: str | None
+    limits: dict[str, int]  # of messages and arenas; "arena_layout" counts their changes
+    torch: str
+
+    @classmethod
+    def here(cls) -> Build:
+        """That of this process."""
+        found = build_info()
+        return cls(found.version, found.commit, dict(_C.limits()), torch.__version__)
+
+    def __str__(self) -> str:
+        return f"{self.tpkernels} (commit {self.commit}, arena layout {self.limits.get('arena_layout')})"
+
+
+def check_builds(builds: Sequence[Build]) -> str | None:
+    """Refuse ranks that would not understand each other.
+
+    Returns:
+        a warning where they run different torches, else None. That is no error: nothing of torch's travels, and ranks
+        on different CPUs round differently, too; but what every rank computes for itself may then drift apart.
+
+    Raises:
+        RuntimeError: they run different tpkernels, on every rank; names the ranks and what they run.
+    """
+    for r, other in enumerate(builds):
+        if (other.tpkernels, other.commit, other.limits) != (builds[0].tpkernels, builds[0].commit, builds[0].limits):
+            raise RuntimeError(
+                f"Group.open: the ranks run different builds of tpkernels: rank 0 has {builds[0]}, rank {r} has "
+                f"{other}. Install the same build for all of them"
+            )
+    for r, other in enumerate(builds):
+        if other.torch != builds[0].torch:
+            return (
+                f"rank 0 runs torch {builds[0].torch}, rank {r} {other.torch}: what each rank computes for itself, "
+                f"such as a replicated norm, may round differently and drift apart"
+            )
+    return None
+
+
+class Meeting:
+    """The ranks of a process group, all in the same Group.open.
+
+    Args:
+        process_group: whose ranks meet. All of them call the same methods in the same order.
+        label: what messages call the group.
+        timeout_s: seconds that a wait for the others may take.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, label: str, timeout_s: float) -> None:
+        self.rank, self.world_size = process_group.rank(), process_group.size()
+        self._process_group, self._label, self._timeout_s = process_group, label, timeout_s
+        self._store = dist.distributed_c10d._get_process_group_store(process_group)
+        self._number = self._step = 0
+        self._pids: Sequence[int | None] = [None] * self.world_size
+
+    def begin(self, mine: Any) -> tuple[list[Any], str | None]:
+        """Meet: what every rank brings, in rank order, and what is to be said of their builds.
+
+        Raises:
+            TimeoutError: ranks did not come; the same ranks are named on all that did.
+            RuntimeError: the ranks run different builds of tpkernels.
+        """
+        said = json.dumps(asdict(Build.here())).encode() + b"\n" + pickle.dumps(mine)
+        with self._announced():
+            met = self._met(said) if self._store is not None else self._through_the_backend(said)
+        found = [message.split(b"\n", 1) for message in met]
+        # Before anything is unpickled: what another build pickles need not be known here.
+        warning = check_builds([Build(**json.loads(build)) for build, _ in found])
+        return [pickle.loads(brought) for _, brought in found], warning
+
+    def watch(self, pids: Sequence[int | None]) -> None:
+        """From now on notice when one of these processes ends (None: of another host)."""
+        self._pids = list(pids)
+
+    def gather(self, mine: Any, longer_s: float = 0.0) -> list[Any]:
+        """What every rank says, in rank order; `longer_s`: how much longer than this one a rank may be busy before.
+
+        Raises:
+            TimeoutError, PeerLostError: a rank is late, or died; names it.
+        """
+        if self._store is None:
+            return self._through_the_backend(mine)
+        self._step += 1
+        keys = self._keys(self._step)
+        self._set(keys[self.rank], pickle.dumps(mine))
+        deadline = time.monotonic() + self._timeout_s + longer_s
+        while not self._wait(keys):
+            missing = self._missing(keys)
+            if dead := [r for r in missing if (pid := self._pids[r]) is not None and is_dead(pid)]:
+                raise PeerLostError(f"Group.open({self._label!r}): {_ranks(dead)} died while the group was opened")
+            if missing and time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"Group.open({self._label!r}): {_ranks(missing)} came, and then did nothing for "
+                    f"{self._timeout_s:g} s"
+                )
+        return [pickle.loads(self._get(key)) for key in keys]
+
+    def first_obstacle(self, mine: str | None, longer_s: float = 0.0) -> str | None:
+        """The obstacle of the first rank that has one, on every rank."""
+        return next((obstacle for obstacle in self.gather(mine, longer_s) if obstacle is not None), None)
+
+    def tell(self, obstacle: str) -> None:
+        """Let the others find an obstacle while they wait for something else: see `told`."""
+        if self._store is not None:
+            self._set(f"{self._prefix}/told", obstacle.encode())
+
+    def told(self) -> str | None:
+        """What a rank has told since the meeting began."""
+        key = f"{self._prefix}/told"
+        if self._store is None:
+            return None
+        with self._reachable():
+            return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _through_the_backend(self, mine: Any) -> list[Any]:
+        """The same where there is no store (MPI), and so no deadline but that of the backend."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=self._process_group)
+        return everyone
+
+    # --- the meeting itself: one numbered round after another, each of which all ranks complete or give up
+
+    def _met(self, mine: bytes) -> list[bytes]:
+        deadline = time.monotonic() + self._timeout_s
+        self._number = _next.get(self._process_group, 1)
+        before = None
+        while (verdict := self._verdict()) or self._has_been_here():
+            before = verdict if verdict and verdict != _COMPLETE else before
+            self._number += 1
+        _next[self._process_group] = self._number + 1
+        keys = self._keys(0)
+        self._set(keys[self.rank], mine)
+        verdict = self._verdict_when(keys, deadline)
+        if verdict != _COMPLETE:
+            raise TimeoutError(self._absence(verdict, before))
+        return [self._get(key) for key in keys]
+
+    def _verdict_when(self, keys: list[str], deadline: float) -> bytes:
+        """What becomes of the round, when all keys are there or the deadline has passed."""
+        missing: list[int] = []
+        elsewhere: list[tuple[int, str]] = []
+        try:
+            while not self._wait(keys):
+                if verdict := self._verdict():
+                    return verdict
+                missing = self._missing(keys)
+                elsewhere = self._elsewhere(missing)
+                if missing and time.monotonic() >= deadline:
+                    return self._decide(json.dumps([self.rank, missing, elsewhere]).encode())
+            return self._decide(_COMPLETE)
+        except PeerLostError as error:
+            raise PeerLostError(f"{error}. Until then {_ranks(missing)} had not come{_where(elsewhere)}") from None
+
+    def _has_been_here(self) -> bool:
+        """Whether this rank took part in this round over another process group of the same name and store."""
+        with self._reachable():
+            return bool(self._store.check([self._keys(0)[self.rank]]))
+
+    def _absence(self, verdict: bytes, before: bytes | None) -> str:
+        by, missing, elsewhere = json.loads(verdict)
+        came = [r for r in range(self.world_size) if r not in missing]
+        text = (
+            f"Group.open({self._label!r}): {_ranks(missing)} did not come within {self._timeout_s:g} s, {_ranks(came)} "
+            f"did{'' if by == self.rank else f' (rank {by} gave up first)'}. Every rank must open the same groups in "
+            f"the same order"
+        )
+        text += _where(elsewhere)
+        if before is not None:
+            by, missing, _ = json.loads(before)
+            text += f"; rank {by} gave up earlier, because {_ranks(missing)} had not come"
+        return f"{text}. If they are only slow, raise Group.open(timeout_s=...)."
+
+    def _verdict(self) -> bytes | None:
+        key = f"{self._prefix}/verdict"
+        with self._reachable():
+            return self._store.get(key) if self._store.check([key]) else None
+
+    def _decide(self, verdict: bytes) -> bytes:
+        """Of all verdicts of a round the first one counts."""
+        with self._reachable():
+            return self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode())
+
+    # --- where a rank is, for those who wait for it elsewhere
+
+    @contextlib.contextmanager
+    def _announced(self) -> Iterator[None]:
+        self._announce(self._label)
+        yield
+        self._announce("")  # not after an error: who waits for this rank elsewhere is still to find it
+
+    def _announce(self, label: str) -> None:
+        with contextlib.suppress(Exception):  # for messages only
+            dist.distributed_c10d._get_default_store().set(f"tpkernels/opening/{dist.get_rank()}", label)
+
+    def _elsewhere(self, missing: Sequence[int]) -> list[tuple[int, str]]:
+        """Which groups these ranks are opening."""
+        found = []
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            for r in missing:
+                key = f"tpkernels/opening/{dist.get_global_rank(self._process_group, r)}"
+                label = store.get(key).decode() if store.check([key]) else ""
+                if label:
+                    found.append((r, label))
+        return found
+
+    # --- the store
+
+    @property
+    def _prefix(self) -> str:
+        return f"tpkernels/open/{self._number}"
+
+    def _keys(self, step: int) -> list[str]:
+        return [f"{self._prefix}/{step}/{r}" for r in range(self.world_size)]
+
+    def _set(self, key: str, value: bytes) -> None:
+        with self._reachable():
+            self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
+
+    def _get(self, key: str) -> bytes:
+        with self._reachable():
+            return bytes(self._store.get(key))
+
+    def _wait(self, keys: list[str]) -> bool:
+        """Whether all keys are there, within a slice of time. Asks again and again: a wait that fails is logged."""
+        until, pause_s = time.monotonic() + _SLICE_S, _SHORTEST_PAUSE_S
+        with self._reachable():
+            while not self._store.check(keys):
+                if time.monotonic() >= until:
+                    return False
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return True
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        with self._reachable():
+            return [r for r, key in enumerate(keys) if not self._store.check([key])]
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"Group.open({self._label!r}): the store of the process group does not answer; the rank that keeps it "
+                f"(rank 0 as a rule) may have ended: {str(error).strip().splitlines()[0]}"
+            ) from None
+
+
+def _where(elsewhere: Sequence[tuple[int, str]]) -> str:
+    return "".join(f"; rank {r} was seen opening {where!r}" for r, where in elsewhere)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"

@@ -1,0 +1,200 @@
+"""How the ranks of one host come to share memory, and find out when they cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tpkernels._native import _C
+from tpkernels.comm.bootstrap import Meeting
+
+_SHM_FOLDER = "/dev/shm"
+_PAGE = 4096
+# What is better than no shared memory: an eighth of it is a slot, and messages go in pieces of a slot.
+_LEAST_ARENA_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a rank asked of Group.open; must be the same on all of them."""
+
+    timeout_s: float
+    arena_bytes: int | None
+    transport: str
+    device: str
+    multicast: bool
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as all processes of its host know it, and its index in the process that uses it."""
+
+    uuid: str
+    name: str
+    index: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """The GPU of a CUDA device of this process."""
+        found = torch.cuda.get_device_properties(device)
+        return cls(str(found.uuid), f"GPU {device.index} ({found.name})", device.index)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What the ranks must know of each other before they can share memory."""
+
+    wanted: Wanted
+    pid: int
+    host: str  # boot and namespaces: names of hosts are not unique
+    cores: frozenset[int]
+    gpu: Gpu | None = None
+    obstacle: str | None = None  # to working on the wanted device at all
+    opened: int = 0  # groups so far over process groups of this name: names are the same on all ranks
+
+    @classmethod
+    def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None, opened: int = 0) -> RankInfo:
+        """This process."""
+        return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle, opened)
+
+
+def _host_identity() -> str:
+    parts = []
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        parts.append(file.read().strip())
+    for namespace in ("pid", "user"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(f"/proc/self/ns/{namespace}"))
+    with contextlib.suppress(OSError):
+        parts.append(str(os.stat(_SHM_FOLDER).st_dev))
+    return " ".join(parts)
+
+
+def rounded_to_pages(n: int) -> int:
+    """n bytes, rounded up to whole pages."""
+    return -(-n // _PAGE) * _PAGE
+
+
+def check_same(ranks: Sequence[RankInfo]) -> None:
+    """Raise on every rank, unless all asked for the same (ValueError) and can work on that device (RuntimeError)."""
+    for r, other in enumerate(ranks):
+        if other.wanted != ranks[0].wanted:
+            raise ValueError(
+                f"Group.open: the ranks disagree: rank 0 asked for {ranks[0].wanted}, rank {r} for {other.wanted}"
+            )
+    for r, info in enumerate(ranks):
+        if info.obstacle is not None:
+            raise RuntimeError(f"Group.open: rank {r} cannot use {info.wanted.device}: {info.obstacle}")
+
+
+def obstacle_to_one_host(ranks: Sequence[RankInfo]) -> str | None:
+    """Why these ranks cannot share memory, None when they can try."""
+    hosts = {r.host for r in ranks}
+    if len(hosts) > 1:
+        return f"the ranks run on {len(hosts)} hosts (or in containers that do not share processes and memory)"
+    return None
+
+
+def open_shm(
+    meeting: Meeting, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo], most: int
+) -> tuple[_C.Communicator | None, str]:
+    """The communicator and what is to be said of it, or None and why shared memory cannot be used here.
+
+    `most` bytes for each rank; less where there is no room for them and the caller of Group.open named no size.
+
+    Raises:
+        OSError: rank 0 cannot reserve what was asked for, by arena_bytes or by transport="shm"; the same on all ranks.
+    """
+    rank, world_size = meeting.rank, len(ranks)
+    least = most if wanted.arena_bytes is not None else min(most, _LEAST_ARENA_BYTES)
+    with contextlib.ExitStack() as opened:
+        made = _reserve(most, least, world_size) if rank == 0 else _Reserved()
+        if made.fd >= 0:
+            opened.callback(os.close, made.fd)
+        offer = meeting.gather(replace(made, owner=os.getpid()))[0]
+        if offer.failure is not None:
+            if wanted.arena_bytes is not None or wanted.transport == "shm":
+                raise OSError(offer.errno, f"Group.open: {offer.failure}")
+            return None, offer.failure
+        communicator: _C.Communicator | None = None
+        obstacle: str | None = None
+        try:
+            fd = made.fd
+            if rank != 0:
+                fd = os.open(f"/proc/{offer.owner}/fd/{offer.fd}", os.O_RDWR)
+                opened.callback(os.close, fd)
+            cores = len(frozenset().union(*(r.cores for r in ranks)))
+            communicator = _C.open_shm(
+                name, label, rank, world_size, wanted.timeout_s, fd, offer.nbytes, [r.pid for r in ranks], cores
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
+        with contextlib.ExitStack() as unless_all_have_it:
+            if communicator is not None:
+                unless_all_have_it.callback(communicator.close)
+            if (obstacle := meeting.first_obstacle(obstacle)) is not None:
+                return None, obstacle
+            unless_all_have_it.pop_all()
+    less = f", in arenas of {offer.nbytes} bytes because {offer.note}" if offer.note else ""
+    return communicator, f"all ranks run on one host and share its memory{less}"
+
+
+@dataclass(frozen=True)
+class _Reserved:
+    """A nameless file of shared memory whose pages are all there, or why there is none."""
+
+    fd: int = -1
+    nbytes: int = 0  # for each rank
+    note: str = ""  # why less than asked for
+    failure: str | None = None
+    errno: int = errno.ENOSPC
+    owner: int = 0  # its process
+
+
+def _reserve(most: int, least: int, world_size: int) -> _Reserved:
+    try:
+        fd = os.open(_SHM_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        failure = f"cannot create shared memory in {_SHM_FOLDER}: {error.strerror}. {_needed(error)}"
+        return _Reserved(failure=failure, errno=error.errno or errno.ENOSPC)
+    nbytes, note = most, ""
+    while True:
+        try:
+            os.posix_fallocate(fd, 0, nbytes * world_size)
+            return _Reserved(fd, nbytes, note)
+        except OSError as error:
+            os.ftruncate(fd, 0)
+            if not note:
+                note = _no_room(nbytes, world_size, error)
+            if nbytes // 2 >= least:
+                nbytes = rounded_to_pages(nbytes // 2)
+                continue
+            os.close(fd)
+            return _Reserved(
+                failure=f"{note}. Pass a smaller arena_bytes (now {most} a rank) or enlarge {_SHM_FOLDER} "
+                "(docker: --shm-size)",
+                errno=error.errno or errno.ENOSPC,
+            )
+
+
+def _no_room(nbytes: int, world_size: int, error: OSError) -> str:
+    space = os.statvfs(_SHM_FOLDER)
+    return (
+        f"the arenas of {world_size} ranks need {nbytes * world_size} bytes of {_SHM_FOLDER}, which has "
+        f"{space.f_bavail * space.f_frsize} bytes free ({error.strerror})"
+    )
+
+
+def _needed(error: OSError) -> str:
+    """What a machine must have that cannot make a nameless file."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise the number of files that a process may open (ulimit -n), or close some"
+    return (
+        f"It must be a tmpfs that this user can write to and that has an inode left (ramfs and others have no "
+        f"nameless files): mount -t tmpfs tmpfs {_SHM_FOLDER}"
+    )

@@ -1,0 +1,68 @@
+"""What the fused GEMMs share: y = x[..., K] @ w[N, K].T + bias[N], its shape, its gradients, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool]
+
+
+def autocast(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast what autocast casts before an F.linear: floating-point tensors of that kind of device, fp64 excepted."""
+    dtype = torch.get_autocast_dtype(kind)
+
+    def casts(t: Tensor | None) -> bool:
+        return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind
+
+    return [t.to(dtype) if t is not None and casts(t) else t for t in tensors]
+
+
+def linear_shape(x: Tensor, w: Tensor) -> list[Any]:
+    """Return the shape of x @ w.T: [..., K] and [N, K] give [..., N]."""
+    return [*x.shape[:-1], w.shape[0]]
+
+
+def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what the gradient needs and no more: x for that of w, w for that of x."""
+    x, w, _, *ctx.call = inputs
+    need_x, need_w, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_w else None, w if need_x else None)
+    ctx.num_args = len(inputs)
+
+
+def saved_linear(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Needs]:
+    """Return x, w and which gradients are wanted; dy stands in for a tensor that was not kept and is not read."""
+    x, w = ctx.saved_tensors
+    need_x, need_w, need_b, *_ = ctx.needs_input_grad
+    return dy if x is None else x, dy if w is None else w, (need_x, need_w, need_b)
+
+
+def wanted(ctx: Any, needs: Needs, gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all arguments of the op: x, w and bias where wanted, else None."""
+    found = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return *found, *(None for _ in range(ctx.num_args - 3))
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return x[..., K] as [M, K]."""
+    return x.flatten(0, -2)
+
+
+def linear_gradients(dy: Tensor, x: Tensor, w: Tensor, needs: Needs, dy_bias: Tensor | None = None) -> Gradients:
+    """The gradients of y = x @ w.T + bias from differentiable ops; dy_bias: the dy to sum for bias, if another one."""
+    need_x, need_w, need_b = needs
+    dx = dy @ w if need_x else None
+    dw = rows(dy).t() @ rows(x) if need_w else None
+    db = rows(dy if dy_bias is None else dy_bias).sum(0) if need_b else None
+    return dx, dw, db
+
+
+def gradient_fakes(tokens: list[Any], dy: Tensor, x: Tensor, w: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a linear on fakes, dx with these token dimensions; [0] where not wanted."""
+    shapes = ([*tokens, w.shape[-1]], [dy.shape[-1], x.shape[-1]], [dy.shape[-1]])
+    dx, dw, db = (dy.new_empty(shape if need else [0]) for shape, need in zip(shapes, needs, strict=True))
+    return dx, dw, db

@@ -1,0 +1,163 @@
+"""Plan: the rules {module glob: style} of a model, given, shipped, the model's own, or derived."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from tpkernels.errors import DeriveError, PlanError
+from tpkernels.plan.cuts import (
+    can_be_cut,
+    is_linear,
+    unsaid,
+)
+from tpkernels.plan.derive.inputs import Call
+from tpkernels.plan.derive.search import derive_plan
+from tpkernels.plan.styles.attention import STYLE, settle
+from tpkernels.plan.styles.experts import takes_choices
+from tpkernels.plan.styles.style import TRANSLATION, Style, parse_style
+from tpkernels.plan.validate import patched_parents
+
+log = logging.getLogger("tpkernels")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is cut.
+
+    Attributes:
+        rules: {module glob: style}; of several rules that match a module the last one counts.
+        source: where they come from, for people.
+        strict: an embedding or linear without a rule, and a rule that matches nothing, are errors. Otherwise the first
+            stay whole, as transformers means it in the plans that it ships.
+    """
+
+    rules: Mapping[str, str]
+    source: str = "the caller"
+    strict: bool = True
+
+    @classmethod
+    def resolve(
+        cls, model: nn.Module, plan: str | Mapping[str, str] | Plan = "auto", *, inputs: Call | None = None
+    ) -> Plan:
+        """Return the plan for a model.
+
+        Args:
+            model: whole; parameters may be on the meta device.
+            plan: "auto" for shipped/<model_type>.py, else the model's own, else a derived one; {module glob: style}.
+            inputs: (args, kwargs) with which a plan is derived; None: sample inputs are made.
+
+        Raises:
+            PlanError: there is none, with the reason.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if not isinstance(plan, str):
+            return cls(dict(plan))
+        if plan != "auto":
+            raise PlanError(f"Plan: plan must be 'auto' or {{module glob: style}}, got {plan!r}")
+        return _of_ours(model) or _of_the_model(model) or _derived(model, inputs)
+
+    def styles(self, model: nn.Module) -> dict[str, Style]:
+        """Return the style of every module that the plan cuts or keeps: {module name: Style}.
+
+        Raises:
+            PlanError: a module without a rule, a rule without a module, or no such style; names them.
+        """
+        parsed = {glob: parse_style(text) for glob, text in self.rules.items()}
+        modules = dict(model.named_modules())
+        found: dict[str, Style] = {}
+        used: set[str] = set()
+        for name in modules:
+            for glob, style in parsed.items():
+                if name and fnmatchcase(name, glob):
+                    found[name] = style
+                    used.add(glob)
+        settle(found, modules)
+        if self.strict:
+            missing = [name for name, module in modules.items() if is_weighty(module) and not _covered(name, found)]
+            if missing:
+                raise PlanError(f"Plan: no rule for {_few(missing)} ({len(missing)} modules)")
+            if len(used) < len(parsed):
+                raise PlanError(f"Plan: no module for the rules {_few(g for g in parsed if g not in used)}")
+        return found
+
+
+def is_weighty(module: nn.Module) -> bool:
+    """Whether a strict plan must say something about this module."""
+    return (is_linear(module) or isinstance(module, nn.Embedding)) and can_be_cut(module)
+
+
+def _covered(name: str, found: dict[str, Style]) -> bool:
+    """Whether a rule holds for the module, or a mixture above it is cut as a whole."""
+    parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
+    return name in found or any(p in found and found[p].name in (STYLE, "expert", "replicate") for p in parents)
+
+
+def _few(names: Iterable[str], most: int = 6) -> str:
+    """A list of names for a message, which may be long."""
+    names = list(names)
+    return str(names[:most])[:-1] + (", ...]" if len(names) > most else "]")
+
+
+def _of_ours(model: nn.Module) -> Plan | None:
+    """The plan of plan/shipped/<model_type>.py: RULES, a dict, or a function of the model that gives one."""
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(name, str) or not name.replace("_", "").isalnum():
+        return None
+    where = f"tpkernels.plan.shipped.{name}"
+    if importlib.util.find_spec(where) is None:
+        return None
+    rules = importlib.import_module(where).RULES
+    found = dict(rules(model) if callable(rules) else rules)
+    return Plan(found | _of_the_vocabulary(model), f"tpkernels/plan/shipped/{name}.py")
+
+
+def _of_the_model(model: nn.Module) -> Plan | None:
+    """The plan that transformers ships with the model, in our words.
+
+    It says nothing about the table that ids look up.
+    """
+    own: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
+    base = getattr(model, "base_model", model)
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    ships = getattr(base.config, "base_model_tp_plan", None) if hasattr(base, "config") else None
+    if not ships:
+        return None
+    rules = {prefix + glob: style for glob, style in ships.items()} | own
+    unknown = [style for style in rules.values() if style not in TRANSLATION]
+    if unknown:
+        log.info("the plan that ships with %s has styles %s", type(model).__name__, _few(set(unknown)))
+        return None
+    found = {glob: str(TRANSLATION[style]) for glob, style in rules.items() if TRANSLATION[style] is not None}
+    plan = Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
+    modules, styles = dict(model.named_modules()), plan.styles(model)
+    silent = unsaid(modules, styles) + patched_parents(modules, styles)
+    silent += [n for n, style in styles.items() if style.name == "expert" and not takes_choices(modules[n])]
+    if silent:
+        log.info("the plan that ships with %s is not enough for %s", type(model).__name__, _few(silent))
+        return None
+    return plan
+
+
+def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
+    """Rules for the table that ids look up, and for the linear that makes logits."""
+    names = {id(module): name for name, module in model.named_modules()}
+    table, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
+    rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) else {}
+    return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) else {})
+
+
+def _derived(model: nn.Module, inputs: Call | None) -> Plan:
+    try:
+        return Plan(derive_plan(model, inputs=inputs), "its module tree")
+    except DeriveError as error:
+        raise PlanError(
+            f"Plan: there is no plan for {type(model).__name__}, and none can be derived: {error}"
+        ) from None

@@ -1,0 +1,96 @@
+"""What rank 0 tells the others before each step, and what every rank then does.
+
+A message is one small all_reduce to which only rank 0 contributes: a command, the last token of every slot, and the
+size of what follows, a JSON text of prompts that begin. So a step costs one more collective than its forward has, and
+no rank needs to draw or to know a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels import ops
+from tpkernels.comm.group import Group
+
+STEP, STOP = 1, 2
+HEAD = 2  # numbers before the tokens: command, bytes of the text
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        tokens: {slot: the last token of its sequence}, of the sequences that go on.
+        begin: {slot: prompt}, of those that begin; what the slot held is forgotten.
+        stop: leave instead.
+    """
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    begin: Mapping[int, list[int]] = field(default_factory=dict)
+    stop: bool = False
+
+
+class Channel:
+    """Carries steps from rank 0 to the others."""
+
+    def __init__(self, group: Group, slots: int) -> None:
+        self._group, self._slots = group, slots
+
+    def send(self, step: Step) -> None:
+        """Tell the others (on rank 0).
+
+        Raises:
+            TimeoutError, PeerLostError: a rank did not come, or died.
+        """
+        if self._group.world_size == 1:
+            return
+        text = json.dumps({str(slot): ids for slot, ids in step.begin.items()}).encode() if step.begin else b""
+        head = [STOP if step.stop else STEP, len(text)]
+        head += [step.tokens.get(slot, NO_TOKEN) for slot in range(self._slots)]
+        self._carry(torch.tensor(head))
+        if text:
+            self._carry(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+    def receive(self) -> Step:
+        """Wait for rank 0 (on the others)."""
+        command, size, *tokens = self._carry(torch.zeros(HEAD + self._slots, dtype=torch.int64)).tolist()
+        begin: dict[str, list[int]] = {}
+        if size:
+            begin = json.loads(bytes(self._carry(torch.zeros(size, dtype=torch.uint8)).numpy()))
+        going_on = {slot: token for slot, token in enumerate(tokens) if token != NO_TOKEN}
+        return Step(going_on, {int(slot): ids for slot, ids in begin.items()}, command == STOP)
+
+    def _carry(self, mine: Tensor) -> Tensor:
+        return ops.all_reduce(mine, group=self._group)
+
+
+def carry_out(decoder: Any, step: Step) -> dict[int, Tensor]:
+    """Do what a step says, on every rank; the logits [V] of every slot named in it."""
+    found = dict[int, Tensor]()
+    if step.tokens:
+        logits = decoder.step(step.tokens)
+        found |= {slot: logits[slot] for slot in step.tokens}
+    for slot, prompt in step.begin.items():
+        found[slot] = decoder.insert(slot, prompt)
+    return found
+
+
+def follow(decoder: Any, group: Group, slots: int) -> None:
+    """What ranks other than 0 do until rank 0 stops.
+
+    Between requests they sleep: rank 0 sends an empty step more often than the group's deadline.
+
+    Raises:
+        TimeoutError, PeerLostError: a rank did not come, or died.
+    """
+    channel = Channel(group, slots)
+    while not (step := channel.receive()).stop:
+        carry_out(decoder, step)

@@ -1,0 +1,1 @@
+"""The training job: a small language model over ranks and replicas, resumed from checkpoints."""

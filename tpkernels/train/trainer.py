@@ -1,0 +1,375 @@
+"""Training of the byte-level GPT over the ranks of a group: the loop, one step of it, and what surrounds them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpkernels import checkpoint, data_parallel, ops
+from tpkernels.checkpoint.staging import refuse_later
+from tpkernels.comm.group import Group
+from tpkernels.comm.layout import LANE_MIB, Layout, enough_memory
+from tpkernels.comm.objects import gather, raise_together
+from tpkernels.errors import RankMismatchError, UserError
+from tpkernels.train import settings as settings_file
+from tpkernels.train.data import Corpus, check_size, open_corpus, train_batch, validation_batches
+from tpkernels.train.gpt import GPT, GPTConfig, Parts, sharded_parts
+from tpkernels.train.progress import Screen
+from tpkernels.train.replicas import OwnState, Replicas
+from tpkernels.train.runlog import RunLog
+from tpkernels.train.settings import Settings
+
+CALIBRATION_STEPS = 20  # after so many the number of steps that fit into --minutes is settled
+DEFAULT_MINUTES = 2.0
+STEP = "step-"  # and the step, the names of checkpoints
+OVERTIME = 1.15  # a run whose length was estimated may take so much longer before it is cut short
+OTHER_WORK = 0.06  # share of the time for validation and checkpoints, when estimating
+
+
+@dataclass
+class Trainer:
+    """Model and optimizer with the one step that they are made for. Works the same on cut and uncut models.
+
+    Attributes:
+        group: over which the gradient norm counts; None for an uncut model.
+        replicas: the other copies of the model that learn from the same batches; None where this is the only one.
+    """
+
+    settings: Settings
+    corpus: Corpus
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    group: Group | None
+    replicas: Replicas | None = None
+
+    @classmethod
+    def new(
+        cls, settings: Settings, corpus: Corpus, parts: Parts, group: Group | None, dp: Group | None = None
+    ) -> Trainer:
+        """Build from the seed: the same weights whatever the parts and the number of ranks.
+
+        Args:
+            group: the ranks that the model is cut over. dp: the ranks that have the same part of other replicas.
+        """
+        torch.manual_seed(settings.seed)
+        model = GPT(GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context), parts)
+        replicas = None if dp is None else Replicas(model, dp, settings)
+        return cls(settings, corpus, model, make_optimizer(model, settings), group, replicas)
+
+    def step(self, step: int, total: int | None, clock: Clock | None = None) -> dict[str, float]:
+        """Learn from the batch of this step; the numbers of the step for the log."""
+        clock = clock or Clock(None)
+        s = self.settings
+        rate = learning_rate(s, step, total)
+        rows = None if self.replicas is None else self.replicas.rows
+        ids, target = train_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, context=s.context, rows=rows)
+        clock.lap("data")
+        with precision(s):
+            loss = self.loss(ids, target)
+        clock.lap("forward")
+        (loss if self.replicas is None else loss * self.replicas.weight).backward()  # type: ignore[no-untyped-call]
+        clock.lap("backward")
+        ready = self.replicas is None or self.replicas.wait()
+        clock.lap("communication")
+        norm = self.apply(rate) if ready else 0.0
+        self.optimizer.zero_grad()
+        clock.lap("optimizer")
+        if self.replicas is not None:
+            self.replicas.after_step()
+            clock.lap("communication")
+        return {"step": step, "loss": loss.item(), "grad_norm": float(norm), "lr": rate, **clock.seconds}
+
+    def apply(self, rate: float) -> Tensor:
+        """Clip the gradients and let the optimizer make its step; the norm before clipping."""
+        norm = self.clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return norm
+
+    def finish(self) -> None:
+        """After the last step: apply what is still on its way from other replicas, so that all of them are the same."""
+        if self.replicas is not None and self.replicas.drain():
+            self.apply(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.zero_grad()
+
+    def loss(self, ids: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of these sequences, in nats per byte."""
+        return self.model.loss(ids, target)
+
+    def own_state(self) -> OwnState | None:
+        """What a checkpoint needs of every replica."""
+        return None if self.replicas is None else OwnState(self.replicas, self.optimizer)
+
+    def clip(self) -> Tensor:
+        """Scale all gradients so that their norm over all ranks is at most `clip`; the norm before."""
+        if self.group is None:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        return data_parallel.clip_grad_norm_(self.model, self.settings.clip, groups=[self.group])
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Loss in nats per byte on the validation windows, which are always the same."""
+        batches = validation_batches(self.corpus, batch=self.settings.batch, context=self.settings.context)
+        with precision(self.settings):
+            losses = [self.model.loss(ids, target).item() for ids, target in batches]
+        return sum(losses) / len(losses)
+
+
+class Clock:
+    """Where the time of a step goes: phases without what they spend in collectives, and the collectives apart."""
+
+    def __init__(self, group: Group | None) -> None:
+        self.group = group
+        self.start = self.last = time.perf_counter()
+        self.moved, self.waited = self._communication()
+        self.seconds = {"communication": 0.0, "waiting": 0.0}
+
+    def _communication(self) -> tuple[float, float]:
+        if self.group is None:
+            return 0.0, 0.0
+        stats = self.group.stats()
+        return stats["seconds"], stats["wait_seconds"]
+
+    def lap(self, phase: str) -> None:
+        """The phase that ends now; "communication" is waiting for other replicas: what the rest does not hide."""
+        now, (moved, waited) = time.perf_counter(), self._communication()
+        took, inside = now - self.last, moved - self.moved
+        if phase != "communication":
+            self.seconds[phase] = took - inside
+            took = inside
+        self.seconds["communication"] += took
+        self.seconds["waiting"] += waited - self.waited
+        self.last, self.moved, self.waited = now, moved, waited
+        self.seconds["seconds"] = now - self.start
+
+
+def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; decay for matrices, none for norms and biases."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(settings: Settings, step: int, total: int | None) -> float:
+    """Linear warm-up, which does not need to know `total`, then half a cosine down to a tenth."""
+    warmup = settings.warm_up
+    if step < warmup or total is None or total <= warmup:
+        return settings.lr * min(1.0, (step + 1) / max(1, warmup))
+    share = (step - warmup) / (total - warmup)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def precision(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """bf16 means autocast: parameters and optimizer stay fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bf16")
+
+
+@dataclass
+class Run:
+    """One call of `tpkernels train`: where it is and how far it has come."""
+
+    settings: Settings
+    folder: Path
+    layout: Layout
+    trainer: Trainer
+    log: RunLog
+    screen: Screen
+    step: int = 0
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first = self.step
+        self.saved_at: int | None = None
+        if self.settings.steps is not None:
+            self.total = self.settings.steps
+
+    @property
+    def group(self) -> Group:
+        """All ranks of the run."""
+        return self.layout.world
+
+    @property
+    def minutes(self) -> float | None:
+        """The limit of this call; None: only the number of steps counts."""
+        s = self.settings
+        return DEFAULT_MINUTES if s.minutes is None and s.steps is None else s.minutes
+
+    def loop(self) -> None:
+        """Train until the schedule, the time or `stop_at` ends it, and save where it ended."""
+        while not self.is_over():
+            if self.total is None and self.step >= CALIBRATION_STEPS:
+                self.total = self.estimate()
+            record = self.trainer.step(self.step, self.total, Clock(self.layout.tp))
+            if self.trainer.replicas is not None:
+                record["loss"] = self.mean(record["loss"] * self.trainer.replicas.weight)
+            if not math.isfinite(record["loss"]):
+                raise UserError(
+                    f"the loss is {record['loss']} at step {self.step}: take a smaller --lr and start anew."
+                )
+            self.step += 1
+            last = self.step in (self.total, self.settings.stop_at)
+            if self.step == self.total:
+                self.trainer.finish()
+            self.check_replicas()
+            if self.step % self.settings.eval_every == 0 or last:
+                record["validation_loss"] = self.mean(self.trainer.evaluate())
+            self.log.add(record)
+            self.screen.step(record, self.total)
+            if self.step % self.settings.checkpoint_every == 0:
+                self.save()
+        if self.saved_at != self.step and self.step > self.first:
+            self.save()
+
+    def mean(self, loss: float) -> float:
+        """Of all replicas; in mode local they differ between two averages, else only their batches do."""
+        return loss if self.trainer.replicas is None else self.trainer.replicas.mean(loss)
+
+    def check_replicas(self) -> None:
+        """Every so many steps, stop all ranks when replicas differ that must not."""
+        replicas, every = self.trainer.replicas, self.settings.check_replicas
+        if replicas is not None and every and self.step % every == 0:
+            with raise_together(self.group, RankMismatchError, f"after step {self.step}"):
+                replicas.check_same()
+
+    def replica_bytes(self) -> float:
+        """What this rank has sent to other replicas in a step of this call."""
+        replicas = self.trainer.replicas
+        return 0.0 if replicas is None else replicas.bytes_sent() / max(1, self.step - self.first)
+
+    def is_over(self) -> bool:
+        """Whether to stop; all ranks go by the clock of rank 0, because theirs differ."""
+        if self.step in (self.total, self.settings.stop_at) or (self.total is not None and self.step > self.total):
+            return True
+        if self.minutes is None:
+            return False
+        limit = self.minutes * 60 * (1 if self.settings.steps is not None else OVERTIME)
+        late = self.group.rank == 0 and time.perf_counter() - self.began > limit
+        return bool(
+            ops.all_reduce(torch.tensor([float(late)], device=self.group.device), group=self.group, op="max").item()
+        )
+
+    def estimate(self) -> int:
+        """How many steps fit into the time, from the steps so far; rank 0 decides."""
+        planned = 0
+        if self.group.rank == 0 and self.minutes is not None:
+            seconds = median(r["seconds"] for r in self.log.records[-CALIBRATION_STEPS // 2 :])
+            left = self.minutes * 60 * (1 - OTHER_WORK) - (time.perf_counter() - self.began)
+            planned = self.step + max(1, int(left / seconds))
+        return gather(planned, self.group)[0]
+
+    def save(self) -> None:
+        """Write a checkpoint and remove those that are too old."""
+        parent = self.folder / "checkpoints"
+        extra = {"total": self.total, "settings": asdict(self.settings), "data": self.trainer.corpus.fingerprint}
+        t = self.trainer
+        checkpoint.save(
+            t.model,
+            parent / f"{STEP}{self.step:08d}",
+            group=self.layout.tp,
+            dp_group=self.layout.dp,
+            optimizer=t.optimizer,
+            aggregator=t.own_state(),
+            step=self.step,
+            extra=extra,
+        )
+        self.saved_at = self.step
+        with raise_together(self.group, checkpoint.CheckpointError, f"remove old checkpoints in {parent}"):
+            if self.group.rank == 0:
+                checkpoint.prune(parent, self.settings.keep)
+
+    def stopped_early(self) -> bool:
+        """Whether the schedule has steps left."""
+        return self.total is None or self.step < self.total
+
+
+@contextlib.contextmanager
+def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) -> Iterator[Run]:
+    """A new run in `folder`, or the one that is there, at its last checkpoint. Collective over layout.world.
+
+    Raises:
+        UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
+        CheckpointError: the folder has checkpoints of steps that are still to come, so that a save would fail.
+    """
+    group = layout.world
+    with raise_together(group, UserError, ""):
+        settings_file.check(settings)
+        corpus = open_corpus(settings.data)
+        check_size(corpus, settings.context)
+    fingerprints = gather(corpus.fingerprint, group)
+    if len(set(fingerprints)) > 1:
+        raise UserError(
+            f"ranks do not see the same data in {corpus.name}: give --data a folder that is equal on all hosts."
+        )
+    parts = sharded_parts(layout.tp, sequence_parallel=settings.sequence_parallel, codec=settings.codec)
+    with enough_memory(group.world_size, LANE_MIB):
+        trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp)
+    step, total = _continue(trainer, folder, layout) if resume else (0, None)
+    with raise_together(group, UserError, ""):
+        if group.rank == 0 and not resume:
+            _refuse_used(folder)
+    with raise_together(group, checkpoint.CheckpointError, ""):
+        if group.rank == 0:
+            refuse_later(folder / "checkpoints", STEP, step)
+    with raise_together(group, UserError, ""):
+        if group.rank == 0 and not resume:
+            _claim(settings, folder)
+    chief = group.rank == 0
+    log = RunLog(folder / "log.jsonl" if chief else None, keep_below=step)
+    try:
+        with Screen(chief, settings.tokens) as screen:
+            yield Run(settings, folder, layout, trainer, log, screen, step, total)
+    finally:
+        if trainer.replicas is not None:
+            trainer.replicas.close()
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / "settings.json").exists():
+        raise UserError(
+            f"{folder} holds a run already: add --resume to continue it, or name another folder with --folder."
+        )
+
+
+def _claim(settings: Settings, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings_file.save(settings, folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --folder.") from None
+
+
+def _continue(trainer: Trainer, folder: Path, layout: Layout) -> tuple[int, int | None]:
+    """Load the last checkpoint; (steps done, steps planned)."""
+    found = checkpoint.latest(folder / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"the run in {folder} has no checkpoint to resume from: start anew with another --folder, "
+            f"and a smaller --checkpoint-every (it was {trainer.settings.checkpoint_every} steps)."
+        )
+    data: Any = checkpoint.peek(found)["extra"].get("data")
+    if data != trainer.corpus.fingerprint:
+        raise UserError(
+            f"{trainer.corpus.name} is not the data that the run in {folder} began with: "
+            f"give its --data, or start anew without --resume."
+        )
+    own = trainer.own_state()
+    loaded = checkpoint.load(
+        trainer.model, found, group=layout.tp, dp_group=layout.dp, optimizer=trainer.optimizer, aggregator=own
+    )
+    if own is not None:
+        own.finish()
+    return loaded.step, loaded.extra["total"]
