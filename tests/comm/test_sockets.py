@@ -23,7 +23,7 @@ from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.faults import kill_myself
 
-OVER_CONNECTIONS = "over sockets between the ranks, because transport='group' was asked for"
+OVER_CONNECTIONS = "over connections between the ranks, because transport='group' was asked for"
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def check_both_ways(patch: MonkeyPatch) -> None:
     with opened() as group:
         assert group.explain().reason == (
             "through the process group, because transport='group' was asked for; "
-            f"rank {R - 1} has no sockets: GLOO_DEVICE_TRANSPORT is TCP_TLS"
+            f"rank {R - 1} has no connections: GLOO_DEVICE_TRANSPORT is TCP_TLS"
         )
         check_sums(group)
         counted.append(group.stats()["wire_bytes"])
@@ -129,7 +129,7 @@ def check_addresses(patch: MonkeyPatch) -> None:
     assert sockets._address() == "127.0.0.1"
     patch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     with opened() as group:
-        assert "rank 0 has no sockets: it cannot listen" in group.explain().reason
+        assert "rank 0 has no connections: it cannot listen" in group.explain().reason
     patch.delenv("GLOO_SOCKET_IFNAME")
     patch.setenv("MASTER_ADDR", "no such host")
     assert sockets._address() == "127.0.0.1"

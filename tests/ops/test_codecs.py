@@ -204,12 +204,9 @@ int main() {
 def test_a_codec_is_added_by_two_files(tmp_path: Path) -> None:
     """One that says what it does to a value, and its line in the list: then it is packed, summed and known by name."""
     csrc = tmp_path / "csrc"
-    for folder in ("codec", "cpu"):
-        shutil.copytree(ROOT / "csrc" / folder, csrc / folder)
-    for header in ("types.h", "check.h"):
-        shutil.copy(ROOT / "csrc" / header, csrc)
-    (csrc / "codec" / "toy.h").write_text(TOY)
-    listed = csrc / "codec" / "codec.h"
+    core = shutil.copytree(ROOT / "csrc/core", csrc / "core")
+    (core / "codec" / "toy.h").write_text(TOY)
+    listed = core / "codec" / "codec.h"
     text = listed.read_text()
     one_more = text.replace('#include "int8.h"', '#include "int8.h"\n#include "toy.h"')
     last = one_more.index("Codec)", one_more.rindex('  X("')) + len("Codec)")
@@ -218,7 +215,7 @@ def test_a_codec_is_added_by_two_files(tmp_path: Path) -> None:
     listed.write_text(one_more)
     program, out = tmp_path / "program.cpp", tmp_path / "program"
     program.write_text(PROGRAM)
-    sources = [str(csrc / "cpu" / name) for name in ("wire.cpp", "reduce.cpp")]
+    sources = [str(core / name) for name in ("wire.cpp", "reduce.cpp")]
     flags = ["-std=c++17", "-O0", "-DTPK_NO_CLONES", "-Wall", "-Wextra", "-Werror", "-I", str(csrc)]
     subprocess.run(["g++", *flags, str(program), *sources, "-o", str(out)], check=True, timeout=120)
     assert subprocess.run([out], check=True, capture_output=True, text=True).stdout == "toy goes round\n"
