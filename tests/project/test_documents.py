@@ -100,3 +100,13 @@ def test_every_path_in_a_document_exists() -> None:
 )
 def test_a_path_that_does_not_exist_is_found(text: str, missing: set[str]) -> None:
     assert missing_paths(text) == missing
+
+
+def test_ci_runs_every_page_that_has_commands() -> None:
+    if not (ROOT / ".ci/run").exists():
+        pytest.skip("needs .ci/run, which a tree without documents lacks")
+    run = re.findall(r"[\w/.-]+\.md", (ROOT / ".ci/run").read_text())
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    with_commands = {str(p.relative_to(ROOT)) for p in pages if re.search(r"^```(?:sh|python)$", p.read_text(), re.M)}
+    assert with_commands - {"docs/tutorial.md"} == set(run)  # test_tutorial.py runs that one
+    assert len(run) > 5
