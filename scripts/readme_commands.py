@@ -1,13 +1,13 @@
-"""Run the fenced `sh` and `python` blocks of a Markdown file, so that what it tells people to type is known to work.
+"""Run the fenced `sh` and `python` blocks of Markdown files, so that every command in them is tested.
 
-Every such block runs, in order, in the current folder; bash stops at the first error. A comment right above a block
-changes that, and is the only thing that can:
+Every such block runs, in order, in the current folder; bash stops at the first error. Only a comment right above a
+block changes that:
 
     <!-- ci: skip, REASON -->                    does not run; the reason is printed
     <!-- ci: set RUN_ARGS="--minutes 0.3" -->    runs with this variable (make run is long)
     <!-- ci: ranks 2 -->                         a python block that runs under torchrun
 
-Usage: python scripts/readme_commands.py README.md
+Usage: python scripts/readme_commands.py README.md [docs/ops.md ...]
 """
 
 from __future__ import annotations
@@ -62,8 +62,12 @@ def run(block: Block) -> None:
         subprocess.run(["python", *(torchrun if block.kind == "ranks" else []), str(script)], check=True)
 
 
-def main(path: str) -> int:
-    """Run all blocks of the file; the exit status is 0 if all that ran succeeded and at least one did."""
+def run_file(path: str) -> bool:
+    """Run all blocks of a file.
+
+    Returns:
+        whether at least one block ran, and each that ran succeeded.
+    """
     ran = 0
     for block in blocks(Path(path).read_text()):
         title = block.text.strip().splitlines()[0]
@@ -76,11 +80,16 @@ def main(path: str) -> int:
             run(block)
         except subprocess.CalledProcessError as error:
             print(f"readme_commands: exit status {error.returncode} from this block of {path}:\n{block.text}")
-            return 1
+            return False
         print(f"-- done in {time.monotonic() - start:.0f} s", flush=True)
         ran += 1
-    print(f"readme_commands: {ran} blocks of {path} ran")
-    return 0 if ran else 1
+    print(f"readme_commands: {ran} blocks of {path} ran", flush=True)
+    return ran > 0
+
+
+def main(*paths: str) -> int:
+    """Run the files in order, up to the first that fails; the exit status is 0 if there is a file and all succeeded."""
+    return 0 if paths and all(run_file(path) for path in paths) else 1
 
 
 if __name__ == "__main__":
