@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from tpkernels import checkpoint, launch
+from tpkernels import checkpoint
 from tpkernels.cli import app
-from tpkernels.cli import main as cli
+from tpkernels.cli import train as cli
+from tpkernels.comm import torchrun
 from tpkernels.errors import UserError
 from tpkernels.train.settings import Settings
 
@@ -134,9 +135,9 @@ def test_torchrun_ranks_are_shared_out_over_replicas() -> None:
     assert "torchrun started 3 ranks and --tp is 2 for each of --dp 2: leave --tp out" in done.stderr
     done = call("--dp", "3", RANK="0", WORLD_SIZE="4")
     assert "torchrun started 4 ranks, which --dp 3 does not divide: start a multiple of 3" in done.stderr
-    asked: dict[str, Any] = {"dp": 2}
-    cli._take_all_ranks(asked, 4)
-    assert asked == {"dp": 2, "tp": 2}
+    options: dict[str, Any] = {"dp": 2}
+    cli._use_all_ranks(options, 4)
+    assert options == {"dp": 2, "tp": 2}
 
 
 def test_one_command_trains_two_replicas_and_torchrun_goes_on_with_them(tmp_path: Path) -> None:
@@ -156,9 +157,12 @@ def test_too_little_shared_memory_says_how_to_get_more(monkeypatch: pytest.Monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "no space")
 
-    monkeypatch.setattr(launch.Group, "open", full)
-    with pytest.raises(UserError, match=r"/dev/shm has .* MiB free: enlarge it \(docker: --shm-size\)"):
-        launch._open(1.0, 16)
+    monkeypatch.setattr(torchrun.Group, "open", full)
+    with (
+        pytest.raises(UserError, match=r"/dev/shm has .* MiB free: enlarge it \(docker: --shm-size\)"),
+        torchrun.open_ranks(1.0, 16, tp=1),
+    ):
+        pass
 
 
 def test_one_command_trains_over_two_ranks_reports_and_resumes(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def test_nothing_of_gloo_is_left_when_a_command_has_ended() -> None:
     program = f"""
     import os, sys
     sys.path.insert(0, {str(Path(__file__).parent)!r})
-    from tpkernels.launch import all_ranks
+    from tpkernels.comm.torchrun import open_ranks
     from tests.comm.test_launch import gloo_threads
-    with all_ranks(30.0, 2, tp=1) as layout:
+    with open_ranks(30.0, 2, tp=1) as layout:
         import torch._dynamo  # as optimizers do: modules below it take the world's process group as a default argument
         assert gloo_threads() > 0
         assert layout.world.process_group is not None

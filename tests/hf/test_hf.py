@@ -16,7 +16,7 @@ from tpkernels.checkpoint.export import gathered
 from tpkernels.checkpoint.ranks import Place
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError
-from tpkernels.generate.load import find
+from tpkernels.generate.find import find
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 

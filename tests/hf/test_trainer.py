@@ -16,8 +16,8 @@ from tests.harness.parallelize import close, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError, RankMismatchError
-from tpkernels.hf.trainer import fit_trainer, one_replica
-from tpkernels.hf.trainer_models import load_scheduler, scheduler_state
+from tpkernels.hf.trainer import TensorParallelMixin, fit_trainer, one_replica, trainer_class
+from tpkernels.hf.trainer_state import load_scheduler, scheduler_state
 from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 
@@ -46,12 +46,13 @@ def trainer_of(
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
         "include_num_input_tokens_seen": "all",
     }  # fmt: skip
+    made_with_groups = groups is not None and issubclass(kind, TensorParallelMixin)
     with one_replica():
         trainer = kind(
             model=model, args=TrainingArguments(folder, **settings | options), train_dataset=data,
-            eval_dataset=data[:7], compute_metrics=accuracy,
+            eval_dataset=data[:7], compute_metrics=accuracy, **({"dp_group": groups[1]} if made_with_groups else {}),
         )  # fmt: skip
-        return trainer if groups is None else fit_trainer(trainer, groups[1])
+        return trainer if groups is None or made_with_groups else fit_trainer(trainer, groups[1])
 
 
 def logged(trainer: Any) -> Tensor:
@@ -84,7 +85,7 @@ def the_trainer_trains_it(tp: Group, dp: Group | None, folder: str) -> Tensor:
     for count in ("num_input_tokens_seen", "total_flos", "epoch"):
         assert getattr(got.state, count) == getattr(want.state, count) > 0, count
     evaluations_are_those_of_one_process(got, want)
-    again = trainer_of(cut[1], f"{folder}/cut", (tp, dp))
+    again = trainer_of(cut[1], f"{folder}/cut", (tp, dp), kind=trainer_class())
     assert sorted(path.name for path in Path(folder, "cut").iterdir()) == [f"checkpoint-0000000{n}" for n in (4, 6)]
     again.train(resume_from_checkpoint=f"{folder}/cut/checkpoint-00000004")  # inside of the second epoch
     assert torch.equal(logged(again), logged(got)) and len(logged(got)) == 6

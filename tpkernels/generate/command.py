@@ -1,4 +1,4 @@
-"""What each rank of `tpkernels generate` does."""
+"""The work of each rank of `tpkernels generate`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 import typer
 
-from tpkernels import launch
+from tpkernels.comm import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
 from tpkernels.errors import UserError
 
 from .generator import Generator
-from .load import load
+from .load import load, quiet_transformers
 from .sampling import Sampling
 from .text import chat_ids
 
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """The command's arguments: a model, prompts, how to go on from them, and how to run.
+    """The command's arguments.
 
     Attributes:
         model, dtype: as for `load`.
-        prompts: texts; with chat, messages of a user, each answered by itself.
+        prompts: texts to continue; with chat, messages of a user, each answered by itself.
         system: with chat, the message before; None for the template's own.
         cache, compile: as for Generator.
-        timeout_s, arena_mib: as for `launch.all_ranks`.
+        timeout_s, arena_mib: as for `torchrun.open_ranks`.
     """
 
     model: str
@@ -45,30 +45,35 @@ class GenerateArguments:
     arena_mib: int = 16
 
 
-def work(asked: GenerateArguments) -> None:
-    """Load, continue every prompt, write the texts to stdout (rank 0), and how fast it was to stderr."""
-    with launch.all_ranks(asked.timeout_s, asked.arena_mib, tp=launch.world_size()) as layout:
+def work(args: GenerateArguments) -> None:
+    """Load, continue every prompt, write the texts to stdout (rank 0) and the speed to stderr.
+
+    Raises:
+        UserError: there is no such model, or the arguments do not fit it.
+    """
+    quiet_transformers()
+    with torchrun.open_ranks(args.timeout_s, args.arena_mib, tp=torchrun.world_size()) as layout:
         group = layout.tp
-        model, tokenizer = load(asked.model, group, asked.dtype)
-        gather(None, group)  # a rank may have a slow disk: from here on waits have a short deadline
+        model, tokenizer = load(args.model, group, args.dtype)
+        gather(None, group)  # the ranks may read from slow disks; the waits after this have a short deadline
         try:
-            generator = Generator(model, tokenizer, group, cache=asked.cache, compile=asked.compile)
-            chat = [chat_ids(tokenizer, _messages(asked, text)) for text in asked.prompts] if asked.chat else None
-            prompts = asked.prompts if chat is None else chat
-            _write(generator, prompts, asked, group)
+            generator = Generator(model, tokenizer, group, cache=args.cache, compile=args.compile)
+            chat = [chat_ids(tokenizer, _messages(args, text)) for text in args.prompts] if args.chat else None
+            prompts = args.prompts if chat is None else chat
+            _write(generator, prompts, args, group)
         except ValueError as error:
             raise UserError(str(error)) from None
 
 
-def _messages(asked: GenerateArguments, text: str) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": asked.system}] if asked.system is not None else []
+def _messages(args: GenerateArguments, text: str) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
     return [*system, {"role": "user", "content": text}]
 
 
-def _write(generator: Generator, prompts: Sequence[Any], asked: GenerateArguments, group: Group) -> None:
+def _write(generator: Generator, prompts: Sequence[Any], args: GenerateArguments, group: Group) -> None:
     one, texts = len(prompts) == 1, [""] * len(prompts)
     tokens, start, first = 0, time.perf_counter(), 0.0
-    for piece in generator.stream(prompts, asked.sampling):
+    for piece in generator.stream(prompts, args.sampling):
         first = first or time.perf_counter()
         tokens += 1
         texts[piece.index] += piece.text
@@ -77,7 +82,7 @@ def _write(generator: Generator, prompts: Sequence[Any], asked: GenerateArgument
             sys.stdout.flush()
     if group.rank == 0:
         end = time.perf_counter()
-        for prompt, text in zip(asked.prompts, texts, strict=True):
+        for prompt, text in zip(args.prompts, texts, strict=True):
             typer.echo("" if one else f"--- {prompt}\n{text}")
         rest = (tokens - len(prompts)) / max(end - first, 1e-9)
         typer.echo(

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-GRAIN = 64  # the span of a step is a multiple of it, for the sake of alignment
+GRAIN = 64  # tokens; the sizes of caches and the spans of steps are multiples: few sizes to compile, aligned rows
+
+
+def rounded_up(tokens: int) -> int:
+    """The least multiple of GRAIN that is not less."""
+    return -(-tokens // GRAIN) * GRAIN
 
 
 class _Decoder:
@@ -208,7 +213,7 @@ class SlotDecoder(_Decoder):
             ids[slot, 0] = token
         self._lengths = [length if slot in tokens else 0 for slot, length in enumerate(self._lengths)]
         if not self._compiled:  # for which it must not change
-            self._cache.span = min(self.max_length, -(-(max(self._lengths) + 1) // GRAIN) * GRAIN)
+            self._cache.span = min(self.max_length, rounded_up(max(self._lengths) + 1))
         self._cache.positions = torch.tensor(self._lengths[:rows])
         logits: Tensor = self._step(ids, self._cache.positions, self._cache)
         for slot in tokens:

@@ -14,7 +14,6 @@ from .sampling import NOT_A_NUMBER, Sampler, Sampling, draw
 from .text import TextStream, Tokenizer
 
 CACHES = ("static", "dynamic")
-GRAIN = 64  # static caches are made in multiples of so many tokens, so that few sizes are compiled
 
 
 @dataclass(frozen=True)
@@ -196,5 +195,5 @@ class Generator:
             return decoders.DynamicDecoder(self.model)
         kept = self._decoder
         if kept is None or kept.slots != rows or kept.max_length < length:
-            self._decoder = decoders.SlotDecoder(self.model, rows, -(-length // GRAIN) * GRAIN, compile=self._compile)
+            self._decoder = decoders.SlotDecoder(self.model, rows, decoders.rounded_up(length), compile=self._compile)
         return self._decoder

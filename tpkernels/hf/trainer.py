@@ -1,58 +1,54 @@
-"""The Trainer of transformers on a cut model, alone or as one of several replicas.
+"""The Trainer of transformers on a sharded model, for one replica or several.
 
-    with one_replica():                                   # accelerate neither wraps the model nor deals out the data
+    with one_replica():                                   # accelerate neither wraps the model nor shards the data
         arguments = TrainingArguments(..., save_steps=100)
-        trainer = fit_trainer(Trainer(model=parallelize(model, group=tp), args=arguments, train_dataset=data), dp)
+        trainer = TensorParallelTrainer(parallelize(model, group=tp), arguments, train_dataset=data, dp_group=dp)
         trainer.train()                                   # or trainer.train(resume_from_checkpoint=True)
 
-The ranks that hold one replica see the same batches, because all draw the same random numbers. Replicas are dealt the
-batches in turn, so that a step learns from per_device_train_batch_size * accumulation * replicas sequences: those that
-one process with a batch as large would take.
+`fit_trainer(trainer, dp)` turns a Trainer that exists, of transformers or of TRL, into one.
+
+All ranks of a replica see the same batches, because all draw the same random numbers. Replicas take the batches in
+turn, so that a step learns from per_device_train_batch_size * accumulation * replicas sequences: those that one process
+with a batch as large would take.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpkernels import checkpoint, layers, ops
+from tpkernels import ops
 from tpkernels.checkpoint.ranks import Place
 from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
-from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
+from tpkernels.data_parallel import GradAggregator, check_replicas
 from tpkernels.errors import PlanError
-from tpkernels.hf.trainer_models import (
-    SameSteps,
-    count_whole,
-    cut_reference,
-    load_scheduler,
-    scheduler_state,
-    show_heads,
-)
-from tpkernels.optimizers import needs_whole_tensors
+from tpkernels.hf.trainer_accelerator import AcceleratorMixin, mix_in
+from tpkernels.hf.trainer_checks import option_text, problems
+from tpkernels.hf.trainer_models import FullHeads, full_size_ratio, shard_reference
+from tpkernels.hf.trainer_state import STEP, CheckpointMixin
 from tpkernels.plan.adapters.apply import cut_adapters
-from tpkernels.plan.loss import CutCausalLoss
 
-# By these accelerate recognises that it was started as one of several processes.
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Environment variables by which accelerate detects that it was started as one of several processes.
 LAUNCHED = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
 )  # fmt: skip
-STEP = "checkpoint-"  # and the step, the names of checkpoints
-STATE = "trainer_state.json"  # where the Trainer looks for its state
 
 
 @contextmanager
 def one_replica() -> Iterator[None]:
-    """Let accelerate take this rank for a run of its own: it neither wraps the model in DDP nor deals out the data."""
+    """Hide the other ranks from accelerate, so that it neither wraps the model in DDP nor shards the data."""
     before = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
     try:
         yield
@@ -60,29 +56,153 @@ def one_replica() -> Iterator[None]:
         os.environ.update(before)
 
 
-def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
-    """Make a Trainer of a cut model right. Every rank calls it.
+class TensorParallelMixin(CheckpointMixin):
+    """What a Trainer computes differently on a sharded model; to be mixed in before a Trainer class.
 
-    The gradient norm is taken over all ranks. With replicas, batches are dealt out, gradients, tokens and losses are
-    averaged; evaluation is done by every replica alike. Checkpoints are those of tpkernels.checkpoint, in folders named
+    Gradient norms cover all ranks. While a step is computed, a fused loss reads the full weight of a sharded head. With
+    a data-parallel group, batches are distributed over the replicas, and gradients, token counts and losses averaged.
+    """
+
+    tpk_aggregator: GradAggregator | None = None
+    _checked_state: Any = None  # the TrainerState of the training whose first step was checked
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this rank reports and writes; True on all ranks until the groups are set."""
+        return self.tpk_place is None or self.tpk_place.is_first
+
+    def is_local_process_zero(self) -> bool:
+        """As `is_world_process_zero`."""
+        return self.is_world_process_zero()
+
+    def set_groups(self, group: Group, dp_group: Group | None) -> None:
+        """Shard what the trainer holds beside its model, and take the ranks' places. Collective."""
+        self.tpk_group, self.tpk_dp_group, self.tpk_place = group, dp_group, Place(group, dp_group)
+        if getattr(self.model, "peft_config", None):
+            cut_adapters(self.model)
+        shard_reference(self)
+        self.tpk_heads = FullHeads(self)
+        mix_in(AcceleratorMixin, self.accelerator)
+        self.accelerator.tpk_group, self.accelerator.tpk_dp_group = group, dp_group
+        self.state.is_world_process_zero = self.state.is_local_process_zero = self.tpk_place.is_first
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; replicas are checked to be equal at the start, and their gradients averaged."""
+        if self.tpk_dp_group is None:
+            return super().train(*args, **kwargs)
+        with GradAggregator(self.model, group=self.tpk_dp_group, codec="none") as aggregator:
+            self.tpk_aggregator = self.accelerator.tpk_aggregator = aggregator
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.tpk_aggregator = self.accelerator.tpk_aggregator = None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch; the loss is the mean over the replicas.
+
+        Raises:
+            CheckpointError: at the first step; output_dir has checkpoints of later steps, so that a save would fail.
+            RankMismatchError: at the first step; ranks of a replica differ in parameters, batch or random numbers.
+        """
+        if self._checked_state is not self.state:  # a new one for each training
+            self._check_first_step(model, inputs)
+            self._checked_state = self.state
+        with self.tpk_heads.full():
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.tpk_dp_group is None:
+            return loss
+        if self.tpk_aggregator is not None and self.accelerator.sync_gradients:
+            self.tpk_aggregator.wait()
+        return ops.all_reduce(loss.reshape(1), group=self.tpk_dp_group, op="avg").reshape(())
+
+    def _check_first_step(self, model: Any, inputs: Any) -> None:
+        folder = self.args.output_dir
+        with self.tpk_place.together(f"train in {folder}"):
+            if self.tpk_place.is_first and option_text(self.args.save_strategy) != "no":
+                refuse_later(Path(folder), STEP, self.state.global_step)
+        check_replicas(model, group=self.tpk_group, batch=inputs, rng=True, buffers=False)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one batch, with full heads."""
+        with self.tpk_heads.full():
+            return super().prediction_step(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss, divided by the mean of the replicas' tokens where it is divided by tokens.
+
+        The average over the replicas divides by their number again. Losses that are not divided by tokens (those of
+        classes, for one) stay means.
+        """
+        if self._counts_all_tokens(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch / self._replicas
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokens of all replicas, by which their losses are divided."""
+        count: Any = super()._get_num_items_in_batch(*args, **kwargs)
+        if self._counts_all_tokens(count):
+            return ops.all_reduce(count.reshape(1), group=self.tpk_dp_group).reshape(count.shape)
+        return count
+
+    def _counts_all_tokens(self, count: Any) -> bool:
+        averaged: bool = self.args.average_tokens_across_devices
+        return self.tpk_dp_group is not None and averaged and isinstance(count, Tensor)
+
+    def get_train_dataloader(self) -> Any:
+        """The batches whose number modulo the replicas is the rank of this replica."""
+        self.accelerator.tpk_shards_data = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.tpk_shards_data = False
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Sequences of a step, over all replicas."""
+        return int(super().get_total_train_batch_size(args)) * self._replicas
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Operations of the unsharded model, over all replicas."""
+        local, full = full_size_ratio(self.model)
+        return int(super().floating_point_ops(inputs)) * full * self._replicas // max(1, local)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
+        if self.tpk_dp_group is not None and self.args.include_num_input_tokens_seen != "no":
+            local = torch.tensor([self.state.num_input_tokens_seen - before])
+            total = ops.all_reduce(local, group=self.tpk_dp_group).item()
+            self.state.num_input_tokens_seen = before + int(total)
+
+    @property
+    def _replicas(self) -> int:
+        return 1 if self.tpk_dp_group is None else self.tpk_dp_group.world_size
+
+
+def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
+    """Turn a Trainer of a sharded model into a tensor-parallel one, by changing its class. Every rank calls it.
+
+    The gradient norm is taken over all ranks. With replicas, batches are distributed, gradients, tokens and losses are
+    averaged; every replica evaluates the same. Checkpoints are those of tpkernels.checkpoint, in folders named
     checkpoint-<step> which `train(resume_from_checkpoint=...)` takes, also on other ranks as long as a step is of as
     many sequences; `save_model` writes a plain Hugging Face folder. Only rank 0 shows progress and reports. Random
     numbers of torch are saved, others are not.
 
-    Adapters of peft are cut (`cut_adapters`). A trainer that multiplies by the weight of the head itself (those of TRL)
-    finds it whole; a reference model of the same sizes is cut, too. At the first step the ranks of a replica must see
-    the same batch and draw the same random numbers.
+    Adapters of peft are sharded (`cut_adapters`). A trainer that multiplies by the weight of the head itself (those of
+    TRL) reads the full weight; a reference model of the same sizes is sharded, too. At the first step the ranks of a
+    replica must have the same batch and random numbers.
 
     Args:
-        trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder all see.
-        dp_group: the ranks that hold the same part of other replicas; None when there is one replica.
+        trainer: made inside `one_replica`, with the same arguments on all ranks; its output_dir is a folder that all
+            ranks share.
+        dp_group: the ranks that hold the same shards of other replicas; None when there is one replica.
 
     Returns:
         the trainer.
 
     Raises:
-        PlanError: its model is not cut, it was not made inside `one_replica`, or it is to do what cannot be done right
-            here; the text says what.
+        PlanError: its model is not sharded, it was not made inside `one_replica`, or one of its options cannot work on
+            a sharded model (says which, and the alternative).
     """
     report = getattr(trainer.model, "tpk_plan", None)
     if report is None:
@@ -97,280 +217,29 @@ def fit_trainer(trainer: Any, dp_group: Group | None = None) -> Any:
             f"fit_trainer: the model is cut over {report.group.world_size} ranks and dp_group makes {ranks} of them, "
             f"but the run has {dist.get_world_size()}: dp_group must join the same parts of all replicas"
         )
-    for problem, instead in _problems(trainer, dp_group):
+    for problem, instead in problems(trainer, dp_group, TensorParallelMixin):
         raise PlanError(f"fit_trainer: {problem} does not work on a cut model; {instead}")
-    if getattr(trainer.model, "peft_config", None):
-        cut_adapters(trainer.model)
-    cut_reference(trainer)
-    _Saving(trainer, report.group, dp_group)
-    show_heads(trainer)
-    SameSteps(trainer, report.group)
-    count_whole(trainer, dp_group)
-    if dp_group is not None:
-        _Replica(trainer, report.group, dp_group)
+    mix_in(TensorParallelMixin, trainer)
+    trainer.set_groups(report.group, dp_group)
     return trainer
 
 
-def _problems(trainer: Any, dp_group: Group | None) -> Iterator[tuple[str, str]]:
-    """What of a Trainer's arguments cannot be made right, and what to do."""
+@cache
+def trainer_class() -> type[Trainer]:
+    """TensorParallelTrainer, made at the first use, because it imports transformers."""
     from transformers import Trainer
 
-    of, accelerator = trainer.args, trainer.accelerator
-    if of.fp16:
-        yield "fp16=True", "each rank would find a loss scale of its own: take bf16"
-    if of.load_best_model_at_end or _text(of.save_strategy) == "best":
-        yield "load_best_model_at_end or save_strategy='best'", "load what you want with tpkernels.checkpoint.load"
-    if of.save_only_model:
-        yield "save_only_model=True", "call trainer.save_model for a plain folder"
-    if of.push_to_hub:
-        yield "push_to_hub=True", "push what trainer.save_model wrote"
-    metrics = trainer.compute_metrics or trainer.preprocess_logits_for_metrics
-    if metrics is not None and not of.prediction_loss_only and _cut_logits(trainer.model):
-        yield (
-            "compute_metrics or preprocess_logits_for_metrics where the model was cut with gather_logits=False",
-            "each rank would see its part of the vocabulary: gather the logits, or set prediction_loss_only=True",
-        )
-    kind = _optimizer_class(trainer)
-    if _text(of.save_strategy) != "no" and kind is not None and needs_whole_tensors(kind):
-        yield (
-            f"a checkpoint with {kind.__name__}, whose state is that of whole tensors,",
-            "set save_strategy='no' and call trainer.save_model, or take one that treats every value by itself",
-        )
-    own_loss = type(trainer).compute_loss is not Trainer.compute_loss
-    if own_loss and _cut_logits(trainer.model):
-        yield (
-            "a compute_loss of the trainer's own where the model was cut with gather_logits=False",
-            "it may compute the loss from this rank's part of the vocabulary: gather the logits",
-        )
-    if getattr(of, "precompute_ref_log_probs", False):
-        yield "precompute_ref_log_probs=True", "they were computed from this rank's part of the head: set it to False"
-    if getattr(of, "use_vllm", False):
-        yield "use_vllm=True", "the engine would be given this rank's parts: generate with the model"
-    if of.auto_find_batch_size:
-        yield "auto_find_batch_size=True", "ranks would try sizes of their own: give a size"
-    if dp_group is None:
-        return
-    if getattr(trainer, "model_init", None) is not None:
-        yield "model_init with replicas", "it makes another model when the training begins: make the model yourself"
-    if _text(of.train_sampling_strategy) not in ("random", "sequential"):
-        yield f"train_sampling_strategy={_text(of.train_sampling_strategy)!r} with replicas", "take 'random'"
-    if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
-        yield "an accelerator_config of split, dispatched or uneven batches with replicas", "leave it out"
-    if not accelerator.use_seedable_sampler:
-        yield "use_seedable_sampler=False with replicas", "they would shuffle apart: leave it True"
-    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
-        yield "sync_each_batch=True with replicas", "leave it out: gradients travel once a step"
-    if own_loss and of.average_tokens_across_devices:
-        yield (
-            "a compute_loss of your own with replicas and average_tokens_across_devices=True",
-            "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
-            "replica's loss counts alike",
-        )
+    class TensorParallelTrainer(TensorParallelMixin, Trainer):
+        """A Trainer of a sharded model.
 
-
-def _optimizer_class(trainer: Any) -> type[torch.optim.Optimizer] | None:
-    """Of the optimizer that the Trainer has or will make; None where it cannot be told."""
-    kind: Any = type(trainer.optimizer)
-    if trainer.optimizer is None:
-        with suppress(ImportError, ValueError):  # the Trainer raises it when it makes one
-            made = trainer.optimizer_cls_and_kwargs
-            kind = (made or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model))[0]
-    return kind if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) else None
-
-
-def _cut_logits(model: Any) -> bool:
-    return isinstance(getattr(model, "loss_function", None), CutCausalLoss)
-
-
-def _text(option: Any) -> str:
-    return str(getattr(option, "value", option))
-
-
-def _at_the_beginning(do: Callable[[], None]) -> Any:
-    """A callback of a Trainer that does something before the first step."""
-    from transformers import TrainerCallback
-
-    class AtTheBeginning(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            do()
-
-    return AtTheBeginning()
-
-
-class _Saving:
-    """Clips, saves and loads for a Trainer, whose own way would be one file written by all ranks."""
-
-    def __init__(self, trainer: Any, group: Group, dp_group: Group | None) -> None:
-        self._trainer, self._group, self._dp_group = trainer, group, dp_group
-        self._place = Place(group, dp_group)
-        self._random: dict[str, Tensor] | None = None
-        trainer.accelerator.clip_grad_norm_ = self._clip
-        trainer.is_world_process_zero = trainer.is_local_process_zero = lambda: self._place.is_first
-        trainer.state.is_world_process_zero = trainer.state.is_local_process_zero = self._place.is_first
-        trainer.save_model = self._save_model
-        trainer._save_checkpoint = self._save
-        trainer._load_from_checkpoint = self._open
-        trainer._load_optimizer_and_scheduler = self._load
-        trainer._load_rng_state = self._load_random
-        trainer.add_callback(_at_the_beginning(self._check_names))
-
-    def _check_names(self) -> None:
-        """Refuse at the beginning what would fail at the first save."""
-        folder, step = self._trainer.args.output_dir, self._trainer.state.global_step
-        with self._place.together(f"train in {folder}"):
-            if self._place.is_first and _text(self._trainer.args.save_strategy) != "no":
-                refuse_later(Path(folder), STEP, step)
-
-    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        return clip_grad_norm_(list(parameters), max_norm, groups=self._group, norm_type=norm_type)
-
-    def _save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = output_dir or self._trainer.args.output_dir
-        with self._place.together(f"save {folder}"):
-            if self._place.replica == 0:
-                self._trainer.model.save_pretrained(folder)
-            if self._place.is_first and self._trainer.processing_class is not None:
-                self._trainer.processing_class.save_pretrained(folder)
-
-    def _save(self, model: Any, trial: Any) -> None:
-        from transformers.trainer_callback import ExportableState
-
-        trainer = self._trainer
-        trainer.store_flos()
-        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-            if isinstance(callback, ExportableState):
-                kept, name = trainer.state.stateful_callbacks, type(callback).__name__
-                kept[name] = [*kept[name], callback.state()] if isinstance(kept[name], list) else callback.state()
-        step = trainer.state.global_step
-        extra = {
-            "trainer_state": json.loads(json.dumps(dataclasses.asdict(trainer.state))),
-            "scheduler": scheduler_state(trainer.lr_scheduler), "sequences": self._sequences(),
-        }  # fmt: skip
-        folder = checkpoint.save(
-            trainer.model,
-            os.path.join(trainer.args.output_dir, f"{STEP}{step:08d}"),
-            group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer), step=step,
-            extra=self._place.gather(extra)[0],  # in a Trainer's state is who it is
-        )  # fmt: skip
-        with self._place.together(f"save {folder}"):
-            if self._place.is_first and (trainer.args.save_total_limit or 0) > 0:
-                checkpoint.prune(folder.parent, trainer.args.save_total_limit)
-
-    def _open(self, folder: str, model: Any = None) -> None:
-        """Put the state where the Trainer looks for it. It goes when the rest is loaded, once there is an optimizer."""
-        with self._place.together(f"load {folder}"):
-            extra, path = checkpoint.peek(folder)["extra"], os.path.join(folder, STATE)
-            state, was, now = extra["trainer_state"], extra.get("sequences"), self._sequences()
-            if was not in (None, now) and not self._trainer.args.ignore_data_skip:
-                raise checkpoint.CheckpointError(
-                    f"a step was of {was} sequences when it was saved, and is of {now} now, so that the data would go "
-                    f"on elsewhere: change batch or accumulation, or set ignore_data_skip=True"
-                )
-            if self._place.is_first:
-                with open(path + ".new", "w") as file:
-                    json.dump(state, file, indent=2, sort_keys=True)
-                os.replace(path + ".new", path)
-
-    def _sequences(self) -> int:
-        """That a step learns from, over all replicas."""
-        trainer = self._trainer
-        return int(trainer.get_total_train_batch_size(trainer.args))
-
-    def _load(self, folder: str | None) -> None:
-        if folder is None:
-            return
-        trainer = self._trainer
-        self._place.gather(None)  # all have read it
-        with self._place.together(f"load {folder}"):
-            if self._place.is_first:
-                os.remove(os.path.join(folder, STATE))  # a checkpoint holds what its save wrote, and nothing else
-        found = checkpoint.load(
-            trainer.model, folder, group=self._group, dp_group=self._dp_group, optimizer=_plain(trainer.optimizer)
-        )
-        load_scheduler(trainer.lr_scheduler, found.extra["scheduler"])
-        self._random = layers.rng_state()  # to be set again when the batches of before have been passed over
-
-    def _load_random(self, folder: str | None) -> None:
-        if self._random is not None:
-            layers.set_rng_state(self._random)
-
-
-class _Replica:
-    """What a Trainer does otherwise when it trains one of several replicas."""
-
-    def __init__(self, trainer: Any, group: Group, dp_group: Group) -> None:
-        self._trainer, self._group, self._dp_group = trainer, group, dp_group
-        self._aggregator: GradAggregator | None = None
-        self._train, self._step, self._loss = trainer.train, trainer.training_step, trainer.compute_loss
-        self._tokens, self._loader = trainer._get_num_items_in_batch, trainer.get_train_dataloader
-        self._batch_size = trainer.get_total_train_batch_size
-        trainer.train, trainer.training_step, trainer.compute_loss = self.train, self.step, self.loss
-        trainer._get_num_items_in_batch, trainer.get_train_dataloader = self.tokens, self.loader
-        trainer.get_total_train_batch_size = lambda args: self._batch_size(args) * dp_group.world_size
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """With replicas that are the same at the beginning and average their gradients."""
-        accelerator = self._trainer.accelerator
-        with GradAggregator(self._trainer.model, group=self._dp_group, codec="none") as self._aggregator:
-            accelerator.no_sync = lambda model=None: self._aggregator.no_sync()
-            try:
-                return self._train(*args, **kwargs)
-            finally:
-                self._aggregator = None
-                del accelerator.no_sync
-
-    def step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; the loss is the mean over the replicas."""
-        loss: Tensor = self._step(model, inputs, *args, **kwargs)
-        if self._aggregator is not None and self._trainer.accelerator.sync_gradients:
-            self._aggregator.wait()
-        return ops.all_reduce(loss.reshape(1), group=self._dp_group, op="avg").reshape(())
-
-    def tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Those of all replicas, by which their losses are divided."""
-        found = self._tokens(*args, **kwargs)
-        if isinstance(found, Tensor) and self._trainer.args.average_tokens_across_devices:
-            return ops.all_reduce(found.reshape(1), group=self._dp_group).reshape(found.shape)
-        return found
-
-    def loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Divided by the mean of the replicas' tokens, if it is by tokens: the average divides by the replicas again.
-
-        Losses that are not divided by tokens (those of classes, for one) stay the means that they are.
+        Args:
+            args, kwargs: as for Trainer; the TrainingArguments are made inside `one_replica`.
+            dp_group: as for `fit_trainer`, which names what is computed differently and what raises.
         """
-        if isinstance(num_items_in_batch, Tensor) and self._trainer.args.average_tokens_across_devices:
-            num_items_in_batch = num_items_in_batch / self._dp_group.world_size
-        return self._loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
-    def loader(self) -> Any:
-        """Of the batches whose number, modulo the replicas, is that of this one."""
-        accelerator = self._trainer.accelerator
-        accelerator.prepare_data_loader = self._deal
-        try:
-            return self._loader()
-        finally:
-            del accelerator.prepare_data_loader
+        def __init__(self, *args: Any, dp_group: Group | None = None, **kwargs: Any) -> None:
+            with one_replica():
+                super().__init__(*args, **kwargs)
+            fit_trainer(self, dp_group)
 
-    def _deal(self, data_loader: Any, device_placement: bool | None = None, **_: Any) -> Any:
-        from accelerate.data_loader import prepare_data_loader
-
-        accelerator = self._trainer.accelerator
-        made = prepare_data_loader(
-            data_loader,
-            accelerator.device,
-            num_processes=self._dp_group.world_size,
-            process_index=self._dp_group.rank,
-            put_on_device=accelerator.device_placement if device_placement is None else device_placement,
-            dispatch_batches=False,
-            use_seedable_sampler=True,
-            data_seed=accelerator.dataloader_config.data_seed,
-            non_blocking=accelerator.non_blocking,
-            use_stateful_dataloader=accelerator.use_stateful_dataloader,
-        )
-        accelerator._dataloaders.append(made)
-        return made
-
-
-def _plain(optimizer: Any) -> Any:
-    """The optimizer itself, where accelerate has wrapped it."""
-    return getattr(optimizer, "optimizer", optimizer)
+    return TensorParallelTrainer

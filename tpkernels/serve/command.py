@@ -1,4 +1,4 @@
-"""What each rank of `tpkernels serve` does: rank 0 answers HTTP and leads, the others follow."""
+"""The work of each rank of `tpkernels serve`: rank 0 answers HTTP and runs the engine, the others its steps."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
-from tpkernels import launch
+from tpkernels.comm import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
 from tpkernels.errors import UserError
 from tpkernels.generate.decoders import SlotDecoder
-from tpkernels.generate.load import load
+from tpkernels.generate.load import load, quiet_transformers
 
 from .app import create_app
 from .channel import follow
 from .engine import Engine
 from .metrics import Metrics
 
-POLL_S = 0.05  # how often a draining server looks whether it is done
+POLL_S = 0.05  # between two checks of a draining server whether it is idle
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         self._engine, self._listening, self._drain_s = engine, listening, drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """What uvicorn calls for SIGTERM and SIGINT; at the second one it stops at once."""
+        """Drain at the first SIGTERM or SIGINT, stop at the second. Called by uvicorn."""
         if self._engine.draining:
             self.should_exit = True
         self._engine.drain()
@@ -89,15 +89,18 @@ class Server(uvicorn.Server):
         deadline = time.monotonic() + self._drain_s
         while not self._engine.idle and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
-        await asyncio.to_thread(self._engine.stop)  # what is left fails with 503
+        await asyncio.to_thread(self._engine.stop)  # requests that still run fail with 503
         self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """A listening TCP socket.
+
+    Args:
+        port: 0 for a free one.
 
     Raises:
-        UserError: it cannot.
+        UserError: the address cannot be resolved or bound.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -106,26 +109,32 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}.") from None
 
 
-def work(asked: ServeArguments) -> None:
-    """Load, then serve or follow until rank 0 is told to stop."""
-    with launch.all_ranks(asked.timeout_s, asked.arena_mib, tp=launch.world_size()) as layout:
+def work(args: ServeArguments) -> None:
+    """Load, then serve (rank 0) or follow it (the others) until a signal stops rank 0.
+
+    Raises:
+        UserError: the port is taken, there is no such model, or the arguments do not fit it.
+        TimeoutError, PeerLostError: a rank did not take part in a step, or died.
+    """
+    quiet_transformers()
+    with torchrun.open_ranks(args.timeout_s, args.arena_mib, tp=torchrun.world_size()) as layout:
         group = layout.tp
-        with _listening(asked, group) as listening:
-            decoder, tokenizer = _prepared(asked, group)
+        with _listening(args, group) as listening:
+            decoder, tokenizer = _prepared(args, group)
             if group.rank == 0 and listening is not None:
-                _lead(asked, group, decoder, tokenizer, listening)
+                _lead(args, group, decoder, tokenizer, listening)
             else:
-                with _deaf_to_signals():
-                    follow(decoder, group, asked.slots)
+                with _ignore_signals():
+                    follow(decoder, group, args.slots)
 
 
 @contextlib.contextmanager
-def _listening(asked: ServeArguments, group: Group) -> Iterator[socket.socket | None]:
+def _listening(args: ServeArguments, group: Group) -> Iterator[socket.socket | None]:
     """Rank 0's socket; a port that is taken is an error on every rank before anything is loaded."""
     found, problem = None, None
     if group.rank == 0:
         try:
-            found = listen(asked.host, asked.port)
+            found = listen(args.host, args.port)
         except UserError as error:
             problem = str(error)
     problem = gather(problem, group)[0]
@@ -138,27 +147,27 @@ def _listening(asked: ServeArguments, group: Group) -> Iterator[socket.socket | 
             found.close()
 
 
-def _prepared(asked: ServeArguments, group: Group) -> tuple[SlotDecoder, Any]:
-    model, tokenizer = load(asked.model, group, asked.dtype)
+def _prepared(args: ServeArguments, group: Group) -> tuple[SlotDecoder, Any]:
+    model, tokenizer = load(args.model, group, args.dtype)
     try:
-        decoder = SlotDecoder(model, asked.slots, asked.max_length, compile=asked.compile)
+        decoder = SlotDecoder(model, args.slots, args.max_length, compile=args.compile)
     except ValueError as error:
         raise UserError(str(error)) from None
-    gather(None, group)  # a rank may have a slow disk: from here on waits have a short deadline
-    sizes = {min(1 << i, asked.slots) for i in range(asked.slots.bit_length() + 1)} if asked.compile else {1}
-    for rows in sorted(sizes):  # every one is compiled apart
+    gather(None, group)  # the ranks may read from slow disks; the waits after this have a short deadline
+    sizes = {min(1 << i, args.slots) for i in range(args.slots.bit_length() + 1)} if args.compile else {1}
+    for rows in sorted(sizes):  # each number of rows is compiled separately
         decoder.insert(rows - 1, [0])
         decoder.step({rows - 1: 0})
     gather(None, group)
     return decoder, tokenizer
 
 
-def _lead(asked: ServeArguments, group: Group, decoder: SlotDecoder, tokenizer: Any, listening: socket.socket) -> None:
-    engine = Engine(decoder, tokenizer, group, asked.queue, Metrics())
+def _lead(args: ServeArguments, group: Group, decoder: SlotDecoder, tokenizer: Any, listening: socket.socket) -> None:
+    engine = Engine(decoder, tokenizer, group, args.queue, Metrics())
     engine.start()
     try:
-        name = asked.name or asked.model.rstrip("/").rpartition("/")[2]
-        server = Server(create_app(engine, name, asked.token, asked.health_s), engine, listening, asked.drain_s)
+        name = args.name or args.model.rstrip("/").rpartition("/")[2]
+        server = Server(create_app(engine, name, args.token, args.health_s), engine, listening, args.drain_s)
         host, port = listening.getsockname()[:2]
         typer.echo(f"serving {name} over {group.world_size} ranks at http://{host}:{port}/v1", err=True)
         asyncio.run(server.serve_until_stopped())
@@ -169,7 +178,7 @@ def _lead(asked: ServeArguments, group: Group, decoder: SlotDecoder, tokenizer: 
 
 
 @contextlib.contextmanager
-def _deaf_to_signals() -> Iterator[None]:
+def _ignore_signals() -> Iterator[None]:
     """Only rank 0 decides when to stop: a signal to the whole process group must not cut running requests off."""
     before = {sig: signal.signal(sig, signal.SIG_IGN) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:

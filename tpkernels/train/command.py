@@ -1,4 +1,4 @@
-"""What each rank of `tpkernels train` does, from the first message to the last."""
+"""The work of each rank of `tpkernels train`, from the first message to the last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
-from tpkernels import launch
+from tpkernels.comm import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
 from tpkernels.train import parity, report
@@ -23,8 +23,18 @@ PROMPT = b"def "
 
 
 def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, arena_mib: int) -> None:
-    """Train, then report. Exits with 3 when the run is not what one process computes."""
-    with launch.all_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp) as layout:
+    """Train, then report.
+
+    Args:
+        folder: of the run; that of rank 0 counts.
+        resume: continue from its last checkpoint.
+        timeout_s, arena_mib: as for `torchrun.open_ranks`.
+
+    Raises:
+        UserError: see `open_run`.
+        typer.Exit: with 3, when the run is not equal to one of one process up to rounding.
+    """
+    with torchrun.open_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp) as layout:
         folder = gather(folder, layout.world)[0]  # the default name has the time in it, which may differ by a second
         with open_run(settings, folder, layout, resume=resume) as run:
             _greet(run)
@@ -49,7 +59,7 @@ def _greet(run: Run) -> None:
 
 
 def _conclude(run: Run) -> bool:
-    """Sample, check against one process, table and picture; whether the check held (the same on all ranks)."""
+    """Sample, compare with one process, print and draw; whether the comparison held (the same on all ranks)."""
     found = report.collect(run)
     sample = b""
     if run.settings.sample_bytes:
@@ -70,7 +80,7 @@ def _compare(run: Run) -> parity.Parity | None:
         return None
     run.screen.line(f"repeating {run.settings.parity_steps} steps uncut in one process ...")
     before = torch.get_num_threads()
-    torch.set_num_threads(launch.threads(1))  # the other ranks only wait
+    torch.set_num_threads(torchrun.threads(1))  # the other ranks only wait
     try:
         return parity.compare(run.trainer, run.log.records, run.total)
     finally:

@@ -37,7 +37,7 @@ class Replicas:
             group=group,
             codec=settings.grad_codec,
             mode=settings.grad_mode,
-            warmup_steps=min(DELAY_FROM, settings.warm_up),
+            warmup_steps=min(DELAY_FROM, settings.effective_warmup),
             local_steps=settings.local_steps,
             outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # few local steps want the plain mean
             topk=_topk(settings),
@@ -81,7 +81,7 @@ class Replicas:
 def _topk(settings: Settings) -> TopK:
     """The same bytes a step in all modes: fewer messages may be longer."""
     each = settings.local_steps if settings.grad_mode == "local" else 1
-    return TopK(min(1.0, TOPK_RATIO * each), warmup_steps=settings.warm_up // each)
+    return TopK(min(1.0, TOPK_RATIO * each), warmup_steps=settings.effective_warmup // each)
 
 
 class OwnState:

@@ -1,10 +1,15 @@
-"""What a training run is asked to do, checked before anything is started."""
+"""The settings of a training run: one dataclass, from which the options of `tpkernels train` are made.
+
+They are checked before anything is started.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +17,88 @@ from tpkernels.compress import CODECS
 from tpkernels.data_parallel import checks
 from tpkernels.errors import UserError
 
-DTYPES = ("fp32", "bf16")
 GRAD_CODECS, GRAD_MODES = checks.GRAD_CODECS, checks.MODES
-# What may differ between a run and its continuation; everything else decides the numbers and is fixed at the start.
-CHANGEABLE = frozenset(
-    {
-        "steps", "minutes", "stop_at", "checkpoint_every", "keep", "eval_every", "sample_bytes", "parity_steps", "data",
-        "check_replicas",
-    }
-)  # fmt: skip
+MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"  # panels of the help
+
+
+def _setting(
+    default: Any,
+    help: str,
+    panel: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    changeable: bool = False,
+    shown: str | None = None,
+) -> Any:
+    """A field of Settings.
+
+    Args:
+        help, panel: of its option.
+        least, above: its range; numbers are finite, and None is in every range.
+        choices: its values, where they are few.
+        changeable: whether it may differ between a run and its continuation; the others decide the numbers.
+        shown: the default in the help; None shows `default`.
+    """
+    metadata = {
+        "help": help, "panel": panel, "least": least, "above": above, "choices": choices, "changeable": changeable,
+        "shown": shown,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every choice of a run. The defaults are about two minutes on two slow cores."""
 
-    tp: int = 2
-    dp: int = 1
-    layers: int = 4
-    d_model: int = 256
-    heads: int = 4
-    context: int = 128
-    batch: int = 8
-    steps: int | None = None
-    minutes: float | None = None
-    stop_at: int | None = None
-    lr: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    data: str | None = None
-    dtype: str = "fp32"
-    sequence_parallel: bool = False
-    codec: str = "none"
-    grad_codec: str = "none"
-    grad_mode: str = "sync"
-    local_steps: int = 8
-    check_replicas: int = 0
-    checkpoint_every: int = 100
-    keep: int = 2
-    eval_every: int = 50
-    sample_bytes: int = 400
-    parity_steps: int = 10
+    tp: int = _setting(2, "Ranks to cut the model over.", PARALLEL, least=1)
+    dp: int = _setting(1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1)
+    sequence_parallel: bool = _setting(False, "Cut activations over the tokens, too.", PARALLEL)
+    codec: str = _setting("none", "How sums travel: none, fp16, bf16.", PARALLEL, choices=tuple(CODECS))
+    grad_codec: str = _setting(
+        "none", "How gradients travel between replicas: a codec, or topk.", PARALLEL, choices=GRAD_CODECS
+    )
+    grad_mode: str = _setting(
+        "sync",
+        "When replicas average: sync (each step), delayed (a step late), local (every --local-steps).",
+        PARALLEL,
+        choices=GRAD_MODES,
+    )
+    local_steps: int = _setting(8, "Steps between averages, with --grad-mode local.", PARALLEL, least=1)
+    check_replicas: int = _setting(
+        0, "Steps between checks that replicas are the same; 0 for none.", PARALLEL, least=0, changeable=True
+    )
+    layers: int = _setting(4, "Transformer blocks.", MODEL, least=1)
+    d_model: int = _setting(256, "Width of the model.", MODEL, least=1)
+    heads: int = _setting(4, "Attention heads.", MODEL, least=1)
+    context: int = _setting(128, "Bytes that the model looks back on.", MODEL, least=1)
+    dtype: str = _setting("fp32", "fp32, or bf16 for autocast.", MODEL, choices=("fp32", "bf16"))
+    data: str | None = _setting(
+        None, "Folder or file to learn from.", TRAINING, changeable=True, shown="Python's standard library"
+    )
+    minutes: float | None = _setting(
+        None, "Wall time to stay within.", TRAINING, above=0, changeable=True, shown="2 without --steps"
+    )
+    steps: int | None = _setting(None, "Length of the schedule.", TRAINING, above=0, changeable=True, shown="what fits")
+    stop_at: int | None = _setting(None, "Stop after this step; --resume goes on.", TRAINING, above=0, changeable=True)
+    batch: int = _setting(8, "Sequences per step.", TRAINING, least=1)
+    lr: float = _setting(2e-3, "Highest learning rate.", TRAINING, above=0)
+    warmup: int = _setting(50, "Steps to get there.", TRAINING, least=0)
+    weight_decay: float = _setting(0.1, "For matrices.", TRAINING, least=0)
+    clip: float = _setting(1.0, "Largest gradient norm.", TRAINING, above=0)
+    seed: int = _setting(0, "For weights, batches, sample.", TRAINING)
+    eval_every: int = _setting(50, "Steps between validations.", TRAINING, least=1, changeable=True)
+    checkpoint_every: int = _setting(100, "Steps between checkpoints.", FOLDER, least=1, changeable=True)
+    keep: int = _setting(2, "Checkpoints to keep.", FOLDER, least=1, changeable=True)
+    sample_bytes: int = _setting(400, "Bytes to generate at the end.", FOLDER, least=0, changeable=True)
+    parity_steps: int = _setting(
+        10, "Steps to repeat uncut in one process at the end; 0 for none.", FOLDER, least=0, changeable=True
+    )
 
     @property
-    def warm_up(self) -> int:
-        """Steps until the full learning rate: a short schedule has a short one."""
+    def effective_warmup(self) -> int:
+        """Steps until the full learning rate: `warmup`, or a quarter of a schedule that is shorter than four of it."""
         return self.warmup if self.steps is None else min(self.warmup, self.steps // 4)
 
     @property
@@ -73,8 +113,9 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raise a UserError for the first thing that cannot work."""
-    _check_numbers(settings)
+    """Raise a UserError for the first setting that cannot work."""
+    for setting in fields(settings):
+        _check_value(option(setting.name), getattr(settings, setting.name), **setting.metadata)
     s = settings
     if s.d_model % s.heads:
         near = [h for h in range(1, s.d_model + 1) if s.d_model % h == 0 and s.d_model // h % 2 == 0]
@@ -93,18 +134,22 @@ def check(settings: Settings) -> None:
             f"{s.heads} heads cannot be cut over {s.tp} ranks, because each rank needs a whole head: "
             f"take --tp {s.heads} or fewer ranks, or --heads {s.tp} or more."
         )
-    if s.dtype not in DTYPES:
-        raise UserError(f"--dtype is one of {', '.join(DTYPES)}, got {s.dtype}.")
-    if s.codec not in CODECS:
-        raise UserError(f"--codec is one of {', '.join(CODECS)}, got {s.codec}.")
     _check_replicas(s)
 
 
+def _check_value(
+    name: str, value: Any, *, least: float | None, above: float | None, choices: Sequence[str], **_: Any
+) -> None:
+    """Check one setting against its range and its choices; NaN is in no range."""
+    if choices and value not in choices:
+        raise UserError(f"{name} is one of {', '.join(choices)}, got {value}.")
+    if value is not None and least is not None and not least <= value < math.inf:
+        raise UserError(f"{name} must be {least} or more, got {value}.")
+    if value is not None and above is not None and not above < value < math.inf:
+        raise UserError(f"{name} must be more than {above}, got {value}.")
+
+
 def _check_replicas(s: Settings) -> None:
-    if s.grad_codec not in GRAD_CODECS:
-        raise UserError(f"--grad-codec is one of {', '.join(GRAD_CODECS)}, got {s.grad_codec}.")
-    if s.grad_mode not in GRAD_MODES:
-        raise UserError(f"--grad-mode is one of {', '.join(GRAD_MODES)}, got {s.grad_mode}.")
     if s.grad_mode == "local" and s.check_replicas % s.local_steps:
         raise UserError(
             f"replicas are the same after every --local-steps {s.local_steps} steps only: "
@@ -121,59 +166,40 @@ def _check_replicas(s: Settings) -> None:
             raise UserError(f"{option(name)} needs several replicas: take --dp 2 or more, or leave it out.")
 
 
-def _check_numbers(s: Settings) -> None:
-    least_one = (
-        "tp", "dp", "layers", "d_model", "heads", "context", "batch", "local_steps", "checkpoint_every", "keep",
-        "eval_every",
-    )  # fmt: skip
-    for name in least_one:
-        if getattr(s, name) < 1:
-            raise UserError(f"{option(name)} must be 1 or more, got {getattr(s, name)}.")
-    for name in ("warmup", "sample_bytes", "parity_steps", "check_replicas"):
-        if getattr(s, name) < 0:
-            raise UserError(f"{option(name)} must be 0 or more, got {getattr(s, name)}.")
-    for name in ("lr", "clip", "minutes", "steps", "stop_at"):
-        value = getattr(s, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{option(name)} must be more than 0, got {value}.")
-    if not 0 <= s.weight_decay < float("inf"):
-        raise UserError(f"--weight-decay must be 0 or more, got {s.weight_decay}.")
-
-
 def option(name: str) -> str:
-    """The command line's spelling of a field."""
+    """The option of a field, as on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def save(settings: Settings, folder: Path) -> None:
-    """Write the settings where `--resume` finds them."""
+    """Write the settings to settings.json in `folder`, which `--resume` reads."""
     path = folder / "settings.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     os.replace(temporary, path)
 
 
-def resume(folder: Path, asked: dict[str, Any]) -> Settings:
-    """The settings of the run in `folder`, with what the user asked for anew.
+def resume(folder: Path, given: dict[str, Any]) -> Settings:
+    """Read the settings of the run in `folder`, with the options of its continuation.
 
     Args:
-        asked: the options that the user gave in so many words, by field name.
+        given: the options on the command line, by field name.
 
     Raises:
-        UserError: there is no run, or an option asks for something that a continuation cannot change.
+        UserError: there is no run, or an option differs that a continuation cannot change.
     """
     path = folder / "settings.json"
+    changeable = {f.name: bool(f.metadata["changeable"]) for f in fields(Settings)}
     try:
-        known = {f.name for f in fields(Settings)}
-        saved = Settings(**{k: v for k, v in json.loads(path.read_text()).items() if k in known})
+        saved = Settings(**{k: v for k, v in json.loads(path.read_text()).items() if k in changeable})
     except FileNotFoundError:
         raise UserError(
             f"there is no run to resume in {folder}: name its folder with --folder, or leave out --resume."
         ) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or start anew without --resume.") from None
-    for name, value in asked.items():
-        if name not in CHANGEABLE and value != getattr(saved, name):
+    for name, value in given.items():
+        if not changeable[name] and value != getattr(saved, name):
             if name == "tp":
                 raise UserError(
                     f"the run in {folder} was cut over {saved.tp} ranks and this is {value}: "
@@ -184,4 +210,4 @@ def resume(folder: Path, asked: dict[str, Any]) -> Settings:
                 f"the run in {folder} has {option(name)} {getattr(saved, name)}, which a continuation cannot change "
                 f"to {value}: leave {option(name)} out, or start anew without --resume."
             )
-    return replace(saved, **{k: v for k, v in asked.items() if k in CHANGEABLE})
+    return replace(saved, **{k: v for k, v in given.items() if changeable[k]})

@@ -165,7 +165,7 @@ def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
 
 def learning_rate(settings: Settings, step: int, total: int | None) -> float:
     """Linear warm-up, which does not need to know `total`, then half a cosine down to a tenth."""
-    warmup = settings.warm_up
+    warmup = settings.effective_warmup
     if step < warmup or total is None or total <= warmup:
         return settings.lr * min(1.0, (step + 1) / max(1, warmup))
     share = (step - warmup) / (total - warmup)

@@ -1,0 +1,54 @@
+"""Options of the command line from the fields of a dataclass, and those that several commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from inspect import Parameter
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+from typer import Option
+
+PARALLEL = "Parallel"
+KEYWORD = Parameter.KEYWORD_ONLY
+Timeout = Annotated[
+    float, Option(min=1.0, help="Seconds to wait for a rank before giving it up.", rich_help_panel=PARALLEL)
+]
+Arena = Annotated[int, Option(min=1, help="Shared memory of each rank, in MiB.", rich_help_panel=PARALLEL)]
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def options_of(kind: type[Any]) -> Callable[[Command], Command]:
+    """Give a command an option for each field of a dataclass, before its own; their values are in `context.params`.
+
+    Args:
+        kind: its fields have `help`, `panel` and `shown` (the default in the help, None for the real one) as metadata.
+    """
+
+    def decorate(command: Command) -> Command:
+        types = get_type_hints(kind)
+        made = [
+            Parameter(f.name, KEYWORD, default=f.default, annotation=Annotated[types[f.name], _option(f)])
+            for f in fields(kind)
+        ]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        named = [p.replace(kind=KEYWORD) for p in own if p.kind is not Parameter.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature([*made, *named])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _option(field: Field[Any]) -> Any:
+    names = ["--" + field.name.replace("_", "-")] if field.type == "bool" else []  # without a --no-... beside it
+    shown = True if field.metadata["shown"] is None else field.metadata["shown"]
+    return Option(*names, help=field.metadata["help"], show_default=shown, rich_help_panel=field.metadata["panel"])
+
+
+def given(context: typer.Context, kind: type[Any]) -> dict[str, Any]:
+    """The options of a dataclass that are on the command line, by field name."""
+    source = context.get_parameter_source
+    names = {f.name for f in fields(kind)} & context.params.keys()
+    return {name: context.params[name] for name in names if getattr(source(name), "name", "DEFAULT") != "DEFAULT"}

@@ -1,0 +1,108 @@
+"""The command line's `tpkernels train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from tpkernels.cli.errors import plain_errors
+from tpkernels.cli.options import Arena, Timeout, given, options_of
+from tpkernels.cli.ranks import start_ranks
+from tpkernels.comm import torchrun
+from tpkernels.errors import UserError
+from tpkernels.train import settings as settings_file
+from tpkernels.train.command import work
+from tpkernels.train.data import check_size, open_corpus
+from tpkernels.train.settings import FOLDER, Settings
+
+GO_ON = "The run can go on from its last checkpoint with --resume."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(train)
+
+
+@options_of(Settings)
+def train(
+    ctx: typer.Context,
+    timeout: Timeout = 60.0,
+    arena_mib: Arena = 16,
+    folder: Annotated[  # not --run: torchrun would take that for its own --run-path
+        Path | None, Option(help="Its path.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from its last checkpoint.", rich_help_panel=FOLDER)] = False,
+    **_: Any,
+) -> None:
+    """Train a byte-level GPT cut over several ranks of this machine.
+
+    Starts the ranks by itself. Under torchrun it is one of them: torchrun --nproc-per-node 2 -m tpkernels train
+    """
+    with plain_errors(GO_ON):
+        options = given(ctx, Settings)
+        if torchrun.is_rank() and not resume:
+            _use_all_ranks(options, torchrun.world_size())
+        settings, path = _resolve(options, folder, resume)
+        if torchrun.is_rank():
+            _check_ranks(settings, torchrun.world_size(), resume)
+        elif settings.ranks > 1:
+            arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
+            raise typer.Exit(start_ranks(settings.ranks, arguments, GO_ON))
+        work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
+
+
+def _use_all_ranks(options: dict[str, Any], ranks: int) -> None:
+    """Without --tp, cut each replica over all ranks that torchrun started for it."""
+    dp = options.get("dp", 1)
+    if dp < 1 or "tp" in options:
+        return
+    if ranks % dp:
+        raise UserError(
+            f"torchrun started {ranks} ranks, which --dp {dp} does not divide: start a multiple of {dp}, or take "
+            f"another --dp."
+        )
+    options["tp"] = ranks // dp
+
+
+def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:
+    if settings.ranks == ranks:
+        return
+    if resume:
+        raise UserError(
+            f"torchrun started {ranks} ranks and the run has --tp {settings.tp} --dp {settings.dp}: "
+            f"continue it with torchrun --nproc-per-node {settings.ranks}, or start anew without --resume."
+        )
+    each = "" if settings.dp == 1 else f" for each of --dp {settings.dp}"
+    raise UserError(
+        f"torchrun started {ranks} ranks and --tp is {settings.tp}{each}: leave --tp out, or make them equal."
+    )
+
+
+def _resolve(options: dict[str, Any], folder: Path | None, resume: bool) -> tuple[Settings, Path]:
+    """Settings and folder of the run; everything that can be checked before ranks are started is checked."""
+    if resume:
+        folder = folder or _newest_run(Path("runs"))
+        settings = settings_file.resume(folder, options)
+    else:
+        folder = folder or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        settings = Settings(**options)
+    settings_file.check(settings)
+    if settings.ranks > 1 and not hasattr(os, "sched_getaffinity"):
+        raise UserError("several ranks need Linux: take --tp 1 and --dp 1.")
+    check_size(open_corpus(settings.data), settings.context)
+    return settings, folder
+
+
+def _newest_run(parent: Path) -> Path:
+    found = sorted(path.parent for path in parent.glob("*/settings.json"))
+    if not found:
+        raise UserError(
+            f"there is no run to resume in {parent.absolute()}: name its folder with --folder, or leave out --resume."
+        )
+    return found[-1]
