@@ -5,7 +5,6 @@ It is built by `make cuda` (incrementally, in build/cuda). No GPU is needed; not
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -143,21 +142,6 @@ def test_the_module_carries_the_cuda_runtime_in_itself(built: Path) -> None:
     needed = subprocess.run(["readelf", "-d", str(built)], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cuda.so" in needed and "libtorch_cpu.so" in needed
     assert "libcudart" not in needed and "libtorch_python" not in needed and "RUNPATH" not in needed
-
-
-def nccl_headers() -> Path | None:
-    """Of the nvidia-nccl wheel, which brings the device API from 2.28 on."""
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(place, "nccl/include") for place in (spec.submodule_search_locations or [])] if spec else []
-    return next((place for place in places if (place / "nccl_device.h").exists()), None)
-
-
-@pytest.mark.skipif(nccl_headers() is None, reason="needs NCCL's device headers (pip install nvidia-nccl-cu13)")
-def test_the_kernel_over_nccls_device_api_compiles(built: Path) -> None:
-    option = ["-DTPKERNELS_NCCL_DEVICE=ON", f"-DTPKERNELS_NCCL_INCLUDE={nccl_headers()}"]
-    for command in (["cmake", *option, str(BUILD)], ["cmake", "--build", str(BUILD), "--target", "nccl_device"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- what ptxas says -------------------------------------------------------------------------------------------------
