@@ -23,7 +23,7 @@ from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.faults import kill_myself
 
-OVER_CONNECTIONS = "over sockets between the ranks, because transport='group' was asked for"
+OVER_CONNECTIONS = "over connections between the ranks, because transport='group' was asked for"
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def check_both_ways(patch: MonkeyPatch) -> None:
     with opened() as group:
         assert group.explain().reason == (
             "through the process group, because transport='group' was asked for; "
-            f"rank {R - 1} has no sockets: GLOO_DEVICE_TRANSPORT is TCP_TLS"
+            f"rank {R - 1} has no connections: GLOO_DEVICE_TRANSPORT is TCP_TLS"
         )
         check_sums(group)
         counted.append(group.stats()["wire_bytes"])
@@ -97,18 +97,18 @@ def check_strangers(patch: MonkeyPatch) -> None:
     with opened() as group:
         assert group.explain().reason == OVER_CONNECTIONS
         check_sums(group)
-    # Rank 0 says that it is where somebody else is: an open door that answers with other words.
+    # Rank 0 offers the address of another program, which answers with other bytes.
     patch.setattr(sockets, "_listen", plain)
-    door = socket.create_server(("127.0.0.1", 0))
+    other = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
         for _ in range(dist.get_world_size() - 1):
-            visitor, _ = door.accept()
-            visitor.sendall(b"!" * 100)
+            connection, _ = other.accept()
+            connection.sendall(b"!" * 100)
 
     class Elsewhere(socket.socket):
         def getsockname(self) -> tuple[str, int]:
-            return door.getsockname()
+            return other.getsockname()
 
     if rank == 0:
         threading.Thread(target=answer, daemon=True).start()
@@ -120,7 +120,7 @@ def check_strangers(patch: MonkeyPatch) -> None:
         assert re.search(r"rank \d has not reached all others", reason), reason
         check_sums(group)
     patch.undo()
-    door.close()
+    other.close()
 
 
 def check_addresses(patch: MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def check_addresses(patch: MonkeyPatch) -> None:
     assert sockets._address() == "127.0.0.1"
     patch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     with opened() as group:
-        assert "rank 0 has no sockets: it cannot listen" in group.explain().reason
+        assert "rank 0 has no connections: it cannot listen" in group.explain().reason
     patch.delenv("GLOO_SOCKET_IFNAME")
     patch.setenv("MASTER_ADDR", "no such host")
     assert sockets._address() == "127.0.0.1"

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpkernels import checkpoint, layers, ops
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
@@ -202,7 +202,7 @@ class _Saving:
 
     def __init__(self, trainer: Any, group: Group, dp_group: Group | None) -> None:
         self._trainer, self._group, self._dp_group = trainer, group, dp_group
-        self._place = Place(group, dp_group)
+        self._place = CheckpointRanks(group, dp_group)
         self._random: dict[str, Tensor] | None = None
         trainer.accelerator.clip_grad_norm_ = self._clip
         trainer.is_world_process_zero = trainer.is_local_process_zero = lambda: self._place.is_first
