@@ -91,7 +91,11 @@ class Unit:
 
 
 def units_of(model: Any) -> list[Unit]:
-    """The units of a model in the order in which they are written: wide dtypes first."""
+    """The units of a model in the order in which they are written: wide dtypes first.
+
+    Raises:
+        CheckpointError: a tensor cannot be written, or a unit has several dtypes (named).
+    """
     state = _saved_state(model)
     meta = {name: torch.empty(full_shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
     units = []

@@ -87,7 +87,16 @@ class TensorWriter:
         self._write(memoryview(header))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
+        """Write the next tensor.
+
+        Args:
+            name: the next one of `names`.
+            tensor: of the dtype and shape in the layout.
+
+        Raises:
+            ValueError: it is another tensor.
+            OSError: the disk is full.
+        """
         expected = next(self._left, None)
         dtype, shape = self.layout[name]
         if expected != name or tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -230,7 +239,11 @@ class TensorFile:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the file."""
+        """The dtype of a tensor in the file.
+
+        Raises:
+            CheckpointError: it is none that torch has.
+        """
         code = self._slice(name).get_dtype()
         dtype = next((dtype for dtype, known in DTYPES.items() if known == code), None)
         if dtype is None:

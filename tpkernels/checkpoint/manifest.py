@@ -73,7 +73,13 @@ def _difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, str, str]
 
 
 def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
-    """The part of the manifest about the file of this rank, for `join`."""
+    """The part of the manifest about the file of this rank, for `join`.
+
+    Args:
+        snapshot: of this rank.
+        file: the name of its file. digest: the sha-256 of that.
+        replicas: see `Snapshot.replica_digests`.
+    """
     own = {key: snapshot.tensors[key] for key in snapshot.own}
     return {
         "file": file,

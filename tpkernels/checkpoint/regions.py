@@ -104,7 +104,14 @@ class Entry:
         return fields | ({"replicas_differ": True} if self.replicas_differ else {})
 
     def runs_of(self, rank: int, world_size: int) -> Runs:
-        """The runs of indices along `dim` that the rank holds."""
+        """The runs of indices along `dim` that a rank holds.
+
+        Args:
+            rank, world_size: of the ranks that saved.
+
+        Raises:
+            CheckpointError: the runs are listed for another number of ranks.
+        """
         assert self.dim is not None, "a tensor that is not cut has no runs"
         if self.runs is not None:
             if len(self.runs) != world_size:
@@ -113,7 +120,7 @@ class Entry:
         return rule_runs(self.shape[self.dim], world_size, rank, self.unit)
 
     def part_shape(self, rank: int, world_size: int) -> tuple[int, ...]:
-        """The shape of what the rank holds."""
+        """The shape of the shard that a rank holds."""
         if self.dim is None:
             return self.shape
         size = run_size(self.runs_of(rank, world_size))
@@ -145,7 +152,7 @@ def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:
 
 
 def ranks_read(entry: Entry, world_size: int, dim: int | None, runs: Runs, first: int) -> set[int]:
-    """The ranks whose files `read_part` reads with these arguments."""
+    """The ranks whose files `read_part` reads; the arguments are those of `read_part`."""
     if dim is not None and dim == entry.dim and entry.runs_of(first, world_size) == runs:
         return {first}
     return {box.rank for box in _boxes(entry, world_size, dim, runs, first)}

@@ -40,7 +40,11 @@ class Residuals:
     cuts: Mapping[str, tuple[int | None, Runs]]
 
     def numbers(self) -> dict[str, Any]:
-        """The numbers of the state."""
+        """The numbers of the state.
+
+        Raises:
+            CheckpointError: no state was saved, or it fits no other number of replicas.
+        """
         saved = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
         if any(n is None for n in saved):
             raise CheckpointError("it holds no state of an aggregator: load it without one")

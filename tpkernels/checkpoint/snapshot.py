@@ -165,7 +165,11 @@ def plain(value: Any, what: str) -> Any:
 
 
 def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
-    """The optimizer without its tensors: its options, the parameters of each group, the numbers of its state."""
+    """The optimizer without its tensors: its options, the parameters of each group, the numbers of its state.
+
+    Raises:
+        CheckpointError: it has parameters that the model does not have, or a value that JSON does not hold.
+    """
     if optimizer is None:
         return None
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}

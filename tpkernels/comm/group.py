@@ -256,12 +256,16 @@ class Group:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled layer finds the group of the same name, else of the same label, again where it is loaded."""
+        """A pickled layer gets the group of the same name, else of the same label, of the process that loads it."""
         return (_restore, (self.name, self.label))
 
 
 def resolve(group: Group | None) -> Group:
-    """The group itself, or for None all ranks of the default process group that there is now, opened once and kept."""
+    """The group itself, or for None all ranks of the present default process group, opened once and kept.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if group is not None:
         if not isinstance(group, Group):
             raise TypeError(f"group must be a tpkernels.Group or None, got {type(group).__name__}")

@@ -60,7 +60,14 @@ class RankInfo:
 
     @classmethod
     def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None, opened: int = 0) -> RankInfo:
-        """The rank of this process."""
+        """The rank of this process.
+
+        Args:
+            wanted: the arguments of its Group.open.
+            gpu: of the group, None on the CPU.
+            obstacle: why this process cannot use the device, None where it can.
+            opened: see `GroupNames.count`.
+        """
         return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle, opened)
 
 

@@ -23,7 +23,11 @@ os.register_at_fork(after_in_child=lambda: _inherited.extend(dist.distributed_c1
 def process_group_of(
     where: dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None,
 ) -> tuple[dist.ProcessGroup | None, str]:
-    """The process group of an argument of Group.open, and its name in messages."""
+    """The process group of an argument of Group.open, and its name in messages.
+
+    Raises:
+        TypeError, ValueError: the argument names no process group of this rank.
+    """
     if where is None:
         return (dist.group.WORLD, "world") if dist.is_initialized() else (None, "local")
     if isinstance(where, tuple):

@@ -120,12 +120,22 @@ def _difference(usual: Entry | None, other: Entry | None, rank: int) -> str:
 
 
 def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
-    """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
+    """The entries of all tensors of a model, each once, in their order; one copy from the device for all digests.
+
+    Args:
+        who: the public function, for messages.
+        model: any module.
+        group: the ranks; of a parameter that is cut over them only name, dtype and full shape are compared.
+        buffers: include buffers.
+
+    Raises:
+        TypeError, ValueError: it is no module, or has a tensor without bits of its own.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
     mark_shards(model)
     tensors = list(_named(model, buffers))
-    digests, what, skipped = [], [], []
+    digests, what = [], []
     for name, tensor in tensors:
         _check(who, name, tensor)
         info = shard_info(tensor)
@@ -133,7 +143,6 @@ def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[
         shape = full_shape(tensor) if cut else tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         what.append(f"{dtype} {list(shape)}" + (", cut over this group" if cut else ""))
-        skipped.append(cut)
         digests.append(torch.zeros((), dtype=torch.int64) if cut else digest(tensor))
     numbers = torch.stack([d.to(group.device) for d in digests]).tolist() if digests else []
     return [(name, text, number % 2**64) for (name, _), text, number in zip(tensors, what, numbers, strict=True)]

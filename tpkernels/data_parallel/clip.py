@@ -87,9 +87,14 @@ def total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Return the norm of gradients over the unsharded parameters, each given with what it is a part of.
+    """Return the norm of gradients over the unsharded parameters; a collective over the groups.
 
-    A collective over the groups; see `clip_grad_norm_`.
+    Args:
+        gradients: each with the shard information of its parameter, None where that is replicated.
+        groups, norm_type, error_if_nonfinite: as for `clip_grad_norm_`.
+
+    Raises:
+        ValueError, RuntimeError: as `clip_grad_norm_`.
     """
     norm_type = float(norm_type)
     total = _root(*_counted(list(gradients), [], list(groups), None, norm_type), norm_type)

@@ -71,7 +71,18 @@ class Residuals:
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # the parameter too: an id is unique while it lives
 
     def of(self, parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The residual of a bucket of these parameters, flat, in the layout of the bucket `like`."""
+        """The residual of a bucket, made of those of its parameters.
+
+        Args:
+            parameters: of the bucket, in its order.
+            like: the bucket, [numel].
+
+        Returns:
+            [numel], fp32; the bucket's own from now on.
+
+        Raises:
+            RuntimeError: the parameters do not fill the bucket.
+        """
         key = tuple(map(id, parameters))
         if key in self._flats:
             return self._flats[key]

@@ -102,7 +102,7 @@ class Synchronous:
                 flat.mul_(factor)
 
     def restore_parameters(self) -> None:
-        """Refuse: there are no local steps."""
+        """Raise RuntimeError: there are no local steps."""
         raise RuntimeError(f"{WHO}.restore_parameters: mode must be 'local', got {self.name!r}")
 
     def kept(self) -> dict[str, Tensor]:
@@ -242,7 +242,7 @@ class Local:
         return False
 
     def weigh(self, weight: float | Tensor) -> None:
-        """Refuse: gradients are not averaged."""
+        """Raise RuntimeError: gradients are not averaged."""
         raise RuntimeError(f"{WHO}.weigh: mode must be 'sync' or 'delayed', got {self.name!r}")
 
     def weigh_batches(self, batches: int) -> None:

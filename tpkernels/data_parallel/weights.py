@@ -22,6 +22,13 @@ class Weights:
         sum:   sum_r w_r g_r             = R (1 / R) sum_r scale_r g_r      scale_r = w_r
 
     The sum of the weights is sent ahead of the gradients, so that messages and residuals are in units of the average.
+
+    Args:
+        who: the public function, for messages.
+        reduce: "mean" or "sum".
+
+    Raises:
+        ValueError: another reduction.
     """
 
     def __init__(self, who: str, reduce: str) -> None:
