@@ -283,10 +283,10 @@ def what_a_class_brings_beside_its_step_is_right() -> None:
 def every_step_is_the_part_of_the_whole_one() -> None:
     group = Group.open()
     for name, make in (ELEMENTWISE | WHOLE).items():
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             cut = trained(Block(group), name, make)
-        assert any("gathers the cut parameters" in str(w.message) for w in said) == (name in WHOLE), name
+        assert any("gathers the cut parameters" in str(w.message) for w in caught) == (name in WHOLE), name
         want = dict(trained(Block(), name, make).named_parameters())
         for key, parameter in cut.named_parameters():
             torch.testing.assert_close(parameter, part_of(parameter, want[key]), msg=lambda m, n=name: f"{n}: {m}")

@@ -6,6 +6,8 @@ the number of the call.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RankMismatchError(RuntimeError):
     """The ranks did not make the same call: another op, shape, dtype, reduction or codec.
@@ -40,3 +42,14 @@ class DeriveError(ValueError):
 
 class UnequalGroupsError(RuntimeError):
     """Ranks belong to different numbers of process groups, so that torch can make no more for some of them only."""
+
+
+def shorten(names: Iterable[str], most: int = 3) -> str:
+    """Return the first names for an error text: "a, b, c and 2 more".
+
+    Args:
+        names: in the order in which they are shown.
+        most: how many are shown.
+    """
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

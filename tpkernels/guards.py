@@ -1,9 +1,9 @@
-"""What torch offers for whole models, on cut ones: made right, or refused before anything is changed.
+"""Guards on torch's functions for whole models: on cut ones they are corrected, or refused before anything changes.
 
-DDP, FSDP and others take the ranks that they work over for ranks that hold the same parameters. Over the ranks of a
-tensor-parallel group they write one rank's parts over those of the others, and say nothing. Once a parameter is cut
-over two ranks or more, the entry points in CHECKS look whether their ranks hold parts of one tensor; over the ranks of
-a data-parallel group all of them work as ever. `import tpkernels` alone changes nothing in torch.
+DDP, FSDP and others expect the same parameters on all ranks that they work over. Over the ranks of a tensor-parallel
+group they would overwrite the shards of all ranks with those of one, without an error. Once a parameter is cut over two
+ranks or more, the entry points in CHECKS check whether their ranks hold shards of one tensor; over the ranks of a
+data-parallel group all of them work as before. `import tpkernels` alone changes nothing in torch.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ REPLICAS = (
 
 
 def refuse_over_parts(who: str, named: Iterable[tuple[str, Tensor]], over: Any, instead: str) -> None:
-    """Raise ValueError if ranks that one is to work over hold parts of one parameter.
+    """Refuse an entry point of torch if its ranks hold shards of one parameter.
 
     Args:
-        who: is to work over them.
+        who: the entry point, for the text.
         named: its parameters.
-        over: a process group (None: the default one), a device mesh, or several of these.
-        instead: what to do.
+        over: its ranks: a process group (None: the default one), a device mesh, or several of these.
+        instead: the advice, for the text.
+
+    Raises:
+        ValueError: they do.
     """
     ranks = _ranks_of(over)
     cut = [(name, info) for name, p in named if (info := shard_info(p)) is not None and is_cut_among(info, ranks)]
@@ -72,13 +75,13 @@ def _ranks_of(over: Any) -> list[int]:
 
 
 def _over(arguments: Arguments) -> Any:
-    """Where DDP and FSDP look for their ranks."""
+    """The ranks of DDP and FSDP, from their arguments."""
     mesh = arguments.get("device_mesh")
     return mesh if mesh is not None else arguments.get("process_group")
 
 
 def _named(parameters: Any) -> list[tuple[str, Tensor]]:
-    """Parameters, or groups of them as optimizers take them, called by number."""
+    """Parameters, or parameter groups of an optimizer, named by number."""
     flat = [p for one in parameters for p in (one["params"] if isinstance(one, Mapping) else [one])]
     return [(f"parameter {i}", p[1] if isinstance(p, tuple) else p) for i, p in enumerate(flat)]
 
@@ -131,7 +134,7 @@ def _stage(a: Arguments) -> None:
 
 
 def _dcp(a: Arguments) -> None:
-    """Ranks that save parts under one name: one of them would be written, for all."""
+    """Ranks that save shards under one name: torch would write one of them as the full tensor."""
     if a.get("no_dist") or not dist.is_initialized():
         return
     places = {p.untyped_storage().data_ptr(): shard_info(p) for p in marked_shards() if p.numel()}
@@ -143,7 +146,7 @@ def _dcp(a: Arguments) -> None:
     for label in {info.group_name for info in found.values()}:
         group = find(name=label)
         assert group is not None
-        digests = group.exchange_sizes(zlib.crc32(repr(sorted(found)).encode()))
+        digests = group.all_gather_ints(zlib.crc32(repr(sorted(found)).encode()))
         if len(set(digests)) < len(digests):
             raise ValueError(
                 f"torch.distributed.checkpoint: ranks {ranks} save parts of parameters that are cut over group "
@@ -153,7 +156,7 @@ def _dcp(a: Arguments) -> None:
 
 
 def _state_dict(a: Arguments) -> None:
-    """Asked for whole tensors, torch gathers its own sharded ones and takes everything else for whole."""
+    """For full state dicts torch gathers its own sharded tensors and takes all others as full."""
     if a["info"].full_state_dict or a["info"].broadcast_from_rank0:
         instead = "take save_pretrained or tpkernels.checkpoint.save, and tpkernels.checkpoint.load to load"
         who = "torch.distributed.checkpoint.state_dict with full_state_dict=True"
@@ -161,7 +164,7 @@ def _state_dict(a: Arguments) -> None:
 
 
 def _load_state_dict(a: Arguments) -> None:
-    """Whole values are right: the model takes its part of them."""
+    """Full values are right: the model takes its shards of them."""
     if a["info"].broadcast_from_rank0:
         _state_dict(a)
 
@@ -174,7 +177,7 @@ def _distribute(a: Arguments) -> None:
 
 
 def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
-    """Every plain tensor of nested dicts and lists, or of what has a state_dict, by its path."""
+    """Every plain tensor of nested dicts and lists, or of objects with a state_dict, by its path."""
     if callable(getattr(state, "state_dict", None)):
         state = state.state_dict()
     if isinstance(state, Mapping):
@@ -206,12 +209,12 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
         for module in ("", "._api", ".parallel.style")
     },
 }  # fmt: skip
-"""By module: what is looked at before it is called."""
+"""By module: its functions, and the check before each call."""
 
 
 @at_first_mark
 def install() -> None:
-    """Watch the entry points of modules that are loaded, and of others when they are."""
+    """Check the entry points of modules that are loaded, and of others when they are loaded."""
     for name in CHECKS:
         if name in sys.modules:
             _watch(sys.modules[name])
@@ -239,7 +242,7 @@ def _check_before(owner: Any, name: str, function: Callable[..., Any], check: Ca
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            return inner(*args, **kwargs)  # its own error says it best
+            return inner(*args, **kwargs)  # torch's own error is the best
         check(bound.arguments)
         return inner(*bound.args, **bound.kwargs)
 
@@ -248,12 +251,12 @@ def _check_before(owner: Any, name: str, function: Callable[..., Any], check: Ca
 
 
 class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; a module that is to be watched is, as soon as it is there."""
+    """Finds no module itself; installs the checks of a module once it is executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec that the others give, with one thing more to do when the module is executed."""
+        """The spec of the other finders, which also installs the checks when the module is executed."""
         if name not in CHECKS:
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
@@ -270,7 +273,7 @@ class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
 
 
 def _count_parts_in_norms() -> None:
-    """Let torch's norm of gradients, and so its clip_grad_norm_, count the parts of all ranks."""
+    """Make torch's norm of gradients, and so its clip_grad_norm_, count the shards of all ranks."""
     module = torch.nn.utils.clip_grad
     plain = module._get_total_norm
 
@@ -294,8 +297,8 @@ def _count_parts_in_norms() -> None:
 
 
 def _skip_together() -> None:
-    """Let the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none."""
-    plain = getattr(torch.amp.GradScaler, "_unscale_grads_", None)  # private: `unscale_` of data_parallel does it, too
+    """Make the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none."""
+    plain = getattr(torch.amp.GradScaler, "_unscale_grads_", None)  # private; `unscale_` of data_parallel does the same
     if plain is None:
         return
 

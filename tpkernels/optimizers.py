@@ -1,11 +1,11 @@
-"""Optimizers on cut parameters: those that look at whole tensors are given whole tensors.
+"""Optimizers on cut parameters: those whose step depends on full tensors run on full tensors.
 
 Adam treats every value by itself, so a step on a shard is the shard of a step. Muon (singular vectors), Adafactor
-(means of rows and columns), LAMB and LARS (a norm of each tensor), Prodigy (sums over everything) do not, and nothing
-in a step on shards says that it is another one. So once a parameter is cut, every optimizer that gets hold of one is
-looked at: the step of a class that is not in ELEMENTWISE, and whatever else it brings (the two steps of SAM, `eval` of
-schedule-free ones), runs on the gathered parameters and gradients, the same on all ranks, and each rank keeps its part.
-That costs each rank the memory of the whole model during the step.
+(means of rows and columns), LAMB and LARS (a norm of each tensor), Prodigy (sums over all parameters) do not, and their
+steps on shards would be wrong without an error. So every optimizer that gets a cut parameter is checked: the step of a
+class that is not in ELEMENTWISE, and its other methods (the two steps of SAM, `eval` of schedule-free ones), run on the
+gathered parameters and gradients, the same on all ranks, and each rank keeps its shard. That costs each rank the memory
+of the full model during the step.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ ELEMENTWISE: set[type[optim.Optimizer]] = {
     optim.SGD, optim.Adam, optim.AdamW, optim.Adadelta, optim.Adagrad, optim.Adamax, optim.ASGD, optim.NAdam,
     optim.RAdam, optim.RMSprop, optim.Rprop, optim.SparseAdam,
 }  # fmt: skip
-"""Classes whose step treats every value by itself. Add those of others that do: ELEMENTWISE.add(Lion)."""
+"""Classes whose step treats every value by itself. Add others of that kind: ELEMENTWISE.add(Lion)."""
 
 ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
-"""Methods that a class may bring and still treat every value by itself; those with underscores on both sides, too."""
+"""Methods that a class may define and still treat every value by itself, beside those with double underscores."""
 
 _Cut = tuple[Tensor, ShardInfo, Group]
 _wrapped: set[type[optim.Optimizer]] = set()
 
 
 def needs_whole_tensors(kind: type[optim.Optimizer]) -> bool:
-    """Whether the methods of a class run on gathered tensors: it is not one of ELEMENTWISE, nor hands its steps on.
+    """Whether the methods of a class run on gathered tensors: it is not in ELEMENTWISE, nor of torch.distributed.optim.
 
-    A subclass of one of these that brings methods of its own (a second step, a norm taken before the step) is none.
+    A subclass of a class in ELEMENTWISE that defines methods of its own (a second step, a norm before the step) needs
+    full tensors, too.
+
+    Args:
+        kind: a class of optimizers.
     """
     if kind.__module__.startswith("torch.distributed.optim"):
         return False
@@ -51,7 +55,7 @@ def needs_whole_tensors(kind: type[optim.Optimizer]) -> bool:
 
 
 def _own_methods(kind: type[optim.Optimizer]) -> set[str]:
-    """Names of what a class brings beside the classes of ELEMENTWISE and Optimizer itself."""
+    """Names of the methods that a class defines beside the classes of ELEMENTWISE and Optimizer itself."""
     names = set[str]()
     for base in kind.__mro__:
         if base is optim.Optimizer or base in ELEMENTWISE:
@@ -62,7 +66,7 @@ def _own_methods(kind: type[optim.Optimizer]) -> set[str]:
 
 @at_first_mark
 def watch_optimizers() -> None:
-    """Let every optimizer that gets a cut parameter from now on be one that is right for it."""
+    """Wrap, from now on, the class of every optimizer that gets a cut parameter and needs full tensors."""
     add = optim.Optimizer.add_param_group
 
     @functools.wraps(add)
@@ -75,13 +79,13 @@ def watch_optimizers() -> None:
 
 
 def _wrap(kind: type[optim.Optimizer]) -> None:
-    """Let the methods of a class run on whole tensors where its parameters are cut."""
+    """Make the methods of a class run on full tensors where its parameters are cut."""
     _wrapped.add(kind)
     for method in {"step"} | {name for name in _own_methods(kind) if not name.startswith("_")}:
         setattr(kind, method, _on_whole_tensors(getattr(kind, method)))
     warnings.warn(
         f"{kind.__name__} is not known to treat every value by itself, so each step gathers the cut parameters and "
-        f"their gradients on every rank, and its state is that of the whole model. If it does, say so before: "
+        f"their gradients on every rank, and its state is that of the whole model. If it does, add it before: "
         f"tpkernels.optimizers.ELEMENTWISE.add({kind.__name__})",
         stacklevel=5,
     )
@@ -97,7 +101,7 @@ def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"{name}.{method.__name__}: with parameters that are cut over {cut[0][2].label!r} it runs on gathered "
                 f"tensors, where a closure that runs the model cannot be called: take one that needs none or, if "
-                f"{name} treats every value by itself, say so once: tpkernels.optimizers.ELEMENTWISE.add({name})"
+                f"{name} treats every value by itself, add it once: tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
         _check_same_gradients(f"{name}.{method.__name__}", cut)
         with _whole(cut):
@@ -128,7 +132,7 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
     for over in {group.name: group for *_, group in cut}.values():
         mine = [(info.full_shape(p), p.grad is not None) for p, info, group in cut if group is over]
         digest = hashlib.sha256(repr(mine).encode()).digest()
-        if len(set(over.exchange_sizes(int.from_bytes(digest[:6], "big")))) > 1:
+        if len(set(over.all_gather_ints(int.from_bytes(digest[:6], "big")))) > 1:
             raise RankMismatchError(
                 f"{name} on group {over.label!r} (rank {over.rank} of {over.world_size}): the ranks must step the "
                 f"same cut parameters, each with a gradient on all ranks or on none, got {len(mine)} parameters here, "
@@ -139,9 +143,9 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
 @contextmanager
 @torch.no_grad()
 def _whole(cut: list[_Cut]) -> Iterator[None]:
-    """Inside, parameters and gradients are the unsharded tensors, marked as such; behind it this rank's parts.
+    """Inside, parameters and gradients are the full tensors, without marks; after it this rank's shards again.
 
-    What the method calls (a norm of gradients, another optimizer, its own base class) so finds nothing that is cut.
+    So the functions that the method calls (a norm of gradients, another optimizer, its base class) find no shards.
     """
     wholes = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
     parts = [(p.data, p.grad) for p, *_ in cut]
@@ -165,7 +169,7 @@ def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:
 
 
 def _gradient_behind(whole: Tensor | None, part: Tensor | None, info: ShardInfo) -> Tensor | None:
-    """This rank's part of the gradient that a step has left, which may have cleared or changed it."""
+    """This rank's shard of the gradient after a step, which may have cleared or changed it."""
     if whole is None or part is None:
         return None if whole is None else info.part(whole).clone()
     return part.copy_(info.part(whole)) if whole.shape == info.full_shape(part) else part

@@ -89,7 +89,7 @@ def save_with_a_group_that_others_lack(folder: str) -> list[str]:
         if dist.get_rank() == 0:
             dist.new_group([0], use_local_synchronization=True)
         both: dict[str, Any] = {"group": cut, "dp_group": replicas}
-        said = [
+        errors = [
             raised(lambda: checkpoint.save_async(model, root / "beside", **both), checkpoint.CheckpointError),
             raised(lambda: open_lane(everyone), RuntimeError),
         ]
@@ -99,7 +99,7 @@ def save_with_a_group_that_others_lack(folder: str) -> list[str]:
         assert checkpoint.save_async(model, root / "beside", **both).wait() == root / "beside"
         open_lane(everyone).close()
     check_order_of_ranks()
-    return said
+    return errors
 
 
 def check_order_of_ranks() -> None:
@@ -112,8 +112,8 @@ def check_order_of_ranks() -> None:
 
 
 def test_ranks_of_unequally_many_process_groups_get_an_error_and_do_not_wait_for_ever(tmp_path: Path) -> None:
-    for said in run_ranks(save_with_a_group_that_others_lack, 4, str(tmp_path), timeout=60.0, fresh=True):
-        beside, lane = said
+    for errors in run_ranks(save_with_a_group_that_others_lack, 4, str(tmp_path), timeout=60.0, fresh=True):
+        beside, lane = errors
         assert "of replica 0: group 'tp': its saving thread needs a process group of its own" in beside
         assert re.search(r"got \[(\d), (?!\1)\d\] in rank order; create it \(save_async\) before", beside), beside
         assert "group 'world': its lane needs a process group of its own" in lane

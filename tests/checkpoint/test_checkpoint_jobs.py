@@ -145,8 +145,12 @@ def test_a_step_or_extra_that_would_not_come_back_is_refused_before_anything_is_
     for step in (None, 1.5, "3", True):
         with pytest.raises(CheckpointError, match=rf"step must be a whole number, got {step!r}"):
             checkpoint.save(linear(1), tmp_path / "one", step=step)
-    for extra, said in (({1: 2}, "text for keys, got 1"), ({"a": [{None: 1}]}, "keys, got None"), ([1], "a mapping")):
-        with pytest.raises(CheckpointError, match=f"extra must .*{said}"):
+    for extra, expected in (
+        ({1: 2}, "text for keys, got 1"),
+        ({"a": [{None: 1}]}, "keys, got None"),
+        ([1], "a mapping"),
+    ):
+        with pytest.raises(CheckpointError, match=f"extra must .*{expected}"):
             checkpoint.save(linear(1), tmp_path / "one", extra=extra)
     assert not list(tmp_path.iterdir())
     checkpoint.save(linear(1), tmp_path / "one", step=torch.tensor(3), extra={"a": [{"b": 1.5}]})
@@ -191,7 +195,7 @@ def test_a_folder_that_cannot_be_synced_does_not_fail_a_save_and_a_broken_disk_d
         else:
             with pytest.raises(CheckpointError, match=os.strerror(code)):
                 checkpoint.save(linear(1), tmp_path / "x")
-    told = pytest.raises(CheckpointError, match=os.strerror(code))  # a file that cannot be synced is not on the disk
-    with mock.patch.object(os, "fsync", side_effect=OSError(code, os.strerror(code))), told:
+    refused = pytest.raises(CheckpointError, match=os.strerror(code))  # a file that is not synced may be lost
+    with mock.patch.object(os, "fsync", side_effect=OSError(code, os.strerror(code))), refused:
         checkpoint.save(linear(1), tmp_path / "y")
     assert not list(tmp_path.glob(".*"))

@@ -20,7 +20,7 @@ from tpkernels.testing import faults, run_ranks
 ERRORS: list[BaseException] = [MemoryError("no room"), RuntimeError("a hook"), KeyError("name"), AssertionError("odd")]
 MOMENTS = [  # of a save: (rank, function)
     (1, "tpkernels.checkpoint.api.take"), (1, "tpkernels.checkpoint.api.write_tensors"),
-    (0, "tpkernels.checkpoint.manifest.describe"), (0, "tpkernels.checkpoint.api.Room"),
+    (0, "tpkernels.checkpoint.manifest.describe"), (0, "tpkernels.checkpoint.api.StagingFolder"),
     (0, "tpkernels.checkpoint.api.write_manifest"), (0, "pathlib.Path.rename"),
     (1, "threading.Thread.start"),
 ]  # fmt: skip
@@ -58,7 +58,7 @@ def fail_to_save(folder: str) -> None:
 
 
 def check_waiting_on_one_rank(group: Group, model: nn.Module, root: Path) -> None:
-    """A rank that has been told of a failed save does not go on without those that have not."""
+    """A rank that knows of a failed save does not continue without those that do not."""
     with planted(group, 1, "tpkernels.checkpoint.api.write_tensors", MemoryError()):
         handle = checkpoint.save_async(model, root / "step-3", group=group)
         while not handle.done():
@@ -78,8 +78,8 @@ def fail_to_load(group: Group, folder: Path) -> None:
         "tpkernels.checkpoint.restore._targets",
         "tpkernels.checkpoint.restore._fill",
     ):
-        told = pytest.raises(CheckpointError, match=r"step-2.*: rank 1: MemoryError: no room")
-        with planted(group, 1, target, MemoryError("no room")), told:
+        raised_on_all = pytest.raises(CheckpointError, match=r"step-2.*: rank 1: MemoryError: no room")
+        with planted(group, 1, target, MemoryError("no room")), raised_on_all:
             checkpoint.load(model, folder, group=group)
     checkpoint.load(model, folder, group=group)
     want = small_gpt(group)
@@ -121,8 +121,8 @@ def export(folder: str) -> None:
                 patch.setattr(torch, "empty", empty)
             with pytest.raises(CheckpointError, match=r"rank 0: .*can't allocate memory"):
                 checkpoint.export_hf(model, root / "out", group=group)
-        told = pytest.raises(CheckpointError, match="rank 0: MemoryError: no room")
-        with planted(group, 0, "transformers.LlamaForCausalLM.save_pretrained", MemoryError("no room")), told:
+        raised_on_all = pytest.raises(CheckpointError, match="rank 0: MemoryError: no room")
+        with planted(group, 0, "transformers.LlamaForCausalLM.save_pretrained", MemoryError("no room")), raised_on_all:
             model.save_pretrained(root / "out")
         assert group.rank != 0 or not list(root.iterdir())
         checkpoint.export_hf(model, root / "out", group=group)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests.harness.ops import raised
 from tpkernels.comm.device_exchange import DeviceExchange
+from tpkernels.comm.watch import Watch
 from tpkernels.errors import PeerLostError
 from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.faults import kill_myself
@@ -27,7 +28,8 @@ class OnThread(DeviceExchange):
     def __init__(self, label: str, timeout_s: float) -> None:
         pids: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
-        super().__init__(dist.group.WORLD, label, timeout_s, 64, pids, torch.device("cpu"))
+        world: Any = dist.group.WORLD
+        super().__init__(world, Watch(world, label, timeout_s, pids), 64, torch.device("cpu"))
         self.aborted, self.trapped = threading.Event(), threading.Event()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -91,10 +93,10 @@ def check_a_late_rank() -> None:
         assert "ranks [1] did not come within 0.6 s" in text or "because ranks [1] did not come" in text, text
         for later in (lambda: exchange.agree([1]), lambda: exchange.start(PART, PART)):
             assert raised(later, TimeoutError) == text
-        exchange._store.set(f"rank {rank} has given up", "")
+        exchange.watch.store.set(f"rank {rank} has given up", "")
         assert exchange._marks[:2].tolist() == [2, 1]
     else:
-        exchange._store.wait(["rank 0 has given up", "rank 2 has given up"])
+        exchange.watch.store.wait(["rank 0 has given up", "rank 2 has given up"])
         text = raised(lambda: exchange.agree([1]), TimeoutError)
         assert "gave up at call 2, because ranks [1] did not come" in text, text
         exchange.call(2)  # too late; lets gloo come to its end

@@ -21,6 +21,7 @@ from tpkernels.comm import devices
 from tpkernels.comm.device_exchange import DeviceExchange
 from tpkernels.comm.devices import device_of, load_cuda, obstacle_to_cuda
 from tpkernels.comm.group import Group
+from tpkernels.comm.watch import Watch
 from tpkernels.errors import PeerLostError
 from tpkernels.testing import run_ranks
 
@@ -167,7 +168,8 @@ class FakeStream:
 
 def device_exchange(label: str, timeout_s: float) -> DeviceExchange:
     pids: list[int | None] = [None] * dist.get_world_size()
-    return DeviceExchange(dist.group.WORLD, label, timeout_s, 64, pids, torch.device("cpu"))
+    world: Any = dist.group.WORLD
+    return DeviceExchange(world, Watch(world, label, timeout_s, pids), 64, torch.device("cpu"))
 
 
 def check_agreeing_over_the_hosts() -> None:
@@ -202,8 +204,8 @@ def check_a_stream_that_waits_for_a_rank_that_left() -> None:
         finally:
             torch.cuda.current_stream = before
         dist.barrier()
-        told = "rank 1 closed the group; it was last seen at call 4"
-        assert told in text or text.endswith("because ranks [1] were lost"), text
+        closed = "rank 1 closed the group; it was last seen at call 4"
+        assert closed in text or text.endswith("because ranks [1] were lost"), text
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from tpkernels.testing import run_ranks
 def _tuned(folder: str) -> tuple[dict[str, float], str, list[object]]:
     os.environ["XDG_CACHE_HOME"] = folder
     with tpk.Group.open() as group:
-        said = group.explain("gemm_all_reduce", M=32, N=24, K=16, dtype=torch.float32, tune=True)
+        found = group.explain("gemm_all_reduce", M=32, N=24, K=16, dtype=torch.float32, tune=True)
         engine = _C.choose_engine("float32", 32, 24, 16)[0]
         kept = json.loads(engines.plan_file().read_text())
     _C.forget_measured_engines()
-    return said.measured, engine, kept
+    return found.measured, engine, kept
 
 
 def test_ranks_agree_on_the_engine_that_was_measured_faster_and_keep_it(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def check_a_late_rank_is_waited_for(transport: str) -> None:
                 x = torch.zeros(n)
                 if rank == late:
                     come_late(0.3)
-                x += rank + 1  # written at the last moment: whoever reads early reads zeros
+                x += rank + 1  # written at the last moment: an early read gives zeros
                 group.reset_stats()
                 y = ops.all_reduce(x, group=group)
                 assert torch.equal(y, torch.full((n,), R * (R + 1) / 2)), (late, n)

@@ -61,7 +61,7 @@ def check_a_child(transport: str) -> None:
         forked(lambda: ops.all_gather(torch.ones(3), group=group))
         forked(lambda: ops.all_reduce_(xs[0], group=group))
         forked(group.barrier)
-        forked(lambda: group.exchange_sizes(1))
+        forked(lambda: group.all_gather_ints(1))
         forked(lambda: group.empty(1000))
         forked(group.stats)
         forked(group.reset_stats)

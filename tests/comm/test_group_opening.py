@@ -87,15 +87,15 @@ def test_ranks_that_open_groups_in_another_order_learn_where_the_other_is() -> N
 
 def die_in_the_middle(rank: int, step: int) -> tuple[str, float]:
     """The last rank dies right before it says something for the step-th time."""
-    gather, calls = bootstrap.Meeting.gather, []
+    gather, calls = bootstrap.Bootstrap.gather, []
 
-    def planted(self: bootstrap.Meeting, *args: object, **options: object) -> object:
+    def planted(self: bootstrap.Bootstrap, *args: object, **options: object) -> object:
         calls.append(1)
         if dist.get_rank() == rank and len(calls) == step:
             kill_myself()
         return gather(self, *args, **options)  # type: ignore[arg-type]
 
-    with mock.patch.object(bootstrap.Meeting, "gather", planted):
+    with mock.patch.object(bootstrap.Bootstrap, "gather", planted):
         start = time.monotonic()
         return raised(lambda: Group.open(timeout_s=60.0), PeerLostError), time.monotonic() - start
 

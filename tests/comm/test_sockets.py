@@ -97,18 +97,18 @@ def check_strangers(patch: MonkeyPatch) -> None:
     with opened() as group:
         assert group.explain().reason == OVER_CONNECTIONS
         check_sums(group)
-    # Rank 0 says that it is where somebody else is: an open door that answers with other words.
+    # Rank 0 offers the address of another program, which answers with other bytes.
     patch.setattr(sockets, "_listen", plain)
-    door = socket.create_server(("127.0.0.1", 0))
+    other = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:
         for _ in range(dist.get_world_size() - 1):
-            visitor, _ = door.accept()
-            visitor.sendall(b"!" * 100)
+            connection, _ = other.accept()
+            connection.sendall(b"!" * 100)
 
     class Elsewhere(socket.socket):
         def getsockname(self) -> tuple[str, int]:
-            return door.getsockname()
+            return other.getsockname()
 
     if rank == 0:
         threading.Thread(target=answer, daemon=True).start()
@@ -120,7 +120,7 @@ def check_strangers(patch: MonkeyPatch) -> None:
         assert re.search(r"rank \d has not reached all others", reason), reason
         check_sums(group)
     patch.undo()
-    door.close()
+    other.close()
 
 
 def check_addresses(patch: MonkeyPatch) -> None:

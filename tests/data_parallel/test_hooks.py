@@ -304,7 +304,7 @@ def check_a_late_rank_is_named() -> None:
         loss = ddp(data(0, 0))
         if group.rank != 1:
             text = raised(loss.backward, RuntimeError)
-            late = r"(ranks \[1\]|rank 1) did not signal within 1 s"  # seen, or told by a rank that has seen it
+            late = r"(ranks \[1\]|rank 1) did not signal within 1 s"  # detected, or reported by a rank that detected it
             assert re.search(late, text), text
             again = raised(lambda: hook.lane().submit(lambda: None), (TimeoutError,))
             assert re.search(late, again), again

@@ -165,9 +165,9 @@ def test_autocast_of_the_gpu_is_followed_on_the_gpu(group: Group) -> None:
 
 def test_while_a_graph_is_captured_sizes_must_be_given(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    text = r"exchange_sizes on group 'fake': the ranks cannot ask each other while a CUDA graph .* pass the size"
+    text = r"all_gather_ints on group 'fake': the ranks cannot ask each other while a CUDA graph .* pass the size"
     with pytest.raises(ValueError, match=text):
-        group.exchange_sizes(3)
+        group.all_gather_ints(3)
     with FakeTensorMode():
         x, w = torch.ones(6, 3, device=CUDA), torch.ones(4, 3, device=CUDA)
         for op, args in ((ops.all_gather, (x,)), (ops.all_gather_gemm, (x, w))):

@@ -334,7 +334,7 @@ def check_explain_and_rest(group: Group) -> None:
         assert group.explain(case.name, M=64, N=64, K=64).path == "unfused"
     with pytest.raises(ValueError, match="explain: dtype must be one of"):
         group.explain("all_reduce", numel=3, dtype=torch.int32)
-    assert group.exchange_sizes(7 * group.rank) == [7 * r for r in range(R)]
+    assert group.all_gather_ints(7 * group.rank) == [7 * r for r in range(R)]
     group.barrier()
     group.check()
     with pytest.raises(ValueError, match=r"do not fit into the arena's heap|has no arena"):

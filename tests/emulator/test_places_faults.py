@@ -35,7 +35,7 @@ def check_a_rank_that_does_not_come(group: Group, moment: str) -> str:
         elif moment == "in a barrier":
             group.barrier()
         else:
-            group.exchange_sizes(3)
+            group.all_gather_ints(3)
     except TimeoutError as error:
         first = str(error)
     with pytest.raises(RuntimeError) as later:

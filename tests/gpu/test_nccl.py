@@ -15,6 +15,7 @@ from tpkernels import ops
 from tpkernels.comm.device_exchange import DeviceExchange
 from tpkernels.comm.devices import load_cuda
 from tpkernels.comm.group import Group
+from tpkernels.comm.watch import Watch
 from tpkernels.testing.spawn import RankError, call_ranks, report
 
 
@@ -29,7 +30,7 @@ def check_the_exchange() -> None:
     torch.cuda.set_device(0)
     world, device = dist.group.WORLD, torch.device("cuda", 0)
     assert world is not None
-    exchange = DeviceExchange(world, "exchange", 20.0, 1 << 16, [os.getpid()], device)
+    exchange = DeviceExchange(world, Watch(world, "exchange", 20.0, [os.getpid()]), 1 << 16, device)
     for turn in range(3):
         exchange._send.fill_(turn + 1)
         exchange._receive.zero_()
@@ -54,7 +55,7 @@ def check_the_default_device() -> None:
         assert torch.equal(ops.all_reduce(x, group=group), x)
         assert torch.equal(ops.all_gather(x, group=group), x)
         group.barrier()
-        assert group.exchange_sizes(3) == [3]
+        assert group.all_gather_ints(3) == [3]
 
 
 def test_a_process_group_with_nccl_means_the_gpu() -> None:
@@ -76,7 +77,7 @@ def group_of_one(timeout_s: float) -> tuple[Group, Slow]:
     """A group whose only rank exchanges with itself through NCCL."""
     torch.cuda.set_device(0)
     world, device = dist.group.WORLD, torch.device("cuda", 0)
-    exchange = Slow(world, "alone", timeout_s, 1 << 17, [os.getpid()], device)
+    exchange = Slow(world, Watch(world, "alone", timeout_s, [os.getpid()]), 1 << 17, device)
     kernels: Any = load_cuda()[0]
     made = kernels.open_group("alone", "alone", 0, 1, timeout_s, 0, exchange)
     return Group(made, world, timeout_s, "a test", device), exchange

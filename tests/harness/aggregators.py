@@ -1,4 +1,4 @@
-"""What the tests of gradient aggregation share: gradients known in advance, their fp64 average, bounds, equal bits."""
+"""Helpers of the tests of gradient aggregation: gradients known in advance, their fp64 average, bounds, equal bits."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def digest(*tensors: Tensor) -> str:
 
 def assert_same_on_all_ranks(group: Group, what: str, *tensors: Tensor) -> None:
     """Every rank holds the same bits."""
-    digests = group.exchange_sizes(int(digest(*tensors)[:15], 16))
+    digests = group.all_gather_ints(int(digest(*tensors)[:15], 16))
     assert len(set(digests)) == 1, f"{what}: the ranks hold different bits: {digests}"
 
 

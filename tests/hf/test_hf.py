@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.harness.checkpoints import PeakMemory
 from tpkernels import checkpoint, hf
 from tpkernels.checkpoint.export import gathered
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError
 from tpkernels.generate.find import find
@@ -195,7 +195,7 @@ def read_gguf(path: str, as_transformers_reads_it: str) -> None:
             reference = transformers.AutoModelForCausalLM.from_pretrained(as_transformers_reads_it)
             assert dict(reference.named_parameters()).keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
-            whole = gathered(parameter, Place(group))
+            whole = gathered(parameter, CheckpointRanks(group))
             if reference is not None:
                 assert whole is not None
                 assert torch.equal(whole, reference.get_parameter(name)), name

@@ -113,7 +113,7 @@ def options(root: str) -> None:
         model = hf.load_pretrained(path, group=group, gather_logits=False, codec="bf16", grad_codec="fp16")
         ids = torch.arange(8)[None]
         logits = model(input_ids=ids, labels=ids).logits
-        assert sum(group.exchange_sizes(logits.shape[-1])) == 61
+        assert sum(group.all_gather_ints(logits.shape[-1])) == 61
         codecs = {(m.codec, m.grad_codec) for m in model.modules() if hasattr(m, "grad_codec")}
         assert codecs == {("bf16", "fp16")}
 

@@ -95,7 +95,7 @@ def check_ops(transport: str) -> None:
             uses["all_reduce_ of a tensor of the group"] = lambda: ops.all_reduce_(
                 group.empty((64,)).zero_(), group=group
             )
-        uses["exchange_sizes"] = lambda: group.exchange_sizes(3)
+        uses["all_gather_ints"] = lambda: group.all_gather_ints(3)
         assert_nothing_is_lost(uses)
 
 

@@ -91,7 +91,7 @@ def adapters_are_saved_whole_and_come_back(group: Group, folder: str) -> None:
                 low_cpu_mem_usage=low,
             )
             close(logits_of(again), want, f"{what}: loaded onto a cut model")
-            digests = group.exchange_sizes(int(torch.rand((), dtype=torch.float64) * 2**50))
+            digests = group.all_gather_ints(int(torch.rand((), dtype=torch.float64) * 2**50))
             assert len(set(digests)) == 1, "peft has drawn other amounts on each rank"
             again.save_pretrained(f"{where}-again-{group.rank}")
             saved, first = (
@@ -244,7 +244,7 @@ def new_adapters_are_those_of_the_uncut_model(group: Group, folder: str) -> None
         A = peft.get_peft_model_state_dict(cut)["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"]
         expected = 1 / 3 if init == "gaussian" else (1 / (3 * 999)) ** 0.5
         assert abs(float(A.std()) / expected - 1) < 0.1, (init, float(A.std()), expected)
-        digests = group.exchange_sizes(int(torch.rand((), dtype=torch.float64) * 2**50))
+        digests = group.all_gather_ints(int(torch.rand((), dtype=torch.float64) * 2**50))
         assert len(set(digests)) == 1
 
 

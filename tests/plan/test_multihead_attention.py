@@ -157,7 +157,7 @@ def dropout_is_the_ranks_own(group: Group) -> None:
     y, weights = cut(x, x, x, average_attn_weights=False)
     drawn = torch.rand(())
     for value in (y.sum(), weights.sum(), drawn):
-        assert len(set(group.exchange_sizes(int(abs(float(value.detach())) * 2**30)))) == 1, "the ranks drifted apart"
+        assert len(set(group.all_gather_ints(int(abs(float(value.detach())) * 2**30)))) == 1, "the ranks drifted apart"
     dropped = weights == 0
     assert 0.3 < float(dropped.float().mean()) < 0.7
     assert not any(torch.equal(dropped[:, a], dropped[:, b]) for a in range(4) for b in range(a))

@@ -191,13 +191,13 @@ def dropout_is_the_ranks_own_inside_blocks_and_common_between_them(group: Group)
             losses = [loss_of(cut) for _ in range(2)]
             assert float(losses[0]) != float(losses[1])
             seen = torch.stack([*losses, torch.rand((), dtype=torch.float64)]).detach()
-            sizes = [group.exchange_sizes(int(x * 2**50)) for x in seen.tolist()]
+            sizes = [group.all_gather_ints(int(x * 2**50)) for x in seen.tolist()]
             assert all(len(set(s)) == 1 for s in sizes), f"the ranks drifted apart: {sizes}"
             drawn: list[float] = []
             inside = cut.transformer.h[0].attn.c_proj.register_forward_pre_hook(Draw(drawn))
             loss_of(cut).backward()
             inside.remove()
-            own = group.exchange_sizes(int(drawn[0] * 2**50))
+            own = group.all_gather_ints(int(drawn[0] * 2**50))
             assert len(set(own)) == group.world_size, "the ranks draw the same masks for different heads"
 
 

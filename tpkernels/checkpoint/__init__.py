@@ -1,21 +1,22 @@
-"""Save and load a model that is cut over ranks, so that a crash at any moment leaves the last good checkpoint.
+"""Save and load a model that is cut over ranks; a crash at any moment leaves the last good checkpoint.
 
 A checkpoint is a folder:
 
     step-00000100/
-        rank-0-of-2.safetensors     what rank 0 holds: parameters, buffers, optimizer state, random numbers
+        rank-0-of-2.safetensors     of rank 0: parameters, buffers, optimizer state, random numbers
         rank-1-of-2.safetensors
         manifest.json               sha-256 of each file; how each tensor is cut; step; optimizer's options; extra
 
 Written into a hidden folder beside it, synced to disk, then renamed: a folder with the final name is complete. There
-is no pickle anywhere. A rank that fails, in whichever way, makes the call fail on all ranks. Loading checks the digests
-first. Jobs that save into the same parent folder do not disturb each other.
+is no pickle anywhere. An error of one rank is raised on all ranks. Loading checks the digests first. Jobs that save
+into the same parent folder do not disturb each other.
 
-The manifest says for each tensor the unsharded shape and what each rank holds of it, so that any number of ranks, cut
-in any way, is served by slices of these same files: `load` takes them directly, `reshard` writes them anew.
+The manifest has for each tensor the unsharded shape and the part that each rank holds, so that any number of ranks, cut
+in any way, reads slices of these same files: `load` reads them directly, `reshard` writes new files.
 
-Modules: files (bytes), staging (hidden folders), regions (how a tensor is cut), snapshot (what is saved), manifest,
-restore, background (save_async), resharding; export writes a plain Hugging Face folder.
+Modules: files (bytes), staging (hidden folders), regions (how a tensor is cut), snapshot (the tensors that are saved),
+manifest and schema, restore, residuals and replicas (state of each replica), background (save_async), resharding;
+export writes a plain Hugging Face folder.
 """
 
 from __future__ import annotations

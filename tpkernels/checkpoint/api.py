@@ -14,10 +14,10 @@ from torch import nn
 
 from tpkernels.checkpoint import background, manifest
 from tpkernels.checkpoint.files import MANIFEST, read_manifest, write_manifest, write_tensors
-from tpkernels.checkpoint.ranks import Place, file_name
+from tpkernels.checkpoint.ranks import CheckpointRanks, file_name
 from tpkernels.checkpoint.restore import Loaded, restore
 from tpkernels.checkpoint.snapshot import Aggregator, Snapshot, take
-from tpkernels.checkpoint.staging import Room, refuse_existing, remove
+from tpkernels.checkpoint.staging import StagingFolder, refuse_existing, remove
 from tpkernels.comm.group import Group, resolve
 from tpkernels.errors import CheckpointError
 
@@ -32,31 +32,36 @@ def save(
     dp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
+    own_parameters: bool = False,
     step: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint; collective over the group, and over dp_group when there is one.
 
     Args:
+        model: cut over the group, or replicated on it.
         folder: the checkpoint's own folder, on a file system that all ranks see; must not exist yet.
-        group: over which the model is cut.
-        dp_group: joins the ranks that hold the same part of other replicas. Model and optimizer are taken from the
-            first replica; random numbers and the aggregator's state from every rank.
+        group: over which the model is cut; None means all ranks of the default process group.
+        dp_group: the ranks that hold the same part of each replica. Model and optimizer are saved by the first
+            replica; random numbers and the aggregator's state by every rank.
         optimizer: AdamW, SGD, or any whose state tensors are numbers or have their parameter's shape.
         aggregator: a GradAggregator, for its residuals.
-        extra: anything that JSON holds, the same on all ranks; comes back from `load`.
+        own_parameters: save parameters and optimizer state of every replica, where replicas differ (mode "local"
+            between two averages). With an aggregator only. A `load` with an aggregator gives them back.
+        step: returned by `load`; orders the checkpoints for `latest` and `prune`.
+        extra: anything that JSON holds, the same on all ranks; returned by `load`.
 
     Returns:
-        the folder. When this returns, the checkpoint is on the disk and complete.
+        the folder; the checkpoint is on the disk and complete.
 
     Raises:
         CheckpointError: any rank could not write (full disk, no permission, no memory), something cannot be saved
             (named), or the ranks pass different things; the text names the rank. Nothing is left behind.
         PeerLostError: a rank died; the last complete checkpoint is still there.
     """
-    place, final = Place(resolve(group), dp_group), Path(folder)
-    snapshot = _snapshot(final, place, lambda: take(model, optimizer, aggregator, place, step, extra))
-    return _write(snapshot, final, place)
+    ranks, final = CheckpointRanks(resolve(group), dp_group), Path(folder)
+    snapshot = _snapshot(final, ranks, lambda: take(model, optimizer, aggregator, ranks, step, extra, own_parameters))
+    return _write(snapshot, final, ranks)
 
 
 def save_async(
@@ -67,25 +72,31 @@ def save_async(
     dp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
+    own_parameters: bool = False,
     step: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> SaveHandle:
-    """Begin a `save` that goes on beside the training; collective like it, with the same arguments.
+    """Begin a `save` that goes on beside the training; collective like it.
 
-    When this returns, all tensors are copied (into the memory of the CPU) and may change. Writing happens in a thread
-    that talks to the other ranks over process groups of its own. A save that is still under way is waited for first.
+    When this returns, all tensors are copied (into the memory of the CPU) and may change. A thread writes them, over
+    process groups of its own. A save that is still running is waited for first.
+
+    Args:
+        model, folder, group, dp_group, optimizer, aggregator, own_parameters, step, extra: as for `save`.
 
     Returns:
         a handle: `wait()` returns the folder when the checkpoint is on the disk and complete.
 
     Raises:
         CheckpointError: something cannot be saved, or some ranks belong to more process groups than others, so that
-            torch can make none for the threads (before the first `save_async`). What goes wrong in the thread is raised
-            by `wait()` on all ranks, or by the next save when nobody waited.
+            torch can make none for the threads (before the first `save_async`). An error of the thread is raised by
+            `wait()` on all ranks, or by the next save where `wait()` was not called.
     """
-    place, final = Place(resolve(group), dp_group), Path(folder)
-    snapshot = _snapshot(final, place, lambda: take(model, optimizer, aggregator, place, step, extra).copied())
-    return background.start(lambda talk: _write(snapshot, final, talk), place, final)
+    ranks, final = CheckpointRanks(resolve(group), dp_group), Path(folder)
+    snapshot = _snapshot(
+        final, ranks, lambda: take(model, optimizer, aggregator, ranks, step, extra, own_parameters).copied()
+    )
+    return background.saver.start(lambda apart: _write(snapshot, final, apart), ranks, final)
 
 
 def load(
@@ -103,14 +114,16 @@ def load(
 
     The ranks may be more or fewer than those that saved, and the model may be cut in another way: each rank reads the
     slices that it holds, bit for bit those of the unsharded model. Everything is checked on all ranks before anything
-    is changed: an error leaves model and optimizer as they were. (An aggregator that was made otherwise refuses on its
-    rank; those of others may then have taken their state.)
+    is changed: an error leaves model, optimizer and aggregator as they were on every rank.
 
-    Random numbers of ranks that were not there: those of rank t modulo tp of replica d modulo dp; see `Source.rng`.
+    Random numbers of added ranks: those of rank t modulo tp of replica d modulo dp; see `Source.rng`.
 
     Args:
+        model: to be filled; of the parameters that were saved, cut or not.
+        folder: a checkpoint, on a file system that all ranks see.
         group, dp_group: as for `save`.
-        optimizer, aggregator: to be filled, too; None leaves what was saved of them aside.
+        optimizer, aggregator: to be filled, too; with None their saved state is ignored. With an aggregator each
+            replica gets its own parameters where they were saved (`own_parameters`), else those of the first.
         strict: whether the model must have the tensors of the checkpoint, no more and no fewer. With False the others
             are loaded, and the result names what is missing and unexpected; shapes must agree all the same, and an
             optimizer must have the parameters that it had.
@@ -123,17 +136,18 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint there, a damaged, missing or foreign file (named), tensors of other names,
-            shapes or dtypes than the model has (named).
+            shapes or dtypes than the model has (named), an optimizer or aggregator of other settings.
+        PeerLostError: a rank died.
     """
-    background.wait_for_pending(place := Place(resolve(group), dp_group))
-    return restore(model, Path(folder), place, optimizer, aggregator, strict=strict, convert_dtype=convert_dtype)
+    background.saver.wait(ranks := CheckpointRanks(resolve(group), dp_group))
+    return restore(model, Path(folder), ranks, optimizer, aggregator, strict=strict, convert_dtype=convert_dtype)
 
 
 def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked against its own digest.
+    """The manifest of a checkpoint, checked against its own digest; its fields are in tpkernels/checkpoint/manifest.py.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a newer tpkernels wrote it.
+        CheckpointError: there is none, it is damaged, or it has another format version.
     """
     return manifest.read(folder)
 
@@ -141,7 +155,7 @@ def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def latest(parent: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of the highest step in a folder of checkpoints, or None. Of one step, the last by name.
 
-    A damaged manifest is warned of and passed over.
+    A checkpoint with a damaged manifest is skipped with a warning.
     """
     return max(_complete(parent), default=(0, None))[1]
 
@@ -174,39 +188,42 @@ def _complete(parent: str | os.PathLike[str]) -> list[tuple[int, Path]]:
     return found
 
 
-def _snapshot(final: Path, place: Place, taken: Callable[[], Snapshot]) -> Snapshot:
-    """Return what is to be saved, once the save before has ended and all ranks are about to save the same.
+def _snapshot(final: Path, ranks: CheckpointRanks, taken: Callable[[], Snapshot]) -> Snapshot:
+    """The snapshot of this rank, once the save before has ended and all ranks agree on what they save.
+
+    Args:
+        taken: makes it.
 
     Raises:
         CheckpointError: on all ranks, before anything is written.
     """
-    background.wait_for_pending(place)
-    with place.together(f"save {final}"):
-        if place.is_first:
+    background.saver.wait(ranks)
+    with ranks.together(f"save {final}"):
+        if ranks.is_first:
             refuse_existing(final)
         snapshot = taken()
-        said = {"folder": final.name, **manifest.common(snapshot)}
-    everyone = place.gather(said)
-    with place.together(f"save {final}"):
-        manifest.check_agreement(everyone)
+        common = {"folder": final.name, **manifest.common(snapshot)}
+    every = ranks.gather(common)
+    with ranks.together(f"save {final}"):
+        manifest.check_agreement(every)
     return snapshot
 
 
-def _write(snapshot: Snapshot, final: Path, place: Place) -> Path:
-    doing, name = f"save {final}", file_name(place.rank, place.tp, place.replica)
+def _write(snapshot: Snapshot, final: Path, ranks: CheckpointRanks) -> Path:
+    doing, name = f"save {final}", file_name(ranks.rank, ranks.tp, ranks.replica)
     with ExitStack() as stack:
-        room: Room | None = None
-        with place.together(doing):
-            room = stack.enter_context(Room(final)) if place.is_first else None
-        folder = final.with_name(place.gather(room.path.name if room is not None else "")[0])
-        said: dict[str, Any] = {}
-        with place.together(doing):
+        staging: StagingFolder | None = None
+        with ranks.together(doing):
+            staging = stack.enter_context(StagingFolder(final)) if ranks.is_first else None
+        folder = final.with_name(ranks.gather(staging.path.name if staging is not None else "")[0])
+        part: dict[str, Any] = {}
+        with ranks.together(doing):
             digest = write_tensors(folder / name, snapshot.tensors)
-            replicas = snapshot.replica_digests() if place.tp > 1 else {}
-            said = manifest.describe(snapshot, name, digest, replicas)
-        everyone = place.gather(said)
-        with place.together(doing):
-            if room is not None:
-                write_manifest(room.path, manifest.join(everyone, snapshot, place))
-                room.publish()
+            replicas = snapshot.replica_digests() if ranks.tp > 1 else {}
+            part = manifest.describe(snapshot, name, digest, replicas)
+        every = ranks.gather(part)
+        with ranks.together(doing):
+            if staging is not None:
+                write_manifest(staging.path, manifest.join(every, snapshot, ranks))
+                staging.publish()
     return final

@@ -1,58 +1,58 @@
-"""Saving beside the training: one thread, which talks to the other ranks' threads over process groups of its own.
+"""Saving beside the training: one thread, over process groups of its own.
 
-Collectives of two threads on one process group would meet in another order on each rank, so the thread gets its own,
-made once for each pair of groups and kept.
+Collectives of two threads on one process group would meet in another order on each rank, so the thread gets process
+groups of its own, made once for each process group and kept.
 """
 
 from __future__ import annotations
 
 import atexit
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 
 import torch.distributed as dist
 
-from tpkernels.checkpoint.ranks import Place, Talk
+from tpkernels.checkpoint.ranks import CheckpointRanks, ControlGroup
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import Ranks, private_process_group
 from tpkernels.errors import CheckpointError, UnequalGroupsError
 
-_talks: dict[int, tuple[dist.ProcessGroup, Talk]] = {}  # by id; the group is kept, so that no other gets its id
-atexit.register(_talks.clear)  # no process group is to be left when Python ends; see Group.close
-_pending: dict[int, SaveHandle] = {}  # by rank: ranks may be threads of one process
-
 
 class SaveHandle:
-    """A save that is under way."""
+    """A save that runs beside the training."""
 
     def __init__(self, work: Callable[[], Path]) -> None:
         self._work = work
         self._folder: Path | None = None
         self._error: BaseException | None = None
-        self.told = False
+        self.waited_for = False
         self._begin: Queue[bool] = Queue()
         # Not a daemon: a program that ends waits until the checkpoint is written.
         self._thread = threading.Thread(target=self._run, name="tpkernels-save")
         self._thread.start()
 
     def begin(self, do: bool) -> None:
-        """Let the thread go on: to write, or, where another rank has none, to end at once."""
+        """Start the work of the thread; False ends the thread without it, where another rank has no thread."""
         self._begin.put(do)
 
     def done(self) -> bool:
-        """Whether it has come to its end, good or bad."""
+        """Whether it has ended, with a checkpoint or an error."""
         return not self._thread.is_alive()
 
     def wait(self) -> Path:
-        """Wait until the checkpoint is on the disk and complete; its folder. All ranks may call it, in any order.
+        """Wait until the checkpoint is on the disk and complete. All ranks may call it, in any order.
+
+        Returns:
+            its folder.
 
         Raises:
-            CheckpointError, PeerLostError: what `checkpoint.save` would have raised, on every rank.
+            CheckpointError, PeerLostError: as `checkpoint.save`, on every rank.
         """
         self._thread.join()
-        self.told = True
+        self.waited_for = True
         if self._error is not None:
             raise self._error
         assert self._folder is not None, "a save that ended without an error has a folder"
@@ -62,56 +62,70 @@ class SaveHandle:
         try:
             if self._begin.get():
                 self._folder = self._work()
-        except BaseException as error:  # for wait, whatever it is
+        except BaseException as error:  # re-raised by wait
             self._error = error
 
 
-def start(write: Callable[[Place], Path], place: Place, final: Path) -> SaveHandle:
-    """Begin to write in a thread; collective.
+class Saver:
+    """The saves of this process beside its training: one at a time, each waits for the one before."""
 
-    Raises:
-        CheckpointError: on all ranks, when some cannot have process groups for the thread.
-    """
-    with place.together(f"save {final}"):
-        talk = _talk(place.group)
-    with place.together(f"save {final}"):
-        dp_talk = _talk(place.dp_group) if place.dp_group is not None else None
-    apart = Place(talk, dp_talk)
-    handle: SaveHandle | None = None
-    try:
-        with place.together(f"save {final}"):
-            handle = SaveHandle(lambda: write(apart))
-    except BaseException:
-        if handle is not None:
-            handle.begin(False)
-        raise
-    assert handle is not None, "a rank without a thread has raised"
-    _pending[place.number] = handle
-    handle.begin(True)
-    return handle
+    def __init__(self) -> None:
+        self._pending: SaveHandle | None = None
+        self._made: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+        atexit.register(self._made.clear)  # no process group may be left when Python ends; see Group.close
 
+    def start(self, write: Callable[[CheckpointRanks], Path], ranks: CheckpointRanks, final: Path) -> SaveHandle:
+        """Start a save in a thread; collective.
 
-def wait_for_pending(place: Place) -> None:
-    """Wait for the save that is under way, if there is one. Collective.
+        Args:
+            write: writes the checkpoint, with the ranks over process groups of the thread's own; its folder.
+            ranks: of the checkpoint.
+            final: its folder, for messages.
 
-    Raises:
-        CheckpointError, PeerLostError: it failed, and some rank has not been told yet.
-    """
-    with place.together(""):
-        handle = _pending.pop(place.number, None)
-        if handle is not None and not handle.told:
-            handle.wait()
-
-
-def _talk(group: Group | Ranks) -> Talk:
-    """A process group over the same ranks, for the thread; collective when it is asked for the first time."""
-    pg = group.process_group
-    if pg is None or group.world_size == 1:
-        return Talk(group.label, group.rank, group.world_size, None)
-    if id(pg) not in _talks:
+        Raises:
+            CheckpointError: on all ranks, when some cannot have process groups for the thread.
+        """
+        doing = f"save {final}"
+        with ranks.together(doing):
+            control = self._control_group(ranks.group)
+        with ranks.together(doing):
+            dp_control = self._control_group(ranks.dp_group) if ranks.dp_group is not None else None
+        apart = CheckpointRanks(control, dp_control)
+        handle: SaveHandle | None = None
         try:
-            own = private_process_group(group, "saving thread", "save_async", "gloo")
-        except UnequalGroupsError as error:
-            raise CheckpointError(f"{error}, or take `save`") from None
-        _talks[id(pg)] = (pg, Talk(group.label, group.rank, group.world_size, own))
-    return _talks[id(pg)][1]
+            with ranks.together(doing):
+                handle = SaveHandle(lambda: write(apart))
+        except BaseException:
+            if handle is not None:
+                handle.begin(False)
+            raise
+        assert handle is not None, "a rank without a thread has raised"
+        self._pending = handle
+        handle.begin(True)
+        return handle
+
+    def wait(self, ranks: CheckpointRanks) -> None:
+        """Wait for the save that is running, if there is one. Collective.
+
+        Raises:
+            CheckpointError, PeerLostError: it failed, and `wait` of its handle was not called on some rank.
+        """
+        with ranks.together(""):
+            handle, self._pending = self._pending, None
+            if handle is not None and not handle.waited_for:
+                handle.wait()
+
+    def _control_group(self, group: Group | Ranks) -> ControlGroup:
+        """The same ranks over a process group of the thread's own; collective when there is none yet."""
+        given = group.process_group
+        if given is None or group.world_size == 1:
+            return ControlGroup(group.label, group.rank, group.world_size, None)
+        if given not in self._made:
+            try:
+                self._made[given] = private_process_group(group, "saving thread", "save_async", "gloo")
+            except UnequalGroupsError as error:
+                raise CheckpointError(f"{error}, or take `save`") from None
+        return ControlGroup(group.label, group.rank, group.world_size, self._made[given])
+
+
+saver = Saver()

@@ -1,7 +1,7 @@
 """Export: a plain Hugging Face folder of a model that is cut over ranks, which transformers loads as any other.
 
-Rank 0 gathers one tensor at a time and writes it away, so that no rank ever holds the model. Where transformers keeps a
-parameter in another form than its files (experts fused into one tensor, for example) its own rules turn it back.
+Rank 0 gathers and writes one tensor at a time, so that no rank ever holds the model. Where transformers keeps a
+parameter in another form than its files (experts fused into one tensor, for example) its own rules convert it back.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpkernels.checkpoint.files import INDEX, SINGLE, TensorWriter, check_tensors, sync, sync_folder
-from tpkernels.checkpoint.ranks import Place
-from tpkernels.checkpoint.staging import Room
+from tpkernels.checkpoint.ranks import CheckpointRanks
+from tpkernels.checkpoint.staging import StagingFolder
 from tpkernels.comm.group import Group, resolve
 from tpkernels.errors import CheckpointError, PeerLostError
 from tpkernels.layers.base import mark_shards
@@ -53,27 +53,27 @@ def export_hf(
     Raises:
         CheckpointError: it is no transformers model, the folder exists, or the disk is full (on all ranks).
     """
-    place, final = Place(resolve(group)), Path(folder)
+    ranks, final = CheckpointRanks(resolve(group)), Path(folder)
     doing, shards = f"export {final}", list[list[Unit]]()
     with ExitStack() as stack:
-        room: Room | None = None
-        with place.together(doing):
+        staging: StagingFolder | None = None
+        with ranks.together(doing):
             if not hasattr(getattr(model, "config", None), "save_pretrained"):
                 raise CheckpointError(f"expected a transformers model with a config, got {type(model).__name__}")
             shards = _packed(units_of(model), max_shard_bytes)
-            if place.is_first:
-                room = stack.enter_context(Room(final))
-                _write_texts(model, room.path, tokenizer, files)
+            if ranks.is_first:
+                staging = stack.enter_context(StagingFolder(final))
+                _write_texts(model, staging.path, tokenizer, files)
         names = _file_names(len(shards))
         for name, units in zip(names, shards, strict=True):
-            _write_shard(model, None if room is None else room.path / name, units, place, doing)
-        with place.together(doing):
-            if room is not None:
+            _write_shard(model, None if staging is None else staging.path / name, units, ranks, doing)
+        with ranks.together(doing):
+            if staging is not None:
                 if len(names) > 1:
-                    _write_index(room.path, names, shards)
-                for path in room.path.rglob("*"):
+                    _write_index(staging.path, names, shards)
+                for path in staging.path.rglob("*"):
                     sync_folder(path) if path.is_dir() else sync(path)
-                room.publish()
+                staging.publish()
     return final
 
 
@@ -86,12 +86,16 @@ class Unit:
 
     @property
     def bytes(self) -> int:
-        """How much of a file it takes."""
+        """Its size in a file."""
         return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.outputs.values())
 
 
 def units_of(model: Any) -> list[Unit]:
-    """What the files of the model hold, in the order in which it is written: wide dtypes first."""
+    """The units of a model in the order in which they are written: wide dtypes first.
+
+    Raises:
+        CheckpointError: a tensor cannot be written, or a unit has several dtypes (named).
+    """
     state = _saved_state(model)
     meta = {name: torch.empty(full_shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
     units = []
@@ -105,7 +109,7 @@ def units_of(model: Any) -> list[Unit]:
 
 
 def _saved_state(model: Any) -> dict[str, Tensor]:
-    """The tensors that a file holds: tied ones once, under the name that transformers looks for."""
+    """The tensors that a file holds: tied ones once, under the name that transformers reads."""
     mark_shards(model)
     state = model.state_dict(keep_vars=True)
     second = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -196,40 +200,40 @@ def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[U
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_shard(model: Any, path: Path | None, units: Sequence[Unit], place: Place, doing: str) -> None:
-    """Rank 0, which has a path, writes what all ranks send; errors are told when all is sent, so that nobody waits."""
+def _write_shard(model: Any, path: Path | None, units: Sequence[Unit], ranks: CheckpointRanks, doing: str) -> None:
+    """Rank 0, which has a path, writes the tensors; errors are raised after the last one, so that no rank waits."""
     problem: Exception | None = None
     with ExitStack() as stack:
         writer: TensorWriter | None = None
-        with place.together(doing):
+        with ranks.together(doing):
             if path is not None:
                 layout = {name: kind for unit in units for name, kind in unit.outputs.items()}
                 writer = stack.enter_context(TensorWriter(path, layout, {"format": "pt"}))
         state = model.state_dict(keep_vars=True)
         for unit in units:
             try:
-                _add(model, writer if problem is None else None, unit, state, place)
+                _add(model, writer if problem is None else None, unit, state, ranks)
             except PeerLostError:
                 raise
             except Exception as error:
                 problem = error
-        with place.together(doing):
+        with ranks.together(doing):
             if problem is not None:
                 raise problem
             if writer is not None:
                 writer.finish()
 
 
-def _add(model: Any, writer: TensorWriter | None, unit: Unit, state: dict[str, Tensor], place: Place) -> None:
+def _add(model: Any, writer: TensorWriter | None, unit: Unit, state: dict[str, Tensor], ranks: CheckpointRanks) -> None:
     """Gather the tensors of a unit and write what they become; none of it outlives the call."""
-    whole = {name: gathered(state[name], place) for name in unit.names}
+    whole = {name: gathered(state[name], ranks) for name in unit.names}
     if writer is not None:
         for name, tensor in _as_in_files(model, {k: v for k, v in whole.items() if v is not None}).items():
             writer.add(name, tensor)
 
 
 @torch.no_grad()
-def gathered(tensor: Tensor, place: Place) -> Tensor | None:
+def gathered(tensor: Tensor, ranks: CheckpointRanks) -> Tensor | None:
     """The unsharded tensor on rank 0, None on the others. Collective; ranks that hold the same send once.
 
     Raises:
@@ -237,32 +241,32 @@ def gathered(tensor: Tensor, place: Place) -> Tensor | None:
         PeerLostError: a rank died.
     """
     info = shard_info(tensor)
-    if info is None or place.tp == 1:
-        return tensor.detach() if place.rank == 0 else None
-    pg, dim = place.group.process_group, info.dim % tensor.dim()
-    senders = [r for r in range(place.tp) if info.owned_by(r)]
+    if info is None or ranks.tp == 1:
+        return tensor.detach() if ranks.rank == 0 else None
+    pg, dim = ranks.group.process_group, info.dim % tensor.dim()
+    senders = [r for r in range(ranks.tp) if info.owned_by(r)]
     device = tensor.device if dist.get_backend(pg) != "gloo" else torch.device("cpu")
     parts: dict[int, Tensor] = {}
-    with place.together("gather a tensor"):  # memory first: nobody sends to a rank that has none
-        if place.rank == 0:
+    with ranks.together("gather a tensor"):  # memory first: no rank sends to one that has none
+        if ranks.rank == 0:
             full = torch.empty(info.full_shape(tensor), dtype=tensor.dtype, device=device)
             for rank in senders:
                 shape = (*full.shape[:dim], info.sizes[rank], *full.shape[dim + 1 :])
                 parts[rank] = tensor.detach() if rank == 0 else torch.empty(shape, dtype=tensor.dtype, device=device)
-        elif place.rank in senders:
-            parts[place.rank] = tensor.detach().contiguous().to(device)
+        elif ranks.rank in senders:
+            parts[ranks.rank] = tensor.detach().contiguous().to(device)
     try:
         for rank, part in parts.items():
-            if part.numel() and place.rank != 0:
+            if part.numel() and ranks.rank != 0:
                 dist.send(part.reshape(-1).view(torch.uint8), group=pg, group_dst=0)
             elif part.numel() and rank != 0:
                 dist.recv(part.reshape(-1).view(torch.uint8), group=pg, group_src=rank)
     except RuntimeError as error:
         raise PeerLostError(
-            f"a rank of group '{place.group.label}' died or left while rank {place.rank} of {place.tp} gathered a "
+            f"a rank of group '{ranks.group.label}' died or left while rank {ranks.rank} of {ranks.tp} gathered a "
             f"tensor ({str(error).splitlines()[0]})"
         ) from None
-    if place.rank != 0:
+    if ranks.rank != 0:
         return None
     for rank, part in parts.items():
         info.put(part, rank, full)

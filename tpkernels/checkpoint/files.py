@@ -1,8 +1,8 @@
-"""The files of a checkpoint: written so that they are on the disk, read only when they are whole.
+"""The files of a checkpoint: written and synced to the disk, read after a check of their digests.
 
 Tensors are safetensors files: a JSON header of names, dtypes, shapes and offsets, then the bytes. They are written here
-one tensor after the other, so that whoever writes needs no more memory than the tensor in hand, and read by slices
-through the safetensors package, which checks that no two tensors overlap and that the header fits the file.
+one tensor after the other, so that a writer needs no more memory than for one tensor, and read by slices through the
+safetensors package, which checks that no two tensors overlap and that the header fits the file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk; some file systems (FUSE, SMB) cannot be asked for it."""
+    """Wait until the names in a folder are on the disk; some file systems (FUSE, SMB) do not support it."""
     try:
         sync(path)
     except OSError as error:
@@ -60,7 +60,7 @@ def digest_of(path: Path) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they stand in a file; of a contiguous one on the CPU nothing is copied."""
+    """The values of a tensor as a file holds them; a contiguous tensor on the CPU is not copied."""
     flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -87,7 +87,16 @@ class TensorWriter:
         self._write(memoryview(header))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
+        """Write the next tensor.
+
+        Args:
+            name: the next one of `names`.
+            tensor: of the dtype and shape in the layout.
+
+        Raises:
+            ValueError: it is another tensor.
+            OSError: the disk is full.
+        """
         expected = next(self._left, None)
         dtype, shape = self.layout[name]
         if expected != name or tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -128,7 +137,7 @@ class TensorWriter:
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
-    """Check that a file can hold each of the tensors; its values are not looked at.
+    """Check that a file can hold each of the tensors; the values are not read.
 
     Raises:
         CheckpointError: one has no values of its own in plain memory, or no dtype of safetensors; named.
@@ -181,10 +190,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def check_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
-    """Read a file through and compare it with what was written.
+    """Read a file through and compare its digest with that of the manifest.
 
     Raises:
-        CheckpointError: the file is missing, or is not what was written.
+        CheckpointError: the file is missing, or has another digest.
     """
     path, written = folder / name, str(manifest["files"][name])
     try:
@@ -199,7 +208,7 @@ def check_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check that the folder holds the files of the manifest and nothing else.
 
     Raises:
-        CheckpointError: a file is missing, or is there that the save did not write.
+        CheckpointError: a file is missing, or the save did not write it.
     """
     there, written = {path.name for path in folder.iterdir()}, {MANIFEST, *manifest["files"]}
     for name in sorted(written - there):
@@ -230,7 +239,11 @@ class TensorFile:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the file."""
+        """The dtype of a tensor in the file.
+
+        Raises:
+            CheckpointError: it is none that torch has.
+        """
         code = self._slice(name).get_dtype()
         dtype = next((dtype for dtype, known in DTYPES.items() if known == code), None)
         if dtype is None:
@@ -238,7 +251,7 @@ class TensorFile:
         return dtype
 
     def read(self, name: str, *ranges: tuple[int, int, int]) -> Tensor:
-        """A tensor, or of each given (dim, start, stop) only that range; backed by the file, so copy what is kept."""
+        """A tensor, or only its ranges, each (dim, start, stop); its memory is the file, so copy what is kept."""
         if not ranges:
             tensor: Tensor = self._file.get_tensor(name)
             return tensor
@@ -258,9 +271,8 @@ class TensorFile:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with its own digest in it, and wait until it is on the disk."""
     path = folder / MANIFEST
-    manifest = json.loads(
-        json.dumps(manifest)
-    )  # as it will be read: JSON turns tuples into lists and every key into text
+    # As it will be read: JSON turns tuples into lists and every key into text.
+    manifest = json.loads(json.dumps(manifest))
     path.write_text(json.dumps({**manifest, "sha256": _digest_of_manifest(manifest)}, indent=1) + "\n")
     sync(path)
 
@@ -269,7 +281,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, without its digest.
 
     Raises:
-        CheckpointError: it is missing, or is not what was written.
+        CheckpointError: it is missing, or has another digest than it holds.
     """
     path = folder / MANIFEST
     try:
@@ -280,7 +292,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     if written != _digest_of_manifest(manifest):
-        raise damaged(path, "it is not what its sha-256 says")
+        raise damaged(path, "its sha-256 is another one")
     return manifest
 
 
@@ -296,5 +308,5 @@ def _digest_of_manifest(manifest: dict[str, Any]) -> str:
 
 
 def damaged(path: Path, why: str) -> CheckpointError:
-    """The error of a file that is not what was written."""
+    """The error of a file that holds other bytes than were written."""
     return CheckpointError(f"{path} is damaged ({why}): copy it back, or load an earlier checkpoint")

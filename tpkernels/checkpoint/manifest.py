@@ -1,11 +1,11 @@
 """The manifest: what a checkpoint holds, and which file holds it.
 
-version     of this layout
-world_size  ranks that a replica is cut over; `layout` says it with the replicas and the stages: {tp, dp, pp}
-step, extra what the training said
+version     of this format
+layout      {tp: ranks that a replica is cut over, dp: replicas}
+step, extra arguments of `save`
 files       {name: sha-256}
 tensors     {name: how it is cut}, see regions.py
-own         {file: {tensors: {name: dtype and shape}, aggregator: numbers}} of what belongs to one rank alone
+own         {file: {tensors: {name: dtype and shape}, aggregator: numbers}} of the tensors of one rank alone
 aliases     {second name: first name} of tied tensors
 optimizer   its options, by parameter group
 sha256      of all this
@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from tpkernels.checkpoint.files import TensorFile, check_file, check_folder, damaged, read_manifest
-from tpkernels.checkpoint.ranks import Place, file_name
+from tpkernels.checkpoint.ranks import CheckpointRanks, file_name
 from tpkernels.checkpoint.regions import Entry, Read
 from tpkernels.checkpoint.schema import check_manifest
 from tpkernels.checkpoint.snapshot import Snapshot
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, shorten
 
 VERSION = 2
 
 
 def common(snapshot: Snapshot) -> dict[str, Any]:
-    """What all ranks must say alike, for `check_agreement`."""
+    """The part of the manifest that must be the same on all ranks, for `check_agreement`."""
     return {
         "step": snapshot.step,
         "extra": snapshot.extra,
@@ -47,14 +47,14 @@ def common(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def check_agreement(said: list[dict[str, Any]]) -> None:
-    """Compare what the ranks say, replica by replica.
+def check_agreement(parts: list[dict[str, Any]]) -> None:
+    """Compare the `common` parts of all ranks, replica by replica.
 
     Raises:
-        CheckpointError: they do not say the same, as JSON has it.
+        CheckpointError: they differ as JSON (says where).
     """
-    for number, other in enumerate(said[1:], start=1):
-        if (found := _difference(said[0], other)) is not None:
+    for number, other in enumerate(parts[1:], start=1):
+        if (found := _difference(parts[0], other)) is not None:
             where, mine, theirs = found
             raise CheckpointError(
                 f"ranks disagree about {where}: {mine:.100} on rank 0, {theirs:.100} on rank {number}"
@@ -73,7 +73,13 @@ def _difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, str, str]
 
 
 def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str]) -> dict[str, Any]:
-    """What a rank says of its file, for `join`."""
+    """The part of the manifest about the file of this rank, for `join`.
+
+    Args:
+        snapshot: of this rank.
+        file: the name of its file. digest: the sha-256 of that.
+        replicas: see `Snapshot.replica_digests`.
+    """
     own = {key: snapshot.tensors[key] for key in snapshot.own}
     return {
         "file": file,
@@ -87,59 +93,50 @@ def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str
 
 
 def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
-    """What the manifest says of a tensor that belongs to one rank alone."""
+    """The entry of a tensor that belongs to one rank alone."""
     return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
 
 
-def join(said: list[dict[str, Any]], snapshot: Snapshot, place: Place) -> dict[str, Any]:
-    """The manifest, from what the ranks say of their files, replica by replica."""
-    tensors = {name: _marked(name, entry, said[: place.tp]).to_json() for name, entry in snapshot.entries.items()}
+def join(parts: list[dict[str, Any]], snapshot: Snapshot, ranks: CheckpointRanks) -> dict[str, Any]:
+    """The manifest, from the parts that `describe` gave on all ranks, replica by replica."""
+    tensors = {name: _marked(name, entry, parts[: ranks.tp]).to_json() for name, entry in snapshot.entries.items()}
     return {
         "version": VERSION,
-        "world_size": place.tp,
-        "layout": {"tp": place.tp, "dp": place.dp, "pp": 1},
+        "layout": {"tp": ranks.tp, "dp": ranks.dp},
         "step": snapshot.step,
-        "files": {s["file"]: s["sha256"] for s in said},
+        "files": {part["file"]: part["sha256"] for part in parts},
         "tensors": tensors,
-        "own": {s["file"]: s["own"] for s in said},
+        "own": {part["file"]: part["own"] for part in parts},
         "aliases": snapshot.aliases,
         "optimizer": snapshot.optimizer,
         "extra": snapshot.extra,
     }
 
 
-def _marked(name: str, entry: Entry, said: list[dict[str, Any]]) -> Entry:
-    """The entry, which says so when ranks that should hold the same hold something else."""
+def _marked(name: str, entry: Entry, parts: list[dict[str, Any]]) -> Entry:
+    """The entry, marked where ranks that hold the same indices have other bits."""
     seen: dict[Any, str] = {}
-    for rank, one in enumerate(said):
-        digest = one["replicas"].get(name)
-        key = None if entry.dim is None else entry.runs_of(rank, len(said))
+    for rank, part in enumerate(parts):
+        digest = part["replicas"].get(name)
+        key = None if entry.dim is None else entry.runs_of(rank, len(parts))
         if digest is not None and seen.setdefault(key, digest) != digest:
             return replace(entry, replicas_differ=True)
     return entry
 
 
-def few(names: Iterable[str]) -> str:
-    """Some of the names, for a message."""
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-
-
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked against its own digest, in the present layout.
+    """The manifest of a checkpoint, checked against its own digest.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a newer tpkernels wrote it.
+        CheckpointError: there is none, it is damaged, or it has another version.
     """
     manifest = read_manifest(Path(folder))
     version = manifest.get("version")
-    if version not in (1, VERSION) or isinstance(version, (bool, float)):
+    if version != VERSION or not isinstance(version, int):
         raise CheckpointError(
-            f"{folder} has layout version {version} and this tpkernels reads 1 to {VERSION}: "
-            f"use the tpkernels that wrote it"
+            f"{folder} has format version {version} and this tpkernels reads {VERSION}: use the tpkernels that wrote it"
         )
     try:
-        manifest = _from_version_1(manifest) if version == 1 else manifest
         check_manifest(manifest)
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the manifest makes no sense ({error!r})") from None
@@ -148,21 +145,9 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had no replicas, and what belongs to one rank stood among the tensors with the style "rank"."""
-    own = {name: said for name, said in old["tensors"].items() if said["style"] == "rank"}
-    shared = {name: said for name, said in old["tensors"].items() if name not in own}
-    return old | {
-        "version": VERSION,
-        "layout": {"tp": old["world_size"], "dp": 1, "pp": 1},
-        "tensors": shared,
-        "own": {file: {"tensors": own, "aggregator": None} for file in old["files"]},
-    }
-
-
 @dataclass
 class Source:
-    """A checkpoint that is read: its manifest and its files, opened when they are needed."""
+    """A checkpoint that is read: its manifest and its files, which are opened when they are needed."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -170,11 +155,7 @@ class Source:
     def __post_init__(self) -> None:
         layout = self.manifest["layout"]
         self.tp, self.dp = int(layout["tp"]), int(layout["dp"])
-        if layout["pp"] != 1:
-            raise CheckpointError(
-                f"it was saved by {layout['pp']} stages of a model cut by layer, which this tpkernels does not read"
-            )
-        self.entries = {name: Entry.from_json(name, said) for name, said in self.manifest["tensors"].items()}
+        self.entries = {name: Entry.from_json(name, fields) for name, fields in self.manifest["tensors"].items()}
         self._open: dict[str, TensorFile] = {}
         names = set()
         if self.tp * self.dp == len(self.manifest["files"]):
@@ -186,7 +167,10 @@ class Source:
             )
 
     def check_files(self, number: int = 0, of: int = 1) -> None:
-        """Check that the files are those that were written; reads every `of`-th from `number` on.
+        """Check that the folder has the files that were written, and read some of them through.
+
+        Args:
+            number, of: of all files in order of their names, every `of`-th from `number` on is read.
 
         Raises:
             CheckpointError: names the file that is missing, damaged, or too many.
@@ -196,7 +180,11 @@ class Source:
             check_file(self.folder, name, self.manifest)
 
     def file(self, rank: int, replica: int = 0) -> TensorFile:
-        """The file of a rank, with the tensors that the manifest says it holds."""
+        """The file of a rank, checked to hold the tensors of the manifest.
+
+        Raises:
+            CheckpointError: it holds others.
+        """
         name = file_name(rank, self.tp, replica)
         if name not in self._open:
             file = TensorFile(self.folder / name)
@@ -215,12 +203,12 @@ class Source:
         return self._open[name]
 
     def own(self, rank: int, replica: int) -> dict[str, dict[str, Any]]:
-        """What the manifest says of the tensors that belong to a rank alone."""
+        """Dtype and shape of the tensors that belong to a rank alone, by name."""
         found: dict[str, dict[str, Any]] = self.manifest["own"][file_name(rank, self.tp, replica)]["tensors"]
         return found
 
     def reader(self, key: str) -> Read:
-        """Reads ranges of a tensor out of the file of a rank."""
+        """A function that reads ranges of a tensor out of the file of a rank."""
         return lambda rank, *ranges: self.file(rank).read(key, *ranges)
 
     def own_tensors(self, rank: int, replica: int, kind: str) -> dict[str, Tensor]:
@@ -229,24 +217,24 @@ class Source:
         return {key.partition("/")[2]: self.file(rank, replica).read(key).clone() for key in keys}
 
     def aggregator_numbers(self, rank: int, replica: int) -> Any:
-        """What the aggregator of a rank said besides tensors; None when none was saved."""
+        """The state of the aggregator of a rank besides its tensors; None when none was saved."""
         return self.manifest["own"][file_name(rank, self.tp, replica)]["aggregator"]
 
     def warn_of_replicas(self) -> None:
-        """Say which tensors were not the same on all ranks that should hold the same."""
+        """Warn of the tensors that differed between ranks that hold the same indices."""
         differ = [name.removeprefix("model/") for name, entry in self.entries.items() if entry.replicas_differ]
         if differ:
             warnings.warn(
-                f"{self.folder}: the ranks that saved it did not hold the same bits of {few(differ)}; the first that "
-                f"holds each is taken",
+                f"{self.folder}: the ranks that saved it did not hold the same bits of {shorten(sorted(differ))}; the "
+                f"first that holds each is taken",
                 stacklevel=4,
             )
 
     def rng(self, rank: int, replica: int) -> dict[str, Tensor]:
-        """The random numbers of a rank, also of one that was not there when the checkpoint was saved.
+        """The states of the random generators of a rank, also of one that did not save; by device.
 
         Rank t of replica d takes those of rank t modulo tp of replica d modulo dp. When replicas were added and the
-        saved ones drew different numbers, an added one gets numbers of its own, derived from these and its place.
+        saved ones drew different numbers, an added one gets a state of its own, derived from these and its number.
         """
         state = self.own_tensors(rank % self.tp, replica % self.dp, "rng")
         if replica >= self.dp > 1:

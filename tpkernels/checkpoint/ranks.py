@@ -1,10 +1,10 @@
-"""Where a rank stands in a checkpoint, and how all ranks come to fail together.
+"""The ranks of a checkpoint, which files they write, and errors that all of them raise together.
 
 A model is cut over the ranks of `group`; `dp_group` joins the ranks that hold the same part in different replicas. Rank
 t of replica d writes:
 
-    rank-t-of-R.safetensors               replica 0: parameters, buffers, optimizer state, and what is the rank's own
-    rank-t-of-R-replica-d.safetensors     the others: what is the rank's own (random numbers, state of the aggregator)
+    rank-t-of-R.safetensors               replica 0: parameters, buffers, optimizer state, and the rank's own tensors
+    rank-t-of-R-replica-d.safetensors     the others: the rank's own tensors (random numbers, state of the aggregator)
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 
 @dataclass
-class Talk:
-    """Ranks that tell each other how they stand, over a process group of their own."""
+class ControlGroup:
+    """Ranks that exchange objects, without tensors, over a process group of their own."""
 
     label: str
     rank: int
@@ -33,8 +33,13 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Place:
-    """This rank's place: rank of `tp` that a replica is cut over, replica of `dp`."""
+class CheckpointRanks:
+    """The ranks that save or load: `tp` ranks of each of `dp` replicas, and this one among them.
+
+    Attributes:
+        group: the ranks over which a replica is cut.
+        dp_group: the ranks that hold the same part of each replica; None where there is one replica.
+    """
 
     group: Group | Ranks
     dp_group: Group | Ranks | None = None
@@ -61,7 +66,7 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank does what only one does."""
+        """Whether this is rank 0 of replica 0, which writes what is written once."""
         return (self.rank, self.replica) == (0, 0)
 
     @property
@@ -77,8 +82,15 @@ class Place:
         return [v for replica in gather(values, self.dp_group) for v in replica]
 
     def together(self, doing: str) -> AbstractContextManager[None]:
-        """If the body fails on any rank, raise a CheckpointError on all, naming the ranks and what they met."""
-        return raise_together(self.group, CheckpointError, doing, ask=self.gather, name=self._name)
+        """If the body fails on any rank, raise on all, naming the ranks and their errors; collective.
+
+        Args:
+            doing: the operation, for the text.
+
+        Raises:
+            CheckpointError: the body failed on some rank.
+        """
+        return raise_together(self.group, CheckpointError, doing, gather_text=self.gather, name=self._name)
 
     def _name(self, number: int) -> str:
         replica, rank = divmod(number, self.tp)
@@ -86,5 +98,5 @@ class Place:
 
 
 def file_name(rank: int, tp: int, replica: int = 0) -> str:
-    """The file of a rank."""
+    """The name of the file that a rank of `tp` writes."""
     return f"rank-{rank}-of-{tp}{f'-replica-{replica}' if replica else ''}.safetensors"

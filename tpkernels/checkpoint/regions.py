@@ -1,14 +1,14 @@
-"""How a checkpoint says that a tensor is cut, and how a part of one cut is read from the parts of another.
+"""The entry of a tensor in the manifest: how it is cut; and reading a part of one cut from the parts of another.
 
 An entry of the manifest:
 
     "model/blocks.0.up.weight": {"dtype": "float32", "shape": [9, 7], "style": "column", "dim": 0, "unit": 3,
-                                 "runs": null, "stage": 0}
+                                 "runs": null}
 
 `shape` is that of the unsharded tensor and `dim` the cut dimension, null for a tensor that every rank holds whole.
-`runs` is null where the rule of shard.py says what each rank holds; else the (start, size) of each run of indices, rank
-by rank: for projections packed into one weight, and for heads that several ranks share. `stage` is the stage of a model
-cut by layer that holds the tensor; models that are cut so are not written yet, and refused when they are read.
+`runs` is null where each rank holds what the rule of shard.py gives it; else the (start, size) of each run of indices,
+rank by rank: for projections packed into one weight, and for heads that several ranks share. `replicas_differ` is true,
+else absent, where ranks that hold the same indices had other bits.
 
 Any cut can be read as any other: along another dimension, with other units, over another number of ranks.
 """
@@ -30,7 +30,7 @@ Read = Callable[..., Tensor]  # (rank, *(dim, start, stop)) -> that range of wha
 
 
 class Stretch(NamedTuple):
-    """Neighbouring indices of the cut dimension: where they are held, and where they belong."""
+    """Neighbouring indices of the cut dimension: `held` in the file of the rank, `start` in the unsharded tensor."""
 
     rank: int
     held: int
@@ -40,7 +40,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says of one tensor; see the head of this file."""
+    """The entry of one tensor; see the head of this file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,36 +52,34 @@ class Entry:
 
     @classmethod
     def of(cls, tensor: Tensor, info: ShardInfo | None, style: str) -> Entry:
-        """What to say of a tensor that this rank holds: whole, or the part that `info` says."""
+        """The entry of a tensor that this rank holds: full, or the shard that `info` describes."""
         if info is None:
             return cls(tensor.dtype, tuple(tensor.shape), style)
         runs = info.runs or None
         return cls(tensor.dtype, tuple(info.full_shape(tensor)), style, info.dim % tensor.dim(), info.unit, runs)
 
     @classmethod
-    def from_json(cls, name: str, said: dict[str, Any]) -> Entry:
+    def from_json(cls, name: str, fields: dict[str, Any]) -> Entry:
         """Parse an entry.
 
         Raises:
-            CheckpointError: it does not say what an entry says.
+            CheckpointError: a field is missing, or has a value that no entry has.
         """
         try:
-            return cls._parsed(said)
+            return cls._parsed(fields)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the manifest's entry of {name} makes no sense ({error!r})") from None
 
     @classmethod
-    def _parsed(cls, said: dict[str, Any]) -> Entry:
-        dtype, shape, dim, unit, table = said["dtype"], said["shape"], said["dim"], said["unit"], said.get("runs")
+    def _parsed(cls, fields: dict[str, Any]) -> Entry:
+        dtype, shape, dim, unit, table = (fields[key] for key in ("dtype", "shape", "dim", "unit", "runs"))
         if dtype not in DTYPE_NAMES or not is_shape(shape):
             raise ValueError("dtype or shape")
         if dim is not None and not (is_whole(dim) and dim < len(shape)):
             raise ValueError("dim")
         if not is_whole(unit, 1) or (dim is not None and table is None and shape[dim] % unit):
             raise ValueError("unit")
-        if said.get("stage", 0) != 0:
-            raise ValueError("a stage of a model that is not cut by layer")
-        style, differ = said["style"], said.get("replicas_differ", False)
+        style, differ = fields["style"], fields.get("replicas_differ", False)
         if not isinstance(style, str) or not isinstance(differ, bool):
             raise ValueError("style or replicas_differ")
         runs = None if table is None else tuple(tuple((start, size) for start, size in rank) for rank in table)
@@ -95,19 +93,25 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """The entry as the manifest holds it."""
-        said = {
+        fields = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
             "style": self.style,
             "dim": self.dim,
             "unit": self.unit,
             "runs": self.runs,
-            "stage": 0,
         }
-        return said | ({"replicas_differ": True} if self.replicas_differ else {})
+        return fields | ({"replicas_differ": True} if self.replicas_differ else {})
 
     def runs_of(self, rank: int, world_size: int) -> Runs:
-        """The runs of indices along `dim` that the rank holds."""
+        """The runs of indices along `dim` that a rank holds.
+
+        Args:
+            rank, world_size: of the ranks that saved.
+
+        Raises:
+            CheckpointError: the runs are listed for another number of ranks.
+        """
         assert self.dim is not None, "a tensor that is not cut has no runs"
         if self.runs is not None:
             if len(self.runs) != world_size:
@@ -116,7 +120,7 @@ class Entry:
         return rule_runs(self.shape[self.dim], world_size, rank, self.unit)
 
     def part_shape(self, rank: int, world_size: int) -> tuple[int, ...]:
-        """The shape of what the rank holds."""
+        """The shape of the shard that a rank holds."""
         if self.dim is None:
             return self.shape
         size = run_size(self.runs_of(rank, world_size))
@@ -124,7 +128,7 @@ class Entry:
 
 
 def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:
-    """Every index of the cut dimension once, in order, with the rank that it is to be read from.
+    """Every index of the cut dimension once, in order, with the rank whose file it is read from.
 
     Args:
         first: the rank to read from where several hold the same indices.
@@ -148,7 +152,7 @@ def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:
 
 
 def ranks_read(entry: Entry, world_size: int, dim: int | None, runs: Runs, first: int) -> set[int]:
-    """The ranks whose files `read_part` reads with these arguments."""
+    """The ranks whose files `read_part` reads; the arguments are those of `read_part`."""
     if dim is not None and dim == entry.dim and entry.runs_of(first, world_size) == runs:
         return {first}
     return {box.rank for box in _boxes(entry, world_size, dim, runs, first)}
@@ -160,19 +164,19 @@ def read_part(entry: Entry, world_size: int, read: Read, dim: int | None, runs: 
     Args:
         entry: how the tensor is cut in the files.
         read: reads a range of what a rank's file holds.
-        dim, runs: what is wanted; dim None means the whole tensor.
+        dim, runs: the wanted part; dim None means the full tensor.
         out: of the wanted shape; no more than one slice is in memory besides it.
         first: the rank whose file is taken where several hold the same.
     """
     for box in _boxes(entry, world_size, dim, runs, first):
-        place = out
+        part = out
         for at, start, size in box.into:
-            place = place.narrow(at, start, size)
-        place.copy_(read(box.rank, *box.ranges))
+            part = part.narrow(at, start, size)
+        part.copy_(read(box.rank, *box.ranges))
 
 
 class _Box(NamedTuple):
-    """A slice of one file, and where it belongs: (dim, start, size) inside the wanted part."""
+    """A slice of one file, (dim, start, stop), and the range of the wanted part that it fills, (dim, start, size)."""
 
     rank: int
     ranges: list[tuple[int, int, int]]

@@ -1,4 +1,4 @@
-"""Reshard: the files that another number of ranks would have written, one tensor at a time."""
+"""Resharding: writes the files that another number of ranks would have saved, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpkernels.checkpoint.manifest import Source, kind_of, read
 from tpkernels.checkpoint.ranks import file_name
 from tpkernels.checkpoint.regions import Entry, read_part
 from tpkernels.checkpoint.residuals import Residuals
-from tpkernels.checkpoint.staging import Room, refuse_existing
+from tpkernels.checkpoint.staging import StagingFolder, refuse_existing
 from tpkernels.errors import CheckpointError
 from tpkernels.shard import Runs
 
@@ -35,9 +35,9 @@ def reshard(
         dp: number of replicas; None keeps it.
 
     Returns:
-        dst, on the disk and complete. Where the rule of shard.py says how a tensor was cut, the new parts are those of
-        the rule. Where ranks listed what they hold (packed projections, shared heads), which says nothing of other
-        numbers of ranks, they are plain parts; `load` puts them in place all the same.
+        dst, on the disk and complete. Where the rule of shard.py cut a tensor, the new parts are those of the
+        rule. Where ranks listed their runs (packed projections, shared heads), from which no other number of ranks
+        follows, the new parts are plain ones; `load` reads them into any cut.
 
     Raises:
         CheckpointError: src is no checkpoint or damaged (named), dst exists, or the disk is full.
@@ -62,19 +62,18 @@ def _reshard(source_folder: Path, final: Path, tp: int | None, dp: int | None) -
         entries = {name: replace(e, runs=None, replicas_differ=False) for name, e in entries.items()}
     target = _Target(source, entries, tp, dp)
     manifest = dict(source.manifest) | {
-        "world_size": tp,
-        "layout": {"tp": tp, "dp": dp, "pp": 1},
+        "layout": {"tp": tp, "dp": dp},
         "tensors": {name: entry.to_json() for name, entry in entries.items()},
         "files": {},
         "own": {},
     }
-    with Room(final) as room:
+    with StagingFolder(final) as staging:
         for replica in range(dp):
             for rank in range(tp):
                 name = file_name(rank, tp, replica)
-                manifest["files"][name], manifest["own"][name] = target.write(room.path / name, rank, replica)
-        write_manifest(room.path, manifest)
-        room.publish()
+                manifest["files"][name], manifest["own"][name] = target.write(staging.path / name, rank, replica)
+        write_manifest(staging.path, manifest)
+        staging.publish()
     return final
 
 
@@ -88,16 +87,16 @@ class _Target:
     dp: int
 
     def write(self, path: Path, rank: int, replica: int) -> tuple[str, dict[str, Any]]:
-        """Write the file of a rank; its digest, and what the manifest says of what is the rank's own."""
+        """Write the file of a rank; its digest, and the entry of the manifest about the rank's own tensors."""
         own = {f"rng/{key}": value for key, value in self.source.rng(rank, replica).items()}
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in own.items()}
-        said: dict[str, Any] = {"aggregator": None}
+        described: dict[str, Any] = {"aggregator": None}
         residuals: Residuals | None = None
         if self.source.aggregator_numbers(0, 0) is not None:
             residuals = Residuals(self.source, rank, self.tp, replica, self.dp, self._cuts(rank))
-            said["aggregator"] = residuals.numbers()
+            described["aggregator"] = residuals.numbers()
             layout |= {f"aggregator/{name}": kind for name, kind in residuals.layout().items()}
-        said["tensors"] = {name: kind_of(*kind) for name, kind in layout.items()}
+        described["tensors"] = {name: kind_of(*kind) for name, kind in layout.items()}
         if replica == 0:
             layout = {name: (e.dtype, e.part_shape(rank, self.tp)) for name, e in self.entries.items()} | layout
         with TensorWriter(path, layout) as writer:
@@ -108,7 +107,7 @@ class _Target:
                     writer.add(name, residuals.tensor(name.partition("/")[2]))
                 else:
                     writer.add(name, self._part(name, rank))
-            return writer.finish(), said
+            return writer.finish(), described
 
     def _cuts(self, rank: int) -> dict[str, tuple[int | None, Runs]]:
         """What the rank holds of each tensor of the model."""

@@ -1,7 +1,7 @@
-"""State of a GradAggregator in a checkpoint: of every rank of every replica, and what other ranks begin with.
+"""The state of a GradAggregator in a checkpoint: saved by every rank of every replica, and resharded for others.
 
-Its tensors are called "<kind>.<parameter>" and have the parameter's shape, so they are cut like it. Over another number
-of replicas goes the rule of `data_parallel.state.reshard_state`; here it is applied to one tensor at a time.
+Its tensors are called "<kind>.<parameter>" and have the parameter's shape, so they are cut like it. For another number
+of replicas the rule of `data_parallel.state.reshard_state` is applied to one tensor at a time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from tpkernels.shard import Runs, run_size
 
 @dataclass(frozen=True)
 class Residuals:
-    """What rank `rank` of `tp` of replica `replica` of `dp` begins with.
+    """The state for rank `rank` of `tp` of replica `replica` of `dp`.
 
     Args:
-        cuts: what this rank holds of each parameter, as (dim, runs).
+        source: the checkpoint.
+        cuts: the part of each parameter that this rank holds, as (dim, runs).
 
     Raises:
-        CheckpointError: none was saved, or what was saved fits no other number of ranks.
+        CheckpointError: none was saved, or the saved state fits no other number of ranks.
     """
 
     source: Source
@@ -39,12 +40,16 @@ class Residuals:
     cuts: Mapping[str, tuple[int | None, Runs]]
 
     def numbers(self) -> dict[str, Any]:
-        """What goes with the tensors."""
-        said = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
-        if any(n is None for n in said):
+        """The numbers of the state.
+
+        Raises:
+            CheckpointError: no state was saved, or it fits no other number of replicas.
+        """
+        saved = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
+        if any(n is None for n in saved):
             raise CheckpointError("it holds no state of an aggregator: load it without one")
         try:
-            return reshard_state([{"tensors": {}, "numbers": n} for n in said], self.dp)[self.replica]["numbers"]
+            return reshard_state([{"tensors": {}, "numbers": n} for n in saved], self.dp)[self.replica]["numbers"]
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -55,7 +60,7 @@ class Residuals:
         return {n: (getattr(torch, own[f"aggregator/{n}"]["dtype"]), self._cut(n)[2]) for n in names}
 
     def tensor(self, name: str) -> Tensor:
-        """One of the tensors; besides it there is no more in memory than another of its size and a slice."""
+        """One of the tensors; besides it, memory holds at most another of its size and a slice."""
         entry, (dim, runs, shape) = self._entry(name), self._cut(name)
         first = self.rank if self.tp == self.source.tp else 0
         total = torch.zeros(shape, dtype=self.layout()[name][0])
@@ -70,7 +75,7 @@ class Residuals:
         return total
 
     def state(self) -> AggregatorState:
-        """All of it."""
+        """Tensors and numbers."""
         return {"tensors": {name: self.tensor(name) for name in self.layout()}, "numbers": self.numbers()}
 
     @property
@@ -85,7 +90,7 @@ class Residuals:
         return self.source.entries[key]
 
     def _cut(self, name: str) -> tuple[int | None, Runs, tuple[int, ...]]:
-        """What this rank holds of a tensor, (dim, runs), and the shape of it."""
+        """The part of a tensor that this rank holds: dim, runs, and its shape."""
         entry, parameter = self._entry(name), name.partition(".")[2]
         if parameter not in self.cuts:
             raise CheckpointError(f"it holds the aggregator's state of {parameter}, which the model lacks")

@@ -1,4 +1,4 @@
-"""Loading: everything is checked on all ranks, then each rank reads the slices that it holds."""
+"""Loading: all ranks check everything, then each rank reads the slices that it holds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 
 from tpkernels import layers
 from tpkernels.checkpoint.files import check_tensors
-from tpkernels.checkpoint.manifest import Source, few, read
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.manifest import Source, read
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.regions import ranks_read, read_part
+from tpkernels.checkpoint.replicas import check_own, fill_own, without_own_parameters
 from tpkernels.checkpoint.residuals import Residuals
 from tpkernels.checkpoint.snapshot import Aggregator, aliases_of
 from tpkernels.data_parallel.state import AggregatorState
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, shorten
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import Runs, full_shape, shard_info
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint says besides tensors.
+    """The result of `checkpoint.load` besides tensors.
 
     Attributes:
         step, extra: as they were saved.
-        missing: tensors of the model that the checkpoint lacks; they are as they were. Only with strict=False.
+        missing: tensors of the model that the checkpoint lacks; they are unchanged. Only with strict=False.
         unexpected: tensors of the checkpoint that the model lacks. Only with strict=False.
     """
 
@@ -43,7 +44,7 @@ class Loaded:
 def restore(
     model: nn.Module,
     folder: Path,
-    place: Place,
+    ranks: CheckpointRanks,
     optimizer: torch.optim.Optimizer | None,
     aggregator: Aggregator | None,
     *,
@@ -51,32 +52,31 @@ def restore(
     convert_dtype: bool,
 ) -> Loaded:
     """See `checkpoint.load`."""
-    with place.together(f"load {folder}"):
+    with ranks.together(f"load {folder}"):
         source = Source(folder, read(folder))
-        source.check_files(place.number, place.tp * place.dp)
-    with place.together(f"load {folder}"):
+        source.check_files(ranks.number, ranks.tp * ranks.dp)
+    with ranks.together(f"load {folder}"):
         mark_shards(model)
         targets, missing, unexpected = _targets(model, source, strict, convert_dtype)
         wanted = {key: _cut(tensor) for key, tensor in targets}
         if optimizer is not None:
             wanted |= _check_optimizer(model, optimizer, source)
         if aggregator is not None:
-            cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
-            state = Residuals(source, place.rank, place.tp, place.replica, place.dp, cuts).state()
-        _open_files(source, place, wanted)
-        rng = source.rng(place.rank, place.replica)
+            state, own = _check_aggregator(model, aggregator, source, ranks)
+        _open_files(source, ranks, wanted)
+        rng = source.rng(ranks.rank, ranks.replica)
         _check_rng(rng)
-    if aggregator is not None:
-        with place.together(f"load {folder}"):
-            _load_aggregator(aggregator, state)
-    if place.is_first and place.tp != source.tp:
+    if ranks.is_first and ranks.tp != source.tp:
         source.warn_of_replicas()
-    with place.together(f"load {folder} (all of it fits, but it could not be read to the end; model is half loaded)"):
+    with ranks.together(f"load {folder} (all of it fits, but it could not be read to the end; model is half loaded)"):
         with torch.no_grad():
             for key, tensor in targets:
-                _fill(source, place, key, tensor, wanted[key])
+                _fill(source, ranks, key, tensor, wanted[key])
         if optimizer is not None:
-            _fill_optimizer(model, optimizer, source, place)
+            _fill_optimizer(model, optimizer, source, ranks)
+        if aggregator is not None:
+            aggregator.load_state_dict(state)
+            fill_own(own, model, optimizer)
         layers.set_rng_state(rng)
     return Loaded(int(source.manifest["step"]), dict(source.manifest["extra"]), missing, unexpected)
 
@@ -84,7 +84,7 @@ def restore(
 def _targets(
     model: nn.Module, source: Source, strict: bool, convert_dtype: bool
 ) -> tuple[list[tuple[str, Tensor]], tuple[str, ...], tuple[str, ...]]:
-    """Each tensor of the model to fill, with the name under which it was saved; the names that only one of them has."""
+    """Each tensor of the model to fill, with the name under which it was saved; the names missing, and unexpected."""
     saved = {key.removeprefix("model/") for key in source.entries if key.startswith("model/")}
     tied_there, tied_here = source.manifest["aliases"], aliases_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in tied_here}
@@ -97,7 +97,7 @@ def _targets(
     unexpected = sorted(saved - set(names.values()))
     for text, some in (("lacks", missing), ("has, and the model lacks,", unexpected)):
         if some and strict:
-            raise CheckpointError(f"it {text} {few(some)}: build the model that was saved, or pass strict=False")
+            raise CheckpointError(f"it {text} {shorten(some)}: build the model that was saved, or pass strict=False")
     targets = []
     for name in [name for name in state if names[name] in saved]:
         entry, tensor = source.entries[f"model/{names[name]}"], state[name]
@@ -112,13 +112,13 @@ def _targets(
     return targets, tuple(missing), tuple(unexpected)
 
 
-def _open_files(source: Source, place: Place, wanted: Mapping[str, tuple[int | None, Runs]]) -> None:
-    """Open and check the files that are going to be read for these tensors."""
-    ranks = {place.rank} if place.tp == source.tp else set(range(source.tp))
-    first = place.rank if place.tp == source.tp else 0
+def _open_files(source: Source, ranks: CheckpointRanks, wanted: Mapping[str, tuple[int | None, Runs]]) -> None:
+    """Open and check the files from which these tensors are read."""
+    read_from = {ranks.rank} if ranks.tp == source.tp else set(range(source.tp))
+    first = ranks.rank if ranks.tp == source.tp else 0
     for key, (dim, runs) in wanted.items():
-        ranks |= ranks_read(source.entries[key], source.tp, dim, runs, first)
-    for rank in sorted(ranks):
+        read_from |= ranks_read(source.entries[key], source.tp, dim, runs, first)
+    for rank in sorted(read_from):
         source.file(rank)
 
 
@@ -134,7 +134,7 @@ def _check_rng(rng: dict[str, Tensor]) -> None:
 def _check_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, source: Source
 ) -> dict[str, tuple[int | None, Runs]]:
-    """Check that its state fits; what this rank will read of each of its tensors."""
+    """Check that its state fits; the part of each of its tensors that this rank reads."""
     saved = source.manifest["optimizer"]
     if saved is None:
         raise CheckpointError("it holds no optimizer state: load it without an optimizer")
@@ -158,7 +158,7 @@ def _check_optimizer(
                 raise CheckpointError(f"its optimizer has {option}={value!r}, and here it is {group[option]!r}")
     known, keys = set(chain(*there)), [key for key in source.entries if key.startswith("optimizer/")]
     if strange := (set(saved.get("state", {})) | {_parameter_of(key) for key in keys}) - known:
-        raise CheckpointError(f"it holds optimizer state of {few(strange)}, which its optimizer has not")
+        raise CheckpointError(f"it holds optimizer state of {shorten(sorted(strange))}, which its optimizer has not")
     parameters = dict(model.named_parameters())
     cuts = {}
     for key in keys:
@@ -168,12 +168,12 @@ def _check_optimizer(
 
 
 def _parameter_of(key: str) -> str:
-    """Of a tensor of the optimizer, optimizer/<parameter>/<field>."""
+    """The parameter of a tensor optimizer/<parameter>/<field>."""
     return key.partition("/")[2].rpartition("/")[0]
 
 
 def _fits(old: Any, value: Any) -> bool:
-    """Whether a saved option of an optimizer is of a kind that can take the place of the present one."""
+    """Whether a saved option of an optimizer has a type that can replace the present one."""
     if isinstance(old, tuple | list):
         return isinstance(value, list) and len(value) == len(old) and all(map(_fits, old, value))
     if isinstance(old, Tensor) or (isinstance(old, int | float) and not isinstance(old, bool)):
@@ -183,27 +183,34 @@ def _fits(old: Any, value: Any) -> bool:
     return isinstance(value, type(old))
 
 
-def _load_aggregator(aggregator: Aggregator, state: AggregatorState) -> None:
-    """It checks everything before it changes anything; what does not fit is an error on all ranks."""
+def _check_aggregator(
+    model: nn.Module, aggregator: Aggregator, source: Source, ranks: CheckpointRanks
+) -> tuple[AggregatorState, dict[str, Tensor]]:
+    """Read the state of the aggregator and the tensors of this replica alone, and check that they fit."""
+    cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
+    saved = Residuals(source, ranks.rank, ranks.tp, ranks.replica, ranks.dp, cuts).state()
+    state, own = without_own_parameters(saved)
+    check_own(own, source.entries)
     try:
-        aggregator.load_state_dict(state)
+        aggregator.check_state_dict(state)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    return state, own
 
 
 def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
-    """What this rank holds of a tensor: (dim, runs), or (None, ()) for all of it."""
+    """The part of a tensor that this rank holds: (dim, runs), or (None, ()) for all of it."""
     info = shard_info(tensor)
     return (None, ()) if info is None else (info.dim % tensor.dim(), info.runs_of(info.rank))
 
 
-def _fill(source: Source, place: Place, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
-    """Read this rank's part; the rank's own file comes first where several hold the same."""
-    first = place.rank if place.tp == source.tp else 0
+def _fill(source: Source, ranks: CheckpointRanks, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
+    """Read this rank's part; from its own file where several hold the same indices."""
+    first = ranks.rank if ranks.tp == source.tp else 0
     read_part(source.entries[key], source.tp, source.reader(key), *cut, tensor, first)
 
 
-def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, place: Place) -> None:
+def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, ranks: CheckpointRanks) -> None:
     saved, parameters = source.manifest["optimizer"], dict(model.named_parameters())
     on_device: dict[Tensor, bool] = {}
     for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -229,5 +236,5 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: 
             shape = parameter.shape if like else torch.Size(entry.shape)
             converted = like and was is not None and was.dtype == entry.dtype  # as optimizer.load_state_dict does
             value = torch.empty(shape, dtype=parameter.dtype if converted else entry.dtype, device=device)
-            _fill(source, place, key, value, _cut(parameter) if like else (None, ()))
+            _fill(source, ranks, key, value, _cut(parameter) if like else (None, ()))
             optimizer.state[parameter][field] = value

@@ -1,6 +1,6 @@
-"""What the fields of a manifest must be. A manifest whose digest is right may still have been written by somebody else.
+"""The types of the fields of a manifest: one with a right digest may still have been written by another program.
 
-Looked at as a whole before anything is loaded, so that nothing that reads it later meets a field of another type.
+All fields are checked before anything is loaded, so that no later reader finds one of another type.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MOST_BYTES = 1 << 62
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    """Whether a value of JSON is a whole number of at least so much, and no more than an int64 holds."""
+    """Whether a value of JSON is an integer from `least` to the largest int64."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 63
 
 
@@ -34,12 +34,12 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     """Check types, ranges and names of everything but the entries of tensors, which `Entry.from_json` checks.
 
     Raises:
-        CheckpointError: says which field, what was expected, and what is there.
+        CheckpointError: a field has another type; names it, the expected type and the value.
     """
     for field, fits, expected in FIELDS:
         _need(field in manifest and fits(manifest[field]), field, expected, manifest.get(field))
     layout, tensors = manifest["layout"], manifest["tensors"]
-    for size in ("tp", "dp", "pp"):
+    for size in ("tp", "dp"):
         _need(is_whole(layout.get(size), 1), f"layout[{size!r}]", "a whole number of 1 or more", layout.get(size))
     for name in tensors:
         kind, _, rest = name.partition("/")
@@ -67,10 +67,10 @@ def _is_map(value: Any) -> bool:
 FIELDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("step", lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"),
     ("extra", _is_map, "a mapping"),
-    ("layout", _is_map, "a mapping of tp, dp and pp"),
+    ("layout", _is_map, "a mapping of tp and dp"),
     ("files", lambda v: _is_map(v) and all(isinstance(d, str) for d in v.values()), "{file: sha-256}"),
     ("tensors", lambda v: _is_map(v) and all(map(_is_map, v.values())), "{name: entry}"),
-    ("own", lambda v: _is_map(v) and all(map(_is_map, v.values())), "{file: what is its own}"),
+    ("own", lambda v: _is_map(v) and all(map(_is_map, v.values())), "{file: tensors of its own}"),
     ("aliases", _is_map, "{second name: first name}"),
     ("optimizer", lambda v: v is None or _is_map(v), "a mapping or null"),
 ]
@@ -86,10 +86,10 @@ def _check_own(where: str, own: dict[str, Any]) -> None:
     _need("rng/cpu" in tensors, f"{where}['tensors']", "with rng/cpu among them", list(tensors))
 
 
-def _check_optimizer(said: dict[str, Any]) -> None:
-    groups: Any = said.get("groups")
-    state: Any = said.get("state", {})
-    _need(isinstance(said.get("class"), str), "optimizer['class']", "a name", said.get("class"))
+def _check_optimizer(optimizer: dict[str, Any]) -> None:
+    groups: Any = optimizer.get("groups")
+    state: Any = optimizer.get("state", {})
+    _need(isinstance(optimizer.get("class"), str), "optimizer['class']", "a name", optimizer.get("class"))
     _need(isinstance(groups, list) and all(map(_is_map, groups)), "optimizer['groups']", "a list of mappings", groups)
     for number, group in enumerate(groups):
         names = group.get("params")

@@ -1,4 +1,4 @@
-"""What a rank has to save: tensors by name, how each is cut, and what is not a tensor."""
+"""The snapshot of a rank: the tensors it saves by name, how each is cut, and what is not a tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tpkernels import layers
 from tpkernels.checkpoint.files import bytes_of, check_tensors
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.regions import Entry
+from tpkernels.checkpoint.replicas import has_own_parameters, with_own_parameters
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.errors import CheckpointError
 from tpkernels.layers.base import mark_shards
@@ -29,23 +30,29 @@ STYLE_OF: dict[type[nn.Module], str] = {
 
 
 class Aggregator(Protocol):
-    """What a checkpoint asks of a GradAggregator."""
+    """The part of a GradAggregator that a checkpoint needs."""
 
     def state_dict(self) -> AggregatorState:
         """Its state: {"tensors": {name: tensor}, "numbers": what JSON holds}."""
 
+    def check_state_dict(self, state: AggregatorState) -> None:
+        """Raise ValueError unless `load_state_dict` can take the state; nothing changes."""
+
     def load_state_dict(self, state: AggregatorState) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
 
 
 @dataclass
 class Snapshot:
-    """What one rank saves.
+    """The data that one rank saves.
 
     Attributes:
-        tensors: what goes into its file. Replicas after the first have only what is their own.
+        tensors: of its file. Replicas after the first have only tensors of their own.
         entries: how each tensor of model and optimizer is cut.
         own: names of tensors that belong to this rank alone.
+        aliases: {second name: first name} of tied tensors.
+        optimizer, aggregator: their state without tensors; None where there is none.
+        step, extra: as given to `save`.
     """
 
     tensors: dict[str, Tensor]
@@ -58,11 +65,11 @@ class Snapshot:
     extra: dict[str, Any]
 
     def copied(self) -> Snapshot:
-        """The same with tensors of its own in memory, which nobody changes."""
+        """A copy in the memory of the CPU, for a thread that writes it while the training changes the model."""
         return replace(self, tensors={k: v.detach().to("cpu", copy=True).contiguous() for k, v in self.tensors.items()})
 
     def replica_digests(self) -> dict[str, str]:
-        """A digest of each tensor that other ranks hold, too, by which a save finds replicas that differ."""
+        """A digest of each tensor that other ranks hold, too; a save compares them over the ranks."""
         return {
             name: _digest(self.tensors[name])
             for name, entry in self.entries.items()
@@ -74,14 +81,15 @@ def take(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     aggregator: Aggregator | None,
-    place: Place,
+    ranks: CheckpointRanks,
     step: int,
     extra: Mapping[str, Any] | None,
+    own_parameters: bool,
 ) -> Snapshot:
-    """Everything this rank saves, not yet copied.
+    """The snapshot of this rank, whose tensors are not copied. The arguments are those of `checkpoint.save`.
 
     Raises:
-        CheckpointError: there is something that a checkpoint cannot hold; says what.
+        CheckpointError: there is something that a checkpoint cannot hold (named).
     """
     mark_shards(model)
     aliases = aliases_of(model)
@@ -97,30 +105,34 @@ def take(
         check_tensors({f"optimizer/{name}/{field}": value})
         entries[f"optimizer/{name}/{field}"] = _entry(value, info, styles.get(name) if info else None)
         tensors[f"optimizer/{name}/{field}"] = value
-    if place.replica > 0:
+    if ranks.replica > 0:
         tensors = {}
     own = {f"rng/{key}": value for key, value in layers.rng_state().items()}
     mine = aggregator.state_dict() if aggregator is not None else None
+    if own_parameters:
+        if mine is None:
+            raise CheckpointError("own_parameters needs an aggregator, got None")
+        mine = with_own_parameters(mine, model, optimizer)
     if mine is not None:
-        _check_aggregator(mine["numbers"], place)
+        _check_aggregator(mine["numbers"], ranks)
         own |= {f"aggregator/{key}": value for key, value in mine["tensors"].items()}
     check_tensors(own)
     return Snapshot(
         tensors | own, entries, list(own), aliases, optimizer_numbers(model, optimizer),
         None if mine is None else plain(mine["numbers"], "the aggregator's state"),
-        _whole(step), _named(extra or {}),
+        _as_step(step), _as_extra(extra or {}),
     )  # fmt: skip
 
 
-def _whole(step: Any) -> int:
-    """The step as an int; one that `load` would not read is refused."""
+def _as_step(step: Any) -> int:
+    """The step as an int; a step that `load` would not read is refused."""
     if isinstance(step, bool) or not hasattr(step, "__index__"):
         raise CheckpointError(f"step must be a whole number, got {step!r}")
     return operator.index(step)
 
 
-def _named(extra: Any) -> dict[str, Any]:
-    """The mapping as JSON gives it back, which makes text of all keys."""
+def _as_extra(extra: Any) -> dict[str, Any]:
+    """The mapping as JSON reads it back, in which all keys are text."""
     if not isinstance(extra, Mapping):
         raise CheckpointError(f"extra must be a mapping, got {type(extra).__name__}")
     pending: list[Any] = [extra]
@@ -141,7 +153,7 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 
 def plain(value: Any, what: str) -> Any:
-    """The value as JSON gives it back.
+    """The value as JSON reads it back.
 
     Raises:
         CheckpointError: JSON does not hold it.
@@ -153,7 +165,11 @@ def plain(value: Any, what: str) -> Any:
 
 
 def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
-    """What the optimizer knows besides tensors: its options, which parameters each group has, numbers of its state."""
+    """The optimizer without its tensors: its options, the parameters of each group, the numbers of its state.
+
+    Raises:
+        CheckpointError: it has parameters that the model does not have, or a value that JSON does not hold.
+    """
     if optimizer is None:
         return None
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -171,17 +187,18 @@ def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
 
 
-def _check_aggregator(numbers: dict[str, Any], place: Place) -> None:
-    """It must work over the replicas that are saved, and one replica's parameters must be everybody's."""
-    if (numbers["rank"], numbers["world_size"]) != (place.replica, place.dp):
+def _check_aggregator(numbers: dict[str, Any], ranks: CheckpointRanks) -> None:
+    """Check that it averages over the replicas that are saved, and that all that differs between them is saved."""
+    if (numbers["rank"], numbers["world_size"]) != (ranks.replica, ranks.dp):
         raise CheckpointError(
-            f"the aggregator is rank {numbers['rank']} of {numbers['world_size']} and this is replica {place.replica} "
-            f"of {place.dp}: pass its group as dp_group"
+            f"the aggregator is rank {numbers['rank']} of {numbers['world_size']} and this is replica {ranks.replica} "
+            f"of {ranks.dp}: pass its group as dp_group"
         )
-    if place.dp > 1 and numbers.get("local_step") and not numbers.get("own_parameters"):
+    if ranks.dp > 1 and numbers.get("local_step") and not has_own_parameters(numbers):
         raise CheckpointError(
             f"the replicas are {numbers['local_step']} local steps after their last average, so that each has "
-            f"parameters of its own and only those of the first would be saved: call the aggregator's drain() first"
+            f"parameters of its own and only those of the first would be saved: call the aggregator's drain() first, "
+            f"or pass own_parameters=True"
         )
 
 
@@ -210,7 +227,7 @@ def _entry(tensor: Tensor, info: ShardInfo | None, style: str | None) -> Entry:
 
 
 def _styles(model: nn.Module) -> dict[str, str]:
-    """The style of each module's parameters, by parameter name; a cut that nothing names is called by its dim."""
+    """The style of each module's parameters, by parameter name; a cut without a style is called by its dim."""
     found = {}
     planned = getattr(getattr(model, "tpk_plan", None), "styles", {})
     for prefix, module in model.named_modules():

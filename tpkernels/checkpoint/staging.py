@@ -1,12 +1,12 @@
 """The hidden folders in which checkpoints are written and removed, beside those of other jobs in the same folder.
 
-    .saving-NAME.BOOTRAND     what a save, a reshard or an export of NAME has not finished
-    .removing-RAND            what is being removed, whoever does it
+    .saving-NAME.BOOTRAND     an unfinished save, reshard or export of NAME
+    .removing-RAND            a folder that is being removed
 
-Who writes a `.saving-` folder holds a lock on it (flock), which ends with the process. What a dead process left is
-removed by the next save in the same folder where the lock can be taken and the folder was made since this machine was
-started (BOOT is the start of the kernel's boot id), because over a network locks may hold on one machine only. Others
-are left alone until a save of the same NAME is complete: nobody can finish them then.
+The process that writes a `.saving-` folder holds a lock on it (flock), which ends with the process. The next save in
+the same parent removes those without a lock that were made since this machine was started (BOOT is the start of the
+kernel's boot id), because over a network locks may hold on one machine only. It removes others once a save of the same
+NAME is complete: no process can finish them then.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tpkernels.checkpoint.files import sync_folder
 from tpkernels.errors import CheckpointError
 
 SAVING, REMOVING = ".saving-", ".removing-"
-NO_LOCK = "nolocks."  # in the place of a boot, on a file system without locks: never taken for dead
+NO_LOCK = "nolocks."  # instead of a boot, on a file system without locks: never removed as dead
 
 
-class Room:
+class StagingFolder:
     """The hidden folder that becomes `final` in one step when it is complete. One process makes it, many write there.
 
     Raises:
@@ -42,7 +42,7 @@ class Room:
         self.path, self._lock = _locked_folder(final)
 
     def publish(self) -> None:
-        """Give the folder, whose files are on the disk, its name.
+        """Rename the folder, whose files are on the disk, to its final name.
 
         Raises:
             CheckpointError: another save took the name meanwhile; that one is whole.
@@ -60,7 +60,7 @@ class Room:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # what was published is not there any more
+        shutil.rmtree(self.path, ignore_errors=True)  # a published folder has another name
         if self._lock is not None:
             os.close(self._lock)
 
@@ -72,7 +72,16 @@ def refuse_existing(final: Path) -> None:
 
 
 def refuse_later(parent: Path, prefix: str, step: int) -> None:
-    """Raise CheckpointError when a run that is at a step is going to save where something is, <prefix><later step>."""
+    """Refuse a folder in which a run that continues at `step` would meet checkpoints of later steps.
+
+    Args:
+        parent: of the checkpoints.
+        prefix: of their names, before the step.
+        step: of the run.
+
+    Raises:
+        CheckpointError: there is a checkpoint of a later step.
+    """
     for path in sorted(parent.glob(f"{prefix}[0-9]*")):
         number = path.name.removeprefix(prefix)
         if number.isdecimal() and int(number) > step:
@@ -83,13 +92,13 @@ def refuse_later(parent: Path, prefix: str, step: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that it is never seen half removed, also when this process is killed."""
+    """Remove a folder: renamed first, so that no reader finds half of it, also when this process is killed."""
     hidden = folder.with_name(f"{REMOVING}{secrets.token_hex(8)}")
     try:
         folder.rename(hidden)
     except FileNotFoundError:
-        return  # another process was faster
-    shutil.rmtree(hidden, ignore_errors=True)  # what stays is removed by the next save
+        return  # another process removed it
+    shutil.rmtree(hidden, ignore_errors=True)  # the next save removes the rest
 
 
 def _locked_folder(final: Path) -> tuple[Path, int | None]:
@@ -105,11 +114,11 @@ def _locked_folder(final: Path) -> tuple[Path, int | None]:
             return path.rename(final.with_name(f"{SAVING}{final.name}.{NO_LOCK}{secrets.token_hex(4)}")), None
         if path.exists():
             return path, handle
-        os.close(handle)  # another save took it for left, before it was locked
+        os.close(handle)  # another save removed it before it was locked
 
 
 def _remove_left_overs(parent: Path, published: str = "") -> None:
-    """Remove what dead processes left, and what was to become `published`."""
+    """Remove the folders of dead processes, and those of other saves of `published`."""
     for left in parent.glob(f"{REMOVING}*"):
         shutil.rmtree(left, ignore_errors=True)
     for left in parent.glob(f"{SAVING}*"):
@@ -128,7 +137,7 @@ def _remove_unless_locked(folder: Path, without_locks: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove(folder)
     except BlockingIOError:
-        return  # whoever writes it lives
+        return  # the process that writes it lives
     except OSError as error:
         if without_locks and error.errno != errno.ENOENT:
             shutil.rmtree(folder, ignore_errors=True)
@@ -138,7 +147,7 @@ def _remove_unless_locked(folder: Path, without_locks: bool) -> None:
 
 @cache
 def _boot() -> str:
-    """Which machine this is, since it was started; 8 letters."""
+    """Identifies this machine since it was started; 8 letters."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     except OSError:

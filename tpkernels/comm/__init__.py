@@ -1,1 +1,1 @@
-"""Groups of ranks: how they open, which transport carries their bytes, how a lost rank is found."""
+"""Groups of ranks: how they open, which transport carries their bytes, how lost ranks are found."""

@@ -1,7 +1,7 @@
-"""What ranks tell each other while they open a group: through the store of their process group, with a deadline.
+"""The exchanges of the ranks that open a group: through the store of their process group, with a deadline.
 
-Not through the backend: its collectives wait for the process group's time-out, half an hour unless somebody chose
-otherwise, say which socket was silent and not which rank, and cannot be taken back.
+Not through the backend: its collectives wait for the process group's time-out (half an hour by default), name the
+socket that was silent and not the rank, and cannot be cancelled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,14 @@ from tpkernels._native import _C
 from tpkernels.comm.watch import is_dead
 from tpkernels.errors import PeerLostError
 
-_SLICE_S = 0.2  # between two looks at the other ranks
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02  # between two questions to the store
+_SLICE_S = 0.2  # between two checks of the other ranks
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02  # between two reads of the store
 _COMPLETE = b"complete"
-
-# The number of the next meeting of each process group, so that a meeting that some gave up disturbs no later one.
-_next: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Build:
-    """What a rank runs. All of it but torch must be the same on all ranks."""
+    """The versions that a rank runs. All but torch must be the same on all ranks."""
 
     tpkernels: str
     commit: str | None
@@ -51,10 +48,10 @@ class Build:
 
 
 def check_builds(builds: Sequence[Build]) -> str | None:
-    """Refuse ranks that would not understand each other.
+    """Refuse ranks whose messages and arenas differ.
 
     Returns:
-        a warning where they run different torches, else None. That is no error: nothing of torch's travels, and ranks
+        a warning where they run different torches, else None. That is no error: no bytes of torch are sent, and ranks
         on different CPUs round differently, too; but what every rank computes for itself may then drift apart.
 
     Raises:
@@ -75,14 +72,18 @@ def check_builds(builds: Sequence[Build]) -> str | None:
     return None
 
 
-class Meeting:
+class Bootstrap:
     """The ranks of a process group, all in the same Group.open.
 
+    Its rounds are numbered, so that a round that some ranks gave up disturbs no later one.
+
     Args:
-        process_group: whose ranks meet. All of them call the same methods in the same order.
-        label: what messages call the group.
+        process_group: the ranks. All of them call the same methods in the same order.
+        label: the name of the group in messages.
         timeout_s: seconds that a wait for the others may take.
     """
+
+    _next: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()  # round
 
     def __init__(self, process_group: dist.ProcessGroup, label: str, timeout_s: float) -> None:
         self.rank, self.world_size = process_group.rank(), process_group.size()
@@ -92,26 +93,40 @@ class Meeting:
         self._pids: Sequence[int | None] = [None] * self.world_size
 
     def begin(self, mine: Any) -> tuple[list[Any], str | None]:
-        """Meet: what every rank brings, in rank order, and what is to be said of their builds.
+        """Wait for all ranks and gather one value of each.
+
+        Args:
+            mine: this rank's value.
+
+        Returns:
+            the values in rank order, and a warning about their builds, or None (see `check_builds`).
 
         Raises:
             TimeoutError: ranks did not come; the same ranks are named on all that did.
             RuntimeError: the ranks run different builds of tpkernels.
         """
-        said = json.dumps(asdict(Build.here())).encode() + b"\n" + pickle.dumps(mine)
+        message = json.dumps(asdict(Build.here())).encode() + b"\n" + pickle.dumps(mine)
         with self._announced():
-            met = self._met(said) if self._store is not None else self._through_the_backend(said)
-        found = [message.split(b"\n", 1) for message in met]
-        # Before anything is unpickled: what another build pickles need not be known here.
-        warning = check_builds([Build(**json.loads(build)) for build, _ in found])
-        return [pickle.loads(brought) for _, brought in found], warning
+            messages = self._first_round(message) if self._store is not None else self._through_the_backend(message)
+        pairs = [message.split(b"\n", 1) for message in messages]
+        # Before anything is unpickled: this build need not have the classes that another one pickles.
+        warning = check_builds([Build(**json.loads(build)) for build, _ in pairs])
+        return [pickle.loads(value) for _, value in pairs], warning
 
     def watch(self, pids: Sequence[int | None]) -> None:
-        """From now on notice when one of these processes ends (None: of another host)."""
+        """Notice from now on when one of these processes ends.
+
+        Args:
+            pids: of every rank in rank order, None for those of other hosts.
+        """
         self._pids = list(pids)
 
     def gather(self, mine: Any, longer_s: float = 0.0) -> list[Any]:
-        """What every rank says, in rank order; `longer_s`: how much longer than this one a rank may be busy before.
+        """Gather one value of every rank, in rank order.
+
+        Args:
+            mine: this rank's value.
+            longer_s: seconds that another rank may be busy longer than this one before it calls this.
 
         Raises:
             TimeoutError, PeerLostError: a rank is late, or died; names it.
@@ -137,14 +152,14 @@ class Meeting:
         """The obstacle of the first rank that has one, on every rank."""
         return next((obstacle for obstacle in self.gather(mine, longer_s) if obstacle is not None), None)
 
-    def tell(self, obstacle: str) -> None:
-        """Let the others find an obstacle while they wait for something else: see `told`."""
+    def post_obstacle(self, obstacle: str) -> None:
+        """Put an obstacle into the store, for ranks that wait for something else: see `posted_obstacle`."""
         if self._store is not None:
-            self._set(f"{self._prefix}/told", obstacle.encode())
+            self._set(f"{self._prefix}/obstacle", obstacle.encode())
 
-    def told(self) -> str | None:
-        """What a rank has told since the meeting began."""
-        key = f"{self._prefix}/told"
+    def posted_obstacle(self) -> str | None:
+        """The obstacle that a rank has posted since `begin`, None when none has."""
+        key = f"{self._prefix}/obstacle"
         if self._store is None:
             return None
         with self._reachable():
@@ -156,16 +171,16 @@ class Meeting:
         dist.all_gather_object(everyone, mine, group=self._process_group)
         return everyone
 
-    # --- the meeting itself: one numbered round after another, each of which all ranks complete or give up
+    # --- `begin`: one numbered round after another, each of which all ranks complete or give up
 
-    def _met(self, mine: bytes) -> list[bytes]:
+    def _first_round(self, mine: bytes) -> list[bytes]:
         deadline = time.monotonic() + self._timeout_s
-        self._number = _next.get(self._process_group, 1)
+        self._number = self._next.get(self._process_group, 1)
         before = None
         while (verdict := self._verdict()) or self._has_been_here():
             before = verdict if verdict and verdict != _COMPLETE else before
             self._number += 1
-        _next[self._process_group] = self._number + 1
+        self._next[self._process_group] = self._number + 1
         keys = self._keys(0)
         self._set(keys[self.rank], mine)
         verdict = self._verdict_when(keys, deadline)
@@ -174,7 +189,7 @@ class Meeting:
         return [self._get(key) for key in keys]
 
     def _verdict_when(self, keys: list[str], deadline: float) -> bytes:
-        """What becomes of the round, when all keys are there or the deadline has passed."""
+        """The verdict of the round, once all keys are there or the deadline has passed."""
         missing: list[int] = []
         elsewhere: list[tuple[int, str]] = []
         try:
@@ -218,13 +233,13 @@ class Meeting:
         with self._reachable():
             return self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode())
 
-    # --- where a rank is, for those who wait for it elsewhere
+    # --- which group a rank is opening, for the messages of ranks that wait for it in another one
 
     @contextlib.contextmanager
     def _announced(self) -> Iterator[None]:
         self._announce(self._label)
         yield
-        self._announce("")  # not after an error: who waits for this rank elsewhere is still to find it
+        self._announce("")  # not after an error: ranks that wait for this one elsewhere still read it
 
     def _announce(self, label: str) -> None:
         with contextlib.suppress(Exception):  # for messages only
@@ -253,14 +268,14 @@ class Meeting:
 
     def _set(self, key: str, value: bytes) -> None:
         with self._reachable():
-            self._store.set(key, value)  # type: ignore[arg-type]  # the stub forgets bytes
+            self._store.set(key, value)  # type: ignore[arg-type]  # bytes are missing in the stub
 
     def _get(self, key: str) -> bytes:
         with self._reachable():
             return bytes(self._store.get(key))
 
     def _wait(self, keys: list[str]) -> bool:
-        """Whether all keys are there, within a slice of time. Asks again and again: a wait that fails is logged."""
+        """Whether all keys are there within a slice of time. Polls, because torch logs a wait that fails."""
         until, pause_s = time.monotonic() + _SLICE_S, _SHORTEST_PAUSE_S
         with self._reachable():
             while not self._store.check(keys):

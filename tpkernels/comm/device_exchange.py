@@ -1,10 +1,9 @@
 """The exchange of bytes under transport `group` on a GPU: the stream waits for them, and a thread watches the stream.
 
-The stream marks in pinned memory how far it is (csrc/cuda/kernels/travel.cu), so that the thread asks nothing of CUDA:
+The stream marks its progress in pinned memory (csrc/cuda/kernels/travel.cu), so that the thread makes no call of CUDA:
 it neither disturbs the capture of a graph nor misses a launch of one. An exchange that has begun and does not end
-within the group's deadline is given up: the thread finds out which ranks are missing, as on the CPU, writes that down
-for the next call, and aborts NCCL, so that the stream goes on. Behind the exchange the device traps, because what
-should have arrived has not.
+within the group's deadline is given up: the thread finds the missing ranks, as on the CPU, keeps the error for the next
+call, and aborts NCCL, so that the stream runs on. The device traps behind the exchange, because its bytes are missing.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tpkernels._native import _C
 from tpkernels.comm.exchange import ProcessGroupExchange
-from tpkernels.comm.watch import SLICE_SECONDS
+from tpkernels.comm.watch import SLICE_SECONDS, Watch
 from tpkernels.errors import PeerLostError
 
 _BEGUN, _ENDED, _OP, _CALL, _GIVEN_UP, _WORDS = range(6)  # a Travel of csrc/cuda/kernels/kernels.h
@@ -36,28 +35,27 @@ _log = logging.getLogger("tpkernels")
 class DeviceExchange(ProcessGroupExchange):
     """An exchange between buffers on a GPU: everything is enqueued, and nothing waits but streams.
 
-    An exchange that is given up aborts the process group's NCCL communicators, of which other groups over the same
-    process group have no use any more either. Where torch handles errors of NCCL itself
+    An exchange that is given up aborts the process group's NCCL communicators, also for other groups over the same
+    process group. Where torch handles errors of NCCL itself
     (TORCH_NCCL_ASYNC_ERROR_HANDLING, on unless it is 0), it may end the process then; the reason has been logged.
 
     Args:
         process_group: a c10d group whose backend for CUDA is NCCL.
-        label, timeout_s, capacity, pids: as for ProcessGroupExchange.
+        watch, capacity: as for ProcessGroupExchange.
         device: the GPU.
     """
 
     def __init__(
         self,
         process_group: dist.ProcessGroup,
-        label: str,
-        timeout_s: float,
+        watch: Watch,
         capacity: int,
-        pids: Sequence[int | None],
         device: torch.device,
     ) -> None:
+        super().__init__(process_group, watch, capacity, device)
         self.device = device
         self._agreed = self._call = 0
-        super().__init__(process_group, label, timeout_s, capacity, pids)
+        self._work: Any = None  # of the exchange that was enqueued last
         self._marks = self._pinned(_WORDS)
         self.travel_pointer = self._marks.data_ptr()
         self._error: TimeoutError | PeerLostError | None = None  # why an exchange was given up
@@ -83,25 +81,26 @@ class DeviceExchange(ProcessGroupExchange):
         self._work.wait()
 
     def agree(self, numbers: list[int]) -> list[list[int]]:
-        """The numbers of every rank, in rank order, over the hosts: NCCL hangs where sizes differ, so ranks ask first.
+        """All-gather numbers over the hosts, in rank order: NCCL hangs where sizes differ, so they are compared first.
 
         Raises:
             TimeoutError, PeerLostError: as `wait` on the CPU.
         """
-        self.raise_given_up()  # before this rank says anything: nobody may take it for one that goes on
+        self.raise_given_up()  # first: the numbers of this rank would let the others go on
         self._agreed += 1
         self._call += 1  # it belongs to the call after the last one; `wait` knows its number
-        keys = [f"{self._label}/agree/{self._agreed}/{r}" for r in range(self._world_size)]
-        self._store.set(keys[self._rank], json.dumps(numbers))
-        deadline = time.monotonic() + self._timeout_s
+        watch, store = self.watch, self.watch.store
+        keys = [f"{watch.label}/agree/{self._agreed}/{r}" for r in range(watch.world_size)]
+        store.set(keys[watch.rank], json.dumps(numbers))
+        deadline = time.monotonic() + watch.timeout_s
         while True:
             self.raise_given_up()
             try:
-                self._store.wait(keys, timedelta(seconds=SLICE_SECONDS))
-                return [json.loads(self._store.get(key)) for key in keys]
+                store.wait(keys, timedelta(seconds=SLICE_SECONDS))
+                return [json.loads(store.get(key)) for key in keys]
             except RuntimeError as error:
                 late = time.monotonic() >= deadline
-                self.look(self._call, late, False, str(error).strip().splitlines()[0])
+                watch.look(self._call, late, False, str(error).strip().splitlines()[0])
 
     def synchronise(self, call: int) -> None:
         """Return when the current stream has done all that was asked of it.
@@ -127,7 +126,7 @@ class DeviceExchange(ProcessGroupExchange):
 
     def _look_while_waiting(self, call: int) -> None:
         try:
-            self.look(call, False, False, _STILL)
+            self.watch.look(call, False, False, _STILL)
         except (TimeoutError, PeerLostError) as error:
             self.give_up(error)
             raise
@@ -138,22 +137,22 @@ class DeviceExchange(ProcessGroupExchange):
             raise type(self._error)(str(self._error)) from None
 
     def give_up(self, error: TimeoutError | PeerLostError) -> None:
-        """Write the reason down for later calls, then abort NCCL. The first reason stays."""
+        """Keep the error for later calls, then abort NCCL. The first error is kept."""
         with self._giving_up:
             if self._error is not None:
                 return
             self._error = error
-            self._marks[_GIVEN_UP] = 1  # first: nothing behind the exchange may run when NCCL has let go
-        _log.error("group '%s', rank %d: %s", self._label, self._rank, error)
+            self._marks[_GIVEN_UP] = 1  # before the abort, after which the stream runs on
+        _log.error("group '%s', rank %d: %s", self.watch.label, self.watch.rank, error)
         try:
             self._abort()
         except RuntimeError as failed:
-            _log.error("group '%s', rank %d: NCCL cannot be aborted: %s", self._label, self._rank, failed)
+            _log.error("group '%s', rank %d: NCCL cannot be aborted: %s", self.watch.label, self.watch.rank, failed)
 
     def close(self, last_call: int) -> None:
-        """Tell the others that this rank leaves after `last_call`, and watch no more."""
+        """Leave the message that this rank closed the group after `last_call`, and end the thread."""
         self._stop.set()
-        super().close(last_call)
+        self.watch.close(last_call)
 
     def _pinned(self, words: int) -> Tensor:
         return torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -162,10 +161,10 @@ class DeviceExchange(ProcessGroupExchange):
         self._group._get_backend(self.device).abort()
 
     def _watch_once(self, seen: tuple[int, int], since: float) -> bool:
-        """Look at the ranks for which the stream has been waiting `since`; whether all is well."""
+        """Check the ranks for which the stream has been waiting since `since`; whether none is lost."""
         _, _, op, call, *_ = self._marks.tolist()
         try:
-            self.look(call, time.monotonic() - since >= self._timeout_s, False, _STILL)
+            self.watch.look(call, time.monotonic() - since >= self.watch.timeout_s, False, _STILL)
         except (TimeoutError, PeerLostError) as error:
             if tuple(self._marks[:2].tolist()) == seen:  # else it has ended in the last moment
                 self.give_up(type(error)(f"the exchange of {_C.op_name(op)}, call {call}, was given up: {error}"))
@@ -174,7 +173,7 @@ class DeviceExchange(ProcessGroupExchange):
 
 
 def _watch(of: weakref.ref[DeviceExchange], stop: threading.Event) -> None:
-    """Give the exchange up in which the stream is stuck; end with the exchange."""
+    """The thread: gives up an exchange in which the stream is stuck, and ends with it."""
     seen, since = (0, 0), time.monotonic()
     while not stop.wait(SLICE_SECONDS):
         exchange = of()

@@ -1,7 +1,7 @@
 """Whether this process can work on a GPU, and if not, what to do about it, in one sentence.
 
-What the answer rests on is collected in one place (`cuda_facts`) and judged in another (`obstacle_to_cuda`), so that
-every sentence can be tested on a machine without a GPU.
+The facts are collected by `cuda_facts` and judged by `obstacle_to_cuda`, so that every sentence can be tested on a
+machine without a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tpkernels.errors import PeerLostError, RankMismatchError
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """What CUDA depends on.
+    """The facts that CUDA depends on.
 
     Attributes:
         torch: its version.
@@ -59,7 +59,7 @@ def cuda_facts() -> CudaFacts:
 
 
 def _driver() -> tuple[int, int] | None:
-    """Ask the driver itself, because a CPU torch cannot."""
+    """The version of the driver, from its library: a CPU torch has no call for it."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -119,7 +119,7 @@ def device_of(process_group: dist.ProcessGroup | None, asked: torch.device | str
 
     Args:
         process_group: what the group is opened over.
-        asked: what the caller of Group.open said; None means CUDA where tensors on a GPU go through NCCL, else CPU.
+        asked: the argument of Group.open; None means CUDA where tensors on a GPU go through NCCL, else CPU.
 
     Returns:
         torch.device("cpu"), or a CUDA device with its index.
@@ -139,7 +139,7 @@ def device_of(process_group: dist.ProcessGroup | None, asked: torch.device | str
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        return torch.device("cuda", device.index or 0)  # load_cuda says what is missing
+        return torch.device("cuda", device.index or 0)  # the error of load_cuda names what is missing
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
         raise ValueError(f"Group.open: device must be one of the {count} GPUs of this process, got {str(asked)!r}")

@@ -20,11 +20,11 @@ from tpkernels.comm.explain import Explanation, explain
 from tpkernels.comm.open import TRANSPORTS, open_communicator
 from tpkernels.comm.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
 
-# Strong: a graph that waits for its backward knows only the name of its group.
+# Strong: a graph before its backward has only the name of its group.
 _open_groups: dict[str, Group] = {}
 _default: Group | None = None
 _CPU = torch.device("cpu")
-_FOREVER_S = 1e8  # three years: what an infinite timeout_s is to clocks that count nanoseconds
+_FOREVER_S = 1e8  # three years, instead of an infinite timeout_s, which clocks of nanoseconds cannot hold
 _of_the_parent: list[Group] = []  # in a forked child
 
 
@@ -36,11 +36,11 @@ class Group:
 
     Attributes:
         name: key under which ops find the communicator; the same on all ranks.
-        label: what messages call the group.
+        label: the name of the group in messages.
         rank: this process's place in the group.
         world_size: how many ranks.
-        device: what the ops of the group take: torch.device("cpu"), or this rank's GPU. is_cpu: which of the two.
-        transport: how bytes travel: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
+        device: of the tensors of its ops: torch.device("cpu"), or this rank's GPU. is_cpu: which of the two.
+        transport: how bytes are moved: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
             other's memory), "group" (any c10d backend), "local" (one rank).
         timeout_s: seconds that a rank waits for another before it raises TimeoutError.
     """
@@ -64,7 +64,7 @@ class Group:
         self._process_group = process_group
         self._closed = False
         self._communicator = communicator
-        self._address: int = communicator.address  # for the short way of ops/_plain.py; 0: there is none
+        self._address: int = communicator.address  # for the fast path of ops; 0: there is none
         self._reason = reason
         _open_groups[self.name] = self
         self._forget_end = (lambda: None) if process_group is None else _close_with(process_group, self.name)
@@ -150,7 +150,7 @@ class Group:
         return made
 
     def barrier(self) -> None:
-        """Return when every rank of the group has come here; on a GPU, when its stream has.
+        """Return when every rank of the group has called this; on a GPU, when its stream has reached it.
 
         Raises:
             ValueError: a CUDA graph is being captured, in which nothing can be waited for.
@@ -158,13 +158,16 @@ class Group:
         self._refuse_in_a_capture("barrier", "there is nothing to wait for: what is captured has not run")
         self._communicator.barrier()
 
-    def exchange_sizes(self, mine: int) -> list[int]:
-        """This rank's number and those of the others, in rank order.
+    def all_gather_ints(self, mine: int) -> list[int]:
+        """All-gather one integer of each rank, such as a size or a digest; in rank order.
+
+        Args:
+            mine: this rank's, of 64 bits with sign.
 
         Raises:
             ValueError: a CUDA graph is being captured, in which nothing can be waited for.
         """
-        self._refuse_in_a_capture("exchange_sizes", "pass the size of the whole (dim_size, vocab_size, full_size)")
+        self._refuse_in_a_capture("all_gather_ints", "pass the size of the whole (dim_size, vocab_size, full_size)")
         return list(self._communicator.exchange(mine))
 
     def _refuse_in_a_capture(self, what: str, instead: str) -> None:
@@ -175,11 +178,11 @@ class Group:
             )
 
     def check(self) -> None:
-        """Raise now what went wrong on the GPU in calls that have returned; waits for them. Nothing to do on the CPU.
+        """Raise the errors of calls on the GPU that have returned; waits for their end. Does nothing on the CPU.
 
         A call on a GPU returns before it has run. A rank that was late or called something else is reported by the
-        next call on the group, or here. Of launches of a CUDA graph it knows no stream: synchronise the one on which
-        the graph was launched, then check; where that raises an error of CUDA, check says why.
+        next call on the group, or here. It waits for no launches of CUDA graphs: synchronise the stream on which the
+        graph was launched, then check; where that raises an error of CUDA, check gives the reason.
 
         Raises:
             TimeoutError, RankMismatchError, PeerLostError: what the call would have raised on the CPU.
@@ -189,7 +192,7 @@ class Group:
         self._communicator.check()
 
     def explain(self, op: str | None = None, **shape: Any) -> Explanation:
-        """Say which path a call would take, and why.
+        """The path that a call would take, and the reason.
 
         Args:
             op: name of an op; None explains the choice of the transport.
@@ -218,7 +221,7 @@ class Group:
         self._communicator.reset_stats()
 
     def close(self) -> None:
-        """Leave the group; calls of other ranks that need this one raise PeerLostError. Closing twice does nothing.
+        """Close the group; calls of other ranks that need this one raise PeerLostError. Closing twice does nothing.
 
         A CUDA graph that has calls of this group must not be launched any more.
         """
@@ -227,8 +230,8 @@ class Group:
     def _close(self, why: str) -> None:
         self._forget_end()
         self._communicator.close(why)
-        # A process group that is still there when Python ends can end the process by a signal: a thread of gloo lets
-        # go of a tensor, wants Python for it, and is cancelled. Models keep their groups, so the groups let go.
+        # A process group that still exists when Python ends can end the process by a signal: a thread of gloo frees a
+        # tensor, needs Python for it, and is cancelled. Models keep their groups, so the groups release theirs.
         self._closed, self._process_group = True, None
         _open_groups.pop(self.name, None)
         global _default
@@ -253,12 +256,16 @@ class Group:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickled layer finds the group of the same name, else of the same label, again where it is loaded."""
+        """A pickled layer gets the group of the same name, else of the same label, of the process that loads it."""
         return (_restore, (self.name, self.label))
 
 
 def resolve(group: Group | None) -> Group:
-    """The group itself, or for None all ranks of the default process group that there is now, opened once and kept."""
+    """The group itself, or for None all ranks of the present default process group, opened once and kept.
+
+    Raises:
+        TypeError: it is neither.
+    """
     if group is not None:
         if not isinstance(group, Group):
             raise TypeError(f"group must be a tpkernels.Group or None, got {type(group).__name__}")
@@ -300,7 +307,7 @@ def _check_open(timeout_s: float, arena_bytes: int | None) -> None:
 def _close_with(process_group: dist.ProcessGroup, name: str) -> Callable[[], object]:
     """Close the group of that name when the process group is destroyed.
 
-    Ops need no process group over shared memory, so that nothing else would tell them that its ranks are no more.
+    Ops over shared memory use no process group, so that they would not notice its end.
     """
 
     def gone() -> None:
@@ -312,7 +319,7 @@ def _close_with(process_group: dist.ProcessGroup, name: str) -> Callable[[], obj
 
 
 def _forget_the_parent() -> None:
-    """In a forked child: not even the end of the parent's groups is this process's to make, so they are kept."""
+    """In a forked child: the groups belong to the parent and must not be closed here, so they are kept."""
     global _default
     _default = None
     _of_the_parent.extend(_open_groups.values())

@@ -1,4 +1,4 @@
-"""How the ranks of one host come to share memory, and find out when they cannot."""
+"""Opening over shared memory (transport "shm"): the ranks of one host map one file, or all learn why they cannot."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from tpkernels._native import _C
-from tpkernels.comm.bootstrap import Meeting
+from tpkernels.comm.bootstrap import Bootstrap
 
 _SHM_FOLDER = "/dev/shm"
 _PAGE = 4096
-# What is better than no shared memory: an eighth of it is a slot, and messages go in pieces of a slot.
+# The least that is better than no shared memory: an eighth of it is a slot, and messages go in pieces of a slot.
 _LEAST_ARENA_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a rank asked of Group.open; must be the same on all of them."""
+    """The arguments of Group.open that must be the same on all ranks."""
 
     timeout_s: float
     arena_bytes: int | None
@@ -32,7 +33,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as all processes of its host know it, and its index in the process that uses it."""
+    """A GPU by its uuid, which is the same in all processes, and its index in the process that uses it."""
 
     uuid: str
     name: str
@@ -47,7 +48,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the ranks must know of each other before they can share memory."""
+    """A rank as the others need it before they choose a transport."""
 
     wanted: Wanted
     pid: int
@@ -55,11 +56,18 @@ class RankInfo:
     cores: frozenset[int]
     gpu: Gpu | None = None
     obstacle: str | None = None  # to working on the wanted device at all
-    opened: int = 0  # groups so far over process groups of this name: names are the same on all ranks
+    opened: int = 0  # groups that it has opened over process groups of this name, for the name of the next one
 
     @classmethod
     def here(cls, wanted: Wanted, gpu: Gpu | None = None, obstacle: str | None = None, opened: int = 0) -> RankInfo:
-        """This process."""
+        """The rank of this process.
+
+        Args:
+            wanted: the arguments of its Group.open.
+            gpu: of the group, None on the CPU.
+            obstacle: why this process cannot use the device, None where it can.
+            opened: see `GroupNames.count`.
+        """
         return cls(wanted, os.getpid(), _host_identity(), frozenset(os.sched_getaffinity(0)), gpu, obstacle, opened)
 
 
@@ -100,23 +108,57 @@ def obstacle_to_one_host(ranks: Sequence[RankInfo]) -> str | None:
     return None
 
 
-def open_shm(
-    meeting: Meeting, name: str, label: str, wanted: Wanted, ranks: Sequence[RankInfo], most: int
-) -> tuple[_C.Communicator | None, str]:
-    """The communicator and what is to be said of it, or None and why shared memory cannot be used here.
+@dataclass(frozen=True)
+class Opening:
+    """A Group.open whose ranks have all arrived: the arguments that every transport needs.
 
-    `most` bytes for each rank; less where there is no room for them and the caller of Group.open named no size.
+    Attributes:
+        process_group: the ranks. bootstrap: the exchanges between them until the group is open.
+        name, label: of the group.
+        wanted: the arguments of Group.open.
+        ranks: all of them, in rank order.
+    """
+
+    process_group: dist.ProcessGroup
+    bootstrap: Bootstrap
+    name: str
+    label: str
+    wanted: Wanted
+    ranks: Sequence[RankInfo]
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.bootstrap.rank
+
+    @property
+    def pids(self) -> list[int | None]:
+        """The process of each rank of this host, None for the others."""
+        host = self.ranks[self.rank].host
+        return [info.pid if info.host == host else None for info in self.ranks]
+
+
+def open_shm(opening: Opening, most: int) -> tuple[_C.Communicator | None, str]:
+    """Open over shared memory; collective.
+
+    Args:
+        opening: of ranks on one host.
+        most: bytes for each rank; less where they do not fit and the caller of Group.open named no size.
+
+    Returns:
+        the communicator and the reason for it; or None, and why shared memory cannot be used here.
 
     Raises:
         OSError: rank 0 cannot reserve what was asked for, by arena_bytes or by transport="shm"; the same on all ranks.
     """
-    rank, world_size = meeting.rank, len(ranks)
+    bootstrap, wanted, ranks = opening.bootstrap, opening.wanted, opening.ranks
+    rank, world_size = opening.rank, len(ranks)
     least = most if wanted.arena_bytes is not None else min(most, _LEAST_ARENA_BYTES)
     with contextlib.ExitStack() as opened:
         made = _reserve(most, least, world_size) if rank == 0 else _Reserved()
         if made.fd >= 0:
             opened.callback(os.close, made.fd)
-        offer = meeting.gather(replace(made, owner=os.getpid()))[0]
+        offer = bootstrap.gather(replace(made, owner=os.getpid()))[0]
         if offer.failure is not None:
             if wanted.arena_bytes is not None or wanted.transport == "shm":
                 raise OSError(offer.errno, f"Group.open: {offer.failure}")
@@ -129,15 +171,16 @@ def open_shm(
                 fd = os.open(f"/proc/{offer.owner}/fd/{offer.fd}", os.O_RDWR)
                 opened.callback(os.close, fd)
             cores = len(frozenset().union(*(r.cores for r in ranks)))
+            pids = [r.pid for r in ranks]
             communicator = _C.open_shm(
-                name, label, rank, world_size, wanted.timeout_s, fd, offer.nbytes, [r.pid for r in ranks], cores
+                opening.name, opening.label, rank, world_size, wanted.timeout_s, fd, offer.nbytes, pids, cores
             )
         except (OSError, RuntimeError, ValueError) as error:
             obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
         with contextlib.ExitStack() as unless_all_have_it:
             if communicator is not None:
                 unless_all_have_it.callback(communicator.close)
-            if (obstacle := meeting.first_obstacle(obstacle)) is not None:
+            if (obstacle := bootstrap.first_obstacle(obstacle)) is not None:
                 return None, obstacle
             unless_all_have_it.pop_all()
     less = f", in arenas of {offer.nbytes} bytes because {offer.note}" if offer.note else ""
@@ -191,7 +234,7 @@ def _no_room(nbytes: int, world_size: int, error: OSError) -> str:
 
 
 def _needed(error: OSError) -> str:
-    """What a machine must have that cannot make a nameless file."""
+    """The advice for a machine that cannot make a nameless file."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "Raise the number of files that a process may open (ulimit -n), or close some"
     return (

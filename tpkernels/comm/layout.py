@@ -1,4 +1,4 @@
-"""How the ranks of a run are used: some cut the model, some cut the batch."""
+"""The layout of a run: replicas of the model, each cut over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LANE_MIB = 16  # of the communicator that an aggregator opens
 class Layout:
     """The groups of one rank in a mesh of dp replicas, each cut over tp ranks.
 
-    rank = dp.rank * tp.world_size + tp.rank, so that the ranks which talk most are neighbours.
+    rank = dp.rank * tp.world_size + tp.rank, so that the ranks which communicate most are neighbours.
 
     Attributes:
         world: all ranks of the run.
@@ -41,17 +41,22 @@ class Layout:
 
     @property
     def transport(self) -> str:
-        """How bytes travel, in words."""
+        """The transports of the groups, in words."""
         return self.tp.transport + ("" if self.dp is None else f", between replicas {self.dp.transport}")
 
     @property
     def replica(self) -> int:
-        """Which copy this rank belongs to."""
+        """The number of the replica of this rank."""
         return 0 if self.dp is None else self.dp.rank
 
 
 def rows_of(batch: int, dp: Group) -> range:
-    """The sequences of a batch that this rank's replica learns from; the first replicas take one more."""
+    """The rows of a batch for this rank's replica; the first replicas take one more where they do not divide.
+
+    Args:
+        batch: rows of the whole batch.
+        dp: the replicas.
+    """
     first = part_start(batch, dp.world_size, dp.rank)
     return range(first, first + part_size(batch, dp.world_size, dp.rank))
 
@@ -61,7 +66,9 @@ def open_layout(world: Group, tp: int, dp: int, *, arena_bytes: int | None = Non
     """Cut the ranks of `world` into dp replicas of tp ranks; collective over `world`, which must be all ranks.
 
     Args:
-        arena_bytes: as in `Group.open`, of the ranks that cut a replica.
+        world: all ranks of the default process group.
+        tp: ranks that a replica is cut over. dp: replicas.
+        arena_bytes: as in `Group.open`, of the ranks of a replica.
 
     Raises:
         ValueError: world has another number of ranks than tp * dp.
@@ -73,7 +80,7 @@ def open_layout(world: Group, tp: int, dp: int, *, arena_bytes: int | None = Non
         return
     mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
     with ExitStack() as opened:
-        # Gradients travel over a communicator of the aggregator's own; the dp group carries losses and digests.
+        # Gradients go over a communicator of the aggregator's own; the dp group carries losses and digests.
         tp_group, dp_group = (
             opened.enter_context(Group.open((mesh, name), timeout_s=world.timeout_s, arena_bytes=nbytes))
             for name, nbytes in (("tp", arena_bytes), ("dp", SMALL_ARENA))
@@ -83,7 +90,15 @@ def open_layout(world: Group, tp: int, dp: int, *, arena_bytes: int | None = Non
 
 @contextmanager
 def enough_memory(ranks: int, mib: int) -> Iterator[None]:
-    """Say what to do when there is less shared memory than `mib` MiB for each of the ranks."""
+    """Turn a lack of shared memory in the body into a UserError.
+
+    Args:
+        ranks: of this host.
+        mib: MiB of shared memory for each.
+
+    Raises:
+        UserError: shared memory is full; says what is needed and what there is.
+    """
     try:
         yield
     except OSError as error:

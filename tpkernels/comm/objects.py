@@ -1,4 +1,4 @@
-"""What ranks tell each other besides tensors, over which process groups, and errors that all of them see."""
+"""Collectives of objects over a process group, process groups for threads, and errors that all ranks raise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """What is asked of a group here: a `Group`, or one that only tells, without tensors."""
+    """A group as these collectives need it: a `Group`, or one without tensors."""
 
     label: str
     rank: int
@@ -25,54 +25,61 @@ class Ranks(Protocol):
 
 
 def gather(value: T, group: Group | Ranks) -> list[T]:
-    """Every rank's value, in rank order. Waits as long as the process group does: a rank may have a slow disk.
+    """All-gather a value that pickle takes. Waits as long as the process group does: a rank may have a slow disk.
+
+    Args:
+        value: this rank's.
+        group: the ranks.
+
+    Returns:
+        the values in rank order.
 
     Raises:
-        PeerLostError: another rank died or left.
+        PeerLostError: another rank died or closed the group.
     """
     if group.world_size == 1:
         return [value]
     values: list[T | None] = [None] * group.world_size
     try:
         dist.all_gather_object(values, value, group=group.process_group)
-    except RuntimeError as error:  # what gloo makes of a closed connection
+    except RuntimeError as error:  # that of gloo for a closed connection
         why = str(error).splitlines()[0].rpartition("] ")[2].split(". This is")[0]
         raise PeerLostError(
-            f"the ranks of group '{group.label}' (this is rank {group.rank} of {group.world_size}) could not tell each "
-            f"other how they stand, because one of them died or left ({why})."
+            f"the ranks of group '{group.label}' (this is rank {group.rank} of {group.world_size}) could not exchange "
+            f"objects, because one of them died or left ({why})."
         ) from None
     return values  # type: ignore[return-value]
 
 
 def global_ranks(group: Group | Ranks) -> list[int]:
-    """The ranks of a group as the default process group counts them, in rank order."""
+    """The ranks of a group as numbers in the default process group, in rank order."""
     if group.process_group is None:
         return [dist.get_rank() if dist.is_initialized() else 0]
     return dist.get_process_group_ranks(group.process_group)
 
 
 def is_cut_among(info: ShardInfo, ranks: Sequence[int]) -> bool:
-    """Whether several of these ranks, counted as the default process group does, hold parts of one tensor."""
+    """Whether several of these ranks, numbered as in the default process group, hold shards of one tensor."""
     cut = find(name=info.group_name) if info.world_size > 1 else None
     return cut is not None and len(set(global_ranks(cut)) & set(ranks)) > 1
 
 
 def private_process_group(group: Group | Ranks, user: str, made_by: str, backend: str) -> dist.ProcessGroup:
-    """A new process group of the same ranks, for one who speaks beside the others; a collective over the group.
+    """A new process group of the same ranks, for collectives beside those of the group; collective over the group.
 
     Args:
         group: the ranks; has a process group.
-        user: who speaks there; messages call it "<label of the group> <user>".
-        made_by: what a program calls to have it made.
+        user: the thread or communicator that uses it; its description is "<label of the group> <user>".
+        made_by: the call of a program that makes it, for the message.
         backend: as `torch.distributed.new_group` takes it.
 
     Raises:
-        UnequalGroupsError: torch cannot make one, on all ranks of the group. It names a group of some ranks by how many
-            each of them belongs to, and ranks that look for each other under different names wait for ever.
+        UnequalGroupsError: torch cannot make one, on all ranks of the group. It names a group of some ranks by the
+            number of groups that each of them belongs to, and ranks that use different names wait for ever.
     """
-    assert group.process_group is not None, "ranks without a process group have nobody to speak with"
+    assert group.process_group is not None, "ranks without a process group have no collectives"
     here = len(dist.distributed_c10d._world.pg_names)
-    counts = group.exchange_sizes(here) if isinstance(group, Group) else gather(here, group)
+    counts = group.all_gather_ints(here) if isinstance(group, Group) else gather(here, group)
     if len(set(counts)) > 1:
         raise UnequalGroupsError(
             f"group {group.label!r}: its {user} needs a process group of its own, and torch can make one only where "
@@ -93,16 +100,23 @@ def raise_together(
     error_type: type[Exception],
     doing: str,
     *,
-    ask: Callable[[str | None], list[str | None]] | None = None,
+    gather_text: Callable[[str | None], list[str | None]] | None = None,
     name: Callable[[int], str] = "rank {}".format,
 ) -> Iterator[None]:
-    """If the body fails on any rank, raise on all ranks, naming the ranks, what they met and what they were `doing`.
+    """If the body fails on any rank, raise on all ranks, naming the ranks, their errors and the operation; collective.
 
-    Whatever the error is, the others are told, so that none waits for a rank that does not come. What asks for the end
-    of the program (KeyboardInterrupt, SystemExit) stays that on its own rank. PeerLostError is not shared.
+    Every error is shared, so that no rank waits for one that failed. KeyboardInterrupt and SystemExit are raised as
+    they are on their own rank. PeerLostError is not shared.
 
     Args:
-        ask: gives what each rank says; None asks those of the group. `name` calls one by its place among these.
+        group: the ranks.
+        error_type: of the error on all ranks; the text of one of this type or an OSError is taken without its class.
+        doing: the operation, for the text.
+        gather_text: gathers one text of each rank; None gathers over the group.
+        name: of a rank in the text, by its place in the result of `gather_text`.
+
+    Raises:
+        error_type: the body failed on some rank.
     """
     mine: BaseException | None = None
     try:
@@ -114,14 +128,14 @@ def raise_together(
     expected = mine is None or isinstance(mine, (error_type, OSError))
     problem = None if mine is None else str(mine) if expected else f"{type(mine).__name__}: {mine}".removesuffix(": ")
     try:
-        problems = gather(problem, group) if ask is None else ask(problem)
+        problems = gather(problem, group) if gather_text is None else gather_text(problem)
     finally:
         if mine is not None and not isinstance(mine, Exception):
             raise mine
-    met = {number: text for number, text in enumerate(problems) if text is not None}
-    if not met:
+    failed = {number: text for number, text in enumerate(problems) if text is not None}
+    if not failed:
         return
-    texts = list(dict.fromkeys(met.values()))
-    common = len(met) == len(problems) and len(texts) == 1
-    text = texts[0] if common else "; ".join(f"{name(number)}: {text}" for number, text in met.items())
+    texts = list(dict.fromkeys(failed.values()))
+    common = len(failed) == len(problems) and len(texts) == 1
+    text = texts[0] if common else "; ".join(f"{name(number)}: {text}" for number, text in failed.items())
     raise error_type(f"{doing}: {text}" if doing else text) from (None if expected else mine)

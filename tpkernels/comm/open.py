@@ -1,9 +1,8 @@
-"""How a group opens: the ranks look at each other, take the fastest transport that all of them can use, and say why."""
+"""Opening a communicator: the ranks exchange their facts and take the fastest transport that all of them can use."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch.distributed as dist
 
 from tpkernels._native import _C
 from tpkernels.comm import engines
-from tpkernels.comm.bootstrap import Meeting
+from tpkernels.comm.bootstrap import Bootstrap
 from tpkernels.comm.device_exchange import DeviceExchange
 from tpkernels.comm.devices import backend_of, load_cuda
 from tpkernels.comm.exchange import ProcessGroupExchange
 from tpkernels.comm.host import (
     Gpu,
+    Opening,
     RankInfo,
     Wanted,
     check_same,
@@ -34,7 +34,34 @@ _ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 _log = logging.getLogger("tpkernels")
-_opened: dict[str, int] = {}  # the last number that a group over a process group of this name got
+
+
+class GroupNames:
+    """Names that no other group of this process has had: ops find a group by its name alone.
+
+    They are numbered by the name of the process group. Its object will not do: a process group that is destroyed and
+    made again has the old name.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def count(self, base: str) -> int:
+        """The number of the last group over a process group of this name, 0 before the first."""
+        return self._numbers.get(base, 0)
+
+    def next(self, base: str, opened: int) -> str:
+        """Make a name, the same on all ranks.
+
+        Args:
+            base: the name of the process group.
+            opened: the largest `count` of any rank.
+        """
+        self._numbers[base] = max(self.count(base), opened) + 1
+        return f"{base}/{self._numbers[base]}"
+
+
+_names = GroupNames()
 
 
 @dataclass(frozen=True)
@@ -54,10 +81,16 @@ def open_communicator(
     transport: str,
     multicast: bool,
 ) -> Opened:
-    """Open the communicator of this rank; every rank calls this. The arguments are those of Group.open, checked.
+    """Open the communicator of this rank; every rank calls this.
+
+    Args:
+        process_group: the ranks; None for a group of this process alone.
+        label: the name of the group in messages.
+        device: torch.device("cpu"), or this rank's GPU with its index.
+        timeout_s, arena_bytes, transport, multicast: those of Group.open, checked; timeout_s is finite.
 
     Raises:
-        ValueError: the ranks asked for different things, or for a transport that they cannot have.
+        ValueError: the arguments differ between ranks, or a transport that the ranks cannot have is demanded.
         RuntimeError: a rank cannot use its device.
         OSError: memory cannot be reserved.
         TimeoutError, PeerLostError: ranks did not come, or ended; names them.
@@ -70,28 +103,23 @@ def open_communicator(
     if process_group is None:
         if obstacle is not None:
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
-        return Opened(_open_local(kernels, unique_name("local", 0), label, device), "one process")
+        return Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process")
     wanted = Wanted(timeout_s, arena_bytes, transport, device.type, multicast)
     gpu, base = Gpu.of(device) if kernels is not None else None, process_group.group_name
-    meeting = Meeting(process_group, label, timeout_s)
-    ranks, warning = meeting.begin(RankInfo.here(wanted, gpu, obstacle, _opened.get(base, 0)))
+    bootstrap = Bootstrap(process_group, label, timeout_s)
+    ranks, warning = bootstrap.begin(RankInfo.here(wanted, gpu, obstacle, _names.count(base)))
     check_same(ranks)
-    meeting.watch(_pids_here(process_group, ranks))
+    name = _names.next(base, max(info.opened for info in ranks))
+    opening = Opening(process_group, bootstrap, name, label, wanted, ranks)
+    bootstrap.watch(opening.pids)
     if warning is not None and process_group.rank() == 0:
         _log.warning("group '%s': %s", label, warning)
-    name = unique_name(base, max(info.opened for info in ranks))
     if len(ranks) == 1:
         return Opened(_open_local(kernels, name, label, device), "one rank")
     if kernels is None:
         engines.load()
-        return _open_cpu(process_group, meeting, name, label, wanted, ranks)
-    return _open_cuda(process_group, meeting, name, label, wanted, ranks, device, kernels)
-
-
-def unique_name(base: str, opened: int) -> str:
-    """A name that no other group of this process has, and the same on all ranks: `opened` is the most of any rank."""
-    _opened[base] = max(_opened.get(base, 0), opened) + 1
-    return f"{base}/{_opened[base]}"
+        return _open_cpu(opening)
+    return _open_cuda(opening, device, kernels)
 
 
 def _arena_bytes(wanted: Wanted) -> int:
@@ -102,21 +130,15 @@ def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> An
     return _C.open_local(name, label) if kernels is None else kernels.open_local(name, label, device.index)
 
 
-def _open_cpu(
-    process_group: dist.ProcessGroup,
-    meeting: Meeting,
-    name: str,
-    label: str,
-    wanted: Wanted,
-    ranks: Sequence[RankInfo],
-) -> Opened:
+def _open_cpu(opening: Opening) -> Opened:
+    process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
     obstacle = "transport='group' was asked for" if wanted.transport == "group" else obstacle_to_one_host(ranks)
     if obstacle is None:
-        communicator, found = open_shm(meeting, name, label, wanted, ranks, _arena_bytes(wanted))
+        communicator, found = open_shm(opening, _arena_bytes(wanted))
         if communicator is not None:
             return Opened(communicator, found)
         obstacle = found
-        if meeting.rank == 0:
+        if opening.rank == 0:
             _log.warning("group '%s' of %d ranks does without shared memory: %s", label, len(ranks), obstacle)
     if wanted.transport == "shm":
         raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
@@ -126,36 +148,25 @@ def _open_cpu(
             f"There is no shared memory, because {obstacle}, and the group has {dist.get_backend_config(process_group)}"
             f": call init_process_group('cpu:gloo,cuda:nccl')"
         )
-    rank, pids = process_group.rank(), _pids_here(process_group, ranks)
-    timeout_s, capacity = wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
-    sockets, no_sockets = connect(process_group, meeting)
+    name, rank, timeout_s, capacity = opening.name, opening.rank, wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
+    sockets, no_sockets = connect(process_group, opening.bootstrap)
+    watch = Watch(process_group, name, timeout_s, opening.pids)
     if no_sockets is None:
-        watch = Watch(process_group, name, timeout_s, pids)
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
         return Opened(communicator, f"over connections between the ranks, because {obstacle}")
-    exchange = ProcessGroupExchange(process_group, name, timeout_s, capacity, pids)
+    exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)
     return Opened(communicator, f"through the process group, because {obstacle}; {no_sockets}")
 
 
-def _open_cuda(
-    process_group: dist.ProcessGroup,
-    meeting: Meeting,
-    name: str,
-    label: str,
-    wanted: Wanted,
-    ranks: Sequence[RankInfo],
-    device: torch.device,
-    kernels: Any,
-) -> Opened:
+def _open_cuda(opening: Opening, device: torch.device, kernels: Any) -> Opened:
+    process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
     check_gpus(ranks)
     obstacle: str | None = "transport='group' was asked for"
     if wanted.transport != "group":
         obstacle = obstacle_to_peers(ranks, kernels.limits()["max_peers"])
     if obstacle is None:
-        communicator, found = open_peer(
-            process_group, meeting, name, label, wanted, _arena_bytes(wanted), ranks, device, kernels
-        )
+        communicator, found = open_peer(opening, _arena_bytes(wanted), device, kernels)
         if communicator is not None:
             return Opened(communicator, found)
         obstacle = found
@@ -168,15 +179,10 @@ def _open_cuda(
             f"because {obstacle}, and the group has {dist.get_backend_config(process_group)}: "
             f"call init_process_group('cpu:gloo,cuda:nccl')"
         )
-    rank, pids = process_group.rank(), _pids_here(process_group, ranks)
+    name, rank = opening.name, opening.rank
     if rank == 0 and wanted.transport == "auto":
         _log.warning("group '%s' of %d ranks on cuda goes through NCCL, because %s", label, len(ranks), obstacle)
-    exchange = DeviceExchange(process_group, name, wanted.timeout_s, _EXCHANGE_BYTES["cuda"], pids, device)
+    watch = Watch(process_group, name, wanted.timeout_s, opening.pids)
+    exchange = DeviceExchange(process_group, watch, _EXCHANGE_BYTES["cuda"], device)
     communicator = kernels.open_group(name, label, rank, len(ranks), wanted.timeout_s, device.index, exchange)
     return Opened(communicator, f"through NCCL, because {obstacle}")
-
-
-def _pids_here(process_group: dist.ProcessGroup, ranks: Sequence[RankInfo]) -> list[int | None]:
-    """The process of each rank of this host, None for the others."""
-    host = ranks[process_group.rank()].host
-    return [r.pid if r.host == host else None for r in ranks]

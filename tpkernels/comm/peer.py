@@ -1,7 +1,6 @@
-"""How the ranks of one host come to reach each other's GPU memory, and find out when they cannot.
+"""Opening over peer memory (transport "peer"): the GPUs of one host map each other's memory, or no rank opens.
 
-torch's symmetric memory allocates, exchanges the handles and maps; what comes of it are addresses, which go down to the
-kernels as integers.
+torch's symmetric memory allocates, exchanges the handles and maps. The kernels take the addresses as integers.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tpkernels.comm.bootstrap import Meeting
-from tpkernels.comm.host import RankInfo, Wanted, obstacle_to_one_host
+from tpkernels.comm.bootstrap import Bootstrap
+from tpkernels.comm.host import Opening, RankInfo, obstacle_to_one_host
 
 # torch's own switch: two ranks on one GPU take turns on it, which is right for tests of small sizes and nothing else.
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -29,7 +28,7 @@ class PeerArenas:
     Attributes:
         pointers: of every rank's arena, in rank order.
         multicast: the address at which the switch reaches all of them at once, 0 when it cannot.
-        keeps: what must stay alive as long as they are used.
+        keeps: objects that own the memory and the mappings.
     """
 
     pointers: list[int]
@@ -62,22 +61,22 @@ def obstacle_to_peers(ranks: Sequence[RankInfo], max_peers: int) -> str | None:
     return obstacle_to_one_host(ranks)
 
 
-def open_peer(
-    process_group: dist.ProcessGroup,
-    meeting: Meeting,
-    name: str,
-    label: str,
-    wanted: Wanted,
-    nbytes: int,
-    ranks: Sequence[RankInfo],
-    device: torch.device,
-    kernels: Any,
-) -> tuple[Any, str]:
-    """The communicator and what it rests on; or None, and why peer memory cannot be used here.
+def open_peer(opening: Opening, nbytes: int, device: torch.device, kernels: Any) -> tuple[Any, str]:
+    """Open over peer memory; collective.
 
-    Raises the same error on every rank: OSError where an arena does not fit.
+    Args:
+        opening: of ranks on one host.
+        nbytes: of each rank's arena.
+        device: this rank's GPU.
+        kernels: the compiled CUDA module.
+
+    Returns:
+        the communicator and the reason for it; or None, and why peer memory cannot be used here.
+
+    Raises:
+        OSError: an arena does not fit into the memory of a GPU; the same on every rank.
     """
-    rank, problems = process_group.rank(), _Problems(meeting)
+    rank, ranks, wanted, problems = opening.rank, opening.ranks, opening.wanted, _Problems(opening.bootstrap)
     problems.note(_unreachable(ranks, rank))
     if (failure := problems.first()) is not None:
         return None, failure
@@ -88,7 +87,7 @@ def open_peer(
             raise OSError(f"Group.open: {failure}. Pass a smaller arena_bytes, or free memory of that GPU")
         return None, failure
     with problems.of(f"rank {rank} could not map the GPU memory of the others"):
-        arenas = _map(arena, process_group)
+        arenas = _map(arena, opening.process_group)
         if wanted.multicast and not arenas.multicast:
             raise RuntimeError("the switch between the GPUs offers no multicast")
     if (failure := problems.first()) is not None:
@@ -99,8 +98,8 @@ def open_peer(
         arena[: kernels.limits()["signal_bytes"]].zero_()
         torch.cuda.synchronize(device)
         communicator = kernels.open_peer(
-            name, label, rank, len(ranks), wanted.timeout_s, device.index, arenas.pointers, multicast,
-            nbytes, arenas.keeps,
+            opening.name, opening.label, rank, len(ranks), wanted.timeout_s, device.index, arenas.pointers,
+            multicast, nbytes, arenas.keeps,
         )  # fmt: skip
     if (failure := problems.first()) is not None:  # behind it, every rank has zeroed its signals
         if communicator is not None:
@@ -111,10 +110,10 @@ def open_peer(
 
 
 class _Problems:
-    """What goes wrong on any rank, shared with all of them at each step, so that they go on or turn back together."""
+    """The problem of each rank in a step, shared after it, so that either all ranks go on or none does."""
 
-    def __init__(self, meeting: Meeting) -> None:
-        self._meeting = meeting
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self._bootstrap = bootstrap
         self._mine: str | None = None
 
     def note(self, problem: str | None) -> None:
@@ -133,7 +132,7 @@ class _Problems:
 
     def first(self) -> str | None:
         """The problem of the first rank that had one in the last step, on every rank; all ranks call this."""
-        return self._meeting.first_obstacle(self._mine)
+        return self._bootstrap.first_obstacle(self._mine)
 
 
 def _unreachable(ranks: Sequence[RankInfo], rank: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Process groups of torch: which one is meant, whether it can be used here, and when it is gone."""
+"""Process groups of torch: those of a mesh, whether one can be used in this process, and when it is destroyed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-# What ops say of a group over such a process group.
+# The reason in errors of ops on a group over such a process group.
 DESTROYED = (
     "the process group that it was opened over was destroyed; open a group over the new one (a model: make or "
     "parallelize it again, or set_group where rank and number of ranks are the same)"
 )
 
-# Those of the process that this one was forked from. Kept, because their end waits for threads that are not here.
+# Those of the parent of a forked process. Kept, because their destructors wait for threads of the parent.
 _inherited: list[dist.ProcessGroup] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(dist.distributed_c10d._world.pg_map))
 
@@ -23,7 +23,11 @@ os.register_at_fork(after_in_child=lambda: _inherited.extend(dist.distributed_c1
 def process_group_of(
     where: dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None,
 ) -> tuple[dist.ProcessGroup | None, str]:
-    """The process group that an argument of Group.open means, and what messages call it."""
+    """The process group of an argument of Group.open, and its name in messages.
+
+    Raises:
+        TypeError, ValueError: the argument names no process group of this rank.
+    """
     if where is None:
         return (dist.group.WORLD, "world") if dist.is_initialized() else (None, "local")
     if isinstance(where, tuple):
@@ -61,9 +65,12 @@ def check_usable(process_group: dist.ProcessGroup | None, label: str) -> None:
 
 
 def when_destroyed(process_group: dist.ProcessGroup, do: Callable[[], None]) -> Callable[[], object]:
-    """Call `do` when destroy_process_group has let go of the process group; return what takes that back.
+    """Call `do` once destroy_process_group has released the process group.
 
-    torch tells nobody. What it lets go of is the Python object of the group's store, which nothing else here keeps.
+    torch has no callback for that. It releases the Python object of the group's store, which nothing else here keeps.
+
+    Returns:
+        a function that cancels the call.
     """
     store = dist.distributed_c10d._get_process_group_store(process_group)
     if store is None:  # of MPI

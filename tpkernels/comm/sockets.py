@@ -19,27 +19,27 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from tpkernels.comm.bootstrap import Meeting
+from tpkernels.comm.bootstrap import Bootstrap
 from tpkernels.comm.devices import backend_of
 
-_DEADLINE_S = 10.0  # for all connections to stand
-_LOOK_S = 0.2  # between two looks at whether another rank has given up
-_HELLO_S = 1.0  # for who has connected to say who it is
+_DEADLINE_S = 10.0  # until all connections are open
+_LOOK_S = 0.2  # between two checks whether another rank has given up
+_HELLO_S = 1.0  # from the connection to the rank number that identifies it
 _TOKEN_BYTES = 16
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 
 @dataclass(frozen=True)
 class _Offer:
-    """Where a rank listens, and the word by which it knows its peers; or what keeps it from listening."""
+    """The address at which a rank listens and the token that its peers must send; or why it cannot listen."""
 
     address: tuple[str, int] = ("", 0)
     token: bytes = b""
     obstacle: str | None = None
 
 
-def connect(process_group: dist.ProcessGroup, meeting: Meeting) -> tuple[list[int], str | None]:
-    """Connect every rank with every other one; all ranks of the meeting call this.
+def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[list[int], str | None]:
+    """Connect every rank with every other one; all ranks of the bootstrap call this.
 
     Returns:
         file descriptors in rank order (-1 for this rank), which are the caller's, and None; or, on all ranks, none and
@@ -49,28 +49,28 @@ def connect(process_group: dist.ProcessGroup, meeting: Meeting) -> tuple[list[in
         offer = _Offer(obstacle=_obstacle(process_group))
         if offer.obstacle is None:
             try:
-                _check_room(meeting.world_size)
+                _check_room(bootstrap.world_size)
                 listener = opened.enter_context(_listen())
                 offer = _Offer(listener.getsockname()[:2], secrets.token_bytes(_TOKEN_BYTES))
             except OSError as error:
                 offer = _Offer(obstacle=f"it cannot listen: {error}")
-        offers: list[_Offer] = meeting.gather(offer)
+        offers: list[_Offer] = bootstrap.gather(offer)
         for r, other in enumerate(offers):
             if other.obstacle is not None:
                 return [], f"rank {r} has no connections: {other.obstacle}"
         found: dict[int, socket.socket] = {}
         problem = None
         try:
-            _meet(meeting, offers, listener, found)
+            _connect_all(bootstrap, offers, listener, found)
         except OSError as error:
-            problem = f"rank {meeting.rank} has not reached all others: {error}"
-            meeting.tell(problem)
-            for connection in (listener, *found.values()):  # so that nobody waits for an answer on them
+            problem = f"rank {bootstrap.rank} has not reached all others: {error}"
+            bootstrap.post_obstacle(problem)
+            for connection in (listener, *found.values()):  # so that no rank waits for an answer on them
                 connection.close()
             found.clear()
         for connection in found.values():
             opened.enter_context(connection)
-        if (problem := meeting.first_obstacle(problem, longer_s=_DEADLINE_S)) is not None:
+        if (problem := bootstrap.first_obstacle(problem, longer_s=_DEADLINE_S)) is not None:
             return [], problem
         return [found[r].detach() if r in found else -1 for r in range(len(offers))], None
 
@@ -78,8 +78,8 @@ def connect(process_group: dist.ProcessGroup, meeting: Meeting) -> tuple[list[in
 def _obstacle(process_group: dist.ProcessGroup) -> str | None:
     backend, wanted = backend_of(process_group, "cpu"), os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP")
     if backend != "gloo":
-        return f"tensors on the cpu travel through {backend}"
-    if wanted != "TCP":  # such as TLS: what was asked for must not be gone around
+        return f"tensors on the cpu go through {backend}"
+    if wanted != "TCP":  # such as TLS: sockets of our own would bypass it
         return f"GLOO_DEVICE_TRANSPORT is {wanted}"
     return None
 
@@ -91,7 +91,7 @@ def _listen() -> socket.socket:
 
 
 def _address() -> str:
-    """This rank's, as the others can reach it: of the interface that gloo was given, or of the way to rank 0's host."""
+    """This rank's address, reachable by the others: that of gloo's interface, or of the route to rank 0's host."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         if interface:
@@ -118,24 +118,26 @@ def _check_room(world_size: int) -> None:
             ) from None
 
 
-def _meet(meeting: Meeting, offers: list[_Offer], listener: socket.socket, found: dict[int, socket.socket]) -> None:
-    """Call all lower ranks, be called by all higher ones; both sides show that they have read the group's store."""
+def _connect_all(
+    bootstrap: Bootstrap, offers: list[_Offer], listener: socket.socket, found: dict[int, socket.socket]
+) -> None:
+    """Connect to all lower ranks, accept all higher ones; both sides send a token from the group's store."""
     deadline = time.monotonic() + _DEADLINE_S
-    rank = meeting.rank
+    rank = bootstrap.rank
     mine = offers[rank].token
     for r in range(rank):
         found[r] = connection = socket.create_connection(offers[r].address, _left(deadline))
         connection.sendall(offers[r].token + struct.pack("!I", rank))
         connection.settimeout(_left(deadline))
         if not hmac.compare_digest(_receive(connection, _TOKEN_BYTES), mine):
-            raise OSError(f"somebody else answers where rank {r} should")
+            raise OSError(f"another program answers at the address of rank {r}")
         _prepare(connection)
     while len(found) < len(offers) - 1:
         listener.settimeout(min(_left(deadline), _LOOK_S))
         try:
             connection, _ = listener.accept()
         except TimeoutError:
-            if (problem := meeting.told()) is not None:
+            if (problem := bootstrap.posted_obstacle()) is not None:
                 raise OSError(f"another has given up: {problem}") from None
             continue
         connection.settimeout(_HELLO_S)

@@ -1,4 +1,4 @@
-"""Gradients over the ranks: averaged and packed beside the backward pass, clipped by their norm over all."""
+"""Gradients over the ranks: averaged and packed beside the backward pass, clipped by their norm over all ranks."""
 
 from .aggregator import GradAggregator
 from .agree import Agreement, replicas_agree

@@ -17,21 +17,18 @@ from tpkernels.errors import RankMismatchError
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, full_shape, shard_info
 
-"""Words of 8 bytes that are mixed at a time: what the caches of a core hold."""
-"""Runs that are mixed in one call, by device."""
-
 Entry = tuple[str, str, int]
-"""Of one tensor: its name, what it is (for people), the digest of its bits."""
+"""Of one tensor: its name, a description for messages, the digest of its bits."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What `replicas_agree` found; true in an `if` when the replicas agree. The same on all ranks.
+    """The result of `replicas_agree`; true in an `if` when the replicas agree. The same on all ranks.
 
     Attributes:
         agree: whether all ranks hold the same bits.
         first: the name of the first parameter or buffer that differs, None when none does.
-        ranks: the ranks that hold something else there than most do (than the lowest rank, where no majority does).
+        ranks: the ranks whose bits there are not those of most ranks (of the lowest rank, where there is no majority).
         text: one sentence about it.
     """
 
@@ -62,7 +59,7 @@ def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: boo
     and the unsharded shape are compared, so that the replicated parameters remain.
 
     Costs a pass over the model (2 GB/s and more on one core) and one small collective. Where the ranks differ they also
-    tell each other the digests of all tensors.
+    gather the digests of all tensors.
 
     Args:
         model: any module, on any device. A tied parameter counts once, under its first name.
@@ -70,11 +67,11 @@ def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: boo
         buffers: compare buffers, too. Running statistics, as of nn.BatchNorm, differ between replicas that train.
 
     Returns:
-        what was found. A rank with other names, shapes or dtypes is named like one with other bits.
+        an Agreement. A rank with other names, shapes or dtypes is named like one with other bits.
 
     Raises:
         ValueError: a parameter or buffer without bits of its own: on the meta device, sparse, a DTensor.
-        TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
+        TimeoutError, PeerLostError: a rank was later than `group.timeout_s`, or died; the text names it.
     """
     group = resolve(group)
     mine = entries_of("replicas_agree", model, group, buffers)
@@ -82,9 +79,16 @@ def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: boo
 
 
 def agreement(who: str, mine: list[Entry], group: Group, what: str) -> Agreement:
-    """Whether all ranks have the same entries; a collective of one small message where they have."""
+    """Compare entries over the ranks; a collective of one small message where they are equal.
+
+    Args:
+        who: the public function, for the text.
+        mine: the entries of this rank, in the same order on all ranks.
+        group: the ranks.
+        what: the kind of the entries, for the text.
+    """
     total = hashlib.blake2b(repr(mine).encode(), digest_size=8).digest()
-    totals = group.exchange_sizes(int.from_bytes(total, "little") >> 1)
+    totals = group.all_gather_ints(int.from_bytes(total, "little") >> 1)
     if len(set(totals)) == 1:
         return Agreement(True, None, (), f"all {group.world_size} ranks hold the same {len(mine)} {what}")
     return _compare(who, gather(mine, group), group)
@@ -96,7 +100,7 @@ def _compare(who: str, every: list[list[Entry]], group: Group) -> Agreement:
         found = [entries[i] if i < len(entries) else None for entries in every]
         if len(set(found)) == 1:
             continue
-        # Counter keeps the order of first sight, so that of equally many the lowest rank's comes first.
+        # Counter keeps the order of insertion, so that of equally frequent ones the lowest rank's is first.
         usual = Counter(found).most_common(1)[0][0]
         ranks = tuple(rank for rank, entry in enumerate(found) if entry != usual)
         named = usual or next(entry for entry in found if entry is not None)
@@ -116,12 +120,22 @@ def _difference(usual: Entry | None, other: Entry | None, rank: int) -> str:
 
 
 def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[Entry]:
-    """Every tensor of the model once, in the order of the model; digests are fetched from the device together."""
+    """The entries of all tensors of a model, each once, in their order; one copy from the device for all digests.
+
+    Args:
+        who: the public function, for messages.
+        model: any module.
+        group: the ranks; of a parameter that is cut over them only name, dtype and full shape are compared.
+        buffers: include buffers.
+
+    Raises:
+        TypeError, ValueError: it is no module, or has a tensor without bits of its own.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
     mark_shards(model)
     tensors = list(_named(model, buffers))
-    digests, what, skipped = [], [], []
+    digests, what = [], []
     for name, tensor in tensors:
         _check(who, name, tensor)
         info = shard_info(tensor)
@@ -129,7 +143,6 @@ def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[
         shape = full_shape(tensor) if cut else tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         what.append(f"{dtype} {list(shape)}" + (", cut over this group" if cut else ""))
-        skipped.append(cut)
         digests.append(torch.zeros((), dtype=torch.int64) if cut else digest(tensor))
     numbers = torch.stack([d.to(group.device) for d in digests]).tolist() if digests else []
     return [(name, text, number % 2**64) for (name, _), text, number in zip(tensors, what, numbers, strict=True)]

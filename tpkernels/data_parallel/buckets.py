@@ -1,6 +1,6 @@
-"""Buckets: which parameters travel together. Pure bookkeeping, no communication.
+"""Buckets: which parameters share a message. Pure bookkeeping, no communication.
 
-A bucket is filled in the order in which a backward pass finishes gradients, so that its message can leave early.
+A bucket is filled in the order in which a backward pass finishes gradients, so that its message can be sent early.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Member:
         index: its place among the trained parameters of the model, the same on all ranks.
         name: in the model; of tied ones the first.
         parameter: the tensor itself.
-        dtype: in which its values travel through buckets: that of its gradient.
-        made_as: what the parameter was when this was made; see `kind_of`.
+        dtype: of its values in buckets, that of its gradient.
+        made_as: the `kind_of` the parameter when this was made.
     """
 
     index: int
@@ -44,10 +44,10 @@ class Member:
 
 
 class Bucket:
-    """Members that travel as one flat message, of one dtype on one device.
+    """Members whose gradients are one flat message, of one dtype on one device.
 
     Attributes:
-        members: in the order in which they lie in the message.
+        members: in their order in the message.
         numel: values of all of them.
         dtype, device: of the message.
     """
@@ -81,13 +81,13 @@ class Bucket:
 def cut_into_buckets(members: Sequence[Member], order: Sequence[int], bucket_bytes: int) -> list[Bucket]:
     """Cut the members into buckets, in this order.
 
-    Members of different dtypes never share a bucket. A bucket is closed by the member that brings it to bucket_bytes or
-    beyond, so that none waits for a large one that comes after it. Buckets are in the order in which they become full.
+    Members of different dtypes never share a bucket. A bucket ends with the member that brings it to bucket_bytes or
+    beyond, so that none waits for a large one behind it. Buckets are in the order in which they become full.
 
     Args:
         members: all of them.
         order: their indices, in the order in which they become ready.
-        bucket_bytes: about how large a bucket is.
+        bucket_bytes: about the size of a bucket.
     """
     open_ones: dict[torch.dtype, list[Member]] = {}
     sizes: dict[torch.dtype, int] = {}
@@ -107,7 +107,16 @@ def cut_into_buckets(members: Sequence[Member], order: Sequence[int], bucket_byt
 def move_state(
     old: Sequence[Bucket], old_state: Sequence[dict[str, Tensor]], new: Sequence[Bucket], kinds: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """What belongs to each parameter (kinds of flat fp32 tensors for each bucket), in the places of new buckets."""
+    """Lay the state of each parameter out for new buckets.
+
+    Args:
+        old, old_state: the buckets so far, and for each of them its flat fp32 tensors by kind.
+        new: the new buckets, of the same members.
+        kinds: of the state; zero where there was none.
+
+    Returns:
+        for each new bucket its flat fp32 tensors by kind.
+    """
     moved = [{kind: bucket.zeros(torch.float32) for kind in kinds} for bucket in new]
     if old:
         fill_state(new, moved, state_by_name(old, old_state))

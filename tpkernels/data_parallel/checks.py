@@ -1,4 +1,4 @@
-"""What must hold before gradients are aggregated: a model that can be, and ranks that mean the same."""
+"""Checks before gradients are aggregated: of the model, of the arguments, and that they are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_choice(codec: Any, mode: Any, topk: TopK) -> None:
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise unless all are whole numbers that make sense."""
+    """Raise TypeError or ValueError unless all are integers, warmup_steps 0 or more, the others 1 or more."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{WHO}: {name} must be an int, got {type(value).__name__}")
@@ -47,7 +47,7 @@ def check_counts(**counts: Any) -> None:
 
 
 def check_unchanged(model: nn.Module, members: list[Member]) -> None:
-    """Raise RuntimeError unless the model's trained parameters are still these."""
+    """Raise RuntimeError unless these still are the trained parameters of the model, of the same kinds."""
     for member in members:
         check_kind(member)
     now = [p for p in model.parameters() if p.requires_grad]
@@ -77,7 +77,7 @@ def check_kind(member: Member) -> None:
 
 
 def set_gradient_dtype(members: list[Member]) -> None:
-    """Let torch make gradients in the dtype in which they travel.
+    """Let torch make gradients in the dtype of the messages.
 
     Raises:
         ValueError: a parameter has a gradient of another dtype already.
@@ -98,6 +98,9 @@ def members_of(
     model: nn.Module, group: Group, codec: str, gradient_dtype: torch.dtype | None, mode: str
 ) -> list[Member]:
     """The trained parameters of a model, each once, checked.
+
+    Args:
+        model, group, codec, gradient_dtype, mode: the arguments of GradAggregator.
 
     Raises:
         TypeError, ValueError: the model, or a parameter that cannot be aggregated (says which, expected, got).
@@ -123,12 +126,12 @@ def members_of(
                 f"of each replica"
             )
     return [
-        Member(i, name, parameter, _travel_dtype(parameter.dtype, gradient_dtype, mode), kind_of(parameter))
+        Member(i, name, parameter, _message_dtype(parameter.dtype, gradient_dtype, mode), kind_of(parameter))
         for i, (name, parameter) in enumerate(found)
     ]
 
 
-def _travel_dtype(dtype: torch.dtype, gradient_dtype: torch.dtype | None, mode: str) -> torch.dtype:
+def _message_dtype(dtype: torch.dtype, gradient_dtype: torch.dtype | None, mode: str) -> torch.dtype:
     if dtype == torch.float64:
         return dtype
     return torch.float32 if mode == "local" else gradient_dtype or dtype
@@ -195,7 +198,7 @@ def check_same_values(model: nn.Module, group: Group) -> None:
 
 @torch.no_grad()
 def copy_from_first(model: nn.Module, group: Group) -> None:
-    """Give all ranks the parameters of rank 0, frozen ones too; a collective over the group."""
+    """Copy the parameters of rank 0 to all ranks, frozen ones too; a collective over the group."""
     for parameter in model.parameters():
         values = parameter.detach().contiguous()
         bits = values.reshape(-1).view(torch.uint8)

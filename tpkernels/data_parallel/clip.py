@@ -13,7 +13,7 @@ from tpkernels.comm.group import Group, resolve
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, shard_info
 
-RUN = 1024
+RUN = 1024  # elements that are summed in fp32; see _norm
 _Gradient = tuple[Tensor, ShardInfo | None]
 
 
@@ -74,7 +74,7 @@ def clip_grad_norm_(
     _check_finite(total, norm_type, error_if_nonfinite)
     gradients = [p.grad for p in (*parameters, *copies) if p.grad is not None]
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    if scale.device.type != "cpu" or float(scale) != 1.0:  # NaN is not 1: it goes into the gradients
+    if scale.device.type != "cpu" or float(scale) != 1.0:  # NaN is not 1: it multiplies the gradients
         for gradient in gradients:
             gradient.mul_(scale.to(gradient.device))
     return total
@@ -87,9 +87,14 @@ def total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Return the norm of gradients over the unsharded parameters, each given with what it is a part of.
+    """Return the norm of gradients over the unsharded parameters; a collective over the groups.
 
-    A collective over the groups; see `clip_grad_norm_`.
+    Args:
+        gradients: each with the shard information of its parameter, None where that is replicated.
+        groups, norm_type, error_if_nonfinite: as for `clip_grad_norm_`.
+
+    Raises:
+        ValueError, RuntimeError: as `clip_grad_norm_`.
     """
     norm_type = float(norm_type)
     total = _root(*_counted(list(gradients), [], list(groups), None, norm_type), norm_type)
@@ -166,9 +171,9 @@ def _split_tied(
 
 
 def _sort(gradients: list[_Gradient], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Return what counts here of the gradients of replicated parameters and, by group name, of cut ones.
+    """Return the gradients that this rank counts: of replicated parameters and, by group name, of cut ones.
 
-    Of a part that several ranks hold the first of them counts each index.
+    Of indices that several ranks hold the first of them counts each.
     """
     replicated: list[Tensor] = []
     cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
@@ -202,9 +207,9 @@ def _combine(
 ) -> Tensor:
     """Return the sum of powers over everything (the maximum for inf) in fp64, the same bits on all ranks of all groups.
 
-    The message of each group is [own parts, what was counted so far]. The second number should be the same on all its
-    ranks already; taking rank 0's makes sure of it. A rank that sees NaN or infinity there sends it too: it must show,
-    and so must what is not finite in copies that count elsewhere.
+    The message of each group is [own parts, total so far]. The second number should be the same on all its ranks
+    already; that of rank 0 is taken. A rank whose total is NaN or infinite sends it too, so that it shows in the
+    result, as do copies that are not finite and count on another stage.
     """
     is_max = math.isinf(norm_type)
     total = _power_sum(replicated, norm_type)
@@ -260,7 +265,7 @@ def _norm(gradient: Tensor, norm_type: float) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(
             norms if rest is None else torch.cat([norms, rest.reshape(1)]), norm_type
         )
-        # Powers leave the range of fp32, cubes above 1e12 and below 1e-15: then the long way, as for NaN and infinity.
+        # Powers leave the range of fp32, cubes above 1e12 and below 1e-15: then fp64, as for NaN and infinity.
         if 1e-15 < float(norm) < math.inf or not bool(gradient.any()):
             return norm
     exact: Tensor = torch.linalg.vector_norm(gradient, norm_type, dtype=torch.float64)

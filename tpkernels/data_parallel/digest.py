@@ -7,10 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-RUN = 1 << 16
-
-
-ROWS = {"cpu": 1, "cuda": 64}
+RUN = 1 << 16  # words of 8 bytes that are mixed at a time: they fit the caches of a core
+ROWS = {"cpu": 1, "cuda": 64}  # runs that are mixed in one call, by device
 
 
 @torch.no_grad()
@@ -23,7 +21,7 @@ def digest(tensor: Tensor) -> Tensor:
         t = (w ^ a_i) b_i;  t = (t ^ (t >> 32)) c_i;  digest = sum of t mod 2^64          # b_i, c_i odd
 
     For a random choice of a, b and c two different tensors have the same digest with probability of about 2^-64; it
-    does not resist somebody who looks for a pair.
+    does not resist a search for a pair.
     """
     words = _words(tensor)
     while words.numel() > 1:
@@ -32,7 +30,7 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bytes of the values as int64, the last word filled up with zeros."""
+    """The bytes of the values as int64, the last word padded with zeros."""
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     values = values.detach().resolve_neg().contiguous().reshape(-1)
     size = values.numel() * values.element_size()

@@ -1,4 +1,4 @@
-"""The average of a message over the ranks with error feedback in both directions: what packing loses comes later."""
+"""The average of a message over the ranks with error feedback: rounding errors are added to the next message."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def average_with_feedback(flat: Tensor, residual: Tensor, codec: str, group: Gro
         v_r = x_r / R + residual_r;  wire_r = pack(v_r);  residual_r = v_r - unpack(wire_r)
         sum = sum_r unpack(wire_r);  mean = unpack(pack(sum));  residual_owner += sum - mean     # part by part
 
-    The owner of a part packs its sum again for the others. What that loses would be gone for good, and it can be all of
-    a value that only some ranks have: half a step of the sum rounds to nothing. So the owner keeps it as a debt of its
-    own. After any number of steps the averages and what the residuals of all ranks still hold are together the sum of
-    the true averages, but for rounding to fp32.
+    The owner of a part packs its sum again for the others. The error of that could be all of a value that only some
+    ranks have: half a step of the sum rounds to nothing. So the owner adds it to its own residual. After any number of
+    steps the averages and the residuals of all ranks are together the sum of the true averages, but for rounding to
+    fp32.
 
     Args:
         flat: one dim; fp32 | bf16 | fp16.
         residual: fp32, contiguous, of the size of flat, in units of the average; it is overwritten. Where a value is
-            not finite its block stays as it was.
+            not finite its block is unchanged.
         codec: a name in `tpkernels.compress.CODECS`.
         group: the ranks.
 
     Returns:
-        the average, of the dtype of flat, the same bits on all ranks. It costs what a packed all_reduce does in bytes.
+        the average, of the dtype of flat, the same bits on all ranks. Sends as many bytes as a packed all_reduce.
 
     Source: error feedback on both sides, Tang et al. 2019 (DoubleSqueeze, arXiv:1905.05957).
     """

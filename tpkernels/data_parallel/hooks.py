@@ -32,28 +32,28 @@ def comm_hook(
 
         hook = comm_hook("fp16", group=dp)
         hook.register(model)                                 # DistributedDataParallel, or modules of fully_shard
-        ddp.register_comm_hook(hook.state, hook)             # the same for DDP, in torch's own words
+        ddp.register_comm_hook(hook.state, hook)             # the same for DDP, by torch's method
 
     Equal to, for the gradients x_r of a bucket on rank r, with one residual for each parameter:
 
         v_r = x_r / R + residual_r;  wire_r = pack(v_r);  residual_r = v_r - unpack(wire_r)
         mean = sum_r unpack(wire_r)                          # in fp32, in rank order: the same bits on all ranks
 
-    What packing the mean on its way back loses is kept as well, by the rank that sums it (see `average_with_feedback`).
+    The rounding error of the packed mean is kept as well, by the rank that sums it (see `average_with_feedback`).
 
     Values are scaled in fp32 before they are packed: neither do sums of large gradients overflow nor do small ones
-    vanish. A NaN or infinity on one rank shows on all; what is kept of its block stays as it was.
+    vanish. A NaN or infinity on one rank shows on all; the residual of its block is unchanged.
 
-    Under DDP the messages travel beside the backward pass, over a communicator of the hook's own. FSDP2 asks for each
+    Under DDP the messages are sent beside the backward pass, over a communicator of the hook's own. FSDP2 calls each
     reduce-scatter when it needs the result, so that on the CPU the backward pass waits for it. The gathers of its
     parameters remain torch's, and so does the all-reduce between replicas of a sharded group.
 
     Args:
         codec: a name in `tpkernels.compress.CODECS`.
-        error_feedback: what packing loses is kept and added to the next message (codec "none" loses nothing). Needs
-            fp32 memory of the size of the gradients. A parameter that no rank used in a step loses what was kept of it.
+        error_feedback: rounding errors are kept and added to the next message (codec "none" loses nothing). Needs
+            fp32 memory of the size of the gradients. A parameter that no rank used in a step loses its residual.
         group: the ranks over which DDP or FSDP2 works; None means all ranks of the default process group.
-        reduce: "mean" over the ranks, weighted where `weigh` says so, or "sum" (of FSDP2: of what it would average).
+        reduce: "mean" over the ranks, weighted where `weigh` was called, or "sum" (of FSDP2: instead of its average).
 
     Raises:
         ValueError: no such codec or reduction.
@@ -64,14 +64,25 @@ def comm_hook(
 
 
 class Residuals:
-    """What packing has lost so far, in fp32, by parameter, so that it survives when DDP lays its buckets out anew."""
+    """The residuals of the codec in fp32, by parameter, so that they survive when DDP lays its buckets out anew."""
 
     def __init__(self) -> None:
         self._flats: dict[tuple[int, ...], Tensor] = {}
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # the parameter too: an id is good while it lives
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # the parameter too: an id is unique while it lives
 
     def of(self, parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The residual of a bucket of these parameters, flat, as it lies in the bucket `like`."""
+        """The residual of a bucket, made of those of its parameters.
+
+        Args:
+            parameters: of the bucket, in its order.
+            like: the bucket, [numel].
+
+        Returns:
+            [numel], fp32; the bucket's own from now on.
+
+        Raises:
+            RuntimeError: the parameters do not fill the bucket.
+        """
         key = tuple(map(id, parameters))
         if key in self._flats:
             return self._flats[key]
@@ -100,11 +111,11 @@ class Residuals:
 
 
 class CommHook:
-    """What `comm_hook` makes.
+    """The hook that `comm_hook` makes.
 
     Attributes:
         codec, error_feedback, group: as given.
-        state: the residuals of DDP's parameters; what `register_comm_hook` takes beside the hook.
+        state: the residuals of DDP's parameters; the first argument of `register_comm_hook`.
     """
 
     def __init__(self, codec: str, error_feedback: bool, group: Group, reduce: str = "mean") -> None:
@@ -115,11 +126,11 @@ class CommHook:
         self.state = Residuals()
         self._scatters: dict[str, _ReduceScatter] = {}
         self._lane: Lane | None = None
-        self.__name__ = WHO  # DDP asks for these two, as if every hook were a function
+        self.__name__ = WHO  # DDP reads these two, which functions have
         self.__qualname__ = f"{WHO}({codec!r}, error_feedback={error_feedback})"
 
     def register(self, model: nn.Module) -> None:
-        """Let the gradients of a model travel through this hook, from the next backward pass on. All ranks call it.
+        """Send the gradients of a model through this hook, from the next backward pass on. All ranks call it.
 
         Args:
             model: wrapped by DistributedDataParallel over the ranks of the group; or one in which fully_shard was
@@ -151,10 +162,10 @@ class CommHook:
             module.set_custom_reduce_scatter(self._scatters[name])  # type: ignore[arg-type]
 
     def __call__(self, state: Residuals | None, bucket: GradBucket) -> Future[Tensor]:
-        """DDP's call for a bucket whose gradients are ready: send it off. Without a state, with the hook's own.
+        """Send a bucket whose gradients are ready; DDP calls this. Without a state, with the hook's own.
 
         Raises:
-            TimeoutError, PeerLostError: a rank did not come, or died, in an earlier bucket. In the bucket in which it
+            TimeoutError, PeerLostError: a rank was late, or died, in an earlier bucket. In the bucket in which it
                 happens, torch makes a RuntimeError of it in the backward pass, with the same text.
         """
         flat = bucket.buffer()
@@ -176,17 +187,20 @@ class CommHook:
         return average if factor == 1.0 else average.mul_(factor)
 
     def _weighted(self, flat: Tensor) -> None:
-        """Multiply what this rank sends by its weight, in the bucket, where the average will take its place."""
+        """Multiply the message by the weight of this rank, in the bucket, which the average overwrites."""
         scale = self._weights.scale(self.group.world_size)
         if scale != 1.0:
             flat.mul_(scale)
 
     def weigh(self, weight: float | Tensor) -> None:
-        """Say how much this rank's gradients count from the next backward pass on, such as by its number of tokens.
+        """Set the weight of this rank's gradients from the next backward pass on, such as its number of tokens.
 
         All ranks call it alike, between steps, and it holds until it is called again. With reduce "mean" the gradients
-        become sum_r w_r g_r / sum_r w_r, with "sum" sum_r w_r g_r. Inside DDP.join, where some ranks call nothing, it
-        cannot be used: there every rank counts, and one that has no more batches adds zero.
+        become sum_r w_r g_r / sum_r w_r, with "sum" sum_r w_r g_r. Inside DDP.join, where some ranks make no calls,
+        it cannot be used: there every rank counts, and one that has no more batches adds zero.
+
+        Args:
+            weight: finite, 0 or more; of a tensor its one value.
 
         Raises:
             ValueError: the weight is negative or not finite; all ranks have 0 (from the backward pass).
@@ -194,11 +208,14 @@ class CommHook:
         self._weights.set(weight, self.lane())
 
     def set_loss_scale(self, scale: float) -> None:
-        """Say by what the loss will be multiplied in the steps to come; call it on all ranks alike, between steps.
+        """Set the factor of the loss in later steps; call it on all ranks alike, between steps.
 
-        What is kept of earlier gradients is then brought to the new scale. With a scaler:
+        The residuals of earlier gradients are brought to the new scale. With a scaler:
 
             hook.set_loss_scale(scaler.get_scale())            # before the backward pass of a step
+
+        Args:
+            scale: above 0; 1 at first.
         """
         factor, self._loss_scale = scale / self._loss_scale, scale
         for flat in self._residuals():
@@ -212,20 +229,20 @@ class CommHook:
         raise TypeError(f"{NO_COPY}, got {self.__qualname__} over group {self.group.label!r}")
 
     def lane(self) -> Lane:
-        """Where the messages travel, beside the caller; opened by the first call, on all ranks together."""
+        """The lane of the messages; opened by the first call, on all ranks together."""
         if self._lane is None:
             self._lane = open_lane(self.group)
         return self._lane
 
     def stats(self) -> dict[str, Any]:
-        """Counters of what the hook sends; see Group.stats. Only after `register`, or the first message."""
+        """Counters of the hook's communicator, see Group.stats; only after `register`, or the first message."""
         lane = self._opened("stats")
-        return lane.ask(lane.group.stats)
+        return lane.call(lane.group.stats)
 
     def reset_stats(self) -> None:
         """Set all counters to zero."""
         lane = self._opened("reset_stats")
-        lane.ask(lane.group.reset_stats)
+        lane.call(lane.group.reset_stats)
 
     def _opened(self, what: str) -> Lane:
         if self._lane is None:
@@ -233,7 +250,7 @@ class CommHook:
         return self._lane
 
     def close(self) -> None:
-        """Leave the ranks; the model can make no backward pass after it. Closing twice does nothing."""
+        """Close the communicator; the model can make no backward pass after it. Closing twice does nothing."""
         if self._lane is not None:
             self._lane.close()
 
@@ -242,8 +259,8 @@ class CommHook:
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """The residuals of this rank, copied: every rank has its own. Call it between steps.
 
-        In units of the average, at a loss scale of 1: for another number of ranks the sum over all ranks is what must
-        stay the same.
+        In units of the average, at a loss scale of 1: for another number of ranks the sum over all ranks must stay the
+        same.
 
         Args:
             model: the one that was registered.
@@ -262,7 +279,7 @@ class CommHook:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor], model: nn.Module) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from a state that `state_dict` returned.
 
         Raises:
             ValueError: the state is not one of this model (says which entry); nothing has changed.
@@ -289,11 +306,11 @@ class CommHook:
 
 
 class _ReduceScatter:
-    """What FSDPModule.set_custom_reduce_scatter takes, one for each module of fully_shard.
+    """The argument of FSDPModule.set_custom_reduce_scatter, one for each module of fully_shard.
 
     Attributes:
-        residuals: what packing has lost, flat, by the number of values: that changes with the set of parameters that
-            have a gradient.
+        residuals: of the codec, flat, by the number of values, which changes with the set of parameters that have a
+            gradient.
     """
 
     def __init__(self, hook: CommHook) -> None:
@@ -301,7 +318,7 @@ class _ReduceScatter:
         self.residuals: dict[int, Tensor] = {}
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for what is sent, and for what is received."""
+        """Memory for a message that is sent or received."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -339,7 +356,7 @@ class _ReduceScatter:
 
 
 def _value(future: Future[Tensor]) -> Tensor:
-    """What the job gave. Raised from here, its error reaches torch as an error, and not as a result."""
+    """The result of a job. Raised from here, its error reaches torch as an error, and not as a result."""
     return future.value()
 
 

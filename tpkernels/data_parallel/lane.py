@@ -1,7 +1,7 @@
-"""The communication lane: collectives in a fixed order beside the training thread, over a communicator of their own.
+"""A lane: collectives in a fixed order beside the training thread, over a communicator of their own.
 
-On the CPU one worker thread makes the calls; the ops let Python run while they work and wait. On a GPU a stream beside
-the current one does, ordered by events, and no thread is needed.
+On the CPU it is a communication thread; the ops release Python while they compute and wait. On a GPU it is a stream
+beside the current one, ordered by events, and needs no thread.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tpkernels.comm.objects import private_process_group
 
 T = TypeVar("T")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
-_Last = Callable[[BaseException | None], None]
+_Last = Callable[[BaseException | None], None]  # called with the failure of the lane, if it has one
 
 NO_COPY = (
-    "what averages gradients over ranks (GradAggregator, comm_hook) belongs to this process and can be neither copied "
-    "nor pickled: copy or save the model itself (of DistributedDataParallel: its .module)"
+    "an aggregator of gradients (GradAggregator, comm_hook) belongs to this process and can be neither copied nor "
+    "pickled: copy or save the model itself (of DistributedDataParallel: its .module)"
 )
-GRACE_S = 5.0  # beyond the group's timeout, for a worker that waits for a lost rank to notice
+GRACE_S = 5.0  # beyond the group's timeout, for a thread that waits for a lost rank
 
 # Process groups of closed lanes, for the next one. They are not destroyed: torch gives a new group of the same ranks
-# the name of the old one, whose addresses are still in the store, and some of the ranks may wait for them for ever.
+# the name of the old one, whose addresses are still in the store, and some of the ranks could wait for them for ever.
 _idle: list[dist.ProcessGroup] = []
 _open_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 
@@ -41,10 +41,10 @@ _open_lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
 class Lane:
     """Runs jobs one after the other beside the caller. Every rank must submit the same jobs in the same order.
 
-    A lane that nobody holds any more closes by itself, when the jobs that were submitted have ended.
+    A lane to which no reference is left closes by itself, when the jobs that were submitted have ended.
 
     Attributes:
-        group: the lane's own group, over the ranks of the given one: jobs call ops on it, nobody else does.
+        group: the lane's own group, over the ranks of the given one: only jobs call ops on it.
     """
 
     _dropped: weakref.finalize[Any, Lane]
@@ -53,7 +53,7 @@ class Lane:
         """Open the lane; a collective over `group`, which stays free for others.
 
         Args:
-            group: the ranks. What travels takes the same kind of transport.
+            group: the ranks; the lane has the same kind of transport.
 
         Raises:
             RuntimeError: the ranks cannot open a process group of their own (says why).
@@ -67,42 +67,42 @@ class Lane:
         """Run job() after all jobs before it.
 
         Returns:
-            a future: its wait() gives what job returned, or raises what it raised.
+            a future: its wait() gives the result of the job, or raises its error.
 
         Raises:
             RuntimeError: the lane is closed.
-            TimeoutError, PeerLostError, ...: what an earlier job raised. The lane runs nothing after a failure, because
-                the ranks no longer agree on what comes next.
+            TimeoutError, PeerLostError, ...: the error of an earlier job. The lane runs no job after a failure, as
+                the ranks no longer agree on the next job.
         """
         self.check()
         return self._submit(job)
 
     def check(self) -> None:
-        """Raise what a job has raised, if one has, or that the lane is closed."""
+        """Raise the error of an earlier job, if there was one, or RuntimeError if the lane is closed."""
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise RuntimeError(f"the communication lane of group {self.group.label!r} is closed")
 
-    def ask(self, question: Callable[[], T]) -> T:
-        """question() to the group of the lane, between two jobs.
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function that uses the communicator of the lane, such as its counters, between two jobs.
 
-        The communicator answers when the call that runs has ended; asked from the training thread, which holds Python
-        meanwhile, it would wait for a job that waits for Python.
+        The communicator returns once the collective that runs has ended; called from the training thread, which holds
+        Python meanwhile, it would wait for a job that waits for Python.
         """
-        return question()
+        return function()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{NO_COPY}, got one over group {self.group.label!r}")
 
     def close(self) -> None:
-        """Let the submitted jobs end, which takes the group's timeout at most, and leave the group. Twice is once."""
+        """Wait for the submitted jobs, the group's timeout at most, and close the group. Closing twice does nothing."""
         if self._closed:
             return
         self._closed = True
         self._dropped.detach()
         self._finish()
-        _leave(self.group, self._process_group, self._failure)
+        _close_group(self.group, self._process_group, self._failure)
         self._process_group = None
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
@@ -116,14 +116,14 @@ class _ThreadLane(Lane):
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self._jobs: queue.SimpleQueue[_Job | _Last] = queue.SimpleQueue()
-        # The thread must not keep the lane alive. Of one that is dropped it closes the group, so that no garbage
+        # The thread must not keep the lane alive. It closes the group of a lane that is dropped, so that no garbage
         # collection waits for other ranks.
         self._thread = threading.Thread(
             target=_work, args=(self._jobs, weakref.ref(self)), name=f"tpkernels-lane-{group.label}", daemon=True
         )
         self._thread.start()
-        leave = partial(_leave, self.group, self._process_group)
-        self._dropped = weakref.finalize(self, self._jobs.put, leave)
+        close = partial(_close_group, self.group, self._process_group)
+        self._dropped = weakref.finalize(self, self._jobs.put, close)
         self._dropped.atexit = False
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
@@ -131,10 +131,10 @@ class _ThreadLane(Lane):
         self._jobs.put((job, future))
         return future
 
-    def ask(self, question: Callable[[], T]) -> T:
+    def call(self, function: Callable[[], T]) -> T:
         if self._failure is not None or self._closed:
-            return question()
-        return self._submit(question).wait()
+            return function()
+        return self._submit(function).wait()
 
     def _finish(self) -> None:
         self._jobs.put(lambda failure: None)
@@ -142,15 +142,15 @@ class _ThreadLane(Lane):
             self._thread.join(self.group.timeout_s + GRACE_S)
 
 
-def _leave(group: Group, process_group: dist.ProcessGroup | None, failure: BaseException | None) -> None:
-    """Close the group of a lane; its process group is for the next one, unless ranks may still wait in it."""
+def _close_group(group: Group, process_group: dist.ProcessGroup | None, failure: BaseException | None) -> None:
+    """Close the group of a lane; the next lane takes its process group, unless ranks may still wait in it."""
     group.close()
     if process_group is not None and failure is None:
         _idle.append(process_group)
 
 
 def _work(jobs: queue.SimpleQueue[_Job | _Last], lane: weakref.ref[Lane]) -> None:
-    """Run jobs until the last thing to do comes; after a failure the rest fails with it."""
+    """The thread: runs jobs until the last entry, which is no job; after a failure all later jobs fail with it."""
     failure: BaseException | None = None
     with torch.no_grad():
         while isinstance(entry := jobs.get(), tuple):
@@ -158,7 +158,7 @@ def _work(jobs: queue.SimpleQueue[_Job | _Last], lane: weakref.ref[Lane]) -> Non
             if failure is None:
                 try:
                     value = job()
-                except BaseException as error:  # whatever it is, it belongs to who waits
+                except BaseException as error:  # re-raised in the thread that waits on the future
                     failure = error
                     if (owner := lane()) is not None:
                         owner._failure = error
@@ -176,7 +176,7 @@ class _StreamLane(Lane):
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self._stream = torch.cuda.Stream(group.device)  # type: ignore[no-untyped-call]
-        self._dropped = weakref.finalize(self, _leave_stream, self._stream, self.group, self._process_group)
+        self._dropped = weakref.finalize(self, _close_stream_lane, self._stream, self.group, self._process_group)
         self._dropped.atexit = False
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
@@ -194,9 +194,9 @@ class _StreamLane(Lane):
         self._stream.synchronize()
 
 
-def _leave_stream(stream: torch.cuda.Stream, group: Group, process_group: dist.ProcessGroup | None) -> None:
+def _close_stream_lane(stream: torch.cuda.Stream, group: Group, process_group: dist.ProcessGroup | None) -> None:
     stream.synchronize()
-    _leave(group, process_group, None)
+    _close_group(group, process_group, None)
 
 
 def open_lane(group: Group) -> Lane:
@@ -208,7 +208,7 @@ def _private_group(group: Group) -> tuple[Group, dist.ProcessGroup | None]:
     """A second group of the same ranks, and the process group made for it, if one had to be."""
     given = group.process_group
     if given is None or group.transport != "group":
-        # The process group is needed to open it only: nothing travels through it.
+        # The process group is needed only to open it: no message goes through it.
         transport = "auto" if group.transport == "local" else group.transport
         return Group.open(given, group.timeout_s, transport=transport, device=group.device), None
     backend = dist.get_backend_config(given)
@@ -219,13 +219,13 @@ def _private_group(group: Group) -> tuple[Group, dist.ProcessGroup | None]:
 
 
 def _take_idle(group: Group, ranks: list[int], backend: str) -> dist.ProcessGroup | None:
-    """The process group of a lane that is closed, when all ranks have the same one left, else None."""
+    """The process group of a closed lane, if all ranks have the same one left, else None."""
     known = dist.distributed_c10d._world.pg_map
     _idle[:] = [pg for pg in _idle if pg in known]  # torch.distributed may have been started anew
     fit = [p for p in _idle if (dist.get_process_group_ranks(p), dist.get_backend_config(p)) == (ranks, backend)]
     first = min(fit, key=lambda pg: pg.group_name, default=None)
     digest = 0 if first is None else 1 + int.from_bytes(hashlib.sha256(first.group_name.encode()).digest()[:6], "big")
-    if len(set(group.exchange_sizes(digest))) > 1 or first is None:
+    if len(set(group.all_gather_ints(digest))) > 1 or first is None:
         return None
     _idle.remove(first)
     return first
@@ -233,10 +233,10 @@ def _take_idle(group: Group, ranks: list[int], backend: str) -> dist.ProcessGrou
 
 @atexit.register
 def _close_all() -> None:
-    """Before the groups close and Python ends, with threads that still wait for other ranks."""
+    """Close the lanes before the groups close and Python ends, with threads that still wait for other ranks."""
     for lane in list(_open_lanes):
         try:
             lane.close()
-        except Exception:  # the end of the process is no place to fail
+        except Exception:  # atexit: errors are ignored
             continue
     _idle.clear()

@@ -1,4 +1,4 @@
-"""Mode "local": every rank trains by itself for some steps, then the parameters of all ranks become one again."""
+"""The outer optimizer of mode "local": makes the parameters of all ranks equal again after steps of each rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rounds import Traffic
 
 @dataclass(frozen=True)
 class OuterSGD:
-    """The outer optimizer of mode "local": SGD on what the local steps changed.
+    """The outer optimizer of mode "local": SGD on the difference that the local steps made.
 
         delta = mean over the ranks of (anchor - parameter)
         m = momentum * m + delta
@@ -45,8 +45,8 @@ class OuterLoop:
     """The anchor that all ranks share, in fp32 (fp64 for fp64 parameters), and the steps taken from it.
 
     Attributes:
-        steps: local steps since the parameters were one.
-        rounds: how often they were made one.
+        steps: local steps since the parameters were equal.
+        rounds: averages so far.
         state: for each bucket the flat tensors "anchor" and, with momentum, "outer_momentum": the same on all ranks.
     """
 
@@ -65,11 +65,11 @@ class OuterLoop:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make the parameters one again; a collective over the group.
+        """Average the parameters; a collective over the group.
 
         Raises:
             RuntimeError: a parameter is not finite on some rank; says which and where, on all ranks. Nothing changes.
-            TimeoutError, PeerLostError: a rank did not come, or died.
+            TimeoutError, PeerLostError: a rank was late, or died.
         """
         self._check_finite()
         traffic, futures = self._traffic, []
@@ -87,7 +87,7 @@ class OuterLoop:
         self.rounds += 1
 
     def restore_parameters(self) -> None:
-        """Let the parameters be the anchor again. The steps still count: the ranks must stay in step."""
+        """Set the parameters to the anchor. The steps still count: all ranks average after as many."""
         for bucket, kept in zip(self._traffic.buckets, self.state, strict=True):
             for i, member in enumerate(bucket.members):
                 member.parameter.detach().copy_(bucket.part(kept["anchor"], i))

@@ -1,4 +1,4 @@
-"""check_replicas: what ranks that must have the same do not have the same, by one small message when all is well."""
+"""check_replicas: compares everything that must be equal on the ranks of a group, by one small message if it is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_replicas(
     step: int = 0,
     every: int = 1,
 ) -> bool:
-    """Raise on all ranks, naming what and which ranks, unless the ranks of a group have the same where they must.
+    """Raise on all ranks, naming the difference and its ranks, unless a group is equal in all that must be equal.
 
         for step, batch in enumerate(data):
             check_replicas(model, group=tp, batch=batch, optimizer=optimizer, step=step, every=100)
@@ -44,7 +44,7 @@ def check_replicas(
     have random numbers of its own.
 
     Costs a pass over what is compared (2 GB/s and more on one core) and one message of 8 bytes. Where the ranks differ
-    they also tell each other all digests.
+    they also gather all digests.
 
     Args:
         model: compared as by `replicas_agree`.
@@ -54,7 +54,7 @@ def check_replicas(
         scaler: its scale, and the steps since that changed: a rank that skipped a step alone has another one.
         rng: compare the states of torch's default generators. None: where a parameter is cut over ranks of this group.
         buffers: compare buffers, too; running statistics differ between replicas.
-        step, every: nothing is done unless step is a multiple of every.
+        step, every: compare only where step is a multiple of every.
 
     Returns:
         whether it has compared.
@@ -107,7 +107,7 @@ def replicas_callback(every: int = 100, *, group: Group | None = None) -> Any:
 
 
 def _plain(name: str, value: Any) -> Entry:
-    """Of a tensor, or of anything that says what it is."""
+    """The entry of a tensor, or of a value by its repr."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return name, f"{dtype} {list(value.shape)}", int(digest(value)) % 2**64

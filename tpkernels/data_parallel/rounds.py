@@ -1,4 +1,4 @@
-"""A round: the gradients of one step on their way over the ranks, from the first that is ready to the averages."""
+"""A round: the messages of one step, from the first gradient that is ready to the averages."""
 
 from __future__ import annotations
 
@@ -29,20 +29,37 @@ class Average(Protocol):
     kinds: tuple[str, ...]
 
     def average(self, bucket: Bucket, flat: Tensor, state: State, step: int, group: Group) -> Tensor:
-        """The average of flat over the group; a collective."""
+        """The average over the group; a collective.
+
+        Args:
+            bucket: of the message.
+            flat: [bucket.numel], the dtype of the bucket: the values of this rank.
+            state: of the bucket: fp32 tensors [bucket.numel] by kind, which are updated in place.
+            step: number of the round.
+            group: the ranks.
+
+        Returns:
+            [bucket.numel], the dtype of the bucket, the same bits on all ranks.
+        """
         ...
 
 
 class Traffic:
-    """What rounds share: the buckets, their memory, the lane, and what is counted.
+    """The state that all rounds share: the buckets, their memory, the lane, counters.
+
+    Args:
+        lane: sends the messages.
+        average: of a bucket.
+        sets: rounds that can be in flight at once.
+        weights: of this rank's gradients.
 
     Attributes:
-        buckets: in the order in which their messages go out.
-        flats: what is filled and sent, a set for each round that can be under way at once.
-        state: what the average keeps, for each bucket.
-        weights: how much this rank's gradients count.
+        buckets: in the order of their messages.
+        flats: the messages, a set for each round that can be in flight at once.
+        state: of the average, for each bucket.
         exposed_s: seconds that the training thread has waited for averages.
-        events: when it is a list, ("ready", parameter index) and ("launch", bucket) are written down as they happen.
+        events: when it is a list, ("ready", parameter index) and ("launch", bucket) are appended as they happen.
+        place: of each parameter by index: (bucket, position in it).
     """
 
     def __init__(self, lane: Lane, average: Average, sets: int, weights: Weights) -> None:
@@ -55,17 +72,17 @@ class Traffic:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What the average keeps for each bucket."""
+        """The kinds of state of the average."""
         return self.average.kinds
 
     def lay_out(self, buckets: Sequence[Bucket], state: list[State]) -> None:
-        """Take these buckets from now on; no round may be under way."""
+        """Use these buckets, with their state, from now on; no round may be in flight."""
         self.buckets, self.state = list(buckets), state
         self.flats = [[bucket.empty() for bucket in buckets] for _ in range(self._sets)]
         self.place = {m.index: (k, i) for k, bucket in enumerate(buckets) for i, m in enumerate(bucket.members)}
 
     def wait(self, future: Future[Tensor]) -> Tensor:
-        """What a job on the lane gives, in the training thread."""
+        """The result of a job on the lane, for the training thread; its wait is counted."""
         start = time.perf_counter()
         try:
             return future.wait()
@@ -73,17 +90,17 @@ class Traffic:
             self.exposed_s += time.perf_counter() - start
 
     def note(self, what: str, number: int) -> None:
-        """Write an event down, if somebody wants to know."""
+        """Append an event, if `events` is a list."""
         if self.events is not None:
             self.events.append((what, number))
 
 
 class Round:
-    """One step: `ready` for each gradient, `complete` when no more will come, `finish` for the averages.
+    """One step: `ready` for each gradient, `complete` after the last one, `finish` for the averages.
 
-    The messages of all buckets go out in their order, each as soon as it is full and those before it are gone, so that
-    all ranks send the same whatever the order in which their gradients come. A last small message says which
-    parameters have a gradient on any rank; where only some ranks have one, the others add zeros.
+    The messages are sent in the order of the buckets, each as soon as it is full and those before it are sent, so that
+    all ranks send the same in any order of their gradients. A last small message carries which parameters have a
+    gradient on any rank; where only some ranks have one, the others add zeros.
     """
 
     def __init__(self, traffic: Traffic, step: int) -> None:
@@ -92,7 +109,7 @@ class Round:
         self._scale = traffic.weights.scale(traffic.lane.group.world_size)
         self._buckets, self._flats = traffic.buckets, traffic.flats[step % len(traffic.flats)]
         self._missing = [len(bucket.members) for bucket in self._buckets]
-        self._came: dict[int, None] = {}  # in the order in which they came
+        self._reported: dict[int, None] = {}  # indices of the gradients, in their order
         self._futures: list[Future[Tensor]] = []
         self._control: Future[Tensor] | None = None
         self._has: Tensor | None = None
@@ -100,8 +117,8 @@ class Round:
 
     @property
     def order(self) -> list[int]:
-        """The indices of all parameters in the order in which their gradients came; those without one last."""
-        return [*self._came, *(i for i in self._traffic.place if i not in self._came)]
+        """The indices of all parameters in the order of their gradients; those without one last."""
+        return [*self._reported, *(i for i in self._traffic.place if i not in self._reported)]
 
     @property
     def is_complete(self) -> bool:
@@ -109,40 +126,40 @@ class Round:
         return self._control is not None
 
     def has(self, index: int) -> bool:
-        """Whether the gradient of this parameter has come."""
-        return index in self._came
+        """Whether there was a gradient of this parameter."""
+        return index in self._reported
 
     def ready(self, index: int, gradient: Tensor) -> None:
-        """The gradient of a parameter is there; it is copied. Sends what has become full."""
-        self._came[index] = None
+        """Copy the gradient of a parameter into its bucket, and send the buckets that are full."""
+        self._reported[index] = None
         self._traffic.note("ready", index)
         self._put(index, gradient)
 
     def complete(self, gradients: Callable[[int], Tensor | None]) -> None:
-        """No more gradients will come by themselves: take what there is of the missing ones, else zeros; send all.
+        """End the backward pass: take the gradients that the hooks did not report, else zeros, and send all buckets.
 
         Args:
-            gradients: the gradient that a parameter has by now, by its index.
+            gradients: the present gradient of a parameter, by its index.
         """
         if self.is_complete:
             return
-        for index in [i for i in self._traffic.place if i not in self._came]:
+        for index in [i for i in self._traffic.place if i not in self._reported]:
             gradient = gradients(index)
             if gradient is not None:
-                self._came[index] = None
+                self._reported[index] = None
             self._put(index, gradient)
         has = torch.zeros(len(self._traffic.place), dtype=torch.uint8)
-        has[list(self._came)] = 1
+        has[list(self._reported)] = 1
         lane = self._traffic.lane
-        # Kept until the answer is there: on a GPU the lane's stream reads it later, and torch does not know of that.
+        # Kept until the result is there: on a GPU the lane's stream reads it later, and torch could free it before.
         self._has = has = has.to(lane.group.device)
         self._control = lane.submit(lambda: ops.all_reduce(has, group=lane.group, op="max"))
 
     def finish(self) -> Averages:
-        """Wait for the averages; views of memory that nobody else uses.
+        """Wait for the averages; views of memory that no later round uses.
 
         Raises:
-            TimeoutError, PeerLostError, RankMismatchError: a rank did not come, died, or sent something else.
+            TimeoutError, PeerLostError, RankMismatchError: a rank was late, died, or sent another message.
         """
         if self._averages is None:
             assert self._control is not None

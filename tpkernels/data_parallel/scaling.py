@@ -1,4 +1,4 @@
-"""Loss scaling where a model is cut: all ranks that step together skip together."""
+"""Loss scaling where a model is cut: all ranks of the model skip a step, or none does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def unscale_(
 ) -> Tensor:
     """scaler.unscale_(optimizer), and agree over groups whether a gradient is not finite.
 
-    Within a data-parallel group the averages are the same on all ranks, and so is what GradScaler finds in them. A rank
-    of a tensor-parallel group sees its own parts only: without agreement it would skip a step that the others make.
+    Within a data-parallel group the averages are the same on all ranks, and so is the result of GradScaler. A rank of a
+    tensor-parallel group has its own shards only: without agreement it would skip a step that the others make.
     Call it on all ranks in place of scaler.unscale_; clipping, scaler.step and scaler.update follow as usual.
 
     Args:
@@ -36,11 +36,11 @@ def unscale_(
 
 
 def agree_on_overflow(flags: dict[torch.device, Tensor], groups: Sequence[Group]) -> Tensor:
-    """Set each flag to 1 where one of any rank is. A collective over each group.
+    """Set all flags to 1 if one of any rank is 1. A collective over each group.
 
     Args:
-        flags: what a GradScaler has found on each device: 1 where a gradient is not finite.
-        groups: whose ranks step together.
+        flags: of a GradScaler, by device: 1 where a gradient is not finite. Overwritten.
+        groups: over which the model is cut.
 
     Returns:
         1 or 0: a scalar, fp32.

@@ -1,56 +1,75 @@
-"""Between autograd and the ranks: takes gradients as backward passes finish them, and sends them off in rounds."""
+"""The sender: takes gradients as backward passes finish them, and sends them to the other ranks in rounds."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpkernels import ops
 
-from .buckets import Member, cut_into_buckets, move_state
+from .buckets import Member, cut_into_buckets, fill_state, move_state
 from .checks import check_kind
 from .rounds import Round, Traffic
+from .state import AggregatorState
 
 
 class Sender:
-    """Listens to parameters, and makes one round of each step's gradients.
+    """Makes one round of each step's gradients, which hooks on the parameters report.
+
+    Args:
+        members: the trained parameters.
+        traffic: the messages; the sender lays out its buckets.
+        bucket_bytes: about the size of a message.
 
     Attributes:
-        settled: whether the order of the buckets is final. It starts as the reverse order of registration and becomes,
+        members, traffic: as given.
+        order_is_final: whether the order of the buckets is final. It is the reverse order of registration at first and,
             after the first round, the order in which gradients became ready on rank 0.
         step: number of the next round.
     """
 
     def __init__(self, members: Sequence[Member], traffic: Traffic, bucket_bytes: int) -> None:
-        self._members, self._traffic, self._bucket_bytes = list(members), traffic, bucket_bytes
-        self._quiet = self._heard_quietly = False  # inside no_sync; whether gradients came there since the last round
+        self.members, self.traffic, self._bucket_bytes = list(members), traffic, bucket_bytes
+        self._quiet = self._accumulated = False  # inside no_sync; whether there were gradients in it
         self._round: Round | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.settled, self.step = False, 0
+        self.order_is_final, self.step = False, 0
         self.lay_out([member.index for member in reversed(members)])
 
     @property
     def busy(self) -> bool:
-        """Whether gradients have come that `complete` has not sent."""
-        return self._round is not None or self._heard_quietly
+        """Whether there are gradients that `complete` has not sent."""
+        return self._round is not None or self._accumulated
 
     @property
     def order(self) -> list[str]:
-        """The names of the parameters, in the order in which they travel."""
-        return [member.name for bucket in self._traffic.buckets for member in bucket.members]
+        """The names of the parameters, in the order of the messages."""
+        return [member.name for bucket in self.traffic.buckets for member in bucket.members]
 
     def lay_out(self, order: Sequence[int]) -> None:
-        """Cut the parameters into buckets in this order; what is kept of them between steps moves with them."""
-        traffic, buckets = self._traffic, cut_into_buckets(self._members, order, self._bucket_bytes)
+        """Cut the parameters, named by index, into buckets in this order; their state is moved to the new buckets."""
+        traffic, buckets = self.traffic, cut_into_buckets(self.members, order, self._bucket_bytes)
         traffic.lay_out(buckets, move_state(traffic.buckets, traffic.state, buckets, traffic.kinds))
+
+    def numbers(self) -> dict[str, Any]:
+        """Its part of the state of an aggregator, for `load`."""
+        return {"step": self.step, "settled": self.order_is_final, "order": self.order}
+
+    def load(self, state: AggregatorState) -> None:
+        """Continue from a state that was checked: order and number of the next round, and residuals."""
+        index, numbers = {member.name: member.index for member in self.members}, state["numbers"]
+        self.lay_out([index[name] for name in numbers["order"]])
+        self.step, self.order_is_final = numbers["step"], numbers["settled"]
+        fill_state(self.traffic.buckets, self.traffic.state, state["tensors"])
 
     def listen(self) -> None:
         """Begin to take gradients."""
-        myself = weakref.ref(self)  # the parameters must not keep it alive
+        myself = weakref.ref(self)  # the hooks of parameters must not keep it alive
 
         def hook_of(index: int) -> Callable[[Tensor], None]:
             def hook(parameter: Tensor) -> None:
@@ -60,7 +79,7 @@ class Sender:
 
             return hook
 
-        for member in self._members:
+        for member in self.members:
             listen = member.parameter.register_post_accumulate_grad_hook
             self._hooks.append(listen(hook_of(member.index)))  # type: ignore[no-untyped-call]
 
@@ -72,7 +91,7 @@ class Sender:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Gradients that come inside wait for the next backward pass outside."""
+        """Gradients inside are sent with the next backward pass outside."""
         before, self._quiet = self._quiet, True
         try:
             yield
@@ -80,26 +99,26 @@ class Sender:
             self._quiet = before
 
     def complete(self) -> Round | None:
-        """Send what is left of the gradients that have come, and let the next ones belong to the next round.
+        """Send the gradients of this round that are left; later ones belong to the next round.
 
         Returns:
-            the round; None when no gradient has come since the last one, though this rank's count.
+            the round; None when there was no gradient since the last one and the weight of this rank is not 0.
         """
-        if not self.busy and not self._traffic.weights.is_zero:
+        if not self.busy and not self.traffic.weights.is_zero:
             return None
-        current = self._round or Round(self._traffic, self.step)
+        current = self._round or Round(self.traffic, self.step)
         current.complete(self._gradient)
-        if not self.settled:
-            self._settle(current)
-        self._round, self._heard_quietly = None, False
+        if not self.order_is_final:
+            self._reorder(current)
+        self._round, self._accumulated = None, False
         self.step += 1
         return current
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
-        current, name, gradient = self._round, self._members[index].name, parameter.grad
+        current, name, gradient = self._round, self.members[index].name, parameter.grad
         if gradient is None:
             return
-        check_kind(self._members[index])
+        check_kind(self.members[index])
         if current is not None and (self._quiet or current.has(index)):
             raise RuntimeError(
                 f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
@@ -113,21 +132,21 @@ class Sender:
                 f"(an embedding with sparse=True?)"
             )
         if self._quiet:
-            self._heard_quietly = True
+            self._accumulated = True
             return
         if self._round is None:
-            self._round = Round(self._traffic, self.step)
+            self._round = Round(self.traffic, self.step)
         self._round.ready(index, gradient)
 
     def _gradient(self, index: int) -> Tensor | None:
-        return self._members[index].parameter.grad
+        return self.members[index].parameter.grad
 
-    def _settle(self, first: Round) -> None:
-        """Lay the buckets out anew, in the order that rank 0 has seen. A collective."""
-        first.finish()  # nothing may be under way in the old ones
-        lane = self._traffic.lane
+    def _reorder(self, first: Round) -> None:
+        """Lay the buckets out anew, in the order in which gradients became ready on rank 0. A collective."""
+        first.finish()  # no message may be under way in the old ones
+        lane = self.traffic.lane
         seen = torch.tensor(first.order, dtype=torch.int32, device=lane.group.device)
-        whole = lane.group.world_size * len(self._members)
-        every = self._traffic.wait(lane.submit(lambda: ops.all_gather(seen, group=lane.group, dim_size=whole)))
-        self.lay_out(every[: len(self._members)].tolist())
-        self.settled = True
+        whole = lane.group.world_size * len(self.members)
+        every = self.traffic.wait(lane.submit(lambda: ops.all_gather(seen, group=lane.group, dim_size=whole)))
+        self.lay_out(every[: len(self.members)].tolist())
+        self.order_is_final = True

@@ -1,4 +1,4 @@
-"""Codec "topk", for gradients and the differences of mode "local": the largest now, the others when they have grown.
+"""Codec "topk", for gradients and the differences of mode "local": sends the largest values, and keeps the others.
 
 A message has a fixed size, so that one all_gather carries it: k indices (int32), then k values packed as fp16 with one
 exponent for each block. All ranks add the messages up in rank order and hold the same bits.
@@ -34,13 +34,13 @@ class TopK:
         ratio: the share of each bucket that is sent in a message, in (0, 1]. Mode "local" has a message every
             `local_steps` steps only.
         momentum: momentum correction, in [0, 1): momentum is applied to a gradient before the largest are chosen, and
-            forgotten where one was sent (factor masking). It takes the place of the optimizer's own: with SGD set the
+            set to 0 where one was sent (factor masking). It replaces the momentum of the optimizer: with SGD set the
             optimizer's to 0; with Adam, which has its own, and in mode "local" leave 0 here.
-        warmup_steps: over so many messages the share falls exponentially from a quarter to ratio.
+        warmup_steps: messages over which the share falls exponentially from a quarter to ratio.
 
-    Adam divides by the size of recent gradients. What comes seldom, as the sum of many steps, moves a parameter by a
-    length that does not grow with that sum. With Adam take mode "local", in which each rank's optimizer sees every
-    gradient of its own, and the largest changes of parameters travel (docs/compression_study.md has both).
+    Adam divides by the size of recent gradients. A value that is sent seldom, as the sum of many steps, moves a
+    parameter by a length that does not grow with that sum. With Adam take mode "local", in which each rank's optimizer
+    gets every gradient of its own, and the largest changes of parameters are sent (docs/compression_study.md has both).
 
     Source: Lin et al. 2018, Deep Gradient Compression (arXiv:1712.01887).
     """
@@ -58,7 +58,7 @@ class TopK:
             raise ValueError(f"TopK: warmup_steps must be a whole number, 0 or more, got {self.warmup_steps!r}")
 
     def count(self, numel: int, step: int) -> int:
-        """How many of numel values are sent in this step, the same on all ranks; one at least."""
+        """The number of values that are sent in this step, of numel; the same on all ranks, one at least."""
         ratio = self.ratio
         if step < self.warmup_steps and ratio < FIRST_RATIO:
             ratio = FIRST_RATIO * (ratio / FIRST_RATIO) ** (step / self.warmup_steps)
@@ -84,14 +84,14 @@ class _Message(NamedTuple):
 
 
 class TopKAverage:
-    """The average over the ranks of what each of them sends: its k largest values. What it does not send it keeps.
+    """The average over the ranks of the k largest values of each; a rank keeps the values that it does not send.
 
         u_r = momentum * u_r + x_r / R              # kept only with momentum
         v_r = v_r + u_r                             # "residual", in units of the average
         mean = sum_r (v_r at the k largest |v_r|, rounded to fp16);  there v_r keeps the rounding error, and u_r = 0
 
     Attributes:
-        kinds: what it keeps for each bucket.
+        kinds: of its state, for each bucket.
     """
 
     def __init__(self, settings: TopK) -> None:
@@ -99,9 +99,22 @@ class TopKAverage:
         self.kinds: tuple[str, ...] = ("residual", "velocity") if settings.momentum else ("residual",)
 
     def average(self, bucket: Bucket, flat: Tensor, state: State, step: int, group: Group) -> Tensor:
-        """The average, in the dtype of the bucket. A collective; updates the state.
+        """The average over the group, the same bits on all ranks. A collective.
 
-        Where this rank's flat is not finite, it keeps its state as it was and sends NaN, which all ranks then see.
+        Where a value of this rank is not finite, its state is unchanged, and it sends NaN to all ranks.
+
+        Args:
+            bucket: of the message.
+            flat: [bucket.numel], the dtype of the bucket.
+            state: of the bucket: "residual" and, with momentum, "velocity", fp32 [bucket.numel]; updated in place.
+            step: of the warm-up.
+            group: the ranks.
+
+        Returns:
+            [bucket.numel], the dtype of the bucket.
+
+        Raises:
+            TimeoutError, PeerLostError, RankMismatchError: a rank was late, died, or sent another message.
         """
         k = self.settings.count(bucket.numel, step)
         message = self._pack(flat, state, k, group.world_size)

@@ -1,4 +1,4 @@
-"""What a GradAggregator keeps between steps, as plain tensors and numbers, and what becomes of it on other ranks."""
+"""The state of a GradAggregator between steps, as plain tensors and numbers, and its resharding for other ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AggregatorState(TypedDict):
     Attributes:
         tensors: "<kind>.<parameter>", in the shape of the parameter: residual, velocity (this rank's own; fp32),
             average (in flight), anchor, outer_momentum (the same on all ranks).
-        numbers: what JSON can hold: numbers, strings, lists of strings.
+        numbers: values of JSON: numbers, strings, lists of strings.
     """
 
     tensors: dict[str, Tensor]
@@ -27,10 +27,10 @@ class AggregatorState(TypedDict):
 
 
 def reshard_state(states: Sequence[AggregatorState], world_size: int) -> list[AggregatorState]:
-    """What the ranks of a group of another size begin with; a pure function.
+    """The states for the ranks of a group of another size; a pure function.
 
-    A residual is in units of the average, which is a sum over the ranks: what all ranks together still owe to the
-    average stays the same. So new rank r takes the sum of old ranks q with q % world_size == r, in their order, zeros
+    A residual is in units of the average, which is a sum over the ranks: the sum of the residuals of all ranks stays
+    the same. So new rank r takes the sum of old ranks q with q % world_size == r, in their order, zeros
     when there is none. The velocity of codec "topk" likewise. Everything else is the same on all ranks and is kept.
 
     Args:

@@ -1,4 +1,4 @@
-"""How much the gradients of each replica count: alike, or by a weight such as its number of tokens."""
+"""The weights of the replicas in an average: equal, or such as the number of tokens of each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ REDUCTIONS = ("mean", "sum")
 
 
 class Weights:
-    """By what this rank's gradients are multiplied before they travel as its part of an average over R ranks.
+    """The factor of this rank's gradients, by which they are multiplied before an average over R ranks.
 
         mean:  sum_r w_r g_r / sum_r w_r = (1 / R) sum_r scale_r g_r        scale_r = R w_r / sum_r w_r
         sum:   sum_r w_r g_r             = R (1 / R) sum_r scale_r g_r      scale_r = w_r
 
-    The sum of the weights travels ahead of the gradients, so that messages and residuals are in units of the average.
+    The sum of the weights is sent ahead of the gradients, so that messages and residuals are in units of the average.
+
+    Args:
+        who: the public function, for messages.
+        reduce: "mean" or "sum".
+
+    Raises:
+        ValueError: another reduction.
     """
 
     def __init__(self, who: str, reduce: str) -> None:
@@ -32,16 +39,20 @@ class Weights:
         self._sum: Future[Tensor] | None = None
 
     def factor(self, world_size: int) -> float:
-        """By what an average is multiplied when it has arrived."""
+        """The factor of an average when it has arrived."""
         return float(world_size) if self.reduce == "sum" else 1.0
 
     @property
     def is_zero(self) -> bool:
-        """Whether this rank's gradients do not count."""
+        """Whether the weight of this rank is 0."""
         return self._weight == 0.0
 
     def set(self, weight: float | Tensor, lane: Lane) -> None:
-        """Take this weight from now on; a collective over the lane, which is not waited for, where it must be known."""
+        """Use this weight from now on; with "mean" a collective over the lane, which is not waited for.
+
+        Raises:
+            ValueError: the weight is negative or not finite.
+        """
         weight = float(weight)
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"{self._who}: weight must be finite and 0 or more, got {weight}")
@@ -51,7 +62,7 @@ class Weights:
             self._sum = lane.submit(lambda: ops.all_reduce(mine, group=lane.group))
 
     def scale(self, world_size: int) -> float:
-        """By what this rank's gradients are multiplied; waits for the sum of the weights where that is under way.
+        """The factor of this rank's gradients; waits for the sum of the weights where that is in flight.
 
         Raises:
             ValueError: the weights of all ranks are 0, on all of them.
@@ -65,6 +76,6 @@ class Weights:
 
 
 def ranks_with(has: bool, lane: Lane) -> int:
-    """On how many ranks of a lane something is true; a collective."""
+    """The number of ranks of a lane on which `has` is true; a collective."""
     mine = torch.tensor([int(has)], device=lane.group.device)
     return int(lane.submit(lambda: ops.all_reduce(mine, group=lane.group)).wait())

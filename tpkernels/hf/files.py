@@ -18,8 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tpkernels.checkpoint.files import INDEX, SINGLE, TensorFile, damaged
-from tpkernels.checkpoint.manifest import few
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, shorten
 
 Shape = tuple[int, ...]
 Fetch = Callable[..., Tensor]  # (*(dim, start, stop)) -> that range of the tensor, or all of it
@@ -66,10 +65,11 @@ def warn_of_other(kind: str, missing: list[str], unexpected: list[str]) -> None:
     texts = []
     if missing:
         texts.append(
-            f"{few(missing)} of {kind} are not in it and are newly initialised: train them before you use them"
+            f"{shorten(sorted(missing))} of {kind} are not in it and are newly initialised: train them before you use "
+            f"them"
         )
     if unexpected:
-        texts.append(f"{few(unexpected)} of it are not in {kind} and are not used")
+        texts.append(f"{shorten(sorted(unexpected))} of it are not in {kind} and are not used")
     warnings.warn(f"load_pretrained: the class that was saved is another: {'; '.join(texts)}", stacklevel=5)
 
 
@@ -105,7 +105,7 @@ def open_folder(folder: Path, variant: str | None = None) -> dict[str, TensorFil
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = ""
     if others:
-        hint = f" (it has {few(others)}: pass variant=... where that is model.<variant>.safetensors)"
+        hint = f" (it has {shorten(sorted(others))}: pass variant=... where that is model.<variant>.safetensors)"
     elif pickles:
         hint = (
             f" (it has {pickles[0]}, a pickle, which is not opened: convert it to safetensors, for example by "

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpkernels.checkpoint.manifest import few
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, shorten
 
 
 @torch.no_grad()
@@ -42,7 +41,9 @@ def initialised(whole: Any, names: Collection[str], state: Any) -> dict[str, Ten
             torch.set_rng_state(before)
     made = {name: whole.get_parameter(name).detach() for name in names}
     if left := [name for name, value in made.items() if value.isnan().any()]:
-        raise CheckpointError(f"it lacks {few(left)}, which {type(whole).__name__} has no rule to initialise")
+        raise CheckpointError(
+            f"it lacks {shorten(sorted(left))}, which {type(whole).__name__} has no rule to initialise"
+        )
     return made
 
 

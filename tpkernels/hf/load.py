@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tpkernels.checkpoint.manifest import few
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.comm.group import Group, resolve
 from tpkernels.comm.objects import raise_together
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, shorten
 from tpkernels.hf import files as hf_files
 from tpkernels.hf import gguf as hf_gguf
 from tpkernels.hf.initialise import initialised
@@ -74,7 +73,7 @@ def load_pretrained(
         ModuleNotFoundError: transformers, accelerate or gguf is not installed; says how to install them.
     """
     group, path = resolve(group), Path(path)
-    place, doing = Place(group), f"load {path}"
+    place, doing = CheckpointRanks(group), f"load {path}"
     _need_transformers()
     model: Any = None
     with place.together(doing):
@@ -282,7 +281,9 @@ def _missing(model: Any, state: dict[str, Tensor], there: set[str]) -> list[str]
 def _refuse_names(model: Any, missing: list[str], unexpected: list[str]) -> None:
     for text, names in (("lacks", missing), ("has, and the model lacks,", unexpected)):
         if names:
-            raise CheckpointError(f"it {text} {few(names)}: is {type(model).__name__} the class that was saved?")
+            raise CheckpointError(
+                f"it {text} {shorten(sorted(names))}: is {type(model).__name__} the class that was saved?"
+            )
 
 
 def _matches(name: str, patterns: Any) -> bool:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpkernels import ops
-from tpkernels.checkpoint.ranks import Place
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator, check_replicas
@@ -76,7 +76,7 @@ class TensorParallelMixin(CheckpointMixin):
 
     def set_groups(self, group: Group, dp_group: Group | None) -> None:
         """Shard what the trainer holds beside its model, and take the ranks' places. Collective."""
-        self.tpk_group, self.tpk_dp_group, self.tpk_place = group, dp_group, Place(group, dp_group)
+        self.tpk_group, self.tpk_dp_group, self.tpk_place = group, dp_group, CheckpointRanks(group, dp_group)
         if getattr(self.model, "peft_config", None):
             cut_adapters(self.model)
         shard_reference(self)

@@ -42,7 +42,7 @@ class CheckpointMixin(Base):
     processing_class: Any
     tpk_group: Group
     tpk_dp_group: Group | None = None
-    tpk_place: Any = None  # checkpoint.ranks.Place
+    tpk_place: Any = None  # checkpoint.ranks.CheckpointRanks
     _random: dict[str, Tensor] | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

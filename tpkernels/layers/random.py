@@ -183,7 +183,7 @@ def _cuda_is_in_use() -> bool:
 def _sum_over_ranks(size: int, group: Group) -> int:
     if torch.compiler.is_compiling():
         return size * group.world_size
-    return sum(group.exchange_sizes(size))
+    return sum(group.all_gather_ints(size))
 
 
 def mix_seed(seed: int, rank: int) -> int:

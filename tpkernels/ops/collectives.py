@@ -325,7 +325,7 @@ def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: 
         raise ValueError(f"{op}: dim_size must be given while a CUDA graph is captured, the ranks cannot be asked")
     if not wants_grad:
         return -1
-    sizes = group.exchange_sizes(x_shard.size(dim))
+    sizes = group.all_gather_ints(x_shard.size(dim))
     expected = part_sizes(sum(sizes), group.world_size)
     if sizes != expected:
         raise ValueError(f"{op}: with a gradient the sizes of dim {dim} must be {expected} over the ranks, got {sizes}")

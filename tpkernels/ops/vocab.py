@@ -49,7 +49,7 @@ def _place(op: str, shard: int, vocab_size: int | None, group: Group) -> tuple[i
         return part_start(vocab_size, R, rank), vocab_size
     if is_compiling() or R == 1:
         return rank * shard, R * shard
-    sizes = group.exchange_sizes(shard)
+    sizes = group.all_gather_ints(shard)
     return sum(sizes[:rank]), sum(sizes)
 
 

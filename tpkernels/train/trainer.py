@@ -19,12 +19,13 @@ from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
 from tpkernels.comm.layout import LANE_MIB, Layout, enough_memory
 from tpkernels.comm.objects import gather, raise_together
+from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError, UserError
 from tpkernels.train import settings as settings_file
 from tpkernels.train.data import Corpus, check_size, open_corpus, train_batch, validation_batches
 from tpkernels.train.gpt import GPT, GPTConfig, Parts, sharded_parts
 from tpkernels.train.progress import Screen
-from tpkernels.train.replicas import OwnState, Replicas
+from tpkernels.train.replicas import Replicas
 from tpkernels.train.runlog import RunLog
 from tpkernels.train.settings import Settings
 
@@ -106,9 +107,10 @@ class Trainer:
         """Mean loss of these sequences, in nats per byte."""
         return self.model.loss(ids, target)
 
-    def own_state(self) -> OwnState | None:
-        """What a checkpoint needs of every replica."""
-        return None if self.replicas is None else OwnState(self.replicas, self.optimizer)
+    @property
+    def aggregator(self) -> GradAggregator | None:
+        """The aggregator of the replicas; None where there is one replica."""
+        return None if self.replicas is None else self.replicas.aggregator
 
     def clip(self) -> Tensor:
         """Scale all gradients so that their norm over all ranks is at most `clip`; the norm before."""
@@ -282,7 +284,8 @@ class Run:
             group=self.layout.tp,
             dp_group=self.layout.dp,
             optimizer=t.optimizer,
-            aggregator=t.own_state(),
+            aggregator=t.aggregator,
+            own_parameters=t.replicas is not None and t.replicas.differ,
             step=self.step,
             extra=extra,
         )
@@ -366,10 +369,12 @@ def _continue(trainer: Trainer, folder: Path, layout: Layout) -> tuple[int, int 
             f"{trainer.corpus.name} is not the data that the run in {folder} began with: "
             f"give its --data, or start anew without --resume."
         )
-    own = trainer.own_state()
     loaded = checkpoint.load(
-        trainer.model, found, group=layout.tp, dp_group=layout.dp, optimizer=trainer.optimizer, aggregator=own
+        trainer.model,
+        found,
+        group=layout.tp,
+        dp_group=layout.dp,
+        optimizer=trainer.optimizer,
+        aggregator=trainer.aggregator,
     )
-    if own is not None:
-        own.finish()
     return loaded.step, loaded.extra["total"]
