@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from tpkernels._native import _C
-from tpkernels.comm import engines
 from tpkernels.comm.bootstrap import Meeting
 from tpkernels.comm.device_exchange import DeviceExchange
 from tpkernels.comm.devices import backend_of, load_cuda
@@ -83,7 +82,6 @@ def open_communicator(
     if len(ranks) == 1:
         return Opened(_open_local(kernels, name, label, device), "one rank")
     if kernels is None:
-        engines.load()
         return _open_cpu(process_group, meeting, name, label, wanted, ranks)
     return _open_cuda(process_group, meeting, name, label, wanted, ranks, device, kernels)
 
