@@ -27,5 +27,14 @@ def open_local(name: str, label: str, device: int) -> Communicator: ...
 def set_error_types(mismatch: type[BaseException], lost: type[BaseException]) -> None: ...
 def limits() -> dict[str, int]: ...
 def explain(
-    communicator: Communicator, op: str, dtype: str, M: int, N: int, K: int, numel: int, codec: str
+    communicator: Communicator,
+    op: str,
+    dtype: str,
+    codec: str,
+    M: int,
+    N: int,
+    K: int,
+    numel: int,
+    has_bias: bool,
+    dim: int,
 ) -> tuple[str, str]: ...

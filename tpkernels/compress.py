@@ -1,4 +1,6 @@
-"""The codecs: how values are packed on the wire. Names and sizes come from the C++ list (csrc/core/codec/codec.h).
+"""The codecs, which pack values on the wire, and the reductions that exist. Both lists are those of C++.
+
+csrc/core/codec/codec.h has the codecs, csrc/core/wire.cpp decides which dtype, reduction and codec go together.
 
 When one pays: packing costs a core 0.3 to 0.7 ns a value of an all_reduce (1 MiB between two ranks, all of it: bf16
 0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. Where ranks share memory every codec
@@ -9,12 +11,30 @@ bench/results/codecs.jsonl, codec_moves.jsonl, study/.
 
 from __future__ import annotations
 
+import torch
+
 from tpkernels._native import _C
 
 _BLOCKS: dict[str, tuple[int, int]] = {name: (values, nbytes) for name, values, nbytes in _C.codecs()}
 
 CODECS: tuple[str, ...] = ("none", *_BLOCKS)
 """Every name that an op's `codec` argument takes."""
+
+_ROWS = [(getattr(torch, dtype), op, codec) for dtype, op, codec in _C.wires()]
+
+WIRES: frozenset[tuple[torch.dtype, str, str]] = frozenset(_ROWS)
+"""(dtype, op, codec) of every reduction that exists."""
+
+REDUCTIONS: tuple[str, ...] = tuple(dict.fromkeys(op for _, op, _ in _ROWS))
+"""Every name that an op's `op` argument takes."""
+
+DTYPES: tuple[torch.dtype, ...] = tuple(dict.fromkeys(dtype for dtype, _, _ in _ROWS))
+"""The dtypes that are summed."""
+
+FLOATS: tuple[torch.dtype, ...] = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)
+
+PACKABLE: tuple[torch.dtype, ...] = tuple(dict.fromkeys(dtype for dtype, _, codec in _ROWS if codec != "none"))
+"""The dtypes that codecs pack."""
 
 
 def block_values(codec: str) -> int:

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "engines.h"
 #include "types.h"
 #include "wire.h"
 
@@ -55,6 +56,7 @@ struct OpStats {
   uint64_t wire_bytes = 0;   // sent by this rank; what k ranks read counts k times
   uint64_t nanoseconds = 0;  // inside the collective, waiting included
   uint64_t wait_nanoseconds = 0;
+  uint64_t heap_inputs = 0;  // calls whose input lay in the arena's heap and was not copied
 };
 
 class Communicator {
@@ -87,6 +89,10 @@ class Communicator {
   virtual void* heap_allocate(size_t bytes) = 0;
   virtual void heap_free(void* pointer) = 0;
   virtual size_t heap_bytes() const = 0;
+
+  // The GEMM engines that this group has measured, on the CPU.
+  MeasuredEngines& measured_engines() { return measured_engines_; }
+  const MeasuredEngines& measured_engines() const { return measured_engines_; }
 
   // Raises what a device found out since: calls there return before they have run. Nothing to do on the CPU.
   void check();
@@ -123,6 +129,7 @@ class Communicator {
   // Gathering: what each rank says it brings must be what the cut gives it.
   void check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const;
   void count(uint64_t wire_bytes) { current_->wire_bytes += wire_bytes; }
+  void count_heap_input() { current_->heap_inputs += 1; }
   void count_wait(uint64_t nanoseconds) { current_->wait_nanoseconds += nanoseconds; }
 
   uint64_t call_ = 0;  // number of the call in progress, 1 for the first
@@ -141,6 +148,7 @@ class Communicator {
   std::string broken_;  // the first fatal error
   std::array<OpStats, kOps> stats_{};
   OpStats* current_ = nullptr;
+  MeasuredEngines measured_engines_;
 };
 
 uint64_t now_nanoseconds();

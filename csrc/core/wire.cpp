@@ -104,16 +104,50 @@ const Wire& coded_wire_of_dtype(DType dtype, Codec codec, ReduceOp op) {
   throw std::invalid_argument("unknown codec");
 }
 
+bool is_float(DType dtype) { return dtype <= DType::F16; }
+bool is_packable(DType dtype) { return is_float(dtype) && dtype != DType::F64; }
+
+// The only place that decides which wires exist.
+bool exists(DType dtype, Codec codec, ReduceOp op) {
+  if (dtype >= DType::Raw1) return dtype < DType::Count && codec == Codec::None && op == ReduceOp::None;
+  if (codec != Codec::None) {
+    return codec < Codec::Count && is_packable(dtype) && op != ReduceOp::Max && op != ReduceOp::Min;
+  }
+  return is_float(dtype) || op != ReduceOp::Avg;
+}
+
+std::string why_not(DType dtype, Codec codec, ReduceOp op) {
+  if (codec != Codec::None && is_packable(dtype)) {
+    return concat("codec ", name_of(codec), " works with op sum or avg, got ", name_of(op));
+  }
+  if (codec != Codec::None) {
+    return concat("codec ", name_of(codec), " packs float32, bfloat16 or float16, got ", name_of(dtype));
+  }
+  if (op == ReduceOp::Avg) {
+    return concat("op avg needs a floating dtype (integers would be cut), got ", name_of(dtype));
+  }
+  return concat("op ", name_of(op), " has no meaning for ", name_of(dtype));
+}
+
 const Wire& coded(DType dtype, Codec codec, ReduceOp op) {
-  TPK_CHECK(op != ReduceOp::Max && op != ReduceOp::Min, "codec ", name_of(codec), " works with op sum or avg, got ",
-            name_of(op));
   switch (dtype) {
-    case DType::F32: return coded_wire_of_dtype<float>(dtype, codec, op);
     case DType::BF16: return coded_wire_of_dtype<Bfloat16>(dtype, codec, op);
     case DType::F16: return coded_wire_of_dtype<Half>(dtype, codec, op);
-    default:
-      throw std::invalid_argument(
-          concat("codec ", name_of(codec), " packs float32, bfloat16 or float16, got ", name_of(dtype)));
+    default: return coded_wire_of_dtype<float>(dtype, codec, op);
+  }
+}
+
+const Wire& plain(DType dtype, ReduceOp op) {
+  switch (dtype) {
+    case DType::F64: return plain_wire_of<double>(dtype, op);
+    case DType::BF16: return plain_wire_of<Bfloat16>(dtype, op);
+    case DType::F16: return plain_wire_of<Half>(dtype, op);
+    case DType::I8: return plain_wire_of<int8_t>(dtype, op);
+    case DType::U8: return plain_wire_of<uint8_t>(dtype, op);
+    case DType::I16: return plain_wire_of<int16_t>(dtype, op);
+    case DType::I32: return plain_wire_of<int32_t>(dtype, op);
+    case DType::I64: return plain_wire_of<int64_t>(dtype, op);
+    default: return plain_wire_of<float>(dtype, op);
   }
 }
 
@@ -132,25 +166,16 @@ void Input::encode(const Wire& wire, void* to, size_t n) const {
 
 size_t Wire::values_in(size_t wire_bytes) const { return wire_bytes / bytes(block_values) * block_values; }
 
+const Wire* find_wire(DType dtype, Codec codec, ReduceOp op) {
+  if (!exists(dtype, codec, op)) return nullptr;
+  if (dtype >= DType::Raw1) return &raw(dtype);
+  return codec == Codec::None ? &plain(dtype, op) : &coded(dtype, codec, op);
+}
+
 const Wire& wire_of(DType dtype, Codec codec, ReduceOp op) {
-  if (codec != Codec::None) return coded(dtype, codec, op);
-  const bool is_float = dtype <= DType::F16;
-  TPK_CHECK(is_float || op != ReduceOp::Avg, "op avg needs a floating dtype (integers would be cut), got ",
-            name_of(dtype));
-  switch (dtype) {
-    case DType::F32: return plain_wire_of<float>(dtype, op);
-    case DType::F64: return plain_wire_of<double>(dtype, op);
-    case DType::BF16: return plain_wire_of<Bfloat16>(dtype, op);
-    case DType::F16: return plain_wire_of<Half>(dtype, op);
-    case DType::I8: return plain_wire_of<int8_t>(dtype, op);
-    case DType::U8: return plain_wire_of<uint8_t>(dtype, op);
-    case DType::I16: return plain_wire_of<int16_t>(dtype, op);
-    case DType::I32: return plain_wire_of<int32_t>(dtype, op);
-    case DType::I64: return plain_wire_of<int64_t>(dtype, op);
-    default: break;
-  }
-  TPK_CHECK(op == ReduceOp::None, "op ", name_of(op), " has no meaning for ", name_of(dtype));
-  return raw(dtype);
+  const Wire* const wire = find_wire(dtype, codec, op);
+  TPK_CHECK(wire != nullptr, why_not(dtype, codec, op));
+  return *wire;
 }
 
 }  // namespace tpk

@@ -67,7 +67,9 @@ class Input {
   bool is_packed_ = false;
 };
 
-// Throws std::invalid_argument for a combination that has no meaning (codec on integers, avg of integers, ...).
+// The wire of a combination, or nullptr where it has no meaning (codec on integers, avg of integers, ...).
+const Wire* find_wire(DType dtype, Codec codec, ReduceOp op);
+// The same; throws std::invalid_argument, with the reason, where there is none.
 const Wire& wire_of(DType dtype, Codec codec, ReduceOp op);
 
 }  // namespace tpk

@@ -35,7 +35,8 @@ struct LocalGradients {
 
 }  // namespace
 
-Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b) {
+Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b,
+                          Text) {
   LocalGradients gradients(dy);
   if (need_x) gradients.input(dy, w);
   if (need_w) gradients.weight(dy, x);
@@ -71,7 +72,7 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
   const Wire& wire = wire_for(op, dy_shard, codec);
   if (dim != 0 || dim_size < 0) {
     const Tensor dy = all_gather_dim(op, *comm, wire, dy_shard, dim, dim_size);
-    return linear_backward(dy, x_shard, w_shard, need_x, need_w, need_b);
+    return linear_backward(dy, x_shard, w_shard, need_x, need_w, need_b, std::move(group));
   }
   const cuda::RowGather gather(op, *comm, wire, dy_shard, dim_size);
   const cuda::RowParts parts = gather.parts();

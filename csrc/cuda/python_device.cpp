@@ -155,12 +155,16 @@ Explained explain_gemm(const DeviceCommunicator& comm, Op op, const Wire& wire, 
 }
 
 // numel is that of a collective's tensor.
-Explained explain(const DeviceCommunicator& comm, const std::string& op, const std::string& dtype, int64_t M, int64_t N,
-                  int64_t K, size_t numel, const std::string& codec) {
+// A bias is the GEMM's own and changes no path; a gather or a scatter along another dim than 0 is not cut into parts.
+Explained explain(const DeviceCommunicator& comm, const std::string& op, const std::string& dtype,
+                  const std::string& codec, int64_t M, int64_t N, int64_t K, size_t numel, bool, int64_t dim) {
   const Codec packed = codec_of(codec);
   TPK_CHECK(packed != Codec::Count, "explain: no codec ", codec);
-  const Wire& wire = wire_of(float_dtype(dtype), packed, ReduceOp::Sum);
+  const Wire& wire = wire_of(float_dtype("explain", dtype), packed, ReduceOp::Sum);
   for (Op gemm : {Op::GemmAllReduce, Op::GemmReduceScatter, Op::AllGatherGemm}) {
+    if (op == name_of(gemm) && gemm != Op::GemmAllReduce && dim != 0) {
+      return {"unfused", concat("dim ", dim, ": only rows of dim 0 are sent while others are multiplied")};
+    }
     if (op == name_of(gemm)) return explain_gemm(comm, gemm, wire, M, N, K);
   }
   if (op == "replicated_gemm") return {"unfused", "nothing travels in the forward; the backward sums dx beside dw"};
@@ -171,7 +175,7 @@ Explained explain(const DeviceCommunicator& comm, const std::string& op, const s
 
 void add_device_groups(py::module_& m) {
   add_communicator<DeviceCommunicator>(m)
-      .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no short way past the dispatcher
+      .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no fast path past the dispatcher
       .def_property_readonly("device", &DeviceCommunicator::device)
       .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0, py::arg("grid") = 0)
       .def("share_device", &share_device, py::arg("ranks"));
@@ -186,8 +190,8 @@ void add_device_groups(py::module_& m) {
         return std::static_pointer_cast<DeviceCommunicator>(open_local(name, label, device));
       },
       py::arg("name"), py::arg("label"), py::arg("device") = -1);
-  m.def("explain", &explain, py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("M"), py::arg("N"),
-        py::arg("K"), py::arg("numel"), py::arg("codec"));
+  m.def("explain", &explain, py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"),
+        py::arg("N"), py::arg("K"), py::arg("numel"), py::arg("has_bias"), py::arg("dim"));
 }
 
 void add_device_limits(py::dict& limits) {

@@ -8,7 +8,7 @@ namespace tpk::dlpack {
 
 constexpr uint32_t kMajor = 1, kMinor = 0;
 constexpr int32_t kCpu = 1;
-enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
+enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 struct Device {
   int32_t type, id;

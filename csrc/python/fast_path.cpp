@@ -1,7 +1,6 @@
-// An all_reduce of a few KiB between two cores takes a microsecond; asking torch from Python whether anything stands
-// between the call and its kernel takes longer. Here the same is asked from C, and torch tells all about a tensor in
-// one call (DLPack's exchange interface, plain C, in torch from 2.10 on); then the collective runs on the tensor's
-// pointer.
+// An all_reduce of a few KiB between two cores takes a microsecond; to find out from Python that no layer of torch has
+// work between the call and its kernel takes longer. Here C code queries the same state, gets all of a tensor in one
+// call (DLPack's exchange interface, plain C, in torch from 2.10 on), and runs the collective on the tensor's pointer.
 #include "fast_path.h"
 
 #include <algorithm>
@@ -23,8 +22,8 @@ namespace {
 using Translate = void (*)(std::exception_ptr);
 Translate translate_error = nullptr;
 
-// What is asked of torch. Strong references that are never given back.
-#define TPK_ASKED(X)          \
+// The state of torch that decides. Strong references, never released.
+#define TPK_TORCH_STATE(X)    \
   X(tensor_type)              \
   X(parameter_type)           \
   X(is_grad_enabled)          \
@@ -36,18 +35,19 @@ Translate translate_error = nullptr;
   X(forward_ad)               \
   X(increment_version)
 
-struct Asked {
-#define TPK_ASKED_FIELD(name) PyObject* name = nullptr;
-  TPK_ASKED(TPK_ASKED_FIELD)
-#undef TPK_ASKED_FIELD
-  const dlpack::ExchangeApi* exchange = nullptr;  // nullptr until set_short_way: nothing is plain
-} asked;
+struct TorchState {
+#define TPK_TORCH_STATE_FIELD(name) PyObject* name = nullptr;
+  TPK_TORCH_STATE(TPK_TORCH_STATE_FIELD)
+#undef TPK_TORCH_STATE_FIELD
+  const dlpack::ExchangeApi* exchange = nullptr;  // nullptr until set_fast_path: no tensor is plain
+} torch_state;
 
 // Interned once: an attribute is then found by pointer.
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 struct Names {
   PyObject* requires_grad = interned("requires_grad");
   PyObject* is_neg = interned("is_neg");
+  PyObject* is_conj = interned("is_conj");
   PyObject* current_level = interned("_current_level");
   PyObject* none = interned("none");
   PyObject* sum = interned("sum");
@@ -73,13 +73,13 @@ int64_t integer(const py::object& value) {
 }
 
 // Nothing to record, no mode, no transform, no profiler, no tracing.
-bool nothing_watches(PyObject* x) {
+bool is_unobserved(PyObject* x) {
   const bool wants_grad = steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True;
-  return !(wants_grad && call_is(asked.is_grad_enabled, Py_True)) &&
-         integer(steal(PyObject_CallNoArgs(asked.len_dispatch_modes))) == 0 &&
-         call_is(asked.is_function_mode_enabled, Py_False) && call_is(asked.peek_transforms, Py_None) &&
-         call_is(asked.is_profiler_enabled, Py_False) && call_is(asked.tracing_state, Py_None) &&
-         integer(steal(PyObject_GetAttr(asked.forward_ad, names().current_level))) < 0;
+  return !(wants_grad && call_is(torch_state.is_grad_enabled, Py_True)) &&
+         integer(steal(PyObject_CallNoArgs(torch_state.len_dispatch_modes))) == 0 &&
+         call_is(torch_state.is_function_mode_enabled, Py_False) && call_is(torch_state.peek_transforms, Py_None) &&
+         call_is(torch_state.is_profiler_enabled, Py_False) && call_is(torch_state.tracing_state, Py_None) &&
+         integer(steal(PyObject_GetAttr(torch_state.forward_ad, names().current_level))) < 0;
 }
 
 // A ZeroTensor (such as the gradient of torch.sgn) has values and no memory: the dispatcher makes it one of zeros.
@@ -87,16 +87,17 @@ bool has_memory(const dlpack::View& view) {
   return view.data != nullptr || std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
 }
 
-// Fills view and returns true for an ordinary dense tensor on the CPU that nothing watches.
+// Fills view and returns true for an ordinary dense tensor on the CPU that no layer of torch observes.
 bool plain(PyObject* x, dlpack::View* view) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-  if (asked.exchange == nullptr || (type != asked.tensor_type && type != asked.parameter_type)) return false;
-  if (asked.exchange->view_of_object(x, view) != 0) {  // sparse, meta, a dtype that DLPack lacks
+  if (torch_state.exchange == nullptr || (type != torch_state.tensor_type && type != torch_state.parameter_type))
+    return false;
+  if (torch_state.exchange->view_of_object(x, view) != 0) {  // sparse, meta, a dtype that DLPack lacks
     PyErr_Clear();
     return false;
   }
   return view->device.type == dlpack::kCpu && has_memory(*view) && method_is(x, names().is_neg, Py_False) &&
-         nothing_watches(x);
+         (view->dtype.code != dlpack::kComplex || method_is(x, names().is_conj, Py_False)) && is_unobserved(x);
 }
 
 DType dtype_of(const dlpack::DataType& type) {
@@ -124,24 +125,19 @@ bool is_contiguous(const dlpack::View& x) {
   return true;
 }
 
-// The wire of a reduction, or nullptr when there is none (the long way says what is wrong).
-const Wire* find_wire(DType dtype, PyObject* op, PyObject* codec) {
-  if (dtype == DType::Count) return nullptr;
-  if (op == names().sum && codec == names().none) return &wire_of(dtype, Codec::None, ReduceOp::Sum);
+// The wire of a reduction, or nullptr when there is none (the op's checks then raise the reason).
+const Wire* wire_named(DType dtype, PyObject* op, PyObject* codec) {
+  if (op == names().sum && codec == names().none) return find_wire(dtype, Codec::None, ReduceOp::Sum);
   if (!PyUnicode_Check(op) || !PyUnicode_Check(codec)) return nullptr;
-  const Codec packed = codec_of(PyUnicode_AsUTF8(codec));
-  const bool is_float = dtype <= DType::F16, packs = packed != Codec::None;
-  if (packed == Codec::Count || (packs && (!is_float || dtype == DType::F64))) return nullptr;
-  for (ReduceOp found : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
-    if (PyUnicode_CompareWithASCIIString(op, name_of(found)) != 0) continue;
-    const bool meaningful = (found != ReduceOp::Avg || is_float) && (!packs || found <= ReduceOp::Avg);
-    return meaningful ? &wire_of(dtype, packed, found) : nullptr;
+  const Codec packing = codec_of(PyUnicode_AsUTF8(codec));
+  for (ReduceOp reduction : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
+    if (PyUnicode_CompareWithASCIIString(op, name_of(reduction)) == 0) return find_wire(dtype, packing, reduction);
   }
   return nullptr;
 }
 
-// A plain, contiguous tensor of at most `largest` bytes under a reduction that exists.
-struct Short {
+// A plain, contiguous tensor under a reduction that exists.
+struct FastCall {
   Communicator& comm;
   const Wire& wire;
   dlpack::View view;
@@ -151,15 +147,15 @@ struct Short {
   size_t num_dims() const { return static_cast<size_t>(view.ndim); }
 };
 
-std::optional<Short> short_call(PyObject* x, PyObject* address, PyObject* op, PyObject* codec) {
+std::optional<FastCall> fast_call(PyObject* x, PyObject* address, PyObject* op, PyObject* codec) {
   auto* const comm = static_cast<Communicator*>(PyLong_AsVoidPtr(address));
   dlpack::View view;
   if (comm == nullptr || !plain(x, &view) || !is_contiguous(view)) return {};
-  const Wire* const wire = find_wire(dtype_of(view.dtype), op, codec);
+  const Wire* const wire = wire_named(dtype_of(view.dtype), op, codec);
   if (wire == nullptr) return {};
   size_t numel = 1;
   for (int i = 0; i < view.ndim; ++i) numel *= static_cast<size_t>(view.shape[i]);
-  return Short{*comm, *wire, view, numel};
+  return FastCall{*comm, *wire, view, numel};
 }
 
 // A new tensor like x but for the size of dimension 0. Through DLPack, too: torch.empty costs as much as the
@@ -196,7 +192,7 @@ class NewTensor {
   PyObject* release() {
     void* object = nullptr;
     dlpack::Managed* const given = &std::exchange(self_, nullptr)->managed;
-    if (asked.exchange->to_object(given, &object) != 0) throw py::error_already_set();
+    if (torch_state.exchange->to_object(given, &object) != 0) throw py::error_already_set();
     return static_cast<PyObject*>(object);
   }
 
@@ -220,15 +216,15 @@ class NewTensor {
   char* data_;
 };
 
-CallSpec reduction_spec(const Short& call, Op op) {
+CallSpec reduction_spec(const FastCall& call, Op op) {
   const Wire& wire = call.wire;
   return {op, wire.dtype, wire.op, wire.codec, call.numel, hash_of(call.view.shape, call.num_dims()), 0};
 }
 
 // Runs a body with C++ errors turned into Python's.
 template <class Body>
-PyObject* guarded(Py_ssize_t given, Py_ssize_t wanted, Body&& body) {
-  if (given != wanted) {
+PyObject* guarded(Py_ssize_t got, Py_ssize_t expected, Body&& body) {
+  if (got != expected) {
     PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
     return nullptr;
   }
@@ -250,9 +246,9 @@ PyObject* none() {
   return Py_None;
 }
 
-bool too_large(size_t numel, const Wire& wire, PyObject* largest) {
-  return numel * wire.value_bytes > PyLong_AsSize_t(largest);
-}
+// Up to this size the dispatcher costs more than the collective; beyond, outputs are torch's own.
+constexpr size_t kMostBytes = size_t{1} << 18;
+bool is_large(size_t numel, const Wire& wire) { return numel * wire.value_bytes > kMostBytes; }
 
 using Arguments = PyObject* const*;
 
@@ -264,9 +260,9 @@ PyObject* is_plain(PyObject*, Arguments args, Py_ssize_t count) {
 }
 
 // (x, address, op, codec) -> whether it was done
-PyObject* short_all_reduce_inplace(PyObject*, Arguments args, Py_ssize_t count) {
+PyObject* fast_all_reduce_inplace(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 4, [&] {
-    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
+    const std::optional<FastCall> call = fast_call(args[0], args[1], args[2], args[3]);
     if (!call.has_value()) return PyBool_FromLong(0);
     {
       py::gil_scoped_release no_gil;
@@ -275,16 +271,16 @@ PyObject* short_all_reduce_inplace(PyObject*, Arguments args, Py_ssize_t count) 
     }
     // So that a backward that saved x notices (torch passes inference tensors by, which have no versions).
     const py::object one = steal(PyTuple_Pack(1, args[0]));
-    steal(PyObject_CallOneArg(asked.increment_version, one.ptr()));
+    steal(PyObject_CallOneArg(torch_state.increment_version, one.ptr()));
     return PyBool_FromLong(1);
   });
 }
 
-// (x, address, op, codec, largest) -> the new tensor, or None where the long way is to be taken
-PyObject* short_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
-    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
-    if (!call.has_value() || too_large(call->numel, call->wire, args[4])) return none();
+// (x, address, op, codec) -> the new tensor, or None where the call is not one for the fast path
+PyObject* fast_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 4, [&]() -> PyObject* {
+    const std::optional<FastCall> call = fast_call(args[0], args[1], args[2], args[3]);
+    if (!call.has_value() || is_large(call->numel, call->wire)) return none();
     NewTensor out(call->view, call->view.ndim > 0 ? call->view.shape[0] : 1, call->numel * call->wire.value_bytes);
     {
       py::gil_scoped_release no_gil;
@@ -294,11 +290,11 @@ PyObject* short_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
   });
 }
 
-// (x, address, op, codec, largest): along dimension 0
-PyObject* short_reduce_scatter(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
-    const std::optional<Short> call = short_call(args[0], args[1], args[2], args[3]);
-    if (!call.has_value() || call->view.ndim == 0 || too_large(call->numel, call->wire, args[4])) return none();
+// (x, address, op, codec): along dimension 0
+PyObject* fast_reduce_scatter(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 4, [&]() -> PyObject* {
+    const std::optional<FastCall> call = fast_call(args[0], args[1], args[2], args[3]);
+    if (!call.has_value() || call->view.ndim == 0 || is_large(call->numel, call->wire)) return none();
     const CutCall cut =
         reduce_scatter_call(Op::ReduceScatter, call->wire, call->view.shape, call->num_dims(), 0, call->comm);
     NewTensor out(call->view, cut.rows, static_cast<size_t>(cut.rows) * cut.row * call->wire.value_bytes);
@@ -310,15 +306,15 @@ PyObject* short_reduce_scatter(PyObject*, Arguments args, Py_ssize_t count) {
   });
 }
 
-// (x_shard, address, dim_size, codec, largest): along dimension 0
-PyObject* short_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
-    if (!PyLong_CheckExact(args[2])) return none();  // the ranks have to be asked
-    const std::optional<Short> call = short_call(args[0], args[1], names().sum, args[3]);
+// (x_shard, address, dim_size, codec): along dimension 0
+PyObject* fast_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 4, [&]() -> PyObject* {
+    if (!PyLong_CheckExact(args[2])) return none();  // the ranks exchange their sizes first
+    const std::optional<FastCall> call = fast_call(args[0], args[1], names().sum, args[3]);
     const int64_t dim_size = PyLong_AsLongLong(args[2]);
     if (!call.has_value() || call->view.ndim == 0 || dim_size < 0) return none();
     const size_t row = row_values(call->view.shape, call->num_dims());
-    if (too_large(static_cast<size_t>(dim_size) * row, call->wire, args[4])) return none();
+    if (is_large(static_cast<size_t>(dim_size) * row, call->wire)) return none();
     const CutCall cut = all_gather_call(Op::AllGather, call->wire, call->view.shape, call->num_dims(), 0,
                                         Cut::even(static_cast<size_t>(dim_size), call->comm.world_size()));
     NewTensor out(call->view, dim_size, static_cast<size_t>(dim_size) * row * call->wire.value_bytes);
@@ -335,28 +331,27 @@ PyCFunction fast(PyObject* (*function)(PyObject*, Arguments, Py_ssize_t)) {
 }
 
 PyMethodDef methods[] = {
-    {"is_plain", fast(is_plain), METH_FASTCALL, "Whether nothing stands between a call with x and its CPU kernel."},
-    {"short_all_reduce_", fast(short_all_reduce_inplace), METH_FASTCALL,
-     "all_reduce_ of a plain tensor, if it is one."},
-    {"short_all_reduce", fast(short_all_reduce), METH_FASTCALL, "all_reduce of a small plain tensor, or None."},
-    {"short_reduce_scatter", fast(short_reduce_scatter), METH_FASTCALL, "reduce_scatter likewise, along dim 0."},
-    {"short_all_gather", fast(short_all_gather), METH_FASTCALL, "all_gather likewise, along dim 0."},
+    {"is_plain", fast(is_plain), METH_FASTCALL, "Whether a call with x alone may go straight to its CPU kernel."},
+    {"fast_all_reduce_", fast(fast_all_reduce_inplace), METH_FASTCALL, "all_reduce_ of a plain tensor, if it is one."},
+    {"fast_all_reduce", fast(fast_all_reduce), METH_FASTCALL, "all_reduce of a small plain tensor, or None."},
+    {"fast_reduce_scatter", fast(fast_reduce_scatter), METH_FASTCALL, "reduce_scatter likewise, along dim 0."},
+    {"fast_all_gather", fast(fast_all_gather), METH_FASTCALL, "all_gather likewise, along dim 0."},
     {nullptr, nullptr, 0, nullptr}};
 
-void set_short_way(const py::dict& given, const py::capsule& exchange) {
-#define TPK_ASKED_SET(name) asked.name = py::object(given[#name]).release().ptr();
-  TPK_ASKED(TPK_ASKED_SET)
-#undef TPK_ASKED_SET
+void set_fast_path(const py::dict& given, const py::capsule& exchange) {
+#define TPK_TORCH_STATE_SET(name) torch_state.name = py::object(given[#name]).release().ptr();
+  TPK_TORCH_STATE(TPK_TORCH_STATE_SET)
+#undef TPK_TORCH_STATE_SET
   const auto* const found = static_cast<const dlpack::ExchangeApi*>(exchange.get_pointer());
-  if (found->version.major == dlpack::kMajor) asked.exchange = found;
+  if (found->version.major == dlpack::kMajor) torch_state.exchange = found;
 }
 
 }  // namespace
 
-void add_short_way(py::module_& m, Translate translate) {
+void add_fast_path(py::module_& m, Translate translate) {
   translate_error = translate;
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
-  m.def("set_short_way", &set_short_way, py::arg("asked"), py::arg("exchange"));
+  m.def("set_fast_path", &set_fast_path, py::arg("state"), py::arg("exchange"));
 }
 
 }  // namespace tpk

@@ -66,10 +66,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Runtime objects of tpkernels; importing this module registers torch.ops.tpkernels.";
   add_basics(m);
   add_engines(m);
-  add_short_way(m, &translate_errors);
+  add_fast_path(m, &translate_errors);
   add_communicator<Communicator>(m).def_property_readonly(
       "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); });
 
+  add_choices(m);
   m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("fd"), py::arg("arena_bytes"), py::arg("pids"), py::arg("cores"));
   m.def("open_group", &open_group, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),

@@ -1,26 +1,35 @@
+#include "cpu/choose.h"
 #include "cpu/gemm.h"
 #include "python_side.h"
 
 namespace tpk {
 
 void add_engines(py::module_& m) {
-  m.def("set_onednn_available", &set_onednn_available, py::arg("available"));
+  m.def(
+      "set_onednn_available", [](bool available) { set_onednn_available(available && has_onednn_linear()); },
+      py::arg("available"));
   m.def("assume_cpu", [](bool amd, bool avx512) { assume_cpu(Cpu{amd, avx512}); }, py::arg("amd"), py::arg("avx512"));
   m.def("forget_assumed_cpu", [] { assume_cpu(std::nullopt); });
-  m.def(
-      "set_measured_engine",
-      [](const std::string& dtype, int64_t M, int64_t N, int64_t K, const std::string& engine) {
-        set_measured_engine(float_dtype(dtype), M, N, K, engine_of(engine));
-      },
-      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("engine"));
-  m.def("forget_measured_engines", &forget_measured_engines);
+}
+
+void add_choices(py::module_& m) {
   m.def(
       "choose_engine",
-      [](const std::string& dtype, int64_t M, int64_t N, int64_t K) {
-        const EngineChoice choice = choose_engine(float_dtype(dtype), M, N, K);
+      [](const Communicator& comm, const std::string& dtype, int64_t M, int64_t N, int64_t K) {
+        const GemmShape shape{float_dtype("choose_engine", dtype), M, N, K};
+        const EngineChoice choice = choose_engine(comm.measured_engines(), shape);
         return py::make_tuple(name_of(choice.engine), choice.reason);
       },
-      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
+      py::arg("communicator"), py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
+  m.def(
+      "explain",
+      [](Communicator& comm, const std::string& op, const std::string& dtype, const std::string& codec, int64_t M,
+         int64_t N, int64_t K, size_t numel, bool has_bias, int64_t dim) {
+        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel, has_bias, dim});
+        return py::make_tuple(found.path, found.reason);
+      },
+      py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"), py::arg("N"),
+      py::arg("K"), py::arg("numel"), py::arg("has_bias"), py::arg("dim"));
 }
 
 }  // namespace tpk

@@ -20,6 +20,7 @@ py::dict stats_of(const OpStats& stats) {
   row["wire_bytes"] = stats.wire_bytes;
   row["seconds"] = static_cast<double>(stats.nanoseconds) * 1e-9;
   row["wait_seconds"] = static_cast<double>(stats.wait_nanoseconds) * 1e-9;
+  row["heap_inputs"] = stats.heap_inputs;
   return row;
 }
 
@@ -28,6 +29,20 @@ py::list codec_list() {
 #define TPK_CODEC_ROW(name, id, type) rows.append(py::make_tuple(name, type::kBlockValues, type::kBlockBytes));
   TPK_CODECS(TPK_CODEC_ROW)
 #undef TPK_CODEC_ROW
+  return rows;
+}
+
+// (dtype, op, codec) of every reduction that exists.
+py::list wire_list() {
+  py::list rows;
+  for (uint8_t dtype = 0; dtype < static_cast<uint8_t>(DType::Raw1); ++dtype) {
+    for (ReduceOp op : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
+      for (uint8_t codec = 0; codec < static_cast<uint8_t>(Codec::Count); ++codec) {
+        const Wire* const wire = find_wire(static_cast<DType>(dtype), static_cast<Codec>(codec), op);
+        if (wire != nullptr) rows.append(py::make_tuple(name_of(wire->dtype), name_of(op), name_of(wire->codec)));
+      }
+    }
+  }
   return rows;
 }
 
@@ -70,13 +85,14 @@ void add_basics(py::module_& m) {
   });
   m.def("op_name", [](uint32_t op) { return name_of(static_cast<Op>(std::min<size_t>(op, kOps))); }, py::arg("op"));
   m.def("codecs", &codec_list, "(name, values a block, bytes a block) of every codec but none.");
+  m.def("wires", &wire_list, "(dtype, op, codec) of every reduction that exists.");
 }
 
-DType float_dtype(const std::string& name) {
+DType float_dtype(const char* what, const std::string& name) {
   for (DType dtype : {DType::F32, DType::F64, DType::BF16, DType::F16}) {
     if (name == name_of(dtype)) return dtype;
   }
-  throw std::invalid_argument(concat("dtype must be float32, float64, bfloat16 or float16, got ", name));
+  throw std::invalid_argument(concat(what, ": dtype must be one of float32, float64, bfloat16, float16, got ", name));
 }
 
 // Without the GIL: the counters wait for a call in progress, which may need it to come to its end.

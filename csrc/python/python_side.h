@@ -20,10 +20,13 @@ namespace py = pybind11;
 void translate_errors(std::exception_ptr pointer);
 // Adds set_error_types, codecs and the translation of errors.
 void add_basics(py::module_& m);
-// Adds the choice of the engine for CPU GEMMs.
+// Adds what the choice of the engine for CPU GEMMs depends on: oneDNN, the CPU.
 void add_engines(py::module_& m);
+// Adds the choices of the CPU: choose_engine, explain.
+void add_choices(py::module_& m);
 
-DType float_dtype(const std::string& name);
+// The floating dtype of that name; throws std::invalid_argument, in the name of `what`, where there is none.
+DType float_dtype(const char* what, const std::string& name);
 py::dict stats_by_op(Communicator& comm);
 
 // A Python object that C++ owns, given back under the GIL, or left alone when the interpreter is gone.
@@ -139,6 +142,13 @@ py::class_<Comm, std::shared_ptr<Comm>> add_communicator(py::module_& m) {
       .def(
           "exchange", [](Comm& comm, int64_t mine) { return comm.exchange(Op::Sizes, mine); }, py::arg("mine"),
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "set_measured_engine",
+          [](Comm& comm, const std::string& dtype, int64_t M, int64_t N, int64_t K, const std::string& engine) {
+            comm.measured_engines().set({float_dtype("set_measured_engine", dtype), M, N, K}, engine_of(engine));
+          },
+          py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("engine"))
+      .def("forget_measured_engines", [](Comm& comm) { comm.measured_engines().clear(); })
       .def(
           "close",
           [](Comm& comm, const std::string& why) {

@@ -51,9 +51,10 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def("replicated_gemm(Tensor x, Tensor w_shard, Tensor? bias, str group, int world_size, str codec) -> Tensor");
 
   // dx = dy @ w,  dw = dy.T @ x,  db = sum over tokens of dy        what is not needed comes back empty
+  // nothing is sent; the group has the engines that it has measured
   m.def(
-      "linear_backward(Tensor dy, Tensor x, Tensor w, bool need_x, bool need_w, bool need_b) -> (Tensor, Tensor, "
-      "Tensor)");
+      "linear_backward(Tensor dy, Tensor x, Tensor w, bool need_x, bool need_w, bool need_b, str group) -> "
+      "(Tensor, Tensor, Tensor)");
   // dx = sum_r dy_r @ w_r, under way while dw = dy.T @ x and db are computed
   m.def(
       "replicated_gemm_backward(Tensor dy, Tensor x, Tensor w_shard, bool need_x, bool need_w, bool need_b, str group, "

@@ -235,7 +235,7 @@ def check_python_runs_while_the_lane_waits(transport: str) -> None:
     """Rank 0's job waits for rank 1, which waits for a message that rank 0's Python sends afterwards."""
     with Group.open(transport=transport, timeout_s=20.0) as group:
         lane = open_lane(group)
-        for x in (torch.ones(8), torch.ones(200_000), torch.ones(2, 50).t()):  # the short way, the long, strided
+        for x in (torch.ones(8), torch.ones(200_000), torch.ones(2, 50).t()):  # the fast path, the kernel, strided
             from tpkernels import ops
 
             def job(x: torch.Tensor = x) -> torch.Tensor:

@@ -209,7 +209,8 @@ def check_every_op_that_has_a_group_is_ordered() -> None:
     makes_tensors = {"arena_empty", "device_arena_empty", "exchange_sizes"}
     found = torch._higher_order_ops.effects._get_effect
     ordered = {name for name in with_group if found(f"tpkernels::{name}") is not None}
-    assert with_group - ordered == makes_tensors | {"all_reduce_", "replicated_gemm"}
+    sends_nothing = {"replicated_gemm", "linear_backward"}
+    assert with_group - ordered == makes_tensors | {"all_reduce_"} | sends_nothing
 
 
 # Inductor compiles slowly: the steps with gradients run there in the test of the cache.

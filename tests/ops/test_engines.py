@@ -36,6 +36,13 @@ RULES = [
 ]
 
 
+def chosen(dtype: str, M: int, N: int, K: int) -> tuple[str, str]:
+    """The engine and the reason, in a group that has measured nothing."""
+    with Group.open() as group:
+        group._communicator.forget_measured_engines()
+        return _C.choose_engine(group._communicator, dtype, M, N, K)
+
+
 @contextmanager
 def assumed(cpu: str) -> Iterator[None]:
     """The rule decides as on this CPU."""
@@ -56,14 +63,14 @@ def test_the_rule_takes_the_engine_that_was_measured_fastest_on_that_cpu(cpu: st
     with assumed(cpu):
         for dtype, M, N, K, engines in RULES:
             engine = wanted(engines.split()[list(CPUS).index(cpu)])
-            assert _C.choose_engine(dtype, M, N, K)[0] == engine, (dtype, M, N, K)
+            assert chosen(dtype, M, N, K)[0] == engine, (dtype, M, N, K)
 
 
 def test_without_onednn_aten_multiplies_and_says_so() -> None:
     with assumed("AMD, AVX-512"):
         _C.set_onednn_available(False)
         try:
-            assert _C.choose_engine("float32", 64, 64, 64) == ("aten", "this torch has no oneDNN")
+            assert chosen("float32", 64, 64, 64) == ("aten", "this torch has no oneDNN")
         finally:
             _C.set_onednn_available(torch.backends.mkldnn.is_available())
 
@@ -72,10 +79,10 @@ def check_every_way(group: Group, cpu: str) -> None:
     """What explain says; forward and gradients of every GEMM; ranks of one group hold the same bits."""
     R = group.world_size
     with assumed(cpu):
-        said = group.explain("gemm_all_reduce", M=256, N=144, K=192)
-        engine, why = _C.choose_engine("float32", 256, 144, 192)
-        assert f"GEMM by {engine} ({why})" in said.reason
-        assert said.path == ("unfused" if engine == "onednn" else "fused")
+        explained = group.explain("gemm_all_reduce", M=256, N=144, K=192)
+        engine, why = _C.choose_engine(group._communicator, "float32", 256, 144, 192)
+        assert f"GEMM by {engine} ({why})" in explained.reason
+        assert explained.path == ("unfused" if engine == "onednn" else "fused")
         for case in GEMMS:
             for shape in ("even", "uneven", "one", "no tokens", "into the arena"):
                 for dtype in (torch.float32, torch.bfloat16):
@@ -94,8 +101,8 @@ def test_products_are_right_whatever_the_rule_of_a_cpu_takes(cpu: str) -> None:
 
 
 def test_an_assumed_cpu_is_forgotten() -> None:
-    here = [_C.choose_engine(*rule[:4]) for rule in RULES]
+    here = [chosen(*rule[:4]) for rule in RULES]
     for cpu in CPUS:
         with assumed(cpu):
             pass
-        assert [_C.choose_engine(*rule[:4]) for rule in RULES] == here
+        assert [chosen(*rule[:4]) for rule in RULES] == here

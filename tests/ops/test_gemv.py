@@ -41,13 +41,14 @@ def assert_near(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
 
 def multiply(group: Group, engine: str, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     M, (N, K) = x[..., 0].numel(), w.shape
-    _C.set_measured_engine("bfloat16", M, N, K, engine)
+    communicator = group._communicator
+    communicator.set_measured_engine("bfloat16", M, N, K, engine)
     try:
         if M <= 4 and min(M, N, K) > 0:
-            assert _C.choose_engine("bfloat16", M, N, K) == (engine, "measured on this machine")
+            assert _C.choose_engine(communicator, "bfloat16", M, N, K) == (engine, "measured on this machine")
         return ops.replicated_gemm(x, w, bias, group=group)
     finally:
-        _C.forget_measured_engines()
+        communicator.forget_measured_engines()
 
 
 @pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5])
@@ -60,7 +61,7 @@ def test_products_are_those_of_fp64_rounded(group: Group, M: int) -> None:
 
 @pytest.mark.parametrize("N, K", [(0, 5), (5, 0)])
 def test_nothing_to_multiply_is_left_to_aten(group: Group, N: int, K: int) -> None:
-    assert _C.choose_engine("bfloat16", 1, N, K)[0] == "aten"
+    assert _C.choose_engine(group._communicator, "bfloat16", 1, N, K)[0] == "aten"
     assert torch.equal(ops.replicated_gemm(values(1, K), values(N, K), group=group), torch.zeros(1, N, dtype=BF16))
 
 
@@ -109,18 +110,20 @@ def test_rows_beside_a_row_and_threads_do_not_change_a_bit(group: Group) -> None
 
 
 def test_one_row_in_bf16_takes_it_and_explain_says_so(group: Group) -> None:
-    said = group.explain("gemm_all_reduce", M=1, N=64, K=32, dtype=BF16)
-    assert "GEMM by gemv (rule: one row in bf16" in said.reason
-    assert _C.choose_engine("bfloat16", 5, 64, 32)[0] == _C.choose_engine("float16", 1, 64, 32)[0] == "aten"
+    explained = group.explain("gemm_all_reduce", M=1, N=64, K=32, dtype=BF16)
+    assert "GEMM by gemv (rule: one row in bf16" in explained.reason
+    for dtype, M in (("bfloat16", 5), ("float16", 1)):
+        assert _C.choose_engine(group._communicator, dtype, M, 64, 32)[0] == "aten"
 
 
-def test_an_engine_that_cannot_make_a_product_is_not_taken() -> None:
-    _C.set_measured_engine("bfloat16", 5, 6, 7, "gemv")
-    _C.set_measured_engine("float32", 1, 6, 7, "gemv")
-    assert "measured" not in _C.choose_engine("bfloat16", 5, 6, 7)[1] + _C.choose_engine("float32", 1, 6, 7)[1]
-    _C.forget_measured_engines()
+def test_an_engine_that_cannot_make_a_product_is_not_taken(group: Group) -> None:
+    communicator = group._communicator
+    for dtype, M in (("bfloat16", 5), ("float32", 1)):
+        communicator.set_measured_engine(dtype, M, 6, 7, "gemv")
+        assert "measured" not in _C.choose_engine(communicator, dtype, M, 6, 7)[1]
+    communicator.forget_measured_engines()
     with pytest.raises(ValueError, match=r"engine must be aten, onednn or gemv, got 'mkl'"):
-        _C.set_measured_engine("bfloat16", 1, 6, 7, "mkl")
+        communicator.set_measured_engine("bfloat16", 1, 6, 7, "mkl")
 
 
 def check_sum_of_ranks(group: Group) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tpkernels import ops
 from tpkernels.comm.group import Group
-from tpkernels.ops.gradients import replicated
+from tpkernels.ops.gradients import copy_to
 from tpkernels.testing import run_ranks
 from tpkernels.testing.case import PARTIAL, Case, Sizes, present, shard
 from tpkernels.testing.cases import (
@@ -246,7 +246,7 @@ def check_replicated() -> None:
     with Group.open() as group:
         R, rank = group.world_size, group.rank
         x = torch.ones(3, requires_grad=True)
-        y = replicated(x, group.name, R)
+        y = copy_to(x, group.name, R)
         assert torch.equal(y, x)
         (y * (rank + 1)).sum().backward()
         assert torch.equal(x.grad, torch.full((3,), R * (R + 1) / 2))

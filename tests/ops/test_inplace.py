@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tpkernels import layers, ops, parallelize
-from tpkernels._native import _C
 from tpkernels.comm.group import Group
 from tpkernels.shard import part, shard_info
 from tpkernels.testing import run_ranks
@@ -165,7 +164,7 @@ def check_engines() -> None:
         for dtype, names in engines.items():
             for engine in names:
                 if dtype != torch.float64:
-                    _C.set_measured_engine(str(dtype).removeprefix("torch."), 4, 16, 16, engine)
+                    group._communicator.set_measured_engine(str(dtype).removeprefix("torch."), 4, 16, 16, engine)
                 x = torch.randn(2, 2, 16, dtype=dtype).requires_grad_()
                 w, bias = torch.randn(16, 16, dtype=dtype), torch.randn(16, dtype=dtype)
                 for b in (bias, None):
@@ -173,7 +172,6 @@ def check_engines() -> None:
                     torch.testing.assert_close(y, nn.functional.linear(x, w, b), rtol=2e-2, atol=2e-2)
                     assert not y._is_view(), (engine, dtype)
                     multiply(y).sum().backward()
-        _C.forget_measured_engines()
 
 
 def check_a_saved_input_that_is_modified_later() -> None:

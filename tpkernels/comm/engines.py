@@ -1,26 +1,25 @@
 """Measured GEMM engines: timed when the user asks, agreed over the ranks, kept in a file for this machine and torch.
 
 A run never times anything by itself: which engine multiplies decides the last bits of a product, and two runs must give
-the same bits. `group.explain(op, M=..., N=..., K=..., tune=True)` measures one shape; from then on, and in later
-processes on this machine, that shape takes the faster engine.
+the same bits. `group.explain(op, M=..., N=..., K=..., tune=True)` measures one shape; from then on that shape takes the
+faster engine in this group, and in every group of this machine that opens later. No group that is open already changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from tpkernels._native import _C
-
 _ROUNDS = 7
-_loaded = False
 
 
 class Ranks(Protocol):
@@ -34,36 +33,41 @@ class Ranks(Protocol):
     def exchange(self, mine: int) -> list[int]:
         """All-gather one integer: every rank's, in rank order."""
 
+    def set_measured_engine(self, dtype: str, M: int, N: int, K: int, engine: str) -> None:
+        """Take this engine for products of this shape."""
+
+    def forget_measured_engines(self) -> None:
+        """Take the engines of the rule."""
+
 
 def plan_file() -> Path:
-    """Where the measured engines of this machine, torch and number of threads are kept."""
-    model = ""
-    try:
+    """Return the file of the measured engines of this machine, torch and number of threads."""
+    key = f"{_cpu_model()}|{torch.__version__}|{torch.get_num_threads()}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "tpkernels" / f"engines-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def _cpu_model() -> str:
+    """The CPU's name; empty on other kinds of machines, which torch and threads still distinguish mostly."""
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        pass  # another kind of machine: its torch and threads still tell it from most others
-    key = f"{model}|{torch.__version__}|{torch.get_num_threads()}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "tpkernels" / f"engines-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return ""
 
 
-def load() -> None:
-    """Take over what was measured before, once in a process; a file that cannot be read is as good as none."""
-    global _loaded
-    if _loaded:
-        return
-    _loaded = True
+def load(ranks: Ranks) -> None:
+    """Give a group that opens the engines that were measured before; a file that cannot be read counts as none."""
     try:
         rows = json.loads(plan_file().read_text(encoding="utf-8"))
         for dtype, m, n, k, engine in rows:
-            _C.set_measured_engine(dtype, m, n, k, engine)
+            ranks.set_measured_engine(dtype, m, n, k, engine)
     except (OSError, ValueError, TypeError):
-        _C.forget_measured_engines()
+        ranks.forget_measured_engines()
 
 
 def measure(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, float]:
-    """Time both engines for y[m, n] = x[m, k] @ w[n, k].T on every rank at once, and keep the faster one.
+    """Time both engines for y[m, n] = x[m, k] @ w[n, k].T on every rank at once, and take the faster one from now on.
 
     Args:
         ranks: the communicator of the group; all ranks call this.
@@ -89,7 +93,7 @@ def measure(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype) -> dict[st
     measured = dict(zip(engines, slowest, strict=True))
     name = str(dtype).removeprefix("torch.")
     winner = min(measured, key=lambda engine: measured[engine])
-    _C.set_measured_engine(name, m, n, k, winner)
+    ranks.set_measured_engine(name, m, n, k, winner)
     if ranks.rank == 0:
         _keep([name, m, n, k, winner])
     ranks.barrier()
@@ -97,7 +101,7 @@ def measure(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype) -> dict[st
 
 
 def _from_all(ranks: Ranks, microseconds: torch.Tensor) -> list[list[int]]:
-    """Nanoseconds of every rank, [rank][engine]."""
+    """All-gather the times, as whole nanoseconds: [rank][engine]."""
     columns = [ranks.exchange(int(us * 1000)) for us in microseconds.tolist()]
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What `Group.explain` answers: which path a call takes on this machine, and why."""
+"""`Group.explain`: the path of a call on this machine, as the C++ code that takes it decides, and the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tpkernels.comm.engines import measure
 
 _COLLECTIVES = ("all_reduce", "all_reduce_", "reduce_scatter", "all_gather")
 _GEMMS = ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm", "replicated_gemm")
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_SUMMED = frozenset(dtype for dtype, _, _ in _C.wires())
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,39 @@ def explain(
     numel: int = 0,
     dtype: torch.dtype = torch.float32,
     codec: str = "none",
+    bias: bool = False,
+    dim: int = 0,
     tune: bool = False,
 ) -> Explanation:
-    """The path of one call; see Group.explain. tune=True measures the GEMM engines of the CPU first (engines.py).
+    """Return the path of one call and the reason.
+
+    Args:
+        communicator: of the group.
+        is_cpu: whether it works on CPU tensors.
+        op: the public function.
+        M, N, K: this rank's sizes of a GEMM: x[M, K], w[N, K].
+        numel: values of a collective's tensor.
+        dtype: of the tensors.
+        codec: of the sum, or of what is gathered.
+        bias: whether the GEMM adds one.
+        dim: the dimension that is cut or gathered.
+        tune: measure the GEMM engines of the CPU first, in fp32 (engines.py); all ranks call this.
 
     Raises:
-        ValueError: no such op, or a dtype that it does not take.
+        ValueError: no such op, or a dtype or codec that it does not take.
     """
     if op not in _COLLECTIVES + _GEMMS:
         raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
     device: Any = _C if is_cpu else load_cuda()[0]
-    asks_device = hasattr(device, "explain")  # a GPU, or an emulated one
-    if dtype not in _DTYPES and (asks_device or op in _GEMMS):
-        raise ValueError(f"explain: dtype must be one of {list(_DTYPES)}, got {dtype}")
-    if asks_device:
-        return Explanation(*device.explain(communicator, op, _DTYPES[dtype], M, N, K, numel, codec))
-    if op in _COLLECTIVES:
-        return Explanation(*_collective_path(communicator, op, numel * dtype.itemsize, codec))
     measured: dict[str, float] = {}
-    if tune and dtype == torch.float32 and min(M, N, K) > 0 and torch._C._has_mkldnn:
-        measured = measure(communicator, M, N, K, dtype)
-    engine, why = _C.choose_engine(_DTYPES[dtype], M, N, K)
-    path, travel = _collective_path(communicator, "all_reduce", M * N * dtype.itemsize, codec)
-    if op in ("gemm_all_reduce", "gemm_reduce_scatter") and _in_arena(
-        communicator, engine, M * N * dtype.itemsize, codec
-    ):
-        return Explanation("fused", f"GEMM by {engine} ({why}) writes into the arena, summed where it lies", measured)
-    return Explanation("unfused", f"GEMM by {engine} ({why}), then {path}: {travel}", measured)
+    if tune and is_cpu and op in _GEMMS and dtype == torch.float32 and min(M, N, K) > 0 and torch._C._has_mkldnn:
+        rows = M * communicator.world_size if op == "all_gather_gemm" else M
+        measured = measure(communicator, rows, N, K, dtype)
+    path, reason = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, bias, dim)
+    return Explanation(path, reason, measured)
 
 
-def _in_arena(communicator: Any, engine: str, nbytes: int, codec: str) -> bool:
-    limits: dict[str, Any] = _C.limits()
-    fits = limits["smallest_in_arena"] <= nbytes <= communicator.heap_bytes
-    return engine != "onednn" and codec == "none" and fits
-
-
-def _collective_path(communicator: Any, op: str, nbytes: int, codec: str) -> tuple[str, str]:
-    if communicator.transport == "local":
-        return "local", "one rank: nothing travels"
-    if communicator.transport == "group":
-        return "exchange", "all-to-all between the ranks, sums taken locally in rank order"
-    limits: dict[str, Any] = _C.limits()
-    if op.startswith("all_reduce") and nbytes <= limits["one_shot_bytes"]:
-        return "one_shot", f"{nbytes} bytes: every rank reads all inputs, up to {limits['one_shot_bytes']} bytes"
-    if op.startswith("all_reduce"):
-        return "two_shot", f"{nbytes} bytes: each rank sums a part, in pieces of {limits['piece_bytes']} bytes"
-    return "direct", f"each rank reads what it needs, in pieces of {limits['piece_bytes']} bytes"
+def _name(dtype: torch.dtype) -> str:
+    """The name of a dtype in C++: that of its size where values only travel."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name in _SUMMED else f"{dtype.itemsize}-byte values"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpkernels.comm import engines
 from tpkernels.comm.devices import device_of
 from tpkernels.comm.explain import Explanation, explain
 from tpkernels.comm.open import TRANSPORTS, open_communicator
@@ -64,7 +65,7 @@ class Group:
         self._process_group = process_group
         self._closed = False
         self._communicator = communicator
-        self._address: int = communicator.address  # for the fast path of ops; 0: there is none
+        self._address: int = communicator.address  # for the fast path of ops/_op.py; 0: there is none
         self._reason = reason
         _open_groups[self.name] = self
         self._forget_end = (lambda: None) if process_group is None else _close_with(process_group, self.name)
@@ -116,6 +117,8 @@ class Group:
             )
         waits_s = min(float(timeout_s), _FOREVER_S)
         opened = open_communicator(process_group, label, where, waits_s, arena_bytes, transport, multicast)
+        if where.type == "cpu":
+            engines.load(opened.communicator)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
 
     @property
@@ -196,9 +199,9 @@ class Group:
 
         Args:
             op: name of an op; None explains the choice of the transport.
-            shape: M, N, K (this rank's sizes) and dtype for the GEMMs; numel and dtype for the collectives. With
-                tune=True, on all ranks of a group on the CPU, the GEMM engines are timed for that shape and the faster
-                one is kept.
+            shape: M, N, K (this rank's sizes), dtype, codec, bias (bool) and dim for the GEMMs; numel, dtype and codec
+                for the collectives. With tune=True, on all ranks of a group on the CPU, the GEMM engines are timed for
+                that shape, and this group and those that open later take the faster one.
         """
         if op is None:
             return Explanation(self.transport, self._reason)
@@ -210,7 +213,8 @@ class Group:
         Returns:
             calls, wire_bytes (sent by this rank; what k ranks read counts k times), seconds (inside collectives,
             waiting included, GEMMs excluded; on a GPU, of the host), wait_seconds, and the same for each op under
-            "by_op". What a CUDA graph captures counts once, when it is captured; its launches pass no counter.
+            "by_op", and there heap_inputs: calls whose input lay in the arena (CPU), so that it was not copied. What a
+            CUDA graph captures counts once, when it is captured; its launches pass no counter.
         """
         by_op: dict[str, dict[str, float]] = self._communicator.stats_by_op()
         keys = ("calls", "wire_bytes", "seconds", "wait_seconds")

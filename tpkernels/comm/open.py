@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from tpkernels._native import _C
-from tpkernels.comm import engines
 from tpkernels.comm.bootstrap import Bootstrap
 from tpkernels.comm.device_exchange import DeviceExchange
 from tpkernels.comm.devices import backend_of, load_cuda
@@ -117,7 +116,6 @@ def open_communicator(
     if len(ranks) == 1:
         return Opened(_open_local(kernels, name, label, device), "one rank")
     if kernels is None:
-        engines.load()
         return _open_cpu(opening)
     return _open_cuda(opening, device, kernels)
 

@@ -10,15 +10,13 @@ from torch import nn
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather, global_ranks, is_cut_among
-from tpkernels.compress import CODECS
+from tpkernels.compress import CODECS, FLOATS, PACKABLE
 from tpkernels.shard import shard_info
 
 from .agree import replicas_agree
 from .buckets import Member, kind_of
 from .sparse import TopK
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PACKABLE = FLOATS[:3]
 GRAD_CODECS = (*CODECS, "topk")
 MODES = ("sync", "delayed", "local")
 WHO = "GradAggregator"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpkernels.comm.group import Group, resolve
-from tpkernels.ops.gradients import backward_codec, gather_alike
+from tpkernels.ops.gradients import backward_codec, gather_from
 from tpkernels.shard import part
 
 # Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.
@@ -29,7 +29,7 @@ class _TakeShard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group, world_size, rank, dim, grad_codec, dim_size = ctx.call
-        dx = gather_alike(grads[0], group, world_size, rank, dim, dim_size, grad_codec)
+        dx = gather_from(grads[0], group, world_size, rank, dim, dim_size, grad_codec)
         return dx, None, None, None, None, None
 
 

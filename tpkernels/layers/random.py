@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tpkernels import ops
 from tpkernels.comm.group import Group, resolve
 from tpkernels.errors import RankMismatchError
+from tpkernels.ops.sizes import sizes_of_ranks
 from tpkernels.shard import part
 
 from .base import ParallelModule
@@ -76,7 +77,7 @@ class ParallelDropout(ParallelModule):
     def _mask(self, x: Tensor, dim: int, full_size: int | None) -> Tensor:
         R, rank = self.group.world_size, self.group.rank
         if full_size is None:
-            full_size = _sum_over_ranks(x.size(dim), self.group)
+            full_size = sum(sizes_of_ranks(x.size(dim), self.group))
         shape = list(x.shape)
         shape[dim] = full_size
         mask = torch.empty(shape, dtype=torch.bool, device=x.device)
@@ -178,12 +179,6 @@ def check_same_rng(group: Group | None = None) -> None:
 
 def _cuda_is_in_use() -> bool:
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _sum_over_ranks(size: int, group: Group) -> int:
-    if torch.compiler.is_compiling():
-        return size * group.world_size
-    return sum(group.all_gather_ints(size))
 
 
 def mix_seed(seed: int, rank: int) -> int:

@@ -1,6 +1,6 @@
 """The ops: collectives, GEMMs fused with their collective, the norm after them, the vocabulary, and packing.
 
-The modules with an underscore hold what the others share.
+`_op` has the ways into an op, `_order` their order under torch.compile; checks, gradients, linear and sizes are shared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Argument checks of the public ops, before anything is sent. Texts say op, argument, expected and got.
+"""Argument checks of the public ops, before anything is sent. Texts name op, argument, expected and got.
 
-The tables answer the usual call with one look-up; the `check_*` functions run when it failed, or when the call takes
-the long way, and say what is wrong.
+They run in every call but those of the fast path. `plain`: the tensors are plain (ops/_op.py), which implies all that
+`check_tensor` checks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from tpkernels.comm.devices import load_cuda
 from tpkernels.comm.group import Group
-from tpkernels.compress import CODECS
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS = ("sum", "avg", "max", "min")
+from tpkernels.compress import CODECS, DTYPES, FLOATS, PACKABLE, REDUCTIONS, WIRES
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
@@ -30,35 +25,30 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-# (dtype, op, codec) of every reduction that exists.
-REDUCIBLE = frozenset(
-    [(dtype, op, "none") for dtype in FLOATS for op in REDUCTIONS]
-    + [(dtype, op, "none") for dtype in INTEGERS for op in REDUCTIONS if op != "avg"]
-    + [(dtype, op, codec) for dtype in PACKABLE for op in ("sum", "avg") for codec in CODECS]
-)
-# (dtype, codec) of every sum of products that exists.
-MULTIPLIABLE = frozenset((dtype, codec) for dtype, op, codec in REDUCIBLE if dtype in FLOATS and op == "sum")
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of a floating `dtype` are added."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_tensor(op: str, name: str, x: Any, group: Group | None, *, by_function: bool = False) -> None:
-    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and where the group works (or on meta).
+    """Raise TypeError unless x is a Tensor, ValueError unless it is dense and on the group's device (or on meta).
 
-    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without a word, or is
-    differentiated by torch.func, which has no way into an op whose gradient is registered in Python.
+    NotImplementedError when x carries a forward-mode tangent, which the dispatcher would drop without an error, or is
+    differentiated by torch.func, which cannot differentiate an op whose gradient is registered in Python.
 
     Args:
         op: the public function, for the text.
         name: of the argument, for the text.
         x: the argument.
-        group: the ranks; None for an op without ranks, which takes tensors of every device that has kernels.
+        group: the ranks; None for an op without ranks, which has kernels for the CPU and CUDA.
         by_function: the call goes through an autograd.Function that torch.func can differentiate.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    # Dynamo, which takes dense tensors only, lets no autograd.Function ask for the layout.
+    # Dynamo, which traces dense tensors only, cannot trace the layout in an autograd.Function.
     if not is_dynamo_compiling() and (x.layout != torch.strided or x.is_nested):
-        what = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {what}")
+        found = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {found}")
     if x.device.type != "meta":
         _check_device(op, name, x, group)
     if is_compiling():
@@ -83,7 +73,7 @@ def is_transforming() -> bool:
 
 
 def _is_differentiated(x: Tensor) -> bool:
-    """Whether torch.func, at any level, records what is done with x."""
+    """Whether torch.func, at any level, records operations on x."""
     if not torch.is_grad_enabled():
         return False
     while functorch.is_functorch_wrapped_tensor(x):
@@ -115,25 +105,41 @@ def _check_device(op: str, name: str, x: Tensor, group: Group | None) -> None:
 
 
 def check_codec(op: str, codec: Any, dtype: torch.dtype | None, name: str = "codec") -> None:
-    """Raise ValueError unless the codec exists and can pack values of this dtype. `name` is the argument it came in."""
+    """Raise ValueError unless the codec exists and can pack values of this dtype.
+
+    Args:
+        op: the public function, for the text.
+        codec: the codec.
+        dtype: of the values; None checks the name of the codec alone.
+        name: of the argument, for the text.
+    """
     if codec not in CODECS:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")
     if codec != "none" and dtype is not None and dtype not in PACKABLE:
         raise ValueError(f"{op}: {name} {codec!r} needs a dtype of {names(PACKABLE)}, got {names([dtype])}")
 
 
-def check_reduction(name: str, x: Any, op: Any, codec: Any, group: Group) -> None:
-    """Raise unless x can be reduced by `op` over the ranks, packed by `codec`."""
-    check_tensor(name, "x", x, group)
+def check_reduction(name: str, x: Any, op: Any, codec: Any, group: Group, *, plain: bool) -> None:
+    """Raise unless x can be reduced by `op` over the ranks, packed by `codec`.
+
+    Raises:
+        TypeError, ValueError: x, op or codec do not fit.
+    """
+    if not plain:
+        check_tensor(name, "x", x, group)
     if op not in REDUCTIONS:
         raise ValueError(f"{name}: op must be one of {', '.join(map(repr, REDUCTIONS))}, got {op!r}")
-    if x.dtype not in FLOATS + INTEGERS:
-        raise ValueError(f"{name}: x must have a dtype of {names(FLOATS + INTEGERS)}, got {names([x.dtype])}")
-    if op == "avg" and x.dtype in INTEGERS:
-        raise ValueError(f"{name}: op 'avg' needs a dtype of {names(FLOATS)} (use 'sum'), got {names([x.dtype])}")
+    if codec not in CODECS:
+        check_codec(name, codec, None)
+    if (x.dtype, op, codec) in WIRES:
+        return
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: x must have a dtype of {names(DTYPES)}, got {names([x.dtype])}")
+    if (x.dtype, op, "none") not in WIRES:
+        allowed = [dtype for dtype in DTYPES if (dtype, op, "none") in WIRES]
+        raise ValueError(f"{name}: op {op!r} needs a dtype of {names(allowed)} (use 'sum'), got {names([x.dtype])}")
     check_codec(name, codec, x.dtype)
-    if codec != "none" and op in ("max", "min"):
-        raise ValueError(f"{name}: op must be 'sum' or 'avg' with codec {codec!r}, got {op!r}")
+    raise ValueError(f"{name}: op must be 'sum' or 'avg' with codec {codec!r}, got {op!r}")
 
 
 def check_dim(op: str, x: Tensor, dim: Any, *, tokens: bool = False) -> int:
@@ -166,48 +172,56 @@ def check_size(op: str, name: str, size: Any) -> None:
         raise ValueError(f"{op}: {name} must not be negative, got {size}")
 
 
-def fits_linear(x: Tensor, w: Tensor | None, bias: Tensor | None, codec: str) -> bool:
-    """Return whether y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
-    if w is None:
-        return False
+def check_linear(
+    op: str, x: Any, w: Any, bias: Any, codec: Any, group: Group, x_name: str = "x_shard", *, plain: bool
+) -> None:
+    """Raise unless y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`.
+
+    Args:
+        op: the public function, for the text.
+        x: [..., K].
+        w: [N, K].
+        bias: [N] or None.
+        codec: of the sum.
+        group: the ranks.
+        x_name: the name of the argument x, for the text.
+        plain: x, w and bias are plain tensors.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+    """
+    if not plain:
+        check_tensor(op, x_name, x, group)
+        check_tensor(op, "w_shard", w, group)
     dtype, shape = x.dtype, w.shape
-    return (
-        (dtype, codec) in MULTIPLIABLE
-        and dtype is w.dtype
-        and len(shape) == 2
-        and x.dim() >= 2
-        and x.shape[-1] == shape[1]
-        and (bias is None or (bias.dtype is dtype and bias.dim() == 1 and bias.shape[0] == shape[0]))
-    )
-
-
-def check_linear(op: str, x: Any, w: Any, bias: Any, codec: Any, group: Group, x_name: str = "x_shard") -> None:
-    """Raise unless y = x[..., K] @ w[N, K].T + bias[N] has a meaning, and its sum can be packed by `codec`."""
-    check_tensor(op, x_name, x, group)
-    check_tensor(op, "w_shard", w, group)
-    if x.dtype not in FLOATS:
-        raise ValueError(f"{op}: {x_name} must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
-    if w.dtype != x.dtype:
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: {x_name} must have a dtype of {names(FLOATS)}, got {names([dtype])}")
+    if w.dtype != dtype:
         raise ValueError(
-            f"{op}: {x_name} and w_shard must have the same dtype, got {names([x.dtype])} and {names([w.dtype])}"
+            f"{op}: {x_name} and w_shard must have the same dtype, got {names([dtype])} and {names([w.dtype])}"
         )
     if x.dim() < 2:
         raise ValueError(f"{op}: {x_name} must have 2 dims or more, got {x.dim()} (shape {list(x.shape)})")
-    if w.dim() != 2:
-        raise ValueError(f"{op}: w_shard must have 2 dims [N, K], got {w.dim()} (shape {list(w.shape)})")
-    if x.shape[-1] != w.shape[1]:
+    if len(shape) != 2:
+        raise ValueError(f"{op}: w_shard must have 2 dims [N, K], got {len(shape)} (shape {list(shape)})")
+    if x.shape[-1] != shape[1]:
         raise ValueError(
-            f"{op}: {x_name} and w_shard must have the same K (last dim), got {x.shape[-1]} and {w.shape[1]}"
+            f"{op}: {x_name} and w_shard must have the same K (last dim), got {x.shape[-1]} and {shape[1]}"
         )
     if bias is not None:
-        check_tensor(op, "bias", bias, group)
-        if bias.dtype != x.dtype:
-            raise ValueError(
-                f"{op}: bias must have the dtype of {x_name}, {names([x.dtype])}, got {names([bias.dtype])}"
-            )
-        if bias.dim() != 1 or bias.shape[0] != w.shape[0]:
-            raise ValueError(f"{op}: bias must have shape [{w.shape[0]}], got {list(bias.shape)}")
-    devices = {t.device for t in (x, w, bias) if t is not None}
+        if not plain:
+            check_tensor(op, "bias", bias, group)
+        if bias.dtype != dtype:
+            raise ValueError(f"{op}: bias must have the dtype of {x_name}, {names([dtype])}, got {names([bias.dtype])}")
+        if bias.dim() != 1 or bias.shape[0] != shape[0]:
+            raise ValueError(f"{op}: bias must have shape [{shape[0]}], got {list(bias.shape)}")
+    if not plain:
+        check_one_device(op, x, w, bias)
+    check_codec(op, codec, dtype)
+
+
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless all are on one device: a tensor on meta is where every group works."""
+    devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-    check_codec(op, codec, x.dtype)

@@ -14,13 +14,9 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from tpkernels._native import _C
 from tpkernels.comm.group import Group, resolve
-from tpkernels.shard import part_sizes
 
-from ._order import communicates
-from ._plain import direct, is_plain, shortcut
-from ._register import fake, gradient
+from ._op import Op, are_plain
 from .checks import (
-    REDUCIBLE,
     check_codec,
     check_dim,
     check_reduction,
@@ -29,24 +25,17 @@ from .checks import (
     check_writable,
     is_transforming,
 )
-from .gradients import backward_codec, gather_alike, replicated
+from .gradients import backward_codec, copy_to, gather_from
+from .sizes import full_shape, full_size, shard_shape
 
-short_all_gather, short_reduce_scatter = _C.short_all_gather, _C.short_reduce_scatter
-short_all_reduce, short_all_reduce_ = _C.short_all_reduce, _C.short_all_reduce_
-Call = torch.ops.tpkernels
-_all_reduce = direct(Call.all_reduce.default)
-_reduce_scatter = direct(Call.reduce_scatter.default)
-_all_gather = direct(Call.all_gather.default)
+ALL_REDUCE = Op("all_reduce", communicates=True, fast=_C.fast_all_reduce)
+ALL_REDUCE_INPLACE = Op("all_reduce_", fast=_C.fast_all_reduce_)
+REDUCE_SCATTER = Op("reduce_scatter", communicates=True, fast=_C.fast_reduce_scatter)
+ALL_GATHER = Op("all_gather", communicates=True, fast=_C.fast_all_gather)
+ARENA_EMPTY = Op("device_arena_empty")
 
-# Bytes up to which the way to the kernel costs more than the kernel: dense tensors pass the dispatcher by.
-SMALL = 1 << 18
-# What may follow an all_gather; see there.
+# The gradients of an all_gather; see there.
 GRADS = ("reduce", "split")
-
-# What backwards call: differentiable again, and short when nobody asks for that.
-reduce_call = shortcut(Call.all_reduce.default)
-scatter_call = shortcut(Call.reduce_scatter.default)
-gather_call = shortcut(Call.all_gather.default)
 
 
 def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec: str = "none") -> Tensor:
@@ -76,15 +65,14 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
     """
     if type(group) is not Group:
         group = resolve(group)
-    if not is_dynamo_compiling() and (y := short_all_reduce(x, group._address, op, codec, SMALL)) is not None:
-        return y
-    if group.is_cpu and is_plain(x) and (x.dtype, op, codec) in REDUCIBLE:
-        return _all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
-    check_reduction("all_reduce", x, op, codec, group)
-    return Call.all_reduce(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+    if not is_dynamo_compiling() and (y := ALL_REDUCE.fast(x, group._address, op, codec)) is not None:
+        return y  # type: ignore[no-any-return]
+    plain = are_plain(group, x)
+    check_reduction("all_reduce", x, op, codec, group, plain=plain)
+    return ALL_REDUCE.entry(plain)(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
-@fake("all_reduce")
+@ALL_REDUCE.fake
 def _all_reduce_fake(x: Tensor, group: str, world_size: int, op: str, codec: str) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -97,7 +85,7 @@ def _all_reduce_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _all_reduce_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     group, world_size, op, codec = ctx.call
-    dx = replicated(dy, group, world_size, codec)
+    dx = copy_to(dy, group, world_size, codec)
     if op == "avg":
         dx = dx / world_size
     elif op != "sum":
@@ -107,13 +95,13 @@ def _all_reduce_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _to_the_extreme(dy: Tensor, x: Tensor, y: Tensor, group: str, world_size: int) -> Tensor:
-    """Share dy equally among the ranks that hold the extreme value y (or the NaN that became it)."""
+    """Divide dy equally among the ranks that hold the extreme value y (or the NaN that became it)."""
     holds = (x == y) | x.isnan()
-    holders = reduce_call(holds.to(dy.dtype), group, world_size, "sum", "none")
+    holders = ALL_REDUCE(holds.to(dy.dtype), group, world_size, "sum", "none")
     return torch.where(holds, dy / holders, torch.zeros_like(dy))
 
 
-gradient("all_reduce", _all_reduce_gradient, _all_reduce_context)
+ALL_REDUCE.gradient(_all_reduce_gradient, _all_reduce_context)
 
 
 def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec: str = "none") -> Tensor:
@@ -136,27 +124,27 @@ def all_reduce_(x: Tensor, *, group: Group | None = None, op: str = "sum", codec
     """
     if type(group) is not Group:
         group = resolve(group)
-    if not is_dynamo_compiling() and short_all_reduce_(x, group._address, op, codec):
+    if not is_dynamo_compiling() and ALL_REDUCE_INPLACE.fast(x, group._address, op, codec):
         return x
-    check_reduction("all_reduce_", x, op, codec, group)
+    check_reduction("all_reduce_", x, op, codec, group, plain=False)
     check_writable("all_reduce_", "x", x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("all_reduce_: x must not require a gradient (use all_reduce), got requires_grad=True")
-    if is_compiling() or is_transforming():  # those know what to do with calls that write to nothing, see _order.py
-        return x.copy_(Call.all_reduce(x, group.name, group.world_size, op, codec))
+    if is_compiling() or is_transforming():  # which keep calls that write to no argument in order, see _order.py
+        return x.copy_(ALL_REDUCE.dispatch(x, group.name, group.world_size, op, codec))
     if torch._debug_has_internal_overlap(x) == 1:
         raise ValueError(f"all_reduce_: x must not overlap itself, got strides {x.stride()} for shape {list(x.shape)}")
-    if x.is_neg():  # a negated view: torch has no way to let an op without a result write to it
+    if x.is_neg():  # a negated view: in torch an op without a result cannot write to it
         y = x.resolve_neg()
-        Call.all_reduce_(y, group.name, group.world_size, op, codec)
+        ALL_REDUCE_INPLACE.dispatch(y, group.name, group.world_size, op, codec)
         return x.copy_(y)
-    Call.all_reduce_(x, group.name, group.world_size, op, codec)
+    ALL_REDUCE_INPLACE.dispatch(x, group.name, group.world_size, op, codec)
     if not x.is_inference():
         _increment_version((x,))  # so that a backward that saved x notices
     return x
 
 
-@fake("all_reduce_")
+@ALL_REDUCE_INPLACE.fake
 def _all_reduce_inplace_fake(x: Tensor, group: str, world_size: int, op: str, codec: str) -> None:
     return None
 
@@ -199,26 +187,17 @@ def reduce_scatter(
         group = resolve(group)
     grad_codec = backward_codec("reduce_scatter", codec, grad_codec, x)
     if dim == 0 and not is_dynamo_compiling():
-        y = short_reduce_scatter(x, group._address, op, codec, SMALL)
+        y = REDUCE_SCATTER.fast(x, group._address, op, codec)
         if y is not None:
-            return y
-    plain = group.is_cpu and is_plain(x)
-    if not (plain and (x.dtype, op, codec) in REDUCIBLE and type(dim) is int and 0 <= dim < x.dim()):
-        plain = False
-        check_reduction("reduce_scatter", x, op, codec, group)
-        dim = check_dim("reduce_scatter", x, dim)
-    call = _reduce_scatter if plain else Call.reduce_scatter
-    return call(x, group.name, group.world_size, group.rank, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
+            return y  # type: ignore[no-any-return]
+    plain = are_plain(group, x)
+    check_reduction("reduce_scatter", x, op, codec, group, plain=plain)
+    dim = check_dim("reduce_scatter", x, dim)
+    place = (group.name, group.world_size, group.rank)
+    return REDUCE_SCATTER.entry(plain)(x, *place, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
 
 
-def shard_shape(shape: torch.Size, world_size: int, rank: int, dim: int) -> list[int]:
-    """Return the shape of the rank's part. n // R + (r < n % R) as one division: no guard on a symbolic n."""
-    found = list(shape)
-    found[dim] = (found[dim] + world_size - 1 - rank) // world_size
-    return found
-
-
-@fake("reduce_scatter")
+@REDUCE_SCATTER.fake
 def _reduce_scatter_fake(x: Tensor, group: str, world_size: int, rank: int, dim: int, *call: Any) -> Tensor:
     return x.new_empty(shard_shape(x.shape, world_size, rank, dim))
 
@@ -232,17 +211,17 @@ def _reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _reduce_scatter_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     group, world_size, rank, dim, op, codec, grad_codec = ctx.call
-    dx = gather_call(dy, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
+    dx = ALL_GATHER(dy, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
     if op == "avg":
         dx = dx / world_size
     elif op != "sum":
         x, y_shard = ctx.saved_tensors
-        y = gather_call(y_shard.detach(), group, world_size, rank, dim, ctx.dim_size, "none", "none")
+        y = ALL_GATHER(y_shard.detach(), group, world_size, rank, dim, ctx.dim_size, "none", "none")
         dx = _to_the_extreme(dx, x, y, group, world_size)
     return dx, *(None for _ in ctx.call)
 
 
-gradient("reduce_scatter", _reduce_scatter_gradient, _reduce_scatter_context)
+REDUCE_SCATTER.gradient(_reduce_scatter_gradient, _reduce_scatter_context)
 
 
 def all_gather(
@@ -266,8 +245,8 @@ def all_gather(
             are the same on every rank.
         dim: the dimension along which the parts are joined.
         group: the ranks; None means all ranks of the default process group.
-        dim_size: the size of `dim` in the result, cut so that the first ranks have one index more. None lets the ranks
-            tell each other (a short call more, and any sizes are right); under torch.compile it means R equal parts.
+        dim_size: the size of `dim` in the result, cut so that the first ranks have one index more. None: the ranks
+            exchange theirs (a short call more, and any sizes are right); under torch.compile it means R equal parts.
         grad: what follows on the ranks. "reduce": something different, which leaves partial gradients, so that the
             gradient is reduce_scatter of them; "split": the same on all ranks, so that it is this rank's part.
         codec: how values are packed on the wire; every rank takes the packed values, the owner too.
@@ -285,65 +264,30 @@ def all_gather(
         group = resolve(group)
     grad_codec = backward_codec("all_gather", codec, grad_codec, x_shard)
     if dim == 0 and grad in GRADS and not is_dynamo_compiling():
-        y = short_all_gather(x_shard, group._address, dim_size, codec, SMALL)
+        y = ALL_GATHER.fast(x_shard, group._address, dim_size, codec)
         if y is not None:
-            return y
-    plain = group.is_cpu and is_plain(x_shard) and not x_shard.is_conj()
-    if (
-        plain
-        and dim_size is None
-        and codec == "none"
-        and grad in GRADS
-        and type(dim) is int
-        and 0 <= dim < x_shard.dim()
-    ):
-        return _all_gather(x_shard, group.name, group.world_size, group.rank, dim, -1, codec, grad_codec)  # type: ignore[no-any-return]
-    check_tensor("all_gather", "x_shard", x_shard, group, by_function=grad == "split")
+            return y  # type: ignore[no-any-return]
+    plain = are_plain(group, x_shard)
+    if not plain:
+        check_tensor("all_gather", "x_shard", x_shard, group, by_function=grad == "split")
     check_codec("all_gather", codec, x_shard.dtype)
     if grad not in GRADS:
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
     dim = check_dim("all_gather", x_shard, dim)
     check_size("all_gather", "dim_size", dim_size)
     wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
-    size = whole_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
-    if not plain and wants_grad and grad == "split":
-        return gather_alike(x_shard, group.name, group.world_size, group.rank, dim, size, codec)
-    call = _all_gather if plain else Call.all_gather
-    return call(x_shard, group.name, group.world_size, group.rank, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
+    size = full_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
+    place = (group.name, group.world_size, group.rank, dim, size)
+    if wants_grad and grad == "split":
+        return gather_from(x_shard, *place, codec)
+    return ALL_GATHER.entry(plain)(x_shard, *place, codec, grad_codec)  # type: ignore[no-any-return]
 
 
-def whole_size(op: str, x_shard: Tensor, dim: int, dim_size: int | None, group: Group, wants_grad: bool) -> int:
-    """Return the size of dim after gathering; -1 leaves the question to the op.
-
-    A gradient is cut by the rule of shard.py, so the parts must be, too: asking here makes all ranks raise alike.
-    """
-    if dim_size is not None:
-        return dim_size
-    if is_compiling():
-        return group.world_size * x_shard.size(dim)
-    if not group.is_cpu and torch.cuda.is_current_stream_capturing():
-        raise ValueError(f"{op}: dim_size must be given while a CUDA graph is captured, the ranks cannot be asked")
-    if not wants_grad:
-        return -1
-    sizes = group.all_gather_ints(x_shard.size(dim))
-    expected = part_sizes(sum(sizes), group.world_size)
-    if sizes != expected:
-        raise ValueError(f"{op}: with a gradient the sizes of dim {dim} must be {expected} over the ranks, got {sizes}")
-    return sum(sizes)
-
-
-@fake("all_gather")
+@ALL_GATHER.fake
 def _all_gather_fake(
     x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str, grad_codec: str
 ) -> Tensor:
-    return x_shard.new_empty(whole_shape(x_shard.shape, world_size, dim, dim_size))
-
-
-def whole_shape(shape: torch.Size, world_size: int, dim: int, dim_size: int) -> list[int]:
-    """Return the shape after gathering; a fake tensor has no ranks to ask, so that -1 is taken for equal parts."""
-    found = list(shape)
-    found[dim] = dim_size if dim_size >= 0 else world_size * found[dim]
-    return found
+    return x_shard.new_empty(full_shape(x_shard.shape, world_size, dim, dim_size))
 
 
 def _all_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -353,16 +297,13 @@ def _all_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     group, world_size, rank, dim, _, codec, grad_codec = ctx.call
     values = torch.view_as_real(dy) if dy.is_complex() else dy
-    dx = scatter_call(values, group, world_size, rank, dim, "sum", grad_codec, codec)
+    dx = REDUCE_SCATTER(values, group, world_size, rank, dim, "sum", grad_codec, codec)
     return torch.view_as_complex(dx) if dy.is_complex() else dx, *(None for _ in ctx.call)
 
 
-gradient("all_gather", _all_gather_gradient, _all_gather_context)
+ALL_GATHER.gradient(_all_gather_gradient, _all_gather_context)
 
 
-@fake("device_arena_empty")
+@ARENA_EMPTY.fake
 def _device_arena_empty_fake(group: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-communicates("all_reduce", "reduce_scatter", "all_gather")

@@ -6,6 +6,7 @@ fused backward op, and, when a second derivative is wanted, the same made of dif
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +14,29 @@ from torch import Tensor, is_autocast_enabled
 
 from tpkernels.comm.group import Group, resolve
 
-from ._order import communicates
-from ._plain import are_plain, direct, shortcut
-from ._register import fake, gradient
-from .checks import check_codec, check_dim, check_linear, check_size, fits_linear
-from .collectives import gather_call, reduce_call, shard_shape, whole_shape, whole_size
-from .gradients import backward_codec, replicated
+from ._op import Op, are_plain
+from .checks import check_dim, check_linear, check_size
+from .collectives import ALL_GATHER, ALL_REDUCE
+from .gradients import backward_codec, copy_to
 from .linear import autocast, gradient_fakes, linear_gradients, linear_shape, rows, save_linear, saved_linear, wanted
+from .sizes import full_shape, full_size, shard_shape
 
-Call = torch.ops.tpkernels
-_gemm_all_reduce = direct(Call.gemm_all_reduce.default)
-_gemm_reduce_scatter = direct(Call.gemm_reduce_scatter.default)
-_all_gather_gemm = direct(Call.all_gather_gemm.default)
-_replicated_gemm = direct(Call.replicated_gemm.default)
-_linear_backward = shortcut(Call.linear_backward.default)
-_replicated_gemm_backward = shortcut(Call.replicated_gemm_backward.default)
-_gemm_reduce_scatter_backward = shortcut(Call.gemm_reduce_scatter_backward.default)
-_all_gather_gemm_backward = shortcut(Call.all_gather_gemm_backward.default)
+GEMM_ALL_REDUCE = Op("gemm_all_reduce", communicates=True)
+GEMM_REDUCE_SCATTER = Op("gemm_reduce_scatter", communicates=True)
+ALL_GATHER_GEMM = Op("all_gather_gemm", communicates=True)
+REPLICATED_GEMM = Op("replicated_gemm")  # sends in its backward alone
+LINEAR_BACKWARD = Op("linear_backward")
+REPLICATED_GEMM_BACKWARD = Op("replicated_gemm_backward", communicates=True)
+GEMM_REDUCE_SCATTER_BACKWARD = Op("gemm_reduce_scatter_backward", communicates=True)
+ALL_GATHER_GEMM_BACKWARD = Op("all_gather_gemm_backward", communicates=True)
+
+Operands = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _cast(group: Group, x: Any, w: Any, bias: Any) -> Operands:
+    """The operands as autocast has them, where it is on."""
+    kind = group.device.type
+    return autocast(kind, x, w, bias) if is_autocast_enabled(kind) else (x, w, bias)  # type: ignore[return-value]
 
 
 def gemm_all_reduce(
@@ -61,16 +68,14 @@ def gemm_all_reduce(
     Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
-    args = (x_shard, w_shard, bias, group.name, group.world_size, codec)
-    if group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec):
-        return _gemm_all_reduce(*args)  # type: ignore[no-any-return]
-    check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group)
-    return Call.gemm_all_reduce(*args)  # type: ignore[no-any-return]
+    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
+    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group, plain=plain)
+    call = GEMM_ALL_REDUCE.entry(plain)
+    return call(x_shard, w_shard, bias, group.name, group.world_size, codec)  # type: ignore[no-any-return]
 
 
-@fake("gemm_all_reduce")
+@GEMM_ALL_REDUCE.fake
 def _gemm_all_reduce_fake(
     x_shard: Tensor, w_shard: Tensor, bias: Tensor | None, group: str, world_size: int, codec: str
 ) -> Tensor:
@@ -80,11 +85,11 @@ def _gemm_all_reduce_fake(
 def _gemm_all_reduce_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, needs = saved_linear(ctx, dy)
     if torch.is_grad_enabled():
-        return wanted(ctx, needs, linear_gradients(replicated(dy, *ctx.call), x, w, needs, dy_bias=dy))
-    return wanted(ctx, needs, _linear_backward(dy, x, w, *needs))
+        return wanted(ctx, needs, linear_gradients(copy_to(dy, *ctx.call), x, w, needs, dy_bias=dy))
+    return wanted(ctx, needs, LINEAR_BACKWARD(dy, x, w, *needs, ctx.call[0]))
 
 
-gradient("gemm_all_reduce", _gemm_all_reduce_gradient, save_linear)
+GEMM_ALL_REDUCE.gradient(_gemm_all_reduce_gradient, save_linear)
 
 
 def gemm_reduce_scatter(
@@ -127,19 +132,17 @@ def gemm_reduce_scatter(
     (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
     grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
-    plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
-    if not plain:
-        check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group)
+    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
-    call = _gemm_reduce_scatter if plain else Call.gemm_reduce_scatter
+    call = GEMM_REDUCE_SCATTER.entry(plain)
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, codec, grad_codec)  # type: ignore[no-any-return]
 
 
-@fake("gemm_reduce_scatter")
+@GEMM_REDUCE_SCATTER.fake
 def _gemm_reduce_scatter_fake(
     x_shard: Tensor,
     w_shard: Tensor,
@@ -151,8 +154,8 @@ def _gemm_reduce_scatter_fake(
     codec: str,
     grad_codec: str,
 ) -> Tensor:
-    whole = torch.Size(linear_shape(x_shard, w_shard))
-    return x_shard.new_empty(shard_shape(whole, world_size, rank, dim))
+    full = torch.Size(linear_shape(x_shard, w_shard))
+    return x_shard.new_empty(shard_shape(full, world_size, rank, dim))
 
 
 def _gemm_reduce_scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -165,14 +168,14 @@ def _gemm_reduce_scatter_gradient(ctx: Any, dy_shard: Tensor) -> tuple[Tensor | 
     x, w, needs = saved_linear(ctx, dy_shard)
     if not torch.is_grad_enabled():
         call = (group, world_size, dim, ctx.dim_size, grad_codec)
-        return wanted(ctx, needs, _gemm_reduce_scatter_backward(dy_shard, x, w, *needs, *call))
-    dy = gather_call(dy_shard, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
+        return wanted(ctx, needs, GEMM_REDUCE_SCATTER_BACKWARD(dy_shard, x, w, *needs, *call))
+    dy = ALL_GATHER(dy_shard, group, world_size, rank, dim, ctx.dim_size, grad_codec, codec)
     dx, dw, _ = linear_gradients(dy, x, w, (needs[0], needs[1], False))
-    db = reduce_call(rows(dy_shard).sum(0), group, world_size, "sum", "none") if needs[2] else None
+    db = ALL_REDUCE(rows(dy_shard).sum(0), group, world_size, "sum", "none") if needs[2] else None
     return wanted(ctx, needs, (dx, dw, db))
 
 
-gradient("gemm_reduce_scatter", _gemm_reduce_scatter_gradient, _gemm_reduce_scatter_context)
+GEMM_REDUCE_SCATTER.gradient(_gemm_reduce_scatter_gradient, _gemm_reduce_scatter_context)
 
 
 def all_gather_gemm(
@@ -199,8 +202,8 @@ def all_gather_gemm(
         bias: [N / R], this rank's part, or None.
         group: the ranks; None means all ranks of the default process group.
         dim: the token dimension that is gathered, any but the last.
-        dim_size: its size after gathering, cut so that the first ranks have one index more. None lets the ranks tell
-            each other (a short call more); under torch.compile it means R equal parts.
+        dim_size: its size after gathering, cut so that the first ranks have one index more. None: the ranks exchange
+            theirs (a short call more); under torch.compile it means R equal parts.
         codec: how x_shard is packed on the wire, also where the backward gathers it again; "none" keeps every bit.
         grad_codec: how the backward packs the partial gradients of x that it scatters; None: as `codec`.
 
@@ -217,22 +220,20 @@ def all_gather_gemm(
     Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
     grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
-    plain = group.is_cpu and are_plain(x_shard, w_shard, bias) and fits_linear(x_shard, w_shard, bias, codec)
-    if not plain:
-        check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group)
+    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
     check_size("all_gather_gemm", "dim_size", dim_size)
-    wants_grad = not plain and torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
-    size = whole_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
-    call = _all_gather_gemm if plain else Call.all_gather_gemm
+    wants_grad = torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
+    size = full_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
+    call = ALL_GATHER_GEMM.entry(plain)
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
 
 
-@fake("all_gather_gemm")
+@ALL_GATHER_GEMM.fake
 def _all_gather_gemm_fake(
     x_shard: Tensor,
     w_shard: Tensor,
@@ -246,7 +247,7 @@ def _all_gather_gemm_fake(
     grad_codec: str,
 ) -> Tensor:
     shape = torch.Size(linear_shape(x_shard, w_shard))
-    return x_shard.new_empty(whole_shape(shape, world_size, dim, dim_size))
+    return x_shard.new_empty(full_shape(shape, world_size, dim, dim_size))
 
 
 def _all_gather_gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -259,15 +260,15 @@ def _all_gather_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     x, w, needs = saved_linear(ctx, dy)
     if not torch.is_grad_enabled():
         call = (group, world_size, rank, dim, ctx.dim_size, codec, grad_codec)
-        return wanted(ctx, needs, _all_gather_gemm_backward(dy, x, w, *needs, *call))
+        return wanted(ctx, needs, ALL_GATHER_GEMM_BACKWARD(dy, x, w, *needs, *call))
     place = (group, world_size, rank, dim)
-    dx = Call.gemm_reduce_scatter(dy, w.t(), None, *place, grad_codec, codec) if needs[0] else None
-    whole = gather_call(x, *place, ctx.dim_size, codec, grad_codec) if needs[1] else x
-    _, dw, db = linear_gradients(dy, whole, w, (False, needs[1], needs[2]))
+    dx = GEMM_REDUCE_SCATTER.dispatch(dy, w.t(), None, *place, grad_codec, codec) if needs[0] else None
+    full = ALL_GATHER(x, *place, ctx.dim_size, codec, grad_codec) if needs[1] else x
+    _, dw, db = linear_gradients(dy, full, w, (False, needs[1], needs[2]))
     return wanted(ctx, needs, (dx, dw, db))
 
 
-gradient("all_gather_gemm", _all_gather_gemm_gradient, _all_gather_gemm_context)
+ALL_GATHER_GEMM.gradient(_all_gather_gemm_gradient, _all_gather_gemm_context)
 
 
 def replicated_gemm(
@@ -306,19 +307,15 @@ def replicated_gemm(
     Source: column-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
-    if grad_codec is not None and isinstance(x, Tensor):
-        check_codec("replicated_gemm", codec, x.dtype)
-    codec = backward_codec("replicated_gemm", codec, grad_codec, x)
-    args = (x, w_shard, bias, group.name, group.world_size, codec)
-    if group.is_cpu and are_plain(x, w_shard, bias) and fits_linear(x, w_shard, bias, codec):
-        return _replicated_gemm(*args)  # type: ignore[no-any-return]
-    check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x")
-    return Call.replicated_gemm(*args)  # type: ignore[no-any-return]
+    x, w_shard, bias = _cast(group, x, w_shard, bias)
+    grad_codec = backward_codec("replicated_gemm", codec, grad_codec, x)
+    plain = are_plain(group, x, w_shard, optional=bias)
+    check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x", plain=plain)
+    call = REPLICATED_GEMM.entry(plain)
+    return call(x, w_shard, bias, group.name, group.world_size, grad_codec)  # type: ignore[no-any-return]
 
 
-@fake("replicated_gemm")
+@REPLICATED_GEMM.fake
 def _replicated_gemm_fake(
     x: Tensor, w_shard: Tensor, bias: Tensor | None, group: str, world_size: int, codec: str
 ) -> Tensor:
@@ -328,47 +325,44 @@ def _replicated_gemm_fake(
 def _replicated_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, needs = saved_linear(ctx, dy)
     if not torch.is_grad_enabled():
-        return wanted(ctx, needs, _replicated_gemm_backward(dy, x, w, *needs, *ctx.call))
-    dx = Call.gemm_all_reduce(dy, w.t(), None, *ctx.call) if needs[0] else None
-    _, dw, db = linear_gradients(dy, replicated(x, *ctx.call), w, (False, needs[1], needs[2]))
+        return wanted(ctx, needs, REPLICATED_GEMM_BACKWARD(dy, x, w, *needs, *ctx.call))
+    dx = GEMM_ALL_REDUCE.dispatch(dy, w.t(), None, *ctx.call) if needs[0] else None
+    _, dw, db = linear_gradients(dy, copy_to(x, *ctx.call), w, (False, needs[1], needs[2]))
     return wanted(ctx, needs, (dx, dw, db))
 
 
-gradient("replicated_gemm", _replicated_gemm_gradient, save_linear)
+REPLICATED_GEMM.gradient(_replicated_gemm_gradient, save_linear)
 
 
-@fake("linear_backward")
-def _linear_backward_fake(
-    dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_fakes([*dy.shape[:-1]], dy, x, w, (need_x, need_w, need_b))
+def _fake_backward(op: Op, tokens: Callable[..., Sequence[Any]]) -> None:
+    """Register the shapes of an op that returns the gradients of x, w and bias.
+
+    Args:
+        op: takes dy, x, w, which gradients are wanted, and its call: the arguments from the group on.
+        tokens: (shape of dy, *call) -> the shape of x without its last dimension.
+    """
+
+    def fake(
+        dy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return gradient_fakes(list(tokens(dy.shape, *call)), dy, x, w, (need_x, need_w, need_b))
+
+    op.fake(fake)
 
 
-@fake("replicated_gemm_backward")
-def _replicated_gemm_backward_fake(
-    dy: Tensor, x: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_fakes([*dy.shape[:-1]], dy, x, w_shard, (need_x, need_w, need_b))
+def _same_tokens(dy: torch.Size, *call: Any) -> Sequence[Any]:
+    return dy[:-1]
 
 
-@fake("gemm_reduce_scatter_backward")
-def _gemm_reduce_scatter_backward_fake(
-    dy_shard: Tensor, x_shard: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, world_size, dim, dim_size, _ = call
-    tokens = whole_shape(dy_shard.shape, world_size, dim, dim_size)[:-1]
-    return gradient_fakes(tokens, dy_shard, x_shard, w_shard, (need_x, need_w, need_b))
+def _all_tokens(dy: torch.Size, group: str, world_size: int, dim: int, dim_size: int, codec: str) -> Sequence[Any]:
+    return full_shape(dy, world_size, dim, dim_size)[:-1]
 
 
-@fake("all_gather_gemm_backward")
-def _all_gather_gemm_backward_fake(
-    dy: Tensor, x_shard: Tensor, w_shard: Tensor, need_x: bool, need_w: bool, need_b: bool, *call: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, world_size, rank, dim, *_ = call
-    tokens = shard_shape(dy.shape, world_size, rank, dim)[:-1]
-    return gradient_fakes(tokens, dy, x_shard, w_shard, (need_x, need_w, need_b))
+def _tokens_of_rank(dy: torch.Size, group: str, world_size: int, rank: int, dim: int, *rest: Any) -> Sequence[Any]:
+    return shard_shape(dy, world_size, rank, dim)[:-1]
 
 
-# Forwards, and backwards; the forward of replicated_gemm sends nothing.
-communicates("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")
-communicates("replicated_gemm_backward", "gemm_reduce_scatter_backward", "all_gather_gemm_backward")
+_fake_backward(LINEAR_BACKWARD, _same_tokens)
+_fake_backward(REPLICATED_GEMM_BACKWARD, _same_tokens)
+_fake_backward(GEMM_REDUCE_SCATTER_BACKWARD, _all_tokens)
+_fake_backward(ALL_GATHER_GEMM_BACKWARD, _tokens_of_rank)

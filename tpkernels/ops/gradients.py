@@ -1,8 +1,10 @@
-"""Gradients that are not just the dual op: of a replicated tensor, and of a gather that all ranks use alike.
+"""Autograd pairs beside the ops: a replicated tensor used on shards, an all-gather whose result all ranks use alike.
 
-A replicated tensor is one variable of which every rank holds a copy, so its gradient is the sum of what the ranks did
-with their copies, and the same on all of them. The first derivative of most ops needs no collective for that (what
-arrives is replicated already); the second one does, because the gradient that arrived was used on each rank's shard.
+They are Megatron-LM's copy_to, gather_from and scatter_to tensor-model-parallel regions.
+
+A replicated tensor is one variable of which every rank holds a copy, so its gradient is the sum of the gradients of all
+copies, and the same on all ranks. The first derivative of most ops needs no collective for that (the gradient that
+arrives is replicated already); the second one does, because that gradient was used on each rank's shard.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def backward_codec(op: str, codec: str, grad_codec: Any, x: Any) -> str:
     return grad_codec  # type: ignore[no-any-return]
 
 
-class _Replicated(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     """Forward: x itself. Backward: the sum of the gradients of all ranks."""
 
     @staticmethod
@@ -48,15 +50,15 @@ class _Replicated(torch.autograd.Function):
         return Call.all_reduce(grads[0], group, world_size, "sum", codec), None, None, None
 
 
-def replicated(x: Tensor, group: str, world_size: int, codec: str = "none") -> Tensor:
-    """Return x, which all ranks hold alike, for use on each rank's shard: its gradient is summed over the ranks."""
+def copy_to(x: Tensor, group: str, world_size: int, codec: str = "none") -> Tensor:
+    """Return a replicated x for use on each rank's shard: its gradient is summed over the ranks, packed by `codec`."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    y: Tensor = _Replicated.apply(x, group, world_size, codec)  # type: ignore[no-untyped-call]
+    y: Tensor = _CopyTo.apply(x, group, world_size, codec)  # type: ignore[no-untyped-call]
     return y
 
 
-class _GatherAlike(torch.autograd.Function):
+class _GatherFrom(torch.autograd.Function):
     """Forward: all_gather. Backward: this rank's part, because the gradient is the same on all ranks."""
 
     @staticmethod
@@ -70,11 +72,11 @@ class _GatherAlike(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx: Tensor = _TakePart.apply(grads[0], *ctx.call)  # type: ignore[no-untyped-call]
+        dx: Tensor = _ScatterTo.apply(grads[0], *ctx.call)  # type: ignore[no-untyped-call]
         return dx, *(None for _ in ctx.call)
 
 
-class _TakePart(torch.autograd.Function):
+class _ScatterTo(torch.autograd.Function):
     """Forward: this rank's part of a replicated tensor. Backward: the gradients of all parts, gathered."""
 
     @staticmethod
@@ -88,13 +90,21 @@ class _TakePart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx: Tensor = _GatherAlike.apply(grads[0], *ctx.call)  # type: ignore[no-untyped-call]
+        dx: Tensor = _GatherFrom.apply(grads[0], *ctx.call)  # type: ignore[no-untyped-call]
         return dx, *(None for _ in ctx.call)
 
 
-def gather_alike(
-    x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str
-) -> Tensor:
-    """Return all_gather(x_shard) for use by all ranks in the same way: the gradient is this rank's part of theirs."""
-    y: Tensor = _GatherAlike.apply(x_shard, group, world_size, rank, dim, dim_size, codec)  # type: ignore[no-untyped-call]
+def gather_from(x_shard: Tensor, group: str, world_size: int, rank: int, dim: int, dim_size: int, codec: str) -> Tensor:
+    """Return all_gather(x_shard), used alike on all ranks: the gradient is this rank's part of the replicated one.
+
+    Args:
+        x_shard: this rank's part.
+        group: the name of the group.
+        world_size: its ranks.
+        rank: this one.
+        dim: the dimension along which the parts are joined.
+        dim_size: its size in the result, cut by the rule of shard.py.
+        codec: how values are packed on the wire, in the forward and in the gradient of the gradient.
+    """
+    y: Tensor = _GatherFrom.apply(x_shard, group, world_size, rank, dim, dim_size, codec)  # type: ignore[no-untyped-call]
     return y

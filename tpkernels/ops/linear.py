@@ -1,4 +1,4 @@
-"""What the fused GEMMs share: y = x[..., K] @ w[N, K].T + bias[N], its shape, its gradients, autocast."""
+"""Helpers of the fused GEMMs: y = x[..., K] @ w[N, K].T + bias[N], its shape, its gradients, autocast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ Needs = tuple[bool, bool, bool]
 
 
 def autocast(kind: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast what autocast casts before an F.linear: floating-point tensors of that kind of device, fp64 excepted."""
+    """Cast as autocast does before an F.linear: floating-point tensors of that kind of device, fp64 excepted.
+
+    Args:
+        kind: of device, "cpu" or "cuda".
+        tensors: x, w and bias; None and other devices' tensors are returned as they are.
+    """
     dtype = torch.get_autocast_dtype(kind)
 
     def casts(t: Tensor | None) -> bool:
@@ -27,7 +32,7 @@ def linear_shape(x: Tensor, w: Tensor) -> list[Any]:
 
 
 def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what the gradient needs and no more: x for that of w, w for that of x."""
+    """Save the operands that the gradients need: x for that of w, w for that of x; and the arguments after bias."""
     x, w, _, *ctx.call = inputs
     need_x, need_w, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_w else None, w if need_x else None)
@@ -35,7 +40,7 @@ def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def saved_linear(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Needs]:
-    """Return x, w and which gradients are wanted; dy stands in for a tensor that was not kept and is not read."""
+    """Return x, w and which gradients are wanted; dy in place of an operand that was not saved, which is not read."""
     x, w = ctx.saved_tensors
     need_x, need_w, need_b, *_ = ctx.needs_input_grad
     return dy if x is None else x, dy if w is None else w, (need_x, need_w, need_b)
@@ -53,7 +58,15 @@ def rows(x: Tensor) -> Tensor:
 
 
 def linear_gradients(dy: Tensor, x: Tensor, w: Tensor, needs: Needs, dy_bias: Tensor | None = None) -> Gradients:
-    """The gradients of y = x @ w.T + bias from differentiable ops; dy_bias: the dy to sum for bias, if another one."""
+    """Return the gradients of y = x @ w.T + bias, from differentiable ops; None for those that are not needed.
+
+    Args:
+        dy: [..., N].
+        x: [..., K].
+        w: [N, K].
+        needs: which of the gradients of x, w and bias.
+        dy_bias: summed for bias instead of dy.
+    """
     need_x, need_w, need_b = needs
     dx = dy @ w if need_x else None
     dw = rows(dy).t() @ rows(x) if need_w else None
@@ -62,7 +75,15 @@ def linear_gradients(dy: Tensor, x: Tensor, w: Tensor, needs: Needs, dy_bias: Te
 
 
 def gradient_fakes(tokens: list[Any], dy: Tensor, x: Tensor, w: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a linear on fakes, dx with these token dimensions; [0] where not wanted."""
+    """Return tensors of the gradients' shapes; [0] for those that are not needed.
+
+    Args:
+        tokens: the dimensions of dx but the last.
+        dy: [..., N].
+        x: [..., K].
+        w: [N, K].
+        needs: which of the gradients of x, w and bias.
+    """
     shapes = ([*tokens, w.shape[-1]], [dy.shape[-1], x.shape[-1]], [dy.shape[-1]])
     dx, dw, db = (dy.new_empty(shape if need else [0]) for shape, need in zip(shapes, needs, strict=True))
     return dx, dw, db

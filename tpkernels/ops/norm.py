@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, is_autocast_enabled
 
 from tpkernels.comm.group import Group, resolve
+from tpkernels.compress import FLOATS
 
-from ._order import communicates
-from ._plain import are_plain, direct, shortcut
-from ._register import fake, gradient
-from .checks import FLOATS, MULTIPLIABLE, check_codec, check_tensor, names
-from .gradients import replicated
+from ._op import Op, are_plain
+from .checks import check_codec, check_one_device, check_tensor, names, sums_dtype
+from .gradients import copy_to
 
-Call = torch.ops.tpkernels
-_all_reduce_add_rms_norm = direct(Call.all_reduce_add_rms_norm.default)
-_rms_norm_backward = shortcut(Call.rms_norm_backward.default)
+ALL_REDUCE_ADD_RMS_NORM = Op("all_reduce_add_rms_norm", communicates=True)
+RMS_NORM_BACKWARD = Op("rms_norm_backward")
+SQUARED_NORM = Op("squared_norm")
 
 
 def all_reduce_add_rms_norm(
@@ -68,22 +67,15 @@ def all_reduce_add_rms_norm(
     group = resolve(group)
     if isinstance(x, Tensor) and x.device.type != "meta" and is_autocast_enabled(x.device.type):
         x, residual, weight = _to_the_widest(x, residual, weight)
-    plain = group.is_cpu and are_plain(x, residual, weight)
-    if not (plain and _fits(x, residual, weight, codec)):
-        _check_add_norm(x, residual, weight, codec, group)
-    step = _check_eps(x.dtype, eps)
-    call = _all_reduce_add_rms_norm if plain else Call.all_reduce_add_rms_norm
+    plain = are_plain(group, x, residual, weight)
+    _check_add_norm(x, residual, weight, codec, group, plain=plain)
+    call, step = ALL_REDUCE_ADD_RMS_NORM.entry(plain), _check_eps(x.dtype, eps)
     y, residual_out, _ = call(x, residual, weight, group.name, group.world_size, step, codec)
     return y, residual_out
 
 
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are added."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _to_the_widest(*tensors: Any) -> Any:
-    """Cast to the dtype of their sum; anything that is no floating-point tensor is left for the checks."""
+    """Cast to the dtype of their sum; the checks refuse anything that is no floating-point tensor."""
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
         return tensors
     dtype = tensors[0].dtype
@@ -92,25 +84,12 @@ def _to_the_widest(*tensors: Any) -> Any:
     return [t.to(dtype) for t in tensors]
 
 
-def _fits(x: Tensor, residual: Tensor | None, weight: Tensor | None, codec: str) -> bool:
-    if residual is None or weight is None:
-        return False
-    dtype, shape = x.dtype, x.shape
-    return (
-        (dtype, codec) in MULTIPLIABLE
-        and residual.dtype is dtype
-        and weight.dtype is dtype
-        and len(shape) > 0
-        and residual.shape == shape
-        and weight.shape == shape[-1:]
-    )
-
-
-def _check_add_norm(x: Any, residual: Any, weight: Any, codec: Any, group: Group) -> None:
+def _check_add_norm(x: Any, residual: Any, weight: Any, codec: Any, group: Group, *, plain: bool) -> None:
     op = "all_reduce_add_rms_norm"
-    check_tensor(op, "x", x, group)
-    check_tensor(op, "residual", residual, group)
-    check_tensor(op, "weight", weight, group)
+    if not plain:
+        check_tensor(op, "x", x, group)
+        check_tensor(op, "residual", residual, group)
+        check_tensor(op, "weight", weight, group)
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: x must have a dtype of {names(FLOATS)}, got {names([x.dtype])}")
     if not x.dtype == residual.dtype == weight.dtype:
@@ -126,9 +105,8 @@ def _check_add_norm(x: Any, residual: Any, weight: Any, codec: Any, group: Group
         )
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight must have shape {list(x.shape[-1:])}, got {list(weight.shape)}")
-    devices = {t.device for t in (x, residual, weight)}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    if not plain:
+        check_one_device(op, x, residual, weight)
     check_codec(op, codec, x.dtype)
 
 
@@ -142,7 +120,7 @@ def _check_eps(dtype: torch.dtype, eps: Any) -> float:
     return float(eps)
 
 
-@fake("all_reduce_add_rms_norm")
+@ALL_REDUCE_ADD_RMS_NORM.fake
 def _all_reduce_add_rms_norm_fake(
     x: Tensor, residual: Tensor, weight: Tensor, group: str, world_size: int, eps: float, codec: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +128,7 @@ def _all_reduce_add_rms_norm_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape), inverse_rms
 
 
-@fake("rms_norm_backward")
+@RMS_NORM_BACKWARD.fake
 def _rms_norm_backward_fake(
     dy: Tensor,
     dresidual_out: Tensor | None,
@@ -182,12 +160,12 @@ def _gradient(
         r, weight, inverse_rms = ctx.saved_tensors
         dr, dw = dr_out, None
         if dy is not None:
-            dr, dw = _rms_norm_backward(dy, dr_out, r, weight, inverse_rms, need_r, need_w)
+            dr, dw = RMS_NORM_BACKWARD(dy, dr_out, r, weight, inverse_rms, need_r, need_w)
         if dinverse_rms is not None and need_r:
             through = _through_inverse_rms(dinverse_rms, r, inverse_rms)
             dr = through if dr is None else dr + through
     group, world_size, _, codec = ctx.call
-    dx = None if dr is None or not need_x else replicated(dr, group, world_size, codec)
+    dx = None if dr is None or not need_x else copy_to(dr, group, world_size, codec)
     return dx, dr if need_residual else None, dw if need_w else None, *(None for _ in ctx.call)
 
 
@@ -199,7 +177,7 @@ def _through_inverse_rms(dinverse_rms: Tensor, r: Tensor, inverse_rms: Tensor) -
 def _differentiable_gradient(
     ctx: Any, dy: Tensor | None, dr_out: Tensor | None, dinverse_rms: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of residual_out and weight from differentiable ops, for second derivatives."""
+    """Return the gradients of residual_out and weight, from differentiable ops, for second derivatives."""
     r, weight, _ = ctx.saved_tensors
     wide = r.to(sums_dtype(r.dtype))
     inverse_rms = torch.rsqrt(wide.square().mean(-1) + ctx.call[2])
@@ -215,7 +193,7 @@ def _differentiable_gradient(
     return dr, dw
 
 
-gradient("all_reduce_add_rms_norm", _gradient, _context)
+ALL_REDUCE_ADD_RMS_NORM.gradient(_gradient, _context)
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -246,12 +224,9 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
         if x.device != found[0].device:
             raise ValueError(f"squared_norm: tensors must be on one device, got {found[0].device} and {x.device}")
     with torch.no_grad():
-        return Call.squared_norm(found)  # type: ignore[no-any-return]
+        return SQUARED_NORM.dispatch(found)  # type: ignore[no-any-return]
 
 
-@fake("squared_norm")
+@SQUARED_NORM.fake
 def _squared_norm_fake(xs: list[Tensor]) -> Tensor:
     return xs[0].new_empty([], dtype=torch.float64)
-
-
-communicates("all_reduce_add_rms_norm")

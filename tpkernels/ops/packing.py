@@ -1,6 +1,6 @@
-"""Packing of tensors outside collectives: to bytes, back, and with error feedback; and sums of what is packed already.
+"""Packing of tensors outside collectives: to bytes, back, and with error feedback; and sums of packed tensors.
 
-Gradient aggregation is made of it. With error feedback, R ranks, and an average:
+Gradient aggregation uses it. With error feedback, R ranks, and an average:
 
     wire = compress_with_feedback(gradient, residual, codec, scale=1 / R)
     mean = all_reduce_packed(wire, gradient.shape, gradient.dtype, codec=codec)
@@ -19,14 +19,18 @@ from torch._C import _increment_version
 from torch.compiler import is_compiling
 
 from tpkernels.comm.group import Group, resolve
-from tpkernels.compress import block_values, wire_bytes
+from tpkernels.compress import PACKABLE, WIRES, block_values, wire_bytes
 from tpkernels.shard import part_sizes
 
-from ._order import communicates
-from ._register import fake
-from .checks import PACKABLE, REDUCIBLE, check_codec, check_size, check_tensor, check_writable, names
+from ._op import Op
+from .checks import check_codec, check_size, check_tensor, check_writable, names
+from .sizes import even_part
 
-Call = torch.ops.tpkernels
+COMPRESS = Op("compress")
+DECOMPRESS = Op("decompress")
+COMPRESS_WITH_FEEDBACK = Op("compress_with_feedback")
+ALL_REDUCE_PACKED = Op("all_reduce_packed", communicates=True)
+REDUCE_SCATTER_PACKED = Op("reduce_scatter_packed", communicates=True)
 
 
 def compress(x: Tensor, codec: str) -> Tensor:
@@ -44,10 +48,10 @@ def compress(x: Tensor, codec: str) -> Tensor:
     """
     check_tensor("compress", "x", x, None)
     check_codec("compress", codec, x.dtype)
-    return Call.compress(x.detach(), codec)  # type: ignore[no-any-return]
+    return COMPRESS.dispatch(x.detach(), codec)  # type: ignore[no-any-return]
 
 
-@fake("compress")
+@COMPRESS.fake
 def _compress_fake(x: Tensor, codec: str) -> Tensor:
     return x.new_empty([wire_bytes(codec, x.numel(), x.itemsize)], dtype=torch.uint8)
 
@@ -73,10 +77,10 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
     check_codec("decompress", codec, dtype)
     sizes = _check_shape("decompress", shape)
     _check_bytes("decompress", wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), sizes)
-    return Call.decompress(wire, sizes, dtype, codec)  # type: ignore[no-any-return]
+    return DECOMPRESS.dispatch(wire, sizes, dtype, codec)  # type: ignore[no-any-return]
 
 
-@fake("decompress")
+@DECOMPRESS.fake
 def _decompress_fake(wire: Tensor, shape: list[int], dtype: torch.dtype, codec: str) -> Tensor:
     return wire.new_empty(shape, dtype=dtype)
 
@@ -114,7 +118,7 @@ def compress_with_feedback(x: Tensor, residual: Tensor, codec: str, scale: float
     _check_residual(op, x, residual)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
-    wire: Tensor = Call.compress_with_feedback(x.detach(), residual, codec, float(scale))
+    wire: Tensor = COMPRESS_WITH_FEEDBACK.dispatch(x.detach(), residual, codec, float(scale))
     if not (is_compiling() or residual.is_inference()):
         _increment_version((residual,))
     return wire
@@ -135,7 +139,7 @@ def _check_residual(op: str, x: Tensor, residual: Tensor) -> None:
         raise ValueError(f"{op}: residual must not require a gradient, got requires_grad=True")
 
 
-@fake("compress_with_feedback")
+@COMPRESS_WITH_FEEDBACK.fake
 def _compress_with_feedback_fake(x: Tensor, residual: Tensor, codec: str, scale: float) -> Tensor:
     return x.new_empty([wire_bytes(codec, x.numel(), x.itemsize)], dtype=torch.uint8)
 
@@ -171,10 +175,10 @@ def all_reduce_packed(
     _check_packed(name, wire, dtype, op, codec, group)
     sizes = _check_shape(name, shape)
     _check_bytes(name, wire, wire_bytes(codec, math.prod(sizes), dtype.itemsize), sizes)
-    return Call.all_reduce_packed(wire, sizes, dtype, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+    return ALL_REDUCE_PACKED.dispatch(wire, sizes, dtype, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
-@fake("all_reduce_packed")
+@ALL_REDUCE_PACKED.fake
 def _all_reduce_packed_fake(
     wire: Tensor, shape: list[int], dtype: torch.dtype, group: str, world_size: int, op: str, codec: str
 ) -> Tensor:
@@ -214,23 +218,18 @@ def reduce_scatter_packed(
     if numel is None:
         raise TypeError(f"{name}: numel must be an int, got None")
     check_size(name, "numel", numel)
-    parts = [_part(numel, group.world_size, r) for r in range(group.world_size)]
+    parts = [even_part(numel, group.world_size, r) for r in range(group.world_size)]
     expected = sum(wire_bytes(codec, part, dtype.itemsize) for part in parts)
     _check_bytes(name, wire, expected, parts, in_parts=True)
     call = (group.name, group.world_size, group.rank, op, codec)
-    return Call.reduce_scatter_packed(wire, numel, dtype, *call)  # type: ignore[no-any-return]
+    return REDUCE_SCATTER_PACKED.dispatch(wire, numel, dtype, *call)  # type: ignore[no-any-return]
 
 
-def _part(numel: int, world_size: int, rank: int) -> int:
-    """The size of an even part, as one division: no guard on a symbolic numel."""
-    return (numel + world_size - 1 - rank) // world_size
-
-
-@fake("reduce_scatter_packed")
+@REDUCE_SCATTER_PACKED.fake
 def _reduce_scatter_packed_fake(
     wire: Tensor, numel: int, dtype: torch.dtype, group: str, world_size: int, rank: int, op: str, codec: str
 ) -> Tensor:
-    return wire.new_empty([_part(numel, world_size, rank)], dtype=dtype)
+    return wire.new_empty([even_part(numel, world_size, rank)], dtype=dtype)
 
 
 def compress_parts(
@@ -281,7 +280,7 @@ def _check_packed(name: str, wire: Tensor, dtype: torch.dtype, op: str, codec: s
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_codec(name, codec, dtype)
-    if (dtype, op, codec) not in REDUCIBLE:
+    if (dtype, op, codec) not in WIRES:
         allowed = "'sum' or 'avg' with a codec" if codec != "none" else "one that all_reduce takes for that dtype"
         raise ValueError(f"{name}: op must be {allowed}, got {op!r} for {names([dtype])} with codec {codec!r}")
 
@@ -300,8 +299,5 @@ def _check_bytes(name: str, wire: Tensor, expected: int, sizes: list[int], *, in
             f"{name}: wire must be uint8 with one dim, got {names([wire.dtype])} of shape {list(wire.shape)}"
         )
     if wire.numel() != expected:
-        what = f"{sum(sizes)} values in {len(sizes)} packed parts" if in_parts else f"shape {sizes}"
-        raise ValueError(f"{name}: wire must have {expected} bytes for {what}, got {wire.numel()}")
-
-
-communicates("all_reduce_packed", "reduce_scatter_packed")
+        values = f"{sum(sizes)} values in {len(sizes)} packed parts" if in_parts else f"shape {sizes}"
+        raise ValueError(f"{name}: wire must have {expected} bytes for {values}, got {wire.numel()}")

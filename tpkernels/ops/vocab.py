@@ -9,33 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from tpkernels.comm.group import Group, resolve
+from tpkernels.compress import FLOATS
 from tpkernels.shard import part_size, part_start
 
-from ._order import communicates
-from ._plain import are_plain, direct, shortcut
-from ._register import fake, gradient
-from .checks import FLOATS, check_size, check_tensor, names
-from .gradients import replicated
+from ._op import Op, are_plain
+from .checks import check_size, check_tensor, names, sums_dtype
+from .gradients import copy_to
+from .sizes import sizes_of_ranks
 
-Call = torch.ops.tpkernels
+VOCAB_EMBEDDING = Op("vocab_embedding", communicates=True)
+VOCAB_CROSS_ENTROPY = Op("vocab_cross_entropy", communicates=True)
+VOCAB_EMBEDDING_BACKWARD = Op("vocab_embedding_backward")
+VOCAB_CROSS_ENTROPY_BACKWARD = Op("vocab_cross_entropy_backward")
+
 _IDS = (torch.int64, torch.int32)
 
-_vocab_embedding = direct(Call.vocab_embedding.default)
-_vocab_cross_entropy = direct(Call.vocab_cross_entropy.default)
-_vocab_embedding_backward = shortcut(Call.vocab_embedding_backward.default)
-_vocab_cross_entropy_backward = shortcut(Call.vocab_cross_entropy_backward.default)
 
-
-def _place(op: str, shard: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
-    """Return where this rank's part of the vocabulary begins, and the size of the whole.
+def _start_and_size(op: str, shard: int, vocab_size: int | None, group: Group) -> tuple[int, int]:
+    """Return the first id of this rank's part of the vocabulary, and the size of the vocabulary.
 
     Args:
         op: the public function, for the text.
         shard: how many ids this rank has.
-        vocab_size: the whole, cut by the rule of shard.py; None: R equal parts when compiling, else ask the ranks.
+        vocab_size: cut by the rule of shard.py; None: the ranks exchange their sizes.
         group: the ranks.
     """
     R, rank = group.world_size, group.rank
@@ -47,9 +45,7 @@ def _place(op: str, shard: int, vocab_size: int | None, group: Group) -> tuple[i
                 f"{op}: rank {rank} of {R} must have {expected} of the {vocab_size} ids of vocab_size, got {shard}"
             )
         return part_start(vocab_size, R, rank), vocab_size
-    if is_compiling() or R == 1:
-        return rank * shard, R * shard
-    sizes = group.all_gather_ints(shard)
+    sizes = sizes_of_ranks(shard, group)
     return sum(sizes[:rank]), sum(sizes)
 
 
@@ -67,7 +63,7 @@ def vocab_embedding(
         ids: [...], replicated, int64 | int32, each in [0, V).
         table_shard: [V / R, D], this rank's rows, fp32 | bf16 | fp16 | fp64. Any cut in rank order, even or not.
         group: the ranks; None means all ranks of the default process group.
-        vocab_size: V, cut so that the first ranks have one row more. None lets the ranks tell each other (a short call
+        vocab_size: V, cut so that the first ranks have one row more. None: the ranks exchange their sizes (a short call
             more, and any cut is right); under torch.compile it means R equal parts.
 
     Returns:
@@ -83,8 +79,10 @@ def vocab_embedding(
     Source: vocabulary-parallel embedding of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    check_tensor("vocab_embedding", "ids", ids, group)
-    check_tensor("vocab_embedding", "table_shard", table_shard, group)
+    plain = are_plain(group, ids, table_shard)
+    if not plain:
+        check_tensor("vocab_embedding", "ids", ids, group)
+        check_tensor("vocab_embedding", "table_shard", table_shard, group)
     if ids.dtype not in _IDS:
         raise ValueError(f"vocab_embedding: ids must have a dtype of {names(_IDS)}, got {names([ids.dtype])}")
     if table_shard.dtype not in FLOATS:
@@ -96,19 +94,19 @@ def vocab_embedding(
             f"vocab_embedding: table_shard must have 2 dims [V / R, D], got {table_shard.dim()} "
             f"(shape {list(table_shard.shape)})"
         )
-    start, size = _place("vocab_embedding", table_shard.shape[0], vocab_size, group)
-    call = _vocab_embedding if are_plain(ids, table_shard) else Call.vocab_embedding
+    start, size = _start_and_size("vocab_embedding", table_shard.shape[0], vocab_size, group)
+    call = VOCAB_EMBEDDING.entry(plain)
     return call(ids, table_shard, group.name, group.world_size, start, size)  # type: ignore[no-any-return]
 
 
-@fake("vocab_embedding")
+@VOCAB_EMBEDDING.fake
 def _vocab_embedding_fake(
     ids: Tensor, table_shard: Tensor, group: str, world_size: int, vocab_start: int, vocab_size: int
 ) -> Tensor:
     return table_shard.new_empty([*ids.shape, table_shard.shape[1]])
 
 
-@fake("vocab_embedding_backward")
+@VOCAB_EMBEDDING_BACKWARD.fake
 def _vocab_embedding_backward_fake(dy: Tensor, ids: Tensor, vocab_start: int, shard_size: int) -> Tensor:
     return dy.new_empty([shard_size, dy.shape[-1]])
 
@@ -123,22 +121,22 @@ def _vocab_embedding_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     (ids,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         mine, local = _own(ids, ctx.start, ctx.shard)
-        dy = replicated(dy, ctx.group, ctx.world_size)
+        dy = copy_to(dy, ctx.group, ctx.world_size)
         rows = torch.where(mine.unsqueeze(-1), dy, torch.zeros_like(dy)).reshape(ids.numel(), dy.shape[-1])
         dtable = dy.new_zeros(ctx.shard, dy.shape[-1]).index_add(0, local.reshape(-1), rows) if ctx.shard else None
     else:
-        dtable = _vocab_embedding_backward(dy, ids, ctx.start, ctx.shard)
+        dtable = VOCAB_EMBEDDING_BACKWARD(dy, ids, ctx.start, ctx.shard)
     return None, dtable, None, None, None, None
 
 
 def _own(ids: Tensor, start: int, shard: int) -> tuple[Tensor, Tensor]:
-    """Return which ids are this rank's, and their places in its shard (0 for the others)."""
+    """Return a mask of the ids of this rank's shard, and their rows there (0 for the others)."""
     local = ids - start
     mine = (local >= 0) & (local < shard)
     return mine, local.masked_fill(~mine, 0).to(torch.int64)
 
 
-gradient("vocab_embedding", _vocab_embedding_gradient, _vocab_embedding_context)
+VOCAB_EMBEDDING.gradient(_vocab_embedding_gradient, _vocab_embedding_context)
 
 
 def vocab_cross_entropy(
@@ -163,7 +161,7 @@ def vocab_cross_entropy(
         logits_shard: [..., V / R], fp32 | bf16 | fp16 | fp64. Any cut in rank order, even or not.
         target: [...], replicated, int64 | int32, each in [0, V) or ignore_index.
         group: the ranks; None means all ranks of the default process group.
-        vocab_size: V, cut so that the first ranks have one id more. None lets the ranks tell each other (a short call
+        vocab_size: V, cut so that the first ranks have one id more. None: the ranks exchange their sizes (a short call
             more, and any cut is right); under torch.compile it means R equal parts.
         ignore_index: the target of tokens that do not count.
         label_smoothing: in [0, 1], the part of the target that is spread over the whole vocabulary.
@@ -180,18 +178,21 @@ def vocab_cross_entropy(
     Source: vocabulary-parallel cross entropy of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    _check_loss(logits_shard, target, ignore_index, label_smoothing, group)
-    start, size = _place("vocab_cross_entropy", logits_shard.shape[-1], vocab_size, group)
-    call = _vocab_cross_entropy if are_plain(logits_shard, target) else Call.vocab_cross_entropy
-    smoothing = float(label_smoothing)
+    plain = are_plain(group, logits_shard, target)
+    _check_loss(logits_shard, target, ignore_index, label_smoothing, group, plain=plain)
+    start, size = _start_and_size("vocab_cross_entropy", logits_shard.shape[-1], vocab_size, group)
+    call, smoothing = VOCAB_CROSS_ENTROPY.entry(plain), float(label_smoothing)
     loss, _ = call(logits_shard, target, group.name, group.world_size, start, size, ignore_index, smoothing)
     return loss  # type: ignore[no-any-return]
 
 
-def _check_loss(logits: Any, target: Any, ignore_index: Any, label_smoothing: Any, group: Group) -> None:
+def _check_loss(
+    logits: Any, target: Any, ignore_index: Any, label_smoothing: Any, group: Group, *, plain: bool
+) -> None:
     op = "vocab_cross_entropy"
-    check_tensor(op, "logits_shard", logits, group)
-    check_tensor(op, "target", target, group)
+    if not plain:
+        check_tensor(op, "logits_shard", logits, group)
+        check_tensor(op, "target", target, group)
     if logits.dtype not in FLOATS:
         raise ValueError(f"{op}: logits_shard must have a dtype of {names(FLOATS)}, got {names([logits.dtype])}")
     if target.dtype not in _IDS:
@@ -209,13 +210,13 @@ def _check_loss(logits: Any, target: Any, ignore_index: Any, label_smoothing: An
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-@fake("vocab_cross_entropy")
+@VOCAB_CROSS_ENTROPY.fake
 def _vocab_cross_entropy_fake(logits_shard: Tensor, target: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if logits_shard.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(logits_shard.dtype)
     return logits_shard.new_empty(target.shape, dtype=dtype), logits_shard.new_empty(target.shape, dtype=dtype)
 
 
-@fake("vocab_cross_entropy_backward")
+@VOCAB_CROSS_ENTROPY_BACKWARD.fake
 def _vocab_cross_entropy_backward_fake(dloss: Tensor, logits_shard: Tensor, *rest: Any) -> Tensor:
     return logits_shard.new_empty(logits_shard.shape)
 
@@ -233,7 +234,7 @@ def _vocab_cross_entropy_gradient(ctx: Any, dloss: Tensor | None, dlse: Tensor |
         return _differentiable_gradient(ctx, dloss, dlse), *nothing
     dlogits: Tensor | None = None
     if dloss is not None:
-        dlogits = _vocab_cross_entropy_backward(dloss, logits, target, lse, *ctx.call[2:])
+        dlogits = VOCAB_CROSS_ENTROPY_BACKWARD(dloss, logits, target, lse, *ctx.call[2:])
     if dlse is not None:
         through_lse = (dlse.unsqueeze(-1) * _softmax(logits, lse)).to(logits.dtype)
         dlogits = through_lse if dlogits is None else dlogits + through_lse
@@ -245,22 +246,20 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
 
 
 def _differentiable_gradient(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> Tensor | None:
-    """The gradient of the logits from differentiable ops, for second derivatives."""
+    """Return the gradient of the logits, from differentiable ops, for second derivatives."""
     logits, target, lse = ctx.saved_tensors
     group, world_size, start, size, ignore_index, smoothing = ctx.call
-    softmax = _softmax(logits, replicated(lse, group, world_size))
+    softmax = _softmax(logits, copy_to(lse, group, world_size))
     total: Tensor | None = None
     if dloss is not None:
-        scale = replicated(dloss, group, world_size).masked_fill(target == ignore_index, 0.0).unsqueeze(-1)
+        scale = copy_to(dloss, group, world_size).masked_fill(target == ignore_index, 0.0).unsqueeze(-1)
         mine, local = _own(target, start, logits.shape[-1])
         hot = torch.arange(logits.shape[-1], device=logits.device) == torch.where(mine, local, -1).unsqueeze(-1)
         total = scale * (softmax - (1.0 - smoothing) * hot - smoothing / size)
     if dlse is not None:
-        through_lse = replicated(dlse, group, world_size).unsqueeze(-1) * softmax
+        through_lse = copy_to(dlse, group, world_size).unsqueeze(-1) * softmax
         total = through_lse if total is None else total + through_lse
     return None if total is None else total.to(logits.dtype)
 
 
-gradient("vocab_cross_entropy", _vocab_cross_entropy_gradient, _vocab_cross_entropy_context)
-
-communicates("vocab_embedding", "vocab_cross_entropy")
+VOCAB_CROSS_ENTROPY.gradient(_vocab_cross_entropy_gradient, _vocab_cross_entropy_context)

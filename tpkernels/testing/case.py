@@ -1,13 +1,12 @@
-"""What a Case is: an op as a plain program on unsharded tensors, and how its arguments are cut over the ranks.
+"""Case: an op as a plain torch program on full tensors, and the cut of its inputs and its output over the ranks.
 
-A case is a plain torch program on unsharded tensors, and how its inputs and its output are cut over the ranks. From
-that follow what every rank passes, what it must get, and what its gradients must be. Its bound on the error comes from
-the rounding of the dtypes, not from a guess: with u half the distance between 1 and the next number,
+From these follow the arguments of every rank, its result and its gradients. The bound on the error is derived from the
+rounding of the dtypes: with u half the distance between 1 and the next number,
 
     |error| <= (terms * u(sums) + roundings * u(dtype) + packings * u(codec)) * magnitude
 
 where magnitude is the program on the absolute values of its inputs, which for sums of products is the worst case. A
-codec also loses a share of the largest magnitude that shares its scale, for which the largest of all stands here.
+codec also loses a share of the largest magnitude that shares its scale; the bound takes the largest of all.
 """
 
 from __future__ import annotations
@@ -21,29 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpkernels.ops.checks import sums_dtype
 from tpkernels.shard import part
 
 PARTIAL = "partial"
-"""A cut: the unsharded input has one more dimension in front, the ranks, and rank r holds index r."""
+"""A cut: the full input has one more dimension in front, the ranks, and rank r holds index r."""
 
 Cut = int | str | None
-"""The dimension along which a tensor is cut, None when all ranks hold the whole, or PARTIAL."""
+"""The dimension along which a tensor is cut, None for a replicated tensor, or PARTIAL."""
 
 CODEC_ROUNDING = {"none": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 0.0, "fp8": 2.0**-4}
-"""What packing loses of a value, as a share of it: the heads of csrc/codec/*.h."""
+"""The largest loss by packing a value, as a share of it: see the heads of csrc/core/codec/*.h."""
 
 CODEC_FLOOR = {"none": 0.0, "fp16": 2.0**-39, "bf16": 0.0, "int8": 1 / 252, "fp8": 2.0**-17}
-"""And of the largest magnitude beside it."""
+"""The same as a share of the largest magnitude beside it."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a case is run with.
+    """The sizes and options of one run of a case.
 
     Attributes:
         R: the number of ranks.
-        M, N, K: tokens, outputs, inputs, unsharded; any of them may be uneven over R, or 0.
-        V: the vocabulary, unsharded.
+        M, N, K: tokens, outputs, inputs of the full tensors; any of them may be uneven over R, or 0.
+        V: the size of the full vocabulary.
         batch: dimensions in front of the tokens.
         dim: the dimension that collectives cut, and the token dimension of the sequence-parallel GEMMs.
         dtype: of all floating-point tensors.
@@ -74,7 +74,7 @@ class Sizes:
         """The tokens: [*batch, M]."""
         return (*self.batch, self.M)
 
-    @lru_cache(maxsize=16)  # noqa: B019  one test asks for the same values many times; sizes are small
+    @lru_cache(maxsize=16)  # noqa: B019  one test needs the same values many times; sizes are small
     def randn(self, name: str, *shape: int) -> Tensor:
         """Values that `dtype` holds exactly, in fp64 (integer dtypes: in themselves), from the seed and the name."""
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()) + self.seed)
@@ -94,18 +94,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """An op as a plain program on unsharded tensors; see the module.
+    """An op as a plain program on full tensors; see the module.
 
     Attributes:
-        name: of the op, and what distinguishes this case of it.
+        name: of the op, with a suffix where it has several cases.
         op: the public function.
-        inputs: the unsharded arguments by name, in the order of the op's tensor arguments; None for an absent one.
+        inputs: the full arguments by name, in the order of the op's tensor arguments; None for an absent one.
         cuts: how each is cut.
-        program: what the op computes, from the unsharded arguments, differentiable.
+        program: computes the full result from the full arguments, differentiably.
         output_cut: how the result is cut.
         options: the keyword arguments of the op.
         terms: the number of additions in the longest sum.
-        roundings: how often a value is rounded to the dtype on its way.
+        roundings: how often a value is rounded to the dtype.
         packings: how often it is packed by the codec in the forward.
         flops: multiplications and additions of one rank.
         wire_bytes: the least that a rank must send.
@@ -125,24 +125,24 @@ class Case:
     wire_bytes: Callable[[Sizes], float] = lambda s: 0.0
 
     def arguments(self, s: Sizes, rank: int) -> list[Tensor | None]:
-        """The tensor arguments that the rank passes."""
-        whole, cuts = self.inputs(s), self.cuts(s)
-        return [shard(x, cuts[name], s, rank) for name, x in whole.items()]
+        """The tensor arguments of the rank."""
+        full, cuts = self.inputs(s), self.cuts(s)
+        return [shard(x, cuts[name], s, rank) for name, x in full.items()]
 
     def call(self, s: Sizes, arguments: list[Tensor | None], group: Any) -> Tensor:
         """The op on the rank's arguments."""
         return self.op(*arguments, group=group, **self.options(s))
 
-    def run(self, s: Sizes, whole: Mapping[str, Tensor | None] | None = None) -> Tensor:
-        """The unsharded result."""
-        return self.program(s, *(self.inputs(s) if whole is None else whole).values())
+    def run(self, s: Sizes, full: Mapping[str, Tensor | None] | None = None) -> Tensor:
+        """The full result, of the case's own inputs or of others."""
+        return self.program(s, *(self.inputs(s) if full is None else full).values())
 
     def expected(self, s: Sizes, rank: int) -> Tensor:
-        """What the rank must get, in fp64."""
+        """The exact result of the rank, in fp64."""
         return present(shard(self.run(s), self.output_cut(s), s, rank, round_to=None))
 
     def bound(self, s: Sizes, rank: int) -> Tensor:
-        """How far from that it may be, elementwise."""
+        """The largest error of that result, elementwise."""
         magnitude = self.run(s, {name: absolute(x) for name, x in self.inputs(s).items()}).abs()
         mine = present(shard(magnitude, self.output_cut(s), s, rank, round_to=None))
         return self.rounding(s, self.packings) * mine + self.packings * floor_of(s, magnitude)
@@ -155,7 +155,7 @@ class Case:
         return (self.terms(s) + 2) * unit(sums_dtype(s.dtype)) + self.roundings * unit(s.dtype) + packed
 
     def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The gradient that arrives at the rank's result; what its arguments must get; and how far off they may be."""
+        """The gradient of the rank's result; the exact gradients of its arguments; the largest errors of those."""
         exact, arriving = self._backward(s, lambda x: x)
         magnitude, _ = self._backward(s, absolute)
         cuts = self.cuts(s)
@@ -186,7 +186,7 @@ class Case:
 
 
 def floor_of(s: Sizes, magnitude: Tensor) -> float:
-    """What one packing loses whatever the value."""
+    """The largest loss of one packing, in absolute terms."""
     return CODEC_FLOOR[s.codec] * float(magnitude.max()) if magnitude.numel() else 0.0
 
 
@@ -195,18 +195,13 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are added."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def absolute(x: Tensor | None) -> Tensor | None:
     """|x|; integers (ids) as they are."""
     return x.abs() if x is not None and x.is_floating_point() else x
 
 
 def present(x: Tensor | None) -> Tensor:
-    """X, which is there."""
+    """Return x, which is not None."""
     assert x is not None
     return x
 

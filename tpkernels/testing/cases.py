@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tpkernels import ops
 from tpkernels.compress import bytes_per_value
+from tpkernels.ops.checks import sums_dtype
 
-from .case import PARTIAL, Case, Cut, Sizes, floor_of, present, sums_dtype, unit
+from .case import PARTIAL, Case, Cut, Sizes, floor_of, present, unit
 
 # --- collectives: x[..., M, N], the cut along dim
 
@@ -171,10 +172,10 @@ VOCAB_EMBEDDING = Case(
 
 @dataclass(frozen=True)
 class _Loss(Case):
-    """Not a sum of products: the error is relative to the largest logit, which is what exponentials amplify."""
+    """Not a sum of products: the error is relative to the largest logit, which exponentials amplify."""
 
     def bound(self, s: Sizes, rank: int) -> Tensor:
-        """How far the loss may be off: every exponential, V additions and a logarithm, each of size 1 + |logits|."""
+        """The largest error of the loss: every exponential, V additions and a logarithm, each of size 1 + |logits|."""
         logits = present(self.inputs(s)["logits"])
         largest = 1.0 + logits.abs().amax(-1)
         return (s.V + s.R + 16) * unit(sums_dtype(s.dtype)) * largest
@@ -220,16 +221,16 @@ def _add_norm(s: Sizes, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 
 @wraps(ops.all_reduce_add_rms_norm)
 def _stacked_add_norm(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """Both results as one, [2, ..., M, N], as a Case has it."""
+    """Both results as one tensor [2, ..., M, N]: a Case has one."""
     return torch.stack(ops.all_reduce_add_rms_norm(x, residual, weight, **options))
 
 
 @dataclass(frozen=True)
 class _AddNorm(Case):
-    """Not a sum of products: what rounding does to the sum r is carried to first order through i = 1 / rms(r)."""
+    """Not a sum of products: the rounding of the sum r is propagated to first order through i = 1 / rms(r)."""
 
     def _errors(self, s: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return r, i, how far r may be off, i relatively, and r * i."""
+        """Return r, i, the largest errors of r, of i (relative) and of r * i."""
         x, residual = (present(self.inputs(s)[name]) for name in ("x", "residual"))
         r = x.sum(0) + residual
         i = _inverse_rms(r)
@@ -239,7 +240,7 @@ class _AddNorm(Case):
         return r, i, off_r, off_i, i * off_r + (r * i).abs() * off_i
 
     def bound(self, s: Sizes, rank: int) -> Tensor:
-        """How far off y and residual_out may be."""
+        """The largest errors of y and residual_out."""
         weight = present(self.inputs(s)["weight"]).abs()
         r, i, off_r, _, off_normed = self._errors(s)
         off_y = weight * (off_normed + (r * i).abs() * (unit(s.dtype) + 4 * unit(sums_dtype(s.dtype))))

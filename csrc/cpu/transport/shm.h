@@ -22,6 +22,8 @@ class ShmCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override;
   void heap_free(void* pointer) override;
   size_t heap_bytes() const override { return heap_.bytes(); }
+  // Whether an all_reduce of n values is summed by every rank (one wait) instead of in parts (two waits).
+  static bool is_one_shot(const Wire& wire, size_t n) { return wire.bytes(n) <= kOneShotBytes; }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;

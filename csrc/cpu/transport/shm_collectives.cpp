@@ -60,13 +60,14 @@ void ShmCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wir
 // Between announcing the input and waiting for the others lies the time that `meanwhile` can have for nothing.
 void ShmCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                       const std::function<void()>* meanwhile) {
-  if (wire.bytes(n) <= kOneShotBytes) return one_shot(spec, wire, in, out, n, meanwhile);
+  if (is_one_shot(wire, n)) return one_shot(spec, wire, in, out, n, meanwhile);
   const bool in_heap = wire.is_plain() && heap_.contains(in.values());
   if (!in_heap) copy_in_first(wire, in, n);
   announce(spec, in_heap ? in.values() : nullptr);
   if (meanwhile != nullptr) (*meanwhile)();
   hear_all(spec);
   if (in_heap && everybody_in_heap()) {
+    count_heap_input();
     return in.values() == out ? two_shot_in_place(spec, wire, out, n) : two_shot_read(spec, wire, out, n);
   }
   if (anybody_in_heap()) {
@@ -210,7 +211,10 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
   if (!in_heap) fill(0);
   announce(spec, in_heap ? in.values() : nullptr);
   hear_all(spec);
-  if (in_heap && everybody_in_heap()) return reduce_scatter_read(spec, wire, out, cut);
+  if (in_heap && everybody_in_heap()) {
+    count_heap_input();
+    return reduce_scatter_read(spec, wire, out, cut);
+  }
   if (anybody_in_heap()) {
     if (in_heap) fill(0);
     signal(1);
@@ -266,7 +270,10 @@ void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, cons
   hear_all(spec);
   refuse_as_one_piece([&] { check_parts(spec, announced(), cut); });
   count(static_cast<size_t>(world_size() - 1) * wire.bytes(cut.size(rank())));
-  if (in_heap && everybody_in_heap()) return all_gather_read(spec, wire, in, out, cut);
+  if (in_heap && everybody_in_heap()) {
+    count_heap_input();
+    return all_gather_read(spec, wire, in, out, cut);
+  }
   if (anybody_in_heap()) {
     if (in_heap) fill(0);
     signal(1);

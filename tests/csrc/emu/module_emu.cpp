@@ -113,7 +113,7 @@ PYBIND11_MODULE(_C_emu, m) {
   m.doc() = "The CUDA backend of tpkernels on emulated devices, for tests.";
   add_basics(m);
   add_engines(m);
-  add_short_way(m, &translate_errors);
+  add_fast_path(m, &translate_errors);
   cuda::add_device_groups(m);
   m.def("limits", [] {
     py::dict limits;
