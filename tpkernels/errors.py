@@ -6,6 +6,15 @@ the number of the call.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def shorten(names: Iterable[str], most: int = 3) -> str:
+    """Return names for a message, at most `most` of them: "a, b, c and 2 more"."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
 
 class RankMismatchError(RuntimeError):
     """The ranks did not make the same call: another op, shape, dtype, reduction or codec.

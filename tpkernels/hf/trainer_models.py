@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import check_replicas
 from tpkernels.layers.base import gather
+from tpkernels.layers.convert import ConvertedModule, change_layer
+from tpkernels.layers.linear import ColumnParallelLinear
 from tpkernels.plan.api import parallelize
-from tpkernels.plan.styles.modules import Column, cut_class
 from tpkernels.shard import full_shape
 
 
@@ -65,7 +67,7 @@ class WholeHeads:
         return self._gathered[key]
 
 
-class Head(Column):
+class Head(ColumnParallelLinear):
     """A column layer that makes logits, in a trainer."""
 
     whole: WholeHeads
@@ -80,9 +82,10 @@ class Head(Column):
         """This rank's part, or all of it."""
         return self.whole.look(self, "bias")
 
-    def _own(self, name: str) -> Tensor | None:
+    def local_parameter(self, name: str) -> Tensor | None:
+        """Return this rank's parameter, also while the head is seen whole."""
         with self.whole.unseen():
-            return super()._own(name)
+            return super().local_parameter(name)
 
 
 def show_heads(trainer: Any) -> None:
@@ -90,12 +93,15 @@ def show_heads(trainer: Any) -> None:
     whole = WholeHeads()
     for model in _models_of(trainer):
         for module in model.modules():
-            if type(module).__dict__.get("_origin") and isinstance(module, Column) and module.gather_output:
-                original, _, summed = type(module)._origin
-                object.__setattr__(module, "__class__", cut_class(original, Head, summed))  # type: ignore[arg-type]
+            if isinstance(module, ConvertedModule) and not is_parametrized(module) and _makes_logits(module):
+                change_layer(module, Head)
                 module.whole = whole
     for name in ("training_step", "prediction_step"):
         setattr(trainer, name, _inside(whole, getattr(trainer, name)))
+
+
+def _makes_logits(module: nn.Module) -> bool:
+    return isinstance(module, ColumnParallelLinear) and module.gather_output
 
 
 def cut_reference(trainer: Any) -> None:
@@ -106,7 +112,7 @@ def cut_reference(trainer: Any) -> None:
     reference, report = getattr(trainer, "ref_model", None), trainer.model.tpk_plan
     if not isinstance(reference, nn.Module) or getattr(reference, "tpk_plan", None) is not None:
         return
-    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
+    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model.target)]
     if shapes[0] == shapes[1]:
         parallelize(reference, group=report.group, **report.options)
 
