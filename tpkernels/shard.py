@@ -1,14 +1,20 @@
-"""The only definition of a cut: which part of a tensor belongs to which rank.
+"""The only definition of shards: which indices of a tensor belong to which rank.
 
-Pure functions on sizes and tensors, no communication. Layers, checkpoints and plans ask here, so that they can never
-disagree about a cut.
+Pure functions on sizes and tensors, no communication. Layers, checkpoints and plans use these, so that they cannot
+disagree about a shard.
 
-The rule: of n items over R ranks, rank r holds n // R + (r < n % R), in rank order. An item is one index of the cut
+The rule: of n items over R ranks, rank r holds n // R + (r < n % R), in rank order. An item is one index of the sharded
 dimension, or `unit` neighbouring ones that must stay together (the rows of an attention head: unit=head_dim).
 A rank may hold nothing when there are fewer items than ranks.
 
-Where the rule is not enough (projections packed into one weight, each cut by itself; key and value heads that several
-ranks share), a table of runs says which indices each rank holds: `ShardInfo.runs`, made by `packed_runs` and others.
+Where the rule is not enough (projections packed into one weight, each sharded by itself; key and value heads that
+several ranks share), a table of runs has the indices of each rank: `ShardInfo.runs`, made by `packed_runs` and others.
+
+Arguments that most functions share:
+    n: the number of indices of the sharded dimension, all ranks together. A multiple of unit.
+    R: the number of ranks.
+    rank: from 0 to R - 1.
+    unit: the number of neighbouring indices that make one item.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ _at_first_mark: list[Callable[[], None]] = []
 
 
 def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
-    """Return the sizes of the R parts of n, in rank order; they add up to n and differ by one unit at most.
+    """Return the sizes of the R shards of n, in rank order; they add up to n and differ by one unit at most.
 
     Raises:
         ValueError: n is negative, R or unit is less than 1, or n is not a multiple of unit.
@@ -36,35 +42,66 @@ def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
 
 
 def part_size(n: int, R: int, rank: int, unit: int = 1) -> int:
-    """Return how many of n indices rank holds: (items // R + (rank < items % R)) * unit, items = n / unit."""
+    """Return the number of indices of a rank: (items // R + (rank < items % R)) * unit, items = n / unit.
+
+    Raises:
+        ValueError: as `part_sizes`, or there is no such rank.
+    """
     _check_cut(n, R, unit, rank)
     items = n // unit
     return (items // R + (rank < items % R)) * unit
 
 
 def part_start(n: int, R: int, rank: int, unit: int = 1) -> int:
-    """Return the first of the indices that rank holds: the sum of the sizes of the ranks before it."""
+    """Return the first index of a rank: the sum of the sizes of the ranks before it.
+
+    Raises:
+        ValueError: as `part_size`.
+    """
     _check_cut(n, R, unit, rank)
     items = n // unit
     return (rank * (items // R) + min(rank, items % R)) * unit
 
 
 def part(tensor: Tensor, dim: int, R: int, rank: int, unit: int = 1) -> Tensor:
-    """Return the rank's part of a tensor cut along dim: a view, nothing is copied."""
+    """Return the rank's shard of a full tensor: a view, nothing is copied.
+
+    Args:
+        tensor: the full one.
+        dim: the sharded dimension; its size is a multiple of unit.
+        R, rank, unit: see the head of this file.
+
+    Raises:
+        ValueError: as `part_size`.
+    """
     size = tensor.size(dim)
     return tensor.narrow(dim, part_start(size, R, rank, unit), part_size(size, R, rank, unit))
 
 
 def split(tensor: Tensor, dim: int, R: int, unit: int = 1) -> list[Tensor]:
-    """Return the parts of all ranks, in rank order: views, the inverse of `join`."""
+    """Return the shards of all ranks, in rank order: views, the inverse of `join`.
+
+    Args:
+        tensor: the full one.
+        dim: the sharded dimension; its size is a multiple of unit.
+        R, unit: see the head of this file.
+
+    Raises:
+        ValueError: as `part_sizes`.
+    """
     return list(torch.split(tensor, part_sizes(tensor.size(dim), R, unit), dim))
 
 
 def join(parts: Sequence[Tensor], dim: int, unit: int = 1) -> Tensor:
-    """Put the parts of all ranks together again.
+    """Return the full tensor of the shards of all ranks, a copy.
+
+    Args:
+        parts: the shards, in rank order.
+        dim: the sharded dimension.
+        unit: see the head of this file.
 
     Raises:
-        ValueError: no parts, or their sizes are not those of the rule (parts of another cut, or in another order).
+        ValueError: no shards, or their sizes are not those of the rule (of other units, or in another order).
     """
     if not parts:
         raise ValueError("join: expected one part or more, got none")
@@ -76,9 +113,18 @@ def join(parts: Sequence[Tensor], dim: int, unit: int = 1) -> Tensor:
 
 
 def reslice(parts: Sequence[Tensor], dim: int, R_to: int, rank: int, unit: int = 1) -> Tensor:
-    """Return the part that `rank` of R_to holds, from the parts of another number of ranks.
+    """Return the shard of `rank` of R_to, from the shards of another number of ranks.
 
-    Equal to `part(join(parts, dim), dim, R_to, rank)`, bit for bit, without ever joining; always a copy.
+    Equal to `part(join(parts, dim), dim, R_to, rank)`, bit for bit, without the full tensor; always a copy.
+
+    Args:
+        parts: the shards of all ranks, in rank order.
+        dim: the sharded dimension.
+        R_to, rank: the new number of ranks, and the one.
+        unit: see the head of this file; that of the old and of the new shards.
+
+    Raises:
+        ValueError: the sizes of the shards are not those of the rule; there is no such rank.
     """
     sizes = [p.size(dim) for p in parts]
     n = sum(sizes)
@@ -96,17 +142,17 @@ def reslice(parts: Sequence[Tensor], dim: int, R_to: int, rank: int, unit: int =
 
 
 def rule_runs(n: int, R: int, rank: int, unit: int = 1) -> Runs:
-    """Return the one run of indices that the rule gives a rank."""
+    """Return the indices of a rank by the rule, as one run."""
     return ((part_start(n, R, rank, unit), part_size(n, R, rank, unit)),)
 
 
 def run_size(runs: Runs) -> int:
-    """Return how many indices the runs have together."""
+    """Return the number of indices of the runs together."""
     return sum(size for _, size in runs)
 
 
 def lay_out(runs: Runs) -> list[tuple[int, int, int]]:
-    """Return each run that is not empty as (where it lies in the part, its start in the whole, its size)."""
+    """Return each run that is not empty as (its start in the shard, its start in the full tensor, its size)."""
     found, at = [], 0
     for start, size in runs:
         if size:
@@ -116,7 +162,7 @@ def lay_out(runs: Runs) -> list[tuple[int, int, int]]:
 
 
 def merge_runs(runs: Sequence[tuple[int, int]]) -> Runs:
-    """Return the same indices in the same order as few runs as possible; empty ones go."""
+    """Return the same indices in the same order in as few runs as possible, without empty ones."""
     found: list[tuple[int, int]] = []
     for start, size in runs:
         if found and sum(found[-1]) == start:
@@ -127,12 +173,12 @@ def merge_runs(runs: Sequence[tuple[int, int]]) -> Runs:
 
 
 def packed_runs(sizes: Sequence[int], R: int, units: Sequence[int] | None = None) -> tuple[Runs, ...]:
-    """Return which indices each rank holds of projections packed one after the other, each cut by the rule.
+    """Return the runs of each rank for projections packed one after the other, each sharded by the rule.
 
     Args:
         sizes: of the projections, in the order in which they are packed.
         R: the number of ranks.
-        units: of each projection, how many neighbouring indices stay together; None means 1.
+        units: of each projection, the number of neighbouring indices that make one item; None means 1.
     """
     units = units or [1] * len(sizes)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -149,16 +195,16 @@ def packed_runs(sizes: Sequence[int], R: int, units: Sequence[int] | None = None
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a parameter that holds a shard is a part of. It sits there as `tpk_shard`; replicated parameters have none.
+    """The place of a shard in the full tensor: the attribute `tpk_shard` of a sharded parameter.
 
     Attributes:
-        dim: the cut dimension.
-        full_size: the size of that dimension in the unsharded tensor.
-        world_size, rank: over how many ranks it is cut, and whose part this is.
-        group_name: the group's registry key, which is good inside this process only.
+        dim: the sharded dimension.
+        full_size: the size of that dimension in the full tensor.
+        world_size, rank: the number of ranks, and the one that holds this shard.
+        group_name: the group's registry key, valid inside this process only.
         group_label: the group's name for people, which survives pickling.
-        unit: how many neighbouring indices are one item of the cut.
-        runs: for each rank the runs of indices that it holds, where the rule of this file does not say it; else empty.
+        unit: the number of neighbouring indices that make one item.
+        runs: for each rank the runs of indices that it holds, where these are not those of the rule; else empty.
             Together the ranks hold every index; several ranks may hold the same ones (see `owned_by`).
     """
 
@@ -172,30 +218,30 @@ class ShardInfo:
     runs: tuple[Runs, ...] = ()
 
     def runs_of(self, rank: int) -> Runs:
-        """Return the (start, size) of each run of indices of the unsharded tensor that make up the rank's part."""
+        """Return the (start, size) of each run of indices of the full tensor in the rank's shard."""
         return self.runs[rank] if self.runs else rule_runs(self.full_size, self.world_size, rank, self.unit)
 
     @property
     def start(self) -> int:
-        """The first index of this part in the unsharded tensor. Not the whole story where there are several runs."""
+        """The first index of this shard in the full tensor; of the first run, where there are several."""
         mine = self.runs_of(self.rank)
         return mine[0][0] if mine else 0
 
     @property
     def size(self) -> int:
-        """The number of indices in this part."""
+        """The number of indices in this shard."""
         return run_size(self.runs_of(self.rank))
 
     @property
     def sizes(self) -> list[int]:
-        """The number of indices in the part of each rank."""
+        """The number of indices in the shard of each rank."""
         return [run_size(self.runs_of(rank)) for rank in range(self.world_size)]
 
     def owned_by(self, rank: int) -> Runs:
-        """Return what of the rank's part no lower rank holds, so that sums over the ranks count every index once.
+        """Return the indices of the rank that no lower rank holds, so that sums over the ranks count every index once.
 
         Returns:
-            (start, size) of each stretch, counted along `dim` from the beginning of the part.
+            (start, size) of each run, counted along `dim` from the beginning of the shard.
         """
         if not self.runs:
             return ((0, self.runs_of(rank)[0][1]),)
@@ -217,16 +263,16 @@ class ShardInfo:
         return sum(self.sizes) > self.full_size
 
     def full_shape(self, shard: Tensor) -> torch.Size:
-        """Return the shape of the unsharded tensor that `shard` is this part of."""
+        """Return the shape of the full tensor of a shard."""
         shape = list(shard.shape)
         shape[self.dim] = self.full_size
         return torch.Size(shape)
 
     def part(self, full: Tensor) -> Tensor:
-        """Return this part of the unsharded tensor: a view, or a copy where it is made of several runs.
+        """Return this shard of the full tensor: a view, or a copy where it consists of several runs.
 
         Raises:
-            ValueError: the cut dimension of `full` does not have full_size indices.
+            ValueError: the sharded dimension of `full` does not have full_size indices.
         """
         if full.size(self.dim) != self.full_size:
             raise ValueError(
@@ -242,15 +288,15 @@ class ShardInfo:
         )
 
     def put(self, part: Tensor, rank: int, full: Tensor) -> None:
-        """Copy the part of a rank to its places in the unsharded tensor."""
+        """Copy the shard of a rank to its places in the full tensor."""
         for at, start, size in lay_out(self.runs_of(rank)):
             full.narrow(self.dim, start, size).copy_(part.narrow(self.dim, at, size))
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the unsharded tensor from the parts of all ranks, in rank order; always a copy.
+        """Return the full tensor of the shards of all ranks, in rank order; always a copy.
 
         Raises:
-            ValueError: the parts do not have the sizes of this cut.
+            ValueError: the shards do not have the sizes that `sizes` has.
         """
         sizes = [p.size(self.dim) for p in parts]
         if sizes != self.sizes:
@@ -262,25 +308,25 @@ class ShardInfo:
 
 
 def shard_info(parameter: Tensor) -> ShardInfo | None:
-    """Return what the parameter is a part of, or None for a replicated one."""
+    """Return the place of a parameter in the full tensor, or None for a replicated one."""
     return getattr(parameter, "tpk_shard", None)
 
 
 def full_shape(tensor: Tensor) -> torch.Size:
-    """Return the shape of the unsharded tensor: of what `tensor` is a part of, or its own where nothing is cut."""
+    """Return the shape of the full tensor of a shard; of a replicated tensor its own."""
     info = shard_info(tensor)
     return tensor.shape if info is None else info.full_shape(tensor)
 
 
 def mark_shard(parameter: Tensor, info: ShardInfo) -> None:
-    """Say on the parameter that it holds the part `info` of a larger tensor."""
+    """Set the place of a parameter in the full tensor."""
     parameter.tpk_shard = info  # type: ignore[attr-defined]
     while _at_first_mark and info.world_size > 1:
         _at_first_mark.pop()()
 
 
 def at_first_mark(action: Callable[[], None]) -> None:
-    """Have action called once, when the first parameter of this process is cut over two ranks or more."""
+    """Call an action once, when the first parameter of this process is sharded over two ranks or more."""
     _at_first_mark.append(action)
 
 

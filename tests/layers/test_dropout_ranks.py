@@ -18,8 +18,8 @@ from tests.harness.parallelize import ids
 from tpkernels import layers
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
+from tpkernels.layers.block_random import NOW
 from tpkernels.plan.api import parallelize
-from tpkernels.plan.styles.dropout_rng import NOW
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 

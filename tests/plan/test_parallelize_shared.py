@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tpkernels as tpk
 from tests.harness.layers import F64, assert_close, integers, leaf, make_integer
 from tpkernels.comm.group import Group
-from tpkernels.plan.styles.modules import CutModule
+from tpkernels.layers.convert import ConvertedModule
 from tpkernels.testing import run_ranks
 
 PLAN = {"*.q": "column", "*.k": "column", "*.v": "column", "*.out": "row", "*.gate": "replicate"}
@@ -79,7 +79,7 @@ def check_that_another_group_can_take_over() -> None:
     whole = nn.Sequential(make_integer(Block(), 1))
     cut = tpk.parallelize(copy.deepcopy(whole), group=first, plan=PLAN)
     for module in cut.modules():
-        if isinstance(module, CutModule):
+        if isinstance(module, ConvertedModule):
             module.set_group(second)
     first.close()
     cut(integers(4, 6, seed=3))  # the first forward in training compares the ranks' inputs

@@ -15,9 +15,10 @@ from tests.harness.parallelize import close, compare_steps, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import clip_grad_norm_
+from tpkernels.layers.convert import ConvertedModule
+from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.plan.adapters.apply import cut_adapters
 from tpkernels.plan.api import PlanError
-from tpkernels.plan.styles.modules import Column, CutModule, Row
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 
@@ -167,12 +168,12 @@ def all_of_it_follows_to_another_group(folder: str) -> None:
         cut = parallelize(copy.deepcopy(whole), group=first, **how)
         with Group.open() as second:
             for module in cut.modules():
-                if isinstance(module, CutModule):
+                if isinstance(module, ConvertedModule):
                     module.set_group(second)
             first.close()
             assert cut.tpk_plan.group is second
             again = copy.deepcopy(cut)
-            assert again.tpk_plan.model[0] is again
+            assert again.tpk_plan.model.target is again
             close(loss_of(again), loss_of(whole), "a copy")
             compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], f"another group, {how}")
             cut.save_pretrained(folder)
@@ -260,18 +261,18 @@ def faults_are_noticed() -> None:
     with Group.open() as group:
         whole, cut = pair(group)
         mlp = cut.model.layers[0].mlp
-        assert isinstance(mlp.down_proj, Row) and isinstance(mlp.down_proj, nn.Linear)
-        assert isinstance(cut.lm_head, Column)
-        mlp.down_proj.split_input = True  # cuts what is cut already
-        with pytest.raises(ValueError, match="gemm_all_reduce: x_shard and w_shard must have the same K"):
+        assert isinstance(mlp.down_proj, RowParallelLinear) and isinstance(mlp.down_proj, nn.Linear)
+        assert isinstance(cut.lm_head, ColumnParallelLinear)
+        mlp.down_proj.input_is_parallel = False  # shards what is sharded already
+        with pytest.raises(ValueError, match="with input_is_parallel=False x must have the unsharded 50 features"):
             loss_of(cut)
-        mlp.down_proj.split_input = False
+        mlp.down_proj.input_is_parallel = True
         cut.lm_head.weight.data = cut.lm_head.weight.flip(0)  # rows in another order
         with pytest.raises(AssertionError, match="rows: off by"):
             close(loss_of(cut), loss_of(whole), "rows")
         cut.lm_head.weight.data = cut.lm_head.weight.flip(0)
         close(loss_of(cut), loss_of(whole), "put right")
-        mlp.gate_proj.entered = mlp.up_proj.entered = True  # nobody sums the gradient of their input
+        mlp.gate_proj.input_grad_summed = mlp.up_proj.input_grad_summed = True  # though no module sums it
         with pytest.raises(AssertionError, match=r"sum: gradient of model\.embed_tokens\.weight: off by"):
             compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], "sum")
         with pytest.raises(PlanError, match="cut already"):

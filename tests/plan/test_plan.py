@@ -11,14 +11,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.harness.parallelize import tiny
+from tpkernels.layers.convert import Tied
 from tpkernels.plan.api import PlanError
-from tpkernels.plan.cuts import all_cuts
+from tpkernels.plan.resolved import Resolved
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.sequence.apply import check_sequence
-from tpkernels.plan.styles.alibi import OwnSlopes
-from tpkernels.plan.styles.heads import Heads, LocalConfig, find_blocks, tell_heads
-from tpkernels.plan.styles.modules import Tied
-from tpkernels.plan.styles.style import STYLES, Style, packed_sizes, parse_style
+from tpkernels.plan.styles.alibi import LocalAlibiSlopes
+from tpkernels.plan.styles.blocks import find_blocks
+from tpkernels.plan.styles.heads import Heads, LocalConfig
+from tpkernels.plan.styles.linear import PackedColumnStyle, RowStyle
+from tpkernels.plan.styles.replicated import CountsStyle, ReplicateStyle, SumTailStyle
+from tpkernels.plan.styles.style import STYLES, parse_style
 from tpkernels.plan.table import plan_table
 from tpkernels.plan.validate import refuse
 from tpkernels.shard import ShardInfo, merge_runs, packed_runs
@@ -93,17 +96,20 @@ def test_of_runs_that_ranks_share_in_part_each_index_is_owned_once() -> None:
 
 
 def test_styles_are_taken_apart() -> None:
-    assert parse_style("row") == Style("row")
-    assert parse_style("packed_column:8, 2,2") == Style("packed_column", (8, 2, 2))
-    assert packed_sizes(parse_style("packed_column:3"), 12, "m") == [4, 4, 4]
+    assert parse_style("row") == RowStyle() != parse_style("row_split")
+    assert parse_style("row:units=4") == RowStyle(4) != RowStyle()
+    assert parse_style("packed_column:8, 2,2") == PackedColumnStyle(packed=(8, 2, 2))
+    assert parse_style("counts:heads, width:units=2") == CountsStyle(2, ("heads", "width"))
+    assert parse_style("sum_tail:64") == SumTailStyle(outputs=64)
+    assert PackedColumnStyle(packed=(3,)).sizes(12, "m") == [4, 4, 4]
     with pytest.raises(PlanError, match=r"\['colwise'\] do not exist; the styles are \['column', "):
         parse_style("colwise")
-    for text in ("packed_column", "packed_column:0", "packed_column:a", "row:3"):
+    for text in ("packed_column", "packed_column:0", "packed_column:a", "row:3", "sum_tail:x", "counts:heads"):
         with pytest.raises(PlanError, match=text):
             parse_style(text)
     with pytest.raises(PlanError, match=r"must add up to its 13 outputs, got \[4, 4, 4\]"):
-        packed_sizes(parse_style("packed_column:3"), 13, "m")
-    assert "packed_column" in STYLES
+        PackedColumnStyle(packed=(3,)).sizes(13, "m")
+    assert all(style.name == name for name, style in STYLES.items())
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -113,15 +119,14 @@ def llama(**changes: Any) -> nn.Module:
 def test_a_plan_must_cover_every_linear_and_match_with_every_rule() -> None:
     model = llama()
     assert len(Plan(LLAMA).styles(model)) == 16
-    with pytest.raises(PlanError, match=r"no rule for \['model.layers.0.mlp.gate_proj', .*\(2 modules\)"):
+    with pytest.raises(PlanError, match=r"no rule for model.layers.0.mlp.gate_proj, .* \(2 modules\)"):
         Plan({glob: style for glob, style in LLAMA.items() if "gate" not in glob}).styles(model)
-    with pytest.raises(PlanError, match=r"no module for the rules \['\*.w1'\]"):
+    with pytest.raises(PlanError, match=r"no module for the rules \*.w1$"):
         Plan(LLAMA | {"*.w1": "column"}).styles(model)
     with pytest.raises(PlanError, match="do not exist"):
         Plan(LLAMA | {"lm_head": "colwise"}).styles(model)
-    assert (
-        Plan(LLAMA | {"*.1.*.down_proj": "replicate"}).styles(model)["model.layers.1.mlp.down_proj"].name == "replicate"
-    )
+    styles = Plan(LLAMA | {"*.1.*.down_proj": "replicate"}).styles(model)
+    assert styles["model.layers.1.mlp.down_proj"] == ReplicateStyle()
 
 
 def test_tied_parameters_must_be_cut_alike() -> None:
@@ -129,7 +134,7 @@ def test_tied_parameters_must_be_cut_alike() -> None:
     modules = dict(model.named_modules())
     for head, fits in (("vocab_head", True), ("replicate", False), ("row_split", False)):
         styles = Plan(LLAMA | {"lm_head": head}).styles(model)
-        cuts = all_cuts(modules, styles, [], 2)
+        cuts = Resolved.of(model, styles, 2).cuts
         if fits:
             Tied(model).check(modules, cuts)
         else:
@@ -161,7 +166,7 @@ def test_heads_that_nobody_takes_and_too_few_heads_are_refused() -> None:
         list(find_blocks(modules, styles))
     styles = Plan(LLAMA).styles(model)
     with pytest.raises(PlanError, match="has 9 heads, which leaves some of 10 ranks with none"):
-        all_cuts(modules, styles, list(find_blocks(modules, styles)), 10)
+        Resolved.of(model, styles, 10)
 
 
 def test_what_cannot_be_cut_is_named() -> None:
@@ -184,7 +189,7 @@ def test_what_cannot_be_cut_is_named() -> None:
     model.model.layers[0].mlp.up_proj = OddLinear(36, 50)
     styles = Plan(LLAMA).styles(model)
     with pytest.raises(PlanError, match="up_proj is a OddLinear with a forward of its own"):
-        all_cuts(dict(model.named_modules()), styles, [], 2)
+        Resolved.of(model, styles, 2)
 
 
 def test_peft_wrapped_models_are_refused() -> None:
@@ -225,18 +230,17 @@ def test_counts_that_cannot_be_cut_are_refused_before_anything_is_changed() -> N
         styles = {f"pair.{name}": style for name, style in plan.styles(model).items()}
         styles["odd"] = parse_style("counts:lanes:units=3")
         with pytest.raises(PlanError, match=rf"lanes of odd \(Module\) must be a multiple of 3, {says}"):
-            all_cuts(dict(holder.named_modules()), styles, [], 2)
+            Resolved.of(holder, styles, 2)
 
 
-def test_heads_are_told_to_a_module_without_a_config() -> None:
+def test_a_module_without_a_config_has_the_heads_of_its_rank() -> None:
     block = nn.Module()
     block.qkv, block.out = nn.Linear(32, 64), nn.Linear(32, 32)
     block.n_heads, block.n_kv_heads, block.head_dim = 4, 2, 8
     model = nn.ModuleDict({"mix": block})
     styles = Plan({"mix.qkv": "packed_column:32,16,16", "mix.out": "row"}).styles(model)
     (found,) = find_blocks(dict(model.named_modules()), styles)
-    tell_heads(found, 2, 1)
-    assert (block.n_heads, block.n_kv_heads, block.head_dim) == (2, 1, 8)
+    assert found.local_attributes(2, 1) == {"n_kv_heads": 1, "n_heads": 2}
 
 
 def test_the_table_counts_the_bias_of_a_row_layer_whole() -> None:
@@ -275,7 +279,7 @@ class Biased(nn.Module):
 
 def test_a_bias_of_all_heads_is_cut_to_those_of_the_rank_wherever_it_stands_in_the_call() -> None:
     block, x = Biased(), torch.zeros(1)
-    hook = OwnSlopes(block, heads=5, start=3, count=2)
+    hook = LocalAlibiSlopes(block, heads=5, start=3, count=2)
     bias = torch.arange(10.0).view(10, 1, 1).expand(10, 1, 4)  # of 5 heads, for 2 sequences
     own = bias[[3, 4, 8, 9]]
     args, kwargs = hook(block, (x, bias), {"mask": x})

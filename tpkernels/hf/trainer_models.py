@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tpkernels.layers.base import gather
+from tpkernels.layers.convert import ConvertedModule, change_layer
+from tpkernels.layers.linear import ColumnParallelLinear
 from tpkernels.plan.api import parallelize
-from tpkernels.plan.styles.modules import Column, cut_class
 from tpkernels.shard import full_shape
 
 
@@ -33,9 +35,8 @@ class FullHeads:
         self._gathered: dict[tuple[Any, ...], Tensor] | None = None
         for model in _models_of(trainer):
             for module in model.modules():
-                if type(module).__dict__.get("_origin") and isinstance(module, Column) and module.gather_output:
-                    original, _, summed = type(module)._origin
-                    object.__setattr__(module, "__class__", cut_class(original, Head, summed))  # type: ignore[arg-type]
+                if isinstance(module, ConvertedModule) and not is_parametrized(module) and _makes_logits(module):
+                    change_layer(module, Head)
                     module.heads = self
 
     @contextmanager
@@ -72,7 +73,7 @@ class FullHeads:
         return self._gathered[key]
 
 
-class Head(Column):
+class Head(ColumnParallelLinear):
     """A column-parallel layer that computes logits, in a trainer."""
 
     heads: FullHeads
@@ -87,9 +88,14 @@ class Head(Column):
         """This rank's values, or the full bias."""
         return self.heads.parameter(self, "bias")
 
-    def _own(self, name: str) -> Tensor | None:
+    def local_parameter(self, name: str) -> Tensor | None:
+        """Return this rank's parameter, also while the head shows the full one."""
         with self.heads.sharded():
-            return super()._own(name)
+            return super().local_parameter(name)
+
+
+def _makes_logits(module: nn.Module) -> bool:
+    return isinstance(module, ColumnParallelLinear) and module.gather_output
 
 
 def shard_reference(trainer: Any) -> None:
@@ -100,7 +106,7 @@ def shard_reference(trainer: Any) -> None:
     reference, report = getattr(trainer, "ref_model", None), trainer.model.tpk_plan
     if not isinstance(reference, nn.Module) or getattr(reference, "tpk_plan", None) is not None:
         return
-    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model[0])]
+    shapes = [{n: tuple(full_shape(p)) for n, p in m.named_parameters()} for m in (reference, report.model.target)]
     if shapes[0] == shapes[1]:
         parallelize(reference, group=report.group, **report.options)
 

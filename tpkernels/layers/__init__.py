@@ -1,4 +1,4 @@
-"""Layers cut over the ranks of a group, with the values, names and initialisation of the unsharded ones."""
+"""Layers sharded over the ranks of a group, with the values, names and initialisation of the unsharded ones."""
 
 from .base import init_shard_
 from .embedding import VocabParallelEmbedding

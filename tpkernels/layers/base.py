@@ -29,7 +29,11 @@ _with_shards: WeakSet[ParallelModule] = WeakSet()
 
 @dataclass(frozen=True)
 class Cut:
-    """How one parameter of a layer is cut: the part of ShardInfo that does not depend on the group."""
+    """How one parameter of a layer is sharded: the part of ShardInfo that does not depend on the group.
+
+    Attributes:
+        dim, full_size, unit, runs: as in ShardInfo.
+    """
 
     dim: int
     full_size: int
@@ -37,12 +41,17 @@ class Cut:
     runs: tuple[Runs, ...] = ()
 
     def info(self, R: int, rank: int = 0, name: str = "", label: str = "") -> ShardInfo:
-        """Return the whole of it: this cut over R ranks, seen from one of them; name and label are the group's."""
+        """Return the ShardInfo of one of R ranks.
+
+        Args:
+            R, rank: the number of ranks, and the one.
+            name, label: of the group.
+        """
         return ShardInfo(self.dim, self.full_size, R, rank, name, label, self.unit, self.runs)
 
 
 class ParallelModule(nn.Module):
-    """A module of which each rank of a group holds a part. Subclasses fill `_cuts`: {parameter name: Cut}."""
+    """A module of which each rank of a group holds its shards. Subclasses fill `_cuts`: {parameter name: Cut}."""
 
     group: Group
     _cuts: dict[str, Cut]
@@ -55,10 +64,10 @@ class ParallelModule(nn.Module):
         self._cuts = {}
 
     def set_group(self, group: Group) -> None:
-        """Let the layer work over another group in which it has the same place, for example one opened anew.
+        """Make the layer use another group, in which this process has the same rank: one opened anew, for example.
 
         Raises:
-            ValueError: rank or number of ranks differ, so the weights would be another rank's.
+            ValueError: rank or number of ranks differ, so the shards would be another rank's.
         """
         rank, world_size = self._place
         if (group.rank, group.world_size) != self._place:
@@ -70,7 +79,7 @@ class ParallelModule(nn.Module):
         self._mark()
 
     def _add_parameter(self, name: str, shape: tuple[int, ...], cut: Cut | None, **kwargs: Any) -> None:
-        """Register an uninitialised parameter that holds this rank's part of a tensor of the given full shape."""
+        """Register an uninitialised parameter that holds this rank's shard of a tensor of the given full shape."""
         sizes = list(shape)
         if cut is not None:
             self._cuts[name] = cut
@@ -79,16 +88,19 @@ class ParallelModule(nn.Module):
         self._mark()
 
     def _copy_from(self, module: nn.Module) -> Self:
-        """Take this rank's part of the parameters of the unsharded module, with their dtype, device and flags."""
+        """Take this rank's shards of the parameters of the unsharded module, with their dtype, device and flags."""
         for name in list(self._parameters):
             source = getattr(module, name)
             if source is not None:
-                cut = self._cuts.get(name)
-                value = source.detach() if cut is None else self._info(cut).part(source.detach())
-                value = value.clone(memory_format=torch.contiguous_format)
-                setattr(self, name, nn.Parameter(value, requires_grad=source.requires_grad))
+                setattr(self, name, self._local(source, self._cuts.get(name)))
         self._mark()
         return self.train(module.training)
+
+    def _local(self, full: Tensor, cut: Cut | None) -> nn.Parameter:
+        """Return a new parameter with this rank's shard of a full one, or with all of it."""
+        value = full.detach() if cut is None else self._info(cut).part(full.detach())
+        value = value.clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(value, requires_grad=full.requires_grad)
 
     def _full(self, name: str) -> Tensor:
         """Return the unsharded parameter on every rank, detached. Collective over the group."""
@@ -107,7 +119,7 @@ class ParallelModule(nn.Module):
         return cut.info(g.world_size, g.rank, g.name, g.label)
 
     def _mark(self) -> None:
-        """Put ShardInfo on the parameters that are cut: torch drops attributes when it makes new Parameter objects."""
+        """Set the ShardInfo of sharded parameters: torch drops attributes when it makes new Parameter objects."""
         for name, cut in self._cuts.items():
             for tensor in self._tensors_of(name):
                 mark_shard(tensor, self._info(cut))
@@ -120,7 +132,7 @@ class ParallelModule(nn.Module):
         return originals(self, name) if parameter is None else [parameter]
 
     def _check(self, where: str) -> None:
-        """Raise ValueError unless every cut parameter is there and has the size of this rank's part."""
+        """Raise ValueError unless every sharded parameter exists and has the size of this rank's shard."""
         for name, cut in self._cuts.items():
             found = [self._parameters[name]] if name in self._parameters else originals(self, name)
             size = self._info(cut).size
@@ -137,10 +149,10 @@ class ParallelModule(nn.Module):
             if len(chains[name]) != chains.checked[name] and not commutes(chains[name], cut.dim):
                 raise ValueError(f"{where}.{name} ({type(self).__name__}) has a parametrization that needs the whole")
 
-    # The places where parameter objects are replaced behind a module's back, by torch or by an assignment.
+    # Below: where torch, or an assignment, replaces the parameter objects of a module.
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module does; the place of a cut parameter takes this rank's part only.
+        """As nn.Module does; a sharded parameter can be replaced by this rank's shard only.
 
         Raises:
             ValueError: it has another size; a hook would compute a cut parameter from it (pruning, old weight norm).
@@ -163,7 +175,7 @@ class ParallelModule(nn.Module):
             mark_shard(param, self._info(cut))
 
     def __delattr__(self, name: str) -> None:
-        if name in self._cuts and self._parameters.get(name) is not None:  # kept for a parametrization that is refused
+        if name in self._cuts and self._parameters.get(name) is not None:  # restored where a parametrization is refused
             self.__dict__["_taken"] = {name: dict(self._parameters)}
         super().__delattr__(name)
 
@@ -191,6 +203,8 @@ class ParallelModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._mark()
 
+    __repr__ = nn.Module.__repr__  # also of a converted module whose class has one
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         g = self.group
@@ -210,10 +224,10 @@ def marked_shards() -> list[Tensor]:
 
 
 def mark_shards(model: nn.Module) -> None:
-    """Say anew on all cut parameters of a model what they are parts of, before somebody looks who must not be wrong.
+    """Set the ShardInfo of all sharded parameters of a model again.
 
     Raises:
-        ValueError: a layer has lost a parameter, or holds one that is not its part; names it.
+        ValueError: a layer has lost a parameter, or holds one that is not its shard; names it.
     """
     for name, module in model.named_modules():
         if isinstance(module, ParallelModule):
@@ -222,19 +236,27 @@ def mark_shards(model: nn.Module) -> None:
 
 
 def gather(shard: Tensor, dim: int, full_size: int, group: Group, *, unit: int = 1) -> Tensor:
-    """Return the whole of a tensor cut along dim on every rank; the gradient is this rank's part (replicated use)."""
+    """Return the full tensor of a sharded one on every rank; its gradient is this rank's shard (replicated use).
+
+    Args:
+        shard: this rank's.
+        dim: the sharded dimension.
+        full_size: its size in the full tensor.
+        group: over which it is sharded.
+        unit: as many neighbouring indices are one item of the rule.
+    """
     if unit == 1:
         return ops.all_gather(shard, dim, group=group, dim_size=full_size, grad="split")
-    # The ranks hold whole units: as a dimension of their own these follow the plain rule.
+    # As a dimension of their own the units follow the plain rule.
     first, shape = dim % shard.dim(), shard.shape
     units = shard.reshape(*shape[:first], shape[first] // unit, unit, *shape[first + 1 :])
-    whole = ops.all_gather(units, first, group=group, dim_size=full_size // unit, grad="split")
-    return whole.flatten(first, first + 1)
+    full = ops.all_gather(units, first, group=group, dim_size=full_size // unit, grad="split")
+    return full.flatten(first, first + 1)
 
 
 @torch.no_grad()
 def init_shard_(parameter: Tensor, fill: Callable[[Tensor], Any], *, by_rows: bool = False) -> Tensor:
-    """Fill a parameter with its part of what `fill` gives the unsharded tensor.
+    """Fill a parameter with its shard of the tensor that `fill` draws.
 
     With the same seed on all ranks the ranks together hold exactly the tensor that one process would have drawn,
     whatever their number, and their generators end in the state in which that one process's would be.
@@ -245,7 +267,7 @@ def init_shard_(parameter: Tensor, fill: Callable[[Tensor], Any], *, by_rows: bo
         by_rows: promises that fill may be called on blocks of rows one after the other, as is true for uniform_ and
             normal_ with bounds that do not depend on the number of rows (not for trunc_normal_, which draws until
             all fit). Then, on the CPU, no more than a few MiB besides the parameter are in use; otherwise, and on
-            other devices, whose generators give other numbers in pieces, the whole tensor is drawn and cut.
+            other devices, whose generators give other numbers in pieces, the full tensor is drawn and sharded.
 
     Returns:
         the parameter.
@@ -275,7 +297,7 @@ def init_shard_(parameter: Tensor, fill: Callable[[Tensor], Any], *, by_rows: bo
 
 
 def _row_blocks(shape: torch.Size) -> list[tuple[int, int]]:
-    """Cut the rows of a shape into blocks whose draws one after the other equal one draw of the whole, bit for bit.
+    """Divide the rows of a shape into blocks whose draws one after the other equal one draw of all, bit for bit.
 
     torch fills 16 normal numbers at a time and treats the last 16 of a tensor apart, so blocks are multiples of
     16 elements, here of 16 rows, and the last one is no shorter than the others.

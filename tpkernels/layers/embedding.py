@@ -29,6 +29,9 @@ class VocabParallelTable(ParallelModule):
     """
 
     weight: nn.Parameter
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
 
     def __init__(
         self,
@@ -92,6 +95,10 @@ class VocabParallelEmbedding(VocabParallelTable):
     Source: Shoeybi et al. 2019 (arXiv:1909.08053).
     """
 
+    sequence_parallel: bool = False
+    sequence_dim: int = 0
+    grad_codec: str = "none"
+
     def __init__(
         self,
         num_embeddings: int,
@@ -116,9 +123,15 @@ class VocabParallelEmbedding(VocabParallelTable):
 
     @classmethod
     def from_embedding(cls, module: nn.Embedding, *, group: Group | None = None, **options: Any) -> Self:
-        """Cut an nn.Embedding that all ranks hold: values, dtype, device, padding_idx and flags are kept.
+        """Shard an nn.Embedding that all ranks hold: values, dtype, device, padding_idx and flags are kept.
+
+        Args:
+            module: the same on all ranks; it is not changed.
+            group: over which to shard; None means all ranks.
+            options: the keyword arguments of the constructor, such as sequence_parallel.
 
         Raises:
+            TypeError: the module is no nn.Embedding.
             ValueError: the module uses max_norm, scale_grad_by_freq or sparse.
         """
         if not isinstance(module, nn.Embedding):
@@ -140,7 +153,7 @@ class VocabParallelEmbedding(VocabParallelTable):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of the table for ids (replicated, any shape): [..., H], or this rank's tokens of it."""
-        y = ops.vocab_embedding(ids, self.weight, group=self.group, vocab_size=self.num_embeddings)
+        y = ops.vocab_embedding(ids, self.weight, group=self.group, vocab_size=self._cuts["weight"].full_size)
         if self.padding_idx is not None:
             # The gradient stops at padding tokens; masking them is cheaper than masking a gradient of the table's size.
             y = torch.where((ids == self.padding_idx).unsqueeze(-1), y.detach(), y)

@@ -1,15 +1,16 @@
-"""The two conversions that the layers need beside the ops: replicated to shard, and replicated used on shards."""
+"""What layers compute beside the ops: shards of replicated tensors, gradients that are summed over ranks, or not."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpkernels.comm.group import Group, resolve
 from tpkernels.ops.gradients import backward_codec, gather_from
-from tpkernels.shard import part
+from tpkernels.ops.linear import linear_gradients, saved_linear
+from tpkernels.shard import ShardInfo, part
 
 # Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.
 
@@ -114,3 +115,73 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None, grad_codec: str =
         return tensors
     summed = iter(_SumGradient.apply(group.name, group.world_size, grad_codec, *wanted))  # type: ignore[no-untyped-call]
     return tuple(next(summed) if t.requires_grad else t for t in tensors)
+
+
+class _SumShared(torch.autograd.Function):
+    """Forward: the shard. Backward: its gradient, summed over the ranks that hold the same indices."""
+
+    @staticmethod
+    def forward(x: Tensor, info: ShardInfo) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.info = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        info: ShardInfo = ctx.info
+        # All ranks' shards in their places of the full tensor: one sum serves every set of sharing ranks.
+        full = grads[0].new_zeros(info.full_shape(grads[0]))
+        info.put(grads[0], info.rank, full)
+        total = torch.ops.tpkernels.all_reduce(full, info.group_name, info.world_size, "sum", "none")
+        return info.part(total), None
+
+
+def sum_shared(shard: Tensor, info: ShardInfo) -> Tensor:
+    """Return a shard unchanged; its gradient is summed over the ranks that hold the same indices.
+
+    Args:
+        shard: of a parameter of which several ranks hold the same indices (`info.shared`).
+        info: of the shard.
+    """
+    y: Tensor = _SumShared.apply(shard, info)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _LocalLinear(torch.autograd.Function):
+    """A linear whose input gradient stays this rank's, with the GEMMs that the fused ops would take."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, world_size: int) -> Tensor:
+        y: Tensor = torch.ops.tpkernels.replicated_gemm(x, weight, bias, group, world_size, "none")
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        need_x, need_w, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs[0] if need_w else None, inputs[1] if need_x else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, needs = saved_linear(ctx, grads[0])
+        if torch.is_grad_enabled():
+            found = linear_gradients(grads[0], x, weight, needs)
+        else:
+            found = torch.ops.tpkernels.linear_backward(grads[0], x, weight, *needs)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """Return x @ weight.T + bias; nothing is sent, also in the backward.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N].
+        group: whose engines multiply.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # which casts what torch's own linear gets
+        return nn.functional.linear(x, weight, bias)
+    y: Tensor = _LocalLinear.apply(x, weight, bias, group.name, group.world_size)  # type: ignore[no-untyped-call]
+    return y

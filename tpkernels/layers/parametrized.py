@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .reference import Ref
+
 PROBE = 4  # indices of the cut dimension that a parametrization is tried on
 
 
@@ -21,7 +23,7 @@ class CutParametrizations(nn.ModuleDict):
 
     def __init__(self, layer: nn.Module, dim_of: Callable[[str], int | None]) -> None:
         super().__init__()
-        self._layer, self._dim_of = [layer], dim_of  # in a list: a reference, and no child of anything
+        self._layer, self._dim_of = Ref(layer), dim_of
         self.checked: dict[str, int] = {}  # how many parametrizations of each parameter are known to commute
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
@@ -31,7 +33,7 @@ class CutParametrizations(nn.ModuleDict):
             ValueError: they need the whole of a parameter that is cut. The layer is what it was before, but for values
                 that torch has already replaced by what an inverse of the parametrization makes of them.
         """
-        dim, layer = self._dim_of(key), self._layer[0]
+        dim, layer = self._dim_of(key), self._layer.target
         if dim is not None and not commutes(module, dim):
             kind: Any = type(layer)
             delattr(kind, key)

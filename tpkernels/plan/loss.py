@@ -1,6 +1,6 @@
-"""The loss of a language model whose logits stay cut over the vocabulary, so that no rank ever holds them whole.
+"""The loss of a language model whose logits stay sharded over the vocabulary: no rank ever holds all of them.
 
-Logits stay cut in the calls that compute a loss from them, those with labels. In all others (generate, a label
+Logits stay sharded in the calls that compute a loss from them, those with labels. In all others (generate, a label
 smoother, a loss of the caller's own) they are gathered.
 """
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from tpkernels import ops
 from tpkernels.errors import PlanError
-from tpkernels.plan.styles.modules import Column
+from tpkernels.layers.linear import ColumnParallelLinear
+from tpkernels.layers.reference import Ref
 
 
 class CutCausalLoss:
-    """What transformers' ForCausalLMLoss computes, from this rank's part of the logits."""
+    """The loss of transformers' ForCausalLMLoss from this rank's shard of the logits; the group is that of the head."""
 
-    def __init__(self, head: Column, vocab_size: int) -> None:
-        self._head, self.vocab_size = [head], vocab_size  # in a list: a reference, and no child of anything
+    def __init__(self, head: ColumnParallelLinear, vocab_size: int) -> None:
+        self._head, self.vocab_size = Ref(head), vocab_size
         self.calls = 0
 
     def __call__(
@@ -38,9 +39,9 @@ class CutCausalLoss:
 
         Args:
             logits: [B, S, V / R], or [B, S, V].
-            labels: [B, S]; those of the next tokens are taken. ignore_index counts nowhere.
-            vocab_size: as transformers gives it, V.
-            num_items_in_batch: what to divide the sum by; None: the number of tokens that count.
+            labels: [B, S], of which those of the next tokens count. ignore_index is left out.
+            vocab_size: V, as transformers passes it.
+            num_items_in_batch: the divisor of the sum; None: the number of tokens that count.
             shift_labels: [B, S], the next tokens themselves.
             ignore_index, kwargs: as in transformers.
 
@@ -57,7 +58,7 @@ class CutCausalLoss:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target = shift_labels.reshape(-1)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        wide, group = wide.reshape(-1, wide.size(-1)), self._head[0].group
+        wide, group = wide.reshape(-1, wide.size(-1)), self._head.target.group
         if wide.size(-1) == self.vocab_size:
             losses = nn.functional.cross_entropy(wide, target, reduction="none", ignore_index=ignore_index)
         else:
@@ -68,30 +69,31 @@ class CutCausalLoss:
 
 
 class ForwardForLoss:
-    """The forward of a model of transformers whose logits stay cut where it computes a loss from them.
+    """The forward of a model of transformers whose logits stay sharded where it computes a loss from them.
 
-    It stands on the instance: peft and accelerate call forward itself, past all hooks.
+    It is set on the instance: peft and accelerate call forward itself, past all hooks.
     """
 
     def __init__(self, model: nn.Module, head: str) -> None:
-        self._model, self._head = [model], head
+        self._model, self._head = Ref(model), head
 
     @property
     def __signature__(self) -> inspect.Signature:
-        model = self._model[0]
+        model = self._model.target
         return inspect.signature(type(model).forward.__get__(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own forward gives.
+        """Return the output of the model's own forward.
 
         Raises:
             PlanError: labels were given, and the model did not compute a loss by its loss_function.
         """
-        model: Any = self._model[0]
+        model: Any = self._model.target
         loss = model.loss_function
         if not isinstance(loss, CutCausalLoss) or not self._has_labels(args, kwargs):
             return type(model).forward(model, *args, **kwargs)
-        columns = [m for m in model.get_submodule(self._head).modules() if isinstance(m, Column) and m.gather_output]
+        inside = model.get_submodule(self._head).modules()
+        columns = [m for m in inside if isinstance(m, ColumnParallelLinear) and m.gather_output]
         calls = loss.calls
         for column in columns:
             column.gather_output = False
@@ -109,7 +111,7 @@ class ForwardForLoss:
     def _has_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kwargs.get("labels") is not None:
             return True
-        names = list(inspect.signature(type(self._model[0]).forward).parameters)[1:] if args else []
+        names = list(inspect.signature(type(self._model.target).forward).parameters)[1:] if args else []
         return dict(zip(names, args, strict=False)).get("labels") is not None
 
 
@@ -128,7 +130,7 @@ def check_cut_logits(model: nn.Module, heads: list[str]) -> None:
 
 
 def _computes_by_loss_function(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class, or one that it calls by super(), asks for the loss function, and for no other."""
+    """Whether the forward of a class, or one that it calls by super(), uses its loss_function, and no other loss."""
     forwards = [inspect.unwrap(c.__dict__["forward"]) for c in kind.__mro__ if "forward" in vars(c)]
     for forward in forwards:
         names = _names(getattr(forward, "__code__", None))
@@ -146,8 +148,13 @@ def _names(code: Any) -> set[str]:
 
 
 def cut_logits(model: nn.Module, name: str) -> None:
-    """Leave the logits of the cut head of that name cut where a loss is computed, and compute it from the parts."""
+    """Leave logits sharded where a loss is computed from them, and compute it from the shards.
+
+    Args:
+        model: a sharded causal language model of transformers.
+        name: of its head.
+    """
     head = model.get_submodule(name)
-    assert isinstance(head, Column)
+    assert isinstance(head, ColumnParallelLinear)
     model.loss_function = CutCausalLoss(head, head._cuts["weight"].full_size)  # type: ignore[assignment]
     model.forward = ForwardForLoss(model, name)

@@ -1,4 +1,4 @@
-"""What goes in and out of a cut model by heads: attention weights are gathered, caches of all heads are refused."""
+"""Inputs and outputs of a sharded model that have heads: attention weights are gathered, full caches are refused."""
 
 from __future__ import annotations
 
@@ -14,47 +14,63 @@ from torch.utils._pytree import tree_map
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
-from tpkernels.plan.styles.heads import HEAD_SIZE, HEADS, Block, Heads, number
-from tpkernels.plan.styles.modules import group_of
-from tpkernels.plan.styles.style import Style
+from tpkernels.layers.convert import group_of
+from tpkernels.plan.resolved import Resolved
+from tpkernels.plan.styles.blocks import Block
+from tpkernels.plan.styles.heads import HEAD_SIZE, HEADS, Heads, number
+from tpkernels.plan.styles.replicated import CountsStyle
 
 
 @dataclass
 class _Seen:
-    """Attention weights [N, this rank's heads, L, S] that a block gave, where its heads lie, and how many there are."""
+    """Attention weights that a block returned.
+
+    Attributes:
+        weights: [N, this rank's heads, L, S].
+        first: the first of these heads.
+        heads: the number of heads of all ranks.
+        group: of the ranks.
+    """
 
     weights: Tensor
     first: int
     heads: int
     group: Group
 
-    def whole(self) -> Tensor:
-        """All ranks' heads, on every rank; the gradient is that of this rank's."""
+    def gathered(self) -> Tensor:
+        """Return [N, heads, L, S] on every rank; the gradient of this rank's heads is its own."""
         around = (self.first, self.heads - self.first - self.weights.size(1))
         return ops.all_reduce(F.pad(self.weights, (0, 0, 0, 0, *around)), group=self.group)
 
 
 class GatheredAttentions:
-    """Gathers the attention weights that a model returns where its caller asks for them (output_attentions).
+    """Gathers the attention weights that a model returns for output_attentions.
 
-    Attention blocks give those of their rank's heads. Which tensors of an output are such is told by the tensors and
-    not by their names or places, so that tuples and outputs of any class are served.
+    Attention blocks return those of their rank's heads. They are found in the model's output by the tensors and not by
+    names or places, so that tuples and outputs of any class work.
     """
 
     def __init__(self) -> None:
         self._asked: list[bool] = []  # of the models that are running, the outer ones first
         self._seen: list[_Seen] = []
 
-    def watch(self, model: nn.Module, blocks: list[Block], styles: dict[str, Style], group: Group) -> None:
-        """Hook the models in `model` that hold cut attention, and its blocks. The model is cut already."""
-        modules = dict(model.named_modules())
-        cut = [block for block in blocks if block.columns]
+    def watch(self, model: nn.Module, resolved: Resolved, group: Group) -> None:
+        """Register hooks on the models in `model` that hold sharded attention, and on its blocks.
+
+        Args:
+            model: sharded already.
+            resolved: its blocks and styles.
+            group: over which it is sharded.
+        """
+        modules, styles = dict(model.named_modules()), resolved.styles
+        cut = [block for block in resolved.blocks if block.columns]
         heads: dict[str, Heads | None] = {block.name: block.heads for block in cut}
         for name, style in styles.items():  # a derived plan cuts into units, of one head or several
-            if style.name == "counts":
+            if isinstance(style, CountsStyle):
                 heads[name] = Heads(style.units, style.units)
-        for name in [n.rpartition(".")[0] for n, style in styles.items() if style.units and style.name != "counts"]:
-            heads.setdefault(name)  # which heads of its own the rank has is not known
+        for name, style in styles.items():
+            if style.units and not isinstance(style, CountsStyle):
+                heads.setdefault(name.rpartition(".")[0])  # which heads the rank has is not known
         if group.world_size == 1:
             return
         for name, module in modules.items():
@@ -68,7 +84,7 @@ class GatheredAttentions:
             modules[name].register_forward_hook(BlockWatch(self._seen, self._asked, found, group))
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook in front of a model."""
+        """Pre-hook of a model: note whether it returns attention weights."""
         asks = kwargs.get("output_attentions")
         if asks is None and args:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -76,21 +92,25 @@ class GatheredAttentions:
         self._asked.append(bool(getattr(module.config, "output_attentions", False) if asks is None else asks))
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Hook behind it, also when it raised."""
+        """Hook of a model, also when it raised: replace the weights of this rank by those of all."""
         seen = list(self._seen) if self._asked and self._asked.pop() else []
         if not any(self._asked):
             self._seen.clear()
-        return tree_map(lambda x: next((s.whole() for s in seen if s.weights is x), x), output) if seen else None
+        return tree_map(lambda x: next((s.gathered() for s in seen if s.weights is x), x), output) if seen else None
 
 
 class BlockWatch:
-    """A hook behind an attention block that notes the attention weights it gives while somebody asks for them."""
+    """A hook of an attention block that notes the attention weights it returns while a model around returns them."""
 
     def __init__(self, seen: list[_Seen], asked: list[bool], heads: Heads | None, group: Group) -> None:
         self._seen, self._asked, self._heads, self._group = seen, asked, heads, group
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Look at the output for tensors of this rank's heads."""
+        """Note the tensors [N, heads of this rank, L, S] of the output.
+
+        Raises:
+            PlanError: there are such, and which heads the rank has is unknown.
+        """
         if not any(self._asked) or not isinstance(output, tuple | list):
             return
         group = group_of(module, self._group)
@@ -109,7 +129,7 @@ class BlockWatch:
 
 
 class CacheCheck:
-    """A hook in front of a model that refuses a cache of keys and values of all heads (made early, or by another)."""
+    """A pre-hook of a model that refuses a cache of keys and values of all heads (made early, or by another model)."""
 
     def __init__(self, model: nn.Module, blocks: list[Block], group: Group) -> None:
         self._heads: dict[int, set[tuple[int, int]]] = {}
@@ -117,7 +137,7 @@ class CacheCheck:
         for module in model.modules():
             place = getattr(module, "layer_idx", None)
             if isinstance(place, int) and (module in cut or number(module, HEADS) or number(module, HEAD_SIZE)):
-                heads = cut.get(module)  # None: attention that is whole on every rank, whose cache is, too
+                heads = cut.get(module)  # None: replicated attention, with a cache of all heads
                 mine = heads.kv_of(group.world_size, group.rank)[1] if heads else 0
                 self._heads.setdefault(place, set()).add((heads.kv if heads else 0, mine))
 
@@ -146,19 +166,19 @@ def _keys_of(cache: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 class Refusal:
-    """Stands in the place of a method that would treat this rank's parts as the whole."""
+    """Replaces a method that would take this rank's shards for full parameters."""
 
     def __init__(self, model: nn.Module, method: str, instead: str) -> None:
         self._kind, self._method, self._instead = type(model).__name__, method, instead
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise PlanError: says what to do."""
+        """Raise PlanError with the alternative."""
         raise PlanError(
             f"{self._kind}.{self._method}: the model is cut, and this needs the whole weights: {self._instead}"
         )
 
 
-# Methods of models of transformers that are refused once they are cut, and what to do.
+# Methods of models of transformers that a sharded model refuses, and the alternatives.
 REFUSED = {
     "resize_token_embeddings": "resize before parallelize (or save_pretrained, load, resize, and cut again)",
     "resize_position_embeddings": "resize before parallelize",
@@ -173,7 +193,7 @@ REFUSED = {
 
 
 def refuse_methods(model: nn.Module) -> None:
-    """Let methods of a model of transformers that would go wrong once it is cut say so."""
+    """Make methods of a model of transformers raise that would be wrong once it is sharded."""
     for method, instead in REFUSED.items():
         if hasattr(type(model), method):
             setattr(model, method, Refusal(model, method, instead))

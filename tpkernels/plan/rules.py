@@ -5,23 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from tpkernels.errors import DeriveError, PlanError
-from tpkernels.plan.cuts import (
-    can_be_cut,
-    is_linear,
-    unsaid,
-)
+from tpkernels.errors import DeriveError, PlanError, shorten
 from tpkernels.plan.derive.inputs import Call
 from tpkernels.plan.derive.search import derive_plan
-from tpkernels.plan.styles.attention import STYLE, settle
-from tpkernels.plan.styles.experts import takes_choices
-from tpkernels.plan.styles.style import TRANSLATION, Style, parse_style
+from tpkernels.plan.styles.base import Style, can_be_cut, is_linear
+from tpkernels.plan.styles.experts import ExpertStyle, takes_choices
+from tpkernels.plan.styles.style import TRANSLATION, parse_style
 from tpkernels.plan.validate import patched_parents
 
 log = logging.getLogger("tpkernels")
@@ -79,13 +74,14 @@ class Plan:
                 if name and fnmatchcase(name, glob):
                     found[name] = style
                     used.add(glob)
-        settle(found, modules)
+        for name, style in list(found.items()):
+            style.refine(name, modules, found)
         if self.strict:
             missing = [name for name, module in modules.items() if is_weighty(module) and not _covered(name, found)]
             if missing:
-                raise PlanError(f"Plan: no rule for {_few(missing)} ({len(missing)} modules)")
+                raise PlanError(f"Plan: no rule for {shorten(missing)} ({len(missing)} modules)")
             if len(used) < len(parsed):
-                raise PlanError(f"Plan: no module for the rules {_few(g for g in parsed if g not in used)}")
+                raise PlanError(f"Plan: no module for the rules {shorten(g for g in parsed if g not in used)}")
         return found
 
 
@@ -97,13 +93,24 @@ def is_weighty(module: nn.Module) -> bool:
 def _covered(name: str, found: dict[str, Style]) -> bool:
     """Whether a rule holds for the module, or a mixture above it is cut as a whole."""
     parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
-    return name in found or any(p in found and found[p].name in (STYLE, "expert", "replicate") for p in parents)
+    return name in found or any(p in found and found[p].covers_children for p in parents)
 
 
-def _few(names: Iterable[str], most: int = 6) -> str:
-    """A list of names for a message, which may be long."""
-    names = list(names)
-    return str(names[:most])[:-1] + (", ...]" if len(names) > most else "]")
+def without_rule(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]:
+    """Return the modules with weights beside column and row layers that have no rule.
+
+    Whether such a module gets sharded features, so that its gradients are partial, depends on the forward.
+    """
+    found = []
+    for name, module in modules.items():
+        inside = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        if {"column", "row"} <= {styles[child].role for child in inside if child in styles}:
+            found += [
+                child
+                for child in inside
+                if child not in styles and any(True for _ in modules[child].parameters(recurse=False))
+            ]
+    return found
 
 
 def _of_ours(model: nn.Module) -> Plan | None:
@@ -133,15 +140,15 @@ def _of_the_model(model: nn.Module) -> Plan | None:
     rules = {prefix + glob: style for glob, style in ships.items()} | own
     unknown = [style for style in rules.values() if style not in TRANSLATION]
     if unknown:
-        log.info("the plan that ships with %s has styles %s", type(model).__name__, _few(set(unknown)))
+        log.info("the plan that ships with %s has styles %s", type(model).__name__, shorten(sorted(set(unknown))))
         return None
     found = {glob: str(TRANSLATION[style]) for glob, style in rules.items() if TRANSLATION[style] is not None}
     plan = Plan(found | _of_the_vocabulary(model), "transformers", strict=False)
     modules, styles = dict(model.named_modules()), plan.styles(model)
-    silent = unsaid(modules, styles) + patched_parents(modules, styles)
-    silent += [n for n, style in styles.items() if style.name == "expert" and not takes_choices(modules[n])]
+    silent = without_rule(modules, styles) + patched_parents(modules, styles)
+    silent += [n for n, style in styles.items() if isinstance(style, ExpertStyle) and not takes_choices(modules[n])]
     if silent:
-        log.info("the plan that ships with %s is not enough for %s", type(model).__name__, _few(silent))
+        log.info("the plan that ships with %s is not enough for %s", type(model).__name__, shorten(silent))
         return None
     return plan
 

@@ -1,4 +1,4 @@
-"""A cut model's whole state dict, save_pretrained of a cut model and of adapters on it, and whole values in and out."""
+"""The full state dict of a sharded model, and save_pretrained of it and of adapters on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tpkernels.comm.group import Group
 from tpkernels.comm.objects import raise_together
 from tpkernels.errors import CheckpointError, PlanError
 from tpkernels.layers.base import mark_shards
-from tpkernels.plan.styles.modules import group_of
+from tpkernels.layers.convert import group_of
+from tpkernels.layers.reference import Ref
 from tpkernels.shard import ShardInfo, shard_info
 
 
@@ -26,9 +27,9 @@ def full_state_dict(
     """Return the state dict of the unsharded model, on the CPU, on rank 0; empty on the others. Collective.
 
     Args:
-        model: cut over `group`.
-        group: over which.
-        wanted: says by their names which tensors to take.
+        model: sharded over `group`.
+        group: of the ranks.
+        wanted: whether to take a tensor, by its name.
     """
     mark_shards(model)
     found: dict[str, Tensor] = {}
@@ -38,46 +39,55 @@ def full_state_dict(
             continue
         info = shard_info(value)
         if id(value) not in done:
-            whole = value.detach()
+            full = value.detach()
             if info is not None:
-                parts = _parts(whole, info, group)
-                whole = info.assemble(parts) if group.rank == 0 else whole
-            done[id(value)] = whole.cpu()
+                shards = _shards(full, info, group)
+                full = info.assemble(shards) if group.rank == 0 else full
+            done[id(value)] = full.cpu()
         if group.rank == 0:
             found[name] = done[id(value)]
     return found
 
 
-def _parts(value: Tensor, info: ShardInfo, group: Group) -> tuple[Tensor, ...]:
+def _shards(value: Tensor, info: ShardInfo, group: Group) -> tuple[Tensor, ...]:
     return torch.split(ops.all_gather(value, info.dim, group=group), info.sizes, info.dim)
 
 
 class SavePretrained:
-    """What `save_pretrained` of a cut model does, and of adapters on one: it saves the unsharded one.
+    """`save_pretrained` of a sharded model, and of adapters on one: rank 0 saves the unsharded one.
 
-    Every rank must call it; rank 0 writes to the folder that it was given.
+    Collective: every rank must call it.
     """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
-        self._model, self._group = [model], group  # in a list: a reference, and no child of anything
+        self._model, self._group = Ref(model), group
 
     @property
     def group(self) -> Group:
-        """That of the model's layers."""
-        return group_of(self._model[0], self._group)
+        """The group of the model's layers."""
+        return group_of(self._model.target, self._group)
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Gather, and save on rank 0. Where that fails, all ranks raise."""
-        model, group = self._model[0], self.group
+        """Gather, and save on rank 0.
+
+        Args:
+            save_directory: of rank 0.
+            args, kwargs: as in transformers; `state_dict` must hold full tensors.
+
+        Raises:
+            ValueError: state_dict holds shards; an option that does not work on a sharded model.
+            CheckpointError: rank 0 could not save; on all ranks.
+        """
+        model, group = self._model.target, self.group
         state = kwargs.pop("state_dict", None)
-        if state is not None and _is_of_parts(state, model):
+        if state is not None and _holds_shards(state, model):
             raise ValueError("save_pretrained: state_dict holds this rank's parts only; leave it out")
         if kwargs.get("path_initial_model_for_weight_conversion") is not None:
             raise ValueError(
                 "save_pretrained: path_initial_model_for_weight_conversion does not work on a cut model: save as it "
                 "is, load into an uncut model, and convert there"
             )
-        group.barrier()  # a rank that calls alone must not find out only when its file is written
+        group.barrier()  # a rank that calls alone waits here, before anything is gathered
         state = state or full_state_dict(model, group, _to_save(model))
         with raise_together(group, CheckpointError, f"save_pretrained {save_directory}"):
             if group.rank == 0:
@@ -86,14 +96,14 @@ class SavePretrained:
 
 
 def _to_save(model: nn.Module) -> Callable[[str], bool]:
-    """Which tensors of a model are saved: those of adapters, where it has any."""
+    """A filter of the tensors to save by name: those of adapters, where the model has any."""
     if type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False):
         return of_adapters(model)
     return lambda name: True
 
 
 def of_adapters(model: nn.Module) -> Callable[[str], bool]:
-    """What peft may save of a model, by name: all but the weights of the layers below adapters.
+    """Return a filter of the tensors that peft may save, by name: all but the weights of the layers below adapters.
 
     Biases may be trained beside adapters, and tables of ids are saved with adapters on them.
     """
@@ -115,8 +125,8 @@ def of_adapters(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: own.get(name, True)
 
 
-def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:
-    """Whether a state dict has parts where the unsharded model has whole tensors."""
+def _holds_shards(state: dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether a state dict has shards in the place of full tensors."""
     cut = ((state.get(name), p, shard_info(p)) for name, p in model.named_parameters())
     return any(
         value is not None and info is not None and value.shape != info.full_shape(p) and value.shape == p.shape
@@ -124,11 +134,17 @@ def _is_of_parts(state: dict[str, Tensor], model: nn.Module) -> bool:
     )
 
 
-def give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Behind state_dict of a cut model: what peft asks for to save adapters is gathered, on every rank. Collective.
+def gather_for_peft(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Hook of state_dict of a sharded model: gather the tensors of adapters where peft saves them. Collective.
 
-    get_peft_model_state_dict asks by a plain state_dict(), so that only its frame tells that it is who asks; hotswap,
-    which would put whole matrices in the place of parts, too.
+    get_peft_model_state_dict calls a plain state_dict(), so that only its frame shows the caller. The same holds for
+    hotswap, which would replace shards by full matrices.
+
+    Args:
+        module, state, prefix, metadata: as torch passes them; `state` is changed.
+
+    Raises:
+        PlanError: the caller is hotswap.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name == "state_dict":
@@ -147,6 +163,6 @@ def give_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
         if info is None or prefix + name not in state:
             continue
         if wanted(name):
-            state[prefix + name] = info.assemble(_parts(parameter.detach(), info, group))
+            state[prefix + name] = info.assemble(_shards(parameter.detach(), info, group))
         else:
-            del state[prefix + name]  # a part must not be taken for the whole
+            del state[prefix + name]  # a shard must not be saved as the full tensor

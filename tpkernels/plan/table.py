@@ -1,4 +1,4 @@
-"""A plan as a table: what is cut how, for so many ranks, without any rank."""
+"""A plan as a table of the modules that it shards over a number of ranks; it needs no ranks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tpkernels.layers.base import Cut
-from tpkernels.plan.cuts import all_cuts, is_linear
+from tpkernels.plan.resolved import Resolved
 from tpkernels.plan.rules import Plan
-from tpkernels.plan.styles.heads import find_blocks
+from tpkernels.plan.styles.base import is_linear
 
 
 @dataclass
 class PlanRow:
-    """Modules that differ by numbers in their names only and are cut alike.
+    """Modules whose names differ by numbers only and that are sharded alike.
 
     Attributes:
-        name: with * in the place of the numbers. count: how many modules.
-        style: as the plan says it; "whole" where it says nothing.
-        shape: of the weight. parts: how many outputs (or rows, experts) or inputs each rank has, "" if whole.
+        name: with * in the place of the numbers.
+        style: its name; "whole" where the plan has no rule.
+        shape: of the weight.
+        parts: the number of outputs (or rows, experts) or inputs of each rank, "" if replicated.
+        count: the number of modules.
     """
 
     name: str
@@ -32,7 +34,14 @@ class PlanRow:
 
 @dataclass
 class PlanTable:
-    """What `plan_table` found. heads: {how: number of blocks}; totals: parameters, and those on the fullest rank."""
+    """The result of `plan_table`.
+
+    Attributes:
+        source: of the plan.
+        rows: one for modules that are sharded alike.
+        heads: {how they are sharded: number of attention blocks}.
+        totals: the number of parameters, and of those on the rank with the most.
+    """
 
     source: str
     rows: list[PlanRow] = field(default_factory=list)
@@ -41,32 +50,26 @@ class PlanTable:
 
 
 def plan_table(model: nn.Module, plan: Plan, R: int) -> PlanTable:
-    """Describe how a plan cuts a model over R ranks.
+    """Return how a plan shards a model over R ranks.
 
     Args:
-        model: whole; parameters may be on the meta device.
+        model: the full one; parameters may be on the meta device.
         plan: for it.
         R: the number of ranks.
 
     Raises:
         PlanError: the plan does not fit the model or R.
     """
-    styles = plan.styles(model)
-    modules = dict(model.named_modules())
-    blocks = list(find_blocks(modules, styles))
-    cuts = all_cuts(modules, styles, blocks, R)
-    table = PlanTable(plan.source)
-    for block in blocks:
-        how = block.heads.text(R)
-        table.heads[how] = table.heads.get(how, 0) + 1
+    resolved = Resolved.of(model, plan.styles(model), R)
+    table = PlanTable(plan.source, heads=resolved.heads())
     rows: dict[tuple[str, ...], PlanRow] = {}
     seen: set[int] = set()
-    for name, module in modules.items():
+    for name, module in resolved.modules.items():
         own = list(module.parameters(recurse=False))
-        if not own or (name not in styles and not is_linear(module) and not isinstance(module, nn.Embedding)):
+        if not own or (name not in resolved.styles and not is_linear(module) and not isinstance(module, nn.Embedding)):
             _count(table, module, seen, None, 1.0)
             continue
-        style, cut = styles.get(name), cuts.get(name)
+        style, cut = resolved.styles.get(name), resolved.cuts.get(name)
         sizes = [0] if cut is None else cut.info(R).sizes
         share = 1.0 if cut is None else max(sizes) / cut.full_size
         parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
@@ -80,12 +83,12 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> PlanTable:
 
 
 def _count(table: PlanTable, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:
-    """Add a module's parameters to the totals, tied ones once; the bias of a layer that is cut by inputs is whole."""
-    whole, mine = table.totals
+    """Add a module's parameters to the totals, tied ones once; the bias of a row layer is replicated."""
+    full, local = table.totals
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            is_whole = cut is None or (name == "bias" and cut.dim == 1)
-            whole += parameter.numel()
-            mine += parameter.numel() if is_whole else round(parameter.numel() * share)
-    table.totals = (whole, mine)
+            replicated = cut is None or (name == "bias" and cut.dim == 1)
+            full += parameter.numel()
+            local += parameter.numel() if replicated else round(parameter.numel() * share)
+    table.totals = (full, local)

@@ -1,4 +1,4 @@
-"""What cannot be cut, found before anything is changed."""
+"""Models and modules that cannot be sharded are refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tpkernels.errors import PlanError
 from tpkernels.layers.base import ParallelModule
-from tpkernels.plan.styles.style import Style
+from tpkernels.plan.styles.base import Style
 
-# Classes of modules that replace linears with packed weights of their own, by the package that they come from.
+# The packages whose modules replace linears by packed weights of their own.
 QUANTISERS = ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "torchao", "quanto", "optimum", "hqq", "aqlm", "eetq")
 
 
 def refuse(model: nn.Module) -> None:
-    """Raise when a model cannot be cut as it is.
+    """Raise when a model cannot be sharded as it is.
 
     Raises:
         PlanError: it is cut already, wrapped (DDP, FSDP, peft), hooked by accelerate, compiled, scripted, quantised, or
-            has lazy parameters or such of a tensor class of their own; the text says which module and what to do.
+            has lazy parameters or such of a tensor class of their own; the text has the module and what to do.
     """
     if getattr(model, "tpk_plan", None) is not None:
         raise PlanError(f"parallelize: the model is cut already: {model.tpk_plan}")
@@ -65,7 +65,7 @@ def refuse(model: nn.Module) -> None:
 
 
 def refuse_patched(modules: dict[str, nn.Module], styles: dict[str, Style]) -> None:
-    """Raise when a module that is to be cut was changed on the instance: what was put there knows the whole only.
+    """Raise when a module that is to be sharded was changed on the instance: the change fits the full module only.
 
     Args:
         modules: all of the model.
@@ -73,10 +73,10 @@ def refuse_patched(modules: dict[str, nn.Module], styles: dict[str, Style]) -> N
 
     Raises:
         PlanError: a module has a forward of its own instance, a parametrization, a weight that is computed (weight
-            norm, pruning), or a hook that would see a part where it saw the whole; names it and says what to do.
+            norm, pruning), or a hook that would get a shard in the place of full features; has its name and what to do.
     """
     for name, style in styles.items():
-        if style.name in ("replicate", "counts"):
+        if style.keeps_forward:
             continue
         for shown, module in [(name, modules[name]), (f"{name}.out_proj", getattr(modules[name], "out_proj", None))]:
             if module is not None:
@@ -104,8 +104,8 @@ def _refuse_patched(name: str, module: nn.Module, style: Style) -> None:
             f"{[n for n, _ in module.named_parameters(recurse=False)]} (pruning, weight or spectral norm): make them "
             f"permanent first, by torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm"
         )
-    seen = {"column": module._forward_hooks, "packed_column": module._forward_hooks, "row": module._forward_pre_hooks}
-    hooks = [*seen.get(style.name, {}).values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    sharded = {"column": module._forward_hooks, "row": module._forward_pre_hooks}.get(style.role, {})
+    hooks = [*sharded.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values()]
     if hooks:
         raise PlanError(
             f"parallelize: {name} has {len(hooks)} hooks ({getattr(hooks[0], '__name__', type(hooks[0]).__name__)}, "
@@ -114,13 +114,13 @@ def _refuse_patched(name: str, module: nn.Module, style: Style) -> None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance has another forward than its class."""
+    """Whether a forward other than that of the class is set on the instance."""
     forward = vars(module).get("forward")
     bound = getattr(forward, "__func__", None), getattr(forward, "__self__", None)
     return forward is not None and bound != (type(module).forward, module)
 
 
 def patched_parents(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]:
-    """Return the modules around those with a style whose forward was set on the instance: it may read the weights."""
-    parents = {name.rpartition(".")[0] for name, style in styles.items() if style.name != "replicate"}
+    """Return the parents of modules with a style whose forward was set on the instance: it may read the weights."""
+    parents = {name.rpartition(".")[0] for name, style in styles.items() if not style.keeps_forward}
     return [name for name in parents if name and has_own_forward(modules[name])]

@@ -1,1 +1,1 @@
-"""Adapters of peft on a cut model: cut like the layers that they adapt, loaded from whole files, refused otherwise."""
+"""Adapters of peft on a sharded model: sharded like the layers that they adapt, loaded from full files, or refused."""

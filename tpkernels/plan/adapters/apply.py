@@ -1,9 +1,9 @@
-"""LoRA adapters of peft on cut layers.
+"""LoRA adapters of peft on parallel layers.
 
-peft puts y + B(A(x)) around a linear and makes A and B of the sizes that the layer states, which on a cut layer are
-this rank's. What is missing is done here: beside a column layer A is whole and B is cut along its outputs, so that the
-gradient of A(x) is summed; beside a row layer A is cut along its inputs, so that A(x) is summed, and B is whole.
-Prompts in front of the sequence are whole on every rank. validate.py says what else there is and is refused.
+peft computes y + B(A(x)) around a linear and makes A and B of the layer's in_features and out_features, which are this
+rank's. Here they become parallel layers, too: beside a column layer A is replicated and B is sharded along its outputs,
+so that the gradient of A(x) is summed; beside a row layer A is sharded along its inputs, so that A(x) is summed, and B
+is replicated. Prompts in front of the sequence are replicated. All else is refused (validate.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,20 +23,26 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.layers import init_shard_
-from tpkernels.layers.base import Cut
+from tpkernels.layers.base import Cut, ParallelModule
+from tpkernels.layers.convert import ConvertedModule, convert
+from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.layers.random import rng_state, set_rng_state
+from tpkernels.layers.reference import Ref
 from tpkernels.plan.adapters.validate import WeightedAdapters, refuse_adapters, refuse_prompts
 from tpkernels.plan.state_dict import SavePretrained
-from tpkernels.plan.styles.modules import Column, CommonDropout, CutModule, RankDropout, Row, Summed, cut_module
+from tpkernels.plan.styles.modules import CommonDropout, RankDropout, Summed
+
+COLUMN_OPTIONS = ("gather_output", "input_grad_summed")
+ROW_OPTIONS = ("input_is_parallel", "sequence_parallel", "sequence_dim")
 
 
 def cut_adapters(model: nn.Module) -> nn.Module:
-    """Make the adapters that peft has put on a cut model right: call it behind get_peft_model, add_adapter, loading.
+    """Shard the adapters that peft has added to a sharded model: call it after get_peft_model, add_adapter, loading.
 
     Collective. The ranks start with the same adapters: those that hold values (loaded, or blended of others) keep
     them, new ones are drawn as for the unsharded model, from rank 0's random numbers. All ranks get rank 0's random
     state, because peft has drawn other amounts on each. Parameters stay the same objects. `save_pretrained` of the
-    model saves whole adapters from now on, on rank 0; every rank must call it.
+    model saves full adapters from now on, on rank 0; every rank must call it.
 
     Args:
         model: what peft returned, or the model it was added to.
@@ -44,8 +51,8 @@ def cut_adapters(model: nn.Module) -> nn.Module:
         the model.
 
     Raises:
-        PlanError: the model is not cut, or on a cut layer there is something else than plain LoRA, initialised as
-            usual; says what and where. Nothing is changed then.
+        PlanError: the model is not sharded, or on a parallel layer there is something else than plain LoRA,
+            initialised as usual; names it and the layer. Nothing is changed then.
     """
     top = _top_of(model)
     if top is None:
@@ -55,9 +62,9 @@ def cut_adapters(model: nn.Module) -> nn.Module:
     refuse_prompts(model)
     _share_rng(group)
     for module, base, adapter in _adapters(top):
-        if isinstance(base, (Column, Row)):
+        if isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
             if not _is_cut(module, adapter):
-                _cut_one(module, base, adapter)
+                _shard_adapter(module, base, adapter)
                 _start_alike(module, base, adapter, top.peft_config[adapter])  # type: ignore[index]
         else:
             _share_adapter(module, adapter, group)
@@ -68,14 +75,14 @@ def cut_adapters(model: nn.Module) -> nn.Module:
 
 
 def cut_loaded(top: nn.Module, names: set[str]) -> None:
-    """Cut those new adapters on cut layers whose values are about to be loaded: nothing is sent, nothing is drawn.
+    """Shard the new adapters on parallel layers whose values are about to be loaded: nothing is sent or drawn.
 
-    Those of which everything is loaded are ready for use; that peft has drawn other amounts of random numbers on each
-    rank is made good at the first forward.
+    Those of which everything is loaded are ready for use. Because peft has drawn other amounts of random numbers on
+    each rank, the first forward shares rank 0's random state.
 
     Args:
-        top: the cut model.
-        names: what is about to be loaded, as `top` calls it.
+        top: the sharded model.
+        names: of the tensors that are about to be loaded, in `top`.
 
     Raises:
         PlanError: as cut_adapters.
@@ -89,22 +96,26 @@ def cut_loaded(top: nn.Module, names: set[str]) -> None:
         own = {f"{of[module]}.{name}" for name, _ in _parameters_of(module, adapter)}
         if not own <= names:
             partly.add(adapter)
-        elif isinstance(base, (Column, Row)) and not _is_cut(module, adapter):
-            _cut_one(module, base, adapter)
+        elif isinstance(base, (ColumnParallelLinear, RowParallelLinear)) and not _is_cut(module, adapter):
+            _shard_adapter(module, base, adapter)
     if news - partly:
         _mark_known(top, news - partly)
         top.tpk_apart = True  # type: ignore[assignment]
 
 
 class AdapterGuard:
-    """A hook that refuses to run a cut model with adapters that nobody has cut: their results would be wrong."""
+    """A pre-hook that refuses to run a sharded model with adapters that are not sharded: results would be wrong."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = [model]
+        self._model = Ref(model)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Look at what peft has left on the model."""
-        model = self._model[0]
+        """Check the adapters of the model.
+
+        Raises:
+            PlanError: there are new ones.
+        """
+        model = self._model.target
         adapters = getattr(model, "peft_config", None)
         if adapters and not all(_is_known(model, adapter) for adapter in adapters):
             raise PlanError("a cut model has new adapters of peft: call tpkernels.cut_adapters(model) once")
@@ -112,9 +123,9 @@ class AdapterGuard:
             _share_rng(model.tpk_plan.group)  # type: ignore[union-attr, arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterGuard:
-        """A copy of the whole model is watched by a guard of its own, a copy of a layer by the same one."""
+        """A copy of the whole model has a guard of its own, a copy of a layer has the same one."""
         again = copy(self)
-        again._model = [memo.get(id(self._model[0]), self._model[0])]
+        again._model = Ref(memo.get(id(self._model.target), self._model.target))
         return again
 
 
@@ -123,12 +134,12 @@ def _top_of(model: nn.Module) -> nn.Module | None:
 
 
 def _adapters(top: nn.Module) -> Iterator[tuple[Any, nn.Module, str]]:
-    """Each layer of peft with what it is around, and each adapter in it."""
+    """Each layer of peft, the layer that it adapts, and the name of each adapter in it."""
     for module in list(top.modules()):
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Module):
             for adapter in sorted(getattr(top, "peft_config", ())):
-                if not isinstance(base, (Column, Row)) or adapter in module.lora_A:  # type: ignore[operator]
+                if not isinstance(base, (ColumnParallelLinear, RowParallelLinear)) or adapter in module.lora_A:  # type: ignore[operator]
                     yield module, base, adapter
 
 
@@ -139,11 +150,10 @@ def _parameters_of(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Pa
 
 
 def _is_cut(module: Any, adapter: str) -> bool:
-    return isinstance(module.lora_A[adapter], CutModule) or isinstance(module.lora_B[adapter], CutModule)
+    return isinstance(module.lora_A[adapter], ConvertedModule) or isinstance(module.lora_B[adapter], ConvertedModule)
 
 
-# An adapter is known by its name and by where one of its matrices is, which bears a mark: another one that comes
-# later under the same name does not.
+# A known adapter has a name and the place of one of its matrices, which is marked; later ones of that name are not.
 
 
 def _mark_known(top: nn.Module, adapters: set[str]) -> None:
@@ -171,7 +181,7 @@ def _is_known(top: nn.Module, adapter: str) -> bool:
 
 
 def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
-    """What peft's own objects around the cut model are to do otherwise."""
+    """Replace methods and attributes of peft's objects around the sharded model that fit a full one only."""
     wrapper: Any = model
     if model is not top and hasattr(model, "save_pretrained"):
         wrapper.save_pretrained = SavePretrained(model, group)
@@ -188,13 +198,13 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
 
 @torch.no_grad()
 def _share_adapter(module: nn.Module, adapter: str, group: Group) -> None:
-    """Give an adapter of a layer that is whole on every rank rank 0's values."""
+    """Copy rank 0's values of an adapter of a replicated layer to all ranks."""
     for _, parameter in _parameters_of(module, adapter):
         parameter.copy_(_of_rank_0(parameter, group))
 
 
 def _share_rng(group: Group) -> None:
-    """Give all ranks rank 0's random state."""
+    """Set rank 0's random state on all ranks."""
     set_rng_state({device: _of_rank_0(value, group) for device, value in rng_state().items()})
 
 
@@ -204,12 +214,12 @@ def _of_rank_0(value: Tensor, group: Group) -> Tensor:
 
 
 @torch.no_grad()
-def _start_alike(module: Any, base: Column | Row, adapter: str, config: Any) -> None:
-    """Values that belong together on the ranks; A of a row layer is drawn anew where B says that it was just made."""
+def _start_alike(module: Any, base: ColumnParallelLinear | RowParallelLinear, adapter: str, config: Any) -> None:
+    """Equal or matching values on all ranks; A of a row layer is drawn anew where B is zero, as of a new adapter."""
     A, B, group = module.lora_A[adapter], module.lora_B[adapter], base.group
     if A.weight.is_meta:  # to be loaded
         return
-    if isinstance(base, Column):
+    if isinstance(base, ColumnParallelLinear):
         A.weight.copy_(_of_rank_0(A.weight, group))
         return
     for parameter in B.parameters():
@@ -224,35 +234,36 @@ def _start_alike(module: Any, base: Column | Row, adapter: str, config: Any) -> 
 
 
 @torch.no_grad()
-def _cut_one(module: Any, base: Column | Row, adapter: str) -> None:
+def _shard_adapter(module: Any, base: ColumnParallelLinear | RowParallelLinear, adapter: str) -> None:
     A, B, group = module.lora_A[adapter], module.lora_B[adapter], base.group
-    whole = base._cuts["weight"]
-    wire: dict[str, Any] = {"codec": base.codec, "grad_codec": base.grad_codec, "transposed": False, "random": None}
-    if isinstance(base, Row):
-        cuts = {"weight": Cut(1, whole.full_size, whole.unit, whole.runs)}
-        here: dict[str, Any] = {"split_input": base.split_input, "sequence_parallel": base.sequence_parallel}
+    cut = base._cuts["weight"]
+    wire: dict[str, Any] = {"codec": base.codec, "grad_codec": base.grad_codec}
+    if isinstance(base, RowParallelLinear):
+        cuts = {"weight": replace(cut, dim=1)}
+        options = wire | {name: getattr(base, name) for name in ROW_OPTIONS}
         _take_part(A, cuts, base)
-        cut_module(A, Row, cuts, group, sequence_dim=base.sequence_dim, **here, **wire)
+        convert(A, RowParallelLinear, cuts, group, **options)
         if base.sequence_parallel:
-            cut_module(B, Summed, {}, group, summed=tuple(n for n, _ in B.named_parameters(recurse=False)))
+            convert(B, Summed, {}, group, summed=tuple(n for n, _ in B.named_parameters(recurse=False)))
         dropout = module.lora_dropout[adapter]
-        if isinstance(dropout, nn.Dropout) and not base.split_input and not isinstance(dropout, CutModule):
-            cut_module(dropout, RankDropout, {}, group)
+        if isinstance(dropout, nn.Dropout) and base.input_is_parallel and not isinstance(dropout, ConvertedModule):
+            convert(dropout, RankDropout, {}, group)
         return
     dropout = module.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and not isinstance(dropout, CutModule):
-        cut_module(dropout, CommonDropout, {}, group)
-    cuts = {name: Cut(0, whole.full_size, whole.unit, whole.runs) for name, _ in B.named_parameters(recurse=False)}
+    if isinstance(dropout, nn.Dropout) and not isinstance(dropout, ConvertedModule):
+        convert(dropout, CommonDropout, {}, group)
+    cuts = {name: replace(cut, dim=0) for name, _ in B.named_parameters(recurse=False)}
     _take_part(B, cuts, base)
-    cut_module(B, Column, cuts, group, gather_output=base.gather_output, entered=base.entered, **wire)
-    if base.entered:
-        cut_module(A, Summed, {}, group, summed=("weight",))
+    options = wire | {name: getattr(base, name) for name in COLUMN_OPTIONS}
+    convert(B, ColumnParallelLinear, cuts, group, **options)
+    if base.input_grad_summed:
+        convert(A, Summed, {}, group, summed=("weight",))
 
 
-def _take_part(linear: nn.Module, cuts: dict[str, Cut], base: CutModule) -> None:
-    """Shrink parameters that peft made whole, because the layer takes or gives whole tensors; the objects stay."""
-    for name, cut in cuts.items():
+def _take_part(linear: nn.Module, cuts: dict[str, Cut], base: ParallelModule) -> None:
+    """Take the shards of parameters that peft made for full tensors, which the layer takes or returns, in place."""
+    for name, own in cuts.items():
         parameter = linear.get_parameter(name)
-        info = base._info(cut)
+        info = base._info(own)
         if parameter.size(info.dim) != info.size:
             parameter.data = info.part(parameter.data).clone(memory_format=torch.contiguous_format)

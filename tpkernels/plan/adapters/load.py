@@ -1,4 +1,4 @@
-"""Adapters from disk onto a cut model: whole values, of which each rank takes its part."""
+"""Load full values into a sharded model, of which each rank takes its shard; adapters from disk."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpkernels.errors import PlanError
+from tpkernels.layers.reference import Ref
 from tpkernels.plan.adapters.apply import cut_loaded
 from tpkernels.shard import shard_info
 
 PREFIX = "base_model.model."  # in front of names in files of peft
 
 
-def load_whole(
+def take_shards(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
 ) -> None:
-    """In front of load_state_dict of a cut model: of whole values take this rank's part. Parts stay as they are."""
+    """Pre-hook of load_state_dict of a sharded model: replace full values by this rank's shards.
+
+    Args:
+        module, state, prefix, metadata, strict, lists: as torch passes them; `state` is changed. Shards stay.
+    """
     cut_loaded(module, {name.removeprefix(prefix) for name in state if name.startswith(prefix)})
     for name, parameter in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
         info, value = shard_info(parameter), state.get(name)
@@ -27,10 +32,10 @@ def load_whole(
 
 
 class LoadAdapter:
-    """What `load_adapter` of a cut model of transformers does, whose own way knows no parts."""
+    """`load_adapter` of a sharded model of transformers, in the place of its own, which loads full matrices."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = [model]  # in a list: a reference, and no child of anything
+        self._model = Ref(model)
 
     def __call__(
         self,
@@ -45,7 +50,7 @@ class LoadAdapter:
         adapter_kwargs: dict[str, Any] | None = None,
         **download: Any,
     ) -> Any:
-        """Add an adapter and fill it: what is loaded needs no cut_adapters.
+        """Add an adapter and load its values; it needs no cut_adapters.
 
         Args:
             peft_model_id, adapter_name, peft_config, adapter_state_dict, is_trainable, adapter_kwargs: as in
@@ -53,12 +58,16 @@ class LoadAdapter:
             low_cpu_mem_usage: not used, adapters are small.
             hotswap: must not be True.
             download: options of peft's load_peft_weights, such as token.
+
+        Raises:
+            PlanError: hotswap is True, or the adapter is refused as in cut_adapters.
+            ValueError: there is neither a path nor a config with values.
         """
         from peft import PeftConfig, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import load_peft_weights
 
-        model: Any = self._model[0]
+        model: Any = self._model.target
         if hotswap is True:
             raise PlanError("load_adapter: hotswap does not work on a cut model: load it under another name")
         if peft_model_id is None and (peft_config is None or adapter_state_dict is None):

@@ -1,4 +1,4 @@
-"""What of peft cannot be made right on cut layers, found before anything is changed."""
+"""Adapters of peft that do not work on parallel layers are refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from tpkernels.errors import PlanError
-from tpkernels.plan.styles.modules import Column, CutModule, Row
+from tpkernels.layers.convert import ConvertedModule
+from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpkernels.layers.reference import Ref
 
 # Prompts that are embeddings in front of the sequence, which every rank holds whole.
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -18,28 +20,28 @@ BLENDS = ("linear", "cat")  # made of rows and columns one by one
 
 
 def refuse_adapters(top: nn.Module) -> None:
-    """Raise when something of peft is on a cut layer and is not plain LoRA.
+    """Raise when a module of peft is on a parallel layer and is not plain LoRA.
 
     Raises:
-        PlanError: says where it is, what it is and what to do.
+        PlanError: names the layer, the module and the alternative.
     """
     modules = dict(top.named_modules())
     for name, module in modules.items():
-        if isinstance(module, CutModule):
+        if isinstance(module, ConvertedModule):
             for prefix in (name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)):
                 _refuse_around(prefix, modules[prefix], name, modules)
     for name, module in modules.items():
         base = getattr(module, "base_layer", None)
-        if isinstance(base, (Column, Row)):
+        if isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
             for adapter in sorted(set(top.peft_config) & set(module.lora_A)):  # type: ignore[arg-type]
                 _refuse_kind(name, module, adapter, top.peft_config[adapter])  # type: ignore[index]
 
 
 def refuse_prompts(model: nn.Module) -> None:
-    """Raise when what peft has put around a cut model needs to know all its heads, or blends adapters token by token.
+    """Raise when peft's wrapper of a sharded model needs all its heads, or blends adapters token by token.
 
     Raises:
-        PlanError: says what it is.
+        PlanError: names the kind.
     """
     configs: Any = getattr(model, "peft_config", None) or {}
     for adapter, config in configs.items():
@@ -52,7 +54,7 @@ def refuse_prompts(model: nn.Module) -> None:
 
 
 def _refuse_around(prefix: str, outer: nn.Module, name: str, modules: dict[str, nn.Module]) -> None:
-    """Refuse a module of peft around a cut one, unless it is known to compute the same with parts."""
+    """Refuse a module of peft around a parallel layer, except those that compute the same with shards."""
     if not type(outer).__module__.startswith("peft."):
         return
     from peft.tuners.lora import Linear
@@ -64,15 +66,15 @@ def _refuse_around(prefix: str, outer: nn.Module, name: str, modules: dict[str, 
     layer = ".".join(part for part in name.split(".") if part not in INSIDE)
     instead = f"adapt other layers, or leave it whole with the rule {{{layer!r}: 'replicate'}}"
     base = getattr(outer, "base_layer", None)
-    if type(outer) is Linear and isinstance(base, (Column, Row)):
+    if type(outer) is Linear and isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
         above = modules.get(prefix.rpartition(".")[0])
-        if isinstance(above, CutModule) and isinstance(above, nn.MultiheadAttention):
+        if isinstance(above, ConvertedModule) and isinstance(above, nn.MultiheadAttention):
             raise PlanError(
                 f"cut_adapters: {prefix} must be a layer whose forward is called; attention of torch takes the weights "
                 f"of its layers past them, so that an adapter would change nothing: adapt other layers"
             )
         return
-    if isinstance(base, CutModule) and not isinstance(base, (Column, Row)):
+    if isinstance(base, ConvertedModule) and not isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
         raise PlanError(
             f"cut_adapters: {layer} must adapt a column or row layer, or one that is whole, got a "
             f"{type(base).__name__} in a {kind}: {instead}"
@@ -98,31 +100,34 @@ def _refuse_kind(name: str, module: Any, adapter: str, config: Any) -> None:
 
 
 class WeightedAdapters:
-    """What add_weighted_adapter of a tuner is on a cut model: only blends that parts give as the whole would."""
+    """add_weighted_adapter of a tuner on a sharded model: only blends that are the same for shards."""
 
     def __init__(self, tuner: nn.Module, top: nn.Module) -> None:
-        self._tuner = [tuner]  # in lists: references, and no children of anything
-        self._top = [top]
+        self._tuner, self._top = Ref(tuner), Ref(top)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Blend, or refuse to."""
-        tuner: Any = self._tuner[0]
+        """Blend.
+
+        Raises:
+            PlanError: the blend needs full matrices.
+        """
+        tuner: Any = self._tuner.target
         blend = type(tuner).add_weighted_adapter
         given = inspect.signature(blend).bind(tuner, *args, **kwargs)
         given.apply_defaults()
         kind = given.arguments.get("combination_type", "linear")
         if kind not in BLENDS and any(
-            isinstance(getattr(module, "base_layer", None), CutModule) for module in self._top[0].modules()
+            isinstance(getattr(module, "base_layer", None), ConvertedModule) for module in self._top.target.modules()
         ):
             raise PlanError(
                 f"add_weighted_adapter: combination_type={kind!r} needs whole matrices, and this model is cut: take "
                 f"one of {BLENDS}, or blend on an uncut model, save, and load the result here"
             )
-        whole = [(layer, vars(layer).copy()) for layer in self._top[0].modules() if _states_whole(layer)]
+        whole = [(layer, vars(layer).copy()) for layer in self._top.target.modules() if _has_full_sizes(layer)]
         for layer, _ in whole:  # of which peft makes the new matrices
             base: Any = layer.base_layer
             size = base._info(base._cuts["weight"]).size
-            setattr(layer, "out_features" if isinstance(base, Column) else "in_features", size)
+            setattr(layer, "out_features" if isinstance(base, ColumnParallelLinear) else "in_features", size)
         try:
             return blend(tuner, *args, **kwargs)
         finally:
@@ -130,10 +135,12 @@ class WeightedAdapters:
                 layer.in_features, layer.out_features = before["in_features"], before["out_features"]
 
 
-def _states_whole(layer: nn.Module) -> bool:
-    """Whether a layer of peft is around a cut one that takes or gives whole tensors, and so states whole sizes."""
+def _has_full_sizes(layer: nn.Module) -> bool:
+    """Whether a layer of peft adapts a parallel one that takes or returns full tensors, and so has full sizes."""
     base = getattr(layer, "base_layer", None)
-    return (isinstance(base, Column) and base.gather_output) or (isinstance(base, Row) and base.split_input)
+    if isinstance(base, ColumnParallelLinear):
+        return base.gather_output
+    return isinstance(base, RowParallelLinear) and not base.input_is_parallel
 
 
 def _text(kind: Any) -> str:

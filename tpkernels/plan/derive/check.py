@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tpkernels.layers.base import Cut
-from tpkernels.plan.cuts import all_cuts, is_conv1d
 from tpkernels.plan.derive.flow import Flow
 from tpkernels.plan.derive.record import Mismatch, Run, execute, stand_in
-from tpkernels.plan.styles.heads import find_blocks, tell_heads
-from tpkernels.plan.styles.style import Style
-from tpkernels.plan.styles.units import tell_counts
-from tpkernels.shard import ShardInfo
-
-CUT = ("column", "packed_column", "row")
-
-
-# ---- as one rank of the cut model ----------------------------------------------------------------------------------
+from tpkernels.plan.resolved import Resolved
+from tpkernels.plan.styles.base import Style
 
 
 class CutFlow(Flow):  # type: ignore[no-untyped-call]
@@ -67,26 +60,34 @@ class CutFlow(Flow):  # type: ignore[no-untyped-call]
 
 
 def check(model: nn.Module, run: Run, styles: dict[str, Style], R: int, rank: int) -> None:
-    """Run one rank's part of the model, on tensors of its sizes, and compare which features go where.
+    """Run one rank's part of the model, on tensors of its sizes, and compare the paths of features.
+
+    Args:
+        model: the full one; attributes that count sharded features are changed for the run, and put back.
+        run: of the full model.
+        styles: {module name: style}, to be checked.
+        R, rank: the number of ranks, and which of them runs.
 
     Raises:
         Mismatch: the rank would not compute its part of what the model computes.
-        PlanError: the plan cannot be applied.
+        PlanError: the styles cannot be applied.
     """
-    modules = dict(model.named_modules())
-    blocks = list(find_blocks(modules, styles))
-    cuts = all_cuts(modules, styles, blocks, R)
-    parts: dict[str, tuple[Tensor, bool]] = {}
+    resolved = Resolved.of(model, styles, R)
     names = {id(p): name for name, p in model.named_parameters()}
     values = {name: stand_in(p, run.device) for name, p in model.named_parameters()}
-    with _numbers_kept(modules.values()):
-        for block in blocks:
-            tell_heads(block, R, rank)
-        for name, style in styles.items():
-            if style.name == "counts":
-                tell_counts(modules[name], style, R, rank)
-            elif style.name in CUT and name in cuts:
-                parts[name] = _cut(modules[name], style, cuts[name], R, rank, names, values)
+    parts: dict[str, tuple[Tensor, bool]] = {}
+    for name, style in styles.items():
+        module, cut = resolved.modules[name], resolved.cuts.get(name)
+        if cut is None or style.role not in ("column", "row"):  # it takes and gives full features
+            continue
+        features = torch.arange(cut.full_size, device="cpu")
+        parts[name] = (replace(cut, dim=0).info(R, rank).part(features), style.role == "column")
+        for key, own in style.parameter_cuts(module, cut).items():
+            parameter = module._parameters.get(key)
+            if parameter is not None:  # else it is computed from others (pruning), of which no rank has a part
+                local = own.info(R, rank).part(stand_in(parameter, run.device))
+                values[names[id(parameter)]] = local.contiguous()
+    with _attributes_set(resolved.modules, resolved.local_attributes(rank)):
         flow = CutFlow(run.flow, run.flow.edges.classes(run.flow.count), parts)
         try:
             execute(model, run, flow, values)
@@ -97,31 +98,17 @@ def check(model: nn.Module, run: Run, styles: dict[str, Style], R: int, rank: in
     flow.compare()
 
 
-def _cut(
-    module: nn.Module, style: Style, cut: Cut, R: int, rank: int, names: dict[int, str], values: dict[str, Tensor]
-) -> tuple[Tensor, bool]:
-    """Put a rank's part of a source in the place of its parameters; returns which features these are."""
-    everything = torch.arange(cut.full_size, device="cpu")
-    index = ShardInfo(0, cut.full_size, R, rank, unit=cut.unit, runs=cut.runs).part(everything)
-    transposed = is_conv1d(module)
-    for key, parameter in module.named_parameters(recurse=False):
-        dim = (1 - cut.dim if transposed else cut.dim) if key == "weight" else cut.dim
-        if key == "weight" or cut.dim == 0:
-            name = names[id(parameter)]
-            values[name] = values[name].index_select(dim, index.to(values[name].device))
-    outputs = style.name != "row"
-    size = ("nf" if outputs else "nx") if transposed else ("out_features" if outputs else "in_features")
-    if size in vars(module):
-        setattr(module, size, len(index))
-    return index, outputs
-
-
 @contextmanager
-def _numbers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what modules know about their sizes: whole numbers, and the config."""
-    before = [(m, {k: v for k, v in vars(m).items() if isinstance(v, int) or k == "config"}) for m in modules]
+def _attributes_set(modules: dict[str, nn.Module], values: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Set attributes of modules, {module name: {name: value}}, and put back their own in the end."""
+    before = {name: vars(modules[name]).copy() for name in values}
     try:
+        for name, attributes in values.items():
+            vars(modules[name]).update(attributes)
         yield
     finally:
-        for module, numbers in before:
-            vars(module).update(numbers)
+        for name, attributes in values.items():
+            own = vars(modules[name])
+            for key in attributes:
+                own.pop(key, None)
+            own.update({key: before[name][key] for key in attributes if key in before[name]})

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpkernels.errors import DeriveError, PlanError
-from tpkernels.plan.cuts import can_be_cut, is_conv1d, is_linear
 from tpkernels.plan.derive.attention import attention_left_whole, find_attention
 from tpkernels.plan.derive.check import check
 from tpkernels.plan.derive.groups import (
@@ -29,7 +28,8 @@ from tpkernels.plan.derive.inputs import Call
 from tpkernels.plan.derive.names import generalise
 from tpkernels.plan.derive.record import Mismatch, Run, evaluating, record_runs
 from tpkernels.plan.derive.vocabulary import vocabulary_styles
-from tpkernels.plan.styles.attention import STYLE
+from tpkernels.plan.styles.attention import MultiheadAttentionStyle
+from tpkernels.plan.styles.base import can_be_cut, is_conv1d, is_linear
 from tpkernels.plan.styles.style import parse_style
 
 RANKS = 2  # how many the second run pretends to be
@@ -94,7 +94,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         groups.append(LinearGroup([name], reason=why))
         del attention[name]
     styles = {n: s for n, s in styles.items() if n not in {f"{name}.out_proj" for name in attention}}
-    styles |= dict.fromkeys(attention, STYLE)
+    styles |= dict.fromkeys(attention, MultiheadAttentionStyle.name)
     if not any(style != "replicate" for style in styles.values()):
         raise DeriveError(f"derive_plan: nothing in {type(model).__name__} can be cut:\n{_text(_reasons(groups))}")
     names = [name for name, _ in model.named_modules()]
@@ -177,9 +177,3 @@ def _owners(model: nn.Module) -> dict[str, list[str]]:
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
     return {name: holders[id(parameter)] for name, parameter in model.named_parameters()}
-
-
-# ---- vocabularies --------------------------------------------------------------------------------------------------
-
-
-# ---- the run -------------------------------------------------------------------------------------------------------

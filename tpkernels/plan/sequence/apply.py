@@ -1,58 +1,125 @@
-"""Sequence parallel for decoders: between the blocks each rank keeps its part of the tokens.
+"""Sequence parallel for decoders: between the blocks each rank keeps its shard of the tokens.
 
-    hidden states [B, S, D]  --cut-->  layer 0 .. layer L-1 on [B, S / R, D]  --gathered-->  [B, S, D]
+    hidden states [B, S, D]  --shard-->  layer 0 .. layer L-1 on [B, S / R, D]  --gather-->  [B, S, D]
 
-In a layer, norms, residual sums and dropouts work on the rank's tokens. A block of column and row layers gathers the
-tokens once at its door, and its row layer scatters the sums, so that the traffic is that of the all-reduce it replaces.
-Any other module with weights (a mixture of experts) sees all tokens, and its result is cut (boundaries.py). S need not
-divide by R. What a layer does beside that must treat tokens one by one, which a run shows (tokens.py).
+In a layer, norms, residual sums and dropouts work on the rank's tokens. In front of a block of column and row layers
+the tokens are gathered once, and its row layer scatters the sums: the traffic is that of the all-reduce it replaces.
+Any other module with weights (a mixture of experts) gets all tokens, and its result is sharded (boundaries.py). S need
+not divide by R. All other ops of a layer must treat tokens one by one, which a run shows (tokens.py).
 
 Source: Korthikanti et al. 2022 (arXiv:2205.05198).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.layers import take_shard
+from tpkernels.layers.block_random import BlockRandom, CommonInside
+from tpkernels.layers.convert import ConvertedModule, convert
+from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpkernels.layers.reference import Ref
 from tpkernels.plan.derive.inputs import Call
-from tpkernels.plan.sequence.boundaries import AtTheDoor, BehindIt, Door, doors
+from tpkernels.plan.resolved import Resolved
+from tpkernels.plan.sequence.boundaries import Boundary, PostHook, PreHook, find_boundaries
 from tpkernels.plan.sequence.tokens import TOKENS, check_tokens
-from tpkernels.plan.styles.dropout_rng import BlockRandom, CommonInside
-from tpkernels.plan.styles.modules import Column, CutModule, Row, Summed, cut_module
-from tpkernels.plan.styles.style import Style
+from tpkernels.plan.styles.base import CutSettings, Style
+from tpkernels.plan.styles.modules import Summed
 
 
-class CutTokens:
-    """This rank's part of replicated tokens. The group is that of a cut module, which `set_group` may change."""
+class ShardTokens:
+    """Takes this rank's shard of replicated tokens. The group is that of a layer, which `set_group` may change."""
 
-    def __init__(self, cut: CutModule, grad_codec: str) -> None:
-        self._cut, self.grad_codec = [cut], grad_codec  # in a list: a reference, and no child of anything
+    def __init__(self, layer: ConvertedModule, grad_codec: str) -> None:
+        self._layer, self.grad_codec = Ref(layer), grad_codec
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S / R, D]."""
-        return take_shard(x, TOKENS, group=self._cut[0].group, grad_codec=self.grad_codec)
+        return take_shard(x, TOKENS, group=self._layer.target.group, grad_codec=self.grad_codec)
 
 
 class GatherTokens:
-    """All tokens of all ranks. `grad` as in ops.all_gather: what becomes of the gradient. The group: as CutTokens."""
+    """Gathers the tokens of all ranks; `grad` as in ops.all_gather. The group: as in ShardTokens."""
 
-    def __init__(self, cut: CutModule, grad: str, codec: str, grad_codec: str) -> None:
-        self._cut, self.grad, self.codec, self.grad_codec = [cut], grad, codec, grad_codec
+    def __init__(self, layer: ConvertedModule, grad: str, codec: str, grad_codec: str) -> None:
+        self._layer, self.grad, self.codec, self.grad_codec = Ref(layer), grad, codec, grad_codec
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, S / R, D] -> [B, S, D]."""
-        group = self._cut[0].group
+        group = self._layer.target.group
         if group.world_size == 1:
             return x
         return ops.all_gather(x, TOKENS, group=group, grad=self.grad, codec=self.codec, grad_codec=self.grad_codec)
 
 
+@dataclass
+class SequencePlan:
+    """The layers of a decoder between which tokens are sharded, and the boundaries inside them."""
+
+    layers: list[nn.Module]
+    boundaries: list[Boundary]
+
+    @classmethod
+    def of(cls, model: nn.Module, resolved: Resolved, inputs: Call | None) -> SequencePlan:
+        """Find the layers and boundaries of a model; the model is not changed.
+
+        Args:
+            model: the full one.
+            resolved: its styles and attention blocks.
+            inputs: (args, kwargs) to run it with; None: sample inputs are made.
+
+        Raises:
+            PlanError: the model is no decoder, or no boundaries give what it computes.
+        """
+        modules = resolved.modules
+        layers = check_sequence(model, modules, [block.name for block in resolved.blocks])
+        styles = {modules[name]: style for name, style in resolved.styles.items()}
+        return cls(layers, _checked_boundaries(model, layers, styles, inputs))
+
+    def apply(self, settings: CutSettings) -> None:
+        """Shard the tokens in front of the first layer, gather them behind the last, and arrange the layers between.
+
+        The modules of the layers must be parallel layers already.
+        """
+        group, codec, grad_codec = settings.group, settings.codec, settings.grad_codec
+        first = next(module for module in self.layers[0].modules() if isinstance(module, ConvertedModule))
+        shard = ShardTokens(first, grad_codec)
+        inside = GatherTokens(first, "reduce", codec, grad_codec)
+        outside = GatherTokens(first, "split", codec, grad_codec)
+        for boundary in self.boundaries:
+            module = boundary.module
+            if boundary.kind == "summed":
+                names = tuple(name for name, p in module.named_parameters(recurse=False))
+                if not isinstance(module, ConvertedModule):
+                    convert(module, Summed, {}, group, summed=names)
+            elif boundary.kind == "scatter":
+                assert isinstance(module, RowParallelLinear)
+                module.sequence_parallel, module.sequence_dim = True, TOKENS
+            elif boundary.kind == "gather":
+                boundary.register_hooks(inside, shard)
+                for child in module.modules():
+                    if isinstance(child, ColumnParallelLinear):
+                        child.input_grad_summed = True
+            else:
+                CommonInside(module)
+                boundary.register_hooks(outside, shard)
+        for layer in self.layers:
+            BlockRandom(layer, group, at_once=True)
+        self.layers[0].register_forward_pre_hook(PreHook(shard), with_kwargs=True)
+        self.layers[-1].register_forward_hook(PostHook(outside))
+
+
 def check_sequence(model: nn.Module, modules: dict[str, nn.Module], blocks: list[str]) -> list[nn.Module]:
-    """Return the layers between which tokens are cut.
+    """Return the layers between which tokens are sharded.
+
+    Args:
+        model: the full one.
+        modules: all of it, by name.
+        blocks: the names of its attention blocks.
 
     Raises:
         PlanError: the model is no decoder of such layers.
@@ -70,7 +137,9 @@ def check_sequence(model: nn.Module, modules: dict[str, nn.Module], blocks: list
         raise PlanError(why + "its attention is not causal, or does not say so (is_causal)")
     layers = list(found[0])
     for layer in layers:
-        _check_layer(layer, why)
+        own = [name for name, _ in layer.named_parameters(recurse=False)]
+        if own:
+            raise PlanError(f"{why}{type(layer).__name__} has parameters of its own: {own}")
     return layers
 
 
@@ -82,23 +151,13 @@ def _inside(module: nn.Module, other: nn.Module) -> bool:
     return any(child is module for child in other.modules())
 
 
-def _check_layer(layer: nn.Module, why: str) -> None:
-    own = [name for name, _ in layer.named_parameters(recurse=False)]
-    if own:
-        raise PlanError(f"{why}{type(layer).__name__} has parameters of its own: {own}")
-
-
-def find_doors(
+def _checked_boundaries(
     model: nn.Module, layers: list[nn.Module], styles: dict[nn.Module, Style], inputs: Call | None
-) -> list[Door]:
-    """Return where tokens are gathered and cut again in the layers, as a run of the model has shown to be right.
-
-    Raises:
-        PlanError: there is no way that is.
-    """
+) -> list[Boundary]:
+    """The boundaries in the layers that a run of the model has shown to be right."""
     reasons = []
     for deep in (False, True):
-        found = [door for layer in layers for door in doors(layer, styles, deep=deep)]
+        found = [boundary for layer in layers for boundary in find_boundaries(layer, styles, deep=deep)]
         try:
             check_tokens(model, layers, found, inputs)
             return found
@@ -108,32 +167,3 @@ def find_doors(
         f"parallelize: sequence_parallel does not apply to {type(model).__name__}: its layers do not handle the tokens "
         f"[B, S, D] one by one: {reasons[0]}" + (f"; or: {reasons[1]}" if reasons[1] != reasons[0] else "")
     )
-
-
-def cut_sequence(layers: list[nn.Module], found: list[Door], group: Group, codec: str, grad_codec: str) -> None:
-    """Cut the tokens in front of the first layer, gather them behind the last, and arrange what is between."""
-    first = next(module for module in layers[0].modules() if isinstance(module, CutModule))
-    cut = CutTokens(first, grad_codec)
-    inside = GatherTokens(first, "reduce", codec, grad_codec)
-    outside = GatherTokens(first, "split", codec, grad_codec)
-    for door in found:
-        module = door.module
-        if door.kind == "summed":
-            names = tuple(name for name, p in module.named_parameters(recurse=False))
-            if not isinstance(module, CutModule):
-                cut_module(module, Summed, {}, group, summed=names)
-        elif door.kind == "scatter":
-            assert isinstance(module, Row)
-            module.sequence_parallel, module.sequence_dim = True, TOKENS
-        elif door.kind == "gather":
-            door.hang(inside, cut)
-            for child in module.modules():
-                if isinstance(child, Column):
-                    child.entered = True
-        else:
-            CommonInside(module)
-            door.hang(outside, cut)
-    for layer in layers:
-        BlockRandom(layer, group, at_once=True)
-    layers[0].register_forward_pre_hook(AtTheDoor(cut), with_kwargs=True)
-    layers[-1].register_forward_hook(BehindIt(outside))

@@ -1,9 +1,9 @@
-"""The doors of sequence parallel: where in a layer tokens are gathered, and where they are cut again.
+"""The boundaries of sequence parallel: the modules of a layer at which tokens are gathered or sharded again.
 
-gather     in front of column layers, which see all tokens; the rows behind them cut
+gather     in front of column layers, which take all tokens; the rows behind them scatter
 scatter    a row layer: its sums are scattered over the tokens
-whole      any other module with weights: it sees all tokens, and its result is cut
-summed     a norm: it sees this rank's tokens, so the gradients of its parameters are summed
+full       any other module with weights: it takes all tokens, and its result is sharded
+summed     a norm: it takes this rank's tokens, so the gradients of its parameters are summed
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from tpkernels.errors import PlanError
-from tpkernels.plan.styles.style import Style
+from tpkernels.plan.styles.base import Style
 
 HIDDEN = ("hidden_states", "x", "hidden_state", "inputs", "input")
-INSIDE = {"column": "column", "packed_column": "column", "row": "row", "sum_grad": "summed"}
 Change = Callable[[Tensor], Tensor]
 
 
-class AtTheDoor:
-    """A hook that changes the hidden states a module gets."""
+class PreHook:
+    """A forward pre-hook that changes the hidden states of a module's arguments."""
 
     def __init__(self, change: Change) -> None:
         self.change = change
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Change the first argument, or the keyword that stands for it, wherever the same tensor is given."""
+        """Change the first argument, or the keyword in its place, in every argument that is the same tensor.
+
+        Raises:
+            PlanError: there is no such tensor.
+        """
         found = args[0] if args else next((kwargs[name] for name in HIDDEN if name in kwargs), None)
         if not isinstance(found, Tensor):
             raise PlanError(f"sequence_parallel: {type(module).__name__} was called without hidden states")
@@ -38,14 +41,18 @@ class AtTheDoor:
         return tuple(changed if value is found else value for value in args), kwargs
 
 
-class BehindIt:
-    """A hook that changes the hidden states a module returns, alone or as the first of several things."""
+class PostHook:
+    """A forward hook that changes the hidden states a module returns, alone or as the first of a tuple or list."""
 
     def __init__(self, change: Change) -> None:
         self.change = change
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Change the output."""
+        """Change the output.
+
+        Raises:
+            PlanError: it has no hidden states.
+        """
         if isinstance(output, Tensor):
             return self.change(output)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -54,29 +61,38 @@ class BehindIt:
 
 
 @dataclass
-class Door:
-    """A module of a layer, and what becomes of tokens there."""
+class Boundary:
+    """A module of a layer, and the kind of boundary that it is: "gather", "scatter", "full" or "summed"."""
 
     module: nn.Module
     kind: str
 
-    def hang(self, gather: Change, cut: Change) -> list[Any]:
-        """Put hooks on the module that gather in front of it and cut behind it, as the kind says."""
+    def register_hooks(self, gather: Change, shard: Change) -> list[Any]:
+        """Register hooks that gather tokens in front of the module and shard them behind it, as the kind demands.
+
+        Args:
+            gather: [B, S / R, D] -> [B, S, D].
+            shard: its inverse.
+
+        Returns:
+            the handles of the hooks.
+        """
         handles = []
-        if self.kind in ("gather", "whole"):
-            handles.append(self.module.register_forward_pre_hook(AtTheDoor(gather), with_kwargs=True))
-        if self.kind in ("scatter", "whole"):
-            handles.append(self.module.register_forward_hook(BehindIt(cut)))
+        if self.kind in ("gather", "full"):
+            handles.append(self.module.register_forward_pre_hook(PreHook(gather), with_kwargs=True))
+        if self.kind in ("scatter", "full"):
+            handles.append(self.module.register_forward_hook(PostHook(shard)))
         return handles
 
 
-def doors(module: nn.Module, styles: dict[nn.Module, Style], *, deep: bool) -> Iterator[Door]:
-    """Return the doors of what lies inside of a layer.
+def find_boundaries(module: nn.Module, styles: dict[nn.Module, Style], *, deep: bool) -> Iterator[Boundary]:
+    """Return the boundaries inside a layer.
 
     Args:
-        module: the layer, or a module in it that is open.
+        module: the layer, or a module in it whose children are boundaries.
         styles: of the modules that have one.
-        deep: whether modules in which norms lie beside cut layers are opened, too; else they are whole.
+        deep: whether to look for boundaries inside modules with norms beside sharded layers, too; else these are
+            "full".
     """
     for child in module.children():
         holders = [m for m in child.modules() if any(True for _ in m.parameters(recurse=False))]
@@ -84,19 +100,19 @@ def doors(module: nn.Module, styles: dict[nn.Module, Style], *, deep: bool) -> I
         if not holders:
             continue
         if holders == [child] and kinds <= {"column", "row", "summed", "norm"}:
-            yield Door(child, {"column": "gather", "row": "scatter"}.get(kinds.pop(), "summed"))
+            yield Boundary(child, {"column": "gather", "row": "scatter"}.get(kinds.pop(), "summed"))
         elif "column" in kinds and kinds <= {"column", "row", "summed"} and child not in holders:
-            yield Door(child, "gather")
-            yield from (Door(m, "scatter") for m in holders if _kind(m, styles) == "row")
-        elif (kinds <= {"row", "norm"} or (deep and kinds <= {*INSIDE.values(), "norm"})) and child not in holders:
-            yield from doors(child, styles, deep=deep)
+            yield Boundary(child, "gather")
+            yield from (Boundary(m, "scatter") for m in holders if _kind(m, styles) == "row")
+        elif (kinds <= {"row", "norm"} or (deep and "other" not in kinds)) and child not in holders:
+            yield from find_boundaries(child, styles, deep=deep)
         else:
-            yield Door(child, "whole")
+            yield Boundary(child, "full")
 
 
 def _kind(module: nn.Module, styles: dict[nn.Module, Style]) -> str:
-    """What a module with parameters of its own is: a cut linear, a norm inside of heads, a norm, or something else."""
+    """The role of a module with parameters of its own: that of its style, else "norm" or "other"."""
     if module in styles:
-        return INSIDE.get(styles[module].name, "other")
+        return styles[module].role
     leaf = next(module.children(), None) is None
     return "norm" if leaf and not isinstance(module, (nn.Linear, nn.Embedding)) else "other"

@@ -1,4 +1,4 @@
-"""ALiBi: a bias for each head, made outside of the attention blocks for all heads and handed to each of them."""
+"""ALiBi: a bias for each head, computed outside of the attention blocks for all heads and passed to each block."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from tpkernels.errors import PlanError
 
 NAME = "alibi"
-OF_MPT = "position_bias"  # whose bias has 3 dims; T5's, which is made inside the blocks for the rank's heads, has 4
+OF_MPT = "position_bias"  # of 3 dims; that of T5, made inside the blocks for the rank's heads, has 4
 
 
-class OwnSlopes:
-    """A hook that gives an attention block its own heads' of a bias [N * heads, ...].
+class LocalAlibiSlopes:
+    """A pre-hook that replaces a bias [N * heads, ...] of an attention block by that of this rank's heads.
 
     Args:
         module: the block, whose forward has an argument `alibi`, or `position_bias` as that of MPT.
-        heads: how many of all ranks.
-        start, count: this rank's.
+        heads: the number of heads of all ranks.
+        start, count: the first head of this rank, and their number.
     """
 
     def __init__(self, module: nn.Module, heads: int, start: int, count: int) -> None:
@@ -29,7 +29,11 @@ class OwnSlopes:
         self.heads, self.start, self.count = heads, start, count
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Cut the argument, wherever it stands."""
+        """Replace the argument, positional or keyword.
+
+        Raises:
+            PlanError: it has not a bias for each head.
+        """
         if self.place < len(args):
             return (*args[: self.place], self._own(args[self.place]), *args[self.place + 1 :]), kwargs
         return args, kwargs | ({self.name: self._own(kwargs[self.name])} if self.name in kwargs else {})
@@ -47,5 +51,5 @@ class OwnSlopes:
 
 
 def takes_alibi(module: nn.Module) -> bool:
-    """Whether an attention block is handed such a bias."""
+    """Whether an attention block takes such a bias."""
     return not {NAME, OF_MPT}.isdisjoint(inspect.signature(type(module).forward).parameters)

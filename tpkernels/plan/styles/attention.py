@@ -1,39 +1,41 @@
-"""torch's own nn.MultiheadAttention, cut by whole heads: the style "multihead_attention".
+"""torch's own nn.MultiheadAttention, sharded by heads: the style "multihead_attention".
 
     query, key, value --(in_proj, this rank's heads)--> q, k, v --> softmax(q k^T + mask) v --(out_proj, a row)--> sum
 
-From outside the module is what it was: it takes whole inputs and masks and gives whole outputs and attention weights,
-and num_heads and embed_dim are those of the whole. Only its parameters are this rank's parts: in_proj_weight and
-in_proj_bias, which hold query, key and value one after the other, each cut by heads; q_proj_weight, k_proj_weight and
-v_proj_weight; bias_k and bias_v; and the columns of out_proj.weight.
+Arguments and results of the module stay: full inputs, masks, outputs and attention weights, and num_heads and embed_dim
+are the full numbers. Its parameters are this rank's shards: in_proj_weight and in_proj_bias, which hold query, key and
+value one after the other, each sharded by heads; q_proj_weight, k_proj_weight and v_proj_weight; bias_k and bias_v; and
+the columns of out_proj.weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tpkernels import ops
-from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.layers import rank_rng, sum_gradient, take_shard
 from tpkernels.layers.base import Cut, ParallelModule, gather
-from tpkernels.plan.styles.modules import CutModule, Row, Tied, cut_module, local_linear
-from tpkernels.plan.styles.style import Style
+from tpkernels.layers.convert import Tied, convert
+from tpkernels.layers.functions import local_linear
+from tpkernels.layers.linear import RowParallelLinear
+from tpkernels.plan.styles.base import CutSettings, Style
+from tpkernels.plan.styles.linear import RowStyle
 from tpkernels.shard import packed_runs, part_size, part_start
 
-STYLE = "multihead_attention"
 PACKED = ("in_proj_weight", "in_proj_bias")
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 BIASES = ("bias_k", "bias_v")
 WHERE = "nn.MultiheadAttention, cut by heads"
 
 
-class ByHeads(CutModule):
+class ByHeads(ParallelModule):
     """An nn.MultiheadAttention that computes this rank's heads; the ranks' outputs are summed."""
 
     embed_dim: int
@@ -51,7 +53,7 @@ class ByHeads(CutModule):
     in_proj_bias: Tensor | None
     bias_k: Tensor | None
     bias_v: Tensor | None
-    out_proj: Row
+    out_proj: RowParallelLinear
     grad_codec: str
 
     def forward(
@@ -65,7 +67,7 @@ class ByHeads(CutModule):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """What nn.MultiheadAttention gives for the same arguments, on every rank.
+        """Return the results of nn.MultiheadAttention for the same arguments, on every rank.
 
         need_weights sends the weights, [N, L, S] or [N, num_heads, L, S] of them; need_weights=False sends nothing.
 
@@ -186,7 +188,7 @@ class ByHeads(CutModule):
         return sum(found[1:], start=found[0]) if found else None
 
     def _summed(self, mask: Tensor) -> Tensor:
-        """A mask that is learned meets other heads on each rank."""
+        """A mask that is learned meets other heads on each rank, so its gradient is summed."""
         return sum_gradient(mask, group=self.group, grad_codec=self.grad_codec)[0]
 
     def _of_own_heads(self, mask: Tensor) -> Tensor:
@@ -203,11 +205,11 @@ class ByHeads(CutModule):
         return gather(weights, 1, self.num_heads, self.group)
 
     def _own_numbers(self, rate: float) -> AbstractContextManager[object]:
-        """Where attention drops something, each rank draws its own masks; behind it the ranks are in step again."""
+        """Each rank draws its own masks of attention; after it the generators of all ranks are in one state again."""
         return rank_rng(self.group) if rate > 0 and self.group.world_size > 1 else nullcontext()
 
     def extra_repr(self) -> str:
-        """Say how many heads there are, and how many of them this rank has."""
+        """Return the number of heads, and that of this rank."""
         rank, R = self._place
         mine = part_size(self.num_heads, R, rank)
         return f"{self.embed_dim}, num_heads={self.num_heads} (shard {mine}), rank={rank} of {R}"
@@ -246,44 +248,48 @@ def why_whole(module: nn.Module, *, plain: bool = False) -> str:
     return ""
 
 
-def settle(styles: dict[str, Style], modules: dict[str, nn.Module]) -> None:
-    """Check the modules that are to be cut by heads, and take the rules of their out_proj away: it goes with them.
-
-    Raises:
-        PlanError: one cannot be cut so, or its out_proj has a rule of its own.
-    """
-    for name in [n for n, style in styles.items() if style.name == STYLE]:
-        why = why_whole(modules[name])
-        if why:
-            raise PlanError(f"Plan: {name} cannot be cut as {STYLE!r}: {why}; give it 'replicate'")
-        own = styles.pop(f"{name}.out_proj", None)
-        if own is not None and own != Style("row"):
-            raise PlanError(f"Plan: {name}.out_proj is cut with its heads, as 'row'; its rule says {own.name!r}")
-
-
 def cuts_of_attention(module: nn.MultiheadAttention, R: int) -> dict[str, Cut]:
-    """Return how the parameters of a module are cut by heads: {name: Cut}."""
+    """Return how the parameters of a module are sharded by heads over R ranks: {name: Cut}."""
     E, unit = module.embed_dim, module.head_dim
     cuts = {name: Cut(0, 3 * E, 1, packed_runs([E] * 3, R, [unit] * 3)) for name in PACKED}
     cuts |= dict.fromkeys(SEPARATE, Cut(0, E, unit)) | dict.fromkeys(BIASES, Cut(2, E, unit))
     return {name: cut for name, cut in cuts.items() if module._parameters.get(name) is not None}
 
 
-def cut_attention(module: nn.MultiheadAttention, group: Group, codec: str, grad_codec: str, tied: Tied) -> None:
-    """Cut an nn.MultiheadAttention by heads, in place."""
-    cuts = cuts_of_attention(module, group.world_size)
-    out = {"weight": Cut(1, module.embed_dim, module.head_dim)}
-    cut_module(module, ByHeads, cuts, group, tied, grad_codec=grad_codec)
-    cut_module(
-        module.out_proj, Row, out, group, tied, codec=codec, grad_codec=grad_codec, transposed=False, random=None,
-        split_input=False, sequence_parallel=False, sequence_dim=1,
-    )  # fmt: skip
-    module.out_proj.in_features = module.out_proj.weight.size(1)
+class MultiheadAttentionStyle(Style):
+    """multihead_attention: an nn.MultiheadAttention sharded by heads, with its out_proj."""
+
+    name: ClassVar[str] = "multihead_attention"
+    covers_children: ClassVar[bool] = True
+
+    def refine(self, name: str, modules: dict[str, nn.Module], styles: dict[str, Style]) -> None:
+        """Check the module, and remove the rule of its out_proj.
+
+        Raises:
+            PlanError: it cannot be sharded by heads, or its out_proj has another rule than "row".
+        """
+        why = why_whole(modules[name])
+        if why:
+            raise PlanError(f"Plan: {name} cannot be cut as {self.name!r}: {why}; give it 'replicate'")
+        own = styles.pop(f"{name}.out_proj", None)
+        if own is not None and own != RowStyle():
+            raise PlanError(f"Plan: {name}.out_proj is cut with its heads, as 'row'; its rule says {own.name!r}")
+
+    def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
+        """Return the cut of the input projections."""
+        return next(iter(cuts_of_attention(cast(nn.MultiheadAttention, module), R).values()))
+
+    def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
+        """Shard the module and its out_proj by heads."""
+        attention, group = cast(nn.MultiheadAttention, module), settings.group
+        cuts = cuts_of_attention(attention, group.world_size)
+        convert(attention, ByHeads, cuts, group, tied, grad_codec=settings.grad_codec)
+        RowStyle().apply(attention.out_proj, Cut(1, attention.embed_dim, attention.head_dim), settings, tied)
 
 
 def leave_fast_paths(model: nn.Module) -> None:
-    """Let torch's encoders call their modules: in inference they would hand the weights, of which each rank has parts,
-    to a kernel of their own, and padded tokens as nested tensors."""
+    """Make torch's encoders call their modules: in inference they would pass the weights, which are sharded, to a
+    kernel of their own, and padded tokens as nested tensors."""
     for module in model.modules():
         if not any(isinstance(child, ParallelModule) for child in module.modules()):
             continue

@@ -1,9 +1,8 @@
-"""The experts of a mixture over the ranks, whole ones each: the style "expert".
+"""The experts of a mixture over the ranks, each on one rank: the style "expert".
 
-A module of experts is called with tokens, with the experts that each has chosen, and with the weights of its choices.
-On a rank it is called with the choices of its own experts alone, each a row with one choice: such a call is right
-whatever computes it (a loop over the experts, batched or grouped products, a kernel), and none of its rows is left
-unwritten.
+A module of experts is called with tokens, with the indices of the experts of each, and with their weights. On a rank it
+is called with the choices of its own experts alone, each a row with one choice: such a call is right with any
+implementation (a loop over the experts, batched or grouped products, a kernel), and none of its rows is left unwritten.
 
     rows = the (token, choice) pairs whose expert is on this rank             # P of T * k, on average P = T * k / R
     y = experts(x[rows.token], choice[rows] - first_expert, weight[rows])     # [P, D]
@@ -13,26 +12,27 @@ unwritten.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tpkernels import ops
-from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.layers import sum_gradient
-from tpkernels.layers.base import Cut
-from tpkernels.plan.styles.modules import CutModule, Summed, Tied, cut_module
+from tpkernels.layers.base import Cut, ParallelModule
+from tpkernels.layers.convert import Tied, convert
+from tpkernels.plan.styles.base import CutSettings, Style
+from tpkernels.plan.styles.replicated import SumGradStyle
 from tpkernels.shard import part_size, part_start
 
-# What the forwards of experts call the choices of the tokens and their weights, behind the tokens.
+# The names of the arguments of experts for the choices of the tokens and their weights, behind the tokens.
 CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
 
 class _Join(torch.autograd.Function):
-    """Forward: y. Backward: zeros for the other tensors too, so that this rank takes part in their collectives."""
+    """Forward: y. Backward: zeros for the other tensors too, so that this rank joins their collectives."""
 
     @staticmethod
     def forward(y: Tensor, *others: Tensor | None) -> Tensor:
@@ -47,8 +47,8 @@ class _Join(torch.autograd.Function):
         return grads[0], *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
-class Experts(CutModule):
-    """The experts of a mixture, whole ones on each rank: each token's weighted sum over its experts, over the ranks."""
+class Experts(ParallelModule):
+    """The experts of a mixture, some on each rank: each token's weighted sum over the experts of all ranks."""
 
     num_experts: int
     codec: str
@@ -60,8 +60,11 @@ class Experts(CutModule):
         """Return the sum over all ranks' experts, on every rank.
 
         Args:
-            args, kwargs: tokens [..., D], the experts that each has chosen [T, k] (numbers from 0 to those of all
-                ranks; a choice of none of them counts nothing), the weights of the choices [T, k].
+            args, kwargs: tokens [..., D], the indices of their experts [T, k] (over all ranks; one outside of them
+                adds nothing), the weights of the choices [T, k].
+
+        Raises:
+            ValueError: weights and choices have different shapes.
         """
         x, choices, given = (kwargs[n] if n in kwargs else args[i] for i, n in enumerate(self.names))
         if given.shape != choices.shape:
@@ -99,44 +102,59 @@ class Experts(CutModule):
 
 
 def _shapes_are_fixed() -> bool:
-    """Whether how many rows there are must not depend on values: while a graph is traced or captured."""
+    """Whether the number of rows must not depend on values: while a graph is traced or captured."""
     return is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def takes_choices(module: nn.Module) -> bool:
-    """Whether experts are called with the tokens, with which experts each has chosen, and with their weights."""
+    """Whether the module's forward takes tokens, the choices of each, and their weights."""
     names = tuple(inspect.signature(type(module).forward).parameters)
     return len(names) == 4 and names[2:] in CHOICES
 
 
-def cut_of_experts(name: str, module: nn.Module) -> Cut:
-    """Return how the parameters of experts are cut.
+class ExpertStyle(Style):
+    """expert: the experts of a mixture over the ranks, each on one rank."""
 
-    Raises:
-        PlanError: this is no module of experts as the style needs it.
-    """
-    count = getattr(module, "num_experts", None)
-    sizes = {p.size(0) for p in module.parameters(recurse=False)}
-    if not isinstance(count, int) or sizes != {count}:
-        raise PlanError(
-            f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
-            f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
-        )
-    if not takes_choices(module):
-        raise PlanError(f"Plan: style 'expert' of {name} needs a forward(tokens, top_k_index, top_k_weights)")
-    return Cut(0, count)
+    name: ClassVar[str] = "expert"
+    covers_children: ClassVar[bool] = True
 
+    def check(self, name: str, module: nn.Module, R: int) -> None:
+        """Raise PlanError unless the parameters hold the experts along dimension 0, and forward takes choices."""
+        count = getattr(module, "num_experts", None)
+        sizes = {p.size(0) for p in module.parameters(recurse=False)}
+        if not isinstance(count, int) or sizes != {count}:
+            raise PlanError(
+                f"Plan: style 'expert' of {name} needs a module whose parameters hold its num_experts experts along "
+                f"dimension 0, got num_experts={count} and sizes {sorted(sizes)}"
+            )
+        if not takes_choices(module):
+            raise PlanError(f"Plan: style 'expert' of {name} needs a forward(tokens, top_k_index, top_k_weights)")
 
-def cut_experts(module: nn.Module, cut: Cut, group: Group, codec: str, grad_codec: str, tied: Tied) -> None:
-    """Give each rank its experts, in place. What lies inside (a norm of their results) sees its rows only."""
-    R, rank = group.world_size, group.rank
-    inside = [m for m in module.modules() if m is not module and any(True for _ in m.parameters(recurse=False))]
-    for child in inside:
-        names = tuple(name for name, _ in child.named_parameters(recurse=False))
-        cut_module(child, Summed, {}, group, tied, summed=names)
-    cut_module(
-        module, Experts, {name: cut for name, _ in module.named_parameters(recurse=False)}, group, tied,
-        first_expert=part_start(cut.full_size, R, rank), codec=codec, grad_codec=grad_codec,
-        names=tuple(inspect.signature(type(module).forward).parameters)[1:4],
-    )  # fmt: skip
-    module.num_experts = part_size(cut.full_size, R, rank)  # type: ignore[assignment]
+    def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
+        """Return the cut of the experts."""
+        return Cut(0, int(module.num_experts))  # type: ignore[arg-type]
+
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
+        """Return the cut of every parameter: that of the experts."""
+        assert cut is not None
+        return {name: cut for name, _ in module.named_parameters(recurse=False)}
+
+    def local_sizes(self, module: nn.Module, cut: Cut | None, R: int, rank: int) -> dict[str, int]:
+        """Return this rank's number of experts."""
+        assert cut is not None
+        return {"num_experts": part_size(cut.full_size, R, rank)}
+
+    def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
+        """Keep this rank's experts. A module inside (a norm of their results) gets its rows only."""
+        assert cut is not None
+        group = settings.group
+        inside = [m for m in module.modules() if m is not module and any(True for _ in m.parameters(recurse=False))]
+        for child in inside:
+            SumGradStyle().apply(child, None, settings, tied)
+        convert(
+            module, Experts, self.parameter_cuts(module, cut), group, tied,
+            first_expert=part_start(cut.full_size, group.world_size, group.rank),
+            codec=settings.codec, grad_codec=settings.grad_codec,
+            names=tuple(inspect.signature(type(module).forward).parameters)[1:4],
+        )  # fmt: skip
+        self._set_local_sizes(module, cut, group)

@@ -2,9 +2,9 @@
 
     x --(identity; backward: all_reduce)--> x' --> q(x'), k(x'), v(x')
 
-Each column layer by itself would sum its own part of the gradient of x over the ranks. What is summed together is found
-by the tensor and not by its name: only layers that were handed one and the same tensor, within one call of the module
-around them, share. Everything else that uses x goes on seeing x. Under torch.compile every layer sums by itself.
+Each column layer by itself would sum its own part of the gradient of x over the ranks. Inputs are compared by tensor
+and not by name: layers share the sum if they get one and the same tensor within one call of the module around them. All
+other users of x get x. Under torch.compile every layer sums by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tpkernels.comm.group import Group
-from tpkernels.layers import sum_gradient
+
+from .functions import sum_gradient
 
 
 class SharedInput:
@@ -23,17 +24,22 @@ class SharedInput:
 
     def __init__(self, grad_codec: str) -> None:
         self.grad_codec = grad_codec
-        # (what a layer was handed, its version, what it uses); nothing is kept between calls
+        # (the input of a layer, its version, the tensor that replaces it); empty between calls
         self._seen: list[tuple[Tensor, int, Tensor]] | None = None
 
     def enter(self, x: Tensor, group: Group) -> Tensor | None:
-        """Return x with a gradient that is summed over the ranks, the same tensor for the same x; None outside.
+        """Return x with a gradient that is summed over the ranks, the same tensor for the same x.
 
-        The group is that of the layer that asks.
+        Args:
+            x: the input of a column layer, replicated.
+            group: of that layer.
+
+        Returns:
+            None outside a call of the module around.
         """
         if self._seen is None:
             return None
-        version = 0 if x.is_inference() else x._version  # of one modified in place since, the gradient is another
+        version = 0 if x.is_inference() else x._version  # after a change in place its gradient is another
         for seen, at, entered in self._seen:
             if seen is x and at == version:
                 return entered
@@ -42,10 +48,10 @@ class SharedInput:
         return entered
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Hook in front of the module."""
+        """Pre-hook of the module around."""
         if not is_compiling():
             self._seen = []
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook behind it, also when it raised."""
+        """Hook of the module around, also when it raised."""
         self._seen = None

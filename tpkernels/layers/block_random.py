@@ -1,20 +1,20 @@
-"""Random numbers of a cut model: each rank draws its own where tensors are cut, and all draw the same elsewhere.
+"""Random numbers of a sharded model: each rank's own where activations are sharded, the same on all ranks elsewhere.
 
-    what is drawn                                                             numbers
+    what is drawn                                                                   numbers
     masks of attention, of hidden units and of all between a column layer
-        and the row layer behind it; whatever a rank's experts draw           the rank's own
-    dropouts of embeddings, residuals, classifiers; all else that is whole    common
-    what is whole inside of a block (style "replicate" of an nn.Dropout, set
-        by derived plans; dropouts in front of an adapter's first linear)     common
-    between the blocks under sequence parallel: masks of the rank's tokens    the rank's own
-    modules that see all tokens there                                         common
+        and the row layer behind it; all that a rank's experts draw                 the rank's own
+    dropouts of embeddings, residuals, classifiers; all else that is replicated     common
+    replicated features inside a block (style "common" of an nn.Dropout, set
+        by derived plans; dropouts in front of an adapter's first linear)           common
+    between the blocks under sequence parallel: masks of the rank's tokens          the rank's own
+    modules that take all tokens there                                              common
 
-There is one generator for each device, the default one, which is in one of two states. A rank goes over to its own
-numbers by drawing one common number, from which, with the rank, its own generator is seeded (layers/random.py); it goes
-back to the common state behind that draw, however much it has drawn. Column layers go over, once or several times, row
-layers go back, and so does the end of the module around both, whatever happened in it: an error, a column layer without
-a row layer behind it, a recomputation that stops early. Where nothing says that a block drops anything, its end looks
-at the generators instead, and brings them in step if something was drawn after all.
+There is one generator for each device, the default one, which is in one of two states. A rank switches to its own
+numbers by drawing one common number, from which, with the rank, its own generator is seeded (random.py); it switches
+back to the common state after that draw, however much it has drawn. Column layers switch to the rank's own numbers, row
+layers switch back, and so does the end of the module around both, in any case: after an error, after a column layer
+without a row layer behind it, after a recomputation that stops early. Where no attribute of a block is a rate of
+dropout, its end compares the states of the generators, and aligns them if a number was drawn after all.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from torch.compiler import is_compiling
 from torch.nn.modules.dropout import _DropoutNd
 
 from tpkernels.comm.group import Group
-from tpkernels.layers.random import next_state, rng_state, same_state, seed_for_rank, set_rng_state
+
+from .random import next_state, rng_state, same_state, seed_for_rank, set_rng_state
+from .reference import Ref
 
 
 class _Now(threading.local):
-    """Where this thread is: the generators are the thread's only while it runs a model."""
+    """The state of this thread: the generators are its own only while it runs a model."""
 
     common: dict[str, Tensor] | None = None  # the common state, while the numbers are the rank's own
     depth = 0  # how many stretches are open
@@ -46,7 +48,7 @@ NOW = _Now()
 
 @contextmanager
 def common_numbers() -> Iterator[None]:
-    """Draw what all ranks draw, also inside a stretch of the rank's own numbers."""
+    """Draw from the common numbers, also inside a stretch of the rank's own."""
     before, mine = NOW.common, None if NOW.common is None else rng_state()
     if before is not None:
         set_rng_state(before)
@@ -60,17 +62,17 @@ def common_numbers() -> Iterator[None]:
 
 
 class BlockRandom:
-    """The stretches of one module in which numbers are the rank's own.
+    """The stretches of one module in which random numbers are the rank's own.
 
     Args:
-        block: around all that is cut. Nothing in it is drawn for the rank outside of its forward.
-        at_once: go over at its beginning, not at its first column layer.
+        block: around the sharded modules. Numbers are the rank's own inside its forward only.
+        group: of the ranks.
+        at_once: begin the stretch with the block, not with its first column layer.
     """
 
     def __init__(self, block: nn.Module, group: Group, *, at_once: bool = False) -> None:
-        self._block = [block]  # in a list: a reference, and no child of anything
-        self._group, self._at_once = group, at_once
-        self._mine = False  # whether this one went over to the rank's own numbers
+        self._block, self._group, self._at_once = Ref(block), group, at_once
+        self._mine = False  # whether this one began the stretch that is open
         self._watched: dict[str, Tensor] | None = None
         self._runs = False
         self._drops, self._rates = False, rate_names(block)
@@ -97,16 +99,16 @@ class BlockRandom:
             NOW.depth -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRandom:
-        """A copy of the block has a stretch of its own; a copy of a layer in it goes on in the one it came from."""
-        block = memo.get(id(self._block[0]))
+        """A copy of the block has a stretch of its own; a copy of a layer in it shares that of the original."""
+        block = memo.get(id(self._block.target))
         if block is None:
             return self
         memo[id(self)] = again = copy(self)  # the hooks of the copied block become its methods
-        again._block = [block]
+        again._block = Ref(block)
         return again
 
     def enter(self, group: Group) -> None:
-        """Go over to this rank's own numbers, if the block drops anything; nothing where they are its own already."""
+        """Switch to this rank's own numbers, if the block has dropouts and they are not its own already."""
         if NOW.common is not None or self._watched is not None or not (self._runs or _recomputes()):
             return
         if self._drops:
@@ -115,7 +117,7 @@ class BlockRandom:
             self._watched = rng_state()
 
     def leave(self) -> None:
-        """Go back to the common numbers."""
+        """Switch back to the common numbers."""
         if self._mine and NOW.common is not None:
             set_rng_state(NOW.common)
             NOW.common, self._mine = None, False
@@ -126,7 +128,7 @@ class BlockRandom:
 
 
 class CommonInside:
-    """Hooks around a module that sees whole tensors inside a stretch of the rank's own numbers."""
+    """Hooks around a module that takes all tokens inside a stretch of the rank's own numbers."""
 
     def __init__(self, module: nn.Module) -> None:
         self._open: list[Any] = []
