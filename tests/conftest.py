@@ -20,12 +20,15 @@ SHM = "/dev/shm"
 
 @pytest.fixture
 def nothing_is_left_in_shared_memory() -> Iterator[None]:
-    before = set(os.listdir(SHM))
+    def files() -> set[str]:
+        return {name for name in os.listdir(SHM) if "tpk" in name}
+
+    before = files()
     yield
     deadline = time.monotonic() + 5.0
-    while (left := set(os.listdir(SHM)) - before) and time.monotonic() < deadline:
-        time.sleep(0.1)  # between two looks: files of other programs come and go
-    assert not [name for name in left if "tpk" in name or "tpkernels" in name], left
+    while (left := files() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)  # files of other programs appear and vanish
+    assert not left
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import tpkernels as tpk
 from tests.harness.ops import raised, run_at
+from tests.harness.ranks import DEVICES
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
@@ -97,6 +98,12 @@ def assert_both_sides(every: list[dict[str, str]]) -> None:
 @pytest.mark.parametrize("R", [2, 3])
 def test_ranks_that_disagree_all_get_an_error_with_both_sides_and_can_go_on(transport: str, R: int) -> None:
     assert_both_sides(run_at("cpu", check_disagreements, R, transport=transport, timeout_s=10.0))
+
+
+@pytest.mark.parametrize("place", DEVICES)
+@pytest.mark.parametrize("R", [2, 3])
+def test_devices_that_disagree_all_get_an_error_with_both_sides_and_can_go_on(R: int, place: str) -> None:
+    assert_both_sides(run_at(place, check_disagreements, R, timeout_s=10.0))
 
 
 def check_other_arguments_of_open() -> list[str]:

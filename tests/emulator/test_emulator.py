@@ -109,6 +109,7 @@ def test_names_and_counts_are_read_from_ptx() -> None:
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", over_peers())
 def test_ptx_of_a_kernel_over_peers_has_the_flags_it_had(name: str) -> None:
     release = nvcc_release()

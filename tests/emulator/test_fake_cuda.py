@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from tests.harness.op_calls import op_calls
 from tests.harness.ops import describe
-from tests.ops.test_opcheck_compile import op_calls
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.testing.case import Case, Sizes

@@ -1,10 +1,9 @@
-"""The bodies of the op and layer tests where ranks are devices: emulated ones here, GPUs where there are some."""
+"""Bits and paths of ops where ranks are devices: emulated ones here, GPUs where there are some."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from tests.harness.ops import FLOATS, INTEGERS, check_forward, digest, is_device, run_at, there
 from tests.harness.places import PLACES, open_beside
-from tests.layers import test_layers_parity
-from tests.ops import test_collectives, test_fused_gemm, test_norm, test_vocab
-from tests.train.test_gpt import check_parity
+from tests.harness.ranks import DEVICES
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part
@@ -30,91 +27,7 @@ from tpkernels.testing.cases import (
     VOCAB_EMBEDDING,
 )
 
-DEVICES = ("emu", "virtual", "real")
 ON_DEVICES = pytest.mark.parametrize("place", DEVICES)
-
-Check = Callable[..., Any]
-# Each with the numbers of ranks that are worth its time.
-BODIES: list[tuple[Check, tuple[int, ...]]] = [
-    (test_collectives.check_every_dtype_and_op, (1, 3)),
-    (test_collectives.check_integers_in_floats_are_exact, (2, 4)),
-    (test_collectives.check_codecs_stay_within_their_bound, (2, 3)),
-    (test_collectives.check_any_strides, (2, 3)),
-    (test_collectives.check_what_lies_in_the_arena, (2, 3, 4)),
-    (test_collectives.check_in_place, (1, 3)),
-    (test_collectives.check_gather_of_any_sizes_and_dtypes, (1, 2, 4)),
-    (test_collectives.check_nan_and_infinity_are_never_hidden, (2,)),
-    (test_collectives.check_codecs_keep_large_and_small_values, (1, 3)),
-    (test_fused_gemm.check_forward_of_every_shape, (1, 2, 4)),
-    (test_fused_gemm.check_gradients_of_every_shape, (1, 3)),
-    (test_fused_gemm.check_codecs, (2, 3)),
-    (test_fused_gemm.check_the_three_gemms_agree_bit_for_bit, (2, 3)),
-    (test_fused_gemm.check_any_strides, (1, 3)),
-    (test_fused_gemm.check_only_wanted_gradients, (3,)),
-    (test_fused_gemm.check_what_is_kept_for_the_backward, (2,)),
-    (test_fused_gemm.check_autocast, (2,)),
-    (test_fused_gemm.check_explicit_sizes, (2, 4)),
-    (test_vocab.check_every_shape_and_dtype, (1, 3)),
-    (test_vocab.check_any_cut, (1, 3)),
-    (test_vocab.check_ignored_tokens, (3,)),
-    (test_vocab.check_extreme_logits, (3,)),
-    (test_vocab.check_wrong_ids_are_named, (1, 3)),
-    (test_vocab.check_bf16_logits_are_summed_in_fp32, (2,)),
-    (test_norm.check_every_shape_dtype_and_codec, (3,)),
-    (test_norm.check_residual_out_is_the_all_reduce_and_the_add, (1, 2)),
-    (test_norm.check_any_strides, (3,)),
-    (test_norm.check_one_output_alone_has_a_gradient, (3,)),
-    (test_norm.check_nan_and_infinity_stay_in_their_row, (3,)),
-    (test_norm.check_what_lies_in_the_arena, (1, 3)),
-    (test_norm.check_autocast_takes_the_widest_dtype, (2,)),
-    (test_layers_parity.check_column_parallel, (1, 2)),
-    (test_layers_parity.check_column_parallel_on_sequence_shards, (3,)),
-    (test_layers_parity.check_row_parallel, (1, 3)),
-    (test_layers_parity.check_row_parallel_to_sequence_shards, (2,)),
-    (test_layers_parity.check_embedding, (3,)),
-    (test_layers_parity.check_take_shard_and_sum_gradient, (2, 4)),
-    (test_layers_parity.check_cross_entropy, (3,)),
-    (test_layers_parity.check_norms_on_sequence_shards, (3,)),
-    (test_layers_parity.check_mlp, (2, 4)),
-    (test_layers_parity.check_block, (1, 2, 3)),
-    (test_layers_parity.check_a_block_in_fp32_keeps_the_ranks_alike, (2,)),
-    (test_layers_parity.check_one_step_is_the_same_for_ranks_without_tokens, (3,)),
-]
-RUNS = [
-    pytest.param(body, R, id=f"{body.__module__.removeprefix('test_')}-{body.__name__.removeprefix('check_')}-{R}")
-    for body, ranks in BODIES
-    for R in ranks
-]
-
-
-@ON_DEVICES
-@pytest.mark.parametrize(("body", "R"), RUNS)
-def test_devices_do_what_processes_do(body: Check, R: int, place: str) -> None:
-    run_at(place, body, R)
-
-
-@ON_DEVICES
-@pytest.mark.parametrize(("R", "sequence_parallel"), [(1, False), (2, True), (3, False), (4, True)])
-def test_a_gpt_on_devices_equals_the_uncut_one(R: int, sequence_parallel: bool, place: str) -> None:
-    run_at(place, check_parity, R, sequence_parallel)
-
-
-THROUGH_A_GROUP = (
-    test_collectives.check_integers_in_floats_are_exact,
-    test_collectives.check_codecs_stay_within_their_bound,
-    test_collectives.check_gather_of_any_sizes_and_dtypes,
-    test_fused_gemm.check_codecs,
-    test_vocab.check_any_cut,
-    test_norm.check_residual_out_is_the_all_reduce_and_the_add,
-    test_layers_parity.check_block,
-)
-
-
-@pytest.mark.parametrize("place", ["emu", "real"])
-@pytest.mark.parametrize("body", THROUGH_A_GROUP, ids=lambda body: body.__name__.removeprefix("check_"))
-def test_devices_that_exchange_through_a_process_group_do_the_same(body: Check, place: str) -> None:
-    run_at(place, body, 3, transport="group")
-
 
 # --- bits
 

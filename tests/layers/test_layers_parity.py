@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from tests.harness.layers import F64, assert_close, assert_equal, assert_same_step, integers, leaf, make_integer, mine
-from tests.harness.ops import ALONE, Drawn, on_cpu
+from tests.harness.ops import ALONE, Drawn
+from tests.harness.ranks import Run, on_devices, on_processes, on_ranks
 from tpkernels import layers, ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import shard_info, split
 from tpkernels.testing import run_ranks
-
-RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 
 
 def assert_replicated_gradients_have_the_same_bits(module: nn.Module, group: Group) -> None:
@@ -32,6 +29,7 @@ def assert_replicated_gradients_have_the_same_bits(module: nn.Module, group: Gro
 # Linear layers: integers in floats, so everything is compared with torch.equal.
 
 
+@on_ranks(1, 2, 3, 4, devices=(1, 2))
 def check_column_parallel(group: Group) -> None:
     for bias, gather_output, N, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if N % unit:
@@ -49,6 +47,7 @@ def check_column_parallel(group: Group) -> None:
         assert_same_step(layer, reference, exact=True)
 
 
+@on_ranks(1, 2, 3, 4, devices=(3,))
 def check_column_parallel_on_sequence_shards(group: Group) -> None:
     for dim, tokens, gather_output in itertools.product((0, 1, -2), (8, 5), (True, False)):
         reference = make_integer(nn.Linear(6, 7, dtype=F64))
@@ -69,6 +68,7 @@ def check_column_parallel_on_sequence_shards(group: Group) -> None:
         assert_same_step(layer, reference, exact=True)
 
 
+@on_ranks(1, 2, 3, 4, devices=(1, 3))
 def check_row_parallel(group: Group) -> None:
     for bias, parallel, K, unit in itertools.product((True, False), (True, False), (8, 7, 12, 3), (1, 4)):
         if K % unit:
@@ -88,6 +88,7 @@ def check_row_parallel(group: Group) -> None:
         assert_same_step(layer, reference, exact=True)
 
 
+@on_ranks(1, 2, 3, 4, devices=(2,))
 def check_row_parallel_to_sequence_shards(group: Group) -> None:
     for dim, tokens, parallel in itertools.product((0, 1, -2), (8, 5), (True, False)):
         reference = make_integer(nn.Linear(7, 6, dtype=F64))
@@ -108,6 +109,7 @@ def check_row_parallel_to_sequence_shards(group: Group) -> None:
         assert_same_step(layer, reference, exact=True)
 
 
+@on_ranks(1, 2, 3, 4, devices=(3,))
 def check_embedding(group: Group) -> None:
     for vocab, padding, sequence_dim in itertools.product((12, 11, 3), (None, 0, -1), (None, 0, 1)):
         reference = make_integer(nn.Embedding(vocab, 4, padding_idx=padding, dtype=F64))
@@ -124,6 +126,7 @@ def check_embedding(group: Group) -> None:
         assert_same_step(layer, reference, exact=True)
 
 
+@on_ranks(1, 2, 3, 4, devices=(2, 4))
 def check_take_shard_and_sum_gradient(group: Group) -> None:
     x = integers(5, 6, seed=1)
     weight = integers(6, seed=2)
@@ -139,26 +142,10 @@ def check_take_shard_and_sum_gradient(group: Group) -> None:
     assert_equal(w_ours.grad, w_theirs.grad, "dw")
 
 
-@RANKS
-@pytest.mark.parametrize(
-    "check",
-    [
-        check_column_parallel,
-        check_column_parallel_on_sequence_shards,
-        check_row_parallel,
-        check_row_parallel_to_sequence_shards,
-        check_embedding,
-        check_take_shard_and_sum_gradient,
-    ],
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
-def test_a_layer_equals_its_unsharded_module_bit_for_bit_on_integers(check: Callable[[Group], None], R: int) -> None:
-    on_cpu(check, R)
-
-
 # Loss and norms: rounding differs, so the bound is that of fp64 sums.
 
 
+@on_ranks(1, 2, 3, 4, devices=(3,))
 def check_cross_entropy(group: Group) -> None:
     drawn = Drawn(group)
     for vocab, smoothing, reduction in itertools.product((12, 11), (0.0, 0.1), ("none", "mean", "sum")):
@@ -180,6 +167,7 @@ def check_cross_entropy(group: Group) -> None:
     assert none.isnan(), "the mean over no token is NaN, as in torch"
 
 
+@on_ranks(1, 2, 3, 4, devices=(3,))
 def check_norms_on_sequence_shards(group: Group) -> None:
     drawn = Drawn(group)
     modules = [
@@ -204,12 +192,6 @@ def check_norms_on_sequence_shards(group: Group) -> None:
         assert_close(ours.grad, mine(theirs.grad, 0, group) if cut else theirs.grad, "dx")
         assert_replicated_gradients_have_the_same_bits(layer, group)
         assert_same_step(layer, reference, exact=False)
-
-
-@RANKS
-@pytest.mark.parametrize("check", [check_cross_entropy, check_norms_on_sequence_shards], ids=["loss", "norms"])
-def test_loss_and_norms_equal_their_unsharded_modules_in_fp64(check: Callable[[Group], None], R: int) -> None:
-    on_cpu(check, R)
 
 
 # Compositions.
@@ -239,6 +221,7 @@ def check_mlp_in_a_mesh() -> None:
         check_mlp(Group.open((mesh, dim)))
 
 
+@on_ranks(1, 2, 3, 4, devices=(2, 4))
 def check_mlp(group: Group) -> None:
     for cut, dim in ((False, 0), (True, 0), (True, 1)):
         reference = make_integer(Mlp())
@@ -313,6 +296,7 @@ def first_block() -> Block:
         return Block()
 
 
+@on_ranks(1, 2, 3, devices=(1, 2, 3), exchanging=(3,))
 def check_block(group: Group) -> None:
     if group.world_size > Block.HEADS:
         return
@@ -331,6 +315,7 @@ def check_block(group: Group) -> None:
         assert_same_step(model, reference, exact=False, terms=4096)
 
 
+@on_ranks(2, 3, devices=(2,))
 def check_a_block_in_fp32_keeps_the_ranks_alike(group: Group) -> None:
     for cut in (False, True):
         model = first_block().parallel(group, sequence_parallel=cut, sequence_dim=1).float()
@@ -340,25 +325,11 @@ def check_a_block_in_fp32_keeps_the_ranks_alike(group: Group) -> None:
         assert_replicated_gradients_have_the_same_bits(model, group)
 
 
-@RANKS
-def test_an_mlp_equals_the_unsharded_one_bit_for_bit_on_integers(R: int) -> None:
-    on_cpu(check_mlp, R)
-
-
 def test_an_mlp_over_one_dimension_of_a_mesh_equals_the_unsharded_one() -> None:
     run_ranks(check_mlp_in_a_mesh, 4)
 
 
-@pytest.mark.parametrize("R", [1, 2, 3])
-def test_a_block_of_attention_and_mlp_equals_the_unsharded_one_also_with_uneven_heads(R: int) -> None:
-    on_cpu(check_block, R)
-
-
-@pytest.mark.parametrize("R", [2, 3])
-def test_replicated_parameters_get_the_same_bits_on_all_ranks_in_fp32(R: int) -> None:
-    on_cpu(check_a_block_in_fp32_keeps_the_ranks_alike, R)
-
-
+@on_ranks(3, devices=(3,))
 def check_one_step_is_the_same_for_ranks_without_tokens(group: Group) -> None:
     reference = make_integer(Mlp())
     assert isinstance(reference, Mlp)
@@ -373,5 +344,11 @@ def check_one_step_is_the_same_for_ranks_without_tokens(group: Group) -> None:
     assert_same_step(model, reference, exact=True)
 
 
-def test_ranks_that_hold_no_token_take_part_in_a_step() -> None:
-    on_cpu(check_one_step_is_the_same_for_ranks_without_tokens, 3)
+@on_processes(globals())
+def test_a_layer_equals_its_unsharded_module(run: Run) -> None:
+    run()
+
+
+@on_devices(globals())
+def test_a_layer_on_devices_equals_its_unsharded_module(run: Run) -> None:
+    run()

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.harness.ops import FLOATS, INTEGERS, assert_same_on_all_ranks, assert_within, check_forward, on_cpu, raised
+from tests.harness.ops import FLOATS, INTEGERS, assert_same_on_all_ranks, assert_within, check_forward, raised
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_devices, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part, part_sizes
@@ -38,6 +39,7 @@ def sizes(R: int, shape: str) -> Sizes:
     return Sizes(R=R, M=M, N=N, batch=batch, dim=dim)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_every_dtype_and_op(group: Group) -> None:
     for shape in SHAPES:
         s = sizes(group.world_size, shape)
@@ -51,6 +53,7 @@ def check_every_dtype_and_op(group: Group) -> None:
             check_forward(ALL_GATHER, replace(s, dtype=dtype), group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 4), exchanging=(3,))
 def check_integers_in_floats_are_exact(group: Group) -> None:
     for shape in SHAPES:
         for dtype in FLOATS:
@@ -58,6 +61,7 @@ def check_integers_in_floats_are_exact(group: Group) -> None:
                 check_forward(case, replace(sizes(group.world_size, shape), dtype=dtype, integers=True), group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3), exchanging=(3,))
 def check_codecs_stay_within_their_bound(group: Group) -> None:
     for shape in SHAPES:
         for codec in ("fp16", "bf16"):
@@ -71,6 +75,7 @@ def check_codecs_stay_within_their_bound(group: Group) -> None:
                 check_forward(REDUCE_SCATTER, replace(s, op="avg"), group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3))
 def check_any_strides(group: Group) -> None:
     R, rank = group.world_size, group.rank
     whole = torch.arange(R * 6 * 10, dtype=torch.float32).reshape(R, 6, 10)
@@ -90,6 +95,7 @@ def check_any_strides(group: Group) -> None:
             assert torch.equal(ops.all_gather(x, dim, group=group), torch.cat(views, dim)), (name, dim)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3, 4))
 def check_what_lies_in_the_arena(group: Group) -> None:
     R, rank = group.world_size, group.rank
     make = group.empty if group.transport in ("shm", "peer") else torch.empty
@@ -105,6 +111,7 @@ def check_what_lies_in_the_arena(group: Group) -> None:
         assert torch.equal(x, want)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_in_place(group: Group) -> None:
     R, rank = group.world_size, group.rank
     for dtype in (*FLOATS, torch.int32):
@@ -121,6 +128,7 @@ def check_in_place(group: Group) -> None:
     assert torch.equal(base[:, 1::2], torch.zeros(4, 3)), "only the view may change"
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 2, 4), exchanging=(3,))
 def check_gather_of_any_sizes_and_dtypes(group: Group) -> None:
     R, rank = group.world_size, group.rank
     dtypes = (torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.int16, torch.float64)
@@ -138,6 +146,7 @@ def check_gather_of_any_sizes_and_dtypes(group: Group) -> None:
     assert ops.all_gather(torch.ones(mine, 2), group=group, dim_size=n).shape == (n, 2)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2,))
 def check_nan_and_infinity_are_never_hidden(group: Group) -> None:
     last = group.world_size - 1
     for n in (5, 200_000):
@@ -158,6 +167,7 @@ def check_nan_and_infinity_are_never_hidden(group: Group) -> None:
                 assert not ops.all_reduce(x, group=group, codec=codec)[3].isfinite() or group.world_size == 1
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_codecs_keep_large_and_small_values(group: Group) -> None:
     for value in (333_824.0, 1e-6, 1e30, 3e-38):
         for codec, error in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
@@ -167,26 +177,14 @@ def check_codecs_keep_large_and_small_values(group: Group) -> None:
             assert_within(y, x.double(), bound, f"{codec} {value}")
 
 
-CHECKS = [
-    check_every_dtype_and_op,
-    check_integers_in_floats_are_exact,
-    check_codecs_stay_within_their_bound,
-    check_any_strides,
-    check_what_lies_in_the_arena,
-    check_in_place,
-    check_gather_of_any_sizes_and_dtypes,
-    check_nan_and_infinity_are_never_hidden,
-    check_codecs_keep_large_and_small_values,
-]
+@on_processes(globals())
+def test_collectives_equal_their_unsharded_program(run: Run) -> None:
+    run()
 
 
-@RANKS
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_collectives_equal_their_unsharded_program(check: Callable[[Group], None], transport: str, R: int) -> None:
-    if R == 1 and transport == "group":
-        return  # one rank has one kind of group, tested as "shm"
-    on_cpu(check, R, transport)
+@on_devices(globals())
+def test_collectives_of_devices_equal_their_unsharded_program(run: Run) -> None:
+    run()
 
 
 def check_a_hundred_megabytes() -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.harness.gemms import SHAPES, sizes
 from tests.harness.ops import assert_same_on_all_ranks, check_forward, check_gradient, on_cpu
-from tests.ops.test_fused_gemm import SHAPES, sizes
 from tpkernels._native import _C
 from tpkernels.comm.group import Group
 from tpkernels.testing.cases import GEMMS

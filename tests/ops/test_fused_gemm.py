@@ -5,38 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.harness.ops import FLOATS, assert_same_on_all_ranks, check_forward, check_gradient, on_cpu
+from tests.harness.gemms import SHAPES, sizes
+from tests.harness.ops import FLOATS, assert_same_on_all_ranks, check_forward, check_gradient
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_devices, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part
 from tpkernels.testing.case import Sizes
 from tpkernels.testing.cases import ALL_GATHER_GEMM, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMMS
 
-RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
-SHAPES = {  # M, N, K, batch, dim
-    "even": (12, 8, 24, (), 0),
-    "uneven": (7, 5, 11, (), 0),
-    "batch, cut tokens": (5, 6, 8, (2,), 1),
-    "batch, cut sequence": (3, 6, 9, (5, 2), 0),
-    "fewer than ranks": (2, 3, 2, (), 0),
-    "one": (1, 1, 1, (), 0),
-    "no tokens": (0, 5, 8, (), 0),
-    "no inputs": (4, 3, 0, (), 0),
-    "no outputs": (4, 0, 6, (), 0),
-    "into the arena": (130, 260, 65, (), 0),
-}
 
-
-def sizes(R: int, shape: str) -> Sizes:
-    M, N, K, batch, dim = SHAPES[shape]
-    return Sizes(R=R, M=M, N=N, K=K, batch=batch, dim=dim)
-
-
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 2, 4))
 def check_forward_of_every_shape(group: Group) -> None:
     for shape in SHAPES:
         for dtype in FLOATS:
@@ -47,6 +30,7 @@ def check_forward_of_every_shape(group: Group) -> None:
                         check_forward(case, s, group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_gradients_of_every_shape(group: Group) -> None:
     for shape in SHAPES:
         for dtype in FLOATS:
@@ -55,6 +39,7 @@ def check_gradients_of_every_shape(group: Group) -> None:
                     check_gradient(case, replace(sizes(group.world_size, shape), dtype=dtype, bias=bias), group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3), exchanging=(3,))
 def check_codecs(group: Group) -> None:
     for shape in ("even", "uneven", "batch, cut tokens", "into the arena", "no tokens"):
         for codec in ("fp16", "bf16"):
@@ -65,6 +50,7 @@ def check_codecs(group: Group) -> None:
                     check_gradient(case, s, group)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3))
 def check_the_three_gemms_agree_bit_for_bit(group: Group) -> None:
     R, rank = group.world_size, group.rank
     for dtype in FLOATS:
@@ -82,6 +68,7 @@ def check_the_three_gemms_agree_bit_for_bit(group: Group) -> None:
             assert torch.equal(gathered, again), s
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_any_strides(group: Group) -> None:
     R = group.world_size
     for dtype in FLOATS:
@@ -104,24 +91,7 @@ def check_any_strides(group: Group) -> None:
             assert torch.equal(ops.gemm_reduce_scatter(a, b, bias, group=group), part(want, 0, R, group.rank)), name
 
 
-CHECKS = [
-    check_forward_of_every_shape,
-    check_gradients_of_every_shape,
-    check_codecs,
-    check_the_three_gemms_agree_bit_for_bit,
-    check_any_strides,
-]
-
-
-@RANKS
-@pytest.mark.parametrize("transport", ["shm", "group"])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_sharded_gemms_equal_f_linear(check: Callable[[Group], None], transport: str, R: int) -> None:
-    if R == 1 and transport == "group":
-        return  # one rank has one kind of group, tested as "shm"
-    on_cpu(check, R, transport)
-
-
+@on_ranks(3, devices=(3,))
 def check_only_wanted_gradients(group: Group) -> None:
     for case in GEMMS:
         s = Sizes(R=group.world_size, M=7, N=5, K=11)
@@ -140,6 +110,7 @@ def check_only_wanted_gradients(group: Group) -> None:
                     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@on_ranks(3, devices=(2,))
 def check_what_is_kept_for_the_backward(group: Group) -> None:
     """A frozen weight needs x no more; a frozen input needs w no more."""
     kept: list[tuple[int, ...]] = []
@@ -157,6 +128,7 @@ def check_what_is_kept_for_the_backward(group: Group) -> None:
             assert kept == expected, (op.__name__, kept)
 
 
+@on_ranks(3, devices=(2,))
 def check_autocast(group: Group) -> None:
     x, w, bias = torch.randn(6, 8), torch.randn(4, 8), torch.randn(4)
     for op in (ops.gemm_all_reduce, ops.gemm_reduce_scatter, ops.all_gather_gemm, ops.replicated_gemm):
@@ -177,6 +149,7 @@ def check_autocast(group: Group) -> None:
         assert ops.all_reduce(x, group=group).dtype == torch.float32, "collectives are not cast"
 
 
+@on_ranks(3)
 def check_wire_bytes(group: Group) -> None:
     s = Sizes(R=group.world_size, M=256, N=512, K=64)
     for case in GEMMS:
@@ -187,16 +160,9 @@ def check_wire_bytes(group: Group) -> None:
             assert 0.99 * least <= found <= 1.05 * least + 256, (case.name, codec, found, least)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [check_only_wanted_gradients, check_what_is_kept_for_the_backward, check_autocast, check_wire_bytes],
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
-def test_sharded_gemms_on_three_ranks(check: Callable[[Group], None]) -> None:
-    on_cpu(check, 3)
-
-
+@on_ranks(2, 4, devices=(2, 4))
 def check_explicit_sizes(group: Group) -> None:
+    """An uneven gather asks the ranks for their sizes, or takes the one that is given."""
     R, rank = group.world_size, group.rank
     x = torch.arange(7 * 4.0).reshape(7, 4)
     w = torch.eye(4)
@@ -208,6 +174,11 @@ def check_explicit_sizes(group: Group) -> None:
         assert torch.equal(leaf.grad, torch.full_like(mine, R))
 
 
-@pytest.mark.parametrize("R", [2, 4])
-def test_an_uneven_gather_asks_the_ranks_or_takes_the_given_size(R: int) -> None:
-    on_cpu(check_explicit_sizes, R)
+@on_processes(globals())
+def test_sharded_gemms_equal_f_linear(run: Run) -> None:
+    run()
+
+
+@on_devices(globals())
+def test_sharded_gemms_of_devices_equal_f_linear(run: Run) -> None:
+    run()

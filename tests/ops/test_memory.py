@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness.layers import leaf
+from tests.harness.op_calls import op_calls, sizes
 from tests.harness.training import run
-from tests.ops.test_opcheck_compile import op_calls, sizes
 from tpkernels import layers, ops
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_

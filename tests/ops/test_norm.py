@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.harness.ops import FLOATS, Drawn, assert_same_on_all_ranks, check_forward, check_gradient, on_cpu
+from tests.harness.ops import FLOATS, Drawn, assert_same_on_all_ranks, check_forward, check_gradient
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_devices, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
 from tpkernels.testing.case import Sizes, unit
 from tpkernels.testing.cases import ALL_REDUCE_ADD_RMS_NORM
 
-RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 SHAPES = {  # M, N, batch
     "even": (6, 16, ()),
     "uneven": (7, 37, ()),
@@ -35,6 +35,7 @@ def norm_of(total: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
     return F.rms_norm(total.double(), (total.shape[-1],), weight.double(), eps)
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(3,))
 def check_every_shape_dtype_and_codec(group: Group) -> None:
     for M, N, batch in SHAPES.values():
         for dtype in FLOATS if M < 300 else FLOATS[:2]:
@@ -46,14 +47,7 @@ def check_every_shape_dtype_and_codec(group: Group) -> None:
                     check_gradient(ALL_REDUCE_ADD_RMS_NORM, s, group)
 
 
-@RANKS
-@pytest.mark.parametrize("transport", ["shm", "group"])
-def test_sum_add_and_norm_equal_the_unsharded_program(transport: str, R: int) -> None:
-    if R == 1 and transport == "group":
-        return  # one rank has one kind of group, tested as "shm"
-    on_cpu(check_every_shape_dtype_and_codec, R, transport)
-
-
+@on_ranks(1, 3, devices=(1, 2), exchanging=(3,))
 def check_residual_out_is_the_all_reduce_and_the_add(group: Group) -> None:
     """To the bit: the sum is rounded, then the residual is added and rounded."""
     for dtype in FLOATS:
@@ -68,6 +62,7 @@ def check_residual_out_is_the_all_reduce_and_the_add(group: Group) -> None:
             assert float(((y.double() - want).abs() - bound).max()) <= 0, (dtype, codec)
 
 
+@on_ranks(1, 3, devices=(3,))
 def check_any_strides(group: Group) -> None:
     R = group.world_size
     whole = torch.arange(60.0).reshape(6, 10)
@@ -89,6 +84,7 @@ def check_any_strides(group: Group) -> None:
         assert torch.equal(x.grad, residual.grad), name
 
 
+@on_ranks(1, 3, devices=(3,))
 def check_one_output_alone_has_a_gradient(group: Group) -> None:
     weight = torch.randn(8, requires_grad=True)
     for use in ((1, 0), (0, 1), (1, 1)):
@@ -114,6 +110,7 @@ def check_one_output_alone_has_a_gradient(group: Group) -> None:
     assert weight.grad.abs().sum() > 0
 
 
+@on_ranks(1, 3, devices=(3,))
 def check_nan_and_infinity_stay_in_their_row(group: Group) -> None:
     last = group.world_size - 1
     for bad in (math.nan, math.inf):
@@ -130,6 +127,7 @@ def check_nan_and_infinity_stay_in_their_row(group: Group) -> None:
     assert torch.equal(y, zeros)
 
 
+@on_ranks(1, 3)
 def check_the_step_of_the_dtype_is_the_default_eps(group: Group) -> None:
     for dtype in FLOATS:
         x = torch.full((2, 4), 1e-4 if group.rank == 0 else 0.0, dtype=dtype)
@@ -137,6 +135,7 @@ def check_the_step_of_the_dtype_is_the_default_eps(group: Group) -> None:
         torch.testing.assert_close(y, F.rms_norm(total, (4,)))
 
 
+@on_ranks(1, 3, devices=(2,))
 def check_autocast_takes_the_widest_dtype(group: Group) -> None:
     x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     residual, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
@@ -151,6 +150,7 @@ def check_autocast_takes_the_widest_dtype(group: Group) -> None:
         ops.all_reduce_add_rms_norm(x, residual, weight, group=group)
 
 
+@on_ranks(1, 3, devices=(1, 3))
 def check_what_lies_in_the_arena(group: Group) -> None:
     make = group.empty if group.transport in ("shm", "peer") else torch.empty
     x = make((30, 40), dtype=torch.float32)
@@ -163,6 +163,7 @@ def check_what_lies_in_the_arena(group: Group) -> None:
         assert torch.equal(a, b)
 
 
+@on_ranks(2)
 def check_one_collective_and_its_bytes(group: Group) -> None:
     sent = {}
     for codec in ("none", "fp16"):
@@ -175,27 +176,6 @@ def check_one_collective_and_its_bytes(group: Group) -> None:
         sent[codec] = stats["wire_bytes"]
         assert 0.99 * least <= sent[codec] <= 1.05 * least + 4096
     assert sent["fp16"] < 0.52 * sent["none"]
-
-
-CHECKS = [
-    check_residual_out_is_the_all_reduce_and_the_add,
-    check_any_strides,
-    check_one_output_alone_has_a_gradient,
-    check_nan_and_infinity_stay_in_their_row,
-    check_the_step_of_the_dtype_is_the_default_eps,
-    check_autocast_takes_the_widest_dtype,
-    check_what_lies_in_the_arena,
-]
-
-
-@pytest.mark.parametrize("R", [1, 3])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_add_and_norm(check: Callable[[Group], None], R: int) -> None:
-    on_cpu(check, R)
-
-
-def test_add_and_norm_cost_the_bytes_of_one_all_reduce() -> None:
-    on_cpu(check_one_collective_and_its_bytes, 2)
 
 
 def many_threads(threads: int) -> tuple[Tensor, ...]:
@@ -249,6 +229,7 @@ def test_the_squared_norm_shows_what_is_not_finite(bad: float) -> None:
             assert got.isnan() if math.isnan(bad) else got.isposinf()
 
 
+@on_ranks(2)
 def check_gradients_in_low_precision_keep_their_sum(group: Group) -> None:
     """The gradient of weight is a sum over many tokens: fp32 until its one rounding."""
     s = Sizes(R=group.world_size, M=3000, N=9, dtype=torch.bfloat16)
@@ -256,5 +237,11 @@ def check_gradients_in_low_precision_keep_their_sum(group: Group) -> None:
     check_gradient(ALL_REDUCE_ADD_RMS_NORM, replace(s, dtype=torch.float32), group)
 
 
-def test_gradients_in_low_precision_keep_their_sum() -> None:
-    on_cpu(check_gradients_in_low_precision_keep_their_sum, 2)
+@on_processes(globals())
+def test_sum_add_and_norm_equal_the_unsharded_program(run: Run) -> None:
+    run()
+
+
+@on_devices(globals())
+def test_sum_add_and_norm_of_devices_equal_the_unsharded_program(run: Run) -> None:
+    run()

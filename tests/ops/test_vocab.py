@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -17,9 +15,9 @@ from tests.harness.ops import (
     check_forward,
     check_gradient,
     is_device,
-    on_cpu,
     raised,
 )
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_devices, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part
@@ -27,7 +25,6 @@ from tpkernels.testing import run_ranks
 from tpkernels.testing.case import Sizes
 from tpkernels.testing.cases import VOCAB, VOCAB_CROSS_ENTROPY
 
-RANKS = pytest.mark.parametrize("R", [1, 2, 3, 4])
 SHAPES = {  # M, K, V, batch
     "even": (6, 8, 24, ()),
     "uneven": (9, 5, 17, ()),
@@ -39,6 +36,7 @@ SHAPES = {  # M, K, V, batch
 }
 
 
+@on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(1, 3))
 def check_every_shape_and_dtype(group: Group) -> None:
     for M, K, V, batch in SHAPES.values():
         for dtype in FLOATS:
@@ -50,14 +48,7 @@ def check_every_shape_and_dtype(group: Group) -> None:
                     check_gradient(case, s, group)
 
 
-@RANKS
-@pytest.mark.parametrize("transport", ["shm", "group"])
-def test_a_cut_vocabulary_equals_the_whole_one(transport: str, R: int) -> None:
-    if R == 1 and transport == "group":
-        return  # one rank has one kind of group, tested as "shm"
-    on_cpu(check_every_shape_and_dtype, R, transport)
-
-
+@on_ranks(1, 3, devices=(1, 3), exchanging=(3,))
 def check_any_cut(group: Group) -> None:
     """Not the cut of the rule: the last rank holds most, the first one or nothing."""
     R, rank = group.world_size, group.rank
@@ -83,6 +74,7 @@ def check_any_cut(group: Group) -> None:
     torch.testing.assert_close(cut.grad, whole.grad[:, start : start + counts[rank]])
 
 
+@on_ranks(1, 3, devices=(3,))
 def check_ignored_tokens(group: Group) -> None:
     R, rank = group.world_size, group.rank
     logits = Drawn(group).randn(6, 11)
@@ -101,6 +93,7 @@ def check_ignored_tokens(group: Group) -> None:
     assert torch.equal(ops.vocab_cross_entropy(part(logits, 1, R, rank), everything, group=group), torch.zeros(6))
 
 
+@on_ranks(1, 3, devices=(3,))
 def check_extreme_logits(group: Group) -> None:
     R, rank = group.world_size, group.rank
     logits = torch.zeros(4, 12)
@@ -119,6 +112,7 @@ def check_extreme_logits(group: Group) -> None:
     assert mine.grad[:3].isfinite().all()
 
 
+@on_ranks(1, 3, devices=(1, 3))
 def check_wrong_ids_are_named(group: Group) -> None:
     R, rank = group.world_size, group.rank
     table, logits = torch.randn(3, 4), torch.randn(2, 3)
@@ -133,16 +127,6 @@ def check_wrong_ids_are_named(group: Group) -> None:
             assert str(wrong) in text or is_device(group), text  # a device counts them
             assert f"{3 * R}" in text, text
     assert ops.all_gather(torch.tensor([rank]), group=group).tolist() == list(range(R)), "the group still works"
-
-
-@pytest.mark.parametrize(
-    "check",
-    [check_any_cut, check_ignored_tokens, check_extreme_logits, check_wrong_ids_are_named],
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
-@pytest.mark.parametrize("R", [1, 3])
-def test_vocabulary(check: Callable[[Group], None], R: int) -> None:
-    on_cpu(check, R)
 
 
 def measure_memory() -> None:
@@ -168,6 +152,7 @@ def test_no_rank_ever_holds_or_sends_logits_of_the_whole_vocabulary() -> None:
     run_ranks(measure_memory, 4, fresh=True)
 
 
+@on_ranks(2, devices=(2,))
 def check_bf16_logits_are_summed_in_fp32(group: Group) -> None:
     s = Sizes(R=group.world_size, M=4, V=4001, dtype=torch.bfloat16)
     loss = check_forward(VOCAB_CROSS_ENTROPY, s, group)
@@ -176,5 +161,11 @@ def check_bf16_logits_are_summed_in_fp32(group: Group) -> None:
     assert again.dtype == torch.float64
 
 
-def test_bf16_logits_are_summed_in_fp32() -> None:
-    on_cpu(check_bf16_logits_are_summed_in_fp32, 2)
+@on_processes(globals())
+def test_a_sharded_vocabulary_equals_the_full_one(run: Run) -> None:
+    run()
+
+
+@on_devices(globals())
+def test_a_vocabulary_sharded_over_devices_equals_the_full_one(run: Run) -> None:
+    run()

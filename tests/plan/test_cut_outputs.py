@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.harness.families import build
+from tests.harness.families import build, inputs
 from tests.harness.parallelize import close, ids, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
@@ -89,8 +89,6 @@ def of_decoders(group: Group) -> None:
 
 
 def of_other_families(group: Group) -> None:
-    from tests.plan.test_families import inputs
-
     for name, count in (("bert", 2), ("t5", 6), ("bart", 6), ("whisper", 6), ("vit", 2), ("deberta", 2), ("swin", 2)):
         if name == "swin" and group.world_size > 2:
             continue

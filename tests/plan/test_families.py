@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.harness.families import build
+from tests.harness.examples import torchrun
+from tests.harness.families import build, inputs, tokens
 from tests.harness.parallelize import close, compare_steps
-from tests.project.test_examples import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.plan.api import PlanError, parallelize
 from tpkernels.plan.derive.search import derive_plan
@@ -21,36 +20,6 @@ from tpkernels.testing import run_ranks
 MANY = ["bert", "t5", "vit", "clip", "llava", "home_made", "whisper"]
 FEW = ["roberta", "distilbert", "deberta", "modernbert", "bart", "qwen2_vl", "gpt2", "qwen3", "phi3", "gpt_neox"]
 FEW += ["interleaved", "odd_heads"]
-
-
-def tokens(length: int = 7, seed: int = 1) -> Tensor:
-    return torch.randint(3, 59, (2, length), generator=torch.Generator().manual_seed(seed))
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def inputs(family: str) -> dict[str, Any]:
-    """What the family is called with, labels included where it makes a loss of them."""
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 5:] = 0
-    images = {"pixel_values": noise(2, 3, 8, 8)}
-    picture = torch.cat((tokens(2), torch.full((2, 4), 60), tokens(3)), dim=1)
-    special: dict[str, dict[str, Any]] = {
-        "roberta": {"input_ids": tokens(), "attention_mask": mask, "labels": torch.tensor([0, 1])},
-        "t5": {"input_ids": tokens(), "attention_mask": mask, "labels": tokens(5, seed=3)},
-        "bart": {"input_ids": tokens(), "attention_mask": mask, "labels": tokens(5, seed=3)},
-        "whisper": {"input_features": noise(2, 8, 20), "labels": tokens(5)},
-        "vit": images | {"labels": torch.tensor([3, 1])},
-        "clip": images | {"input_ids": tokens(), "attention_mask": mask, "return_loss": True},
-        "llava": images | {"input_ids": picture, "labels": picture},
-        "qwen2_vl": {
-            "input_ids": picture, "labels": picture, "pixel_values": noise(8, 48),
-            "image_grid_thw": torch.tensor([[1, 2, 2]] * 2), "mm_token_type_ids": (picture == 60).int(),
-        },
-    }  # fmt: skip
-    return special.get(family, {"input_ids": tokens(), "attention_mask": mask, "labels": tokens()})
 
 
 def run(model: nn.Module, family: str) -> tuple[list[Tensor], Tensor]:

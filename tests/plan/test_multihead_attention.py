@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.harness.multihead import CAUSAL, E, L, N, S, made, normal
 from tests.harness.parallelize import close, compare_steps, part_of
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.plan.styles import attention
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
-
-N, L, S, E = 2, 5, 4, 12
 
 
 class Alone(nn.Module):
@@ -36,10 +34,6 @@ class Alone(nn.Module):
         return found
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def some(*shape: int) -> Tensor:
     """A bool mask that hides some keys from a query, and never all."""
     mask = normal(*shape, seed=9) > 0.5
@@ -47,7 +41,6 @@ def some(*shape: int) -> Tensor:
     return mask
 
 
-CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 # options of the module, shapes of the inputs (one shape: self-attention; two: keys are the values), arguments
 CASES: dict[str, tuple[dict[str, Any], list[tuple[int, ...]], dict[str, Any]]] = {
     "self": ({"batch_first": True, "heads": 4}, [(N, L, E)], {"need_weights": False}),
@@ -139,15 +132,6 @@ def check_autocast(group: Group, label: str) -> None:
     for want, got in zip(*found, strict=True):
         assert got.dtype == want.dtype, label
         close(got.float(), want.float(), f"{label}: autocast", 16 * torch.finfo(torch.bfloat16).eps)
-
-
-def made(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(2)
-    model = make().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
 
 
 def dropout_is_the_ranks_own(group: Group) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from tests.harness.multihead import CAUSAL, E, L, N, S, made, normal
 from tests.harness.parallelize import close, compare_steps, part_of
-from tests.plan.test_multihead_attention import CAUSAL, E, L, N, S, made, normal
 from tpkernels import checkpoint, parallelize
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import clip_grad_norm_

@@ -22,10 +22,13 @@ BUILD = ROOT / "build/cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 HOPPER = "fused_gemm_sm90.cu"  # for sm_90a alone
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("nvcc") is None or not (ROOT / "Makefile").exists(),
-    reason="needs nvcc on PATH and a checkout, to build build/cuda/_C_cuda.so",
-)
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(
+        shutil.which("nvcc") is None or not (ROOT / "Makefile").exists(),
+        reason="needs nvcc on PATH and a checkout, to build build/cuda/_C_cuda.so",
+    ),
+]
 
 
 def op_names() -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness.ops import ALONE, on_cpu
+from tests.harness.ops import ALONE, on_cpu, run_at
+from tests.harness.ranks import DEVICES
 from tpkernels.comm.group import Group
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
@@ -83,6 +84,12 @@ def check_generation() -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_loss_and_every_gradient_equal_those_of_the_uncut_model(R: int, sequence_parallel: bool) -> None:
     on_cpu(check_parity, R, "auto", sequence_parallel)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+@pytest.mark.parametrize(("R", "sequence_parallel"), [(1, False), (2, True), (3, False), (4, True)])
+def test_a_gpt_on_devices_equals_the_uncut_one(R: int, sequence_parallel: bool, place: str) -> None:
+    run_at(place, check_parity, R, sequence_parallel)
 
 
 def test_all_ranks_and_one_process_write_the_same_text() -> None:
