@@ -1,4 +1,4 @@
-"""Run the fenced `sh` and `python` blocks of a Markdown file, so that what it tells people to type is known to work.
+"""Run the fenced `sh` and `python` blocks of a Markdown file, so that its commands are known to work.
 
 Every such block runs, in order, in the current folder; bash stops at the first error. A comment right above a block
 changes that, and is the only thing that can:
