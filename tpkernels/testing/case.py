@@ -1,4 +1,4 @@
-"""What a Case is: an op as a plain program on unsharded tensors, and how its arguments are cut over the ranks.
+"""Case: an op as a plain program on unsharded tensors, and how its arguments are sharded over the ranks.
 
 A case is a plain torch program on unsharded tensors, and how its inputs and its output are cut over the ranks. From
 that follow what every rank passes, what it must get, and what its gradients must be. Its bound on the error comes from
@@ -38,7 +38,7 @@ CODEC_FLOOR = {"none": 0.0, "fp16": 2.0**-39, "bf16": 0.0, "int8": 1 / 252, "fp8
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a case is run with.
+    """The sizes, dtypes and ranks that a case is run with.
 
     Attributes:
         R: the number of ranks.
@@ -101,7 +101,7 @@ class Case:
         op: the public function.
         inputs: the unsharded arguments by name, in the order of the op's tensor arguments; None for an absent one.
         cuts: how each is cut.
-        program: what the op computes, from the unsharded arguments, differentiable.
+        program: computes the same from the unsharded arguments, differentiable.
         output_cut: how the result is cut.
         options: the keyword arguments of the op.
         terms: the number of additions in the longest sum.
@@ -138,7 +138,7 @@ class Case:
         return self.program(s, *(self.inputs(s) if whole is None else whole).values())
 
     def expected(self, s: Sizes, rank: int) -> Tensor:
-        """What the rank must get, in fp64."""
+        """The expected result of the rank, in fp64."""
         return present(shard(self.run(s), self.output_cut(s), s, rank, round_to=None))
 
     def bound(self, s: Sizes, rank: int) -> Tensor:
@@ -186,7 +186,7 @@ class Case:
 
 
 def floor_of(s: Sizes, magnitude: Tensor) -> float:
-    """What one packing loses whatever the value."""
+    """The absolute error of one packing."""
     return CODEC_FLOOR[s.codec] * float(magnitude.max()) if magnitude.numel() else 0.0
 
 
@@ -206,13 +206,21 @@ def absolute(x: Tensor | None) -> Tensor | None:
 
 
 def present(x: Tensor | None) -> Tensor:
-    """X, which is there."""
+    """Narrow the type of x, which is not None."""
     assert x is not None
     return x
 
 
 def shard(x: Tensor | None, cut: Cut, s: Sizes, rank: int, round_to: Any = "dtype") -> Tensor | None:
-    """Return the rank's part of x, in the dtype of the case; round_to=None leaves fp64."""
+    """Return the rank's shard of x.
+
+    Args:
+        x: unsharded; where `cut` is PARTIAL, the terms of all ranks, [R, ...].
+        cut: the dimension to shard, PARTIAL for the rank's term, or None for all of x.
+        s: sizes, with R ranks.
+        rank: which.
+        round_to: None keeps fp64; else the result has the dtype of the case.
+    """
     if x is None:
         return None
     if cut == PARTIAL:
