@@ -1,1 +1,1 @@
-"""Benchmarks: every number in README comes from here. `python -m bench.run --help` says how."""
+"""Benchmarks, the source of every number in README: see `python -m bench.run --help`."""

@@ -1,4 +1,4 @@
-"""What the ops are compared with: the plain ways to do the same with torch alone, written as a user would."""
+"""The baselines of the ops: the same with torch alone, written as a user would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cell of a table: one op at one size, its candidates, and what its numbers are worth."""
+"""A cell of a table: one op at one size, its candidates, and the bounds of their errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What one measurement compares.
+    """One measurement: the candidates that it compares.
 
     Args:
         sizes: those of bytes, M, N, K that mean something here.
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass
 class Setting:
-    """What the cells of one run share, on one rank: how they are asked for, and the groups they talk through."""
+    """The options and groups that the cells of one run share, on one rank."""
 
     rank: int
     world_size: int
@@ -77,7 +77,7 @@ class Setting:
         return {"codec": codec or self.codec, "transport": self.group(transport).transport, "path": path}
 
     def path(self, op: str, transport: str = "auto", **shape: int) -> str:
-        """What the chooser takes for this shape (the sizes of this rank)."""
+        """The path that the chooser takes for this shape (the sizes of this rank)."""
         return str(self.group(transport).explain(op, dtype=self.dtype, codec=self.codec, **shape).path)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Setting:
         return torch.randint(-1000, 1000, shape, generator=source, dtype=self.dtype)
 
     def pick(self, **makers: Callable[[], Candidate]) -> list[Candidate]:
-        """Make those candidates that were asked for (all, when none was named)."""
+        """Make the candidates named in `only`; all, where it is empty."""
         return [make() for name, make in makers.items() if not self.only or name in self.only]
 
 

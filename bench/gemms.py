@@ -27,7 +27,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Ways:
-    """The same product, plain (gloo), unfused (ours after some linear), fused; and what they may be off."""
+    """The same product, plain (gloo), unfused (ours after some linear), fused; and their bounds."""
 
     plain: Callable[[Tensor], Tensor]
     unfused: Callable[[Linear, Tensor], Tensor]
@@ -94,13 +94,13 @@ class Problem:
         return found
 
     def linears(self) -> dict[str, Linear]:
-        """What stands in front of our collective in the unfused ways, by name."""
+        """The linear in front of our collective in the unfused ways, by name."""
         if baselines.why_no_onednn(self.setting.dtype) is not None:
             return {"linear_tpk": F.linear}
         return {"linear_tpk": F.linear, "onednn_tpk": baselines.onednn_linear}
 
     def assemble(self, op: str, x: Tensor, w: Tensor, ways: Ways, whole_x: Tensor | None = None) -> Cell:
-        """The candidates of a cell; whole_x is what the GEMM alone multiplies where that is not x."""
+        """The candidates of a cell; whole_x is the input of the GEMM alone where that is not x."""
         setting = self.setting
 
         def unfused(name: str, linear: Linear) -> Candidate:

@@ -46,8 +46,9 @@ WAIT_S = 600.0
 def make_model(even: bool, dtype: torch.dtype, **options: Any) -> Any:
     """SmolLM2 with its weights, or a model of its size with heads that divide."""
     if not even:
-        from tpkernels.generate.load import load_whole
+        from tpkernels.generate.load import load_whole, quiet_transformers
 
+        quiet_transformers()
         return load_whole("smollm2", {v: k for k, v in DTYPES.items()}[dtype])[0]
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +137,7 @@ def error_of(runner: Any, want: Tensor, allowed: float) -> float:
 def candidates_of(
     team: str, even: bool, dtype: torch.dtype, folder: str
 ) -> tuple[dict[str, Any], Callable[[int], int]]:
-    """What a process of a team can run, and how its ranks come to the same token."""
+    """The programs of a process of a team; all its ranks draw the same token."""
     if team == "alone":
         model = make_model(even, dtype, folder=folder)
         return {"transformers": Transformers(model), "transformers_compiled": Transformers(model, static=True)}, int
@@ -157,7 +158,7 @@ def candidates_of(
 
 
 def process(pipe: Connection, team: str, rank: int, ranks: int, port: int, even: bool, dtype: str, folder: str) -> None:
-    """Serve one process of a team: {"want"}, then ("check", name) and ("run", name, count) until None comes."""
+    """Serve one process of a team: {"want"}, then ("check", name) and ("run", name, count) until None."""
     try:
         if team != "alone":
             size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -188,7 +189,7 @@ def _logits(model: Any) -> Tensor:
 
 
 class Team:
-    """The processes of one team, asked all at once."""
+    """The processes of one team, which run the same at the same time."""
 
     def __init__(self, name: str, ranks: int, even: bool, dtype: str, folder: str, port: int) -> None:
         context, size = mp.get_context("spawn"), 1 if name == "alone" else ranks
@@ -205,7 +206,7 @@ class Team:
         for pipe in self._pipes:
             pipe.send(message)
 
-    def ask(self, message: Any) -> float:
+    def call(self, message: Any) -> float:
         """The largest answer of the processes."""
         self.send(message)
         return max(self.answer(pipe) for pipe in self._pipes)
@@ -228,13 +229,13 @@ class Team:
 def measured(teams: list[Team], names: dict[str, list[str]], rounds: int, count: int) -> list[Timing]:
     """Every candidate once a round, in turning order; seconds are of one token."""
     where = {name: team for team in teams for name in names[team.name]}
-    timings = {name: Timing(name, team.ask(("check", name, 0)), calls=count) for name, team in where.items()}
+    timings = {name: Timing(name, team.call(("check", name, 0)), calls=count) for name, team in where.items()}
     timed = [name for name in where if timings[name].verified]
     for name in timed:
-        where[name].ask(("run", name, 3))
+        where[name].call(("run", name, 3))
     for turn in range(rounds):
         for name in timed if turn % 2 == 0 else reversed(timed):
-            timings[name].seconds.append(where[name].ask(("run", name, count)) / count)
+            timings[name].seconds.append(where[name].call(("run", name, count)) / count)
     return list(timings.values())
 
 

@@ -1,4 +1,4 @@
-"""What was to be reached, as data, and what the kept results say: `python -m bench.goals`.
+"""The goals, as data, and whether the kept results reach them: `python -m bench.goals`.
 
 A goal is a median ratio, taken inside rounds, and holds only if it holds wherever the cores were (near and far).
 """
@@ -25,7 +25,7 @@ from tpkernels.compress import CODECS
 
 KIB, MIB = 1 << 10, 1 << 20
 GEMM_ALONE = "gemm alone"
-EVEN = 0.98  # "never slower" is not missed by what two equal programs differ in
+EVEN = 0.98  # "not slower" is reached from here on: medians of two equal programs differ by as much
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Goal:
 
     def fits(self, row: Row) -> bool:
         size = row["bytes"] if row["M"] is None else row["M"] if (row["N"], row["K"]) == (4096, 4096) else None
-        asked = (self.op, self.variant, self.dtype, self.R, self.codec)
-        return asked == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec")) and self.size in (0, size)
+        row_of_goal = (self.op, self.variant, self.dtype, self.R, self.codec)
+        return row_of_goal == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec")) and self.size in (0, size)
 
     @property
     def title(self) -> str:
@@ -88,9 +88,14 @@ GOALS = [
 ]
 
 
+def word(reached: bool | None) -> str:
+    """The word for a goal that is reached or missed; None: not measured."""
+    return {True: "reached", False: "MISSED", None: "not measured"}[reached]
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What one row says of a goal, in one placement."""
+    """A goal and the ratio that one row has for it, in one placement."""
 
     goal: Goal
     placement: str
@@ -98,11 +103,9 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        if self.found is None:
-            return "not measured"
-        if self.found[0] >= self.goal.at_least:
-            return "reached"
-        return "even" if self.goal.at_least == 1.0 and self.found[0] >= EVEN else "MISSED"
+        if self.found is not None and EVEN <= self.found[0] < self.goal.at_least == 1.0:
+            return "even"
+        return word(None if self.found is None else self.found[0] >= self.goal.at_least)
 
 
 def ratio_of(row: Row, goal: Goal, placement: str) -> tuple[float, float, float] | None:

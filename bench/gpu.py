@@ -1,7 +1,7 @@
 """Measure the CUDA half on one GPU: `python -m bench.gpu --out gpu.jsonl`.
 
 The protocol is that of bench/timing.py on the device's clock (bench/gpu_timing.py). Several ranks are streams of this
-one GPU, so that numbers between ranks say what the kernels and its memory give, not what links would. Each family of
+one GPU, so that numbers between ranks are those of the kernels and its memory, not of links. Each family of
 cells runs in a process of its own: a kernel that fails takes the others of its process along.
 """
 
@@ -33,7 +33,7 @@ class Goal:
     """What was to be reached: the worst of the rows that it is about must be `at_least`.
 
     Args:
-        found: what a row says.
+        found: the ratio of a row.
     """
 
     title: str
@@ -71,7 +71,7 @@ def families(found: Sequence[Cell]) -> list[str]:
 
 
 def measure_family(family: str, out: Path) -> int:
-    """Measure the cells of one family in this process; a cell that raises is told and the next one tried."""
+    """Measure the cells of one family in this process; the error of a cell is printed, and the next one measured."""
     from bench.gpu_timing import copy_bytes_per_s, rows_of
 
     failed, copy_speed = 0, copy_bytes_per_s()
@@ -110,23 +110,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, help="add the rows to this file; default runs/bench/gpu.jsonl")
     parser.add_argument("--keep", action="store_true", help=kept.KEEP_HELP)
-    parser.add_argument("--list", action="store_true", help="only say which cells there are")
+    parser.add_argument("--list", action="store_true", help="only list the cells")
     parser.add_argument("--family", choices=families(cells()), help="measure these cells, in this process")
-    parser.add_argument("--goals", action="store_true", help="only say what the file says of the goals")
-    asked = parser.parse_args(arguments)
-    out = kept.destination("gpu.jsonl", asked.keep, asked.out)
-    if asked.list:
+    parser.add_argument("--goals", action="store_true", help="only print which goals the file reaches")
+    options = parser.parse_args(arguments)
+    out = kept.destination("gpu.jsonl", options.keep, options.out)
+    if options.list:
         print("\n".join(cell.name for cell in cells()))
         print(f"{len(cells())} cells, {len(GOALS)} goals")
         return 0
-    if not asked.goals:
+    if not options.goals:
         os.environ |= ENVIRONMENT
         if not torch.cuda.is_available():
             print("bench.gpu needs a CUDA GPU, and this process sees none.")
             return NO_GPU
-        if asked.family:
-            return measure_family(asked.family, out)
-    failed = 0 if asked.goals else measure_all(out)
+        if options.family:
+            return measure_family(options.family, out)
+    failed = 0 if options.goals else measure_all(out)
     measured = kept.load(out)
     for goal in GOALS:
         print(goal.verdict(measured))

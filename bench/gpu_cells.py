@@ -109,7 +109,7 @@ def collective_cell(op: str, R: int, nbytes: int) -> Iterator[GpuCell]:
 
     ways = ("one_shot", "two_shot") if op == "all_reduce" else ()
     candidates = [way("tpkernels", ""), *(way(name, name) for name in ways)]
-    # Beside the bytes that its name says, the floor knows nothing of slots: what copies in reads and writes more.
+    # The floor does not count slots: an op that copies into them reads and writes more bytes.
     traffic = {"all_reduce": 2 * R, "reduce_scatter": R + 1, "all_gather": R + 1}[op] * nbytes
     yield GpuCell("collective", op, "bf16", candidates, "tpkernels", R, {"bytes": nbytes}, {"": traffic})
     ranks.close()
@@ -215,7 +215,7 @@ def norm_cell(R: int, M: int, N: int) -> Iterator[GpuCell]:
 
 @contextmanager
 def cupy_cell(nbytes: int) -> Iterator[GpuCell | str]:
-    """NCCL as CuPy calls it, a world of one: what is left of an all-reduce without links."""
+    """NCCL as CuPy calls it, a world of one: an all-reduce without links."""
     if importlib.util.find_spec("cupy") is None:
         yield "CuPy is not installed"
         return
@@ -240,7 +240,7 @@ def cupy_cell(nbytes: int) -> Iterator[GpuCell | str]:
 
 
 def cells() -> list[Cell]:
-    """All of them, in the order in which they are measured: those whose kernels wait for each other come last."""
+    """All cells, in the order in which they are measured: those whose kernels wait for each other are last."""
     found = [
         Cell("codec", f"codec {codec}", lambda c=codec: codec_cell(c)) for codec in CODEC_ROUNDING if codec != "none"
     ]

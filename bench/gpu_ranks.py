@@ -24,7 +24,7 @@ class VirtualRanks:
     Args:
         R: how many ranks.
         arena_bytes: of each.
-        pool_bytes: what each may allocate later: while a kernel waits for a peer's, nothing may ask CUDA for memory.
+        pool_bytes: what each may allocate later: while a kernel waits for a peer's, no memory may be allocated.
     """
 
     def __init__(self, R: int, arena_bytes: int, pool_bytes: int) -> None:

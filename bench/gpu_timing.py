@@ -54,7 +54,7 @@ class Alone:
 
 @dataclass
 class GpuCell:
-    """What one measurement compares, on one GPU.
+    """One measurement on one GPU.
 
     Args:
         family, op, dtype: names.
@@ -88,7 +88,7 @@ def copy_bytes_per_s(nbytes: int = 1 << 30) -> float:
 
 
 def timed(candidates: Sequence[Candidate], rounds: int = ROUNDS, block_s: float = 0.01) -> list[Timing]:
-    """Warm up what is right, then measure."""
+    """Warm up the candidates that are right, then measure."""
     for candidate in candidates:
         candidate.load()
         if candidate.error(candidate.call()) <= 1.0:
@@ -141,7 +141,7 @@ def row_of(cell: GpuCell, candidate: Candidate, timing: Timing, baseline: Timing
 
 
 def graph_of(work: Callable[[], Any], inside: int) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """So many jobs, one after the other, as a CUDA graph; and what the last one gives."""
+    """So many jobs, one after the other, as a CUDA graph; and the result of the last one."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -1,7 +1,7 @@
 """Cells of the residual add and RMSNorm after an all-reduce: M tokens of N values.
 
 Variants: `gloo` all_reduce in place, add, F.rms_norm; `unfused` the same with this library's all_reduce; `tpkernels`
-the op. What is checked is the normed result, which shows an error of the sum, too.
+the op. The normed result is checked, which shows an error of the sum, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 def check(setting: Setting, shape: Rows, residual: Tensor, weight: Tensor, codec: str) -> Callable[[Tensor], float]:
-    """Against fp64: the roundings of the sum, of the residual add and of what is returned, carried through the norm."""
+    """Against fp64: the roundings of the sum, of the residual add and of the result, carried through the norm."""
     terms = [setting.values(rank, shape.M, shape.N).double() for rank in range(setting.world_size)]
     total, magnitude = sum(terms, residual.double()), sum((t.abs() for t in terms), residual.double().abs())
     inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)

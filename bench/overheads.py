@@ -1,4 +1,4 @@
-"""Cells of what an op costs beside its work, and of what a codec wins or loses.
+"""Cells of the overhead of an op, and of the time that a codec wins or loses.
 
 `codecs` and `codecs_group` run one in-place all_reduce for each codec, over shared memory and over gloo (the `group`
 transport), against the same without a codec. `dispatch` reduces one element, so that only the way down is left.

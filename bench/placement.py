@@ -3,7 +3,7 @@
 A flag goes from rank 0 to rank 1 and back through shared memory. With both cores behind one cache that takes about
 100 ns ("near"), otherwise 500 ns and more ("far"); reading what the other core wrote differs as much. Numbers of the
 two kinds must not be mixed, so each round is marked. Flags are polled from Python, whose own share is measured on the
-spot and subtracted: the result is within some tens of nanoseconds of what a C loop reads.
+spot and subtracted: the result is within some tens of nanoseconds of that of a C loop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The baseline of the training step: tpkernels.train.gpt's parts, written with torch.distributed alone.
 
-F.linear and gloo collectives, cut like Megatron-LM's layers (Shoeybi et al. 2019, arXiv:1909.08053), with what makes
-those fast: the input gradient of a column-parallel linear travels (async_op) while the weight gradient is computed.
-Only even cuts. Nothing of tpkernels is used but the rule of the cut.
+F.linear and gloo collectives, sharded like Megatron-LM's layers (Shoeybi et al. 2019, arXiv:1909.08053) and with their
+overlap: the input gradient of a column-parallel linear is all-reduced (async_op) while the weight gradient is computed.
+Even shards only. Nothing of tpkernels is used but the sizes of the shards.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def gather_logits(logits: Tensor, vocab: int) -> Tensor:
 
 
 def cut(whole: Tensor, dim: int) -> nn.Parameter:
-    """This rank's part as a parameter; it knows what it is a part of, as the layers' parameters do."""
+    """This rank's shard as a parameter, with its ShardInfo, as the layers' parameters."""
     R, rank = dist.get_world_size(), dist.get_rank()
     if whole.size(dim) % R:
         raise ValueError(f"the plain model has even cuts only: {whole.size(dim)} does not divide over {R} ranks")

@@ -20,7 +20,7 @@ COLORS = ["#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c
 
 
 def across(row: Row) -> int:
-    """What the x axis shows: tokens of a GEMM or vocabulary op, bytes of a collective."""
+    """The value on the x axis: tokens of a GEMM or vocabulary op, bytes of a collective."""
     return int(row["M"] if row["M"] is not None else row["bytes"])
 
 

@@ -38,7 +38,7 @@ class RankTeam:
 
     def __init__(self, rank: int, world_size: int, page: Any, crowded: bool) -> None:
         self.rank, self.world_size = rank, world_size
-        self.crowded = crowded  # more ranks than cores: whoever waits is in the way
+        self.crowded = crowded  # more ranks than cores: a rank that spins takes the core of another
         self._spins = 1 if crowded else SPINS
         ints = memoryview(page).cast("B").cast("q")
         step = placement.STRIDE
@@ -67,7 +67,7 @@ class RankTeam:
         while flags[index] < epoch:
             os.sched_yield()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"bench barrier {epoch}: a rank did not come within {DEADLINE_S:.0f} s")
+                raise TimeoutError(f"bench barrier {epoch}: a rank did not arrive within {DEADLINE_S:.0f} s")
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         if len(values) > MOST_VALUES:
@@ -119,7 +119,7 @@ def _rank_main(rank: int, world_size: int, body: Callable[..., None], spec: Any,
 
 
 def launch(world_size: int, body: Callable[..., None], spec: Any, *, pin: bool) -> Iterator[Any]:
-    """Run body(team, spec, send) on every rank; yield what the ranks send, as it comes.
+    """Run body(team, spec, send) on every rank; yield the messages of the ranks as they arrive.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed; the others are ended.

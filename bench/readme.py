@@ -1,6 +1,6 @@
 """Write the tables of the documents from the kept results: `python -m bench.readme`, or `--check` to only compare.
 
-A table NAME stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. What is there is replaced whole.
+A table NAME is between `<!-- bench:NAME -->` and `<!-- /bench -->`. The text there is replaced.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from bench.codecs import OP, share
 from bench.goals import GOALS, Verdict, verdicts
 from bench.rows import Row
 from bench.shapes import format_bytes
-from bench.table import digits, size, under
+from bench.table import digits, markdown, size, under
 from tpkernels.compress import CODECS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
 MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 OURS = ("plain", "functional", "sym", "tpkernels", "op_only", *CODECS[1:])
-Line = Sequence[str]
 # The goals that README.md shows: title, and what they are measured against.
 SUMMARY = {
     *((f"all_reduce plain, {size}", "gloo") for size in ("4 KiB", "1 MiB", "64 MiB")),
@@ -33,13 +32,6 @@ SUMMARY = {
     ("train_step tpkernels", "gloo"),
     *((f"decode_smollm2 tpkernels_{cache}", "transformers") for cache in ("static", "compiled")),
 }
-
-
-def markdown(head: Line, lines: Iterable[Line], foot: str = "") -> str:
-    """A table; the first column to the left, the others to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-    return f"{table}\n\n{foot}\n" if foot else f"{table}\n"
 
 
 def ratio(values: Sequence[Any] | None) -> str:
@@ -141,14 +133,14 @@ def serving(rows: Sequence[Row]) -> str:
 
 
 def measured(verdict: Verdict) -> str:
-    """What was found; against the GEMM alone there is a median only."""
+    """The ratio of a verdict; against the GEMM alone there is a median only."""
     if verdict.found is None:
         return "-"
     return ratio(verdict.found) if verdict.found[1] == verdict.found[1] else f"{digits(verdict.found[0])}x"
 
 
 def goals(rows: Sequence[Row]) -> str:
-    """What was to be reached and what was."""
+    """The goals, and which of them are reached."""
     lines = [[v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, f"{digits(v.goal.at_least)}x",
               measured(v), v.placement, v.word] for v in verdicts(GOALS, rows)]  # fmt: skip
     return markdown(["goal", "dtype", "R", "against", "at least", "found", "where", ""], lines)
@@ -192,7 +184,7 @@ def table(name: str, rows: Sequence[Row]) -> str:
     """The text between the markers of this name.
 
     Raises:
-        ValueError: a document asks for a table that does not exist.
+        ValueError: there is no such table.
     """
     if name not in TABLES:
         raise ValueError(f"no table is called {name!r}; the tables are {', '.join(TABLES)}")

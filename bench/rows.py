@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,12 +21,15 @@ from bench.timing import Candidate, Summary, Timing, exposed, ratios, summary
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"  # the numbers of the documents
-MINE = Path(__file__).parent.parent / "runs" / "bench"  # what a run leaves that nobody asked to keep; not in git
+MINE = Path(__file__).parent.parent / "runs" / "bench"  # of runs without --keep; not in git
 KEEP_HELP = "Put the rows among those that the documents are made of, in bench/results."
+
+STUDY = "study/compression_study.jsonl"  # the rows of bench/study
 
 # Two rows with the same identity measure the same thing; the later one replaces the earlier.
 IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
-OF_SOME = ("slots", "clients")  # which the rows of a server have besides
+SERVER_IDENTITY = (*IDENTITY, "slots", "clients")  # of the rows of a server; the others lack the last two
+STUDY_IDENTITY = ("kind", "layout", "link", "method", "seed", "steps")  # of the rows that have a kind
 FIELDS = (
     *IDENTITY,
     "path", "transport",
@@ -60,7 +64,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Short commit of the tree, with a + if files that git knows are changed; None outside git."""
+    """Short commit of the tree, with a + if tracked files are changed; None outside git."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*here, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
@@ -72,7 +76,7 @@ def commit() -> str | None:
 
 
 def circumstances(pinned: bool) -> Row:
-    """What all rows of a run say of where and when they were taken."""
+    """The fields that all rows of a run share: machine, versions, date, load."""
     return {
         "machine": machine(),
         "torch": torch.__version__,
@@ -84,7 +88,7 @@ def circumstances(pinned: bool) -> Row:
 
 
 def number(value: float) -> float | None:
-    """For JSON: four digits, None for what is no number."""
+    """For JSON: four digits, None for NaN and infinities."""
     return None if math.isnan(value) or math.isinf(value) else float(f"{value:.4g}")
 
 
@@ -157,18 +161,38 @@ def over_roof(row: Row) -> float:
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """What the row measures."""
-    return (*(row[name] for name in IDENTITY), *(row.get(name) for name in OF_SOME))
+    """The measurement of a row."""
+    return tuple(row.get(name) for name in (STUDY_IDENTITY if "kind" in row else SERVER_IDENTITY))
 
 
 def load(path: Path) -> list[Row]:
-    """Rows of one file, or of all files of a folder; none where there is no such file."""
+    """The latest row of each identity, in the order in which they were first measured.
+
+    Args:
+        path: a file, or a folder of which all files are read; there may be none.
+    """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
-    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+    found: dict[tuple[Any, ...], Row] = {}
+    for line in (line for file in files for line in file.read_text().splitlines()):
+        with contextlib.suppress(ValueError):  # a line that a crash cut off: it is measured again
+            row = json.loads(line)
+            found[identity(row)] = row
+    return list(found.values())
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
 def destination(name: str, keep: bool, out: Path | None = None) -> Path:
-    """Where the rows of a run go: to `out`, else to the file or folder of this name, the kept one only if asked to."""
+    """The file or folder of the rows of a run.
+
+    Args:
+        name: inside bench/results or runs/bench.
+        keep: whether it is in bench/results.
+        out: in place of both.
+    """
     return out or (RESULTS if keep else MINE) / name
 
 
@@ -179,3 +203,11 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
     fresh.replace(path)
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row to a file; it is on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a") as file:
+        file.write(("\n" if cut_off else "") + json.dumps(row) + "\n")

@@ -1,6 +1,6 @@
 """Measure one op against its baselines: `python -m bench.run all_reduce --ranks 2`.
 
-The protocol is told in bench/timing.py. Rows go to the screen and, with --out, to a file of JSON lines.
+The protocol is described in bench/timing.py. Rows go to the screen and, with --out, to a file of JSON lines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bench:
     """One op: where its cells are made, how its sizes are written, which are taken by default.
 
     Args:
-        only: the candidates taken when none is asked for; empty: all.
+        only: the candidates without --only; empty: all.
     """
 
     where: str
@@ -70,7 +70,7 @@ BENCHES = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What every rank is told."""
+    """The jobs and options of every rank."""
 
     jobs: tuple[tuple[str, Any], ...]  # (op, size)
     setting: dict[str, Any]
@@ -85,13 +85,13 @@ def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
     """The rows of one cell."""
     probes: list[float] = []
 
-    def look() -> None:
+    def probe() -> None:
         probes.append(team.flag_rtt_ns())
 
     timings = measure(
-        cell.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=look
+        cell.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=probe
     )
-    look()
+    probe()
     by_name = {t.name: t for t in timings}
     return [row_of(cell, candidate, by_name, probes, spec.where) for candidate in cell.candidates]
 
@@ -113,13 +113,13 @@ def wait_until_quiet(team: RankTeam, most_lost: float, until: float) -> None:
 
 
 def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
-    """What a rank process does."""
+    """The work of a rank process."""
     setting = Setting(team.rank, team.world_size, **spec.setting)
     until = time.monotonic() + spec.wait_s
     for op, size in spec.jobs:
         try:
             cell = BENCHES[op].make(setting, size)
-        except ValueError as error:  # every rank comes to the same verdict on a size
+        except ValueError as error:  # the same on every rank
             if team.rank == 0:
                 send(f"left out: {error}")
             continue
@@ -141,7 +141,7 @@ def run(spec: Spec, ranks: int, *, pin: bool) -> Iterator[list[Row] | str]:
 
 
 def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
-    """The sizes asked for, or the op's own."""
+    """The sizes of --sizes, or the op's own."""
     bench = BENCHES[op]
     if text is None:
         return bench.sizes
@@ -156,7 +156,7 @@ def arena_for(sizes: tuple[Any, ...], itemsize: int) -> int:
 
 
 def named(value: str, known: Any, what: str) -> str:
-    """The value, if it is known; otherwise a usage error that lists what is."""
+    """The value, if it is known; otherwise a usage error that lists the known ones."""
     if value not in known:
         raise typer.BadParameter(f"{what} must be one of {', '.join(known)}; got {value!r}")
     return value

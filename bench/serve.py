@@ -2,7 +2,7 @@
 
 Every client sends one request after another (16 tokens of prompt, 32 of answer, no stream) to a server of its own on
 loopback. Latency is that of a request, seen from the client; throughput counts tokens of answers. Verified: every
-answer has as many tokens as were asked for, and is what the whole model says, or parts from it at near ties only: the
+answer has max_tokens tokens, and is that of the unsharded model, or differs from it at near ties only: the
 number of sequences in a step decides how a GEMM rounds, and a tie can fall either way. How many answers to equal
 prompts differ is written down beside it. Rows of a run that is not verified are not kept.
 """
@@ -45,28 +45,29 @@ def prompt_of(which: int) -> list[int]:
 
 
 def start(model: str, ranks: int, slots: int, options: list[str]) -> tuple[subprocess.Popen[str], str]:
-    """A server and its address. What it says is passed on as long as it lives: a full pipe would stop it."""
-    asked = ["--tp", str(ranks), "--slots", str(slots), "--port", "0", "--max-length", "128", *options]
-    command = [sys.executable, "-m", "tpkernels", "serve", model, *asked]
+    """A server and its address. Its output is passed on until it ends: a full pipe would stop it."""
+    arguments = ["--tp", str(ranks), "--slots", str(slots), "--port", "0", "--max-length", "128", *options]
+    command = [sys.executable, "-m", "tpkernels", "serve", model, *arguments]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said = server.stderr
-    assert said is not None
-    for line in said:
+    output = server.stderr
+    assert output is not None
+    for line in output:
         if found := re.search(r"http://\S+", line):
-            threading.Thread(target=sys.stderr.writelines, args=(said,), daemon=True).start()
+            threading.Thread(target=sys.stderr.writelines, args=(output,), daemon=True).start()
             return server, found[0]
         print(line, end="", file=sys.stderr)
     raise RuntimeError(f"the server did not start: it ended with {server.wait()}")
 
 
 class Reference:
-    """The whole model in this process, which knows what answers may be. Made once the server has gone."""
+    """The unsharded model in this process, which checks answers. Made once the server has ended."""
 
     def __init__(self, model: str) -> None:
         from tpkernels import Group
         from tpkernels.generate import Generator, Sampling
-        from tpkernels.generate.load import load_whole
+        from tpkernels.generate.load import load_whole, quiet_transformers
 
+        quiet_transformers()
         self._model, self._tokenizer = load_whole(model)
         self._how = Sampling(max_tokens=ANSWER_TOKENS, ignore_eos=True)
         with Group.open() as group:
@@ -81,9 +82,9 @@ class Reference:
 
     def _leads_to(self, text: str, prompt: list[int], tokens: list[int]) -> bool:
         """Whether these tokens, followed by likeliest ones, all ties tried, become the text."""
-        from tpkernels.generate.generator import Running
+        from tpkernels.generate.generator import Continuation
 
-        running = Running(prompt, self._how, self._tokenizer)
+        running = Continuation(prompt, self._how, self._tokenizer)
         so_far = "".join(map(running.push, tokens))
         if running.finish or not text.startswith(so_far):
             return so_far == text

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 GEMMS = [Gemm(m, 4096, 4096) for m in (1, 16, 128, 512)]
 
-# Published shapes with M, N and K cut to what a rank of 8 would hold, so that two cores finish.
+# Published shapes with M, N and K cut to the sizes of a rank of 8, so that two cores finish.
 MODELS = {
     "llama8b_down": Gemm(128, 4096, 14336),
     "llama70b_qkv/8": Gemm(512, 1280, 8192),

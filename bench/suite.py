@@ -1,7 +1,7 @@
 """Take all measurements anew: `python -m bench.suite --keep` (about 25 minutes on two cores, longer if they are busy).
 
-Each size waits until the machine is quiet, because gloo sleeps where this library spins: on a loaded machine gloo looks
-ten times worse than it is. Where the cores were is not ours to choose; repeat until goals list near and far.
+Each size waits until the machine is quiet, because gloo sleeps where this library spins: on a loaded machine gloo is
+measured ten times slower than it is. The placement of the cores cannot be chosen; repeat until goals list near and far.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from bench.rows import Row
 from bench.shapes import format_bytes
 
 Cellwise = Callable[[Row], str]
+Line = Sequence[str]
 
 
 def digits(value: Any, unit: str = "") -> str:
@@ -37,6 +38,26 @@ def size(row: Row) -> str:
     return "-" if row["bytes"] is None else format_bytes(row["bytes"])
 
 
+def markdown(head: Line, lines: Iterable[Line], foot: str = "") -> str:
+    """A table in markdown.
+
+    Args:
+        head: the columns; the first is aligned to the left, the others to the right.
+        foot: a paragraph below.
+    """
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    return f"{table}\n\n{foot}\n" if foot else f"{table}\n"
+
+
+def show_lines(head: Line, lines: Iterable[Line], console: Console, title: str) -> None:
+    """Print a table of text."""
+    table = Table(*head, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
 def columns(rows: Sequence[Row]) -> dict[str, Cellwise]:
     """Header -> text; columns that are empty for all rows are left out."""
     everything: dict[str, Cellwise] = {
@@ -60,7 +81,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Cellwise]:
 
 
 def under(row: Row) -> str:
-    """What stands below a table."""
+    """The text below a table: the machine, the versions, the protocol."""
     at = row["machine"]
     mhz = f" at {at['mhz']} MHz" if at["mhz"] else ""
     cores = f"{at['cores']} {'virtual ' if at['virtual'] else ''}cores"

@@ -34,7 +34,7 @@ class Team(Protocol):
     world_size: int
 
     def barrier(self) -> None:
-        """Return when every rank has come, all of them within a few microseconds."""
+        """Return when every rank has arrived, on all of them within microseconds."""
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's values, in rank order, the same on all ranks."""
@@ -56,7 +56,7 @@ class Candidate:
     error: Callable[[Any], float]  # error over tolerance: more than 1 is wrong
     load: Callable[[], object] = nothing  # puts the real input in place, for the check
     refresh: Callable[[], object] = nothing  # rewrites the input the cheapest way, before each timed call
-    label: dict[str, str | None] = field(default_factory=dict)  # codec, path, transport: what the row says of it
+    label: dict[str, str | None] = field(default_factory=dict)  # codec, path, transport: fields of its row
 
 
 @dataclass
@@ -153,7 +153,7 @@ def measure(
 
     Args:
         most_lost: the part of a block's time that others may have had the cores; beyond, it is repeated.
-        each_round: called between rounds (to look where the cores are now).
+        each_round: called between rounds (to probe the placement of the cores).
     """
     timings = [Timing(c.name, verify(c, team)) for c in candidates]
     running = [(c, t) for c, t in zip(candidates, timings, strict=True) if t.verified]

@@ -95,7 +95,7 @@ def cell(settings: Settings, team: RankTeam, group: Group) -> Cell:
 
 @dataclass(frozen=True)
 class Spec:
-    """What every rank is told."""
+    """The jobs and options of every rank."""
 
     settings: Settings
     rounds: int
@@ -108,13 +108,13 @@ class Spec:
 def measured(job: Cell, team: RankTeam, spec: Spec) -> list[Row]:
     probes: list[float] = []
 
-    def look() -> None:
+    def probe() -> None:
         probes.append(team.flag_rtt_ns())
 
     timings = measure(
-        job.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=look
+        job.candidates, team, rounds=spec.rounds, block_s=spec.block_s, most_lost=spec.most_lost, each_round=probe
     )
-    look()
+    probe()
     by_name = {t.name: t for t in timings}
     return [row_of(job, candidate, by_name, probes, spec.where) for candidate in job.candidates]
 

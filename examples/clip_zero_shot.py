@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/clip_zero_shot.py --model FOLDER --images cat.png dog.png --classes cat dog
 
 FOLDER is a CLIP model as transformers saves it, with its tokenizer and image processor. Without one, a tiny CLIP with
-random weights looks at synthetic pictures: its guesses mean nothing, but they must be those of the uncut model, which
+random weights classifies synthetic pictures: its guesses mean nothing, but they must be those of the uncut model, which
 the first rank computes as well. Nobody wrote a plan for CLIP: `parallelize` derives it from how its features flow.
 """
 
@@ -53,7 +53,7 @@ def synthetic_pictures() -> Tensor:
 
 
 def load(folder: Path, images: list[Path], classes: list[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """A model from a folder, and what its processor makes of images and classes."""
+    """A model from a folder, and its inputs: processed images and classes."""
     from PIL import Image
     from transformers import CLIPModel, CLIPProcessor
 

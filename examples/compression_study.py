@@ -27,8 +27,8 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.rows import KEEP_HELP, destination  # noqa: E402
-from bench.study import goals, picture, plan, rows, table  # noqa: E402
+from bench import rows  # noqa: E402
+from bench.study import picture, plan, report  # noqa: E402
 from bench.study.methods import LAYOUTS  # noqa: E402
 
 KINDS = ("loss", "speed")
@@ -43,7 +43,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = plan.Study.seeds,
     rounds: Annotated[int, typer.Option(help="Turns of each method on a link.")] = plan.Study.rounds,
     minutes: Annotated[float | None, typer.Option(help="Begin nothing new after so many.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help=f"{KEEP_HELP} Table and picture are those of docs/.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help=f"{rows.KEEP_HELP} Table and picture: docs/.")] = False,
     out: Annotated[Path | None, typer.Option(help="The rows.")] = None,
     docs: Annotated[Path | None, typer.Option(help="Folder of table and picture.")] = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Measure nothing.")] = False,
@@ -55,7 +55,7 @@ def main(
         layouts=tuple(layout or LAYOUTS), links=tuple(link or plan.Study.links), only=tuple(only or ()),
         steps=steps, seeds=seeds, rounds=rounds, minutes=minutes,
     )  # fmt: skip
-    out = destination(rows.FILE, keep, out)
+    out = rows.destination(rows.STUDY, keep, out)
     docs = docs or (ROOT / "docs" if keep else out.parent)
     with tempfile.TemporaryDirectory() as folder:
         if smoke:
@@ -64,9 +64,8 @@ def main(
         if not table_only:
             plan.run(study, out, kind or KINDS, lambda text: console.print(text, highlight=False))
         kept = rows.load(out)
-        written = [table.write(kept, docs), picture.draw(kept, docs)]
-        table.show(kept, console)
-        goals.show(kept, console)
+        written = [report.write(kept, docs), picture.draw(kept, docs)]
+        report.show(kept, console)
         console.print("written: " + ", ".join(str(path) for path in written if path is not None), highlight=False)
 
 

@@ -20,7 +20,7 @@ from tpkernels.comm.devices import cuda_facts, obstacle_to_cuda
 
 
 def missing() -> str | None:
-    """What this example needs and does not find."""
+    """The requirements of this example that are missing."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed: pip install 'tpkernels[cuda13]', or tpkernels[cuda12] beside a torch for CUDA 12"
     return obstacle_to_cuda(cuda_facts())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import tpkernels as tpk
 from tpkernels.comm.layout import Layout, open_layout, rows_of
-from tpkernels.generate.load import load
+from tpkernels.generate.load import load, quiet_transformers
 
 HERE = Path(__file__).resolve().parents[1]
 KINDS = {".txt", ".md", ".py"}
@@ -106,6 +106,7 @@ def main(
     if world.world_size % tp:
         raise SystemExit(f"finetune_hf: {world.world_size} ranks are no multiple of --tp {tp}")
     with open_layout(world, tp, world.world_size // tp) as layout:
+        quiet_transformers()
         cut, tokenizer = load(model, layout.tp, "fp32")
         cut.train().requires_grad_(True)
         if world.rank == 0:

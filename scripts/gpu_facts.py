@@ -1,4 +1,4 @@
-"""Say in JSON what this machine is: GPU, driver, torch, NCCL, compilers. Exit code 1 without a GPU, but for --dry."""
+"""Print the facts of this machine in JSON: GPU, driver, torch, NCCL, compilers. Exit 1 without a GPU, 0 with --dry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOLS = ("nvcc", "cmake", "ninja", "g++", "compute-sanitizer", "ncu", "nvidia-sm
 MODULES = ("pytest", "rich", "cupy", "pybind11", "safetensors", "numpy")
 
 
-def said(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """The last line that a program prints, None where there is none."""
     if shutil.which(command[0]) is None:
         return None
@@ -47,9 +47,9 @@ def facts() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "nccl": nccl,
         "gpus": gpus(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": said("nvcc", "--version"),
-        "g++": said("g++", "-dumpfullversion"),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": output_of("nvcc", "--version"),
+        "g++": output_of("g++", "-dumpfullversion"),
         "cores": os.cpu_count(),
         "tools": {tool: shutil.which(tool) is not None for tool in TOOLS},
         "modules": {module: importlib.util.find_spec(module) is not None for module in MODULES},

@@ -1,4 +1,4 @@
-"""The steps of scripts/gpu_check.py, as data: what each runs, how long it may take, which tests and files it names."""
+"""The steps of scripts/gpu_check.py, as data: command, time limit, tests and files of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 TOTAL_S = 530.0  # of all steps together: a little under nine minutes
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--maxfail=5")
-# Of our kernels alone: torch's are many and take minutes. What torch asks of the driver in vain is no error of ours,
+# Of our kernels alone: torch's are many and take minutes. Calls of the driver that fail inside torch are not reported,
 # and pytest itself does not use CUDA where ranks are another process.
 SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "77", "--report-api-errors", "no",
              "--require-cuda-init", "no", "--kernel-name", "kernel_substring=tpk", "--tool")  # fmt: skip
@@ -20,7 +20,7 @@ class Step:
 
     Attributes:
         name: also of its log file.
-        command: what is run, without the tests; "{out}" is the folder of results.
+        command: without the tests; "{out}" is the folder of results.
         limit_s: seconds after which it is ended and has failed.
         tests: files or ids of pytest, the last arguments of the command. One of them at least must pass.
         files: what else must be there.

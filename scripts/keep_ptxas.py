@@ -1,4 +1,4 @@
-"""Run a compiler command and keep what it said beside the object it made, as OBJECT.ptxas.
+"""Run a compiler command and keep its output beside the object it made, as OBJECT.ptxas.
 
 CMake puts this in front of nvcc with TPKERNELS_CUDA_REPORT: a build that compiles nothing anew says nothing, and still
 the report of every kernel is there for tests/project/test_cuda_build.py.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(command: list[str]) -> int:
-    """Run it, show what it said only when it failed, and return its status."""
+    """Run it, print its output only when it failed, and return its status."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if "-o" in command:
         Path(command[command.index("-o") + 1] + ".ptxas").write_text(done.stdout)

@@ -27,7 +27,7 @@ RANKS = 2
 
 
 def run_blocks(document: Path, result: Path) -> None:
-    """On one rank: execute every block in one namespace; rank 0 keeps what each one prints."""
+    """On one rank: execute every block in one namespace; rank 0 keeps the output of each."""
     namespace: dict[str, object] = {"__name__": "tutorial"}
     printed = []
     for block in BLOCK.finditer(document.read_text()):
@@ -41,7 +41,7 @@ def run_blocks(document: Path, result: Path) -> None:
 
 
 def launch(document: Path, folder: Path) -> list[str]:
-    """Run this file on the ranks, with `folder` as the current one; what the blocks printed."""
+    """Run this file on the ranks, with `folder` as the current one; the output of the blocks."""
     result = folder / ".printed.json"
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),

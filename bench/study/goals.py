@@ -1,4 +1,4 @@
-"""What was to be reached, and whether the rows say so."""
+"""The goals of the study, and whether its rows reach them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from rich.console import Console
-from rich.table import Table
-
-from bench.study.rows import Row, select, values
+from bench.goals import EVEN, word
+from bench.rows import Row, select
 
 BASE, PLAIN = "none", "DDP"  # of the losses and bytes, and of the speed
-EVEN = 0.98  # of a ratio of times that says "not slower"; medians repeat within this
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        return {True: "reached", False: "MISSED", None: "not measured"}[self.reached]
+        return word(self.reached)
 
 
 def verdicts(kept: Sequence[Row]) -> Iterator[Verdict]:
@@ -64,8 +61,8 @@ def runs(kept: Sequence[Row], layout: str, method: str, steps: int | None = None
 
 
 def losses(kept: Sequence[Row], layout: str, method: str, steps: int | None = None) -> list[float]:
-    """Of the seeds in their order."""
-    return values(runs(kept, layout, method, steps), "validation_loss")
+    """The validation losses, in the order of the seeds."""
+    return [float(row["validation_loss"]) for row in runs(kept, layout, method, steps)]
 
 
 def against(kept: Sequence[Row], layout: str, method: str, steps: int | None = None) -> float | None:
@@ -90,9 +87,9 @@ def loss_goal(
     sent = [runs(kept, layout, name, steps)[-1]["bytes_per_step"] for name in (method, BASE)]
     ratio = sent[0] / sent[1]
     limit = (max(base) - min(base)) / mean(base) if within is None else within
-    said = f"{ratio:.3f} of the bytes, loss {worse:+.2%} (seeds spread {(max(base) - min(base)) / mean(base):.2%})"
+    found = f"{ratio:.3f} of the bytes, loss {worse:+.2%} (seeds spread {(max(base) - min(base)) / mean(base):.2%})"
     inside = abs(worse) <= limit if within is None else worse <= limit
-    return Verdict(goal, said, ratio <= share and inside)
+    return Verdict(goal, found, ratio <= share and inside)
 
 
 def tokens(kept: Sequence[Row], layout: str, link: str, method: str) -> float | None:
@@ -115,7 +112,7 @@ def speed_goal(kept: Sequence[Row], link: str, method: str, factor: float) -> Ve
 def hidden_goal(kept: Sequence[Row], link: str, codec: str) -> Verdict:
     """How much of the averaging that fits under forward and backward the mode delayed hides there.
 
-    fits = min(averaging alone, computing alone); what is left over is a step that takes longer than the same step
+    fits = min(averaging alone, computing alone); the rest is the time by which a step takes longer than the same step
     without replicas, by more than what does not fit. Negative: the step loses more than the averaging takes by itself.
     """
     goal = f"dp2, {link}: delayed hides 90 % of what fits, {codec}"
@@ -129,15 +126,7 @@ def hidden_goal(kept: Sequence[Row], link: str, codec: str) -> Verdict:
     step = float(steps[-1]["step_seconds"])
     whole = alone["step alone"]
     hidden = min(1.0, 1 - (step - whole - (averaging - fits)) / fits)
-    said = (
+    found = (
         f"{hidden:.0%}: step {1e3 * step:.0f} ms, alone {1e3 * whole:.0f} ms, averaging alone {1e3 * averaging:.0f} ms"
     )
-    return Verdict(goal, said, hidden >= 0.9)
-
-
-def show(kept: Sequence[Row], console: Console) -> None:
-    """Print the table of goals."""
-    table = Table("goal", "found", "", title="goals", title_justify="left")
-    for verdict in verdicts(kept):
-        table.add_row(verdict.goal, verdict.found, verdict.word)
-    console.print(table)
+    return Verdict(goal, found, hidden >= 0.9)

@@ -2,8 +2,8 @@
 
     host 0 (namespace) -- v0 10.77.0.1 ==== v1 10.77.0.2 -- host 1 (namespace)      each end sends at `rate` at most
 
-Needs root and the programs `ip` and `tc`. Names carry the process id, and what a killed process has left is removed by
-the next one. The loopback of the machine stands in where namespaces cannot be made.
+Needs root and the programs `ip` and `tc`. Names contain the process id; the namespaces of a killed process are
+removed by the next one. Where namespaces cannot be made, the loopback of the machine takes their place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 PREFIX = "tpkstudy"
 PLACES = ("/usr/sbin", "/sbin")  # where tc and ip lie when PATH does not say
-# Bits per second of the shaped links. A token bucket must hold what a tick of the kernel's timer lets through.
+# Bits per second of the shaped links. A token bucket must hold the bytes of a tick of the kernel's timer.
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}
 LOOPBACK = "loopback"
 LEAST_BURST, TICK_S = 64 << 10, 0.004
@@ -41,7 +41,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Link:
-    """Two hosts and what is between them."""
+    """Two hosts and the link between them."""
 
     name: str
     hosts: tuple[Host, Host] = field(default_factory=lambda: (Host(), Host()))

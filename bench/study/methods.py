@@ -1,4 +1,4 @@
-"""What the study compares: every codec and mode of this library, and what torch itself has."""
+"""The methods of the study: every codec and mode of this library, and those of torch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PlainTrainer(Trainer):
 
 
 class Losses(nn.Module):
-    """DDP looks at `forward`, and the trainer at the loss."""
+    """DDP wraps `forward`, and the trainer calls `loss`."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Losses(nn.Module):
 
 @dataclass
 class Share:
-    """What the trainer must know of the other replicas when DDP does the rest."""
+    """The replicas of a trainer, where DDP averages the gradients."""
 
     rows: range
     weight: float = 1.0

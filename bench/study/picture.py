@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench.rows import Row
 from bench.study import goals
 from bench.study.links import RATES
 from bench.study.methods import methods
-from bench.study.rows import Row
 
 LAYOUT = "dp2"
 CURVES = ("DDP", "none", "fp16", "int8", "fp8", "topk", "topk local", "fp16 delayed", "int8 local", "PowerSGD")

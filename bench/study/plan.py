@@ -1,4 +1,4 @@
-"""Which cells there are, which are missing, and how they go out in sessions of a few minutes."""
+"""The cells of the study, those that are missing, and their sessions of a few minutes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
-from bench.rows import circumstances
-from bench.study import links, rows, session
+from bench import rows
+from bench.study import links, session
 from bench.study.methods import LAYOUTS, Method, methods
 from tpkernels.train.settings import Settings
 
@@ -24,7 +24,7 @@ SESSION_S = 600.0  # after which a session is given up
 
 @dataclass(frozen=True)
 class Study:
-    """What to measure.
+    """The choice of cells.
 
     Attributes:
         only: patterns; a cell is taken when its name, "dp2/int8 delayed", fits one of them. Empty: all.
@@ -58,7 +58,7 @@ def smoke() -> Study:
 
 
 Job = tuple[dict[str, Any], dict[str, Any], str]
-"""What the ranks do, what its rows have in common, and the link."""
+"""The job of the ranks, the fields that its rows share, and the link."""
 
 
 def loss_jobs(study: Study, kept: Sequence[rows.Row]) -> Iterator[Job]:
@@ -91,13 +91,13 @@ def speed_jobs(study: Study, kept: Sequence[rows.Row]) -> Iterator[Job]:
 
 
 def run(study: Study, path: Path, kinds: Sequence[str], say: Callable[[str], None]) -> None:
-    """Measure what is missing and add each row to the file as it comes."""
+    """Measure the cells that are missing; append each row to the file when it is measured."""
     began = time.monotonic()
     why = links.obstacle() if "speed" in kinds and any(link != links.LOOPBACK for link in study.links) else None
     if why is not None:
         say(f"no shaped links on this machine ({why}): only the loopback is measured")
         study = replace(study, links=tuple(link for link in study.links if link == links.LOOPBACK))
-    where = circumstances(pinned=True)
+    where = rows.circumstances(pinned=True)
     for make in [{"loss": loss_jobs, "speed": speed_jobs}[kind] for kind in kinds]:
         for job, common, link in make(study, rows.load(path)):
             if study.minutes is not None and time.monotonic() - began > 60 * study.minutes:
@@ -106,4 +106,4 @@ def run(study: Study, path: Path, kinds: Sequence[str], say: Callable[[str], Non
             say(f"{common['kind']} {common['layout']} {common['link']}: {', '.join(job['methods'])}")
             with links.opened(link) as opened:
                 for row in session.run(job, opened, timeout_s=SESSION_S):
-                    rows.add(path, common | row | {k: where[k] for k in ("machine", "torch", "commit", "date")})
+                    rows.append(path, common | row | {k: where[k] for k in ("machine", "torch", "commit", "date")})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.study import cells
+from bench.study import measure
 from bench.study.methods import LAYOUTS, Method, methods
 from tpkernels.comm.group import Group
 from tpkernels.comm.layout import Layout
@@ -30,7 +30,7 @@ def main(job: dict[str, Any]) -> None:
     try:
         with ExitStack() as opened:
             groups = open_groups(opened, job["layout"], job["transport"])
-            session = cells.Session.begin(job["layout"], groups, Settings(**job["settings"]))
+            session = measure.Session.begin(job["layout"], groups, Settings(**job["settings"]))
             for row in rows(session, job):
                 if dist.get_rank() == 0:
                     print(json.dumps(row), flush=True)
@@ -53,17 +53,17 @@ def open_groups(opened: ExitStack, layout: str, transport: str) -> Layout:
     return Layout(tp_group, tp_group, dp_group)
 
 
-def rows(session: cells.Session, job: dict[str, Any]) -> Iterator[cells.Row]:
+def rows(session: measure.Session, job: dict[str, Any]) -> Iterator[measure.Row]:
     known = {m.name: m for m in methods(job["layout"])}
     chosen: list[Method] = [known[name] for name in job["methods"]]
     if job["kind"] == "loss":
         for seed in job["seeds"]:
             for method in chosen:
-                yield {"method": method.name, "seed": seed, **cells.train(session, method, seed, job["steps"])}
+                yield {"method": method.name, "seed": seed, **measure.train(session, method, seed, job["steps"])}
     elif job["kind"] == "speed":
-        yield from cells.timed(session, chosen, job["rounds"], job["steps"])
+        yield from measure.timed(session, chosen, job["rounds"], job["steps"])
     elif job["kind"] == "alone":
-        yield from cells.alone(session, sorted({m.codec for m in chosen if m.torch is None}), job["rounds"])
+        yield from measure.alone(session, sorted({m.codec for m in chosen if m.torch is None}), job["rounds"])
     else:
         raise ValueError(f"job: kind must be loss, speed or alone, got {job['kind']}")
 

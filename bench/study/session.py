@@ -1,4 +1,4 @@
-"""Starts the ranks of the study on the two ends of a link, and takes their rows as they come."""
+"""Starts the ranks of the study on the two ends of a link, and yields their rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from bench.study.methods import LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE_PORT = 29_500  # a namespace has all ports to itself
-GRACE_S = 10.0  # for a rank to end after it was asked to
+GRACE_S = 10.0  # for a rank to end after SIGTERM
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
-SHOWN = 2_000  # characters of what a failed rank said
+SHOWN = 2_000  # characters of the output of a failed rank
 
 
 class RanksFailed(RuntimeError):
@@ -33,7 +33,7 @@ def run(job: dict[str, Any], link: Link, *, timeout_s: float) -> Iterator[dict[s
     """Run a job (see rank.py) on a link; yields its rows. Ends all ranks, whatever happens.
 
     Raises:
-        RanksFailed: a rank failed, or the job took longer than timeout_s; the text has the end of what it said.
+        RanksFailed: a rank failed, or the job took longer than timeout_s; the text has the end of its output.
     """
     tp, dp = LAYOUTS[job["layout"]]
     world = tp * dp
@@ -65,11 +65,11 @@ def start(job: dict[str, Any], link: Link, rank: int, world: int, port: int, fol
             stderr=errors,
             env=env,
             cwd=ROOT,
-            preexec_fn=lambda: settle(cores[rank * len(cores) // world % len(cores)]),
+            preexec_fn=lambda: bind(cores[rank * len(cores) // world % len(cores)]),
         )
 
 
-def settle(core: int) -> None:
+def bind(core: int) -> None:
     """In the new process: stay on a core, and end when the study ends, however it does."""
     os.sched_setaffinity(0, {core})
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -80,15 +80,15 @@ def follow(ranks: list[subprocess.Popen[bytes]], folder: Path, deadline: float) 
     with Path(folder, "rows-0").open() as output:
         pending = ""
         while True:
-            ended = [rank.poll() for rank in ranks]  # asked before reading: all that was said before the end is read
+            ended = [rank.poll() for rank in ranks]  # polled before reading, so that all output before the end is read
             pending += output.read()
             *lines, pending = pending.split("\n")
             for line in lines:
                 yield json.loads(line)
             failed = [rank for rank, code in enumerate(ended) if code]
             if failed or time.monotonic() > deadline:
-                said = {r: Path(folder, f"errors-{r}").read_text()[-SHOWN:] for r in failed or range(len(ranks))}
-                text = "\n".join(f"rank {r}: {words}" for r, words in said.items())
+                tails = {r: Path(folder, f"errors-{r}").read_text()[-SHOWN:] for r in failed or range(len(ranks))}
+                text = "\n".join(f"rank {r}: {tail}" for r, tail in tails.items())
                 raise RanksFailed(f"ranks {failed} failed:\n{text}" if failed else f"no end in time:\n{text}")
             if all(code == 0 for code in ended):
                 return
@@ -96,7 +96,7 @@ def follow(ranks: list[subprocess.Popen[bytes]], folder: Path, deadline: float) 
 
 
 def end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Ask those that still run to end, then make them."""
+    """Terminate the ranks that still run, then kill them."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)

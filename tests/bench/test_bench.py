@@ -5,6 +5,7 @@ Nothing here asserts how long anything took.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from bench import codecs, placement, rows, shapes, suite
 from bench import run as bench_run
 from bench.cell import Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
-from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, ratios, summary
+from bench.timing import Candidate, Timing, exposed, measure, ratios, summary
 from tests.harness.bench import Clock, Team, candidate, right, where, wrong
 
 ROOT = Path(__file__).parents[2]
@@ -46,14 +47,16 @@ def test_candidates_take_turns_and_the_order_alternates() -> None:
     clock = Clock()
     jobs = [candidate(clock, name, 0.02) for name in "abc"]
     starts: list[int] = []
-    measure(jobs, Team(), rounds=4, clock=clock, each_round=lambda: starts.append(len(clock.events)))
+    barriers: list[int] = []
+    team = Team()
+
+    def note() -> None:
+        starts.append(len(clock.events))
+        barriers.append(team.barriers)
+
+    measure(jobs, team, rounds=4, clock=clock, each_round=note)
+    assert [b - a for a, b in itertools.pairwise(barriers)] == [3] * 3, "a barrier before every block"
     assert [clock.events[at : at + 3] for at in starts] == [list("abc"), list("cba")] * 2
-
-
-def test_there_is_a_barrier_before_every_block() -> None:
-    clock, team = Clock(), Team()
-    measure([candidate(clock, "a", 0.02), candidate(clock, "b", 0.02, rewrite=0.01)], team, rounds=7, clock=clock)
-    assert team.barriers == 2 * CALIBRATIONS + 7 * (1 + 2)
 
 
 def test_a_block_is_filled_and_every_rank_makes_the_same_number_of_calls() -> None:
@@ -108,19 +111,23 @@ def test_a_block_that_is_never_left_alone_gives_no_number() -> None:
     assert math.isnan(summary(timing.seconds).median)
 
 
-def test_a_wrong_result_is_not_timed() -> None:
+@pytest.mark.parametrize(
+    ("error", "others"),
+    [
+        (wrong, lambda value: []),
+        (lambda _: math.nan, lambda value: []),
+        (right, lambda value: [1.5]),  # wrong on another rank only
+    ],
+)
+def test_a_wrong_result_is_not_timed(error: Callable[[Any], float], others: Callable[[float], list[float]]) -> None:
     clock = Clock()
-    good, bad = measure([candidate(clock, "good", 0.1), candidate(clock, "bad", 0.1, error=wrong)], Team(), rounds=3,
-                        clock=clock)  # fmt: skip
-    assert good.verified and len(good.seconds) == 3
-    assert not bad.verified and bad.seconds == []
+    good, bad = candidate(clock, "good", 0.1), candidate(clock, "bad", 0.1, error=error)
+    (timing,) = measure([bad], Team(others), rounds=3, clock=clock)
+    assert not timing.verified and timing.error > 1 and timing.seconds == []
     assert clock.events.count("bad") == 1
-
-
-def test_a_result_that_is_wrong_on_another_rank_only_is_not_timed_either() -> None:
-    clock = Clock()
-    (timing,) = measure([candidate(clock, "a", 0.1)], Team(lambda v: [1.5]), rounds=3, clock=clock)
-    assert not timing.verified and timing.seconds == []
+    if not others(0.0):
+        timings = measure([good, bad], Team(), rounds=3, clock=clock)
+        assert [(t.verified, len(t.seconds)) for t in timings] == [(True, 3), (False, 0)]
 
 
 def test_a_result_that_turns_wrong_while_it_is_timed_is_found() -> None:
@@ -128,12 +135,6 @@ def test_a_result_that_turns_wrong_while_it_is_timed_is_found() -> None:
     job = candidate(clock, "a", 0.1, error=lambda _: 2.0 if clock.now > 0.35 else 0.0)
     (timing,) = measure([job], Team(), rounds=5, clock=clock)
     assert not timing.verified
-
-
-def test_not_a_number_is_a_wrong_result() -> None:
-    clock = Clock()
-    (timing,) = measure([candidate(clock, "a", 0.1, error=lambda _: math.nan)], Team(), rounds=1, clock=clock)
-    assert timing.error == math.inf and timing.seconds == []
 
 
 def test_the_summary_leaves_out_what_is_no_number_and_counts_percentiles_upwards() -> None:
@@ -207,12 +208,12 @@ def talk(team: RankTeam, planted: int, send: Callable[[Any], None]) -> None:
 
 def test_all_ranks_see_the_same_values_and_a_wrong_result_of_one_stops_all() -> None:
     world = 3
-    told = list(launch(world, talk, 1, pin=False))
-    assert len(told) == world
-    for everything, verified, seconds, _ in told:
+    found = list(launch(world, talk, 1, pin=False))
+    assert len(found) == world
+    for everything, verified, seconds, _ in found:
         assert everything == [[[rank * 10.0 + turn] for rank in range(world)] for turn in range(50)]
         assert verified == [False, True]
-        assert seconds == told[0][2] and seconds[0] == [] and len(seconds[1]) == 2
+        assert seconds == found[0][2] and seconds[0] == [] and len(seconds[1]) == 2
 
 
 TINY: dict[str, Any] = {
@@ -240,8 +241,8 @@ def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
 
 def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> None:
     spec = bench_run.Spec((("gemm_reduce_scatter", shapes.Gemm(1, 32, 64)),), {}, 1, 1e-4, math.inf, where())
-    (told,) = bench_run.run(spec, 2, pin=False)
-    assert isinstance(told, str) and "1 does not divide by 2 ranks" in told
+    (message,) = bench_run.run(spec, 2, pin=False)
+    assert isinstance(message, str) and "1 does not divide by 2 ranks" in message
 
 
 def test_a_share_of_the_copy_is_of_bytes_and_not_of_times() -> None:

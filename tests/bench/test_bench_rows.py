@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,14 +42,11 @@ def test_a_newer_row_replaces_the_one_that_measured_the_same(tmp_path: Path) -> 
     assert rows.load(path) == again
     rows.save(path, some_rows([500.0] * 4))
     assert len(rows.load(path)) == 2 * len(again), "near and far are kept side by side"
-
-
-def test_rows_of_a_server_with_other_slots_or_clients_are_kept_side_by_side(tmp_path: Path) -> None:
-    path, one = tmp_path / "a.jsonl", some_rows()[0]
+    path, one = tmp_path / "b.jsonl", some_rows()[0]
     served = [{**one, "slots": slots, "clients": clients} for slots in (1, 8) for clients in (1, 64)]
     rows.save(path, served[:2])
     rows.save(path, [*served[1:], one])
-    assert rows.load(path) == [*served, one]
+    assert rows.load(path) == [*served, one], "other slots or clients are kept side by side"
 
 
 def test_a_goal_counts_in_every_placement_that_was_measured() -> None:
@@ -93,13 +89,9 @@ def test_the_readme_tables_are_written_between_the_markers_and_nowhere_else() ->
     assert "old" not in after and "| 4 KiB | plain |" in after and "90x [90, 90]" in after
     assert "\nmiddle\n" in after and "| gemm_all_reduce | 16x4096x4096 |" in after
     assert readme.filled(after, data) == after
+    assert all(isinstance(readme.table(name, []), str) for name in readme.TABLES), "also without rows"
     with pytest.raises(ValueError, match="no table is called"):
         readme.filled("<!-- bench:nonsense -->\n<!-- /bench -->", data)
-
-
-def test_every_readme_table_can_be_written_from_nothing() -> None:
-    for name in readme.TABLES:
-        assert isinstance(readme.table(name, []), str)
 
 
 @pytest.mark.parametrize("name", readme.DOCUMENTS)
@@ -110,14 +102,7 @@ def test_documents_say_what_the_kept_results_say(name: str) -> None:
     assert readme.filled(path.read_text(), rows.load(rows.RESULTS)) == path.read_text(), "run python -m bench.readme"
 
 
-@pytest.mark.parametrize("module", ["generate", "serve", "train_step", "suite"])
-def test_a_bench_adds_to_the_kept_results_only_when_asked_to(module: str) -> None:
-    options = inspect.signature(pytest.importorskip(f"bench.{module}").main).parameters
-    assert options["keep"].default is False
-    assert options["out"].default is None
-
-
-def test_the_suite_says_so_to_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_kept_only_with_keep_and_the_others_are_not_in_git(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def run(command: list[str]) -> SimpleNamespace:
@@ -126,13 +111,8 @@ def test_the_suite_says_so_to_every_run(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(suite.subprocess, "run", run)
     for keep in (False, True):
-        suite.main(["all_reduce", "train_step"], keep=keep, repeat=1, wait=0.0)
-    folders = [Path(command[command.index("--out") + 1]).parent for command in commands]
-    half = len(folders) // 2
-    assert half and folders == [rows.MINE] * half + [rows.RESULTS] * half
-
-
-def test_what_is_not_kept_is_not_in_git() -> None:
+        suite.main(["train_step"], keep=keep, repeat=1, wait=0.0)
+    assert [Path(c[c.index("--out") + 1]).parent for c in commands] == [rows.MINE, rows.RESULTS]
     assert rows.destination("a.jsonl", keep=True) == rows.RESULTS / "a.jsonl"
     assert rows.destination("a.jsonl", keep=False) == rows.MINE / "a.jsonl"
     assert rows.destination("a.jsonl", True, Path("b")) == Path("b")

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.study import goals, links, plan, rows, session, table
+from bench import rows
+from bench.study import goals, links, plan, report, session
 from bench.study.methods import LAYOUTS, methods, settings_of
 from tpkernels.train.settings import check
 
@@ -64,11 +65,11 @@ def test_every_method_is_one_that_the_trainer_accepts() -> None:
 def test_cells_that_are_kept_are_not_measured_again_and_a_cut_off_row_is(tmp_path: Path) -> None:
     study = plan.Study(layouts=("dp2",), only=("dp2/DDP", "dp2/int8"), seeds=2, links=("100mbit",))
     path = tmp_path / "rows.jsonl"
-    rows.add(path, loss_row("DDP", 0, 2.0, 4))
+    rows.append(path, loss_row("DDP", 0, 2.0, 4))
     with path.open("a") as file:
         file.write('{"kind": "loss", "lay')
-    rows.add(path, loss_row("int8", 0, 2.0, 1))
-    rows.add(path, loss_row("int8", 0, 2.1, 1))
+    rows.append(path, loss_row("int8", 0, 2.0, 1))
+    rows.append(path, loss_row("int8", 0, 2.1, 1))
     kept = rows.load(path)
     assert [(r["method"], r["validation_loss"]) for r in kept] == [("DDP", 2.0), ("int8", 2.1)]
     assert [(j["seeds"], j["methods"]) for j, _, _ in plan.loss_jobs(study, kept)] == [([1], ["DDP", "int8"])]
@@ -95,7 +96,7 @@ def test_goals_are_reached_missed_or_not_measured() -> None:
     ]  # fmt: skip
     for goal, word in words:
         assert [w for g, w in found.items() if g.startswith(goal)] == [word], goal
-    text = "\n".join(table.lines_of(kept))
+    text = "\n".join(report.lines_of(kept))
     assert "| int8 | 106 | 0.265 | 2.1100 [2.1000, 2.1200] | +4.98% |" in text
 
 

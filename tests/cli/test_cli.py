@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from tpkernels import checkpoint
 from tpkernels.cli import app
-from tpkernels.cli import train as cli
+from tpkernels.cli.train import use_all_ranks
 from tpkernels.comm import torchrun
 from tpkernels.errors import UserError
 from tpkernels.train.settings import Settings
@@ -136,7 +136,7 @@ def test_torchrun_ranks_are_shared_out_over_replicas() -> None:
     done = call("--dp", "3", RANK="0", WORLD_SIZE="4")
     assert "torchrun started 4 ranks, which --dp 3 does not divide: start a multiple of 3" in done.stderr
     options: dict[str, Any] = {"dp": 2}
-    cli._use_all_ranks(options, 4)
+    use_all_ranks(options, 4)
     assert options == {"dp": 2, "tp": 2}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness.generation import byte_tokenizer, tiny_llama
 from tpkernels import Group
@@ -57,12 +58,24 @@ class Served:
 
     client: httpx.AsyncClient
     engine: Engine
+    decoder: Any
     gate: Gate
     server: Server
 
     async def complete(self, prompt: str, **options: Any) -> httpx.Response:
         body = {"model": "tiny", "prompt": prompt, "temperature": 0, "ignore_eos": True, **options}
         return await self.client.post("/v1/completions", json=body)
+
+    def calls(self, method: str) -> list[tuple[Any, ...]]:
+        """The arguments of each call of a method of the engine from now on."""
+        made, real = list[tuple[Any, ...]](), getattr(self.engine, method)
+
+        def call(*args: Any) -> Any:
+            made.append(args)
+            return real(*args)
+
+        setattr(self.engine, method, call)
+        return made
 
     async def until(self, true: Callable[[], bool]) -> None:
         """Return when the condition holds."""
@@ -73,8 +86,15 @@ class Served:
 
     def value(self, name: str, **labels: str) -> float:
         """A number of /metrics."""
-        found = self.engine.metrics._registry.get_sample_value(name, labels)
-        return 0.0 if found is None else found
+        families = text_string_to_metric_families(self.engine.metrics.text().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return sum(
+            sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def waiting(self) -> float:
+        """Requests without a slot."""
+        return self.value("tpkernels_queue_length")
 
 
 def cut_decoder(group: Group) -> SlotDecoder:
@@ -117,7 +137,7 @@ def serve_one(
         headers = {"Authorization": f"Bearer {token}"} if token else None
         where = f"http://127.0.0.1:{listening.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=where, limits=limits, timeout=DEADLINE_S, headers=headers) as client:
-            return await check(Served(client, engine, gate, server))
+            return await check(Served(client, engine, decoder, gate, server))
 
     try:
         return asyncio.run(main())

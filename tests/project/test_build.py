@@ -52,24 +52,6 @@ def tool(folder: Path, name: str, script: str) -> None:
 # ---- CPU or CPU + CUDA -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nvcc", [None, NVCC])
-@pytest.mark.parametrize("built_for", [CPU_TORCH, CUDA_TORCH])
-@pytest.mark.parametrize("has_sources", [False, True])
-def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
-    nvcc: str | None, built_for: Any, has_sources: bool
-) -> None:
-    possible = nvcc is not None and built_for is CUDA_TORCH and has_sources
-    decision = setup.decide_cuda("auto", nvcc, built_for, has_sources)
-    assert decision.cuda == possible
-    assert decision.reason
-    assert not setup.decide_cuda("0", nvcc, built_for, has_sources).cuda
-    if possible:
-        assert setup.decide_cuda("1", nvcc, built_for, has_sources).cuda
-    else:
-        with pytest.raises(ValueError, match="TPKERNELS_CUDA=1 demands a CUDA build, but"):
-            setup.decide_cuda("1", nvcc, built_for, has_sources)
-
-
 @pytest.mark.parametrize(
     ("nvcc", "built_for", "has_sources", "reason"),
     [
@@ -77,15 +59,23 @@ def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
         (NVCC, CPU_TORCH, True, "torch 2.13.0+cpu is built without CUDA"),
         (NVCC, CUDA_TORCH, False, "this version of tpkernels has no CUDA sources yet"),
         (NVCC, CUDA_TORCH, True, "nvcc is /toolkit/bin/nvcc and torch 2.13.0+cu130 has CUDA 13.0"),
+        (None, CPU_TORCH, False, ""),
     ],
 )
-def test_the_decision_names_its_reason(nvcc: str | None, built_for: Any, has_sources: bool, reason: str) -> None:
-    assert setup.decide_cuda("auto", nvcc, built_for, has_sources).reason == reason
-
-
-def test_a_wish_that_is_not_understood_is_an_error() -> None:
+def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
+    nvcc: str | None, built_for: Any, has_sources: bool, reason: str
+) -> None:
+    possible = (nvcc, built_for, has_sources) == (NVCC, CUDA_TORCH, True)
+    decision = setup.decide_cuda("auto", nvcc, built_for, has_sources)
+    assert decision.cuda == possible and decision.reason and reason in decision.reason
+    assert not setup.decide_cuda("0", nvcc, built_for, has_sources).cuda
+    if possible:
+        assert setup.decide_cuda("1", nvcc, built_for, has_sources).cuda
+    else:
+        with pytest.raises(ValueError, match="TPKERNELS_CUDA=1 demands a CUDA build, but"):
+            setup.decide_cuda("1", nvcc, built_for, has_sources)
     with pytest.raises(ValueError, match="TPKERNELS_CUDA must be 0, 1 or auto, got 'yes'"):
-        setup.decide_cuda("yes", NVCC, CUDA_TORCH, True)
+        setup.decide_cuda("yes", nvcc, built_for, has_sources)
 
 
 def test_nvcc_is_found_below_cuda_home_where_path_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +87,11 @@ def test_nvcc_is_found_below_cuda_home_where_path_has_none(tmp_path: Path, monke
     assert setup.find_nvcc() is None
 
 
-def test_setup_reads_of_torch_what_torch_says_of_itself() -> None:
+def test_setup_finds_torch_and_its_headers_without_importing_it() -> None:
     found = setup.find_torch()
     assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
     assert (found.root / "include/torch/csrc/stable/library.h").exists()
     assert (found.root / "include/pybind11/pybind11.h").exists()
-
-
-def test_setup_finds_torch_without_importing_it() -> None:
     program = "import runpy, sys; m = runpy.run_path('setup.py'); m['find_torch'](); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -282,11 +269,14 @@ def test_readme_blocks_run_in_order_unless_a_reason_says_otherwise(
     assert "3 blocks" in said
 
 
-def test_a_readme_command_that_fails_fails_ci(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_readme_command_that_fails_or_is_missing_fails_ci(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(markdown("'''sh\nfalse\necho not reached\n'''\n"))
     assert readme_commands.main(str(page)) == 1
-    assert "exit status 1" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "exit status 1" in printed and "\nnot reached" not in printed
+    page.write_text("nothing here\n")
+    assert readme_commands.main(str(page)) == 1
 
 
 @pytest.mark.parametrize(
@@ -301,9 +291,3 @@ def test_a_readme_command_that_fails_fails_ci(tmp_path: Path, capfd: pytest.Capt
 def test_a_readme_note_or_fence_that_is_not_understood_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="readme_commands"):
         readme_commands.blocks(markdown(text))
-
-
-def test_a_readme_without_commands_fails_ci(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("nothing here\n")
-    assert readme_commands.main(str(page)) == 1

@@ -73,7 +73,7 @@ async def too_many_are_refused(served: Served) -> None:
         await served.until(served.gate.waiting.is_set)
         most = QUEUE + SLOTS - 1  # the slots that are free are no queue
         waiting = [asyncio.ensure_future(served.complete("ab", max_tokens=4)) for _ in range(most)]
-        await served.until(lambda: len(served.engine._waiting) == most or any(task.done() for task in waiting))
+        await served.until(lambda: served.waiting() == most or any(task.done() for task in waiting))
         assert not [task.result().text for task in waiting if task.done()]
         refused = await served.complete("ab")
         assert refused.status_code == 429
@@ -88,22 +88,17 @@ async def too_many_are_refused(served: Served) -> None:
 async def who_leaves_is_forgotten(served: Served) -> None:
     body = {"model": "tiny", "prompt": "abc", "max_tokens": 90, "ignore_eos": True}
     made = served.value("tpkernels_tokens_total", kind="generated")
+    submitted, cancelled = served.calls("submit"), served.calls("cancel")
     async with served.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         lines = answer.aiter_lines()
         assert json.loads((await anext(lines)).removeprefix("data: "))["choices"]
         served.gate.open.clear()  # so that it cannot end by itself
-        (first,) = served.engine._active.values()
-    await served.until(lambda: first.cancelled)
+    await served.until(lambda: len(cancelled) == 1)
     leaving = asyncio.ensure_future(served.client.post("/v1/completions", json=body))
-
-    def second() -> list[Any]:
-        here = [*list(served.engine._waiting), *list(served.engine._active.values())]
-        return [request for request in here if request is not first]
-
-    await served.until(lambda: bool(second()))
-    (other,) = second()
+    await served.until(lambda: len(submitted) == 2)
     leaving.cancel()
-    await served.until(lambda: other.cancelled)
+    await served.until(lambda: len(cancelled) == 2)
+    assert [request for (request,) in cancelled] == [request for (requests,) in submitted for request in requests]
     served.gate.open.set()
     await served.until(lambda: served.engine.idle)
     assert served.value("tpkernels_tokens_total", kind="generated") - made < 2 * 90
@@ -286,7 +281,7 @@ async def a_rank_dies(served: Served) -> dict[str, Any]:
         pending = [asyncio.ensure_future(served.complete("ab", max_tokens=50))]
         await served.until(served.gate.waiting.is_set)
         pending += [asyncio.ensure_future(served.complete("ab", max_tokens=50)) for _ in range(SLOTS + 3)]
-        await served.until(lambda: len(served.engine._waiting) == SLOTS + 3)
+        await served.until(lambda: served.waiting() == SLOTS + 3)
         os.kill(served.engine.metrics.other_pid, signal.SIGKILL)  # type: ignore[attr-defined]
     start = time.monotonic()
     answers = await asyncio.gather(*pending)
@@ -354,8 +349,9 @@ async def what_runs_is_ended(served: Served) -> None:
     with served.gate.shut():
         running = asyncio.ensure_future(served.complete("ab", max_tokens=90))
         await served.until(served.gate.waiting.is_set)
+        stopped = served.calls("stop")
         served.server.handle_exit(signal.SIGTERM, None)
-        await served.until(lambda: served.engine._stopping)
+        await served.until(lambda: bool(stopped))
     answer = await running
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "service_unavailable_error")
     assert answer.json()["error"]["message"].endswith("the server is stopping")
@@ -379,7 +375,7 @@ def test_a_port_that_is_taken_and_a_missing_package_are_said_plainly(monkeypatch
     import socket
 
     from tpkernels.errors import UserError
-    from tpkernels.generate.load import require
+    from tpkernels.generate.find import require
     from tpkernels.serve.command import listen
 
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -24,7 +24,7 @@ async def ask(served: Served) -> tuple[int, dict[str, str]]:
 
 async def follow_a_forward_pass(served: Served) -> None:
     """An idle server makes a token for whoever asks, not more often than once a second; one that hangs says so."""
-    engine, real = served.engine, served.engine._decoder.insert
+    engine, real = served.engine, served.decoder.insert
     engine.last_pass = float("-inf")
     before = engine.passes
     answers = await asyncio.gather(*(ask(served) for _ in range(5)))
@@ -37,16 +37,16 @@ async def follow_a_forward_pass(served: Served) -> None:
         assert go.wait(60)
         return real(*args)
 
-    engine._decoder.insert = hang
+    served.decoder.insert = hang
     engine.last_pass = float("-inf")
-    status, said = await ask(served)
+    status, body = await ask(served)
     assert stuck.is_set(), "it was a forward pass that was asked for"
-    assert (status, said["status"]) == (503, "unhealthy")
-    assert "the model has made no token in" in said["reason"]
+    assert (status, body["status"]) == (503, "unhealthy")
+    assert "the model has made no token in" in body["reason"]
     await served.until(lambda: _now_stands(served))
     assert "tpkernels_healthy 0.0" in (await served.client.get("/metrics")).text
     go.set()
-    engine._decoder.insert = real
+    served.decoder.insert = real
     await served.until(lambda: engine.passes > before + 1)
     assert await ask(served) == (200, {"status": "ok"})
     assert "tpkernels_healthy 1.0" in (await served.client.get("/metrics")).text
@@ -62,8 +62,8 @@ async def see_requests_that_hang(served: Served) -> None:
         running = asyncio.ensure_future(served.complete("ab", max_tokens=6))
         await served.until(served.gate.waiting.is_set)
         served.engine.last_pass = float("-inf")
-        status, said = await ask(served)
-        assert (status, said["status"]) == (503, "unhealthy")
+        status, body = await ask(served)
+        assert (status, body["status"]) == (503, "unhealthy")
     assert (await running).json()["usage"]["completion_tokens"] == 6
     passes = served.engine.passes
     assert await ask(served) == (200, {"status": "ok"})
@@ -71,11 +71,11 @@ async def see_requests_that_hang(served: Served) -> None:
 
 
 async def see_nan(served: Served) -> None:
-    engine, real = served.engine, served.engine._decoder.insert
-    engine._decoder.insert = lambda *args: real(*args) * torch.nan
+    engine, real = served.engine, served.decoder.insert
+    served.decoder.insert = lambda *args: real(*args) * torch.nan
     engine.last_pass = float("-inf")
     assert await ask(served) == (503, {"status": "unhealthy", "reason": "the model's logits hold NaN"})
-    engine._decoder.insert = real
+    served.decoder.insert = real
     engine.last_pass = float("-inf")
     assert await ask(served) == (200, {"status": "ok"})
     assert (await served.complete("ab", max_tokens=3)).json()["usage"]["completion_tokens"] == 3
@@ -88,10 +88,10 @@ async def see_the_end(served: Served) -> None:
     def fail(*_: Any) -> Any:
         raise TimeoutError("rank 1 did not come")
 
-    engine._decoder.insert = fail
+    served.decoder.insert = fail
     engine.last_pass = float("-inf")
-    status, said = await ask(served)
-    assert (status, said) == (503, {"status": "unhealthy", "reason": "TimeoutError: rank 1 did not come"})
+    status, body = await ask(served)
+    assert (status, body) == (503, {"status": "unhealthy", "reason": "TimeoutError: rank 1 did not come"})
 
 
 async def everything(served: Served) -> None:

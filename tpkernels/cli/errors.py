@@ -1,4 +1,4 @@
-"""What a command of the line prints when it fails."""
+"""The messages and exit codes of commands that fail."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from tpkernels.errors import CheckpointError, PeerLostError, RankMismatchError, 
 
 @contextmanager
 def plain_errors(hint: str = "") -> Iterator[None]:
-    """One sentence instead of a stack trace for what the user can put right (exit code 2) or what befell a rank (1).
+    """Print one sentence instead of a stack trace: exit code 2 for errors of the user, 1 for those of a rank.
 
     Args:
-        hint: how to go on after a rank was lost, or the command was stopped.
+        hint: printed after a rank was lost, or the command was stopped.
     """
-
     first = os.environ.get("RANK") in (None, "0")
     try:
         yield

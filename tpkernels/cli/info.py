@@ -1,4 +1,4 @@
-"""`tpkernels info`: what was built, what this machine can run, and why something is off."""
+"""`tpkernels info`: the build, the machine, and the reasons for everything that is off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpkernels._build import build_info
 from tpkernels._native import _C
 from tpkernels.comm.devices import cuda_facts, load_cuda
 
-# What the compiler's "arch=x86-64-v3" and "-v4" ask of a CPU, as /proc/cpuinfo spells it.
+# The CPU features of the compiler's "arch=x86-64-v3" and "-v4", as in /proc/cpuinfo.
 _V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _GIB = 1 << 30
@@ -38,7 +38,7 @@ def vector_width(flags: set[str]) -> str:
 
 
 def shm_verdict(folder: Path = Path("/dev/shm")) -> tuple[bool, str]:
-    """Whether ranks of this machine can share memory, and the room there is or what is missing."""
+    """Whether ranks of this machine can share memory, and the free space or the obstacle."""
     if not folder.is_dir():
         return False, f"{folder} does not exist"
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -69,7 +69,7 @@ def _cuda_build() -> str:
 
 
 def _cuda() -> dict[str, str]:
-    """What there is of CUDA, and the first thing that keeps it from being used."""
+    """CUDA on this machine, and the first reason why it cannot be used."""
     facts = cuda_facts()
     driver = "none" if facts.driver is None else f"supports CUDA up to {facts.driver[0]}.{facts.driver[1]}"
     _, obstacle = load_cuda()
@@ -90,7 +90,7 @@ def _gpu(index: int) -> str:
 
 
 def peer_access(count: int, reaches: Callable[[int, int], bool]) -> str:
-    """Which GPU can access whose memory, as one line."""
+    """The GPUs whose memory each GPU can access, as one line."""
     if count == 1:
         return "one GPU"
     rows = {i: [j for j in range(count) if j != i and reaches(i, j)] for i in range(count)}

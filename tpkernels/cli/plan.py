@@ -28,7 +28,6 @@ def plan_model(
     tp: Annotated[int, Option(min=1, help="Ranks to cut it over.")] = 2,
 ) -> None:
     """Show how a model of transformers would be cut: each linear's style and parts, heads, parameters on a rank."""
-
     with plain_errors():
         whole = _model_without_weights(model)
         try:
@@ -40,7 +39,6 @@ def plan_model(
 
 def _model_without_weights(model: str) -> Any:
     """The model on the meta device."""
-
     try:
         import transformers
     except ImportError:

@@ -28,7 +28,6 @@ def reshard(
 
     checkpoint.load needs none of it: it reads the checkpoint of any number of ranks.
     """
-
     if not (src / MANIFEST).exists():
         src = checkpoint.latest(src) or src
     with plain_errors():

@@ -47,7 +47,7 @@ def train(
     with plain_errors(GO_ON):
         options = given(ctx, Settings)
         if torchrun.is_rank() and not resume:
-            _use_all_ranks(options, torchrun.world_size())
+            use_all_ranks(options, torchrun.world_size())
         settings, path = _resolve(options, folder, resume)
         if torchrun.is_rank():
             _check_ranks(settings, torchrun.world_size(), resume)
@@ -57,7 +57,7 @@ def train(
         work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
 
 
-def _use_all_ranks(options: dict[str, Any], ranks: int) -> None:
+def use_all_ranks(options: dict[str, Any], ranks: int) -> None:
     """Without --tp, cut each replica over all ranks that torchrun started for it."""
     dp = options.get("dp", 1)
     if dp < 1 or "tp" in options:

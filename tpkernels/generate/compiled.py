@@ -1,9 +1,9 @@
 """torch.compile for the decode step, where a product has one row and all that counts is how fast weights are read.
 
 BLAS does not read them as fast as one core can. Written as a sum of products, inductor makes a loop of it that reads at
-the speed of memory: a token of SmolLM2 in fp32 takes half the time (bench/results/generate.jsonl). So products of few
-rows are rewritten before inductor sees them: those of torch and those inside the ops of this package, whatever module
-they stand in.
+the speed of memory: a token of SmolLM2 in fp32 takes half the time (bench/results/generate.jsonl). So products of up
+to MOST_ROWS rows are rewritten before inductor compiles them: those of torch and those inside the ops of this package,
+in every module.
 """
 
 from __future__ import annotations

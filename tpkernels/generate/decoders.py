@@ -3,8 +3,8 @@
 Two caches of keys and values, both cut by heads, since each rank's attention makes those of its own heads alone:
 
     DynamicDecoder   grows by a token each step; prompts of a batch are padded on the left
-    SlotDecoder      memory of a fixed size, a slot for each sequence, each at a position of its own: sequences come and
-                     go between steps, and a step can be compiled
+    SlotDecoder      memory of a fixed size, a slot for each sequence, each at a position of its own: sequences begin
+                     and end between steps, and a step can be compiled
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def rounded_up(tokens: int) -> int:
 
 
 class _Decoder:
-    """What both decoders ask of a model: a decoder of transformers."""
+    """A decoder of transformers, and its prefill."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = cast(Any, model)
@@ -102,7 +102,7 @@ class _SlotLayer(CacheLayerMixin):
         self._slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory for every slot, in the dtype and for the heads of what a forward made."""
+        """Allocate every slot, in the dtype and for the heads of the states of a forward."""
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, dim = states.shape
             setattr(self, name, states.new_zeros(self._slots.count, heads, self._slots.max_length, dim))
@@ -134,7 +134,7 @@ class _SlotLayer(CacheLayerMixin):
 class _Slots(Cache):
     """The memory of all slots.
 
-    `positions` [rows] is where the next token of each of the first rows belongs, `span` how far any of them looks back.
+    `positions` [rows] are those of the next tokens of the first rows, `span` the most tokens that one attends to.
     """
 
     def __init__(self, layers: int, count: int, max_length: int) -> None:
@@ -143,7 +143,13 @@ class _Slots(Cache):
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
     def fill(self, slot: int, source: Cache, row: int, length: int) -> None:
-        """Take over the last `length` tokens of a row of another cache."""
+        """Copy keys and values of one sequence from another cache.
+
+        Args:
+            slot: to which.
+            source, row: from which cache, and from which of its rows.
+            length: how many tokens, the last ones.
+        """
         pairs: Any = zip(self.layers, source.layers, strict=True)
         for mine, theirs in pairs:
             if not mine.is_initialized:
@@ -154,7 +160,7 @@ class _Slots(Cache):
 
 
 class SlotDecoder(_Decoder):
-    """Generation in slots of a fixed size, which sequences take and leave between steps.
+    """Generation in slots of a fixed size; sequences begin and end between steps.
 
     Args:
         model: full attention in every layer, or windows that are longer than max_length.
@@ -204,8 +210,8 @@ class SlotDecoder(_Decoder):
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Append a token to the sequence of every slot named; the logits [rows, V], a row for each slot.
 
-        Slots that are not named are free from then on, so that all ranks agree on them without another word.
-        There are as many rows as the highest slot asks for, rounded up to a power of two, so that there are few sizes.
+        Slots that are not named are free from then on, so that all ranks agree on them without another message.
+        There are as many rows as the highest slot needs, rounded up to a power of two, to limit the number of sizes.
         """
         rows = min(self.slots, 1 << max(tokens).bit_length())
         ids = torch.zeros(rows, 1, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Generator: prompts in, pieces of text out, the same on every rank."""
+"""Generator: continues prompts by pieces of text, the same on every rank."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CACHES = ("static", "dynamic")
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to one prompt's continuation.
+    """The addition of one step to the continuation of one prompt.
 
     Attributes:
         index: which prompt.
         token: the new token.
-        text: that is certain since; may be empty, and belong to earlier tokens.
+        text: that this token completes; may be empty, and belong to earlier tokens.
         finish: None, or why this is the last piece: "stop" (end token, stop string) or "length".
     """
 
@@ -42,8 +42,8 @@ class Completion:
     finish: str
 
 
-class Running:
-    """One continuation under way: its text so far, and what ends it."""
+class Continuation:
+    """A continuation in progress: its text and its ends."""
 
     def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
         self.tokens = 0
@@ -55,7 +55,7 @@ class Running:
         self._text = TextStream(tokenizer, prompt, sampling.stop)
 
     def push(self, token: int) -> str:
-        """Take the next token; the text that is certain since. Sets `finish` when it is the last.
+        """Add the next token; the text that it completes. Sets `finish` when it is the last.
 
         Raises:
             FloatingPointError: the logits were not numbers.
@@ -81,14 +81,14 @@ def is_seq2seq(model: Any) -> bool:
 
 
 class Generator:
-    """Continues prompts with a language model of transformers, whole or cut over the ranks of a group.
+    """Continues prompts with a language model of transformers, sharded over the ranks of a group or not.
 
     A model with an encoder (T5, BART, MarianMT) reads the prompt and writes a text of its own, a translation perhaps.
 
     Every rank makes one and calls it alike; tokens and texts are the same on all of them, sampled ones too.
 
     Args:
-        model: a decoder, or encoder and decoder, such as `tpk.parallelize` leaves it.
+        model: a decoder, or encoder and decoder, sharded by `tpk.parallelize` or not.
         tokenizer: its tokenizer.
         group: the ranks; None means all ranks of the default process group.
         cache: "static" (keys and values in memory of a fixed size) or "dynamic" (they grow, as they always do in a
@@ -125,9 +125,9 @@ class Generator:
     def stream(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> Iterator[Piece]:
-        """Continue all prompts together; yield what each step adds.
+        """Continue all prompts together; yield the pieces of each step.
 
-        Every rank must take all pieces, or all must stop after the same one.
+        Every rank must consume all pieces, or all must stop after the same one.
 
         Args:
             prompts: texts or token ids, one token at least each.
@@ -136,7 +136,7 @@ class Generator:
         Raises:
             ValueError: a prompt or sampling does not fit.
             FloatingPointError: the model's logits hold NaN.
-            TimeoutError, PeerLostError: a rank did not come, or died; the text names it.
+            TimeoutError, PeerLostError: a rank did not take part, or died; the text names it.
         """
         ids = [self._ids(prompt) for prompt in prompts]
         every = [sampling or Sampling()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
@@ -171,7 +171,8 @@ class Generator:
         decoder = self._decoder_for(len(prompts), needed)
         before = [[decoder.start_token]] * len(prompts) if is_seq2seq(self.model) else prompts
         running = {
-            i: (Running(p, s, self.tokenizer), Sampler(s)) for i, (p, s) in enumerate(zip(before, every, strict=True))
+            i: (Continuation(p, s, self.tokenizer), Sampler(s))
+            for i, (p, s) in enumerate(zip(before, every, strict=True))
         }
         logits = decoder.start(prompts)
         while True:

@@ -82,7 +82,7 @@ def _tokenizer(path: Path) -> Any:
 
 
 def _forget_packing(model: Any) -> None:
-    """The weights of a GGUF file are plain tensors once they are read, yet transformers goes on calling them packed."""
+    """Remove the marks of quantisation: the weights of a GGUF file are plain tensors once they are read."""
     model.is_quantized, model.hf_quantizer = False, None
     for holder, name in ((model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(holder, name):

@@ -1,4 +1,4 @@
-"""How the next token is drawn, and how all ranks come to the same one."""
+"""Draws the next token, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from tpkernels import ops
 from tpkernels.comm.group import Group
 
-NOT_A_NUMBER = -1  # in the place of a token: the logits of its row hold NaN
-FIRST_TRY = 1024  # tokens among which the nucleus is looked for before all are sorted
+NOT_A_NUMBER = -1  # in place of a token whose logits hold NaN
+FIRST_TRY = 1024  # the nucleus is searched among so many likeliest tokens before all are sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What one prompt asks of its continuation.
+    """The settings of one continuation.
 
     Attributes:
         max_tokens: at most so many new tokens.
@@ -41,7 +41,7 @@ class Sampling:
     ignore_eos: bool = False
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be asked (says which, expected, got)."""
+        """Raise ValueError for a value out of range (names it, expected and got)."""
         if self.max_tokens < 1:
             raise ValueError(f"sampling: max_tokens must be 1 or more, got {self.max_tokens}")
         if not 0.0 <= self.temperature < math.inf:
@@ -57,7 +57,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one sequence, from a generator of its own: who else is in the batch plays no part."""
+    """Draws the tokens of one sequence, from a generator of its own, so that they do not depend on the batch."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling

@@ -30,22 +30,22 @@ class Seq2SeqDecoder:
                 f"generate: a model with an encoder must read and write texts (a head, and a forward with "
                 f"{', '.join(sorted(wanted))}), got {type(model).__name__}"
             )
-        start = self._said("decoder_start_token_id")
-        start = self._said("bos_token_id") if start is None else start
+        start = self._option("decoder_start_token_id")
+        start = self._option("bos_token_id") if start is None else start
         if start is None:
-            raise ValueError("generate: neither config nor generation_config says decoder_start_token_id: set it")
+            raise ValueError("generate: neither config nor generation_config has decoder_start_token_id: set it")
         how = getattr(model, "generation_config", None)
         self.start_token, self._first = int(start), getattr(how, "forced_bos_token_id", None)
         single = [ids[0] for ids in getattr(how, "bad_words_ids", None) or () if len(ids) == 1]
         self._never = sorted({*single, *(getattr(how, "suppress_tokens", None) or ())})
-        self._most = self._said("max_position_embeddings")
+        self._most = self._option("max_position_embeddings")
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts of one token or more each; the logits [B, V] of the first tokens of their texts."""
         longest = max(len(prompt) for prompt in prompts)
         self._check_length(longest, "a prompt")
-        pad = self._said("pad_token_id") or 0
+        pad = self._option("pad_token_id") or 0
         ids = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
         lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         self._mask = (torch.arange(longest) < lengths).long()
@@ -80,8 +80,8 @@ class Seq2SeqDecoder:
             logits[:, self._never] = -torch.inf
         return logits
 
-    def _said(self, name: str) -> Any:
-        """What the generation config says, else the config, else None."""
+    def _option(self, name: str) -> Any:
+        """The value of the generation config, else of the config, else None."""
         value = getattr(getattr(self.model, "generation_config", None), name, None)
         return getattr(self.model.config, name, None) if value is None else value
 

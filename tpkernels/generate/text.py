@@ -1,16 +1,16 @@
-"""From tokens to text as they come, ending at stop strings, and never half a character."""
+"""Turns a stream of tokens into text: whole characters, up to a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes that are no character yet
+HALF = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are not a whole character yet
 CONTEXT = 4  # tokens of the prompt that are decoded along: some tokenizers drop a space at the start of a text
 
 
 class Tokenizer(Protocol):
-    """What generation asks of a tokenizer; those of transformers have it."""
+    """The methods of a tokenizer that generation calls; those of transformers have them."""
 
     eos_token_id: int | None
 
@@ -25,13 +25,13 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """The tokens of a conversation up to where the answer begins, by the tokenizer's chat template.
 
     Raises:
-        ValueError: there is no template, or it refuses the conversation (says why).
+        ValueError: there is no template, or it refuses the conversation (the text has the reason).
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template")
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise what they like about roles that they do not take
+    except Exception as error:  # templates raise any class for roles that they refuse
         raise ValueError(f"the chat template refuses the messages: {error}") from None
     return list(tokenizer.encode(text, add_special_tokens=False))
 

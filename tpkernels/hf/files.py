@@ -1,7 +1,7 @@
 """The weights of a Hugging Face folder, read by slices: one safetensors file, or several with an index.
 
 Names in files are turned into those of the model by transformers' own rules (conversion_mapping.py there). Where these
-make one tensor of several (the experts of a mixture, for example) the whole of it is made, cut, and forgotten again.
+make one tensor of several (the experts of a mixture, for example), it is computed unsharded, sharded, and dropped.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ Fetch = Callable[..., Tensor]  # (*(dim, start, stop)) -> that range of the tens
 
 
 @dataclass
-class Found:
-    """What the files have for a model.
+class FoundTensors:
+    """The tensors of the files, for a model.
 
     Attributes:
         direct: {name in the model: (shape, fetch)} of tensors that are read by slices.
-        made: for each group of tensors that transformers makes together, their names and who makes them, whole.
+        made: for each group of tensors that transformers computes together, their names and a function that computes
+            them, unsharded.
         unexpected: names in the files that the model has no place for.
     """
 
@@ -43,16 +44,16 @@ def refuse_quantised(folder: Path, config: Any) -> None:
     """Raise CheckpointError when the weights of a folder are packed, which no rank can cut.
 
     Args:
-        folder: its config.json is looked at, too, because `config` may be another.
+        folder: its config.json is checked, too, because `config` may be another.
     """
-    said = getattr(config, "quantization_config", None)
+    quantisation = getattr(config, "quantization_config", None)
     if (file := folder / "config.json").is_file():
         try:
-            said = said or json.loads(file.read_text()).get("quantization_config")
+            quantisation = quantisation or json.loads(file.read_text()).get("quantization_config")
         except (ValueError, AttributeError) as error:
             raise damaged(file, str(error)) from None
-    if said:
-        fields = said if isinstance(said, dict) else vars(said)
+    if quantisation:
+        fields = quantisation if isinstance(quantisation, dict) else vars(quantisation)
         method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method") or "of an unknown method"))
         raise CheckpointError(
             f"its weights are quantised ({method}; quantization_config of its config), and packed weights cannot be "
@@ -61,7 +62,13 @@ def refuse_quantised(folder: Path, config: Any) -> None:
 
 
 def warn_of_other(kind: str, missing: list[str], unexpected: list[str]) -> None:
-    """Warn that a model of another class than the one saved was loaded."""
+    """Warn that a model of another class than the saved one was loaded.
+
+    Args:
+        kind: the class of the model.
+        missing: its tensors that the files lack, and that are initialised.
+        unexpected: tensors of the files that it lacks.
+    """
     texts = []
     if missing:
         texts.append(
@@ -114,13 +121,14 @@ def open_folder(folder: Path, variant: str | None = None) -> dict[str, TensorFil
     raise CheckpointError(f"{folder} has neither {single} nor {index_name}{hint}")
 
 
-def find(model: Any, state: dict[str, Tensor], files: dict[str, TensorFile]) -> Found:
-    """Find for each tensor of the model what it is made of. Nothing is read yet.
+def find(model: Any, state: dict[str, Tensor], files: dict[str, TensorFile]) -> FoundTensors:
+    """Find the tensors of the files from which each tensor of the model is made. Nothing is read yet.
 
     Args:
-        model: a transformers model; it comes to know by which rules its weights were read, so that they can be turned
-            back when it is written.
+        model: a transformers model; the rules by which its weights are renamed are stored in it, so that
+            `save_pretrained` can revert them.
         state: its state dict.
+        files: from `open_folder`.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -130,7 +138,7 @@ def find(model: Any, state: dict[str, Tensor], files: dict[str, TensorFile]) -> 
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix = model.base_model_prefix
-    found = Found()
+    found = FoundTensors()
     groups: dict[str, Any] = {}
     for name in sorted(files, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -154,7 +162,7 @@ def _fetch(file: TensorFile, name: str) -> Fetch:
 
 
 def _names_made(converter: Any, first: str) -> list[str]:
-    """The names of the tensors that a converter makes; `first` is one of them, which its first pattern stands for."""
+    """The names of the tensors that a converter computes; `first` is one of them, which matches one of its patterns."""
     pattern = next(p for p in converter.target_patterns if p in first)
     return [first.replace(pattern, other, 1) for other in converter.target_patterns]
 
@@ -174,7 +182,11 @@ def _maker(converter: Any, first: str, model: Any) -> Callable[[], dict[str, Ten
 
 
 def ignored(model: Any, names: list[str]) -> Iterator[str]:
-    """Of names in files that the model has no place for: those that transformers lets pass for this model."""
+    """Those of the names that transformers ignores for this model.
+
+    Args:
+        names: of tensors in files that the model lacks.
+    """
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     patterns |= {rf"{name}$" for name in ("rotary_emb.inv_freq", "position_ids") if any(map(_ends(name), buffers))}

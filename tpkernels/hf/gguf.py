@@ -1,7 +1,7 @@
 """The weights of a GGUF file, for the families that transformers reads: one tensor dequantised at a time.
 
-Names, and the order of values where llama.cpp keeps another than transformers, come from transformers' own tables. No
-rank has more than one dequantised tensor at a time, but for mixtures, whose experts transformers' tables put together.
+The tables of transformers give the names, and the order of values where that of llama.cpp differs. A rank holds one
+dequantised tensor at a time, except for mixtures, whose experts transformers concatenates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tpkernels.errors import CheckpointError
 
 
 def tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of the file that the model has a place for, whole, in fp32, by its name in the model.
+    """Yield (name in the model, unsharded fp32 tensor) for each tensor of the file that the model has.
 
     Args:
         model: of the file's config; on meta is enough.
@@ -36,7 +36,7 @@ def tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
         names = _names(model, processor)
     except (ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from None
-    together: dict[str, Tensor] = {}  # what the processor makes of several tensors of the file
+    together: dict[str, Tensor] = {}  # tensors that the processor computes from several of the file
     for tensor in reader.tensors:
         done = processor.process(  # type: ignore[no-untyped-call]
             weights=dequantize(tensor.data, tensor.tensor_type),
@@ -52,18 +52,18 @@ def tensors(path: Path, model: Any) -> Iterator[tuple[str, Tensor]]:
 def _names(model: Any, processor: Any) -> dict[str, str]:
     """{name in the file: name in the model}.
 
-    transformers looks at every module as if it were a model (some files name tensors from an inner one on), which takes
-    seconds; when the names of the whole model are all that is needed, they are taken.
+    transformers builds a table for every inner module, too (some files name tensors from an inner one on), which
+    takes seconds; that of the outermost alone is used where it has all names.
     """
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     wanted = set(model.state_dict()) - set(model.all_tied_weights_keys)
-    names: dict[str, str] = get_gguf_hf_weights_map(_Whole(model), processor)
+    names: dict[str, str] = get_gguf_hf_weights_map(_Outermost(model), processor)
     return names if wanted <= set(names.values()) else get_gguf_hf_weights_map(model, processor)
 
 
-class _Whole:
-    """A model that shows no modules inside."""
+class _Outermost:
+    """A model without inner modules."""
 
     def __init__(self, model: Any) -> None:
         self.config, self.state_dict = model.config, model.state_dict

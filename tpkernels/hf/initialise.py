@@ -1,7 +1,7 @@
-"""Weights that a file does not have: new heads, and tables that a model computes and never saves.
+"""Weights that a file lacks: new heads, and tables that a model computes and never saves.
 
 transformers initialises them when it loads a model, by rules of each class. The same rules run here on an unsharded
-model that has memory for these weights only; every rank draws the random numbers of rank 0, and keeps its part.
+model that has memory for these weights only; every rank draws the random numbers of rank 0, and keeps its shard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tpkernels.errors import CheckpointError, shorten
 
 @torch.no_grad()
 def initialised(whole: Any, names: Collection[str], state: Any) -> dict[str, Tensor]:
-    """The named parameters as transformers initialises them, whole, on the CPU.
+    """The named parameters as transformers initialises them, unsharded, on the CPU.
 
     Args:
         whole: the unsharded model, with its parameters on meta.
@@ -25,8 +25,8 @@ def initialised(whole: Any, names: Collection[str], state: Any) -> dict[str, Ten
         state: of random numbers (torch.get_rng_state() of rank 0).
 
     Returns:
-        {name: values}, those that `from_pretrained` gives from that state on. Where the random numbers here stood at
-        that state, they have been drawn from.
+        {name: values}, those that `from_pretrained` gives from that state on. The generator of this rank is advanced
+        where it was in that state, else left as it was.
 
     Raises:
         CheckpointError: transformers has no rule for one of them.

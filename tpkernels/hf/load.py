@@ -1,9 +1,9 @@
-"""Hugging Face models that are too large for one rank: built without memory, cut, then filled with this rank's slices.
+"""Hugging Face models that are too large for one rank: built on meta, sharded, then filled with this rank's slices.
 
     model = tpk.hf.load_pretrained("path/to/folder", group=group)        # or path/to/model.gguf
 
 equals `tpk.parallelize(AutoModel....from_pretrained(path), group=group)` bit for bit, and no rank ever holds more than
-its part of the model and one tensor. `checkpoint.export_hf` is the way back.
+its shards and one tensor. `checkpoint.export_hf` writes such a folder.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def load_pretrained(
     grad_codec: str | None = None,
     gather_logits: bool = True,
 ) -> PreTrainedModel:
-    """Load a model of the Hugging Face kind, cut over the ranks of a group. Collective.
+    """Load a Hugging Face model, sharded over the ranks of a group. Collective.
 
     Args:
         path: a folder with config.json and safetensors (one file, or several with an index), or a GGUF file.
-        group: over which; None means all ranks.
+        group: the ranks to shard over; None means all ranks.
         plan, sequence_parallel, codec, grad_codec, gather_logits: as for `parallelize`.
         dtype: of the parameters, also by its name; None and "auto" take that of the config, else that of the file.
         model_class: a class of transformers, or one of its Auto classes. None takes the class that the config names;
@@ -64,13 +64,13 @@ def load_pretrained(
 
     Returns:
         the model in eval mode, on the group's device, with its generation config. Parameters and buffers are those that
-        `from_pretrained` gives, cut; tied parameters are tied.
+        `from_pretrained` gives, sharded; tied parameters are tied.
 
     Raises:
         CheckpointError: files are missing or damaged, the weights are quantised, or they have other names or shapes
             than the model (named).
-        PlanError: the model cannot be cut by the plan.
-        ModuleNotFoundError: transformers, accelerate or gguf is not installed; says how to install them.
+        PlanError: the model cannot be sharded by the plan.
+        ModuleNotFoundError: transformers, accelerate or gguf is not installed; the text has the pip command.
     """
     group, path = resolve(group), Path(path)
     place, doing = CheckpointRanks(group), f"load {path}"
@@ -132,12 +132,12 @@ def _config_of(path: Path) -> Any:
         raise CheckpointError(f"its config cannot be read: {error}") from None
 
 
-def _class_of(config: Any, asked: type[Any] | None) -> Any:
+def _class_of(config: Any, given: type[Any] | None) -> Any:
     """The class to build, which may be an Auto class."""
     import transformers
 
-    if asked is not None:
-        return asked
+    if given is not None:
+        return given
     for name in config.architectures or ():
         if (found := getattr(transformers, name, None)) is not None:
             return found
@@ -154,13 +154,13 @@ def _names_other(config: Any, model: Any) -> bool:
     return bool(config.architectures) and type(model).__name__ not in config.architectures
 
 
-def _dtype_of(asked: torch.dtype | str | None, config: Any, files: Mapping[str, Any]) -> torch.dtype:
+def _dtype_of(given: torch.dtype | str | None, config: Any, files: Mapping[str, Any]) -> torch.dtype:
     """The dtype that `from_pretrained` takes."""
-    said = getattr(config, "dtype", None) if asked in (None, "auto") else asked
-    if said is not None:
-        found = said if isinstance(said, torch.dtype) else getattr(torch, str(said), None)
+    wanted = getattr(config, "dtype", None) if given in (None, "auto") else given
+    if wanted is not None:
+        found = wanted if isinstance(wanted, torch.dtype) else getattr(torch, str(wanted), None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise CheckpointError(f"dtype must be a floating dtype of torch, its name, 'auto' or None, got {said!r}")
+            raise CheckpointError(f"dtype must be a floating dtype of torch, its name, 'auto' or None, got {wanted!r}")
         return found
     dtypes = (file.dtype(name) for name, file in files.items())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
@@ -186,7 +186,7 @@ def _empty(config: Any, model_class: Any, dtype: torch.dtype) -> Any:
 
 
 def _replace(parameter: Tensor, value: Tensor) -> None:
-    """Give the parameter other memory; it stays the same object, so that tied ones stay tied and marks stay on it."""
+    """Replace the memory of a parameter. It stays the same object, so that tied parameters and marks are kept."""
     new = nn.Parameter(value, requires_grad=parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
@@ -214,7 +214,7 @@ Supply = Iterator[tuple[str, hf_files.Shape, hf_files.Fetch]]
 def _from_folder(
     model: Any, state: dict[str, Tensor], files: Mapping[str, Any], other_class: bool, warn: bool
 ) -> tuple[Supply, list[str]]:
-    """What fills each tensor, and the names of those that are to be initialised.
+    """The source of each tensor, and the names of those that are initialised.
 
     Names and shapes are checked now, tensors are read one by one later.
 
@@ -268,7 +268,7 @@ def _ranges_of(tensor: Tensor) -> hf_files.Fetch:
 
 
 def _missing(model: Any, state: dict[str, Tensor], there: set[str]) -> list[str]:
-    """The tensors that nothing fills, under any of their names, and that are not computed when the model is built."""
+    """The tensors that have no source under any of their names, and are not computed when the model is built."""
     filled = {id(state[name]) for name in there if name in state}
     may_lack = model._keys_to_ignore_on_load_missing or ()
     return [
@@ -298,7 +298,7 @@ def _check_shape(name: str, shape: tuple[int, ...], state: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def _fill(state: dict[str, Tensor], supply: Supply) -> None:
-    """Copy this rank's part of each tensor."""
+    """Copy this rank's shard of each tensor."""
     for name, shape, fetch in supply:
         _check_shape(name, shape, state)
         tensor = state[name]

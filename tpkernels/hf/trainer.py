@@ -57,14 +57,13 @@ def one_replica() -> Iterator[None]:
 
 
 class TensorParallelMixin(CheckpointMixin):
-    """What a Trainer computes differently on a sharded model; to be mixed in before a Trainer class.
+    """The differences of a Trainer on a sharded model; to be mixed in before a Trainer class.
 
     Gradient norms cover all ranks. While a step is computed, a fused loss reads the full weight of a sharded head. With
     a data-parallel group, batches are distributed over the replicas, and gradients, token counts and losses averaged.
     """
 
-    tpk_aggregator: GradAggregator | None = None
-    _checked_state: Any = None  # the TrainerState of the training whose first step was checked
+    tpk_checked_state: Any = None  # the TrainerState of the training whose first step was checked
 
     def is_world_process_zero(self) -> bool:
         """Whether this rank reports and writes; True on all ranks until the groups are set."""
@@ -75,7 +74,12 @@ class TensorParallelMixin(CheckpointMixin):
         return self.is_world_process_zero()
 
     def set_groups(self, group: Group, dp_group: Group | None) -> None:
-        """Shard what the trainer holds beside its model, and take the ranks' places. Collective."""
+        """Shard adapters and the reference model, and use the groups from now on. Collective.
+
+        Args:
+            group: the ranks that the model is sharded over.
+            dp_group: the ranks that hold the same shards of other replicas; None when there is one.
+        """
         self.tpk_group, self.tpk_dp_group, self.tpk_place = group, dp_group, CheckpointRanks(group, dp_group)
         if getattr(self.model, "peft_config", None):
             cut_adapters(self.model)
@@ -90,11 +94,11 @@ class TensorParallelMixin(CheckpointMixin):
         if self.tpk_dp_group is None:
             return super().train(*args, **kwargs)
         with GradAggregator(self.model, group=self.tpk_dp_group, codec="none") as aggregator:
-            self.tpk_aggregator = self.accelerator.tpk_aggregator = aggregator
+            self.accelerator.tpk_aggregator = aggregator
             try:
                 return super().train(*args, **kwargs)
             finally:
-                self.tpk_aggregator = self.accelerator.tpk_aggregator = None
+                self.accelerator.tpk_aggregator = None
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch; the loss is the mean over the replicas.
@@ -103,15 +107,15 @@ class TensorParallelMixin(CheckpointMixin):
             CheckpointError: at the first step; output_dir has checkpoints of later steps, so that a save would fail.
             RankMismatchError: at the first step; ranks of a replica differ in parameters, batch or random numbers.
         """
-        if self._checked_state is not self.state:  # a new one for each training
+        if self.tpk_checked_state is not self.state:  # a new one for each training
             self._check_first_step(model, inputs)
-            self._checked_state = self.state
+            self.tpk_checked_state = self.state
         with self.tpk_heads.full():
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self.tpk_dp_group is None:
             return loss
-        if self.tpk_aggregator is not None and self.accelerator.sync_gradients:
-            self.tpk_aggregator.wait()
+        if self.accelerator.tpk_aggregator is not None and self.accelerator.sync_gradients:
+            self.accelerator.tpk_aggregator.wait()
         return ops.all_reduce(loss.reshape(1), group=self.tpk_dp_group, op="avg").reshape(())
 
     def _check_first_step(self, model: Any, inputs: Any) -> None:
@@ -133,6 +137,9 @@ class TensorParallelMixin(CheckpointMixin):
 
         The average over the replicas divides by their number again. Losses that are not divided by tokens (those of
         classes, for one) stay means.
+
+        Args:
+            model, inputs, return_outputs, num_items_in_batch: as for Trainer.
         """
         if self._counts_all_tokens(num_items_in_batch):
             num_items_in_batch = num_items_in_batch / self._replicas
@@ -234,7 +241,7 @@ def trainer_class() -> type[Trainer]:
 
         Args:
             args, kwargs: as for Trainer; the TrainingArguments are made inside `one_replica`.
-            dp_group: as for `fit_trainer`, which names what is computed differently and what raises.
+            dp_group: as for `fit_trainer`, which lists the differences and what is raised.
         """
 
         def __init__(self, *args: Any, dp_group: Group | None = None, **kwargs: Any) -> None:

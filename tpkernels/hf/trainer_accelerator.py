@@ -11,7 +11,7 @@ from tpkernels.data_parallel import GradAggregator, clip_grad_norm_
 
 
 class AcceleratorMixin:
-    """What an Accelerator of one process does differently; to be mixed in before an Accelerator class.
+    """The differences of the Accelerator of one rank; to be mixed in before an Accelerator class.
 
     Attributes:
         tpk_group: the ranks that a replica is sharded over.

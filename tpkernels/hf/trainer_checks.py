@@ -68,12 +68,12 @@ def _problems_of_replicas(trainer: Any, own_loss: bool) -> Iterator[tuple[str, s
     if not accelerator.use_seedable_sampler:
         yield "use_seedable_sampler=False with replicas", "they would shuffle apart: leave it True"
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
-        yield "sync_each_batch=True with replicas", "leave it out: gradients travel once a step"
+        yield "sync_each_batch=True with replicas", "leave it out: gradients are averaged once a step"
     if own_loss and of.average_tokens_across_devices:
         yield (
             "a compute_loss of your own with replicas and average_tokens_across_devices=True",
-            "whether its loss is divided by the tokens of all replicas is not known here: set that to False, and each "
-            "replica's loss counts alike",
+            "whether its loss is divided by the tokens of all replicas cannot be determined: set that to False, and "
+            "each replica's loss counts alike",
         )
 
 

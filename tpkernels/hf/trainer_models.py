@@ -61,7 +61,11 @@ class FullHeads:
             self._gathered = before
 
     def parameter(self, head: Head, name: str) -> Any:
-        """The parameter of a head, full or the shard of this rank. Collective where it is full."""
+        """The parameter of a head, full or the shard of this rank. Collective where it is full.
+
+        Raises:
+            AttributeError: the head has no such parameter.
+        """
         if name not in head._parameters:
             raise AttributeError(f"{type(head).__name__} has no attribute {name!r}")
         parameter, cut = head._parameters[name], head._cuts.get(name)

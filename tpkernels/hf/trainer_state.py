@@ -36,6 +36,7 @@ class CheckpointMixin(Base):
         tpk_place: this rank among both; None until they are set.
     """
 
+    accelerator: Any
     model: Any
     args: Any
     state: Any
@@ -43,7 +44,7 @@ class CheckpointMixin(Base):
     tpk_group: Group
     tpk_dp_group: Group | None = None
     tpk_place: Any = None  # checkpoint.ranks.CheckpointRanks
-    _random: dict[str, Tensor] | None = None
+    tpk_rng_state: dict[str, Tensor] | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a plain Hugging Face folder. Collective."""
@@ -115,11 +116,11 @@ class CheckpointMixin(Base):
             self.model, folder, group=self.tpk_group, dp_group=self.tpk_dp_group, optimizer=_plain(self.optimizer)
         )
         load_scheduler(self.lr_scheduler, found.extra["scheduler"])
-        self._random = layers.rng_state()  # set again after the batches before the checkpoint have been skipped
+        self.tpk_rng_state = layers.rng_state()  # set again after the batches before the checkpoint have been skipped
 
     def _load_rng_state(self, folder: str | None) -> None:
-        if self._random is not None:
-            layers.set_rng_state(self._random)
+        if self.tpk_rng_state is not None:
+            layers.set_rng_state(self.tpk_rng_state)
 
 
 def _plain(optimizer: Any) -> Any:

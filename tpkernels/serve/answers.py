@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, put together from events."""
+"""Answers in OpenAI's form, built from events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .engine import Event
 
 
 class _Answer:
-    """The choices of one request. Subclasses say how a choice looks."""
+    """The choices of one request. Subclasses define the form of a choice."""
 
     prefix: str
     whole_object: str
@@ -23,7 +23,7 @@ class _Answer:
         self._tokens = [0] * choices
 
     def add(self, index: int, event: Event) -> None:
-        """Take an event."""
+        """Add an event to choice `index`."""
         self._texts[index] += event.text
         self._tokens[index] = event.tokens
         self._finish[index] = event.finish
@@ -37,7 +37,7 @@ class _Answer:
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": self._usage(prompt_tokens)}
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """The first chunks of a stream."""
         return []
 
     def chunk(self, index: int, event: Event) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class _Answer:
         return self._chunk(index, self._delta(event.text), event.finish)
 
     def usage_chunk(self, prompt_tokens: int) -> dict[str, Any]:
-        """The last event of a stream whose client asked for it."""
+        """The last chunk of a stream with stream_options.include_usage."""
         return {**self._head, "object": self.chunk_object, "choices": [], "usage": self._usage(prompt_tokens)}
 
     def _chunk(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class _Answer:
 
 
 class CompletionAnswer(_Answer):
-    """Of /v1/completions."""
+    """The answer of /v1/completions."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -75,7 +75,7 @@ class CompletionAnswer(_Answer):
 
 
 class ChatAnswer(_Answer):
-    """Of /v1/chat/completions."""
+    """The answer of /v1/chat/completions."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -17,57 +17,66 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpkernels.generate.text import chat_ids
 
-from . import engine as engine_side
 from .answers import ChatAnswer, CompletionAnswer
-from .engine import Engine, Event, Refused
+from .engine import Engine, Event, Refusal, SequenceRequest
 from .metrics import Metrics
-from .protocol import Asked, ChatAsked, CompletionAsked, Invalid, error_body, parse
+from .protocol import ApiRequest, ChatRequest, CompletionRequest, InvalidRequest, error_body, parse
 
 MOST_BODY = 16 << 20  # bytes
-FRESH_S = 1.0  # a forward pass that ended so long ago shows that the next one will, too
+FRESH_S = 1.0  # /health makes no forward pass when one has ended within so many seconds
 POLL_S = 0.01
 
 
 class Job:
-    """The sequences of one HTTP request, and their events as they come out of the engine's thread."""
+    """The sequences of one HTTP request, and the events that the engine's thread delivers.
 
-    def __init__(self, engine: Engine, asked: Asked, prompts: Sequence[list[int]], most: int | None) -> None:
+    Args:
+        engine: generates the sequences.
+        params: of the request.
+        prompts: token ids.
+        most: at most so many new tokens of each; None for the room that its prompt leaves.
+
+    Raises:
+        InvalidRequest: a prompt has no tokens, or prompt and answer do not fit into max_length.
+    """
+
+    def __init__(self, engine: Engine, params: ApiRequest, prompts: Sequence[list[int]], most: int | None) -> None:
         self._engine = engine
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.prompt_tokens = sum(map(len, prompts))
         self.start = time.monotonic()
-        self.requests: list[engine_side.Request] = []
+        self.requests: list[SequenceRequest] = []
         for prompt in prompts:
             room = engine.max_length - len(prompt)
             if not prompt:
-                raise Invalid("the prompt must have one token at least, got none", "prompt")
+                raise InvalidRequest("the prompt must have one token at least, got none", "prompt")
             if room < (most or 1):
-                raise Invalid(
+                raise InvalidRequest(
                     f"prompt and answer may have {engine.max_length} tokens together, got {len(prompt)} and "
                     f"max_tokens {most or 1}", "max_tokens", code="context_length_exceeded",
                 )  # fmt: skip
-            for choice in range(asked.n):
+            for choice in range(params.n):
                 index = len(self.requests)
-                how = asked.sampling(most or room, choice)
-                self.requests.append(engine_side.Request(prompt, how, self._deliver(index)))
+                how = params.sampling(most or room, choice)
+                self.requests.append(SequenceRequest(prompt, how, self._deliver(index)))
 
     def _deliver(self, index: int) -> Callable[[Event], None]:
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed, with no reader
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return deliver
 
     def leave(self) -> None:
-        """The client has gone: `events` ends at once."""
-        self._events.put_nowait((0, Event(failure=Refused(499, "the client has gone"))))
+        """End `events` at once, because the client has disconnected."""
+        self._events.put_nowait((0, Event(failure=Refusal(499, "the client has disconnected"))))
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(index of the sequence, event), until all have ended. Leaving early cancels what still runs.
+        """Yield (index of the sequence, event) until all have ended; closing it early cancels those that run.
 
         Raises:
-            Refused: a sequence failed.
+            Refusal: a sequence failed.
         """
         left = len(self.requests)
         try:
@@ -85,13 +94,13 @@ class Job:
 
 
 class Guard:
-    """In front of all routes: asks for the token, counts answers. Plain ASGI, so that it stands in no stream's way."""
+    """Middleware that checks the token and counts answers. Plain ASGI, so that streams are not buffered."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None) -> None:
         self._app, self._metrics, self._token = app, metrics, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what may pass."""
+        """Answer a request without the token, pass on the others."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -101,7 +110,7 @@ class Guard:
         def count(status: int) -> None:
             nonlocal answered
             answered = True
-            path = getattr(scope.get("route"), "path", "other")  # the route's: a label for each URL would not end
+            path = getattr(scope.get("route"), "path", "other")  # the route's: labels by URL would be unbounded
             self._metrics.requests.labels(path, str(status)).inc()
 
         async def counted(message: Message) -> None:
@@ -110,14 +119,14 @@ class Guard:
             await send(message)
 
         if self._token is not None and scope["path"].startswith("/v1") and not _has_token(scope, self._token):
-            answer = _refusal(Invalid("a valid bearer token is needed", status=401, code="invalid_api_key"))
+            answer = _refusal(InvalidRequest("a valid bearer token is needed", status=401, code="invalid_api_key"))
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, counted)
             return
         try:
             await self._app(scope, receive, counted)
         except Exception:
-            if not answered:  # what stands in front of this one answers then
+            if not answered:  # the outer middleware answers then
                 count(500)
             raise
 
@@ -127,9 +136,9 @@ def create_app(engine: Engine, name: str, token: str | None = None, health_s: fl
 
     Args:
         engine: started.
-        name: of the model, in answers and as requests must give it.
-        token: which /v1 asks for as a bearer token; None for none.
-        health_s: how long a forward pass may take before /health says that the model is not available.
+        name: of the model, in answers and in the `model` of requests.
+        token: the bearer token that /v1 requires; None for none.
+        health_s: how long a forward pass may take before /health answers 503.
     """
     app = FastAPI(title="tpkernels", docs_url=None, redoc_url=None, openapi_url=None)
     created = int(time.time())
@@ -137,18 +146,18 @@ def create_app(engine: Engine, name: str, token: str | None = None, health_s: fl
 
     app.add_middleware(Guard, metrics=engine.metrics, token=token)
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
         return _refusal(error)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _refusal(Refused(500, f"the server failed: {type(error).__name__}"))
+        return _refusal(Refusal(500, f"the server failed: {type(error).__name__}"))
 
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def unknown(request: Request, error: Any) -> Response:
-        return _refusal(Invalid(f"no such path: {request.method} {request.url.path}", status=error.status_code))
+        return _refusal(InvalidRequest(f"no such path: {request.method} {request.url.path}", status=error.status_code))
 
     @app.get("/health")
     async def health() -> Response:
@@ -160,8 +169,8 @@ def create_app(engine: Engine, name: str, token: str | None = None, health_s: fl
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        stands = time.monotonic() - engine.last_step > health_s
-        engine.metrics.healthy.set(engine.failure is None and engine.sick is None and not stands)
+        stuck = time.monotonic() - engine.last_step > health_s
+        engine.metrics.healthy.set(engine.failure is None and engine.sick is None and not stuck)
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
@@ -175,29 +184,29 @@ def create_app(engine: Engine, name: str, token: str | None = None, health_s: fl
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked: CompletionAsked = parse(CompletionAsked, await _body(request))
-        _check_model(asked.model, name)
-        prompts = [await _encoded(engine, prompt) for prompt in asked.prompts()]
-        job = Job(engine, asked, prompts, asked.max_tokens)
-        return await _answered(request, engine, job, asked, CompletionAnswer(name, len(job.requests)))
+        params: CompletionRequest = parse(CompletionRequest, await _body(request))
+        _check_model(params.model, name)
+        prompts = [await _encoded(engine, prompt) for prompt in params.prompts()]
+        job = Job(engine, params, prompts, params.max_tokens)
+        return await _answered(request, engine, job, params, CompletionAnswer(name, len(job.requests)))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked: ChatAsked = parse(ChatAsked, await _body(request))
-        _check_model(asked.model, name)
-        prompt = await asyncio.to_thread(_conversation, engine, asked)
-        job = Job(engine, asked, [prompt], asked.max_completion_tokens or asked.max_tokens)
-        return await _answered(request, engine, job, asked, ChatAnswer(name, len(job.requests)))
+        params: ChatRequest = parse(ChatRequest, await _body(request))
+        _check_model(params.model, name)
+        prompt = await asyncio.to_thread(_conversation, engine, params)
+        job = Job(engine, params, [prompt], params.max_completion_tokens or params.max_tokens)
+        return await _answered(request, engine, job, params, ChatAnswer(name, len(job.requests)))
 
     return app
 
 
-async def _answered(request: Request, engine: Engine, job: Job, asked: Asked, answer: Any) -> Response:
+async def _answered(request: Request, engine: Engine, job: Job, params: ApiRequest, answer: Any) -> Response:
     engine.submit(job.requests)
     leaving = asyncio.ensure_future(_left(request))
     leaving.add_done_callback(lambda task: None if task.cancelled() else job.leave())
-    if asked.stream:
-        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+    if params.stream:
+        usage = bool(params.stream_options and params.stream_options.include_usage)
         return StreamingResponse(_stream(job, answer, usage, leaving), media_type="text/event-stream")
     try:
         return JSONResponse(await _collect(job, answer))
@@ -224,7 +233,7 @@ async def _stream(job: Job, answer: Any, usage: bool, leaving: asyncio.Future[No
                     yield _sse(answer.chunk(index, event))
         if usage:
             yield _sse(answer.usage_chunk(job.prompt_tokens))
-    except Refused as error:
+    except Refusal as error:
         yield _sse(error_body(error))
     finally:
         leaving.cancel()
@@ -232,7 +241,7 @@ async def _stream(job: Job, answer: Any, usage: bool, leaving: asyncio.Future[No
 
 
 async def _why_unhealthy(engine: Engine, health_s: float) -> str | None:
-    """Why the ranks make no tokens together; None where they have just made one."""
+    """Why the ranks cannot make a token; None where they have just made one."""
     start, before = time.monotonic(), engine.passes
     if engine.failure is None and start - engine.last_pass > FRESH_S:
         engine.probe()
@@ -248,7 +257,7 @@ def _sse(data: dict[str, Any]) -> str:
 
 
 async def _left(request: Request) -> None:
-    """Return when the client has gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -258,7 +267,7 @@ async def _body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > MOST_BODY:
-            raise Invalid(f"the body may have {MOST_BODY} bytes, got more", status=413)
+            raise InvalidRequest(f"the body may have {MOST_BODY} bytes, got more", status=413)
     return bytes(body)
 
 
@@ -267,15 +276,15 @@ async def _encoded(engine: Engine, prompt: str | list[int]) -> list[int]:
         return list(await asyncio.to_thread(engine.tokenizer.encode, prompt))
     size = engine.vocab_size
     if any(not 0 <= token < size for token in prompt):
-        raise Invalid(f"prompt: tokens must be 0 to {size - 1}", "prompt")
+        raise InvalidRequest(f"prompt: tokens must be 0 to {size - 1}", "prompt")
     return prompt
 
 
-def _conversation(engine: Engine, asked: ChatAsked) -> list[int]:
+def _conversation(engine: Engine, params: ChatRequest) -> list[int]:
     try:
-        return chat_ids(engine.tokenizer, [message.plain() for message in asked.messages])
+        return chat_ids(engine.tokenizer, [message.plain() for message in params.messages])
     except ValueError as error:
-        raise Invalid(f"messages: {error}", "messages") from None
+        raise InvalidRequest(f"messages: {error}", "messages") from None
 
 
 def _has_token(scope: Scope, token: str) -> bool:
@@ -283,11 +292,11 @@ def _has_token(scope: Scope, token: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
 
 
-def _check_model(asked: str, name: str) -> None:
-    if asked != name:
-        raise Invalid(f"model {asked!r} is not served here, {name!r} is", "model", 404, "model_not_found")
+def _check_model(given: str, name: str) -> None:
+    if given != name:
+        raise InvalidRequest(f"model {given!r} is not served here, {name!r} is", "model", 404, "model_not_found")
 
 
-def _refusal(error: Refused) -> JSONResponse:
+def _refusal(error: Refusal) -> JSONResponse:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return JSONResponse(error_body(error), error.status, headers)

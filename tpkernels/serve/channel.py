@@ -1,8 +1,8 @@
-"""What rank 0 tells the others before each step, and what every rank then does.
+"""Sends each step from rank 0 to the other ranks, and carries it out on every rank.
 
 A message is one small all_reduce to which only rank 0 contributes: a command, the last token of every slot, and the
-size of what follows, a JSON text of prompts that begin. So a step costs one more collective than its forward has, and
-no rank needs to draw or to know a tokenizer.
+size of the second message, a JSON text of prompts that begin. So a step costs one more collective than its forward has,
+and only rank 0 draws tokens and has a tokenizer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Step:
     """One step.
 
     Attributes:
-        tokens: {slot: the last token of its sequence}, of the sequences that go on.
-        begin: {slot: prompt}, of those that begin; what the slot held is forgotten.
-        stop: leave instead.
+        tokens: {slot: the last token of its sequence}, of the sequences that continue.
+        begin: {slot: prompt}, of those that begin; they replace the sequence in the slot.
+        stop: end `follow` instead.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
@@ -45,10 +45,10 @@ class Channel:
         self._group, self._slots = group, slots
 
     def send(self, step: Step) -> None:
-        """Tell the others (on rank 0).
+        """Send a step to the other ranks; called on rank 0.
 
         Raises:
-            TimeoutError, PeerLostError: a rank did not come, or died.
+            TimeoutError, PeerLostError: a rank did not take part, or died.
         """
         if self._group.world_size == 1:
             return
@@ -60,7 +60,7 @@ class Channel:
             self._carry(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
     def receive(self) -> Step:
-        """Wait for rank 0 (on the others)."""
+        """The next step of rank 0; called on the other ranks."""
         command, size, *tokens = self._carry(torch.zeros(HEAD + self._slots, dtype=torch.int64)).tolist()
         begin: dict[str, list[int]] = {}
         if size:
@@ -73,7 +73,7 @@ class Channel:
 
 
 def carry_out(decoder: Any, step: Step) -> dict[int, Tensor]:
-    """Do what a step says, on every rank; the logits [V] of every slot named in it."""
+    """Run a step on this rank: {slot: logits [V]} of every slot in it."""
     found = dict[int, Tensor]()
     if step.tokens:
         logits = decoder.step(step.tokens)
@@ -84,12 +84,12 @@ def carry_out(decoder: Any, step: Step) -> dict[int, Tensor]:
 
 
 def follow(decoder: Any, group: Group, slots: int) -> None:
-    """What ranks other than 0 do until rank 0 stops.
+    """Run the steps of rank 0 until it stops; called on the other ranks.
 
     Between requests they sleep: rank 0 sends an empty step more often than the group's deadline.
 
     Raises:
-        TimeoutError, PeerLostError: a rank did not come, or died.
+        TimeoutError, PeerLostError: a rank did not take part, or died.
     """
     channel = Channel(group, slots)
     while not (step := channel.receive()).stop:

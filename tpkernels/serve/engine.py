@@ -1,7 +1,7 @@
-"""The engine of rank 0: a queue in front of the slots, and a thread that takes one step of all sequences after another.
+"""The engine of rank 0: a queue of requests, and a thread that generates one token of all active sequences a step.
 
-A request that waits takes a slot as soon as one is free, between two steps of the others. Its prompt runs by itself,
-without padding, so that its answer does not depend on who else is there.
+A waiting request takes a slot as soon as one is free, between two steps of the others. Its prompt runs by itself,
+without padding, so that its answer does not depend on other requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.generate import Sampling
-from tpkernels.generate.generator import Running
+from tpkernels.generate.generator import Continuation
 from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
 
 from .channel import Channel, Step, carry_out
@@ -29,7 +29,7 @@ NAN = "the model's logits hold NaN"
 HEARTBEAT_S = 0.5  # between empty steps; a dead rank is noticed at the next one
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """A request that is not, or no longer, served; `status` is that of HTTP."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -39,22 +39,22 @@ class Refused(Exception):
 
 @dataclass
 class Event:
-    """What happened to a request: text that came, its end, or why it failed."""
+    """A change of a request: new text, its end, or its failure."""
 
     text: str = ""
     tokens: int = 0
     finish: str | None = None
-    failure: Refused | None = None
+    failure: Refusal | None = None
 
     @property
     def last(self) -> bool:
-        """Whether nothing follows."""
+        """Whether this is the last event of its request."""
         return self.finish is not None or self.failure is not None
 
 
 @dataclass(eq=False)
-class Request:
-    """One sequence.
+class SequenceRequest:
+    """A sequence to be generated.
 
     Attributes:
         prompt: token ids.
@@ -73,14 +73,14 @@ class Request:
 
 
 class Engine:
-    """Serves requests with a decoder that all ranks step together; the others run `plan.follow`.
+    """Serves requests with a decoder that all ranks step together; the others run `channel.follow`.
 
     Args:
         decoder: a SlotDecoder.
         tokenizer: of the model.
         group: the ranks; this must be rank 0.
         most_waiting: requests that may wait for a slot.
-        metrics: which are kept up to date.
+        metrics: updated at each step.
 
     Attributes:
         passes, last_pass: how many forward passes were made, and when the last one ended (time.monotonic()).
@@ -94,8 +94,8 @@ class Engine:
         self.vocab_size: int = decoder.vocab_size
         self._decoder, self._group, self._most_waiting = decoder, group, most_waiting
         self._channel = Channel(group, decoder.slots)
-        self._waiting: deque[Request] = deque()
-        self._active: dict[int, Request] = {}
+        self._waiting: deque[SequenceRequest] = deque()
+        self._active: dict[int, SequenceRequest] = {}
         self._free = list(range(decoder.slots))
         self._changed = threading.Condition()
         self._draining = self._stopping = self._probing = False
@@ -103,7 +103,9 @@ class Engine:
         self._heartbeat = min(HEARTBEAT_S, group.timeout_s / 4)
         self.passes, self.last_pass, self.last_step = 0, -math.inf, time.monotonic()
         self.sick: str | None = None
-        self.error: BaseException | None = None  # what ended it, unless it was told to stop
+        self.error: BaseException | None = (
+            None  # the exception that ended the thread; None while it runs and after `stop`
+        )
         self._thread = threading.Thread(target=self._run, name="tpkernels-engine", daemon=True)
 
     def start(self) -> None:
@@ -112,7 +114,7 @@ class Engine:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is served any more; None while all is well."""
+        """Why nothing is served any more; None while requests are served."""
         return self._failure
 
     @property
@@ -126,42 +128,42 @@ class Engine:
         with self._changed:
             return not self._waiting and not self._active
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queue all of them or none.
 
         Raises:
-            Refused: 503 when a rank is gone or the server stops, 429 when too many wait.
+            Refusal: 503 when a rank is gone or the server stops, 429 when too many wait.
         """
         with self._changed:
             if self._failure is not None:
-                raise Refused(503, f"the model is not available: {self._failure}")
+                raise Refusal(503, f"the model is not available: {self._failure}")
             if self._draining or self._stopping:
-                raise Refused(503, STOPPING)
+                raise Refusal(503, STOPPING)
             if len(self._waiting) + len(requests) > self._most_waiting + len(self._free):
-                raise Refused(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
+                raise Refusal(429, f"{len(self._waiting)} requests are waiting, and {self._most_waiting} may")
             self._waiting.extend(requests)
             self._count()
             self._changed.notify()
 
-    def cancel(self, request: Request) -> None:
-        """Forget a request; it is told nothing more. Its slot is free before the next step."""
+    def cancel(self, request: SequenceRequest) -> None:
+        """Drop a request: no more events are delivered, and its slot is free before the next step."""
         with self._changed:
             request.cancelled = True
             self._changed.notify()
 
     def probe(self) -> None:
-        """Have a forward pass of one token made on all ranks, unless sequences that run make others."""
+        """Schedule a forward pass of one token on all ranks; active sequences make one anyway."""
         with self._changed:
             self._probing = True
             self._changed.notify()
 
     def drain(self) -> None:
-        """Refuse new requests; those that are here go on."""
+        """Refuse new requests; those that wait or run go on."""
         with self._changed:
             self._draining = True
 
     def stop(self) -> None:
-        """Fail what is still here, let the other ranks go, and wait for the thread, which may have a step to end."""
+        """Fail all requests, stop the other ranks, and wait for the thread to end its step."""
         with self._changed:
             self._draining = self._stopping = True
             self._changed.notify()
@@ -185,7 +187,7 @@ class Engine:
                 self._group.close()  # so that the other ranks need not wait for their deadline
 
     def _step(self) -> None:
-        """Let others begin, one more token for everybody; while there is nobody, wait for a heartbeat."""
+        """Admit requests and generate one token of each sequence; without any, wait for a heartbeat."""
         with self._changed:
             if not self._waiting and not self._active and not self._stopping and not self._probing:
                 self._changed.wait(self._heartbeat)
@@ -206,17 +208,17 @@ class Engine:
             if not request.cancelled:
                 self._take(request, request.sampler.draw(logits))
 
-    def _admit(self) -> dict[int, Request]:
-        """Free the slots of requests that nobody waits for, and give free slots to those that wait."""
+    def _admit(self) -> dict[int, SequenceRequest]:
+        """Free the slots of cancelled requests, and give free slots to waiting ones."""
         for request in [r for r in self._active.values() if r.cancelled]:
             self._release(request)
-        begin = dict[int, Request]()
+        begin = dict[int, SequenceRequest]()
         while self._waiting and self._free:
             request = self._waiting.popleft()
             if request.cancelled:
                 continue
             slot = request.slot = heapq.heappop(self._free)  # the lowest: the fewer rows, the faster the step
-            request.running = Running(request.prompt, request.sampling, self.tokenizer)
+            request.running = Continuation(request.prompt, request.sampling, self.tokenizer)
             request.sampler = Sampler(request.sampling)
             self._active[slot] = begin[slot] = request
         self._count()
@@ -226,13 +228,13 @@ class Engine:
         self.metrics.queue.set(len(self._waiting))
         self.metrics.running.set(len(self._active))
 
-    def _take(self, request: Request, token: int) -> None:
-        """The next token of a request."""
+    def _take(self, request: SequenceRequest, token: int) -> None:
+        """Deliver the next token of a request."""
         first = request.token < 0
         try:
             text = request.running.push(token)
         except FloatingPointError as error:
-            self._end(request, Event(failure=Refused(500, str(error))))
+            self._end(request, Event(failure=Refusal(500, str(error))))
             return
         request.token = token
         self.metrics.generated(len(request.prompt) if first else 0, time.monotonic() - request.came if first else None)
@@ -242,12 +244,12 @@ class Engine:
         else:
             request.deliver(event)
 
-    def _end(self, request: Request, event: Event) -> None:
+    def _end(self, request: SequenceRequest, event: Event) -> None:
         with self._changed:
             self._release(request)
         request.deliver(event)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: SequenceRequest) -> None:
         del self._active[request.slot]
         heapq.heappush(self._free, request.slot)
         self._count()
@@ -261,4 +263,4 @@ class Engine:
             self._count()
         for request in left:
             if not request.cancelled:
-                request.deliver(Event(failure=Refused(503, f"the model is not available: {why}")))
+                request.deliver(Event(failure=Refusal(503, f"the model is not available: {why}")))

@@ -3,9 +3,9 @@
 Every field that a request may hold is one of these:
 
     served       a field of the classes here
-    NOT_SERVED   OpenAI's or vLLM's, would change the answer: a 400 that names it, unless its value asks for nothing
+    NOT_SERVED   OpenAI's or vLLM's, would change the answer: a 400 that names it, unless its value is the default
     IGNORED      OpenAI's or vLLM's, changes nothing in the answer
-    any other    a 400 that names it, as OpenAI does: who writes max_token for max_tokens is to know it
+    any other    a 400 that names it, as OpenAI does, so that max_token for max_tokens is an error
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tpkernels.generate import Sampling
 
-from .engine import Refused
+from .engine import Refusal
 
 MOST_STOPS = 4
 MOST_CHOICES = 16
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
-# Values that ask for nothing, which clients send because they are the defaults. best_of is looked at by itself.
+# Defaults: accepted and ignored, because clients send them. best_of is checked separately.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "logprobs": (None, False), "top_logprobs": (None, 0), "echo": (None, False), "suffix": (None, ""),
     "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
@@ -47,7 +47,7 @@ IGNORED = {
 }  # fmt: skip
 
 
-class Invalid(Refused):
+class InvalidRequest(Refusal):
     """A request that cannot be served as it is; `param` is the field."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
@@ -65,10 +65,10 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel):
-    """What both kinds of request have."""
+class ApiRequest(BaseModel):
+    """The fields of both kinds of request."""
 
-    model_config = ConfigDict(extra="allow")  # `parse` looks at them one by one
+    model_config = ConfigDict(extra="allow")  # checked one by one in `parse`
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = NOT_SERVED
     ignored: ClassVar = IGNORED | {"best_of"}
 
@@ -98,7 +98,12 @@ class Asked(BaseModel):
         return value
 
     def sampling(self, max_tokens: int, choice: int) -> Sampling:
-        """For one of the n choices."""
+        """The sampling of one of the n choices.
+
+        Args:
+            max_tokens: at most so many new tokens.
+            choice: its number, added to the seed.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
             max_tokens=max_tokens,
@@ -112,7 +117,7 @@ class Asked(BaseModel):
         )
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(ApiRequest):
     """POST /v1/completions."""
 
     not_served: ClassVar = NOT_SERVED | {"add_special_tokens": (None, True)}
@@ -121,13 +126,13 @@ class CompletionAsked(Asked):
     max_tokens: int | None = Field(16, ge=1)
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several.
+        """The prompts: texts or token ids.
 
         Raises:
-            Invalid: there is none.
+            InvalidRequest: there is none.
         """
         if not self.prompt:
-            raise Invalid("prompt must be one text or token at least, got none", "prompt")
+            raise InvalidRequest("prompt must be one text or token at least, got none", "prompt")
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]
         return list(cast("list[str | list[int]]", self.prompt))
@@ -143,7 +148,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a conversation. Clients send back what they got, so that null fields of answers come along."""
+    """One message of a conversation. Clients send answers back, null fields included."""
 
     model_config = ConfigDict(extra="allow")
     not_served: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -156,12 +161,12 @@ class Message(BaseModel):
     content: str | list[Part]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message in the form of chat templates."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatAsked(Asked):
+class ChatRequest(ApiRequest):
     """POST /v1/chat/completions."""
 
     not_served: ClassVar = NOT_SERVED | {"add_special_tokens": (None, False)}  # the template has them
@@ -171,41 +176,47 @@ class ChatAsked(Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-def parse(kind: type[Asked], body: bytes) -> Any:
+def parse(kind: type[ApiRequest], body: bytes) -> Any:
     """A request from its JSON text.
 
+    Args:
+        kind: the class of the request.
+        body: UTF-8.
+
     Raises:
-        Invalid: it is none; names the field, what was expected, and what came.
+        InvalidRequest: the text is not such a request, or a field is not served; names the field, expected and got.
     """
     try:
-        asked = kind.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or None
         got = "" if first["type"] in ("missing", "json_invalid") else f" (got {str(first['input'])[:100]!r})"
-        raise Invalid(f"{where or 'body'}: {first['msg']}{got}", where) from None
-    _check_others(asked)
-    best_of = (asked.model_extra or {}).get("best_of")
-    if best_of is not None and best_of != asked.n:
-        raise Invalid(f"best_of: is not served unless it equals n, got {str(best_of)[:100]} and n {asked.n}", "best_of")
-    if asked.stream_options is not None:
-        if not asked.stream:
-            raise Invalid("stream_options: needs stream true", "stream_options")
-        _check_others(asked.stream_options, "stream_options.")
-    for index, message in enumerate(getattr(asked, "messages", [])):
+        raise InvalidRequest(f"{where or 'body'}: {first['msg']}{got}", where) from None
+    _check_others(request)
+    best_of = (request.model_extra or {}).get("best_of")
+    if best_of is not None and best_of != request.n:
+        raise InvalidRequest(
+            f"best_of: is not served unless it equals n, got {str(best_of)[:100]} and n {request.n}", "best_of"
+        )
+    if request.stream_options is not None:
+        if not request.stream:
+            raise InvalidRequest("stream_options: needs stream true", "stream_options")
+        _check_others(request.stream_options, "stream_options.")
+    for index, message in enumerate(getattr(request, "messages", [])):
         _check_others(message, f"messages.{index}.")
-    return asked
+    return request
 
 
-def _check_others(asked: Asked | Message | StreamOptions, where: str = "") -> None:
-    """Refuse fields beyond those that are served, unless they ask for nothing."""
-    for name, value in (asked.model_extra or {}).items():
+def _check_others(request: ApiRequest | Message | StreamOptions, where: str = "") -> None:
+    """Refuse fields that are not served, unless they have their default or change nothing."""
+    for name, value in (request.model_extra or {}).items():
         path = where + name
-        if name in asked.not_served:
-            if not any(_equal(value, neutral) for neutral in asked.not_served[name]):
-                raise Invalid(f"{path}: is not served, got {str(value)[:100]}", path)
-        elif name not in asked.ignored:
-            raise Invalid(f"{path}: is not a field that is known here", path)
+        if name in request.not_served:
+            if not any(_equal(value, neutral) for neutral in request.not_served[name]):
+                raise InvalidRequest(f"{path}: is not served, got {str(value)[:100]}", path)
+        elif name not in request.ignored:
+            raise InvalidRequest(f"{path}: is not a known field", path)
 
 
 def _equal(value: Any, neutral: Any) -> bool:
@@ -214,12 +225,12 @@ def _equal(value: Any, neutral: Any) -> bool:
 
 
 def _is_branch(part: int | str) -> bool:
-    """Pydantic names the member of a union in the location of an error, as it names no field."""
+    """Whether a part of an error's location is the member of a union, which pydantic adds, and not a field."""
     return isinstance(part, str) and (part in ("str", "int") or "[" in part)
 
 
-def error_body(refused: Refused) -> dict[str, Any]:
-    """In OpenAI's form."""
+def error_body(refused: Refusal) -> dict[str, Any]:
+    """The body of an error, in OpenAI's form."""
     kind = TYPES.get(refused.status, "invalid_request_error" if refused.status < 500 else "service_unavailable_error")
     param, code = getattr(refused, "param", None), getattr(refused, "code", None)
     return {"error": {"message": str(refused), "type": kind, "param": param, "code": code}}

@@ -1,4 +1,4 @@
-"""What tests of tensor-parallel code need: rank processes, cases with references, faults on purpose."""
+"""For tests of tensor-parallel code: rank processes, cases with references, planted faults."""
 
 from __future__ import annotations
 

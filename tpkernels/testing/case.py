@@ -207,7 +207,15 @@ def present(x: Tensor | None) -> Tensor:
 
 
 def shard(x: Tensor | None, cut: Cut, s: Sizes, rank: int, round_to: Any = "dtype") -> Tensor | None:
-    """Return the rank's part of x, in the dtype of the case; round_to=None leaves fp64."""
+    """Return the rank's shard of x.
+
+    Args:
+        x: unsharded; where `cut` is PARTIAL, the terms of all ranks, [R, ...].
+        cut: the dimension to shard, PARTIAL for the rank's term, or None for all of x.
+        s: sizes, with R ranks.
+        rank: which.
+        round_to: None keeps fp64; else the result has the dtype of the case.
+    """
     if x is None:
         return None
     if cut == PARTIAL:

@@ -1,4 +1,4 @@
-"""Faults on purpose: a rank that dies, stands still or comes late, a disk that is full, at a chosen moment.
+"""Planted faults: a rank that dies, stops or is late, a disk that is full, at a chosen moment.
 
 Signals come from a helper process, so that they strike in the middle of a C++ call, too.
 """
@@ -65,7 +65,7 @@ def at_call(target: str, number: int, do: Callable[[], object]) -> Iterator[None
 
 
 def full_disk() -> None:
-    """Raise what a write to a full disk raises."""
+    """Raise the error of a write to a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -27,22 +27,22 @@ from typing import Any
 from .worker import serve
 
 CALLS_PER_TEAM = 25  # groups that a test leaves open keep shared memory until their process ends
-# What the fork server imports before the first rank is there, so that no rank has to: this, and of libraries that the
-# test process has imported by then, the modules that take long. (torch imports its compiler when an optimizer is made.)
+# The fork server imports these before it forks the first rank, and the slow modules of libraries that the test process
+# has imported by then. (torch imports its compiler when an optimizer is made.)
 PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "pytest", "tpkernels")
 SLOW = {"transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")}
-PATIENCE_S = 10.0  # after one rank failed, for the others to say what they saw
-DUMP_S = 0.5  # for the ranks to write down where they stand
+PATIENCE_S = 10.0  # after one rank failed, for the others to report
+DUMP_S = 0.5  # for a rank to write its stack
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one rank in one call.
+    """The result of one rank in one call.
 
     Attributes:
         rank: which.
         value: what the function returned; None unless finished.
-        error: the traceback of what it raised, or where the rank stood when it was ended; empty when it returned.
+        error: the traceback of an exception, or the stack of the rank when it was killed; empty when it returned.
         exitcode: of a process that died in the call (-9: SIGKILL), else None.
         finished: the function returned.
     """
@@ -95,10 +95,13 @@ def run_ranks(
 def run_ranks_outcomes(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, stopped_for_good: bool = False
 ) -> list[Outcome]:
-    """Call fn(*args) on every rank of new processes, some of which may die; return what became of each.
+    """Call fn(*args) on every rank of new processes, some of which may die; return the outcome of each.
 
-    A rank that stands still when the deadline passes is killed, and its outcome says where it stood. With
-    stopped_for_good, one that a signal has stopped stands still as soon as the others are through.
+    A rank that runs when the deadline passes is killed; its outcome has its stack.
+
+    Args:
+        fn, world_size, args, timeout: as for run_ranks.
+        stopped_for_good: end ranks that a signal has stopped as soon as the others have returned.
     """
     return call_ranks(fn, world_size, args, timeout, True, patience=None, stopped_for_good=stopped_for_good)
 
@@ -113,7 +116,14 @@ def call_ranks(
     patience: float | None = PATIENCE_S,
     stopped_for_good: bool = False,
 ) -> list[Outcome]:
-    """Call fn(*args) on every rank; see run_ranks. After a failure the others have `patience` seconds left."""
+    """Call fn(*args) on every rank; return the outcome of each.
+
+    Args:
+        fn, world_size, args, timeout, fresh: as for run_ranks.
+        backend: of the process group.
+        patience: seconds that the others have left after one rank has failed; None for all of `timeout`.
+        stopped_for_good: as for run_ranks_outcomes.
+    """
     key = (world_size, backend)
     team = None if fresh else _resting.pop(key, None)
     if team is None:
@@ -158,7 +168,11 @@ class Team:
         patience: float | None,
         stopped_for_good: bool = False,
     ) -> list[Outcome]:
-        """Call fn(*args) on every rank; see run_ranks. After a failure the others have `patience` seconds left."""
+        """Call fn(*args) on every rank.
+
+        Args:
+            fn, args, timeout, patience, stopped_for_good: as for call_ranks.
+        """
         self.calls += 1
         message = pickle.dumps((fn, args))
         for pipe in self._pipes:
@@ -186,7 +200,7 @@ class Team:
         return [outcomes[rank] for rank in sorted(outcomes)]
 
     def _outcome(self, rank: int) -> Outcome | None:
-        """What the rank has to say by now: a result, a traceback, or nothing because it is dead."""
+        """The outcome of a rank that has returned, raised or died; None while it runs."""
         pipe, process = self._pipes[rank], self._processes[rank]
         try:
             if pipe.poll():
@@ -211,7 +225,7 @@ class Team:
         return f"{stopped}; it stood at:\n{where or '  (no stack)'}"
 
     def end(self) -> None:
-        """Kill the processes and forget their files."""
+        """Kill the processes and remove their files."""
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.kill()
             pipe.close()
@@ -254,7 +268,7 @@ def _state(pid: int) -> str:
 
 
 def report(fn: Callable[..., Any], outcomes: Sequence[Outcome]) -> str:
-    """What became of every rank, as people read it."""
+    """The outcomes of all ranks as text."""
     lines = [
         f"{getattr(fn, '__name__', fn)} failed on {sum(not o.finished for o in outcomes)} of {len(outcomes)} ranks"
     ]

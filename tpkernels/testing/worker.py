@@ -1,4 +1,4 @@
-"""The life of one rank process: join the process group, then call what the pipe brings until it closes."""
+"""The main function of a rank process: joins the process group, then calls functions from a pipe until it closes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve(pipe: Connection, rank: int, world_size: int, folder: str, backend: str) -> None:
-    """Be rank `rank`: answer every (function, arguments) with (True, value) or (False, traceback).
+    """Run as rank `rank`: answer every (function, arguments) with (True, value) or (False, traceback).
 
     Args:
         pipe: to the process that started this one.
         rank: of this process.
         world_size: how many ranks share the folder.
-        folder: holds the rendezvous, and where this rank stood when it was sent SIGUSR1 (stack-<rank>).
+        folder: holds the rendezvous, and the stack of this rank at the last SIGUSR1 (stack-<rank>).
         backend: of the process group; one with NCCL gives the rank the GPU of its number.
     """
     die_with_parent()  # the fork server ends with the test run

@@ -1,7 +1,7 @@
-"""Bytes to learn from: many files read as one long row of bytes, window by window, never all at once.
+"""Training data: many files read as one long sequence of bytes, window by window, never all at once.
 
-Which bytes a step sees is a pure function of the files, the seed and the step: every rank computes it for itself,
-and a resumed run sees what the uninterrupted one would have seen.
+The windows of a step are a pure function of the files, the seed and the step: every rank computes them for itself, and
+a resumed run has those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Corpus:
         return self.size - max(1, int(self.size * VALIDATION_SHARE))
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length) of the row.
+        """Bytes [start, start + length) of all files.
 
         Raises:
-            UserError: a file became unreadable or shorter since it was listed.
+            UserError: a file has become unreadable or shorter since it was listed.
         """
         found = []
         index = bisect_right(self.ends, start)
@@ -126,9 +126,20 @@ def check_size(corpus: Corpus, context: int) -> None:
 def train_batch(
     corpus: Corpus, *, seed: int, step: int, batch: int, context: int, rows: range | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ids and their successors, both int64 [batch, context]; windows begin anywhere in the training part.
+    """Sequences of bytes and their successors; windows begin anywhere in the training part.
 
-    `rows` takes some sequences of the batch only, for ranks that share it: each depends on its own row alone.
+    Args:
+        corpus: has more than `context` bytes for training.
+        seed, step: together with the row, they determine the start of a sequence.
+        batch: sequences of a step.
+        context: bytes of a sequence.
+        rows: the sequences of the batch to read, for ranks that share it; None for all.
+
+    Returns:
+        ids and targets, int64 [len(rows), context] each.
+
+    Raises:
+        UserError: a file cannot be read any more.
     """
     rows = range(batch) if rows is None else rows
     starts = [_draw(f"{seed}:{step}:{row}", corpus.train_size - context) for row in rows]
@@ -138,7 +149,19 @@ def train_batch(
 def validation_batches(
     corpus: Corpus, *, batch: int, context: int, batches: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same windows every time, spread evenly over the validation part."""
+    """Yield the same windows every time, spread evenly over the validation part.
+
+    Args:
+        corpus: has more than `context` bytes for validation.
+        batch, context: sequences of a batch, bytes of a sequence.
+        batches: their number.
+
+    Yields:
+        ids and targets, int64 [batch, context] each.
+
+    Raises:
+        UserError: a file cannot be read any more.
+    """
     room = corpus.size - corpus.train_size - context
     count = batch * batches
     starts = [corpus.train_size + i * room // count for i in range(count)]

@@ -54,7 +54,7 @@ class MakeLinear(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a GPT is built from.
+    """The layers and functions that a GPT is built from.
 
     `loss` maps (logits, target, size of the vocabulary) to the loss per token; `gather_logits` maps (logits, size of
     the vocabulary) to uncut logits.
@@ -69,7 +69,7 @@ class Parts:
 
 
 def whole_parts() -> Parts:
-    """Torch's own layers, nothing cut: what every other choice of parts must equal."""
+    """Torch's own layers, unsharded: the reference of all other parts."""
 
     def linear(in_features: int, out_features: int, bias: bool = True, *, unit: int = 1) -> nn.Module:
         del unit  # nothing is cut
@@ -102,8 +102,8 @@ def sharded_parts(
 
     Args:
         sequence_parallel: keep activations between the linear layers cut over the tokens (less memory, same traffic).
-        codec: how partial sums travel in the linear layers; embedding and loss always travel unpacked.
-        grad_codec: the same for what the backward sends; None: as `codec`.
+        codec: packs the partial sums of the linear layers; those of embedding and loss are not packed.
+        grad_codec: packs those of the backward; None: as `codec`.
     """
     group = resolve(group)
     cut: dict[str, Any] = {"group": group, "sequence_parallel": sequence_parallel}
@@ -205,11 +205,20 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: GPT, prompt: bytes, length: int, *, seed: int = 0, temperature: float = 0.8) -> bytes:
-    """Continue `prompt` by `length` bytes.
+    """Continue a prompt. Collective: every rank draws from the same gathered logits with the same seed.
 
-    Every rank draws from the same gathered logits with the same seed, so all ranks agree without telling each other.
-    The window is computed anew for each byte: right for a short sample, wasteful for serving. It is filled up to the
-    whole context, which changes nothing before it: products of 128 sizes would leave 230 MiB of oneDNN's kernels.
+    The window is computed anew for each byte: enough for a short sample, wasteful for serving. It is padded to the full
+    context, which changes no logits before the padding: oneDNN's kernels for products of 128 sizes would take 230 MiB.
+
+    Args:
+        model: on all ranks that it is sharded over.
+        prompt: one byte or more.
+        length: bytes to draw.
+        seed: of the draws.
+        temperature: logits are divided by it.
+
+    Returns:
+        the prompt and `length` more bytes.
     """
     random = torch.Generator().manual_seed(seed)
     ids = torch.tensor(list(prompt), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line in a terminal, a plain line now and then elsewhere."""
+"""The progress of a run: one live line in a terminal, elsewhere a plain line every PLAIN_EVERY_S seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW = 20  # steps over which speed and loss are averaged
 
 
 class Screen:
-    """The progress of a run. On all ranks but one it shows nothing.
+    """Shows the progress of a run, on one rank.
 
     Args:
         shown: whether this rank writes.
@@ -51,7 +51,7 @@ class Screen:
         self.stop()
 
     def stop(self) -> None:
-        """Leave the last line standing; later text follows below it."""
+        """Keep the last line; later text follows below it."""
         if self.bar is not None:
             self.bar.stop()
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a picture, a sample; all of it also in files of the run's folder."""
+"""The report of a run: a table, a picture and a summary, printed and written to the run's folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PHASES = ("forward", "backward", "optimizer", "data")
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank says about itself; replica_bytes: sent to other replicas in a step of this call."""
+    """The numbers of one rank; replica_bytes: sent to other replicas in a step of this call."""
 
     parameters: int
     peak_bytes: int

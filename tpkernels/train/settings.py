@@ -37,7 +37,7 @@ def _setting(
     Args:
         help, panel: of its option.
         least, above: its range; numbers are finite, and None is in every range.
-        choices: its values, where they are few.
+        choices: its values, where they are listed.
         changeable: whether it may differ between a run and its continuation; the others decide the numbers.
         shown: the default in the help; None shows `default`.
     """

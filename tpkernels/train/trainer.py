@@ -29,7 +29,7 @@ from tpkernels.train.replicas import Replicas
 from tpkernels.train.runlog import RunLog
 from tpkernels.train.settings import Settings
 
-CALIBRATION_STEPS = 20  # after so many the number of steps that fit into --minutes is settled
+CALIBRATION_STEPS = 20  # after so many, the number of steps that fit into --minutes is estimated
 DEFAULT_MINUTES = 2.0
 STEP = "step-"  # and the step, the names of checkpoints
 OVERTIME = 1.15  # a run whose length was estimated may take so much longer before it is cut short
@@ -98,7 +98,7 @@ class Trainer:
         return norm
 
     def finish(self) -> None:
-        """After the last step: apply what is still on its way from other replicas, so that all of them are the same."""
+        """After the last step: apply averages that are still pending, so that all replicas are equal."""
         if self.replicas is not None and self.replicas.drain():
             self.apply(self.optimizer.param_groups[0]["lr"])
             self.optimizer.zero_grad()
@@ -128,7 +128,7 @@ class Trainer:
 
 
 class Clock:
-    """Where the time of a step goes: phases without what they spend in collectives, and the collectives apart."""
+    """Splits the time of a step into its phases, without their collectives, and the collectives."""
 
     def __init__(self, group: Group | None) -> None:
         self.group = group
@@ -143,7 +143,7 @@ class Clock:
         return stats["seconds"], stats["wait_seconds"]
 
     def lap(self, phase: str) -> None:
-        """The phase that ends now; "communication" is waiting for other replicas: what the rest does not hide."""
+        """End a phase; "communication" is the time spent waiting for other replicas, which no other phase hides."""
         now, (moved, waited) = time.perf_counter(), self._communication()
         took, inside = now - self.last, moved - self.moved
         if phase != "communication":
@@ -166,7 +166,7 @@ def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
 
 
 def learning_rate(settings: Settings, step: int, total: int | None) -> float:
-    """Linear warm-up, which does not need to know `total`, then half a cosine down to a tenth."""
+    """Linear warm-up, which does not depend on `total`, then half a cosine down to a tenth."""
     warmup = settings.effective_warmup
     if step < warmup or total is None or total <= warmup:
         return settings.lr * min(1.0, (step + 1) / max(1, warmup))
@@ -181,7 +181,7 @@ def precision(settings: Settings) -> contextlib.AbstractContextManager[None]:
 
 @dataclass
 class Run:
-    """One call of `tpkernels train`: where it is and how far it has come."""
+    """One call of `tpkernels train`."""
 
     settings: Settings
     folder: Path
@@ -211,7 +211,13 @@ class Run:
         return DEFAULT_MINUTES if s.minutes is None and s.steps is None else s.minutes
 
     def loop(self) -> None:
-        """Train until the schedule, the time or `stop_at` ends it, and save where it ended."""
+        """Train until the schedule, the time or `stop_at` ends it, and save the last step.
+
+        Raises:
+            UserError: the loss is not finite.
+            RankMismatchError: replicas differ that must be equal.
+            CheckpointError: a checkpoint could not be written.
+        """
         while not self.is_over():
             if self.total is None and self.step >= CALIBRATION_STEPS:
                 self.total = self.estimate()
@@ -248,7 +254,7 @@ class Run:
                 replicas.check_same()
 
     def replica_bytes(self) -> float:
-        """What this rank has sent to other replicas in a step of this call."""
+        """Bytes that this rank has sent to other replicas, a step of this call."""
         replicas = self.trainer.replicas
         return 0.0 if replicas is None else replicas.bytes_sent() / max(1, self.step - self.first)
 
@@ -303,9 +309,15 @@ class Run:
 def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) -> Iterator[Run]:
     """A new run in `folder`, or the one that is there, at its last checkpoint. Collective over layout.world.
 
+    Args:
+        settings: the same on all ranks.
+        folder: where log, settings and checkpoints are.
+        layout: settings.tp * settings.dp ranks.
+        resume: continue from the last checkpoint in `folder`; else it must hold no run.
+
     Raises:
         UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
-        CheckpointError: the folder has checkpoints of steps that are still to come, so that a save would fail.
+        CheckpointError: the folder has checkpoints of later steps, so that a save would fail.
     """
     group = layout.world
     with raise_together(group, UserError, ""):

@@ -1,4 +1,4 @@
-"""What a rank does for the study: train a method to its end for the loss, or time some of its steps."""
+"""The cells of the study on a rank: train a method to its end for the loss, or time some of its steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bench.rows import Row
 from bench.study.methods import DDPTrainer, Method, make, settings_of
 from tpkernels import ops
 from tpkernels.comm.layout import Layout, rows_of
@@ -19,7 +20,6 @@ from tpkernels.train.data import Corpus, open_corpus, validation_batches
 from tpkernels.train.settings import Settings
 from tpkernels.train.trainer import Trainer
 
-Row = dict[str, Any]
 VALIDATIONS = 32  # batches whose loss is averaged at the end
 CURVE = 20  # points of a learning curve
 WARM_UP = 2  # steps before the clock starts
@@ -28,7 +28,7 @@ PLENTY = 10_000  # steps of the schedule while timing; the rate plays no part in
 
 @dataclass
 class Session:
-    """One start of the ranks: what all cells share."""
+    """The state that all cells of one start of the ranks share."""
 
     layout: str
     groups: Layout
@@ -61,7 +61,7 @@ def close(trainer: Trainer) -> None:
 
 
 def train(session: Session, method: Method, seed: int, steps: int) -> Row:
-    """The validation loss after `steps` steps, and what travelled."""
+    """The validation loss after `steps` steps, and the bytes sent."""
     trainer = session.make(method, seed=seed, steps=steps)
     losses, sent, began = [], [session.bytes_sent(trainer)], time.perf_counter()
     for step in range(steps):
@@ -136,7 +136,7 @@ def summary(session: Session, method: Method, seconds: list[float], exposed: lis
 
 
 def alone(session: Session, codecs: list[str], rounds: int) -> Iterator[Row]:
-    """What a step with replicas is made of, each without the other: computing, and averaging."""
+    """Time the two parts of a step with replicas alone: computing, and averaging."""
     groups = session.groups
     assert groups.dp is not None
     # One replica's part of the batch, and nobody to talk to.

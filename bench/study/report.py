@@ -8,14 +8,14 @@ from statistics import mean
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from bench.rows import Row, select
 from bench.study import goals
-from bench.study.cells import VALIDATIONS
 from bench.study.links import LOOPBACK, RATES
+from bench.study.measure import VALIDATIONS
 from bench.study.methods import LAYOUTS, POWER_RANK, POWER_START, methods
 from bench.study.plan import FULL, SMALL
-from bench.study.rows import Row, select
+from bench.table import markdown, show_lines
 from tpkernels.train.gpt import GPT, GPTConfig, whole_parts
 from tpkernels.train.settings import Settings
 
@@ -62,14 +62,17 @@ def show(kept: Sequence[Row], console: Console) -> None:
     for layout in LAYOUTS:
         lines = list(cells(kept, layout))
         if lines:
-            table = Table(*HEADS, *(f"tokens/s {link}" for link in LINKS), title=TITLES[layout], title_justify="left")
-            for line in lines:
-                table.add_row(*line)
-            console.print(table)
+            show_lines([*HEADS, *(f"tokens/s {link}" for link in LINKS)], lines, console, TITLES[layout])
+    show_lines(["goal", "found", ""], goal_lines(kept), console, "goals")
+
+
+def goal_lines(kept: Sequence[Row]) -> list[list[str]]:
+    """A line for each goal."""
+    return [[v.goal, v.found, v.word] for v in goals.verdicts(kept)]
 
 
 def write(kept: Sequence[Row], folder: Path) -> Path:
-    """The same as markdown, with what was measured, how, and the goals."""
+    """Write compression_study.md: the tables, the conditions of the measurements, and the goals."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "compression_study.md"
     path.write_text("\n".join(lines_of(kept)) + "\n")
@@ -83,7 +86,7 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield "![loss over bytes, loss over steps, tokens per second over links](compression_study.png)"
     yield ""
-    yield from circumstances(kept)
+    yield from conditions(kept)
     for layout in LAYOUTS:
         lines = list(cells(kept, layout))
         if not lines:
@@ -95,17 +98,14 @@ def lines_of(kept: Sequence[Row]) -> Iterator[str]:
             counts = sorted({len(goals.losses(kept, layout, row["method"])) for row in runs})
             yield f"Loss after {goals.main_steps(kept, layout)} steps, {span(counts)} seeds."
             yield ""
-        yield from markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
-        yield ""
+        yield markdown([*HEADS, *(f"tokens/s, {link}" for link in LINKS)], lines)
     yield "## Goals"
     yield ""
-    found = list(goals.verdicts(kept))
-    yield from markdown(["goal", "found", ""], [[v.goal, v.found, v.word] for v in found])
-    yield ""
+    yield markdown(["goal", "found", ""], goal_lines(kept))
     yield from notes()
 
 
-def circumstances(kept: Sequence[Row]) -> Iterator[str]:
+def conditions(kept: Sequence[Row]) -> Iterator[str]:
     losses, speeds = select(kept, kind="loss"), select(kept, kind="speed")
     if losses:
         yield (
@@ -141,14 +141,6 @@ def parameters(settings: Settings) -> int:
     with torch.device("meta"):
         model = GPT(GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context), whole_parts())
     return sum(p.numel() for p in model.parameters())
-
-
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table."""
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + "---|" * len(heads)
-    for line in lines:
-        yield "| " + " | ".join(line) + " |"
 
 
 def notes() -> Iterator[str]:
