@@ -217,13 +217,13 @@ def install() -> None:
     """Check the entry points of modules that are loaded, and of others when they are loaded."""
     for name in CHECKS:
         if name in sys.modules:
-            _watch(sys.modules[name])
-    sys.meta_path.insert(0, _WatchWhenLoaded())
-    _count_parts_in_norms()
+            _install_checks(sys.modules[name])
+    sys.meta_path.insert(0, _CheckWhenLoaded())
+    _count_shards_in_norms()
     _skip_together()
 
 
-def _watch(module: ModuleType) -> None:
+def _install_checks(module: ModuleType) -> None:
     for path, check in CHECKS[module.__name__].items():
         *outer, name = path.split(".")
         owner: Any = getattr(module, outer[0], None) if outer else module
@@ -250,7 +250,7 @@ def _check_before(owner: Any, name: str, function: Callable[..., Any], check: Ca
     setattr(owner, name, classmethod(checked) if is_method_of_class else checked)
 
 
-class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
+class _CheckWhenLoaded(importlib.abc.MetaPathFinder):
     """Finds no module itself; installs the checks of a module once it is executed."""
 
     def find_spec(
@@ -264,15 +264,15 @@ class _WatchWhenLoaded(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_watch(module: ModuleType) -> None:
+            def execute_and_check(module: ModuleType) -> None:
                 execute(module)
-                _watch(module)
+                _install_checks(module)
 
-            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_check  # type: ignore[method-assign]
         return spec
 
 
-def _count_parts_in_norms() -> None:
+def _count_shards_in_norms() -> None:
     """Make torch's norm of gradients, and so its clip_grad_norm_, count the shards of all ranks."""
     module = torch.nn.utils.clip_grad
     plain = module._get_total_norm

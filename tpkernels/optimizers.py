@@ -82,7 +82,7 @@ def _wrap(kind: type[optim.Optimizer]) -> None:
     """Make the methods of a class run on full tensors where its parameters are cut."""
     _wrapped.add(kind)
     for method in {"step"} | {name for name in _own_methods(kind) if not name.startswith("_")}:
-        setattr(kind, method, _on_whole_tensors(getattr(kind, method)))
+        setattr(kind, method, _on_full_tensors(getattr(kind, method)))
     warnings.warn(
         f"{kind.__name__} is not known to treat every value by itself, so each step gathers the cut parameters and "
         f"their gradients on every rank, and its state is that of the whole model. If it does, add it before: "
@@ -91,9 +91,9 @@ def _wrap(kind: type[optim.Optimizer]) -> None:
     )
 
 
-def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
+def _on_full_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def on_whole_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def on_full_tensors(self: optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         if not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
             return method(self, *args, **kwargs)
         name = type(self).__name__
@@ -104,10 +104,10 @@ def _on_whole_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name} treats every value by itself, add it once: tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
         _check_same_gradients(f"{name}.{method.__name__}", cut)
-        with _whole(cut):
+        with _full_tensors(cut):
             return method(self, *args, **kwargs)
 
-    return on_whole_tensors
+    return on_full_tensors
 
 
 def _cut_parameters(optimizer: optim.Optimizer) -> list[_Cut]:
@@ -142,23 +142,23 @@ def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
 
 @contextmanager
 @torch.no_grad()
-def _whole(cut: list[_Cut]) -> Iterator[None]:
+def _full_tensors(cut: list[_Cut]) -> Iterator[None]:
     """Inside, parameters and gradients are the full tensors, without marks; after it this rank's shards again.
 
     So the functions that the method calls (a norm of gradients, another optimizer, its base class) find no shards.
     """
-    wholes = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
-    parts = [(p.data, p.grad) for p, *_ in cut]
+    full = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
+    shards = [(p.data, p.grad) for p, *_ in cut]
     try:
-        for (p, *_), (values, gradient) in zip(cut, wholes, strict=True):
+        for (p, *_), (values, gradient) in zip(cut, full, strict=True):
             vars(p).pop("tpk_shard", None)
             _put(p, values, gradient)
         yield
     finally:
-        for (p, info, _), (values, gradient) in zip(cut, parts, strict=True):
+        for (p, info, _), (values, gradient) in zip(cut, shards, strict=True):
             if p.shape == info.full_shape(values):
                 values.copy_(info.part(p.data))
-            _put(p, values, _gradient_behind(p.grad, gradient, info))
+            _put(p, values, _gradient_after(p.grad, gradient, info))
             mark_shard(p, info)
 
 
@@ -168,16 +168,16 @@ def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:
     parameter.grad = gradient
 
 
-def _gradient_behind(whole: Tensor | None, part: Tensor | None, info: ShardInfo) -> Tensor | None:
+def _gradient_after(full: Tensor | None, shard: Tensor | None, info: ShardInfo) -> Tensor | None:
     """This rank's shard of the gradient after a step, which may have cleared or changed it."""
-    if whole is None or part is None:
-        return None if whole is None else info.part(whole).clone()
-    return part.copy_(info.part(whole)) if whole.shape == info.full_shape(part) else part
+    if full is None or shard is None:
+        return None if full is None else info.part(full).clone()
+    return shard.copy_(info.part(full)) if full.shape == info.full_shape(shard) else shard
 
 
 def _gather(shard: Tensor, info: ShardInfo, over: Group) -> Tensor:
-    """The unsharded tensor on every rank."""
+    """All-gather the full tensor."""
     if shard.layout != torch.strided:
-        raise ValueError(f"an optimizer on whole tensors needs dense gradients, got layout {shard.layout}")
-    together = ops.all_gather(shard, info.dim, group=over)
-    return info.assemble(torch.split(together, info.sizes, info.dim))
+        raise ValueError(f"an optimizer on full tensors needs dense gradients, got layout {shard.layout}")
+    gathered = ops.all_gather(shard, info.dim, group=over)
+    return info.assemble(torch.split(gathered, info.sizes, info.dim))

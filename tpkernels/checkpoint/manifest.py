@@ -28,6 +28,7 @@ from torch import Tensor
 from tpkernels.checkpoint.files import TensorFile, check_file, check_folder, damaged, read_manifest
 from tpkernels.checkpoint.ranks import CheckpointRanks, file_name
 from tpkernels.checkpoint.regions import Entry, Read
+from tpkernels.checkpoint.replicas import has_own_parameters
 from tpkernels.checkpoint.schema import check_manifest
 from tpkernels.checkpoint.snapshot import Snapshot
 from tpkernels.errors import CheckpointError, shorten
@@ -43,6 +44,7 @@ def common(snapshot: Snapshot) -> dict[str, Any]:
         "aliases": snapshot.aliases,
         "optimizer": snapshot.optimizer,
         "aggregator": snapshot.aggregator is not None,
+        "own_parameters": has_own_parameters(snapshot.aggregator or {}),
         "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
     }
 
