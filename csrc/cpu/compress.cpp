@@ -1,9 +1,9 @@
-#include "../torch_side/compress.h"
+#include "torch_side/compress.h"
 
 #include <algorithm>
 
-#include "../torch_side/packing.h"
 #include "core/feedback.h"
+#include "torch_side/packing.h"
 
 namespace tpk {
 namespace {

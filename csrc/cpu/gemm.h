@@ -3,7 +3,7 @@
 // inside a run, so that two runs give the same bits.
 #pragma once
 
-#include "../torch_side/tensor.h"
+#include "torch_side/tensor.h"
 
 namespace tpk {
 

@@ -1,9 +1,9 @@
-#include "../torch_side/norm.h"
+#include "torch_side/norm.h"
 
 #include <algorithm>
 
-#include "../torch_side/collectives.h"
 #include "cpu/loops/norm_rows.h"
+#include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {

@@ -1,13 +1,13 @@
-#include "../torch_side/vocab.h"
+#include "torch_side/vocab.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "../torch_side/collectives.h"
 #include "cpu/loops/softmax.h"
 #include "gemm.h"
+#include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {

@@ -8,7 +8,7 @@
 //          kernel cuBLAS takes depends on the number of rows, and with it the rounding of the products themselves.)
 // Order    a part is sent when the event behind its product has come; the caller's stream goes on when the last one is
 //          there. So what an op allocated may be freed when the op returns.
-#include "../torch_side/fused_gemm.h"
+#include "torch_side/fused_gemm.h"
 
 #include "fused_path.h"
 

@@ -1,6 +1,6 @@
 // The gradients of the fused GEMMs. What the ranks must sum or gather travels beside the products that do not need it.
-#include "../torch_side/fused_gemm.h"
 #include "row_parts.h"
+#include "torch_side/fused_gemm.h"
 
 namespace tpk {
 namespace {

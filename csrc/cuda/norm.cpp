@@ -1,5 +1,5 @@
 // Residual add and RMSNorm after an all-reduce, its gradient, and the squared norm, on a device.
-#include "../torch_side/norm.h"
+#include "torch_side/norm.h"
 
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 // Vocabulary-parallel embedding and cross-entropy on a device. An id outside the vocabulary is found by the kernel, so
 // it is an error of a later call or of check(), as a mismatch between ranks is.
-#include "../torch_side/vocab.h"
+#include "torch_side/vocab.h"
 
 #include "row_parts.h"
 

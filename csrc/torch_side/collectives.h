@@ -21,7 +21,7 @@ Tensor reduce_scatter_dim(Op op, Communicator&, const Wire&, const Tensor& x, in
 // The shards of all ranks behind one another along dim; dim_size < 0: the ranks tell each other.
 Tensor all_gather_dim(Op op, Communicator&, const Wire&, const Tensor& x_shard, int64_t dim, int64_t dim_size);
 
-// --- ops (schemas and formulas in ops.cpp)
+// --- ops (schemas and formulas in schemas.cpp)
 Tensor all_reduce(const Tensor& x, Text group, int64_t world_size, Text op, Text codec);
 void all_reduce_(Tensor x, Text group, int64_t world_size, Text op, Text codec);
 Tensor reduce_scatter(const Tensor& x, Text group, int64_t world_size, int64_t rank, int64_t dim, Text op, Text codec,

@@ -1,4 +1,4 @@
-// A sharded GEMM with the collective before or after it (schemas and formulas in ops.cpp).
+// A sharded GEMM with the collective before or after it (schemas and formulas in schemas.cpp).
 #pragma once
 
 #include <tuple>

@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +19,7 @@
 #include "core/shapes.h"
 #include "core/types.h"
 #include "text.h"
+#include "torch_side/stream_order.h"
 
 namespace tpk {
 
@@ -76,42 +76,10 @@ inline Shape shape_of(const Tensor& x) {
 
 inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel()); }
 
-#if defined(TPK_EMU)
-// An emulated device works on tensors of the host, which ATen reads and writes at once and frees at once: so it waits
-// for this thread's stream first, and what an op makes is kept until the op has ended (cuda/stream.h). While a graph is
-// captured, what ATen makes is made again whenever the graph is launched, in the same memory.
-void settle();
-Tensor kept(Tensor x);
-void copy_into(Tensor to, const Tensor& from);
-bool settle_or_capture();  // true in a capture
-void on_stream(std::function<void()> work);
-
-inline void keep(const Tensor& x) { kept(x); }
-inline void keep(const std::pair<Tensor, Tensor>& xs) { kept(xs.first), kept(xs.second); }
-inline void make_again(const Tensor& x, Tensor again) {
-  Tensor to = x;
-  torch::stable::copy_(to, again);
+// to = from
+inline void copy_into(Tensor to, const Tensor& from) {
+  in_order([to, from]() mutable { torch::stable::copy_(to, from); });
 }
-inline void make_again(const std::pair<Tensor, Tensor>& xs, const std::pair<Tensor, Tensor>& again) {
-  make_again(xs.first, again.first), make_again(xs.second, again.second);
-}
-template <class Make>
-auto made(Make make) {
-  const bool captured = settle_or_capture();
-  const auto out = make();
-  keep(out);
-  if (captured) on_stream([=] { make_again(out, make()); });
-  return out;
-}
-#else
-inline Tensor kept(Tensor x) { return x; }
-inline void copy_into(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
-// What an op of ATen makes, which the host calls: make() must do the same when it is called again.
-template <class Make>
-auto made(Make&& make) {
-  return make();
-}
-#endif
 
 // A kernel that is called past the dispatcher can be given a tensor whose values lie nowhere (a ZeroTensor).
 inline const Tensor& in_memory(const Tensor& x) {

@@ -1,4 +1,4 @@
-// Vocabulary-parallel embedding and cross-entropy (schemas and formulas in ops.cpp).
+// Vocabulary-parallel embedding and cross-entropy (schemas and formulas in schemas.cpp).
 #pragma once
 
 #include <tuple>

@@ -2,26 +2,14 @@
 //
 // Flags between ranks go through load_acquire_sys, store_release_sys and add_release_sys and nothing else: whoever sees
 // the flag sees what was written before it was raised. Whatever spins, loads through here. Each primitive has a twin in
-// the emulator (tests/csrc/emu/device_emu.h) that checks what it is used for: order, scope, alignment.
+// the emulator (tests/csrc/emu/override) that checks what it is used for: order, scope, alignment.
 #pragma once
 
 #include <cstdint>
 
 #include "core/codec/half.h"
-#include "launch.h"
-
-namespace tpk::cuda {
-
-// The widest access of a thread. Addresses are multiples of 16.
-struct alignas(16) Word16 {
-  uint32_t x, y, z, w;
-};
-
-}  // namespace tpk::cuda
-
-#if defined(TPK_EMU)
-#include "device_emu.h"
-#else
+#include "cuda/kernels/launch.h"
+#include "word16.h"
 
 namespace tpk::cuda {
 
@@ -98,8 +86,7 @@ __device__ __forceinline__ void store16(void* to, Word16 word) {
   *static_cast<uint4*>(to) = make_uint4(word.x, word.y, word.z, word.w);
 }
 
-// ---- two values, each rounded to nearest even, the first one below
-// ---------------------------------------------------
+// ---- two values, each rounded to nearest even, the first one in the low half ----------------------------------------
 
 template <class T>
 __device__ __forceinline__ uint32_t rounded_pair(float low, float high);
@@ -193,5 +180,3 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 }  // namespace tpk::cuda
-
-#endif

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "fused_gemm.h"
-#include "hopper.cuh"
+#include "operand.cuh"
 
 namespace tpk::cuda {
 

@@ -1,7 +1,7 @@
 // What the kernels of Hopper ask of the hardware beyond device.cuh: tiles that the tensor memory accelerator brings,
 // barriers that count bytes, products of a warpgroup. Beside device.cuh the only home of inline PTX; sm_90a alone.
 //
-// Each primitive has a twin in the emulator (tests/csrc/emu/hopper_emu.h), which knows what the hardware promises and
+// Each primitive has a twin in the emulator (tests/csrc/emu/override), which knows what the hardware promises and
 // no more: tiles come late, products are done when they have been waited for.
 //
 //   products of a warpgroup    d[64, N] (+)= a[64, 16] @ b[N, 16].T, all 128 threads together. Of d a thread has, with
@@ -14,12 +14,8 @@
 //                              for every product by itself then, and warn (C7510).
 #pragma once
 
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "tensor_map_type.h"
-
-#if defined(TPK_EMU)
-#include "hopper_emu.h"
-#else
 
 namespace tpk::cuda {
 
@@ -195,20 +191,6 @@ __device__ __forceinline__ void product<Bfloat16, 256>(float (&d)[128], uint64_t
         "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]),
         "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-}  // namespace tpk::cuda
-#endif
-
-namespace tpk::cuda {
-
-// The descriptor of an operand whose first row is there: bits 0-13 the address, 32-45 the distance from one group of 8
-// rows to the next, both in units of 16 bytes; bits 62-63: 1 stands for the 128-byte swizzle. (Bits 16-29, the distance
-// of other layouts, are not used by this one; 1 by convention.) Values 16 j and on of the rows: operand + 2 j, 32
-// bytes.
-__device__ __forceinline__ uint64_t operand(const void* shared) {
-  constexpr uint64_t kLayout = uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
-  return kLayout | (shared_address(shared) & 0x3ffff) >> 4;
 }
 
 }  // namespace tpk::cuda

@@ -28,7 +28,7 @@
 // Kernels that talk tile by tile have the same turn with other flags: tile_turn.cuh.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "kernels.h"
 #include "vector.cuh"
 

@@ -21,7 +21,7 @@
 //   end       a block ends after its herald has heard everybody; the last one closes the call, as in peer.cuh.
 #pragma once
 
-#include "hopper.cuh"
+#include "cuda/kernels/hopper.cuh"
 #include "peer.cuh"
 #include "tiles.h"
 

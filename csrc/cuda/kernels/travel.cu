@@ -6,7 +6,7 @@
 //            system scope, after what they count.
 // Waits      none. Where the host has given the exchange up, the kernel behind it traps: what should have arrived has
 //            not, and nothing may go on with it.
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "kernels.h"
 
 namespace tpk::cuda {

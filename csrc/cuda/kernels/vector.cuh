@@ -19,7 +19,7 @@
 #include <type_traits>
 
 #include "core/codec/sum.h"
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "kernels.h"
 
 namespace tpk::cuda {

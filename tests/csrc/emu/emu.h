@@ -1,4 +1,4 @@
-// CUDA C++ as ordinary C++20: what a kernel file sees in place of nvcc's built-ins when TPK_EMU is defined.
+// CUDA C++ as ordinary C++20: what a kernel file sees in place of nvcc's built-ins.
 //
 // A block is an OS thread, so __shared__ is a thread-local static; a CUDA thread is a fiber of it. Barriers, shuffles
 // and atomics take the place where they were called (std::source_location) for the emulator's reports.

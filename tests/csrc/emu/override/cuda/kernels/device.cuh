@@ -1,5 +1,9 @@
-// The emulated twins of device.cuh's primitives; same names, same meaning. Included by device.cuh alone.
+// In place of csrc/cuda/kernels/device.cuh: the same primitives, emulated.
 #pragma once
+
+#include "core/codec/half.h"
+#include "cuda/kernels/launch.h"
+#include "cuda/kernels/word16.h"
 
 namespace tpk::cuda {
 

@@ -1,6 +1,8 @@
-// The emulated twins of hopper.cuh's primitives; same names, same meaning. Included by hopper.cuh alone.
+// In place of csrc/cuda/kernels/hopper.cuh: the same primitives, emulated.
 #pragma once
 
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/tensor_map_type.h"
 #include "hopper.h"
 
 namespace tpk::cuda {
