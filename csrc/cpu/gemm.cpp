@@ -192,17 +192,6 @@ Engine engine_for(const Tensor& x, const Tensor& w) {
   return engine == Engine::Gemv && !has_dense_rows(w) ? Engine::Aten : engine;
 }
 
-Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)});
-}
-
-int64_t num_rows(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return rows;
-}
-
 Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   if (engine == Engine::OneDnn) return onednn_linear(x, w, bias);
   if (engine == Engine::Gemv) return gemv_linear(x, w, bias);

@@ -50,8 +50,4 @@ Tensor grad_weight(const Tensor& dy, const Tensor& x);
 // db[N] = sum over tokens of dy[..., N]
 Tensor grad_bias(const Tensor& dy);
 
-// Rows of x[..., K]: all leading dimensions as one.
-Tensor as_rows(const Tensor& x);
-int64_t num_rows(const Tensor& x);
-
 }  // namespace tpk

@@ -37,10 +37,6 @@ Shape inverse_shape(const Tensor& x) {
   return shape;
 }
 
-ScalarType sum_type_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <class T>
 void add_norm(Tensor& sum, const Tensor& residual, const Tensor& weight, double eps, Tensor& y, Tensor& inverse_rms) {
   using Sum = SumOf<T>;

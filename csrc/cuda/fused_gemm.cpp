@@ -14,7 +14,6 @@
 
 namespace tpk {
 
-using cuda::as_rows;
 using cuda::data_of;
 using cuda::linear_into;
 using cuda::rows_of;

@@ -5,7 +5,6 @@
 namespace tpk {
 namespace {
 
-using cuda::as_rows;
 using cuda::data_of;
 using cuda::product_into;
 using cuda::rows_of;

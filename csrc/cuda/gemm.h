@@ -6,9 +6,6 @@
 
 namespace tpk::cuda {
 
-// Rows of x[..., K]: all leading dimensions as one.
-Tensor as_rows(const Tensor& x);
-int64_t num_rows(const Tensor& x);
 Tensor rows_of(const Tensor& x, int64_t start, int64_t count);
 
 // y[M, N] = x[M, K] @ w[N, K].T (+ bias[N])

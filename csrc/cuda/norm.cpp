@@ -19,16 +19,6 @@ int blocks_for(int64_t values) {
   return static_cast<int>(std::clamp<int64_t>((values + kValuesPerBlock - 1) / kValuesPerBlock, 1, kMostBlocks));
 }
 
-ScalarType sum_type_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-DType float_dtype_of(const char* op, const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  TPK_CHECK(dtype <= DType::F16, op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x)));
-  return dtype;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> all_reduce_add_rms_norm(const Tensor& x, const Tensor& residual,

@@ -56,15 +56,20 @@ inline DType raw_dtype_of(const Tensor& x) {
   }
 }
 
+inline DType float_dtype_of(const char* op, const Tensor& x) {
+  const DType dtype = dtype_of(x);
+  TPK_CHECK(dtype <= DType::F16, op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x)));
+  return dtype;
+}
+
 // Calls body with a value of the C++ type of x: float, double, Half or Bfloat16.
 template <class Body>
 void with_float_type(const char* op, const Tensor& x, Body&& body) {
-  switch (dtype_of(x)) {
-    case DType::F32: return body(float{});
+  switch (float_dtype_of(op, x)) {
     case DType::F64: return body(double{});
     case DType::F16: return body(Half{});
     case DType::BF16: return body(Bfloat16{});
-    default: throw std::invalid_argument(concat(op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x))));
+    default: return body(float{});
   }
 }
 
@@ -75,6 +80,21 @@ inline Shape shape_of(const Tensor& x) {
 }
 
 inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel()); }
+
+// The dtype in which values of x are summed.
+inline ScalarType sum_type_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The rows of x[..., K]: all leading dimensions as one.
+inline int64_t num_rows(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+inline Tensor as_rows(const Tensor& x) {
+  return x.dim() == 2 ? x : kept(torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)}));
+}
 
 // to = from
 inline void copy_into(Tensor to, const Tensor& from) {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/arena.h"
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 
@@ -20,9 +21,6 @@ struct Opening {
   uint8_t op, dtype, reduce_op, codec;
 };
 static_assert(sizeof(Opening) <= 64, "the fingerprint fits in front of the payload");
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 std::vector<size_t> starts_of(const std::vector<size_t>& sizes) {
   std::vector<size_t> starts{0};

@@ -16,6 +16,7 @@
 #include <array>
 #include <cstring>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 #include "shm.h"
@@ -25,9 +26,6 @@ namespace {
 
 // An all_gather moves a quarter of a piece at a time, so that what a rank copies twice is still in its cache.
 constexpr size_t kGatherParts = 4;
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 // The values of a piece cut over the ranks at block boundaries.
 Cut chunks_of(const Wire& wire, size_t count, int world_size) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 
@@ -10,9 +11,6 @@ namespace {
 
 constexpr size_t kAlign = 16;          // of every rank's stretch of a buffer, for the kernels' widest access
 constexpr size_t kMostMet = 1u << 14;  // signatures that are remembered
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
