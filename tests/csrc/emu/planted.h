@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "control.h"
-#include "cuda/kernels/device.cuh"
 #include "expect.h"
+#include "primitives.h"
 
 namespace tpk::planted {
 

@@ -84,7 +84,7 @@ TPK_KERNEL void produce(float* tile, uint32_t* counter, int rank) {
   if (bug == Tile::RelaxedAdd) {
     atomicAdd_system(counter, 1);
   } else {
-    add_release_sys(counter, 1);
+    emu::add_release_sys(counter, 1);
   }
 }
 

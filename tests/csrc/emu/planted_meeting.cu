@@ -94,7 +94,7 @@ CASE(divergence_names_both_places_and_fails_the_launch) {
 TPK_KERNEL void grid_barrier(uint32_t* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    add_release_sys(counter, 1);
+    emu::add_release_sys(counter, 1);
     while (load_acquire_sys(counter) < gridDim.x) {
     }
   }

@@ -12,7 +12,7 @@ enum class Sum { Right, NoBarrier, ReusedTooEarly, ReadsWarpsThatAreNotThere, On
 
 template <Sum bug>
 __device__ float block_sum(float value, float* sums) {
-  value = warp_sum(value);
+  value = emu::warp_sum(value);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   if (bug != Sum::NoBarrier && bug != Sum::OnlyAVoteBetween) __syncthreads();
   if (bug == Sum::OnlyAVoteBetween) __any_sync(0xffffffffu, value > 0);  // meets, but orders no memory

@@ -49,7 +49,7 @@ __device__ void raise(uint32_t* flag, uint32_t epoch) {
   if (bug == Bug::RelaxedStore || bug == Bug::NoFenceAroundRelaxed) {
     store_relaxed_sys(flag, epoch);
   } else if (bug == Bug::FencesAroundRelaxed || bug == Bug::GpuFenceAroundRelaxed) {
-    bug == Bug::FencesAroundRelaxed ? fence_sys() : fence_gpu();
+    bug == Bug::FencesAroundRelaxed ? fence_sys() : emu::fence_gpu();
     store_relaxed_sys(flag, epoch);
   } else if (bug == Bug::GpuScopeOnPeer || bug == Bug::GpuScopeOnPulledFlag) {
     add_acq_rel_gpu(flag, 1);
@@ -66,7 +66,7 @@ __device__ void await(const uint32_t* flag, uint32_t epoch) {
   while ((kRelaxed ? load_relaxed_sys(flag) : load_acquire_sys(flag)) < epoch) {
   }
   if (bug == Bug::FencesAroundRelaxed) fence_sys();
-  if (bug == Bug::GpuFenceAroundRelaxed) fence_gpu();
+  if (bug == Bug::GpuFenceAroundRelaxed) emu::fence_gpu();
 }
 
 // All blocks of this number, on all ranks.
