@@ -5,7 +5,9 @@
 #include <limits>
 #include <vector>
 
+#include "core/bytes.h"
 #include "cpu/loops/softmax.h"
+#include "parallel.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
@@ -26,17 +28,15 @@ std::vector<RowStats<SumOf<T>>> local_stats(const Tensor& logits, const Integers
                                             bool smoothing) {
   std::vector<RowStats<SumOf<T>>> stats(targets.count);
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
-  const T* row = static_cast<const T*>(logits.const_data_ptr());
-  for (size_t i = 0; i < targets.count; ++i, row += shard) {
-    row_stats<T>(row, shard, smoothing, &stats[i]);
-    const int64_t local = targets[i] - vocab_start;
-    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
-    if constexpr (std::is_floating_point_v<T>) {
-      stats[i].target = row[local];
-    } else {
-      stats[i].target = to_float(row[local]);
+  const T* const all = static_cast<const T*>(logits.const_data_ptr());
+  in_parallel_rows(targets.count, shard, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const T* const row = all + i * shard;
+      row_stats<T>(row, shard, smoothing, &stats[i]);
+      const int64_t local = targets[i] - vocab_start;
+      if (local >= 0 && local < static_cast<int64_t>(shard)) stats[i].target = load(row[local]);
     }
-  }
+  });
   return stats;
 }
 
@@ -87,45 +87,47 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const Integers& ta
   const Sum smoothing = static_cast<Sum>(label_smoothing), uniform = smoothing / static_cast<Sum>(vocab_size);
   const Sum* scale = static_cast<const Sum*>(dloss.const_data_ptr());
   const Sum* row_lse = static_cast<const Sum*>(lse.const_data_ptr());
-  const T* row = static_cast<const T*>(logits.const_data_ptr());
-  T* gradient = static_cast<T*>(dlogits.mutable_data_ptr());
-  for (size_t i = 0; i < targets.count; ++i, row += shard, gradient += shard) {
-    if (targets[i] == ignore_index) {
-      if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
-      continue;
+  const T* const all = static_cast<const T*>(logits.const_data_ptr());
+  T* const gradients = static_cast<T*>(dlogits.mutable_data_ptr());
+  in_parallel_rows(targets.count, shard, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const T* const row = all + i * shard;
+      T* const gradient = gradients + i * shard;
+      if (targets[i] == ignore_index) {
+        if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
+        continue;
+      }
+      row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
+      const int64_t local = targets[i] - vocab_start;
+      if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
+      store(scale[i] * (std::exp(load(row[local]) - row_lse[i]) - (1 - smoothing) - uniform), &gradient[local]);
     }
-    row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
-    const int64_t local = targets[i] - vocab_start;
-    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
-    if constexpr (std::is_floating_point_v<T>) {
-      gradient[local] = scale[i] * (std::exp(row[local] - row_lse[i]) - (1 - smoothing) - uniform);
-    } else {
-      gradient[local] =
-          from_float<T>(scale[i] * (std::exp(to_float(row[local]) - row_lse[i]) - (1 - smoothing) - uniform));
-    }
-  }
+  });
 }
 
 // --- embedding
 
+// Bytes of a copy that are worth a thread of their own: about 50 us.
+constexpr size_t kCopyGrain = size_t{512} << 10;
+// Columns of a row that are worth a thread of their own.
+constexpr size_t kFewestColumns = 64;
+
+// Threads share the columns, so that every sum is taken in the order of the tokens.
 template <class T>
 void add_rows(const Tensor& dy, const Integers& ids, int64_t vocab_start, int64_t shard, Tensor& sums) {
   using Sum = SumOf<T>;
   const size_t width = static_cast<size_t>(dy.size(dy.dim() - 1));
-  const T* row = static_cast<const T*>(dy.const_data_ptr());
-  Sum* table = static_cast<Sum*>(sums.mutable_data_ptr());
-  for (size_t i = 0; i < ids.count; ++i, row += width) {
-    const int64_t local = ids[i] - vocab_start;
-    if (local < 0 || local >= shard) continue;
-    Sum* to = table + static_cast<size_t>(local) * width;
-    for (size_t j = 0; j < width; ++j) {
-      if constexpr (std::is_floating_point_v<T>) {
-        to[j] += row[j];
-      } else {
-        to[j] += to_float(row[j]);
-      }
+  const T* const rows = static_cast<const T*>(dy.const_data_ptr());
+  Sum* const table = static_cast<Sum*>(sums.mutable_data_ptr());
+  in_parallel(width, std::max(kFewestColumns, kGrain / std::max<size_t>(ids.count, 1)), [&](size_t begin, size_t end) {
+    for (size_t i = 0; i < ids.count; ++i) {
+      const int64_t local = ids[i] - vocab_start;
+      if (local < 0 || local >= shard) continue;
+      const T* const from = rows + i * width;
+      Sum* const to = table + static_cast<size_t>(local) * width;
+      for (size_t j = begin; j < end; ++j) to[j] += load(from[j]);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -144,19 +146,23 @@ Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group,
   shape.push_back(table.size(1));
   Tensor out = fresh_output(table, shape);
   const size_t row_bytes = static_cast<size_t>(table.size(1)) * table.element_size();
-  const char* from = static_cast<const char*>(table.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  for (size_t i = 0; i < rows.count; ++i, to += row_bytes) {
+  for (size_t i = 0; i < rows.count; ++i) {
     TPK_CHECK(rows[i] >= 0 && rows[i] < vocab_size, "vocab_embedding: ids must be in [0, ", vocab_size, "), got ",
               rows[i], " at token ", i);
-    const int64_t local = rows[i] - vocab_start;
-    if (row_bytes == 0) continue;
-    if (local >= 0 && local < shard) {
-      std::memcpy(to, from + static_cast<size_t>(local) * row_bytes, row_bytes);
-    } else {
-      std::memset(to, 0, row_bytes);
-    }
   }
+  const void* const from = table.const_data_ptr();
+  void* const to = out.mutable_data_ptr();
+  const size_t copies = row_bytes == 0 ? 0 : rows.count;
+  in_parallel(copies, kCopyGrain / std::max<size_t>(row_bytes, 1), [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const int64_t local = rows[i] - vocab_start;
+      if (local >= 0 && local < shard) {
+        std::memcpy(at(to, i * row_bytes), at(from, static_cast<size_t>(local) * row_bytes), row_bytes);
+      } else {
+        std::memset(at(to, i * row_bytes), 0, row_bytes);
+      }
+    }
+  });
   all_reduce_into(Op::VocabEmbedding, *comm, wire, out, out);
   return out;
 }
