@@ -1,4 +1,4 @@
-// The words of the wire: element types, reductions, ops. Torch-free; the numbers travel in fingerprints.
+// Element types, reductions and ops. Torch-free; the numbers are part of fingerprints.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// A sharded GEMM and its collective on a device: cut over the rows into parts, of which one travels on the group's
+// A sharded GEMM and its collective on a device: cut over the rows into parts, of which one is sent on the group's
 // communication stream while the caller's stream multiplies the next (choose.h: how many; one part is the plain way).
 // Products that peers read are written straight into the arena's heap where they fit, so that nothing is copied in.
 //

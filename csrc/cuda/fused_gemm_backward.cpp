@@ -1,4 +1,4 @@
-// The gradients of the fused GEMMs. What the ranks must sum or gather travels beside the products that do not need it.
+// The gradients of the fused GEMMs. Sums and gathers run beside the products that do not need them.
 #include "row_parts.h"
 #include "torch_side/fused_gemm.h"
 

@@ -1,4 +1,4 @@
-// The matrix products of a rank on a device: cuBLAS as torch calls it, and the few other ops of torch that are used.
+// The matrix products of a rank on a device: cuBLAS as torch calls it, and the other ops of torch that are used.
 // Each product is written into a tensor that is given, on torch's current stream, and rounded once, bias included.
 #pragma once
 

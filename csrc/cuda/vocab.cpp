@@ -9,7 +9,7 @@ namespace {
 
 using cuda::current_stream;
 
-constexpr int64_t kStats = 4;  // numbers that a rank knows of a row
+constexpr int64_t kStats = 4;  // numbers of a rank for a row
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
-// world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask, and because
-// what torch.compile keeps of a forward must differ between ranks wherever its backward does. grad_codec packs what the
-// backward sends; forward kernels do not look at it.
+// world_size and rank are there because a tensor without data (compile, export, meta) has no group, and because
+// the forward that torch.compile saves must differ between ranks wherever its backward does. grad_codec packs what the
+// backward sends; forward kernels do not use it.
 //
 // Part of the CPU module. The module of each backend registers its kernels under these names: kernels.h.
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def(
       "reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec, str grad_codec) -> "
       "Tensor");
-  // y = cat_r x_r along dim                 dim_size: of y, or -1 to ask the ranks
+  // y = cat_r x_r along dim                 dim_size: of y, or -1: the ranks exchange their sizes
   m.def(
       "all_gather(Tensor x_shard, str group, int world_size, int rank, int dim, SymInt dim_size, str codec, "
       "str grad_codec) -> Tensor");

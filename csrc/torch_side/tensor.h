@@ -1,4 +1,4 @@
-// The torch side of both backends: tensors through torch's stable ABI, and the few ATen ops that are called by name.
+// The torch side of both backends: tensors through torch's stable ABI, and the ATen ops that are called by name.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// DType::Count for types that have no arithmetic here; those still travel, by size.
+// DType::Count for types that have no arithmetic here; those are moved by size.
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return DType::F32;
@@ -120,10 +120,10 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
   return kept(torch::stable::new_empty(like, shape, dtype));
 }
 
-// What a backward returns for a gradient that nobody asked for.
+// What a backward returns for a gradient that is not needed.
 inline Tensor nothing(const Tensor& like) { return empty_of(like, {0}); }
 
-// Throws, with torch's text where torch hands it out, unless `code` says that the op `name` succeeded.
+// Throws, with torch's text where torch provides it, unless `code` says that the op `name` succeeded.
 void check_torch(const char* name, AOTITorchError code);
 
 // Calls an op by its name; the operands must match the schema.

@@ -115,11 +115,11 @@ TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(nam
 MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
 # Where headers are looked for that do not lie beside who includes them.
 HEADERS = [ROOT / "csrc", ROOT / "tests/csrc", ROOT / "tests/csrc/emu"]
-# What makes Python modules, or is a short way from Python into one.
+# What makes Python modules, or is the fast path from Python into one.
 SPEAKS_PYTHON = {
     "csrc/python/module.cpp",
-    "csrc/python/python_engines.cpp",
-    "csrc/python/python_side.cpp",
+    "csrc/python/engines.cpp",
+    "csrc/python/bindings.cpp",
     "csrc/python/fast_path.cpp",
     "csrc/cuda/module.cpp",
     "csrc/cuda/python_device.cpp",
@@ -245,7 +245,7 @@ def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
     assert not {name for name in foreign if re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", name)}
 
 
-def test_only_module_files_and_the_short_way_speak_python_in_cpp() -> None:
+def test_only_module_files_and_the_fast_path_include_python() -> None:
     for source in MODULES:
         _, foreign = includes(ROOT / source)
         speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h", name)}

@@ -167,7 +167,7 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
   }
 }
 
-// The same without a copy: what travels is the tensor itself. in == out is allowed.
+// The same without a copy: the bytes on the wire are the tensor itself. in == out is allowed.
 void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wire& wire, const char* in, char* out,
                                                  size_t n, const std::function<void()>* meanwhile) {
   const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
@@ -222,7 +222,8 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
   }
 }
 
-// One piece of it, `sizes[r]` values from value `start` of part r on: what travels is the tensor or the wire itself.
+// One piece of it, `sizes[r]` values from value `start` of part r on: the bytes on the wire are the tensor or the
+// packed input itself.
 void GroupCommunicator::reduce_scatter_where_it_lies(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
                                                      const Cut& cut, size_t start, const Sizes& sizes) {
   const size_t ranks = sizes.size(), me = static_cast<size_t>(rank()), mine = wire.bytes(sizes[me]);

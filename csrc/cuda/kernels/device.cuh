@@ -1,4 +1,4 @@
-// What the kernels ask of the hardware beyond C++: the only home of inline PTX. Torch-free.
+// The hardware beyond C++, for the kernels: inline PTX is here and in hopper.cuh alone. Torch-free.
 //
 // Flags between ranks go through load_acquire_sys and store_release_sys and nothing else: a rank that sees the flag
 // sees what was written before it was raised. Loops that wait load through here. Each primitive has a twin in the
@@ -67,7 +67,8 @@ __device__ __forceinline__ Word16 load16(const void* from) {
   return {word.x, word.y, word.z, word.w};
 }
 
-// Of what another rank has written since this kernel began: not from the first-level cache, which knows nothing of it.
+// Of what another rank has written since this kernel began: not from the first-level cache, which may hold an older
+// value.
 __device__ __forceinline__ Word16 load16_peer(const void* from) {
   Word16 word;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,8 +1,8 @@
-// What the kernels of Hopper ask of the hardware beyond device.cuh: tiles that the tensor memory accelerator brings,
-// barriers that count bytes, products of a warpgroup. Beside device.cuh the only home of inline PTX; sm_90a alone.
+// The hardware of Hopper beyond device.cuh: tiles that the tensor memory accelerator loads,
+// barriers that count bytes, products of a warpgroup. sm_90a alone.
 //
-// Each primitive has a twin in the emulator (tests/csrc/emu/override), which knows what the hardware promises and
-// no more: tiles come late, products are done when they have been waited for.
+// Each primitive has a twin in the emulator (tests/csrc/emu/override), which does what the hardware guarantees and no
+// more: tiles arrive late, products are done after a wait for them.
 //
 //   products of a warpgroup    d[64, N] (+)= a[64, 16] @ b[N, 16].T, all 128 threads together. Of d a thread has, with
 //                              its warp w of the four and its lane l:  d[4 j + 0, 1] = row 16 w + l / 4,
@@ -73,7 +73,7 @@ template <int n>
 __device__ __forceinline__ void registers_lower() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
 }
-__device__ __forceinline__ void meet_some(int id, int threads) {
+__device__ __forceinline__ void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ __forceinline__ bool one_of_warp() {

@@ -6,7 +6,7 @@
 namespace tpk::cuda {
 
 // The descriptor of an operand whose first row is there: bits 0-13 the address, 32-45 the distance from one group of 8
-// rows to the next, both in units of 16 bytes; bits 62-63: 1 stands for the 128-byte swizzle. (Bits 16-29, the distance
+// rows to the next, both in units of 16 bytes; bits 62-63: 1 is the 128-byte swizzle. (Bits 16-29, the distance
 // of other layouts, are not used by this one; 1 by convention.) Values 16 j and on of the rows: operand + 2 j, 32
 // bytes.
 __device__ __forceinline__ uint64_t operand(const void* shared) {

@@ -64,18 +64,18 @@ cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
                         stream);
 }
 
-// ---- meeting points -------------------------------------------------------------------------------------------------
+// ---- barriers of blocks and warps -----------------------------------------------------------------------------------
 
 enum class Vote : uint8_t { None, Or, And, Count };
-int meet_block(Vote vote, bool holds, Where where);
+int sync_block(Vote vote, bool holds, Where where);
 
-// What a lane brings to a meeting of its warp, and what each of them takes away.
+// The input of a lane to an operation of its warp, and the function that gives each lane its result.
 struct Post {
   uint64_t value;
   int argument;
 };
 using Finish = void (*)(uint32_t mask, const Post* posts, uint64_t* results);
-uint64_t meet_warp(uint32_t mask, Post post, Finish finish, Where where);
+uint64_t sync_warp(uint32_t mask, Post post, Finish finish, Where where);
 void warp_fence(uint32_t mask, Where where);
 
 // ---- memory that is shared ------------------------------------------------------------------------------------------

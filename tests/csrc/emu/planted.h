@@ -67,7 +67,7 @@ inline void must_report(emu::Kind kind, const Body& body, int resident_blocks = 
   }
 }
 
-// Nothing is reported; the values tell.
+// Nothing is reported; the values are wrong.
 inline void must_be_wrong(const Body& body) {
   for (uint64_t seed : {0, 1, 2}) EXPECT(!run(quiet(seed), body).right, "seed ", seed, ": the values are right");
 }

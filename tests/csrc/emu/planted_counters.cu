@@ -1,4 +1,4 @@
-// Planted bugs: counters that many threads raise, and whoever counts on what they stand for.
+// Planted bugs: counters that many threads raise, and accesses that depend on their value.
 #include <future>
 
 #include "planted.h"

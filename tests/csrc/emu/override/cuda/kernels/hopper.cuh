@@ -60,7 +60,7 @@ void registers_lower() {
   static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
   emu::registers(n);
 }
-inline void meet_some(int id, int threads, Where where = Where::current()) { emu::meet_some(id, threads, where); }
+inline void sync_named(int id, int threads, Where where = Where::current()) { emu::sync_named(id, threads, where); }
 inline bool one_of_warp(Where where = Where::current()) { return emu::one_of_warp(where); }
 
 }  // namespace tpk::cuda

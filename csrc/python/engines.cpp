@@ -1,5 +1,5 @@
+#include "bindings.h"
 #include "cpu/gemm.h"
-#include "python_side.h"
 
 namespace tpk {
 
