@@ -67,7 +67,7 @@ CASE(right_kernels_are_silent) {
 }
 
 CASE(a_flag_raised_at_the_wrong_owner) {
-  planted::must_be_found(body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
+  planted::must_be_found(Kind::Race, body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
 }
 CASE(no_barrier_between_a_tile_and_its_flag) {
   planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_barrier_before_the_flag::kLaunches));
