@@ -125,7 +125,7 @@ def test_torchs_pybind11_is_included_where_it_refuses_the_stable_abi(tmp_path: P
     for name in ("pybind11.h", "stl.h"):
         (tmp_path / "pybind11" / name).write_text("#ifdef TORCH_TARGET_VERSION\n#error refused\n#endif\n")
     source = tmp_path / "some.cpp"
-    source.write_text('#include "pybind.h"\nstatic_assert(TORCH_TARGET_VERSION == 7);\n')
+    source.write_text('#include "python/pybind.h"\nstatic_assert(TORCH_TARGET_VERSION == 7);\n')
     command = ["g++", "-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=7", "-I", str(ROOT / "csrc"), "-I"]
     subprocess.run([*command, str(tmp_path), str(source)], check=True)
     includes = [path.name for path in (ROOT / "csrc").rglob("*.[hc]*") if "#include <pybind11/" in path.read_text()]
