@@ -2,14 +2,13 @@
 //
 //   [ Control | slot 0 | slot 1 | heap ]
 //
-// Control  signals: who I am calling, how far I got, whether I am still there. Written by the owner, read by all.
-// slots    messages travel in pieces, numbered through all calls; piece g goes through slot g % 2.
+// Control  signals of one rank: its call, the stages that are done, its state. Written by the owner, read by all.
+// slots    messages are sent in pieces, numbered through all calls; piece g uses slot g % 2.
 // heap     tensors of group.empty: a collective reads them where they are.
 //
 // Order    the owner stores data, then releases `call` or `stage`; a reader acquires it, then loads the data. The
-// counters
-//          only grow and are never reset. Slot g % 2 is free again when every rank has signalled piece g - 1, because a
-//          rank signals it only after it has read what it needs of piece g - 2.
+//          counters only grow and are never reset. Slot g % 2 is free again when every rank has signalled piece g - 1,
+//          because a rank signals it only after it has read what it needs of piece g - 2.
 #pragma once
 
 #include <atomic>
@@ -24,7 +23,7 @@ namespace tpk {
 struct alignas(64) CallRecord {
   std::atomic<uint64_t> call;  // written last
   uint64_t numel;              // of the whole tensor; must agree
-  int64_t mine;                // what only this rank knows (rows of its shard); need not agree
+  int64_t mine;                // a number of this rank (rows of its shard); need not agree
   uint64_t heap_offset;        // where its input lies in its heap, or kNotInHeap
   uint8_t op, dtype, reduce_op, codec;
   uint32_t shape_hash;  // of the dimensions that must agree
@@ -41,16 +40,16 @@ struct Control {
   alignas(64) std::atomic<uint32_t> sleepers;  // ranks asleep on a word of this control
   alignas(64) std::atomic<uint32_t> state;     // RankState
   uint64_t failed_call;                        // when state is Failed
-  int32_t culprit;                             // the rank it blames
+  int32_t culprit;                             // the rank that was late or lost
   uint32_t was_late;                           // 1 when a deadline passed, 0 when a rank was lost
 };
 
-// Number of all that ranks must have alike to understand each other: what lies in an arena, the order of signals, the
-// fingerprints and openings of calls. It grows with every change of these; Group.open compares it.
+// The version of the protocol between ranks: layout of the arena, order of signals, fingerprints and openings of calls.
+// It grows with every change of these; Group.open compares it.
 constexpr int kArenaLayout = 1;
-// Messages up to this size are summed by everyone (one wait instead of two).
+// Messages up to this size are summed by every rank (one wait instead of two).
 constexpr size_t kOneShotBytes = 1024;
-// Larger ones travel in pieces of this size, which stay in the second-level cache.
+// Larger ones are sent in pieces of this size, which stay in the second-level cache.
 constexpr size_t kPieceBytes = size_t{512} << 10;
 // Products smaller than this are copied in less time than it takes to allocate them in the arena.
 constexpr size_t kSmallestInArena = size_t{64} << 10;

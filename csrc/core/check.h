@@ -1,4 +1,4 @@
-// Argument checks: the text says op, argument, expected, got. A failed check is a ValueError in Python.
+// Argument checks: the text has op, argument, expected, got. A failed check is a ValueError in Python.
 #pragma once
 
 #include <sstream>

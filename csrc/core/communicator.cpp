@@ -16,7 +16,7 @@ namespace tpk {
 
 namespace {
 
-// Counts forks on the way from the first process to this one. Asking the kernel for the process at every call would
+// The number of forks between the first process and this one. A system call for the process at every call would
 // cost as much as a small collective.
 std::atomic<uint64_t> process_generation{0};
 [[maybe_unused]] const int counts_forks =
@@ -86,7 +86,7 @@ class Communicator::Turn {
 
  private:
   static Communicator& checked(Communicator& comm, Op op) {
-    comm.check_process(name_of(op));  // before the lock, which may be one that nobody gives back
+    comm.check_process(name_of(op));  // before the lock: in a forked child it may stay locked for ever
     return comm;
   }
 
@@ -226,7 +226,7 @@ std::string Communicator::late_text(Op op, uint64_t call, const std::vector<int>
 }
 
 void Communicator::check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const {
-  // Every rank looks for a disagreement anywhere, so that all of them raise or none does.
+  // Every rank compares the specs of all ranks, so that either every rank raises or no rank does.
   for (int r = 0; r < world_size_; ++r) {
     if (!agree(all[static_cast<size_t>(r)], mine)) mismatch(call_, mine, r, all[static_cast<size_t>(r)]);
   }

@@ -19,7 +19,7 @@
 
 namespace tpk {
 
-// What a call says of itself. numel and shape_hash must agree over the ranks; `mine` is each rank's own number.
+// The fingerprint of a call. numel and shape_hash must agree over the ranks; `mine` is each rank's own number.
 struct CallSpec {
   Op op;
   DType dtype;
@@ -75,7 +75,7 @@ class Communicator {
 
   // out[n] = reduction over the ranks of in[n]. in == out is allowed. Only with a codec is an input packed.
   void all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n);
-  // out = this rank's part of the reduction of in, cut as `cut` says.
+  // out = this rank's part of the reduction of in, cut as in `cut`.
   void reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut);
   // out = the parts of all ranks, in rank order; in is this rank's.
   void all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
@@ -94,9 +94,9 @@ class Communicator {
   MeasuredEngines& measured_engines() { return measured_engines_; }
   const MeasuredEngines& measured_engines() const { return measured_engines_; }
 
-  // Raises what a device found out since: calls there return before they have run. Nothing to do on the CPU.
+  // Raises errors of a device, where calls return before they have run. Nothing to do on the CPU.
   void check();
-  // `why`: what later calls on this rank say.
+  // `why`: the error text of later calls on this rank.
   void close(const std::string& why = "this rank closed the group");
   // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
   // threads of the parent held, and none of those threads: it must not touch the rest of this object.
@@ -124,9 +124,9 @@ class Communicator {
   // Of a wait that passed the deadline; last_seen: the call at which the first of the late ranks was seen last.
   std::string late_text(Op op, uint64_t call, const std::vector<int>& late, const std::vector<int>& came,
                         uint64_t last_seen) const;
-  // Compares what the ranks said; throws RankMismatch, the same on every rank.
+  // Compares the specs of all ranks; throws RankMismatch, the same on every rank.
   void check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const;
-  // Gathering: what each rank says it brings must be what the cut gives it.
+  // Of a gather: each rank's `mine` must be its size in the cut.
   void check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const;
   void count(uint64_t wire_bytes) { current_->wire_bytes += wire_bytes; }
   void count_heap_input() { current_->heap_inputs += 1; }
@@ -158,7 +158,7 @@ void register_communicator(const std::shared_ptr<Communicator>& communicator);
 void unregister_communicator(const std::string& name);
 std::shared_ptr<Communicator> find_communicator(const std::string& name, const char* op);
 
-// All ranks of a group of one: nothing travels.
+// A group of one rank: nothing is sent.
 std::shared_ptr<Communicator> make_local(std::string name, std::string label);
 
 }  // namespace tpk

@@ -1,5 +1,5 @@
-// What a collective says of itself and how it is cut, from the shape of its tensor: once, for every way into it,
-// because ranks that take different ways must still agree. Torch-free.
+// The fingerprint and the cut of a collective, from the shape of its tensor: one definition for the dispatcher and the
+// fast path, because ranks that use different ones must agree. Torch-free.
 #pragma once
 
 #include "communicator.h"

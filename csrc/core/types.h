@@ -1,4 +1,4 @@
-// The words of the wire: element types, reductions, ops. Torch-free; the numbers travel in fingerprints.
+// Element types, reductions and ops. Torch-free; the numbers are part of fingerprints.
 #pragma once
 
 #include <cstddef>
@@ -9,44 +9,41 @@ namespace tpk {
 enum class DType : uint8_t { F32, F64, BF16, F16, I8, U8, I16, I32, I64, Raw1, Raw2, Raw4, Raw8, Raw16, Count };
 enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, None };
 
-// Every collective call names itself in its fingerprint, so that ranks in different calls find out.
+// The ops in which ranks take part. Each call carries its op in its fingerprint, so that ranks in different calls find
+// out. Their numbers are part of the fingerprint (kArenaLayout of arena.h).
+//    enumerator                 name
+#define TPK_OPS(X)                                             \
+  X(AllReduce, "all_reduce")                                   \
+  X(AllReduceInplace, "all_reduce_")                           \
+  X(ReduceScatter, "reduce_scatter")                           \
+  X(AllGather, "all_gather")                                   \
+  X(GemmAllReduce, "gemm_all_reduce")                          \
+  X(GemmReduceScatter, "gemm_reduce_scatter")                  \
+  X(AllGatherGemm, "all_gather_gemm")                          \
+  X(ReplicatedGemmBackward, "replicated_gemm_backward")        \
+  X(GemmReduceScatterBackward, "gemm_reduce_scatter_backward") \
+  X(AllGatherGemmBackward, "all_gather_gemm_backward")         \
+  X(VocabEmbedding, "vocab_embedding")                         \
+  X(VocabCrossEntropy, "vocab_cross_entropy")                  \
+  X(AllReduceAddRmsNorm, "all_reduce_add_rms_norm")            \
+  X(Sizes, "sizes")                                            \
+  X(Barrier, "barrier")
+
 enum class Op : uint8_t {
-  AllReduce,
-  AllReduceInplace,
-  ReduceScatter,
-  AllGather,
-  GemmAllReduce,
-  GemmReduceScatter,
-  AllGatherGemm,
-  ReplicatedGemmBackward,
-  GemmReduceScatterBackward,
-  AllGatherGemmBackward,
-  VocabEmbedding,
-  VocabCrossEntropy,
-  AllReduceAddRmsNorm,
-  Sizes,
-  Barrier,
-  Count
+#define TPK_OP_ENUMERATOR(id, name) id,
+  TPK_OPS(TPK_OP_ENUMERATOR)
+#undef TPK_OP_ENUMERATOR
+      Count
 };
 
 constexpr size_t kOps = static_cast<size_t>(Op::Count);
 
 inline const char* name_of(Op op) {
-  constexpr const char* names[kOps] = {"all_reduce",
-                                       "all_reduce_",
-                                       "reduce_scatter",
-                                       "all_gather",
-                                       "gemm_all_reduce",
-                                       "gemm_reduce_scatter",
-                                       "all_gather_gemm",
-                                       "replicated_gemm_backward",
-                                       "gemm_reduce_scatter_backward",
-                                       "all_gather_gemm_backward",
-                                       "vocab_embedding",
-                                       "vocab_cross_entropy",
-                                       "all_reduce_add_rms_norm",
-                                       "sizes",
-                                       "barrier"};
+  constexpr const char* names[] = {
+#define TPK_OP_NAME(id, name) name,
+      TPK_OPS(TPK_OP_NAME)
+#undef TPK_OP_NAME
+  };
   return static_cast<size_t>(op) < kOps ? names[static_cast<size_t>(op)] : "unknown op";
 }
 

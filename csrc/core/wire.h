@@ -1,4 +1,4 @@
-// A wire format: how a tensor of one dtype travels under one codec, and how R of them are summed. Torch-free.
+// A wire format: how a tensor of one dtype is sent under one codec, and how R of them are summed. Torch-free.
 //
 // Three moves cover every collective:   encode: values -> wire,   reduce: R wires -> wires,   decode: wire -> values.
 // Sums are taken in fp32 (fp64 for fp64, integers wrap around exactly), in the order of the inputs given, and rounded
@@ -36,8 +36,8 @@ struct Wire {
   size_t values_in(size_t wire_bytes) const;
 };
 
-// What a rank brings to a reduction: values, or values that lie packed already, as `encode` would have them. Who brings
-// the one and who the other makes no difference to what travels, so that the ranks need not agree about it.
+// The input of one rank to a reduction: values, or values that are packed already, as `encode` packs them. The bytes
+// that are sent are the same, so that the ranks need not agree about it.
 class Input {
  public:
   Input(const void* values) : data_(values) {}

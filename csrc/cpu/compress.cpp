@@ -1,9 +1,10 @@
-#include "../torch_side/compress.h"
+#include "torch_side/compress.h"
 
 #include <algorithm>
 
-#include "../torch_side/packing.h"
+#include "core/bytes.h"
 #include "core/feedback.h"
+#include "torch_side/packing.h"
 
 namespace tpk {
 namespace {
@@ -21,9 +22,6 @@ void over_blocks(const Wire& wire, size_t n, Body&& body) {
     body(start, std::min(n, static_cast<size_t>(last) * block) - start);
   });
 }
-
-const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 }  // namespace
 

@@ -1,11 +1,11 @@
 // On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: no copy that is not needed
 // (the GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of rank
 // 0, and in the backward the gradient of x under way while the gradient of w is computed.
-#include "../torch_side/fused_gemm.h"
+#include "torch_side/fused_gemm.h"
 
-#include "../torch_side/collectives.h"
 #include "core/arena.h"
 #include "gemm.h"
+#include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {

@@ -94,17 +94,6 @@ GemmShape shape_of_product(const Tensor& x, const Tensor& w) {
   return {dtype_of(x), num_rows(x), w.size(0), w.size(1)};
 }
 
-Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)});
-}
-
-int64_t num_rows(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return rows;
-}
-
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   const Tensor y = dense(linear_by(engine_for(comm, x, w), x, w, bias));
   // Of more than two dims, aten and oneDNN make a view of rows, and autograd forbids to modify that in place.

@@ -2,8 +2,8 @@
 // oneDNN, or for few rows of bf16 our own (loops/gemv.h).
 #pragma once
 
-#include "../torch_side/tensor.h"
 #include "choose.h"
+#include "torch_side/tensor.h"
 
 namespace tpk {
 
@@ -25,9 +25,5 @@ Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w);
 Tensor grad_weight(const Tensor& dy, const Tensor& x);
 // db[N] = sum over tokens of dy[..., N]
 Tensor grad_bias(const Tensor& dy);
-
-// Rows of x[..., K]: all leading dimensions as one.
-Tensor as_rows(const Tensor& x);
-int64_t num_rows(const Tensor& x);
 
 }  // namespace tpk

@@ -1,14 +1,14 @@
-#include "../torch_side/norm.h"
+#include "torch_side/norm.h"
 
 #include <algorithm>
 
-#include "../torch_side/collectives.h"
 #include "cpu/loops/norm_rows.h"
+#include "parallel.h"
+#include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {
 
-constexpr size_t kGrain = 16384;  // values that are worth a thread of their own
 constexpr size_t kMaxParts = 64;  // of the tokens, for sums over tokens
 constexpr size_t kRun = 1 << 16;  // values whose squares are summed by one thread
 
@@ -22,23 +22,10 @@ struct Parts {
   size_t end(size_t part) const { return std::min(rows, (part + 1) * each); }
 };
 
-// Calls body(begin, end) for pieces of [0, n), each worth a thread.
-template <class Body>
-void in_parallel(size_t n, size_t grain, Body&& body) {
-  if (n == 0) return;
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(n), static_cast<int64_t>(std::max<size_t>(grain, 1)),
-      [&](int64_t begin, int64_t end) { body(static_cast<size_t>(begin), static_cast<size_t>(end)); });
-}
-
 Shape inverse_shape(const Tensor& x) {
   Shape shape = shape_of(x);
   shape.pop_back();
   return shape;
-}
-
-ScalarType sum_type_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 template <class T>
@@ -50,7 +37,7 @@ void add_norm(Tensor& sum, const Tensor& residual, const Tensor& weight, double 
   Sum* const inverse = static_cast<Sum*>(inverse_rms.mutable_data_ptr());
   const T* const from = static_cast<const T*>(residual.const_data_ptr());
   const T* const scale = static_cast<const T*>(weight.const_data_ptr());
-  in_parallel(rows, kGrain / std::max<size_t>(width, 1), [&](size_t begin, size_t end) {
+  in_parallel_rows(rows, width, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
       add_norm_row<T>(to + i * width, from + i * width, scale, width, static_cast<Sum>(eps), normed + i * width,
                       inverse + i);

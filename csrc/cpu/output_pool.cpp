@@ -25,7 +25,7 @@ Pool& pool() {
   static Pool* instance = new Pool;
   return *instance;
 }
-// A fork waits for who holds it, so that the child can use it.
+// A fork waits for the lock, so that the child can use the pool.
 [[maybe_unused]] const int pool_at_fork =
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
@@ -53,7 +53,7 @@ void* pool_allocate(size_t bytes) {
   void* memory = nullptr;
   const size_t alignment = size >= kHugePage ? kHugePage : 4096;
   if (posix_memalign(&memory, alignment, size) != 0) throw std::bad_alloc();
-  if (size >= kHugePage) madvise(memory, size / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish, no more
+  if (size >= kHugePage) madvise(memory, size / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint
   return memory;
 }
 

@@ -1,41 +1,22 @@
-#include "../torch_side/vocab.h"
+#include "torch_side/vocab.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "../torch_side/collectives.h"
+#include "core/bytes.h"
 #include "cpu/loops/softmax.h"
-#include "gemm.h"
+#include "parallel.h"
+#include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {
 
-std::vector<int64_t> integers_of(const char* op, const char* argument, const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  TPK_CHECK(dtype == DType::I64 || dtype == DType::I32, op, ": ", argument, " must be int64 or int32, got ",
-            dtype == DType::Count ? "another dtype" : name_of(dtype));
-  const Tensor packed = dense(x);
-  std::vector<int64_t> values(numel_of(x));
-  if (dtype == DType::I64) {
-    if (!values.empty()) std::memcpy(values.data(), packed.const_data_ptr(), values.size() * sizeof(int64_t));
-  } else {
-    const int32_t* from = static_cast<const int32_t*>(packed.const_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) values[i] = from[i];
-  }
-  return values;
-}
-
-void check_shard(const char* op, int64_t vocab_start, int64_t shard, int64_t vocab_size) {
-  TPK_CHECK(vocab_start >= 0 && vocab_start + shard <= vocab_size, op, ": the shard [", vocab_start, ", ",
-            vocab_start + shard, ") must lie inside the vocabulary of ", vocab_size);
-}
-
 // --- loss
 
-void check_targets(const std::vector<int64_t>& targets, int64_t vocab_size, int64_t ignore_index) {
-  for (size_t i = 0; i < targets.size(); ++i) {
+void check_targets(const Integers& targets, int64_t vocab_size, int64_t ignore_index) {
+  for (size_t i = 0; i < targets.count; ++i) {
     TPK_CHECK(targets[i] == ignore_index || (targets[i] >= 0 && targets[i] < vocab_size),
               "vocab_cross_entropy: target must be in [0, ", vocab_size, ") or ignore_index (", ignore_index, "), got ",
               targets[i], " at token ", i);
@@ -43,21 +24,19 @@ void check_targets(const std::vector<int64_t>& targets, int64_t vocab_size, int6
 }
 
 template <class T>
-std::vector<RowStats<SumOf<T>>> local_stats(const Tensor& logits, const std::vector<int64_t>& targets,
-                                            int64_t vocab_start, bool smoothing) {
-  std::vector<RowStats<SumOf<T>>> stats(targets.size());
+std::vector<RowStats<SumOf<T>>> local_stats(const Tensor& logits, const Integers& targets, int64_t vocab_start,
+                                            bool smoothing) {
+  std::vector<RowStats<SumOf<T>>> stats(targets.count);
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
-  const T* row = static_cast<const T*>(logits.const_data_ptr());
-  for (size_t i = 0; i < targets.size(); ++i, row += shard) {
-    row_stats<T>(row, shard, smoothing, &stats[i]);
-    const int64_t local = targets[i] - vocab_start;
-    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
-    if constexpr (std::is_floating_point_v<T>) {
-      stats[i].target = row[local];
-    } else {
-      stats[i].target = to_float(row[local]);
+  const T* const all = static_cast<const T*>(logits.const_data_ptr());
+  in_parallel_rows(targets.count, shard, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const T* const row = all + i * shard;
+      row_stats<T>(row, shard, smoothing, &stats[i]);
+      const int64_t local = targets[i] - vocab_start;
+      if (local >= 0 && local < static_cast<int64_t>(shard)) stats[i].target = load(row[local]);
     }
-  }
+  });
   return stats;
 }
 
@@ -77,9 +56,9 @@ std::vector<Stats> gather_stats(Communicator& comm, const std::vector<Stats>& mi
 }
 
 template <class Sum>
-void combine_stats(const std::vector<RowStats<Sum>>& all, const std::vector<int64_t>& targets, int64_t vocab_size,
+void combine_stats(const std::vector<RowStats<Sum>>& all, const Integers& targets, int64_t vocab_size,
                    int64_t ignore_index, Sum smoothing, Sum* loss, Sum* lse) {
-  const size_t tokens = targets.size(), ranks = tokens == 0 ? 0 : all.size() / tokens;
+  const size_t tokens = targets.count, ranks = tokens == 0 ? 0 : all.size() / tokens;
   for (size_t i = 0; i < tokens; ++i) {
     Sum largest = -std::numeric_limits<Sum>::infinity();
     for (size_t r = 0; r < ranks; ++r) largest = std::max(largest, all[r * tokens + i].largest);
@@ -100,7 +79,7 @@ void combine_stats(const std::vector<RowStats<Sum>>& all, const std::vector<int6
 }
 
 template <class T>
-void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<int64_t>& targets, const Tensor& lse,
+void loss_gradient(const Tensor& dloss, const Tensor& logits, const Integers& targets, const Tensor& lse,
                    int64_t vocab_start, int64_t vocab_size, int64_t ignore_index, double label_smoothing,
                    Tensor& dlogits) {
   using Sum = SumOf<T>;
@@ -108,45 +87,47 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const std::vector<
   const Sum smoothing = static_cast<Sum>(label_smoothing), uniform = smoothing / static_cast<Sum>(vocab_size);
   const Sum* scale = static_cast<const Sum*>(dloss.const_data_ptr());
   const Sum* row_lse = static_cast<const Sum*>(lse.const_data_ptr());
-  const T* row = static_cast<const T*>(logits.const_data_ptr());
-  T* gradient = static_cast<T*>(dlogits.mutable_data_ptr());
-  for (size_t i = 0; i < targets.size(); ++i, row += shard, gradient += shard) {
-    if (targets[i] == ignore_index) {
-      if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
-      continue;
+  const T* const all = static_cast<const T*>(logits.const_data_ptr());
+  T* const gradients = static_cast<T*>(dlogits.mutable_data_ptr());
+  in_parallel_rows(targets.count, shard, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const T* const row = all + i * shard;
+      T* const gradient = gradients + i * shard;
+      if (targets[i] == ignore_index) {
+        if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
+        continue;
+      }
+      row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
+      const int64_t local = targets[i] - vocab_start;
+      if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
+      store(scale[i] * (std::exp(load(row[local]) - row_lse[i]) - (1 - smoothing) - uniform), &gradient[local]);
     }
-    row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
-    const int64_t local = targets[i] - vocab_start;
-    if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
-    if constexpr (std::is_floating_point_v<T>) {
-      gradient[local] = scale[i] * (std::exp(row[local] - row_lse[i]) - (1 - smoothing) - uniform);
-    } else {
-      gradient[local] =
-          from_float<T>(scale[i] * (std::exp(to_float(row[local]) - row_lse[i]) - (1 - smoothing) - uniform));
-    }
-  }
+  });
 }
 
 // --- embedding
 
+// Bytes of a copy that are worth a thread of their own: about 50 us.
+constexpr size_t kCopyGrain = size_t{512} << 10;
+// Columns of a row that are worth a thread of their own.
+constexpr size_t kFewestColumns = 64;
+
+// Threads share the columns, so that every sum is taken in the order of the tokens.
 template <class T>
-void add_rows(const Tensor& dy, const std::vector<int64_t>& ids, int64_t vocab_start, int64_t shard, Tensor& sums) {
+void add_rows(const Tensor& dy, const Integers& ids, int64_t vocab_start, int64_t shard, Tensor& sums) {
   using Sum = SumOf<T>;
   const size_t width = static_cast<size_t>(dy.size(dy.dim() - 1));
-  const T* row = static_cast<const T*>(dy.const_data_ptr());
-  Sum* table = static_cast<Sum*>(sums.mutable_data_ptr());
-  for (size_t i = 0; i < ids.size(); ++i, row += width) {
-    const int64_t local = ids[i] - vocab_start;
-    if (local < 0 || local >= shard) continue;
-    Sum* to = table + static_cast<size_t>(local) * width;
-    for (size_t j = 0; j < width; ++j) {
-      if constexpr (std::is_floating_point_v<T>) {
-        to[j] += row[j];
-      } else {
-        to[j] += to_float(row[j]);
-      }
+  const T* const rows = static_cast<const T*>(dy.const_data_ptr());
+  Sum* const table = static_cast<Sum*>(sums.mutable_data_ptr());
+  in_parallel(width, std::max(kFewestColumns, kGrain / std::max<size_t>(ids.count, 1)), [&](size_t begin, size_t end) {
+    for (size_t i = 0; i < ids.count; ++i) {
+      const int64_t local = ids[i] - vocab_start;
+      if (local < 0 || local >= shard) continue;
+      const T* const from = rows + i * width;
+      Sum* const to = table + static_cast<size_t>(local) * width;
+      for (size_t j = begin; j < end; ++j) to[j] += load(from[j]);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -159,31 +140,35 @@ Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group,
   const int64_t shard = table_shard.size(0);
   check_shard("vocab_embedding", vocab_start, shard, vocab_size);
   const Wire& wire = wire_for(Op::VocabEmbedding, table_shard, "none");
-  const std::vector<int64_t> rows = integers_of("vocab_embedding", "ids", ids);
+  const Integers rows = integers_of("vocab_embedding", "ids", ids);
   const Tensor table = dense(table_shard);
   Shape shape = shape_of(ids);
   shape.push_back(table.size(1));
   Tensor out = fresh_output(table, shape);
   const size_t row_bytes = static_cast<size_t>(table.size(1)) * table.element_size();
-  const char* from = static_cast<const char*>(table.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  for (size_t i = 0; i < rows.size(); ++i, to += row_bytes) {
+  for (size_t i = 0; i < rows.count; ++i) {
     TPK_CHECK(rows[i] >= 0 && rows[i] < vocab_size, "vocab_embedding: ids must be in [0, ", vocab_size, "), got ",
               rows[i], " at token ", i);
-    const int64_t local = rows[i] - vocab_start;
-    if (row_bytes == 0) continue;
-    if (local >= 0 && local < shard) {
-      std::memcpy(to, from + static_cast<size_t>(local) * row_bytes, row_bytes);
-    } else {
-      std::memset(to, 0, row_bytes);
-    }
   }
+  const void* const from = table.const_data_ptr();
+  void* const to = out.mutable_data_ptr();
+  const size_t copies = row_bytes == 0 ? 0 : rows.count;
+  in_parallel(copies, kCopyGrain / std::max<size_t>(row_bytes, 1), [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const int64_t local = rows[i] - vocab_start;
+      if (local >= 0 && local < shard) {
+        std::memcpy(at(to, i * row_bytes), at(from, static_cast<size_t>(local) * row_bytes), row_bytes);
+      } else {
+        std::memset(at(to, i * row_bytes), 0, row_bytes);
+      }
+    }
+  });
   all_reduce_into(Op::VocabEmbedding, *comm, wire, out, out);
   return out;
 }
 
 Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t vocab_start, int64_t shard_size) {
-  const std::vector<int64_t> rows = integers_of("vocab_embedding_backward", "ids", ids);
+  const Integers rows = integers_of("vocab_embedding_backward", "ids", ids);
   const Tensor gradient = dense(dy);
   const bool half = gradient.element_size() == 2;  // summed in fp32, rounded once
   Tensor sums = empty_of(gradient, {shard_size, gradient.size(gradient.dim() - 1)},
@@ -203,13 +188,13 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
             "got shapes ",
             text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
   check_shard("vocab_cross_entropy", vocab_start, logits_shard.size(logits_shard.dim() - 1), vocab_size);
-  const std::vector<int64_t> targets = integers_of("vocab_cross_entropy", "target", target);
-  TPK_CHECK(static_cast<int64_t>(targets.size()) == num_rows(logits_shard),
+  const Integers targets = integers_of("vocab_cross_entropy", "target", target);
+  TPK_CHECK(static_cast<int64_t>(targets.count) == num_rows(logits_shard),
             "vocab_cross_entropy: logits_shard and target must have the same tokens, got shapes ",
             text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
   check_targets(targets, vocab_size, ignore_index);
   const Tensor logits = dense(logits_shard);
-  const ScalarType sum_type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType sum_type = sum_type_of(logits);
   Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
   with_float_type("vocab_cross_entropy", logits, [&](auto type) {
     using T = decltype(type);
@@ -225,7 +210,7 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
 Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_shard, const Tensor& target,
                                     const Tensor& lse, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                                     double label_smoothing) {
-  const std::vector<int64_t> targets = integers_of("vocab_cross_entropy_backward", "target", target);
+  const Integers targets = integers_of("vocab_cross_entropy_backward", "target", target);
   const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
   Tensor dlogits = fresh_output(logits, shape_of(logits));
   with_float_type("vocab_cross_entropy_backward", logits, [&](auto type) {

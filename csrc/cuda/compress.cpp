@@ -1,9 +1,9 @@
 // Packing of tensors outside collectives, on a device.
-#include "../torch_side/compress.h"
+#include "torch_side/compress.h"
 
-#include "../torch_side/packing.h"
 #include "kernels/kernels.h"
 #include "stream.h"
+#include "torch_side/packing.h"
 
 namespace tpk {
 namespace {

@@ -1,4 +1,4 @@
-// A sharded GEMM and its collective on a device: cut over the rows into parts, of which one travels on the group's
+// A sharded GEMM and its collective on a device: cut over the rows into parts, of which one is sent on the group's
 // communication stream while the caller's stream multiplies the next (choose.h: how many; one part is the plain way).
 // Products that peers read are written straight into the arena's heap where they fit, so that nothing is copied in.
 //
@@ -8,13 +8,12 @@
 //          kernel cuBLAS takes depends on the number of rows, and with it the rounding of the products themselves.)
 // Order    a part is sent when the event behind its product has come; the caller's stream goes on when the last one is
 //          there. So what an op allocated may be freed when the op returns.
-#include "../torch_side/fused_gemm.h"
+#include "torch_side/fused_gemm.h"
 
 #include "fused_path.h"
 
 namespace tpk {
 
-using cuda::as_rows;
 using cuda::data_of;
 using cuda::linear_into;
 using cuda::rows_of;

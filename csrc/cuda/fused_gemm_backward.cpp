@@ -1,11 +1,10 @@
-// The gradients of the fused GEMMs. What the ranks must sum or gather travels beside the products that do not need it.
-#include "../torch_side/fused_gemm.h"
+// The gradients of the fused GEMMs. Sums and gathers run beside the products that do not need them.
 #include "row_parts.h"
+#include "torch_side/fused_gemm.h"
 
 namespace tpk {
 namespace {
 
-using cuda::as_rows;
 using cuda::data_of;
 using cuda::product_into;
 using cuda::rows_of;

@@ -7,8 +7,8 @@ bool begins_at_16_bytes(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.
 
 int64_t whole_units(int64_t n) { return std::max((n + kFusedUnit - 1) / kFusedUnit, int64_t{1}) * kFusedUnit; }
 
-// x[a, b] as a tensor map takes it, with zeros behind it up to [rows, columns]. Copied only where it must be: what the
-// ranks do not know alike, strides, addresses and their own share of a dimension, must not change the path.
+// x[a, b] as a tensor map takes it, with zeros behind it up to [rows, columns]. Copied only where it must be: strides,
+// addresses and the size of a shard may differ between ranks, and must not change the path.
 Tensor mapped(const Tensor& x, int64_t rows, int64_t columns) {
   if (x.size(0) != rows || x.size(1) != columns) {
     return made([=] { return torch::stable::pad(x, {0, columns - x.size(1), 0, rows - x.size(0)}); });

@@ -1,4 +1,4 @@
-// Path fused on tensors: operands as its kernels want them, and the calls. choose_fused.h says when.
+// Path fused on tensors: operands as its kernels take them, and the calls. choose_fused.h decides when.
 #pragma once
 
 #include "row_parts.h"

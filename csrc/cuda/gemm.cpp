@@ -2,17 +2,6 @@
 
 namespace tpk::cuda {
 
-int64_t num_rows(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return rows;
-}
-
-Tensor as_rows(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  return kept(torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)}));
-}
-
 Tensor rows_of(const Tensor& x, int64_t start, int64_t count) {
   Tensor whole = x;
   return kept(torch::stable::narrow(whole, 0, start, count));

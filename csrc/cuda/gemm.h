@@ -1,4 +1,4 @@
-// The matrix products of a rank on a device: cuBLAS as torch calls it, and the few other ops of torch that are used.
+// The matrix products of a rank on a device: cuBLAS as torch calls it, and the other ops of torch that are used.
 // Each product is written into a tensor that is given, on torch's current stream, and rounded once, bias included.
 #pragma once
 
@@ -6,9 +6,6 @@
 
 namespace tpk::cuda {
 
-// Rows of x[..., K]: all leading dimensions as one.
-Tensor as_rows(const Tensor& x);
-int64_t num_rows(const Tensor& x);
 Tensor rows_of(const Tensor& x, int64_t start, int64_t count);
 
 // y[M, N] = x[M, K] @ w[N, K].T (+ bias[N])

@@ -1,5 +1,5 @@
 // Residual add and RMSNorm after an all-reduce, its gradient, and the squared norm, on a device.
-#include "../torch_side/norm.h"
+#include "torch_side/norm.h"
 
 #include <algorithm>
 
@@ -17,16 +17,6 @@ constexpr int64_t kMostBlocks = 256;
 
 int blocks_for(int64_t values) {
   return static_cast<int>(std::clamp<int64_t>((values + kValuesPerBlock - 1) / kValuesPerBlock, 1, kMostBlocks));
-}
-
-ScalarType sum_type_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-DType float_dtype_of(const char* op, const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  TPK_CHECK(dtype <= DType::F16, op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x)));
-  return dtype;
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
   PythonDeviceExchange(int device, py::object exchange)
       : Parent(exchange),
         device_(device),
-        travel_(py::getattr(exchange, "travel_pointer", py::int_(0)).template cast<uintptr_t>()) {}
+        marks_(py::getattr(exchange, "marks_pointer", py::int_(0)).template cast<uintptr_t>()) {}
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override {
     const TorchStream stream(device_);
     Parent::start(send_bytes, receive_bytes);
@@ -42,7 +42,7 @@ class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
     const TorchStream stream(device_);
     guarded([&](py::object& exchange) { exchange.attr("synchronise")(call); });
   }
-  void* travel() override { return reinterpret_cast<void*>(travel_); }
+  void* marks() override { return reinterpret_cast<void*>(marks_); }
   void raise_given_up() override {
     guarded([&](py::object& exchange) { exchange.attr("raise_given_up")(); });
   }
@@ -54,14 +54,14 @@ class PythonDeviceExchange final : public PythonExchange<DeviceExchange> {
 
  private:
   const int device_;
-  const uintptr_t travel_;
+  const uintptr_t marks_;
 };
 
 // Also what must live as long as the communicator: the arena's tensor and its handle.
 template <class Comm, class... Args>
 std::shared_ptr<DeviceCommunicator> registered(py::object keeps, int device, Args&&... args) {
   const DeviceScope scope(device);
-  auto kept = std::make_shared<Kept>(std::move(keeps));
+  auto kept = std::make_shared<OwnedObject>(std::move(keeps));
   const std::shared_ptr<DeviceCommunicator> comm(new Comm(std::forward<Args>(args)...),
                                                  [kept](DeviceCommunicator* dead) { delete dead; });
   register_communicator(comm);
@@ -120,7 +120,7 @@ Explained explain_collective(const DeviceCommunicator& comm, const std::string& 
   return {name_of(choice.path), concat(choice.reason, ", ", choice.blocks, " blocks")};
 }
 
-// Why a GEMM is not fused, or nothing where nobody would expect it.
+// The reason for which a GEMM is not fused.
 std::string not_fused(const GemmChoice& choice, const Forced& forced) {
   if (forced.path == Path::Fused) return concat("fused was asked for, but ", choice.obstacle, "; ");
   return choice.obstacle == nullptr ? "fused only when asked for (not measured); "

@@ -1,7 +1,7 @@
 // What the Python modules of the CUDA backend have in common: the real one and the emulated one of the tests.
 #pragma once
 
-#include "python/python_side.h"
+#include "python/bindings.h"
 
 namespace tpk::cuda {
 

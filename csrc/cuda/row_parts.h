@@ -1,10 +1,10 @@
 // How the rows of a fused GEMM are cut into parts, and what the parts send. Shared by its forward and its backward.
 #pragma once
 
-#include "../torch_side/collectives.h"
 #include "core/specs.h"
 #include "cuda/comm/device_communicator.h"
 #include "gemm.h"
+#include "torch_side/collectives.h"
 
 namespace tpk::cuda {
 

@@ -1,11 +1,8 @@
 // The device and the stream that an op works on: those that torch has for its tensors. Torch side.
-//
-// In the emulator a device is a rank (cudaSetDevice of the thread), its tensors are torch's CPU tensors, and its
-// current stream is the default stream or, while a graph is captured, what set_torch_stream said in this thread.
 #pragma once
 
-#include "../torch_side/backend.h"
 #include "cuda/comm/runtime.h"
+#include "torch_side/tensor.h"
 
 namespace tpk::cuda {
 
@@ -28,22 +25,13 @@ class OpScope {
   StreamScope stream_;
 };
 
-#if defined(TPK_EMU)
-// What this thread's captured ops made and call; it must live as long as their graph.
-std::vector<std::shared_ptr<void>> take_captured();
-#endif
-
 // Calls an op that writes into its last operand, in the order of this thread's stream. Not for the host: nothing waits.
 template <class... Args>
 void call_on_stream(const char* name, const char* overload, const Args&... args) {
-#if defined(TPK_EMU)
-  on_stream([=] {
+  in_order([=] {
     std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
     call_op(name, overload, stack.data());
   });
-#else
-  call(name, overload, args...);
-#endif
 }
 
 }  // namespace tpk::cuda

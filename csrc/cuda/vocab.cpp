@@ -1,6 +1,6 @@
 // Vocabulary-parallel embedding and cross-entropy on a device. An id outside the vocabulary is found by the kernel, so
 // it is an error of a later call or of check(), as a mismatch between ranks is.
-#include "../torch_side/vocab.h"
+#include "torch_side/vocab.h"
 
 #include "row_parts.h"
 
@@ -9,34 +9,7 @@ namespace {
 
 using cuda::current_stream;
 
-struct Integers {
-  Tensor values;
-  bool are_64;
-};
-
-Integers integers_of(const char* op, const char* argument, const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  TPK_CHECK(dtype == DType::I64 || dtype == DType::I32, op, ": ", argument, " must be int64 or int32, got ",
-            dtype == DType::Count ? "another dtype" : name_of(dtype));
-  return {dense(x), dtype == DType::I64};
-}
-
-void check_shard(const char* op, int64_t vocab_start, int64_t shard, int64_t vocab_size) {
-  TPK_CHECK(vocab_start >= 0 && vocab_start + shard <= vocab_size, op, ": the shard [", vocab_start, ", ",
-            vocab_start + shard, ") must lie inside the vocabulary of ", vocab_size);
-}
-
-DType float_dtype_of(const char* op, const Tensor& x) {
-  const DType dtype = dtype_of(x);
-  TPK_CHECK(dtype <= DType::F16, op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x)));
-  return dtype;
-}
-
-ScalarType sum_type_of(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-constexpr int64_t kStats = 4;  // numbers that a rank knows of a row
+constexpr int64_t kStats = 4;  // numbers of a rank for a row
 
 }  // namespace
 
@@ -55,9 +28,9 @@ Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group,
   shape.push_back(table.size(1));
   Tensor out = fresh_output(table, shape);
   const size_t row = static_cast<size_t>(table.size(1)) * table.element_size();
-  TPK_CUDA_CHECK(cuda::launch_embedding(rows.values.const_data_ptr(), rows.are_64, table.const_data_ptr(),
-                                        out.mutable_data_ptr(), numel_of(rows.values), row, vocab_start, shard,
-                                        vocab_size, comm->bad_ids(vocab_size), current_stream()));
+  TPK_CUDA_CHECK(cuda::launch_embedding(rows.data, rows.are_64, table.const_data_ptr(), out.mutable_data_ptr(),
+                                        rows.count, row, vocab_start, shard, vocab_size, comm->bad_ids(vocab_size),
+                                        current_stream()));
   all_reduce_into(op, *comm, wire, out, out);
   return out;
 }
@@ -89,15 +62,15 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
   const int64_t shard = logits_shard.size(logits_shard.dim() - 1);
   check_shard("vocab_cross_entropy", vocab_start, shard, vocab_size);
   const Integers targets = integers_of("vocab_cross_entropy", "target", target);
-  TPK_CHECK(targets.values.numel() == cuda::num_rows(logits_shard),
+  TPK_CHECK(targets.values.numel() == num_rows(logits_shard),
             "vocab_cross_entropy: logits_shard and target must have the same tokens, got shapes ",
             text_of(shape_of(logits_shard)), " and ", text_of(shape_of(target)));
   const Tensor logits = dense(logits_shard);
   const DType dtype = float_dtype_of("vocab_cross_entropy", logits);
   const ScalarType sum_type = sum_type_of(logits);
-  const size_t tokens = numel_of(targets.values);
+  const size_t tokens = targets.count;
   const Tensor mine = empty_of(logits, {static_cast<int64_t>(tokens) * kStats}, sum_type);
-  TPK_CUDA_CHECK(cuda::launch_row_stats(dtype, logits.const_data_ptr(), targets.values.const_data_ptr(), targets.are_64,
+  TPK_CUDA_CHECK(cuda::launch_row_stats(dtype, logits.const_data_ptr(), targets.data, targets.are_64,
                                         mine.mutable_data_ptr(), tokens, static_cast<size_t>(shard), vocab_start,
                                         vocab_size, ignore_index, comm->bad_targets(vocab_size), current_stream()));
 
@@ -108,10 +81,9 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
                    all.mutable_data_ptr(), cut);
 
   const Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
-  TPK_CUDA_CHECK(cuda::launch_combine_stats(dtype, all.const_data_ptr(), comm->world_size(),
-                                            targets.values.const_data_ptr(), targets.are_64, loss.mutable_data_ptr(),
-                                            lse.mutable_data_ptr(), tokens, vocab_size, ignore_index, label_smoothing,
-                                            current_stream()));
+  TPK_CUDA_CHECK(cuda::launch_combine_stats(dtype, all.const_data_ptr(), comm->world_size(), targets.data,
+                                            targets.are_64, loss.mutable_data_ptr(), lse.mutable_data_ptr(), tokens,
+                                            vocab_size, ignore_index, label_smoothing, current_stream()));
   return {loss, lse};
 }
 
@@ -123,11 +95,10 @@ Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_sh
   const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
   const DType dtype = float_dtype_of(op, logits);
   const Tensor dlogits = fresh_output(logits, shape_of(logits));
-  TPK_CUDA_CHECK(cuda::launch_loss_gradient(dtype, scale.const_data_ptr(), logits.const_data_ptr(),
-                                            targets.values.const_data_ptr(), targets.are_64, sums.const_data_ptr(),
-                                            dlogits.mutable_data_ptr(), numel_of(targets.values),
-                                            static_cast<size_t>(logits.size(logits.dim() - 1)), vocab_start, vocab_size,
-                                            ignore_index, label_smoothing, current_stream()));
+  TPK_CUDA_CHECK(cuda::launch_loss_gradient(dtype, scale.const_data_ptr(), logits.const_data_ptr(), targets.data,
+                                            targets.are_64, sums.const_data_ptr(), dlogits.mutable_data_ptr(),
+                                            targets.count, static_cast<size_t>(logits.size(logits.dim() - 1)),
+                                            vocab_start, vocab_size, ignore_index, label_smoothing, current_stream()));
   return dlogits;
 }
 

@@ -1,4 +1,4 @@
-// The part of DLPack's C interface, version 1, by which torch tells of a tensor and takes one over; layouts as the
+// The part of DLPack's C interface, version 1, by which torch describes a tensor and takes one over; layouts as the
 // standard fixes them. torch's own copy of the header refuses to be included beside the stable ABI.
 #pragma once
 

@@ -1,11 +1,11 @@
 // The Python module of the CPU backend: opening communicators, the codec list, the engine choice. Ops go through torch
 // instead.
+#include "bindings.h"
 #include "core/arena.h"
 #include "cpu/transport/group_transport.h"
 #include "cpu/transport/shm.h"
 #include "cpu/transport/sockets.h"
 #include "fast_path.h"
-#include "python_side.h"
 
 namespace tpk {
 namespace {
@@ -28,7 +28,7 @@ std::shared_ptr<Communicator> open_group(const std::string& name, const std::str
       name, label, rank, world_size, timeout_s, std::make_unique<PythonExchange<Exchange>>(std::move(exchange))));
 }
 
-// What a Python object knows of the other ranks: Watch in tpkernels/comm/exchange.py.
+// The state of the other ranks, by a Python object: Watch in tpkernels/comm/exchange.py.
 class PythonWatch final : public SocketExchange::Watch {
  public:
   explicit PythonWatch(py::object watch) : kept_(std::move(watch)) {}
@@ -43,7 +43,7 @@ class PythonWatch final : public SocketExchange::Watch {
   }
 
  private:
-  Kept kept_;
+  OwnedObject kept_;
 };
 
 std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::string& label, int rank, int world_size,

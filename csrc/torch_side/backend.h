@@ -1,4 +1,4 @@
-// What the torch side asks of the backend that it is compiled into: cpu/backend.cpp or cuda/stream.cpp.
+// What the code of torch_side needs of the backend in whose module it is: cpu/backend.cpp or cuda/backend.cpp.
 #pragma once
 
 #include "tensor.h"

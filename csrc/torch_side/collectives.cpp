@@ -152,7 +152,7 @@ Tensor all_gather(const Tensor& x_shard, Text group, int64_t world_size, int64_t
   const auto comm = communicator_of(Op::AllGather, group, world_size);
   check_rank("all_gather", *comm, rank);
   TPK_CHECK(dim >= 0 && dim < x_shard.dim(), "all_gather: dim must be in [0, ", x_shard.dim(), "), got ", dim);
-  // What only moves needs no arithmetic: any dtype travels.
+  // A gather without a codec needs no arithmetic: it takes any dtype.
   const bool packs = codec_of("all_gather", codec) != Codec::None;
   const DType raw = raw_dtype_of(x_shard);
   const Wire& wire = packs ? wire_for(Op::AllGather, x_shard, codec)

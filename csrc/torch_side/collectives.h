@@ -18,10 +18,10 @@ CallSpec spec_of(Op op, const Wire& wire, size_t numel, const Shape& must_agree 
 void all_reduce_into(Op op, Communicator&, const Wire&, const Tensor& x, Tensor& out);
 // This rank's rows (of dimension dim) of the sum over the ranks.
 Tensor reduce_scatter_dim(Op op, Communicator&, const Wire&, const Tensor& x, int64_t dim);
-// The shards of all ranks behind one another along dim; dim_size < 0: the ranks tell each other.
+// The shards of all ranks behind one another along dim; dim_size < 0: the ranks exchange their sizes.
 Tensor all_gather_dim(Op op, Communicator&, const Wire&, const Tensor& x_shard, int64_t dim, int64_t dim_size);
 
-// --- ops (schemas and formulas in ops.cpp)
+// --- ops (schemas and formulas in schemas.cpp)
 Tensor all_reduce(const Tensor& x, Text group, int64_t world_size, Text op, Text codec);
 void all_reduce_(Tensor x, Text group, int64_t world_size, Text op, Text codec);
 Tensor reduce_scatter(const Tensor& x, Text group, int64_t world_size, int64_t rank, int64_t dim, Text op, Text codec,

@@ -1,5 +1,5 @@
 // Packing of tensors outside collectives, and of what is packed already into them, as gradient aggregation uses it
-// (schemas and formulas in ops.cpp).
+// (schemas and formulas in schemas.cpp).
 #pragma once
 
 #include "tensor.h"

@@ -1,4 +1,4 @@
-// A sharded GEMM with the collective before or after it (schemas and formulas in ops.cpp).
+// A sharded GEMM with the collective before or after it (schemas and formulas in schemas.cpp).
 #pragma once
 
 #include <tuple>
@@ -21,7 +21,7 @@ inline OptionalTensor bias_of_rank(const Communicator& comm, const OptionalTenso
   return comm.rank() == 0 ? bias : OptionalTensor();
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of x, w, bias; an empty tensor where none was asked for
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of x, w, bias; an empty tensor where it is not needed
 
 Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
                        int64_t world_size, Text codec);

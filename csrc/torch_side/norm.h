@@ -1,5 +1,5 @@
 // The residual add and RMSNorm after an all-reduce, its gradient, and the squared norm of gradients (schemas in
-// ops.cpp).
+// schemas.cpp).
 #pragma once
 
 #include <tuple>

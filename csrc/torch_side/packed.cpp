@@ -1,7 +1,7 @@
-// Reductions of inputs that are packed already: what compress_with_feedback has made goes out as it is.
+// Reductions of inputs that are packed already: the output of compress_with_feedback is sent as it is.
 //
-// Such a call is the op without `packed` in its name, fingerprint and counters included: the same bytes travel, so that
-// a rank whose input is packed meets ranks whose inputs are not.
+// Such a call is the op without `packed` in its name, fingerprint and counters included: the same bytes are sent, so
+// that the inputs of some ranks may be packed and those of others not.
 #include "compress.h"
 #include "core/specs.h"
 #include "packing.h"

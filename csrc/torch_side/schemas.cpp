@@ -1,27 +1,13 @@
 // Every op, one schema a line, its formula above it. R ranks; rank r holds x_r, w_r, ...; sums are over the ranks.
-// world_size and rank are there because a tensor without data (compile, export, meta) has no group to ask, and because
-// what torch.compile keeps of a forward must differ between ranks wherever its backward does. grad_codec packs what the
-// backward sends; forward kernels do not look at it.
+// world_size and rank are there because a tensor without data (compile, export, meta) has no group, and because
+// the forward that torch.compile saves must differ between ranks wherever its backward does. grad_codec packs what the
+// backward sends; forward kernels do not use it.
 //
-// A module has the kernels of one backend, those in cpu/ or those in cuda/, under the same names; CMake says under
-// which dispatch key (TPK_KEY). The schemas are the CPU module's; that of CUDA only adds its kernels to them.
+// Part of the CPU module. The module of each backend registers its kernels under these names: kernels.h.
+#include <torch/csrc/stable/library.h>
+
 #include "collectives.h"
-#include "compress.h"
-#include "fused_gemm.h"
-#include "norm.h"
-#include "vocab.h"
 
-#if defined(TPK_CUDA)
-#include "scoped_op.h"
-#define TPK_BOX(op) TORCH_BOX(&tpk::cuda::ScopedOp<&op>::call)
-#else
-#define TPK_BOX(op) TORCH_BOX(&op)
-#endif
-#if !defined(TPK_CUDA) || defined(TPK_EMU)  // the emulated module stands in for that of the CPU
-#define TPK_HAS_SCHEMAS
-#endif
-
-#if defined(TPK_HAS_SCHEMAS)
 STABLE_TORCH_LIBRARY(tpkernels, m) {
   // y = reduce_r x_r                        op: sum, avg, max, min
   m.def("all_reduce(Tensor x, str group, int world_size, str op, str codec) -> Tensor");
@@ -31,7 +17,7 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   m.def(
       "reduce_scatter(Tensor x, str group, int world_size, int rank, int dim, str op, str codec, str grad_codec) -> "
       "Tensor");
-  // y = cat_r x_r along dim                 dim_size: of y, or -1 to ask the ranks
+  // y = cat_r x_r along dim                 dim_size: of y, or -1: the ranks exchange their sizes
   m.def(
       "all_gather(Tensor x_shard, str group, int world_size, int rank, int dim, SymInt dim_size, str codec, "
       "str grad_codec) -> Tensor");
@@ -117,41 +103,9 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
   // This rank's number, from every rank.
   m.def("exchange_sizes(str group, int mine) -> int[]");
 }
-#endif
 
-STABLE_TORCH_LIBRARY_IMPL(tpkernels, TPK_KEY, m) {
-  m.impl("all_reduce", TPK_BOX(tpk::all_reduce));
-  m.impl("all_reduce_", TPK_BOX(tpk::all_reduce_));
-  m.impl("reduce_scatter", TPK_BOX(tpk::reduce_scatter));
-  m.impl("all_gather", TPK_BOX(tpk::all_gather));
-  m.impl("gemm_all_reduce", TPK_BOX(tpk::gemm_all_reduce));
-  m.impl("gemm_reduce_scatter", TPK_BOX(tpk::gemm_reduce_scatter));
-  m.impl("all_gather_gemm", TPK_BOX(tpk::all_gather_gemm));
-  m.impl("replicated_gemm", TPK_BOX(tpk::replicated_gemm));
-  m.impl("linear_backward", TPK_BOX(tpk::linear_backward));
-  m.impl("replicated_gemm_backward", TPK_BOX(tpk::replicated_gemm_backward));
-  m.impl("gemm_reduce_scatter_backward", TPK_BOX(tpk::gemm_reduce_scatter_backward));
-  m.impl("all_gather_gemm_backward", TPK_BOX(tpk::all_gather_gemm_backward));
-  m.impl("vocab_embedding", TPK_BOX(tpk::vocab_embedding));
-  m.impl("vocab_embedding_backward", TPK_BOX(tpk::vocab_embedding_backward));
-  m.impl("vocab_cross_entropy", TPK_BOX(tpk::vocab_cross_entropy));
-  m.impl("vocab_cross_entropy_backward", TPK_BOX(tpk::vocab_cross_entropy_backward));
-  m.impl("all_reduce_add_rms_norm", TPK_BOX(tpk::all_reduce_add_rms_norm));
-  m.impl("rms_norm_backward", TPK_BOX(tpk::rms_norm_backward));
-  m.impl("squared_norm", TPK_BOX(tpk::squared_norm));
-  m.impl("compress", TPK_BOX(tpk::compress));
-  m.impl("decompress", TPK_BOX(tpk::decompress));
-  m.impl("compress_with_feedback", TPK_BOX(tpk::compress_with_feedback));
-  m.impl("all_reduce_packed", TPK_BOX(tpk::all_reduce_packed));
-  m.impl("reduce_scatter_packed", TPK_BOX(tpk::reduce_scatter_packed));
-}
-
+// Without a tensor among the arguments there is no dispatch by device: that of the group decides.
 STABLE_TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
-#if defined(TPK_HAS_SCHEMAS)
   m.impl("arena_empty", TORCH_BOX(&tpk::arena_empty));
   m.impl("exchange_sizes", TORCH_BOX(&tpk::exchange_sizes));
-#endif
-#if defined(TPK_CUDA)
-  m.impl("device_arena_empty", TORCH_BOX(&tpk::device_arena_empty));
-#endif
 }

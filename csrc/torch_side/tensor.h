@@ -1,4 +1,4 @@
-// The torch side of both backends: tensors through torch's stable ABI, and the few ATen ops that are called by name.
+// The torch side of both backends: tensors through torch's stable ABI, and the ATen ops that are called by name.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +19,7 @@
 #include "core/shapes.h"
 #include "core/types.h"
 #include "text.h"
+#include "torch_side/stream_order.h"
 
 namespace tpk {
 
@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// DType::Count for types that have no arithmetic here; those still travel, by size.
+// DType::Count for types that have no arithmetic here; those are moved by size.
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return DType::F32;
@@ -56,15 +56,20 @@ inline DType raw_dtype_of(const Tensor& x) {
   }
 }
 
+inline DType float_dtype_of(const char* op, const Tensor& x) {
+  const DType dtype = dtype_of(x);
+  TPK_CHECK(dtype <= DType::F16, op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x)));
+  return dtype;
+}
+
 // Calls body with a value of the C++ type of x: float, double, Half or Bfloat16.
 template <class Body>
 void with_float_type(const char* op, const Tensor& x, Body&& body) {
-  switch (dtype_of(x)) {
-    case DType::F32: return body(float{});
+  switch (float_dtype_of(op, x)) {
     case DType::F64: return body(double{});
     case DType::F16: return body(Half{});
     case DType::BF16: return body(Bfloat16{});
-    default: throw std::invalid_argument(concat(op, ": needs a floating dtype, got ", name_of(raw_dtype_of(x))));
+    default: return body(float{});
   }
 }
 
@@ -76,42 +81,25 @@ inline Shape shape_of(const Tensor& x) {
 
 inline size_t numel_of(const Tensor& x) { return static_cast<size_t>(x.numel()); }
 
-#if defined(TPK_EMU)
-// An emulated device works on tensors of the host, which ATen reads and writes at once and frees at once: so it waits
-// for this thread's stream first, and what an op makes is kept until the op has ended (cuda/stream.h). While a graph is
-// captured, what ATen makes is made again whenever the graph is launched, in the same memory.
-void settle();
-Tensor kept(Tensor x);
-void copy_into(Tensor to, const Tensor& from);
-bool settle_or_capture();  // true in a capture
-void on_stream(std::function<void()> work);
+// The dtype in which values of x are summed.
+inline ScalarType sum_type_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
-inline void keep(const Tensor& x) { kept(x); }
-inline void keep(const std::pair<Tensor, Tensor>& xs) { kept(xs.first), kept(xs.second); }
-inline void make_again(const Tensor& x, Tensor again) {
-  Tensor to = x;
-  torch::stable::copy_(to, again);
+// The rows of x[..., K]: all leading dimensions as one.
+inline int64_t num_rows(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
 }
-inline void make_again(const std::pair<Tensor, Tensor>& xs, const std::pair<Tensor, Tensor>& again) {
-  make_again(xs.first, again.first), make_again(xs.second, again.second);
+inline Tensor as_rows(const Tensor& x) {
+  return x.dim() == 2 ? x : kept(torch::stable::reshape(x, {num_rows(x), x.size(x.dim() - 1)}));
 }
-template <class Make>
-auto made(Make make) {
-  const bool captured = settle_or_capture();
-  const auto out = make();
-  keep(out);
-  if (captured) on_stream([=] { make_again(out, make()); });
-  return out;
+
+// to = from
+inline void copy_into(Tensor to, const Tensor& from) {
+  in_order([to, from]() mutable { torch::stable::copy_(to, from); });
 }
-#else
-inline Tensor kept(Tensor x) { return x; }
-inline void copy_into(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
-// What an op of ATen makes, which the host calls: make() must do the same when it is called again.
-template <class Make>
-auto made(Make&& make) {
-  return make();
-}
-#endif
 
 // A kernel that is called past the dispatcher can be given a tensor whose values lie nowhere (a ZeroTensor).
 inline const Tensor& in_memory(const Tensor& x) {
@@ -132,10 +120,10 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
   return kept(torch::stable::new_empty(like, shape, dtype));
 }
 
-// What a backward returns for a gradient that nobody asked for.
+// What a backward returns for a gradient that is not needed.
 inline Tensor nothing(const Tensor& like) { return empty_of(like, {0}); }
 
-// Throws, with torch's text where torch hands it out, unless `code` says that the op `name` succeeded.
+// Throws, with torch's text where torch provides it, unless `code` says that the op `name` succeeded.
 void check_torch(const char* name, AOTITorchError code);
 
 // Calls an op by its name; the operands must match the schema.

@@ -92,20 +92,20 @@ class ThreadExchange final : public DeviceExchange {
  public:
   struct Shared {
     explicit Shared(int ranks)
-        : barrier(ranks), streams(ranks), sent(static_cast<size_t>(ranks)), said(static_cast<size_t>(ranks)) {}
+        : barrier(ranks), streams(ranks), sent(static_cast<size_t>(ranks)), specs(static_cast<size_t>(ranks)) {}
     struct Sent {
       const char* buffer;
       std::vector<size_t> bytes;
     };
     std::barrier<> barrier, streams;  // of the host threads, and of what streams do
     std::vector<Sent> sent;
-    std::vector<std::vector<int64_t>> said;
+    std::vector<std::vector<int64_t>> specs;
     std::atomic<int> times_agreed{0};
   };
 
   ThreadExchange(Shared& shared, int rank, size_t capacity, bool watched = false)
       : shared_(shared), rank_(rank), capacity_(capacity) {
-    if (watched) marks_ = std::make_unique<cuda::PinnedMemory>(sizeof(cuda::Travel));
+    if (watched) marks_ = std::make_unique<cuda::PinnedMemory>(sizeof(cuda::ExchangeMarks));
     TPK_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&send_), capacity));
     TPK_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&receive_), capacity));
   }
@@ -120,15 +120,15 @@ class ThreadExchange final : public DeviceExchange {
   void wait(uint64_t) override {}
   void close(uint64_t) override {}
   std::vector<std::vector<int64_t>> agree(const std::vector<int64_t>& mine) override {
-    shared_.said[static_cast<size_t>(rank_)] = mine;
+    shared_.specs[static_cast<size_t>(rank_)] = mine;
     if (rank_ == 0) ++shared_.times_agreed;
-    meet();
-    const std::vector<std::vector<int64_t>> all = shared_.said;
-    meet();
+    sync_ranks();
+    const std::vector<std::vector<int64_t>> all = shared_.specs;
+    sync_ranks();
     return all;
   }
   void synchronise(uint64_t) override { wait_for_stream(); }
-  void* travel() override { return marks_ == nullptr ? nullptr : marks_->on_host(); }
+  void* marks() override { return marks_ == nullptr ? nullptr : marks_->on_host(); }
   void raise_given_up() override { throw TimeoutFailure("given up"); }
 
  private:
@@ -155,7 +155,7 @@ class ThreadExchange final : public DeviceExchange {
     shared_.streams.arrive_and_wait();
   }
   static void wait_for_stream() { TPK_CUDA_CHECK(cudaStreamSynchronize(cuda::current_stream())); }
-  void meet() {
+  void sync_ranks() {
     shared_.barrier.arrive_and_wait();
     emu::host_threads_met();
   }

@@ -17,7 +17,6 @@ function(tpk_plant name file right wrong)
       string(REPLACE "${right}" "${wrong}" text "${text}")
     endif()
     string(REPLACE "namespace tpk::cuda {" "namespace tpk::cuda::${name} {" text "${text}")
-    string(REPLACE "\"../../codec/" "\"codec/" text "${text}")
     # One instance has to do.
     string(REGEX REPLACE "[^\n]*Columns<256>{}[^\n]*\n|[^\n]*Half{}, Columns[^\n]*\n" "" text "${text}")
     file(CONFIGURE OUTPUT ${folder}/${one} CONTENT "${text}" @ONLY)
@@ -34,7 +33,7 @@ endforeach()
 tpk_plant(nothing_planted gemm_sm90.cuh "" "")
 tpk_plant(flag_at_the_wrong_owner tile_turn.cuh
           "signals(static_cast<int>(owner)).tiles" "signals((static_cast<int>(owner) + 1) % peers_.world_size).tiles")
-tpk_plant(no_meeting_before_the_flag fused_gemm_sm90.cu "meet_some(kMeetTile, kProductThreads + 32);" "")
+tpk_plant(no_barrier_before_the_flag fused_gemm_sm90.cu "sync_named(kTileBarrier, kProductThreads + 32);" "")
 tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
 tpk_plant(no_fence_after_the_gather fused_gemm_sm90.cu "fence_async();" "")
 tpk_plant(slot_of_another_call fused_gemm_sm90.cu
@@ -43,9 +42,9 @@ tpk_plant(slot_of_another_call fused_gemm_sm90.cu
 tpk_plant(one_rank_is_not_waited_for fused_gemm_sm90.cu
           "if (thread < ranks()) turn_.await_tile" "if (thread + 1 < ranks()) turn_.await_tile")
 tpk_plant(sum_announced_too_early fused_gemm_sm90.cu
-          "if (!everywhere_) continue;\n      meet_product_threads();" "if (!everywhere_) continue;")
+          "if (!everywhere_) continue;\n      sync_product_threads();" "if (!everywhere_) continue;")
 tpk_plant(rows_announced_too_early fused_gemm_sm90.cu
-          "meet_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"
+          "sync_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"
           "if (product_thread() == 0) turn_.raise_gathered")
 tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
           "return Base::is_mine(tile) || await_item(tile, step);" "return Base::is_mine(tile) || step < ~uint32_t{0};")

@@ -17,7 +17,7 @@
   }
 PLANTED(nothing_planted)
 PLANTED(flag_at_the_wrong_owner)
-PLANTED(no_meeting_before_the_flag)
+PLANTED(no_barrier_before_the_flag)
 PLANTED(stage_given_back_too_early)
 PLANTED(no_fence_after_the_gather)
 PLANTED(slot_of_another_call)
@@ -67,10 +67,10 @@ CASE(right_kernels_are_silent) {
 }
 
 CASE(a_flag_raised_at_the_wrong_owner) {
-  planted::must_be_found(body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
+  planted::must_be_found(Kind::Race, body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
 }
-CASE(no_meeting_between_a_tile_and_its_flag) {
-  planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_meeting_before_the_flag::kLaunches));
+CASE(no_barrier_between_a_tile_and_its_flag) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_barrier_before_the_flag::kLaunches));
 }
 CASE(a_stage_given_back_before_its_products_are_done) {
   planted::must_be_wrong(body(Fused::ReduceScatter, stage_given_back_too_early::kLaunches, 456));

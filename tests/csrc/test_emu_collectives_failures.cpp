@@ -17,7 +17,7 @@ constexpr uint32_t kLate = static_cast<uint32_t>(cuda::Failure::Late),
 
 uint32_t kind_of_call(const Call& call) { return kind_of(call.op, call.dtype, call.reduce_op, call.codec); }
 
-// One launch on every rank for which `comes` holds, waited for; returns what the wait said.
+// One launch on every rank for which `comes` holds, waited for; returns the error of the wait.
 template <class Launch>
 std::vector<cudaError_t> launch_on(int ranks, const std::function<bool(int)>& comes, Launch launch) {
   std::vector<cudaError_t> outcomes(static_cast<size_t>(ranks), cudaSuccess);
@@ -132,7 +132,7 @@ CASE(a_late_rank_that_comes_in_time_is_waited_for) {
   HeapPlan heap;
   const PreparedStep step(group, {.kind = Kind::TwoShot, .dtype = DType::F32, .n = 300}, heap);
   emu::run_ranks(2, [&](int rank) {
-    // Rank 1 comes only after rank 0 has said that it is there.
+    // Rank 1 launches only after the announcement of rank 0.
     const uint32_t* flag = &group.signals(1).arrived[1][0][0].flag;
     while (rank == 1 && __atomic_load_n(flag, __ATOMIC_ACQUIRE) == 0) std::this_thread::yield();
     EXPECT(step.launch(rank, nullptr) == cudaSuccess);

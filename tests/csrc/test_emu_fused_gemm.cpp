@@ -30,7 +30,7 @@ Gemm random_gemm(int ranks, std::mt19937& random) {
   return gemm;
 }
 
-// Where every access is looked at, a few shapes have to do, and values are left to the plain variant.
+// Where every access is checked there are fewer shapes, and the plain variant checks the values.
 bool looks_closely() {
 #if defined(__SANITIZE_ADDRESS__)
   return true;

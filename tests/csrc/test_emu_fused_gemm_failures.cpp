@@ -24,7 +24,7 @@ Gemm small(Fused kind, int ranks) {
   return gemm;
 }
 
-// One launch on every rank for which `comes` holds, waited for; returns what the wait said.
+// One launch on every rank for which `comes` holds, waited for; returns the error of the wait.
 template <class Launch>
 std::vector<cudaError_t> launch_on(int ranks, const std::function<bool(int)>& comes, Launch launch) {
   std::vector<cudaError_t> outcomes(static_cast<size_t>(ranks), cudaSuccess);
@@ -121,7 +121,7 @@ CASE(a_late_rank_that_comes_in_time_is_waited_for) {
     EmulatedGroup group(2, {.slot_bytes = kSlot});
     const PreparedGemm gemm(group, small(kind, 2));
     emu::run_ranks(2, [&](int rank) {
-      // Rank 1 comes only after rank 0 has said that it is there.
+      // Rank 1 launches only after the announcement of rank 0.
       const uint32_t* flag = &group.signals(1).arrived[1][0][0].flag;
       while (rank == 1 && __atomic_load_n(flag, __ATOMIC_ACQUIRE) == 0) std::this_thread::yield();
       EXPECT(gemm.launch(rank, nullptr) == cudaSuccess);

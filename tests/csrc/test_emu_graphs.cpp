@@ -314,7 +314,7 @@ CASE(ranks_whose_graphs_disagree_are_told_after_each_replay_and_the_rest_of_the_
       std::memset(y.data(), 0, y.size() * sizeof(float));
       const std::string text = error_of<RankMismatch>([&] { comm.check(); });
       EXPECT(text.find("the ranks disagree: rank") != std::string::npos, text);
-      comm.check();  // told once
+      comm.check();  // raised once
     }
     all_reduce(comm, x, y);
     comm.check();
@@ -340,24 +340,24 @@ CASE(an_exchange_that_is_given_up_stops_the_device_and_is_told_by_every_later_ca
     std::barrier<> given_up(kRanks - 1);
     on_ranks(comms, [&](int rank, cuda::DeviceGroupCommunicator& comm) {
       const auto r = static_cast<size_t>(rank);
-      cuda::Travel& travel = *static_cast<cuda::Travel*>(exchanges[r]->travel());
+      cuda::ExchangeMarks& marks = *static_cast<cuda::ExchangeMarks*>(exchanges[r]->marks());
       const Floats x(96), y(96);  // chunks of one size, so that what is left of rank 1 fits
       fill(x, rank, 0);
       all_reduce(comm, x, y);
       const Graph graph([&] { all_reduce(comm, x, y); });
       wait();
-      EXPECT(travel.begun == 2 && travel.ended == 2, "an all_reduce is two exchanges, got ", travel.begun);
+      EXPECT(marks.begun == 2 && marks.ended == 2, "an all_reduce is two exchanges, got ", marks.begun);
       if (rank == 1) return;
       if (in_graph) graph.launch();
       if (!in_graph) all_reduce(comm, x, y);
-      while (__atomic_load_n(&travel.begun, __ATOMIC_ACQUIRE) != 3) std::this_thread::yield();
-      EXPECT(travel.ended == 2 && travel.op == static_cast<uint32_t>(Op::AllReduce));
-      EXPECT(travel.call == (in_graph ? 2u : 3u), "the call that is stuck: ", travel.call);
-      __atomic_store_n(&travel.given_up, 1u, __ATOMIC_RELEASE);
+      while (__atomic_load_n(&marks.begun, __ATOMIC_ACQUIRE) != 3) std::this_thread::yield();
+      EXPECT(marks.ended == 2 && marks.op == static_cast<uint32_t>(Op::AllReduce));
+      EXPECT(marks.call == (in_graph ? 2u : 3u), "the call that is stuck: ", marks.call);
+      __atomic_store_n(&marks.given_up, 1u, __ATOMIC_RELEASE);
       given_up.arrive_and_wait();
       if (rank == 0) shared.streams.arrive_and_drop();
       EXPECT(cudaStreamSynchronize(cuda::current_stream()) == cudaErrorLaunchFailure, "it must not go on");
-      EXPECT(travel.ended == 2);
+      EXPECT(marks.ended == 2);
       const std::string late = error_of<TimeoutFailure>([&] { comm.check(); });
       EXPECT(late == "given up", late);
       const std::string broken = error_of<PeerLost>([&] { all_reduce(comm, x, y); });

@@ -239,7 +239,7 @@ CASE(a_disagreement_is_told_to_every_rank_whatever_the_number_of_pieces_and_the_
       const std::string text = error_of<RankMismatch>([&] { comm.check(); });
       EXPECT(text.find("the ranks disagree: rank") != std::string::npos, text);
       EXPECT(text.find(concat("all_reduce(", x.size(), " values of float32")) != std::string::npos, text);
-      comm.check();  // told once
+      comm.check();  // raised once
       try_all(rank, comm, 1000, "after a mismatch");
     });
     emu::reset();

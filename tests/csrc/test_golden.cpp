@@ -25,7 +25,7 @@ std::vector<unsigned char> encoded(Codec codec, const std::vector<float>& values
 }  // namespace
 
 CASE(the_fp16_wire_has_these_bytes) {
-  // The largest magnitude, 333824, is 1.27 * 2^18: the shift is 14 - 18 = -4, and 1.0 travels as 2^-4.
+  // The largest magnitude, 333824, is 1.27 * 2^18: the shift is 14 - 18 = -4, and 1.0 is sent as 2^-4.
   const std::vector<unsigned char> golden = {0xfc, 0xff, 0, 0, 0,    0,    0,    0,    0,    0,    0,    0,
                                              0,    0,    0, 0, 0x00, 0x00, 0x00, 0x2c, 0x00, 0xb1, 0x18, 0x75};
   EXPECT(encoded(Codec::Fp16, {0.0f, 1.0f, -2.5f, 333824.0f}) == golden);
@@ -83,7 +83,7 @@ CASE(a_group_that_is_not_finite_has_no_payload_and_spares_its_neighbours) {
   std::vector<float> values(64, 1.0f);
   std::vector<unsigned char> int8(32 + 64), fp8(16 + 64);
   int8[0] = int8[1] = 0xff, fp8[0] = 0xff;
-  int8[2] = 0x02, int8[3] = 0x5c, fp8[1] = 134 - 8;  // 1 / 127 goes up to 130 / 128 * 2^-7; 1 travels as 256
+  int8[2] = 0x02, int8[3] = 0x5c, fp8[1] = 134 - 8;  // 1 / 127 goes up to 130 / 128 * 2^-7; 1 is sent as 256
   std::fill(int8.begin() + 64, int8.end(), 126), std::fill(fp8.begin() + 48, fp8.end(), 0x78);
   for (float bad : {kInfinity, -kInfinity, std::nanf(""), -std::nanf("")}) {
     values[7] = bad;

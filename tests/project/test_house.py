@@ -112,15 +112,14 @@ TORCH_FREE_LISTS = [
 ]  # fmt: skip
 MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
 TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]
-# csrc/core is what both back ends and every test share: it includes neither.
 MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
 # Where headers are looked for that do not lie beside who includes them.
 HEADERS = [ROOT / "csrc", ROOT / "tests/csrc", ROOT / "tests/csrc/emu"]
-# The files of Python modules and of the fast path from Python into one.
+# What makes Python modules, or is the fast path from Python into one.
 SPEAKS_PYTHON = {
     "csrc/python/module.cpp",
-    "csrc/python/python_engines.cpp",
-    "csrc/python/python_side.cpp",
+    "csrc/python/engines.cpp",
+    "csrc/python/bindings.cpp",
     "csrc/python/fast_path.cpp",
     "csrc/cuda/module.cpp",
     "csrc/cuda/python_device.cpp",
@@ -246,7 +245,7 @@ def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
     assert not {name for name in foreign if re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", name)}
 
 
-def test_only_module_files_and_the_fast_path_use_python_in_cpp() -> None:
+def test_only_module_files_and_the_fast_path_include_python() -> None:
     for source in MODULES:
         _, foreign = includes(ROOT / source)
         speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h", name)}
@@ -262,12 +261,28 @@ def test_cpp_includes_only_stable_headers_of_torch(source: str) -> None:
     }
 
 
-def test_the_core_includes_neither_torch_nor_a_back_end() -> None:
-    for path in sorted((ROOT / "csrc/core").rglob("*")):
+@pytest.mark.parametrize(("folder", "allowed"), [("core", ["core"]), ("torch_side", ["core", "torch_side"])])
+def test_what_both_back_ends_share_includes_neither_of_them(folder: str, allowed: list[str]) -> None:
+    inside = [ROOT / "csrc" / name for name in allowed]
+    for path in sorted((ROOT / "csrc" / folder).rglob("*")):
         if path.suffix in CODE:
-            own, _ = includes(path)
-            outside = {str(o.relative_to(ROOT / "csrc")) for o in own if not o.is_relative_to(ROOT / "csrc/core")}
+            own, foreign = includes(path)
+            outside = {str(header) for header in own if not any(header.is_relative_to(place) for place in inside)}
+            outside |= {name for name in foreign if folder == "core" and name.startswith(("torch/", "ATen/", "c10/"))}
             assert not outside, f"{path.name} includes {outside}"
+
+
+def test_only_tests_have_code_for_the_emulator() -> None:
+    # The emulated build has files of tests/csrc/emu/override in place of some of csrc, which must be there.
+    override = ROOT / "tests/csrc/emu/override"
+    replaced = [path.relative_to(override) for path in sorted(override.rglob("*")) if path.is_file()]
+    assert replaced and all((ROOT / "csrc" / path).exists() for path in replaced)
+    for path in tracked_files():
+        if path.suffix in CODE | {".txt"} and "tests" not in path.parts:
+            text = path.read_text()
+            assert "TPK_EMU" not in text, path
+            near = re.findall(r'#include "([^"]+)"', text)
+            assert not {file.name for file in replaced if file.name in near}, f"{path}: include by path from csrc"
 
 
 def test_kernels_leave_ptx_to_device_cuh_and_launches_to_launch_h() -> None:

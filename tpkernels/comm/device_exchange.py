@@ -1,6 +1,6 @@
 """The exchange of bytes under transport `group` on a GPU: the stream waits for them, and a thread watches the stream.
 
-The stream marks its progress in pinned memory (csrc/cuda/kernels/travel.cu), so that the thread makes no call of CUDA:
+The stream marks its progress in pinned memory (csrc/cuda/kernels/exchange_marks.cu), so that the thread needs no CUDA:
 it neither disturbs the capture of a graph nor misses a launch of one. An exchange that has begun and does not end
 within the group's deadline is given up: the thread finds the missing ranks, as on the CPU, keeps the error for the next
 call, and aborts NCCL, so that the stream runs on. The device traps behind the exchange, because its bytes are missing.
@@ -57,7 +57,7 @@ class DeviceExchange(ProcessGroupExchange):
         self._agreed = self._call = 0
         self._work: Any = None  # of the exchange that was enqueued last
         self._marks = self._pinned(_WORDS)
-        self.travel_pointer = self._marks.data_ptr()
+        self.marks_pointer = self._marks.data_ptr()
         self._error: TimeoutError | PeerLostError | None = None  # why an exchange was given up
         self._giving_up = threading.Lock()
         self._stop = threading.Event()

@@ -80,7 +80,7 @@ TPK_ALWAYS_INLINE uint32_t largest_of(const float* values, size_t n) {
   return largest;
 }
 
-// A whole block: every count is known, so that the loops become straight vector code, that over the scales, too.
+// A whole block: every count is a constant, so that the loops become straight vector code, that over the scales, too.
 template <class C>
 TPK_ALWAYS_INLINE void encode_whole_block(const float* values, char* block) {
   constexpr size_t kEach = C::kScaleValues, kScales = C::kBlockValues / kEach;

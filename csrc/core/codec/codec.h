@@ -1,4 +1,4 @@
-// The codecs: how values are packed on the wire. This list is the only one; C++ and Python ask it.
+// The codecs: how values are packed on the wire. This list is the only one, for C++ and Python.
 //
 // A codec is a BlockLayout (block.h: types of payload and scale, values that share a scale, bytes of the header) with
 //
@@ -10,8 +10,8 @@
 //   unpack(payload, factors)        sums are taken in float
 //
 // all TPK_ALWAYS_INLINE, and but for scale_of without branches: the CPU makes vector loops of them, and a CUDA warp
-// works on a block in registers. Its header says
-// what it does to the values: wire layout, error bound, NaN. To add one: write codec/<name>.h and add a line here.
+// works on a block in registers. Its header documents the wire layout, the error bound, and NaN. To add one: write
+// codec/<name>.h and add a line here.
 #pragma once
 
 #include <cstdint>

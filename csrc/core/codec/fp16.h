@@ -37,7 +37,8 @@ struct Fp16Codec : BlockLayout<Half, int16_t, kCodecBlockValues, 16> {
 
   TPK_ALWAYS_INLINE static uint32_t pack(float value, const Factors& by) {
     // Adding the right power of two rounds to the last place and leaves the significand in the low bits, behind what
-    // that power's own low bits hold: sign and exponent. to_half gives the same, and tells apart what cannot come here.
+    // that power's own low bits hold: sign and exponent. to_half gives the same, and also takes values that cannot
+    // occur here.
     const uint32_t bits = bits_of(value * by.first * by.second), magnitude = bits & 0x7fffffffu;
     const uint32_t own = magnitude & 0x7f800000u, exponent = own > kSmallestNormal ? own : kSmallestNormal;
     const uint32_t rest = (exponent >> 13) + (bits >> 16 & 0x8000u);

@@ -17,7 +17,7 @@
 
 namespace tpk {
 
-// Scalar types, not structs: the vectoriser does not look into structs.
+// Scalar types, not structs: the compiler does not vectorise loops over structs.
 enum class Half : uint16_t {};
 enum class Bfloat16 : uint16_t {};
 

@@ -31,7 +31,7 @@ TPK_INLINE float finish(const Lanes* lanes, int count, const Gemv& p, size_t m, 
   return p.bias == nullptr ? sum : sum + to_float(p.bias[n]);
 }
 
-// The outputs of M rows of x and R rows of w, with U x kLanes partial sums each. The next R rows of w are asked for
+// The outputs of M rows of x and R rows of w, with U x kLanes partial sums each. The next R rows of w are prefetched
 // where R > 1: the hardware follows one row at a time by itself, but not several.
 template <int R, int M, int U>
 TPK_INLINE void tile(const Gemv& p, size_t n) {

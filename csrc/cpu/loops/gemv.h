@@ -1,4 +1,4 @@
-// Products with few rows of x, as a decoding step makes them: what counts is how fast the weights are read. Torch-free.
+// Products with at most four rows of x, as in a decoding step: bound by the bandwidth of the weights. Torch-free.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@ namespace tpk {
 constexpr size_t kMostGemvRows = 4;  // beyond, arithmetic is the limit, and a real GEMM is faster
 
 // y[m, n] = sum_k x[m, k] w[n, k] (+ bias[n]), summed in fp32 and rounded once. Each sum is taken in an order of its
-// own length alone, whoever takes it: the bits depend on M being one or more, not on threads or instruction set.
+// own length alone, whichever thread computes it: the bits depend on M being one or more, not on threads or instruction
+// set.
 struct Gemv {
   const float* x;     // [M, K], dense
   const Bfloat16* w;  // [N, K], rows dense

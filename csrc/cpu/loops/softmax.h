@@ -9,7 +9,7 @@
 
 namespace tpk {
 
-// What one rank knows of a row: with these four numbers of every rank the loss is known to all.
+// The statistics of one rank of a row: the loss is a function of these four numbers of every rank.
 template <class Sum>
 struct RowStats {
   Sum largest;    // of this rank's logits

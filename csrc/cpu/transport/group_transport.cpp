@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/arena.h"
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 
@@ -20,9 +21,6 @@ struct Opening {
   uint8_t op, dtype, reduce_op, codec;
 };
 static_assert(sizeof(Opening) <= 64, "the fingerprint fits in front of the payload");
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 std::vector<size_t> starts_of(const std::vector<size_t>& sizes) {
   std::vector<size_t> starts{0};
@@ -169,7 +167,7 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
   }
 }
 
-// The same without a copy: what travels is the tensor itself. in == out is allowed.
+// The same without a copy: the bytes on the wire are the tensor itself. in == out is allowed.
 void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wire& wire, const char* in, char* out,
                                                  size_t n, const std::function<void()>* meanwhile) {
   const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
@@ -224,7 +222,8 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
   }
 }
 
-// One piece of it, `sizes[r]` values from value `start` of part r on: what travels is the tensor or the wire itself.
+// One piece of it, `sizes[r]` values from value `start` of part r on: the bytes on the wire are the tensor or the
+// packed input itself.
 void GroupCommunicator::reduce_scatter_where_it_lies(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
                                                      const Cut& cut, size_t start, const Sizes& sizes) {
   const size_t ranks = sizes.size(), me = static_cast<size_t>(rank()), mine = wire.bytes(sizes[me]);

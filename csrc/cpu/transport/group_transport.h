@@ -3,7 +3,7 @@
 // It is built on one primitive, an exchange in which every rank sends bytes to every other one. Sums are local and in
 // rank order, not the backend's own all-reduce, so that the bits are those of every other transport. The first exchange
 // of a call has a fixed size and carries the fingerprint (and the message itself when it is small): backends abort or
-// hang when the sizes disagree, so nothing else may travel before the ranks have agreed.
+// hang when the sizes disagree, so nothing else may be sent before the ranks have agreed.
 #pragma once
 
 #include "core/communicator.h"
@@ -32,7 +32,7 @@ class GroupCommunicator final : public Communicator {
 
  private:
   using Sizes = std::vector<size_t>;
-  // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns what each rank said.
+  // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns the specs of all ranks.
   std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
                                   size_t n = 0);
   const char* inline_payload(int rank) const;

@@ -189,11 +189,11 @@ void ShmCommunicator::wake_sleepers() {
 }
 
 // Spin, then sleep in the kernel until the word changes. With a core for each rank there is no yielding in between: on
-// a core that another program wants, a yield gives away a whole time slice, where a sleeper is woken with priority.
+// a core that another program uses, a yield gives away a whole time slice, where a sleeper is woken with priority.
 // With more ranks than cores the one waited for may need this core: yield early, until a yield shows that others are
 // here, too.
 void ShmCommunicator::wait_for(Op op, int other, const std::atomic<uint64_t>& word, uint64_t target) {
-  // A rank that is nearly there is not worth a look at the clock.
+  // Most waits end within these polls: the clock is not read.
   for (int i = 0; i < kPausesBetweenClocks; ++i) {
     if (word.load(std::memory_order_acquire) >= target) return;
     pause_core();
@@ -260,7 +260,7 @@ void ShmCommunicator::fail_late(Op op) {
   throw TimeoutFailure(late_text(op, call_, late, came, last_call(first)));
 }
 
-// Another rank gave up: say whom it blames, so that all survivors name the same rank.
+// Another rank failed: report its culprit, so that all survivors name the same rank.
 void ShmCommunicator::fail_with(Op op, int failed) {
   const Control& theirs = control(failed);
   const bool late = theirs.was_late != 0;

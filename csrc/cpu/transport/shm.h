@@ -49,7 +49,7 @@ class ShmCommunicator final : public Communicator {
   void announce(const CallSpec& spec, const void* input_in_heap);  // publishes the fingerprint: the input is ready
   void hear_all(const CallSpec& mine);                             // waits for all fingerprints and compares them
   std::vector<CallSpec> announced() const;                         // by all ranks, after hear_all
-  // A refused call counts as one piece on every rank, whatever each of them wanted.
+  // A refused call counts as one piece on every rank, whatever their sizes.
   template <class Check>
   void refuse_as_one_piece(Check&& check) {
     try {
@@ -97,7 +97,7 @@ class ShmCommunicator final : public Communicator {
   std::vector<int> pids_;
   std::vector<int> pidfds_;  // -1 where the kernel has none
   Heap heap_;
-  std::mutex mapping_mutex_;  // of the next two, and of who unmaps
+  std::mutex mapping_mutex_;  // of the next two, and of unmapping
   size_t heap_blocks_ = 0;    // tensors that lie in the heap: they keep the memory mapped after `close`
   bool left_ = false;
   // Of a call in progress: where the parts of all ranks lie; one more output than ranks.

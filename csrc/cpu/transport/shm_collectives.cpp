@@ -8,14 +8,15 @@
 //   two_shot_read      all inputs lie in heaps: summed where they are, sums go through the slots.
 //   two_shot_in_place  the same, sums written back over the inputs: nothing is copied at all.
 //
-// Order    a rank signals piece g only after it has read all it needs of piece g - 1, and writes piece g + 1 only after
-// all
-//          have signalled piece g. So two slots are enough, across calls too: pieces are numbered through (turn_).
+// Order    a rank signals piece g only after it has read all it needs of piece g - 1, and writes piece g + 1 only
+//          after all have signalled piece g. So two slots are enough, across calls too: pieces are numbered through
+//          (turn_).
 // Sums     in rank order, whatever the way, so every way gives the same bits.
 #include <algorithm>
 #include <array>
 #include <cstring>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 #include "shm.h"
@@ -25,9 +26,6 @@ namespace {
 
 // An all_gather moves a quarter of a piece at a time, so that what a rank copies twice is still in its cache.
 constexpr size_t kGatherParts = 4;
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 // The values of a piece cut over the ranks at block boundaries.
 Cut chunks_of(const Wire& wire, size_t count, int world_size) {
@@ -251,7 +249,7 @@ void ShmCommunicator::reduce_scatter_read(const CallSpec& spec, const Wire& wire
   wire.reduce_to_values(inputs_.data(), world_size(), out, cut.size(rank()));
   count(wire.bytes(cut.total() - cut.size(rank())));
   signal(2);
-  wait_all(spec.op, 2);  // nobody may change its input while another reads it
+  wait_all(spec.op, 2);  // no rank may change its input while another reads it
 }
 
 void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) {
@@ -305,7 +303,7 @@ void ShmCommunicator::all_gather_read(const CallSpec& spec, const Wire& wire, co
     if (r != rank()) touch_back(wire, r, to, heap_input(r), cut.size(r));
   }
   signal(2);
-  wait_all(spec.op, 2);  // nobody may change its input while another reads it
+  wait_all(spec.op, 2);  // no rank may change its input while another reads it
 }
 
 // Writes the values that this rank has read from rank r over the lines it read them from. That changes nothing but who

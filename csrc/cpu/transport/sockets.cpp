@@ -15,9 +15,10 @@
 namespace tpk {
 namespace {
 
-constexpr int kSliceMilliseconds = 200;    // between two looks at the other ranks
+constexpr int kSliceMilliseconds = 200;    // between two checks of the other ranks
 constexpr size_t kStep = size_t{1} << 20;  // so that both directions move
-// Bytes to wake up for: over a slow link every packet would wake who waits, and take the core from who computes.
+// Bytes to wake up for: over a slow link every packet would wake the waiting thread, and take the core from
+// computation.
 constexpr size_t kEnough = size_t{128} << 10;
 
 bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
@@ -65,7 +66,7 @@ void SocketExchange::wait(uint64_t call) {
     if (move()) continue;
     if (!lost_.empty()) {
       watch_->look(call, false, true, lost_);
-      throw PeerLost(lost_);  // whatever `look` knows
+      throw PeerLost(lost_);  // whatever `look` found
     }
     const bool came = sleep(), late = now_nanoseconds() >= deadline;
     if (late || !came) watch_->look(call, late, false, "a connection is silent");
@@ -131,7 +132,7 @@ bool SocketExchange::sleep() {
 }
 
 void SocketExchange::close(uint64_t last_call) {
-  watch_->leave(last_call);  // first, so that who finds the connection closed finds out why
+  watch_->leave(last_call);  // first, so that a rank that finds the connection closed also finds the reason
   disconnect();
   send_.reset();
   receive_.reset();

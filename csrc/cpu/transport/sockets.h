@@ -1,4 +1,4 @@
-// The exchange of transport `group` over a TCP connection to each other rank, by the thread that wants the bytes: no
+// The exchange of transport `group` over a TCP connection to each other rank, by the calling thread: no
 // thread has to be woken but the one that waits, and bytes go from and to the memory where they lie. Torch-free.
 #pragma once
 
@@ -12,12 +12,12 @@ namespace tpk {
 
 class SocketExchange final : public Exchange {
  public:
-  // Who knows more of the other ranks than a socket does.
+  // Knows of failures of other ranks that a socket does not show.
   class Watch {
    public:
     virtual ~Watch() = default;
     // Throws TimeoutFailure or PeerLost when a rank is known to be lost; always when the deadline has passed (`late`)
-    // or nothing more can come (`ended`). `what`: how it looks from here.
+    // or the connection has ended (`ended`). `what`: the symptom.
     virtual void look(uint64_t call, bool late, bool ended, const std::string& what) = 0;
     virtual void leave(uint64_t last_call) noexcept = 0;
   };
@@ -58,7 +58,7 @@ class SocketExchange final : public Exchange {
   const double timeout_s_;
   const std::unique_ptr<Watch> watch_;
   std::unique_ptr<char[]> send_, receive_;
-  std::string lost_;  // what the first broken connection looked like
+  std::string lost_;  // the symptom of the first broken connection
 };
 
 }  // namespace tpk

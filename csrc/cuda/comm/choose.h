@@ -1,7 +1,7 @@
-// Which way a call takes on a device: a pure function of what all ranks know alike, so that they choose alike.
+// The path of a call on a device: a pure function of numbers that are the same on all ranks, so that they choose alike.
 // Torch-free.
 //
-// No threshold here has been measured by us: there was no machine with several GPUs. Each says where it comes from.
+// No threshold here has been measured by us: there was no machine with several GPUs. Each names its source.
 // `Forced` is how a test, a bench or a tuner takes another way; all ranks of a group must force the same.
 #pragma once
 
@@ -33,7 +33,7 @@ struct Machine {
   size_t slot_bytes = 0;
 };
 
-// Zero: the rule decides. Path fused is one of GEMMs, the others are of collectives: each leaves the rest to the rule.
+// Zero: the rule decides. Path fused is one of GEMMs, the others are of collectives: the rule decides the rest.
 struct Forced {
   Path path = Path::Rule;
   int blocks = 0;  // of a collective; of a fused GEMM, those that sum or gather
@@ -60,9 +60,9 @@ constexpr int kUsualBlocks = 36;
 // The other limits are those of vLLM's custom all-reduce on NVLink. Not measured by us.
 constexpr size_t kOneShotBytesUpTo4 = size_t{512} << 10;
 constexpr size_t kOneShotBytesUpTo8 = size_t{256} << 10;
-// Through the switch each value travels once each way, so that it should win wherever bandwidth counts. A guess.
+// Through the switch each value is sent once each way, so that it should be faster wherever bandwidth counts. A guess.
 constexpr size_t kMulticastBytes = size_t{128} << 10;
-// A part must fill the device with output tiles of 128 rows and travel in about the time of its product; each part
+// A part must fill the device with output tiles of 128 rows and be sent in about the time of its product; each part
 // costs two events and a launch. A guess.
 constexpr int64_t kPartRows = 512;
 constexpr size_t kPartBytes = size_t{4} << 20;
@@ -95,17 +95,17 @@ inline Choice choose_all_reduce(const Machine& machine, const Forced& forced, DT
     return {Path::Multicast, blocks, "rule: the group allows in-switch sums, from 128 KiB on (not measured)"};
   }
   if (machine.world_size == 2) return {Path::OneShot, blocks, "rule: with 2 ranks the least traffic in one wait"};
-  const bool few = machine.world_size <= 4;
-  if (wire_bytes <= (few ? kOneShotBytesUpTo4 : kOneShotBytesUpTo8)) {
+  const bool up_to_four = machine.world_size <= 4;
+  if (wire_bytes <= (up_to_four ? kOneShotBytesUpTo4 : kOneShotBytesUpTo8)) {
     return {Path::OneShot, blocks,
-            few ? "rule: one wait up to 512 KiB with 3 or 4 ranks (not measured)"
-                : "rule: one wait up to 256 KiB with 5 to 8 ranks (not measured)"};
+            up_to_four ? "rule: one wait up to 512 KiB with 3 or 4 ranks (not measured)"
+                       : "rule: one wait up to 256 KiB with 5 to 8 ranks (not measured)"};
   }
   return {Path::TwoShot, blocks, "rule: the least traffic (limits not measured)"};
 }
 
-// How many parts the M rows of a GEMM are cut into, so that one travels while the next is multiplied.
-// row_bytes: of a row of what travels.
+// How many parts the M rows of a GEMM are cut into, so that one is sent while the next is multiplied.
+// row_bytes: of a row that is sent.
 inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, int64_t M, size_t row_bytes) {
   if (machine.world_size == 1) return {1, "one rank: nothing travels"};
   if (forced.parts > 0) {

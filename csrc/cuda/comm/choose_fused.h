@@ -1,15 +1,15 @@
 // Whether and how a sharded GEMM takes path fused (kernels/fused_gemm.h): pure functions, as in choose.h. Torch-free.
 //
-// The rule never takes it: nothing of it has been measured by us. It is taken where it was asked for (Forced) and can
-// run; where it cannot, explain says why.
+// The rule never takes it: nothing of it has been measured by us. It is taken where it is forced (Forced) and can run;
+// where it cannot, explain has the reason.
 #pragma once
 
 #include "choose.h"
 
 namespace tpk::cuda {
 
-// What all ranks know alike. Of a reduction each rank has a K of its own, of a gather an N: whoever launches pads
-// those.
+// Numbers that are the same on all ranks. Of a reduction each rank has a K of its own, of a gather an N: the launch
+// pads those.
 struct ShardedGemm {
   Op op;
   DType dtype;
@@ -70,7 +70,7 @@ inline const char* obstacle_to_fused(const Machine& machine, const Forced& force
   return nullptr;
 }
 
-// rows: those that would be cut into parts; row_bytes: of a row of what travels.
+// rows: those that would be cut into parts; row_bytes: of a row that is sent.
 inline GemmChoice choose_gemm(const Machine& machine, const Forced& forced, const ShardedGemm& gemm, int64_t rows,
                               size_t row_bytes) {
   const char* const obstacle = obstacle_to_fused(machine, forced, gemm);

@@ -32,7 +32,7 @@ void DeviceCommunicator::run(const std::function<void()>& body) {
   try {
     body();
   } catch (const CudaError&) {
-    raise_failure();  // a device that gave up fails every call from then on; the record says why
+    raise_failure();  // a device that gave up fails every call from then on; the record has the reason
     throw;
   }
   raise_failure();
@@ -53,7 +53,7 @@ void DeviceCommunicator::enter() {
   last = {true, stream, capture};
 }
 
-// A stream of an earlier capture may be gone, so that it is not asked.
+// A stream of an earlier capture may be destroyed, so that it is not used.
 bool DeviceCommunicator::is_being_captured() const {
   return capture_of(current_stream()) != 0 || (eager_.is_there && capture_of(eager_.stream) != 0);
 }
@@ -141,7 +141,7 @@ void DeviceCommunicator::with_both_streams(const std::function<void(cudaStream_t
   } catch (...) {
     try {
       if (capture_of(on_device_->side.get()) == capture_of(caller)) join(caller);
-    } catch (const CudaError&) {  // the first error says more
+    } catch (const CudaError&) {  // the first error is the cause
     }
     throw;
   }

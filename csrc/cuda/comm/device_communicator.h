@@ -5,8 +5,8 @@
 //
 // Order    the calls of a group run one after the other, on whatever streams they are made. Those that are captured
 //          into a CUDA graph are ordered among themselves; a launch of the graph and the other calls of its group must
-//          be ordered by whoever launches it, all ranks alike.
-// Graphs   an op can be captured when it asks the ranks nothing over the host. A graph may be launched as long as its
+//          be ordered by the caller, the same on all ranks.
+// Graphs   an op can be captured when it exchanges nothing over the host. A graph may be launched as long as its
 //          group is open, and by all ranks as often. stats() counts a captured call once, when it is captured.
 #pragma once
 
@@ -75,15 +75,16 @@ class DeviceCommunicator : public Communicator {
   // all_reduce, residual add and norm in one; false when this transport, or this size, has no such way.
   bool add_norm(const CallSpec&, const Wire&, const AddNorm&);
 
-  // A GEMM and its collective in one kernel; only where choose_gemm says so. bias: on rank 0 alone where it is summed.
+  // A GEMM and its collective in one kernel; only where choose_gemm chooses it. bias: on rank 0 alone where it is
+  // summed.
   void fused_gemm(const CallSpec&, const FusedGemm&);
 
-  // --- pipelines: one call in several parts, one of which travels on the communication stream while the caller's
+  // --- pipelines: one call in several parts, one of which is sent on the communication stream while the caller's
   // stream works on the next. With one part everything is on the caller's stream.
   using Part = std::function<void(int part)>;
   void produce_and_send(Op op, int parts, const Part& produce, const Part& send);
   void receive_and_consume(Op op, int parts, const Part& receive, const Part& consume);
-  // One part that travels while the caller's stream does what `meanwhile` enqueues.
+  // One part that is sent while the caller's stream does what `meanwhile` enqueues.
   void send_beside(Op op, const Part& send, const std::function<void()>& meanwhile);
 
   // What a part does, inside send or receive. The fingerprint and the tensors are those of the whole call; of
@@ -110,7 +111,7 @@ class DeviceCommunicator : public Communicator {
   virtual void send_fused_gemm(const CallSpec&, const FusedGemm&) {}
   // `mine` of every rank; may wait for the device.
   virtual std::vector<int64_t> send_exchange(const CallSpec&) = 0;
-  // Raises that somebody gave up waiting for the device.
+  // Raises that the exchange of the device was given up.
   virtual void raise_given_up() {}
   // Raises what the device wrote down; a mismatch is forgotten thereby, a late rank stays.
   void raise_failure();
@@ -167,7 +168,7 @@ class DeviceCommunicator : public Communicator {
   int64_t ids_vocab_ = 0, targets_vocab_ = 0;  // of the last calls that have one
 };
 
-// A group of one: nothing travels.
+// A group of one: nothing is sent.
 std::shared_ptr<Communicator> make_local(std::string name, std::string label, int device);
 
 }  // namespace tpk::cuda

@@ -2,17 +2,15 @@
 
 #include <algorithm>
 
+#include "core/bytes.h"
 #include "core/check.h"
 #include "core/errors.h"
 
 namespace tpk::cuda {
 namespace {
 
-constexpr size_t kAlign = 16;          // of every rank's stretch of a buffer, for the kernels' widest access
-constexpr size_t kMostMet = 1u << 14;  // signatures that are remembered
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
+constexpr size_t kAlign = 16;             // of every rank's stretch of a buffer, for the kernels' widest access
+constexpr size_t kMostAgreed = 1u << 14;  // signatures that are remembered
 
 size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -56,12 +54,12 @@ DeviceGroupCommunicator::DeviceGroupCommunicator(std::string name, std::string l
   TPK_CHECK(exchange_->capacity() >= static_cast<size_t>(world_size) * 65536,
             "Group.open: the exchange buffers must hold 65536 bytes for each of ", world_size, " ranks, got ",
             exchange_->capacity());
-  marks_ = static_cast<Travel*>(exchange_->travel());
+  marks_ = static_cast<ExchangeMarks*>(exchange_->marks());
   if (marks_ == nullptr) return;
   const DeviceScope scope(device);
   void* on_device = nullptr;
   TPK_CUDA_CHECK(cudaHostGetDevicePointer(&on_device, marks_, 0));
-  marks_on_device_ = static_cast<Travel*>(on_device);
+  marks_on_device_ = static_cast<ExchangeMarks*>(on_device);
 }
 
 template <class Body>
@@ -75,7 +73,7 @@ auto DeviceGroupCommunicator::named(Op op, Body&& body) {
   }
 }
 
-std::vector<CallSpec> DeviceGroupCommunicator::ask(const CallSpec& spec) {
+std::vector<CallSpec> DeviceGroupCommunicator::all_gather_specs(const CallSpec& spec) {
   const std::vector<int64_t> mine{static_cast<int64_t>(spec.op),
                                   static_cast<int64_t>(spec.dtype),
                                   static_cast<int64_t>(spec.reduce_op),
@@ -97,22 +95,22 @@ void DeviceGroupCommunicator::agree(const CallSpec& spec, const Cut* cut) {
   const std::vector<int64_t> signature{static_cast<int64_t>(kind_of(spec.op, spec.dtype, spec.reduce_op, spec.codec)),
                                        static_cast<int64_t>(spec.numel), static_cast<int64_t>(spec.shape_hash),
                                        spec.mine};
-  if (met_.count(signature) > 0) return;
-  const std::vector<CallSpec> all = ask(spec);
+  if (agreed_.count(signature) > 0) return;
+  const std::vector<CallSpec> all = all_gather_specs(spec);
   if (cut != nullptr) check_parts(spec, all, *cut);
-  if (met_.size() >= kMostMet) met_.clear();  // on all ranks alike
-  met_.insert(signature);
+  if (agreed_.size() >= kMostAgreed) agreed_.clear();  // on all ranks alike
+  agreed_.insert(signature);
 }
 
-void DeviceGroupCommunicator::travel(Op op, const Sizes& send, const Sizes& receive) {
+void DeviceGroupCommunicator::transfer(Op op, const Sizes& send, const Sizes& receive) {
   if (marks_ != nullptr) {
-    TPK_CUDA_CHECK(launch_begin_travel(marks_on_device_, op, static_cast<uint32_t>(call_), current_stream()));
+    TPK_CUDA_CHECK(launch_mark_begin(marks_on_device_, op, static_cast<uint32_t>(call_), current_stream()));
   }
   named(op, [&] {
     exchange_->start(send, receive);
     exchange_->wait(call_);
   });
-  if (marks_ != nullptr) TPK_CUDA_CHECK(launch_end_travel(marks_on_device_, current_stream()));
+  if (marks_ != nullptr) TPK_CUDA_CHECK(launch_mark_end(marks_on_device_, current_stream()));
 }
 
 void DeviceGroupCommunicator::raise_given_up() {
@@ -147,14 +145,14 @@ void DeviceGroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire&
   char* const send = exchange_->send_buffer();
 
   encode(wire, in, send, n);
-  travel(spec.op, sizes, Sizes(ranks, mine));
+  transfer(spec.op, sizes, Sizes(ranks, mine));
   if (my_values > 0) {
     TPK_CUDA_CHECK(launch_reduce_wires(wire.dtype, wire.codec, wire.op,
                                        wires(exchange_->receive_buffer(), mine, world_size()), world_size(), send,
                                        my_values, current_stream()));
   }
   for (size_t r = 1; r < ranks; ++r) copy(send, send + r * mine, mine);
-  travel(spec.op, Sizes(ranks, mine), sizes);
+  transfer(spec.op, Sizes(ranks, mine), sizes);
   decode(wire, exchange_->receive_buffer(), out, n);
   count(wire.bytes(n) - wire.bytes(my_values) + (ranks - 1) * wire.bytes(my_values));
 }
@@ -176,7 +174,7 @@ void DeviceGroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wi
       if (r != rank()) count(wire.bytes(values));
     }
     const size_t mine = send[static_cast<size_t>(rank())], my_values = stretch.piece_size(rank(), start, piece);
-    travel(spec.op, send, Sizes(ranks, mine));
+    transfer(spec.op, send, Sizes(ranks, mine));
     if (my_values == 0) continue;
     TPK_CUDA_CHECK(launch_reduce_wires_to_values(
         wire.dtype, wire.codec, wire.op, wires(exchange_->receive_buffer(), mine, world_size()), world_size(),
@@ -197,7 +195,7 @@ void DeviceGroupCommunicator::send_all_gather(const CallSpec& spec, const Wire& 
     for (int r = 0; r < world_size(); ++r) {
       receive.push_back(aligned(wire.bytes(stretch.piece_size(r, start, piece))));
     }
-    travel(spec.op, Sizes(ranks, mine), receive);
+    transfer(spec.op, Sizes(ranks, mine), receive);
     count((ranks - 1) * wire.bytes(my_values));
     const char* from = exchange_->receive_buffer();
     for (int r = 0; r < world_size(); ++r) {
@@ -211,7 +209,7 @@ void DeviceGroupCommunicator::send_all_gather(const CallSpec& spec, const Wire& 
 std::vector<int64_t> DeviceGroupCommunicator::send_exchange(const CallSpec& spec) {
   if (spec.op == Op::Barrier) synchronize();
   std::vector<int64_t> all;
-  for (const CallSpec& theirs : ask(spec)) all.push_back(theirs.mine);
+  for (const CallSpec& theirs : all_gather_specs(spec)) all.push_back(theirs.mine);
   return all;
 }
 

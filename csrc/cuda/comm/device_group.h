@@ -1,13 +1,13 @@
 // Transport `group` on CUDA: the collectives over any process group that carries device memory (NCCL). Torch-free.
 //
 // As on the CPU it is an exchange and a local sum in rank order, so the bits are those of every other transport. Here
-// nothing waits but streams, so that the ranks cannot compare fingerprints before each call: a signature that is new to
-// this rank is compared over the host, once, and trusted from then on. Every rank meets the same signatures in the same
-// order, so all of them compare or none does.
+// only streams wait, so that the ranks cannot compare fingerprints before each call: the first call of a signature is
+// compared over the host, later ones are trusted. Every rank makes the same calls in the same order, so either all
+// ranks compare or none does.
 //
-// Waits    a stream that waits for a rank is watched by whoever owns the exchange, through marks that the stream leaves
-//          in pinned memory. Where the exchange is given up, the stream traps behind it, the error that names the ranks
-//          comes with the next call or with check(), and the group is broken.
+// Waits    the owner of the exchange polls marks in pinned memory that the stream writes. Where an exchange is given
+//          up, the stream traps behind it, the next call or check() raises the error that names the ranks, and the
+//          group is broken.
 #pragma once
 
 #include <memory>
@@ -40,20 +40,20 @@ class DeviceGroupCommunicator final : public DeviceCommunicator {
 
  private:
   using Sizes = std::vector<size_t>;
-  // Compares a signature that this rank has not met yet; cut: of parts that the ranks bring.
+  // Compares the first call of a signature; cut: of the parts that the ranks send.
   void agree(const CallSpec&, const Cut* cut = nullptr);
-  // What every rank says, compared.
-  std::vector<CallSpec> ask(const CallSpec&);
-  void travel(Op op, const Sizes& send, const Sizes& receive);
+  // The specs of all ranks, compared.
+  std::vector<CallSpec> all_gather_specs(const CallSpec&);
+  void transfer(Op op, const Sizes& send, const Sizes& receive);
   void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   size_t piece_values(const Wire&, size_t parts) const;
   template <class Body>
   auto named(Op op, Body&& body);
 
   std::unique_ptr<DeviceExchange> exchange_;
-  Travel* marks_ = nullptr;  // on the host; nullptr: nobody watches
-  Travel* marks_on_device_ = nullptr;
-  std::set<std::vector<int64_t>> met_;
+  ExchangeMarks* marks_ = nullptr;  // on the host; nullptr: not polled
+  ExchangeMarks* marks_on_device_ = nullptr;
+  std::set<std::vector<int64_t>> agreed_;
 };
 
 }  // namespace tpk::cuda

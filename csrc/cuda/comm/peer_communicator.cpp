@@ -3,13 +3,11 @@
 #include <algorithm>
 #include <numeric>
 
+#include "core/bytes.h"
 #include "core/check.h"
 
 namespace tpk::cuda {
 namespace {
-
-inline const char* at(const void* base, size_t bytes) { return static_cast<const char*>(base) + bytes; }
-inline char* at(void* base, size_t bytes) { return static_cast<char*>(base) + bytes; }
 
 constexpr size_t kHeapUnit = 16;  // of offsets in announcements
 constexpr size_t kPage = Heap::kPage;

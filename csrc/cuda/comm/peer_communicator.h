@@ -14,7 +14,7 @@ struct DeviceArena {
   size_t bytes, slot_bytes;
 
   static constexpr size_t kMinBytes = size_t{256} << 10;
-  // Larger messages travel in pieces of this size, several to keep the links busy. Not measured.
+  // Larger messages are sent in pieces of this size, several to keep the links busy. Not measured.
   static constexpr size_t kMaxSlotBytes = size_t{16} << 20;
 
   static DeviceArena of(size_t bytes);
@@ -23,8 +23,8 @@ struct DeviceArena {
 
 class PeerCommunicator final : public DeviceCommunicator {
  public:
-  // arenas: of every rank, as this process sees them; multicast: the same through the switch, or 0, which also says
-  // that in-switch sums are not wanted.
+  // arenas: of every rank, as this process sees them; multicast: the same through the switch, or 0, where sums
+  // in the switch are not used.
   PeerCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s, int device,
                    const std::vector<uintptr_t>& arenas, size_t arena_bytes, uintptr_t multicast);
 

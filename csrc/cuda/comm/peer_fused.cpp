@@ -1,5 +1,6 @@
 // Path fused of transport `peer`: a call is one launch for each piece, a stretch of every rank's rows (choose_fused.h
-// says how many). The pieces of a call, and the tiles of a piece, are the same on all ranks; their grids need not be.
+// has their number). The pieces of a call, and the tiles of a piece, are the same on all ranks; their grids need not
+// be.
 #include <algorithm>
 
 #include "core/check.h"

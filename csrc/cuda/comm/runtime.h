@@ -69,7 +69,7 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// A stream of its own, of the highest priority: what travels should not queue behind what multiplies.
+// A stream of its own, of the highest priority: transfers should not queue behind products.
 class PriorityStream {
  public:
   PriorityStream();

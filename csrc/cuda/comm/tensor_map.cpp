@@ -13,7 +13,7 @@ namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= 64, "as the hardware wants it");
 
-// The runtime asks the driver for its function, so that nothing is linked with the driver.
+// The runtime looks up the function of the driver, so that nothing is linked with the driver.
 decltype(&cuTensorMapEncodeTiled) find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result{};

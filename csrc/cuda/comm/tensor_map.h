@@ -1,4 +1,4 @@
-// Tensor maps: what the tensor memory accelerator must know of a matrix to bring tiles of it. Torch-free.
+// Tensor maps: the description of a matrix by which the tensor memory accelerator loads tiles of it. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 namespace tpk::cuda {
 
 // Of a matrix of bf16 or fp16 in device memory, whose tiles are box_rows rows by 64 columns (128 bytes, swizzled as
-// hopper.cuh says); what lies outside comes as zeros. Throws std::invalid_argument for what the hardware cannot do: a
-// base or a row stride that is no multiple of 16 bytes, a size of 0 or of 2^32 and more, more than 256 box rows.
+// hopper.cuh has it); values outside are loaded as zeros. Throws std::invalid_argument for what the hardware cannot do:
+// a base or a row stride that is no multiple of 16 bytes, a size of 0 or of 2^32 and more, more than 256 box rows.
 TensorMap tensor_map_of(DType dtype, const void* base, uint64_t rows, uint64_t columns, uint64_t row_stride_bytes,
                         uint32_t box_rows);
 

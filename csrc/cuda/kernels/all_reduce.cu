@@ -4,13 +4,12 @@
 //   two_shot    rank r sums chunk r of all ranks, then every rank reads the R sums: two waits.
 //   multicast   the switch sums chunk r for rank r and hands the sum to all ranks; needs a multicast mapping.
 //
-// Called by  csrc/cuda/comm/peer_communicator.cpp when choose.h says so.
+// Called by  csrc/cuda/comm/peer_communicator.cpp when choose.h chooses it.
 // Needs      what peer.cuh needs; multicast: an arena that is mapped through the switch, and sm_90.
-// Order      peer.cuh's. A chunk's owner writes the sum over its own input, which nobody else reads.
+// Order      peer.cuh's. A chunk's owner writes the sum over its own input, which no other rank reads.
 // Sums       fp32 (fp64 in fp64, integers wrapping), ranks 0..R-1, so all ranks hold the same bits. With a codec the
-// owner
-//            packs the sum again, and all take what it packed; one_shot packs and unpacks in registers to the same
-//            bits. multicast: fp32 in the order of the switch, rounded by it.
+//            owner packs the sum again, and all take what it packed; one_shot packs and unpacks in registers to the
+//            same bits. multicast: fp32 in the order of the switch, rounded by it.
 // Traffic    one_shot (R - 1) n values into each rank; two_shot 2 (R - 1) / R n, the least without a switch; multicast
 //            n / R into and n out of each rank.
 #include "dispatch.cuh"
@@ -69,7 +68,7 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) two_shot_kernel(Args args) {
     }
     if (turn.step(kDone)) {
       for (int k = Format::kPlain ? 1 : 0; k < ranks;
-           ++k) {  // each begins with another, so that no link is asked by all
+           ++k) {  // each rank begins with another peer, so that no link serves all at once
         const int r = (me + k) % ranks;
         Format::decode(turn.slot(r), out, chunk(r), length, Reach::Peer);
       }

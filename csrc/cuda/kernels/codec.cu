@@ -63,7 +63,7 @@ TPK_KERNEL void __launch_bounds__(kThreads, 2) reduce_kernel(ReduceArgs args) {
   }
 }
 
-// What rounding leaves is kept for the next step; what is not finite is not kept, or it would never go away.
+// The rounding error is kept for the next step, unless it is not finite: it would stay for ever.
 template <class C, class T>
 TPK_KERNEL void __launch_bounds__(kThreads, 2)
     feedback_kernel(const T* values, float* residual, char* wire, float scale, size_t n) {

@@ -1,27 +1,15 @@
-// What the kernels ask of the hardware beyond C++: the only home of inline PTX. Torch-free.
+// The hardware beyond C++, for the kernels: inline PTX is here and in hopper.cuh alone. Torch-free.
 //
-// Flags between ranks go through load_acquire_sys, store_release_sys and add_release_sys and nothing else: whoever sees
-// the flag sees what was written before it was raised. Whatever spins, loads through here. Each primitive has a twin in
-// the emulator (tests/csrc/emu/device_emu.h) that checks what it is used for: order, scope, alignment.
+// Flags between ranks go through load_acquire_sys and store_release_sys and nothing else: a rank that sees the flag
+// sees what was written before it was raised. Loops that wait load through here. Each primitive has a twin in the
+// emulator (tests/csrc/emu/override) that checks what it is used for: order, scope, alignment.
 #pragma once
 
 #include <cstdint>
 
 #include "core/codec/half.h"
-#include "launch.h"
-
-namespace tpk::cuda {
-
-// The widest access of a thread. Addresses are multiples of 16.
-struct alignas(16) Word16 {
-  uint32_t x, y, z, w;
-};
-
-}  // namespace tpk::cuda
-
-#if defined(TPK_EMU)
-#include "device_emu.h"
-#else
+#include "cuda/kernels/launch.h"
+#include "word16.h"
 
 namespace tpk::cuda {
 
@@ -47,10 +35,6 @@ __device__ __forceinline__ void store_relaxed_sys(uint32_t* to, uint32_t value) 
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void add_release_sys(uint32_t* to, uint32_t value) {
-  asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
-}
-
 // ---- words that the blocks of one rank share ------------------------------------------------------------------------
 
 // Returns what was there before.
@@ -66,7 +50,6 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* to, uint32_t value
 // ---- order, time, the end -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ __forceinline__ uint64_t global_time_ns() {
   uint64_t time;
@@ -84,7 +67,8 @@ __device__ __forceinline__ Word16 load16(const void* from) {
   return {word.x, word.y, word.z, word.w};
 }
 
-// Of what another rank has written since this kernel began: not from the first-level cache, which knows nothing of it.
+// Of what another rank has written since this kernel began: not from the first-level cache, which may hold an older
+// value.
 __device__ __forceinline__ Word16 load16_peer(const void* from) {
   Word16 word;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -98,8 +82,7 @@ __device__ __forceinline__ void store16(void* to, Word16 word) {
   *static_cast<uint4*>(to) = make_uint4(word.x, word.y, word.z, word.w);
 }
 
-// ---- two values, each rounded to nearest even, the first one below
-// ---------------------------------------------------
+// ---- two values, each rounded to nearest even, the first one in the low half ----------------------------------------
 
 template <class T>
 __device__ __forceinline__ uint32_t rounded_pair(float low, float high);
@@ -176,8 +159,6 @@ __device__ __forceinline__ void multicast_store16(void*, Word16) { trap(); }
 
 // ---- threads that work together. All threads of the block, all lanes of the warp call -------------------------------
 
-__device__ __forceinline__ bool any_of_block(bool holds) { return __syncthreads_or(holds) != 0; }
-
 __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
   for (int offset = 16; offset > 0; offset /= 2) {
     const uint32_t other = __shfl_xor_sync(0xffffffffu, value, offset);
@@ -186,12 +167,4 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
   return value;
 }
 
-// The same bits in every lane: each step adds the same two values on both sides.
-__device__ __forceinline__ float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 }  // namespace tpk::cuda
-
-#endif

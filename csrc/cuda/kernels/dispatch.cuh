@@ -2,8 +2,8 @@
 // files.
 #pragma once
 
+#include "cuda/kernels/launch.h"
 #include "kernels.h"
-#include "launch.h"
 #include "vector.cuh"
 #include "warp_block.cuh"
 

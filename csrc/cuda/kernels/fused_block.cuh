@@ -1,4 +1,4 @@
-// What the blocks of the fused GEMMs have in common (fused_gemm_sm90.cu): arguments, shared memory, where a tile lies.
+// The blocks of the fused GEMMs (fused_gemm_sm90.cu): arguments, shared memory, places of tiles.
 #pragma once
 
 #include "tile_moves.cuh"
@@ -26,7 +26,7 @@ struct GatherArgs : Args {
   size_t x_row_bytes;
 };
 
-// What both kernels are: a block that sets itself up, and threads with a part each.
+// The base of both kernels: set-up of a block, and the work of its threads.
 template <class T, int N>
 class Block {
  public:
@@ -61,7 +61,7 @@ class Block {
   __device__ __forceinline__ uint32_t tile_step() const { return gridDim.x - args_.communicating; }
   __device__ __forceinline__ uint32_t steps() const { return divided_up(args_.gemm.K, kTileDepth); }
   __device__ __forceinline__ bool have_agreed() const {
-    await(&barriers().heard, 0);
+    await(&barriers().announced, 0);
     return turn_.have_agreed();
   }
   // Rows and columns of a tile that lie inside y.
@@ -98,7 +98,7 @@ class Block {
   TileTurn turn_;
 
  private:
-  // What the rank that this lane of the herald listens to must bring.
+  // The `brings` that the rank of this lane of the signal warp must announce.
   __device__ __forceinline__ uint32_t brings() const {
     return threadIdx.x % 32 < kMaxPeers ? args_.cut.brings[threadIdx.x % 32] : 0;
   }

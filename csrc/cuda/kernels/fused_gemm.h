@@ -1,5 +1,5 @@
 // The fused GEMMs of Hopper (fused_gemm_sm90.cu): one kernel multiplies, sends tiles as they are done, and sums or
-// gathers as they come. What the host asks; torch-free. Only for devices of compute capability 9.0.
+// gathers as they come. The interface for the host; torch-free. Only for devices of compute capability 9.0.
 //
 // bf16 and fp16, products summed in fp32, codec none. A launch works on a piece: a stretch of every rank's rows, as
 // many as `most_reduced_rows` or `most_gathered_rows` (tiles.h) allow; a larger call is several launches, each with an

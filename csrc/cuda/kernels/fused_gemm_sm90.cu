@@ -1,15 +1,15 @@
-// The fused GEMMs of Hopper: products, what travels, and the sums in one kernel. Compiled for sm_90a alone.
+// The fused GEMMs of Hopper: products, transfers and sums in one kernel. Compiled for sm_90a alone.
 //
 //   gemm_reduce_scatter  every tile of x @ w.T goes, rounded, into the slot of the rank that owns its rows, which sums
 //                        the tiles of all ranks as they come.
-//   gemm_all_reduce      the same; the sum stays in the owner's slot, too, and everybody copies it from there.
-//   all_gather_gemm      every rank copies its rows into its slot, everybody copies them into x_whole as they come, and
-//                        multiplies the rows that are there.
+//   gemm_all_reduce      the same; the sum is also written to the owner's slot, and all ranks copy it from there.
+//   all_gather_gemm      every rank copies its rows into its slot, all ranks copy them into x_whole as they arrive, and
+//                        multiply the rows that have arrived.
 //
 // Called by  csrc/cuda/fused_gemm.cpp, through the communicator.
-// Needs      what fused_gemm.h and tile_turn.cuh say. Blocks [0, communicating) sum or gather, the others multiply.
+// Needs      as in fused_gemm.h and tile_turn.cuh. Blocks [0, communicating) sum or gather, the others multiply.
 // Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
-// Warps      of every block: 0 loads, 1 is the herald, 4 .. 11 are the product threads, which also move.
+// Warps      of every block: 0 loads, 1 is the signal warp, 4 .. 11 are the product threads, which also move.
 // Sums       fp32 in rank order, rounded once, of products that were rounded once: the bits that reduce_scatter and
 //            two_shot make of the same products.
 // Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
@@ -40,12 +40,12 @@ class ReduceBlock : public Block<T, N> {
     }
   }
 
-  __device__ __forceinline__ void talk() {
-    const bool agreed = turn_.hear(&Base::barriers().heard);
+  __device__ __forceinline__ void send_signals() {
+    const bool agreed = turn_.await_announcements(&Base::barriers().announced);
     if (!Base::multiplies()) return;
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
-      meet_some(kMeetTile, kProductThreads + 32);
+      sync_named(kTileBarrier, kProductThreads + 32);
       if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
     }
   }
@@ -57,7 +57,7 @@ class ReduceBlock : public Block<T, N> {
       const Tile tile = order_.interleaved(i);
       Base::multiply_tile(d, place);
       if (Base::have_agreed()) send(d, tile);
-      meet_some(kMeetTile, kProductThreads + 32);
+      sync_named(kTileBarrier, kProductThreads + 32);
     }
   }
 
@@ -71,7 +71,7 @@ class ReduceBlock : public Block<T, N> {
   __device__ __forceinline__ bool may_stay() const {
     __shared__ bool may;
     if (product_thread() == 0) may = turn_.have_all_begun();
-    meet_product_threads();
+    sync_product_threads();
     return may;
   }
   __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile) const {
@@ -79,7 +79,7 @@ class ReduceBlock : public Block<T, N> {
     T* const mine = reinterpret_cast<T*>(slot + static_cast<size_t>(me()) * part_bytes(tile.owner));
     Base::store(d, tile, mine + Base::place_in_part(tile));
   }
-  // What one rank brings for the rows of another.
+  // The products of one rank for the rows of another.
   __device__ __forceinline__ size_t part_bytes(uint32_t owner) const {
     return size_t{args_.cut.count[owner]} * args_.gemm.N * sizeof(T);
   }
@@ -89,11 +89,11 @@ class ReduceBlock : public Block<T, N> {
     const int thread = static_cast<int>(product_thread());
     for (uint32_t number; (number = take_next(turn_.taken(0))) < tiles;) {
       if (thread < ranks()) turn_.await_tile(thread, number);
-      meet_product_threads();
+      sync_product_threads();
       if (turn_.is_late()) return turn_.give_up_waiting(thread == 0), false;
       sum_tile(order_.tile(owner, number));
       if (!everywhere_) continue;
-      meet_product_threads();
+      sync_product_threads();
       if (thread < ranks() && thread != me()) turn_.raise_summed(thread, number);
     }
     return true;
@@ -107,14 +107,14 @@ class ReduceBlock : public Block<T, N> {
     sum_rows<T, N>(Base::dealt(tile), parts, bytes, ranks(), y, in_slot);
   }
 
-  // The other ranks' sums, in the order in which they come.
+  // The sums of the other ranks, tile by tile.
   __device__ __forceinline__ void copy_sums() {
     for (uint32_t i; (i = take_next(turn_.taken(1))) < order_.total();) {
       const Tile tile = order_.interleaved(i);
       if (Base::is_mine(tile)) continue;
       const int owner = static_cast<int>(tile.owner);
       if (product_thread() == 0) turn_.await_summed(owner, tile.number);
-      meet_product_threads();
+      sync_product_threads();
       if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0);
       const char* const sums = turn_.slot(owner) + static_cast<size_t>(owner) * part_bytes(tile.owner);
       copy_rows<N>(Base::dealt(tile), Base::rows_at(sums, Base::place_in_part(tile)),
@@ -140,7 +140,7 @@ class GatherBlock : public Block<T, N> {
         order_(TileOrder::of_gather(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)),
         slices_(divided_up(args.gemm.K, kGatherColumns)) {}
 
-  // The own rows are read where they are; those of others as their items come, if the ranks agree.
+  // This rank's rows are read in place; those of others when their items have arrived, if the ranks agree.
   __device__ __forceinline__ void load() {
     Place<N> place;
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
@@ -151,7 +151,7 @@ class GatherBlock : public Block<T, N> {
     }
   }
 
-  __device__ __forceinline__ void talk() { turn_.hear(&Base::barriers().heard); }
+  __device__ __forceinline__ void send_signals() { turn_.await_announcements(&Base::barriers().announced); }
 
   __device__ __forceinline__ void multiply_and_send() {
     Place<N> place;
@@ -164,7 +164,7 @@ class GatherBlock : public Block<T, N> {
     }
   }
 
-  // Only the communicating blocks: what the others wait for must not wait for them.
+  // Only the communicating blocks: the multiplying blocks wait for these copies, which must not wait for products.
   __device__ __forceinline__ void move() {
     if (Base::multiplies() || !Base::have_agreed()) return;
     bring_own_rows();
@@ -209,7 +209,7 @@ class GatherBlock : public Block<T, N> {
       const Rows whole = in_whole(owner, item);
       copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(gather_.x_part, gather_.x_row_bytes, item),
                                 item_at(turn_.slot(me()), row_bytes(), item), whole);
-      meet_product_threads();
+      sync_product_threads();
       if (thread < ranks() && thread != me()) turn_.raise_summed(thread, item);
     }
   }
@@ -229,11 +229,11 @@ class GatherBlock : public Block<T, N> {
 
   __device__ __forceinline__ bool fetch_item(uint32_t owner, uint32_t item) {
     if (product_thread() == 0) turn_.await_summed(static_cast<int>(owner), item);
-    meet_product_threads();
+    sync_product_threads();
     if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0), false;
     copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(turn_.slot(static_cast<int>(owner)), row_bytes(), item),
                               in_whole(owner, item));
-    meet_product_threads();
+    sync_product_threads();
     if (product_thread() == 0) turn_.raise_gathered(owner, item);
     return true;
   }
@@ -255,7 +255,7 @@ __device__ __forceinline__ void run(Block& block) {
       if (block.multiplies() && one_of_warp()) block.load();
       __syncwarp();
     } else if (threadIdx.x < 64) {
-      block.talk();
+      block.send_signals();
     }
   } else {
     registers_raise<kProductRegisters>();

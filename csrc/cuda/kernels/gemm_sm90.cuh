@@ -1,18 +1,18 @@
 // The product of a tile on Hopper: y = x @ w.T in tiles of 128 rows by N columns, a multiprocessor after the other.
 //
-// A block has three warpgroups. A thread of the first brings stages, 64 values of K of the rows of x and of w that a
+// A block has three warpgroups. A thread of the first loads stages, 64 values of K of the rows of x and of w that a
 // tile needs, by TMA into a ring in shared memory; the other two multiply 64 rows each by wgmma, round, and store. The
 // ring runs on from tile to tile: while a tile is stored, the first stages of the next are on their way.
 //
 // Bits     fp32 sums over K in the hardware's order, the bias added in fp32, rounded once to T.
-// Ragged   what lies outside x or w comes as zeros and is counted like the rest; rows and columns outside y are not
+// Ragged   values outside x or w are loaded as zeros and counted like the rest; rows and columns outside y are not
 //          stored. N and K are multiples of 8, so 16 bytes are inside or outside as a whole.
-// Ring     full[s]: the bytes of stage s have come. empty[s]: all product warps have read it; each says so itself after
-//          it has waited for its products, for a warp's wait speaks for that warp alone.
+// Ring     full[s]: the bytes of stage s have arrived. empty[s]: all product warps have read it; each warp arrives
+//          after it has waited for its products, because a wait for products covers one warp alone.
 #pragma once
 
 #include "fused_gemm.h"
-#include "hopper.cuh"
+#include "operand.cuh"
 
 namespace tpk::cuda {
 
@@ -23,9 +23,9 @@ constexpr uint32_t kMostStages = 6;
 // What a warpgroup needs: 24 .. 256 in steps of 8, together no more than 65536 / 128.
 constexpr int kLoadRegisters = 40, kProductRegisters = 232;
 
-// Transaction barriers of a block. heard: its herald has heard everybody.
+// Transaction barriers of a block. announced: its signal warp has received all announcements.
 struct Barriers {
-  uint64_t full[kMostStages], empty[kMostStages], heard;
+  uint64_t full[kMostStages], empty[kMostStages], announced;
 };
 
 // The dynamic shared memory of a block: the stages, then 16 rows of 128 values for each product warp.
@@ -50,7 +50,7 @@ struct Ring {
   }
 };
 
-// Where a thread is in the ring.
+// The place of a thread in the ring.
 template <int N>
 struct Place {
   uint32_t stage = 0, parity = 0;
@@ -65,20 +65,20 @@ __device__ __forceinline__ void await(const uint64_t* barrier, uint32_t parity) 
   }
 }
 
-// One thread, before the block meets.
+// One thread, before a barrier of the block.
 template <int N>
 __device__ __forceinline__ void init_barriers(Barriers& barriers) {
   for (uint32_t s = 0; s < Ring<N>::kStages; ++s) {
     transaction_init(&barriers.full[s], 1);
     transaction_init(&barriers.empty[s], kProductWarps);
   }
-  transaction_init(&barriers.heard, 1);
+  transaction_init(&barriers.announced, 1);
   transaction_init_done();
 }
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-// One thread brings a tile's stages. await_x(step): waits until the rows of x have come that far; false to stop.
+// One thread loads the stages of a tile. await_x(step): waits for the rows of x at that step; false to stop.
 template <int N, class AwaitX>
 __device__ __forceinline__ bool load_stages(const GemmOperands& gemm, const Tile& tile, const Ring<N>& ring,
                                             Barriers& barriers, Place<N>& place, AwaitX await_x) {
@@ -97,13 +97,13 @@ __device__ __forceinline__ bool load_stages(const GemmOperands& gemm, const Tile
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
 
-// d = rows [64 half, 64 half + 64) of the tile. All threads of a warpgroup. One group of products is under way while
-// the next one's stage is waited for; the stage before is given back.
+// d = rows [64 half, 64 half + 64) of the tile. All threads of a warpgroup. One group of products runs during the wait
+// for the stage of the next; the stage before is released.
 template <class T, int N>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint32_t half, const Ring<N>& ring,
                                          Barriers& barriers, Place<N>& place) {
   constexpr uint32_t kHalfBytes = Ring<N>::kXBytes / 2;
-  const bool speaks = threadIdx.x % 32 == 0;
+  const bool arrives = threadIdx.x % 32 == 0;
   uint32_t before = 0;
   for (uint32_t step = 0; step < steps; ++step, place.advance()) {
     await(&barriers.full[place.stage], place.parity);
@@ -114,17 +114,17 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint
     products_commit();
     products_wait<1>();
     __syncwarp();
-    if (step > 0 && speaks) transaction_arrive(&barriers.empty[before]);
+    if (step > 0 && arrives) transaction_arrive(&barriers.empty[before]);
     before = place.stage;
   }
   products_wait<0>();
   __syncwarp();
-  if (speaks) transaction_arrive(&barriers.empty[before]);
+  if (arrives) transaction_arrive(&barriers.empty[before]);
 }
 
 // ---- storing --------------------------------------------------------------------------------------------------------
 
-// Where a tile goes: its first value, values from row to row, and what of it lies inside.
+// The output of a tile: its first value, values from row to row, rows and columns that lie inside y.
 template <class T>
 struct TileOutput {
   T* first;
@@ -133,7 +133,7 @@ struct TileOutput {
 };
 
 // The 16 rows that a warp has of a tile, 128 columns at a time through its staging, so that half a warp stores a row in
-// one piece. There a row's 16-byte words are permuted by its number: neither writing nor reading meets in a bank.
+// one piece. There a row's 16-byte words are permuted by its number: neither writes nor reads have bank conflicts.
 template <class T, int N>
 __device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<T>& to, const T* bias,
                                            uint32_t first_row, char* staging) {

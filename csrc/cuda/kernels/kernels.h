@@ -1,4 +1,4 @@
-// What the host asks of the kernels: plain structs by value and launch functions that only enqueue. Torch-free.
+// The interface of the kernels for the host: plain structs by value and launch functions that only enqueue. Torch-free.
 //
 // Every launch_* returns the launch's cudaError_t, allocates nothing, never waits for the device, and may be captured
 // into a CUDA graph: whatever changes from call to call (the epoch) lives in device memory.
@@ -19,7 +19,7 @@ namespace tpk::cuda {
 
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 
-// What a rank says of its call; must agree over the ranks but for `brings` and `heap_units`. 32 bytes.
+// The announcement of a call; the ranks must agree in all but `brings` and `heap_units`. 32 bytes.
 struct Announcement {
   uint32_t flag;        // the epoch: written last, released
   uint32_t kind;        // kind_of(...)
@@ -55,7 +55,7 @@ TPK_HOST_DEVICE constexpr uint32_t plan_of(Kernel kernel, uint32_t blocks, uint3
 }
 
 // First thing in an arena, zero when the group opens. Peers write into `arrived`, `stage`, `tiles` and `summed`; the
-// rest is the owner's. Flags are pushed to whoever waits, so that polling stays in local memory.
+// rest is the owner's. Flags are pushed to the rank that waits, so that it polls local memory.
 struct Signals {
   Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
   uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 2 * epoch + how far it got after its announcement
@@ -71,7 +71,7 @@ struct Signals {
 constexpr size_t kSignalBytes = size_t{64} << 10;
 static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
 
-// What a device that gave up leaves for the host, in pinned memory. The first failure stays.
+// The record of a failure on a device, for the host, in pinned memory. The first failure stays.
 enum class Failure : uint32_t { None, Late, Mismatch };
 struct FailureRecord {
   uint32_t failure;  // a Failure; written last
@@ -79,9 +79,9 @@ struct FailureRecord {
   uint32_t stage;    // 1: announcements, 2: a later wait of the call
   uint32_t kind;     // of this rank's call
   uint32_t missing;  // Late: one bit for each rank that did not come
-  uint32_t blamed;   // Mismatch: a rank that said something else
+  uint32_t blamed;   // Mismatch: a rank with another announcement
   uint64_t numel;
-  Announcement theirs;            // Mismatch: what it said
+  Announcement theirs;            // Mismatch: that announcement
   uint32_t last_seen[kMaxPeers];  // Late: the epoch at which each rank was seen last
 };
 
@@ -175,15 +175,15 @@ cudaError_t launch_reduce_wires_to_values(DType, Codec, ReduceOp, const WireList
 cudaError_t launch_encode_with_feedback(DType, Codec, const void* values, float* residual, void* wire, float scale,
                                         size_t n, cudaStream_t);
 
-// ---- local (travel.cu): what a stream tells the host of exchanges through a process group, in pinned memory
-struct Travel {
-  uint32_t begun, ended;  // exchanges that the stream has come to, and those behind which it is
+// ---- local (exchange_marks.cu): the progress of exchanges through a process group, in pinned memory for the host
+struct ExchangeMarks {
+  uint32_t begun, ended;  // exchanges that the stream has begun and ended
   uint32_t op, call;      // of the last one that has begun
-  uint32_t given_up;      // written by the host: the stream must not go on
+  uint32_t given_up;      // written by the host: the stream must stop
 };
-cudaError_t launch_begin_travel(Travel*, Op, uint32_t call, cudaStream_t);
+cudaError_t launch_mark_begin(ExchangeMarks*, Op, uint32_t call, cudaStream_t);
 // Traps when the exchange was given up.
-cudaError_t launch_end_travel(Travel*, cudaStream_t);
+cudaError_t launch_mark_end(ExchangeMarks*, cudaStream_t);
 
 // ---- local (norm.cu). fp32, fp64, bf16, fp16; what is summed is summed in fp32, fp64 for fp64 ("sums" below).
 // The local half of all_reduce_add_rms_norm, to the same bits: sum is the sum over the ranks, and may be residual_out.

@@ -4,14 +4,10 @@
 //   TPK_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)      -> cudaError_t
 //   TPK_DYNAMIC_SHARED(T, name)                 the dynamic shared memory of the block, 16-byte aligned
 //
-// With TPK_EMU the same sources are ordinary C++ (tests/csrc/emu): a block is an OS thread, a CUDA thread is a fiber.
+// The emulated build has tests/csrc/emu/override/cuda/kernels/launch.h in place of this file; so it has of device.cuh
+// and hopper.cuh, and all three are included by their path from csrc.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#if defined(TPK_EMU)
-#include "emu.h"
-#else
 #include <cuda_runtime.h>
 
 #define TPK_KERNEL __global__
@@ -36,4 +32,3 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
 
 #define TPK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::tpk::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-#endif

@@ -6,9 +6,10 @@
 //
 // Called by  csrc/cuda/comm/peer_communicator.cpp.
 // Needs      what peer.cuh needs. Parts may be uneven and empty, and lie anywhere in the whole tensor (DeviceCut).
-// Order      peer.cuh's; reading from heaps takes one more step, so that nobody changes an input that another still
-// reads. Sums       as all_reduce.cu. The sum is not packed again: it travels no further. Traffic    (R - 1) / R n
-// values into each rank.
+// Order      peer.cuh's; a kernel that reads heaps takes one more step, so that no rank changes an input that another
+//            still reads.
+// Sums       as all_reduce.cu. The sum is not packed again: it is sent no further.
+// Traffic    (R - 1) / R n values into each rank.
 #include "dispatch.cuh"
 #include "peer.cuh"
 
@@ -63,7 +64,7 @@ struct GatherArgs {
   uint32_t heap_units;
 };
 
-// This rank's part goes straight to the output, except under a codec: there everybody takes what was packed.
+// This rank's part goes straight to the output, except under a codec: there every rank takes the packed values.
 template <class Format>
 TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) all_gather_kernel(GatherArgs args) {
   using T = typename Format::Value;
@@ -77,7 +78,7 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) all_gather_kernel(GatherArgs a
     Format::encode(in, turn.slot(me), share_of<Format>(0, units_of(length)), length);
   };
   if (Format::kPlain ? turn.bring_or_leave(args.heap_units, copy_in) : turn.bring(copy_in)) {
-    for (int k = 0; k < ranks; ++k) {  // each begins with another, so that no link is asked by all
+    for (int k = 0; k < ranks; ++k) {  // each rank begins with another peer, so that no link serves all at once
       const int r = (me + k) % ranks;
       const Length length = length_of<Format>(args.cut.count[r]);
       T* const part = out + args.cut.first[r];

@@ -1,46 +1,45 @@
-// The protocol of a call over peer memory: what the ranks tell each other, who waits for whom, what a failure leaves.
+// The protocol of a call over peer memory: announcements, waits, and the state after a failure.
 //
 // A kernel over peers is a Turn, the same on every rank:
 //
 //   Turn turn(peers, call, Kernel::TwoShot);
-//   if (turn.bring(copy_in)) {              // announce, hear all, agree: inputs can be read from the slots
+//   if (turn.bring(copy_in)) {              // announce, wait for all, compare: inputs can be read from the slots
 //     ...                                   // sum
 //     if (turn.step(kDone)) ...             // all have summed: read the sums
 //   }
 //   turn.end();
 //
-// Needs    R <= 8 ranks; the same launches in the same order, on one stream, everywhere; grids that are resident as a
-//          whole, on all ranks at once. Block b waits for the blocks b of the others and for nothing else, so block b
-//          may read from a peer only what its own number has written there.
+// Needs    R <= 8 ranks; the same launches in the same order, on one stream, on all ranks; grids that are resident as a
+//          whole, on all ranks at once. Block b waits for the blocks b of the other ranks alone, so block b may read
+//          from a peer only what block b there has written.
 // Order    what a block wrote is released with its flags (store_release_sys after a barrier of the block), and acquired
-//          by whoever polls them (load_acquire_sys before one). Call e uses slot e % 2 and arrived[e % 2], which are
-//          free again in call e + 2: a kernel ends only after it has heard everybody's e + 1, and a rank says e + 1
-//          only after its kernel e has ended, that is after it has read all it wanted of e.
-// Heaps    an input that lies in a heap may be changed when the kernel has ended: whoever reads heaps takes one step
-//          (kDone) after the last read.
-// Refusal  every block compares everybody's announcement with its own; all ranks come to the same verdict. Then no data
-//          is read, nothing is written to outputs, the call counts as done, and the host finds a record. The later
-//          pieces of a refused call return at once: ranks that disagree about its size launch different numbers of
-//          them.
-// Waits    end at a deadline: the first block that waited in vain records whom for and traps; the group is lost.
+//          by the blocks that poll them (load_acquire_sys before a barrier). Call e uses slot e % 2 and arrived[e % 2],
+//          which are free again in call e + 2: a kernel ends only after it has received all announcements of e + 1, and
+//          a rank announces e + 1 only after its kernel e has ended, and with it all reads of e.
+// Heaps    an input that lies in a heap may be changed when the kernel has ended: a kernel that reads heaps takes one
+//          step (kDone) after the last read.
+// Refusal  every block compares all announcements with its own; all ranks get the same verdict. Then no data is read,
+//          nothing is written to outputs, the call counts as done, and the host finds a record. The later pieces of a
+//          refused call return at once: ranks that disagree about its size launch different numbers of them.
+// Waits    end at a deadline: the first block whose wait fails records the missing ranks and traps; the group is lost.
 // Traffic  32 bytes from each block to each rank, and 4 for each step.
 //
-// Kernels that talk tile by tile have the same turn with other flags: tile_turn.cuh.
+// Kernels that exchange flags tile by tile have the same turn with other flags: tile_turn.cuh.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "kernels.h"
 #include "vector.cuh"
 
 namespace tpk::cuda {
 
-// What a block tells the same-numbered blocks after its announcement: 2 * epoch + one of these. It only grows.
+// Flags of a block to the blocks of the same number, after its announcement: 2 * epoch + one of these. They only grow.
 constexpr uint32_t kCopied = 0;  // an input that cannot be read from its heap has been copied into the slot
 constexpr uint32_t kDone = 1;    // sums can be read; inputs have been read
 
 class Turn {
  public:
-  // Reads the epoch. `expected`: what rank threadIdx.x, which this thread listens to, must announce that it brings.
+  // Reads the epoch. `expected`: the `brings` that rank threadIdx.x must announce.
   __device__ __forceinline__ Turn(const Peers& peers, const Call& call, Kernel kernel, uint32_t expected = 0)
       : Turn(peers, call, plan_of(kernel, gridDim.x, blockDim.x), blockIdx.x, expected) {}
   Turn(const Turn&) = delete;
@@ -58,22 +57,22 @@ class Turn {
     if (outcome_ == Outcome::Skipped) return false;
     copy_in();
     announce(kNoUnits);
-    return hear();
+    return await_announcements();
   }
 
   // The same for an input that may lie in this rank's heap, at `heap_units`, or else kNoUnits: when all do, nothing is
-  // copied; when some do, those ranks find out and copy, and everybody waits for them.
+  // copied; when some do, those ranks copy, and all ranks wait for them.
   template <class CopyIn>
   __device__ __forceinline__ bool bring_or_leave(uint32_t heap_units, CopyIn copy_in) {
     if (outcome_ == Outcome::Skipped) return false;
     const bool in_heap = heap_units != kNoUnits;
 #pragma unroll 1
     for (int time = 0; time < 2; ++time) {  // a loop, so that copy_in() is there only once
-      const bool have_heard = time == 1;
-      if (in_heap == have_heard) copy_in();
-      if (have_heard) break;
+      const bool is_second = time == 1;
+      if (in_heap == is_second) copy_in();
+      if (is_second) break;
       announce(heap_units);
-      if (!hear()) return false;
+      if (!await_announcements()) return false;
       const int in_heaps = count_heaps();
       reads_heaps_ = in_heaps == peers_.world_size;
       if (in_heaps == 0 || reads_heaps_) return true;
@@ -87,11 +86,11 @@ class Turn {
   __device__ __forceinline__ const char* source(int r) const { return peers_.arena[r] + size_t{source_units(r)} * 16; }
   // The same from the start of its arena, in units of 16 bytes.
   __device__ __forceinline__ uint32_t source_units(int r) const {
-    return reads_heaps_ ? static_cast<uint32_t>(heap_offset(peers_) / 16) + heard().units[r]
+    return reads_heaps_ ? static_cast<uint32_t>(heap_offset(peers_) / 16) + received().units[r]
                         : static_cast<uint32_t>(slot_offset(peers_, epoch_) / 16);
   }
 
-  // Tells the other blocks of this number that this one got so far, waits until they have.
+  // A barrier with the blocks of this number on all ranks.
   __device__ __forceinline__ bool step(uint32_t how_far) {
     __syncthreads();  // what this block read and wrote comes before its flags
     const int t = static_cast<int>(threadIdx.x);
@@ -100,14 +99,14 @@ class Turn {
       const uint32_t* flag = &signals(peers_.rank).stage[t][blockIdx.x];
       const bool came =
           wait([&] { return reached(load_acquire_sys(flag), 2 * epoch_ + how_far); }, [] { return false; });
-      heard().late[t] = !came;
+      received().late[t] = !came;
     }
     __syncthreads();
     return is_any_late() ? give_up(2) : true;
   }
 
-  // The last block of the rank closes the call. All threads of a block have read the epoch before any gets here (they
-  // met in bring), so it may change.
+  // The last block of the rank closes the call. All threads of a block have read the epoch before any is here (bring
+  // has a barrier), so it may change.
   __device__ __forceinline__ void end() {
     if (threadIdx.x != 0 || outcome_ == Outcome::Skipped || outcome_ == Outcome::GaveUp) return;
     Signals& mine = signals(peers_.rank);
@@ -123,18 +122,18 @@ class Turn {
   enum class Outcome : uint32_t { Going, Refused, GaveUp, Skipped };
   enum class Verdict : uint32_t { Agrees, Differs, Late };  // the worse, the larger
 
-  // What thread r of the block found out about rank r.
-  struct Heard {
-    Verdict verdict[kMaxPeers];  // from its announcement
-    bool late[kMaxPeers];        // with what was waited for after that
+  // By thread r of the block, of rank r.
+  struct Received {
+    Verdict verdict[kMaxPeers];  // of its announcement
+    bool late[kMaxPeers];        // with a later flag
     uint32_t units[kMaxPeers];
   };
-  __device__ __forceinline__ static Heard& heard() {
-    __shared__ Heard shared;
+  __device__ __forceinline__ static Received& received() {
+    __shared__ Received shared;
     return shared;
   }
 
-  // `block`: whose announcements are heard.
+  // `block`: the number of the blocks whose announcements are compared.
   __device__ __forceinline__ Turn(const Peers& peers, const Call& call, uint32_t plan, uint32_t block,
                                   uint32_t expected)
       : peers_(peers), call_(call), expected_(expected), plan_(plan), block_(block) {
@@ -161,10 +160,10 @@ class Turn {
   __device__ __forceinline__ void announce(uint32_t heap_units) const {
     __syncthreads();  // what this block copied in comes before its flags
     const int t = static_cast<int>(threadIdx.x);
-    if (t < peers_.world_size) tell(t, heap_units);
+    if (t < peers_.world_size) send_announcement(t, heap_units);
   }
 
-  __device__ __forceinline__ void tell(int r, uint32_t heap_units) const {
+  __device__ __forceinline__ void send_announcement(int r, uint32_t heap_units) const {
     Announcement& at = signals(r).arrived[epoch_ & 1][peers_.rank][block_];
     store_relaxed_sys(&at.kind, kind());
     store_relaxed_sys(halves(at.numel), low(call_.numel));
@@ -176,10 +175,10 @@ class Turn {
     store_release_sys(&at.flag, epoch_);
   }
 
-  // Waits for everybody's announcement to this block and compares it with what this rank said.
-  __device__ __forceinline__ bool hear() {
+  // Waits for the announcements of all ranks to this block and compares them with its own.
+  __device__ __forceinline__ bool await_announcements() {
     const int t = static_cast<int>(threadIdx.x);
-    if (t < peers_.world_size) listen(t);
+    if (t < peers_.world_size) await_announcement(t);
     __syncthreads();
     const Verdict worst = worst_verdict();
     if (worst == Verdict::Late) return give_up(1);
@@ -187,25 +186,25 @@ class Turn {
     return true;
   }
 
-  // What rank r announces is heard().
-  __device__ __forceinline__ void listen(int r) const {
+  // Puts the announcement of rank r into received().
+  __device__ __forceinline__ void await_announcement(int r) const {
     bool differs = false;
-    const bool came = wait([&] { return has_said(r, block_); },
-                           // A rank whose grid is smaller has no block of this number, but its block 0 says so.
-                           [&] { return differs = has_said(r, 0) && disagrees(r, 0); });
+    const bool came = wait([&] { return has_announced(r, block_); },
+                           // A rank whose grid is smaller has no block of this number; the plan of its block 0 differs.
+                           [&] { return differs = has_announced(r, 0) && disagrees(r, 0); });
     if (came && !differs) differs = disagrees(r, block_);
-    heard().verdict[r] = !came ? Verdict::Late : differs ? Verdict::Differs : Verdict::Agrees;
-    heard().late[r] = false;
-    heard().units[r] = load_relaxed_sys(&arrived(r, block_).heap_units);
+    received().verdict[r] = !came ? Verdict::Late : differs ? Verdict::Differs : Verdict::Agrees;
+    received().late[r] = false;
+    received().units[r] = load_relaxed_sys(&arrived(r, block_).heap_units);
   }
 
   __device__ __forceinline__ int count_heaps() const {
     int in_heaps = 0;
-    for (int r = 0; r < peers_.world_size; ++r) in_heaps += heard().units[r] != kNoUnits ? 1 : 0;
+    for (int r = 0; r < peers_.world_size; ++r) in_heaps += received().units[r] != kNoUnits ? 1 : 0;
     return in_heaps;
   }
 
-  __device__ __forceinline__ bool has_said(int r, uint32_t block) const {
+  __device__ __forceinline__ bool has_announced(int r, uint32_t block) const {
     return reached(load_acquire_sys(&arrived(r, block).flag), epoch_);
   }
 
@@ -219,17 +218,18 @@ class Turn {
 
   __device__ __forceinline__ Verdict worst_verdict() const {
     Verdict worst = Verdict::Agrees;
-    for (int r = 0; r < peers_.world_size; ++r) worst = heard().verdict[r] > worst ? heard().verdict[r] : worst;
+    for (int r = 0; r < peers_.world_size; ++r) worst = received().verdict[r] > worst ? received().verdict[r] : worst;
     return worst;
   }
 
   __device__ __forceinline__ bool is_any_late() const {
     bool late = false;
-    for (int r = 0; r < peers_.world_size; ++r) late |= heard().late[r];
+    for (int r = 0; r < peers_.world_size; ++r) late |= received().late[r];
     return late;
   }
 
-  // Polls came() until it holds, now and then also otherwise(); false at the deadline. The clock is far away.
+  // Polls came() until it holds, after every 64 polls also otherwise() and the clock, which is slow to read; false at
+  // the deadline.
   template <class Came, class Otherwise>
   __device__ __forceinline__ bool wait(Came came, Otherwise otherwise) const {
     constexpr int kPollsBetweenClocks = 64;
@@ -245,17 +245,17 @@ class Turn {
     return false;
   }
 
-  // Ends the kernel of this rank. Of the blocks that waited in vain only the first one traps, after it has said why: a
-  // trap would cut off a record that another block is writing.
+  // Ends the kernel of this rank. Of the blocks whose wait failed only the first one traps, after it has written the
+  // record: a trap would cut off a record that another block is writing.
   __device__ __forceinline__ bool give_up(uint32_t stage) { return give_up(stage, threadIdx.x == 0); }
-  __device__ __forceinline__ bool give_up(uint32_t stage, bool speaks) {
+  __device__ __forceinline__ bool give_up(uint32_t stage, bool reports) {
     outcome_ = Outcome::GaveUp;
-    if (!speaks || add_acq_rel_gpu(&signals(peers_.rank).gave_up, 1) != 0) return false;
+    if (!reports || add_acq_rel_gpu(&signals(peers_.rank).gave_up, 1) != 0) return false;
     FailureRecord& record = *peers_.failure;
     if (load_relaxed_sys(&record.failure) == static_cast<uint32_t>(Failure::None)) {
       record.missing = 0;
       for (int r = 0; r < peers_.world_size; ++r) {
-        if (heard().verdict[r] == Verdict::Late || heard().late[r]) record.missing |= 1u << r;
+        if (received().verdict[r] == Verdict::Late || received().late[r]) record.missing |= 1u << r;
         record.last_seen[r] = last_seen(r);
       }
       publish(Failure::Late, stage);
@@ -277,8 +277,8 @@ class Turn {
     FailureRecord& record = *peers_.failure;
     if (load_relaxed_sys(&record.failure) != static_cast<uint32_t>(Failure::None)) return;
     int blamed = 0;
-    while (heard().verdict[blamed] != Verdict::Differs) ++blamed;
-    Announcement& theirs = arrived(blamed, has_said(blamed, block_) ? block_ : 0);
+    while (received().verdict[blamed] != Verdict::Differs) ++blamed;
+    Announcement& theirs = arrived(blamed, has_announced(blamed, block_) ? block_ : 0);
     record.blamed = static_cast<uint32_t>(blamed);
     record.theirs.flag = load_relaxed_sys(&theirs.flag);
     record.theirs.kind = load_relaxed_sys(&theirs.kind);
@@ -298,7 +298,7 @@ class Turn {
     record.kind = kind();
     record.numel = call_.numel;
     store_release_sys(&record.failure, static_cast<uint32_t>(failure));
-    fence_sys();  // it has arrived before the kernel ends in whatever way
+    fence_sys();  // the record is in memory before the kernel ends, also by a trap
   }
 
   const Peers& peers_;
@@ -311,8 +311,7 @@ class Turn {
   bool reads_heaps_ = false;
 };
 
-// The inputs of all ranks, for Format::sum. In units of the arenas, whose addresses stay where the kernel's arguments
-// are.
+// The inputs of all ranks, for Format::sum. In units of the arenas, whose addresses stay in the kernel's arguments.
 struct Sources {
   static constexpr int kMost = kMaxPeers;
   static constexpr Reach kReach = Reach::Peer;

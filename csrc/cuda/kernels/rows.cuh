@@ -90,7 +90,7 @@ class BlockFold {
   }
 
  private:
-  // Two halves of the shared memory by turns: who writes one has met all threads since they read it.
+  // Two halves of the shared memory by turns: between the reads of one half and its next writes is a barrier.
   template <class S, class Fold>
   __device__ __forceinline__ S fold(S value, Fold both) {
     __shared__ S of_warps[2][kMaxWarps];

@@ -1,7 +1,8 @@
-// What the product threads of a block do beside multiplying: sum the same tile of all ranks, copy rows from a peer.
+// The work of the product threads of a block beside products: sums of the same tile of all ranks, copies of rows from a
+// peer.
 //
-// Loads of several units (16 bytes) are under way in each thread before the first is used: that hides the way to a
-// peer, which takes microseconds.
+// Each thread has loads of several units (16 bytes) in flight before it uses the first: that hides the latency of peer
+// memory, which is microseconds.
 #pragma once
 
 #include <cstring>
@@ -12,18 +13,18 @@
 namespace tpk::cuda {
 
 // Named barriers; 0 is that of __syncthreads.
-constexpr int kMeetTile = 1;   // the product threads and the herald: a tile is stored
-constexpr int kMeetMoves = 2;  // the product threads
+constexpr int kTileBarrier = 1;     // the product threads and the signal warp: a tile is stored
+constexpr int kProductBarrier = 2;  // the product threads
 
 __device__ __forceinline__ uint32_t product_thread() { return threadIdx.x - kWarpgroup; }
-__device__ __forceinline__ void meet_product_threads() { meet_some(kMeetMoves, kProductThreads); }
+__device__ __forceinline__ void sync_product_threads() { sync_named(kProductBarrier, kProductThreads); }
 
-// The next number of a counter that the blocks of a rank share. All product threads call and get the same.
+// The next number of a counter that the blocks of a rank share. All product threads call; all get the same number.
 __device__ __forceinline__ uint32_t take_next(uint32_t* taken) {
   __shared__ uint32_t next;
-  meet_product_threads();  // the last one has been read
+  sync_product_threads();  // the last one has been read
   if (product_thread() == 0) next = add_acq_rel_gpu(taken, 1);
-  meet_product_threads();
+  sync_product_threads();
   return next;
 }
 
@@ -37,7 +38,7 @@ struct Rows {
   }
 };
 
-// What lies inside of rows x kColumns values of 2 bytes, dealt to the product threads.
+// The inside of rows x kColumns values of 2 bytes, dealt to the product threads.
 template <uint32_t kColumns>
 struct Dealt {
   static constexpr uint32_t kUnits = kColumns / 8;  // of a row

@@ -1,5 +1,5 @@
 // How a fused GEMM is cut into tiles, in which order they are worked on, and how many rows a launch takes. Pure
-// functions of what all ranks know alike, for host and device; torch-free.
+// functions of numbers that are the same on all ranks, for host and device; torch-free.
 //
 // A tile is kTileRows x tile_columns of y and never crosses from one rank's part to the next. The tiles of a part are
 // numbered in groups of some row blocks by all columns, column by column inside a group: tiles that are worked on at
@@ -71,7 +71,7 @@ class TileOrder {
 
   // Tile i of total() of a reduction.
   TPK_HOST_DEVICE Tile interleaved(uint32_t i) const {
-    // Groups that all parts have whole are all alike; the others are looked through.
+    // Groups that all parts have whole are all alike; the others are searched.
     const uint32_t of_whole = ranks_ * numbers_.group_rows * numbers_.columns;
     uint32_t group = smaller(i / of_whole, whole_groups_), rows = ranks_ * numbers_.group_rows;
     i -= group * of_whole;
@@ -148,7 +148,7 @@ constexpr uint32_t most_gathered_rows(size_t slot_bytes, uint32_t K) {
 }
 
 // Columns of a tile: 256 are faster (each value of x that is loaded is used twice as often) but where half of them
-// would be wasted, or where so few tiles would leave multiprocessors idle. A guess, not measured.
+// would be wasted, or where there are fewer tiles than multiprocessors. A guess, not measured.
 constexpr uint32_t choose_tile_columns(uint64_t rows, uint32_t N, int multiplying) {
   const uint64_t wide = (rows + kTileRows - 1) / kTileRows * divided_up(N, 256);
   const bool wastes_half = N % 256 != 0 && N % 256 <= 128 && N < 1024;

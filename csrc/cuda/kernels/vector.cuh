@@ -1,7 +1,8 @@
 // Plain values, 16 bytes at a time: how a thread copies and sums them. Also how work is dealt to threads.
 //
-// A format (Plain here, Coded in warp_block.cuh) says how a tensor of one dtype lies on the wire. It is cut into units
-// of kUnitValues values and kUnitBytes bytes, each worked on by kUnitThreads threads that keep it in registers:
+// A format (Plain here, Coded in warp_block.cuh) defines how a tensor of one dtype is stored on the wire. It is cut
+// into units of kUnitValues values and kUnitBytes bytes, each worked on by kUnitThreads threads that keep it in
+// registers:
 //
 //   encode(values, wire, range, length)           the units of a range: values -> wire, which has room for whole units
 //   copy_packed(from, wire, range, length)        the same of an input that is packed already, at any alignment
@@ -19,7 +20,7 @@
 #include <type_traits>
 
 #include "core/codec/sum.h"
-#include "device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "kernels.h"
 
 namespace tpk::cuda {
@@ -145,7 +146,7 @@ struct Plain {
         const T* from = reinterpret_cast<const T*>(wires[start + r]) + size_t{unit} * kUnitValues;
         words[r] = load(from, values_in<Plain>(unit, length), Wires::kReach);
       }
-      // The reduction is decided once for all words, so that the inner loops know it.
+      // The reduction is decided once for all words, so that it is a constant in the inner loops.
       switch (op) {
         case ReduceOp::Max: fold<ReduceOp::Max>(sums, words, start); break;
         case ReduceOp::Min: fold<ReduceOp::Min>(sums, words, start); break;

@@ -79,10 +79,10 @@ void end_async(Block& block) {
   if (!state.tiles.empty()) wrong("while tiles are on their way to its shared memory");
   if (!registers_fit(block, state)) wrong("with more registers asked for than it was launched with");
   for (Thread& thread : block.threads()) {
-    const auto said = state.said.find(thread.number / 128);
-    if (said == state.said.end()) continue;
+    const auto requests = state.requests.find(thread.number / 128);
+    if (requests == state.requests.end()) continue;
     const auto products = state.products.find(&thread);
-    if (products == state.products.end() || said->second.size() != products->second.asked_for) {
+    if (products == state.products.end() || requests->second.size() != products->second.asked_for) {
       return report(Kind::Divergence, block.name() + ": threads of a warpgroup ask for different numbers of products");
     }
     if (!products->second.asked.empty()) return wrong("before its products were waited for");

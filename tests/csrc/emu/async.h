@@ -67,16 +67,16 @@ struct WarpProducts {
 struct NamedBarrier {
   uint64_t generation = 0;
   int expected = 0;
-  std::vector<Thread*> met;
+  std::vector<Thread*> threads;
 };
 
 // A product as all threads of its warpgroup must ask for it.
-struct Said {
+struct Request {
   uint64_t a, b;
   bool accumulate;
   int columns;
   uint32_t line;
-  bool operator==(const Said&) const = default;
+  bool operator==(const Request&) const = default;
 };
 
 // Of the block that this OS thread runs.
@@ -88,8 +88,8 @@ struct Async {
   std::map<const uint64_t*, Counter> counters;
   std::map<Thread*, Products> products;
   std::map<uint32_t, WarpProducts> warps;
-  std::map<uint32_t, std::vector<Said>> said;  // by warpgroup
-  std::map<uint32_t, int> registers;           // by warpgroup, where it has said so
+  std::map<uint32_t, std::vector<Request>> requests;  // by warpgroup
+  std::map<uint32_t, int> registers;                  // by warpgroup, where it has set them
   std::map<int, NamedBarrier> barriers;
 };
 
@@ -98,7 +98,7 @@ Async& async_of(Block& block);
 inline Block& this_block() { return *current_thread()->block; }
 inline Async& async() { return async_of(this_block()); }
 
-// Whoever dies leaves nothing on its stack: it is not unwound.
+// A thread that ends so has nothing on its stack: it is not unwound.
 [[noreturn]] void misuse(const char* text, const Where& where);
 
 // The one of that number among those of the block. The same in the next launch on the stream.

@@ -154,9 +154,9 @@ void Block::diverged(const std::string& text) {
   fail(*launch_.device, cudaErrorLaunchFailure);
 }
 
-// ---- meeting points -------------------------------------------------------------------------------------------------
+// ---- barriers of blocks and warps -----------------------------------------------------------------------------------
 
-int Block::meet(Vote vote, bool holds, Where where) {
+int Block::sync(Vote vote, bool holds, Where where) {
   Thread& thread = *running;
   if (at_barrier_ == 0) {
     vote_ = vote, barrier_ = where, votes_ = 0;
@@ -181,16 +181,16 @@ void Block::finish_barrier() {
   const uint64_t result = vote_ == Vote::And ? votes_ == at_barrier_ : vote_ == Vote::Or ? votes_ > 0 : votes_;
   at_barrier_ = 0;
   moved();
-  std::vector<Thread*> met;
+  std::vector<Thread*> synchronized;
   for (Thread& thread : threads_) {
     if (thread.doing != Doing::AtBarrier) continue;
     thread.doing = Doing::Running;
     thread.result = result;
     thread.seen.clear();
-    met.push_back(&thread);
+    synchronized.push_back(&thread);
     if (&thread != running) woken_.push_back(&thread);
   }
-  if (detector() != nullptr) detector()->meet(met);
+  if (detector() != nullptr) detector()->synchronize(synchronized);
 }
 
 uint32_t Block::live_lanes(size_t warp) const {
@@ -210,7 +210,7 @@ std::string Block::mask_problem(const Thread& thread, uint32_t mask, Finish fini
     return all.str();
   };
   if ((mask >> thread.lane() & 1) == 0) return text(", which does not name it");
-  for (const Meeting& other : warps_[thread.number / 32]) {
+  for (const WarpOperation& other : warps_[thread.number / 32]) {
     const bool same = other.mask == mask && other.finish == finish && same_place(other.where, where);
     const bool waits_for_me = other.mask >> thread.lane() & 1, is_waited_for = other.arrived & mask;
     if (same || !waits_for_me || !is_waited_for) continue;
@@ -222,7 +222,7 @@ std::string Block::mask_problem(const Thread& thread, uint32_t mask, Finish fini
   return "";
 }
 
-uint64_t Block::meet_warp(uint32_t mask, Post post, Finish finish, bool fences, Where where) {
+uint64_t Block::sync_warp(uint32_t mask, Post post, Finish finish, bool fences, Where where) {
   Thread& thread = *running;
   const size_t warp = thread.number / 32;
   {
@@ -230,15 +230,16 @@ uint64_t Block::meet_warp(uint32_t mask, Post post, Finish finish, bool fences, 
     if (!problem.empty()) diverged(problem);
   }
   if (launch_.device->error.load() != cudaSuccess) die(cudaErrorLaunchFailure);  // leaves nothing on the stack
-  std::vector<Meeting>& meetings = warps_[warp];
+  std::vector<WarpOperation>& operations = warps_[warp];
   size_t i = 0;
-  while (i < meetings.size() && meetings[i].mask != mask) ++i;
-  if (i == meetings.size()) {
-    meetings.emplace_back();
-    meetings[i].mask = mask, meetings[i].finish = finish, meetings[i].where = where, meetings[i].fences = fences;
+  while (i < operations.size() && operations[i].mask != mask) ++i;
+  if (i == operations.size()) {
+    operations.emplace_back();
+    operations[i].mask = mask, operations[i].finish = finish, operations[i].where = where,
+    operations[i].fences = fences;
   }
-  meetings[i].arrived |= 1u << thread.lane();
-  meetings[i].posts[thread.lane()] = post;
+  operations[i].arrived |= 1u << thread.lane();
+  operations[i].posts[thread.lane()] = post;
   thread.where = where;
   thread.doing = Doing::AtWarp;
   finish_warp(warp, i);
@@ -248,22 +249,22 @@ uint64_t Block::meet_warp(uint32_t mask, Post post, Finish finish, bool fences, 
 
 // If all lanes that are meant have come.
 void Block::finish_warp(size_t warp, size_t i) {
-  const Meeting meeting = warps_[warp][i];
-  if ((meeting.mask & live_lanes(warp) & ~meeting.arrived) != 0 || meeting.arrived == 0) return;
+  const WarpOperation operation = warps_[warp][i];
+  if ((operation.mask & live_lanes(warp) & ~operation.arrived) != 0 || operation.arrived == 0) return;
   warps_[warp].erase(warps_[warp].begin() + static_cast<ptrdiff_t>(i));
   uint64_t results[32] = {};
-  if (meeting.finish != nullptr) meeting.finish(meeting.arrived, meeting.posts.data(), results);
+  if (operation.finish != nullptr) operation.finish(operation.arrived, operation.posts.data(), results);
   moved();
-  std::vector<Thread*> met;
+  std::vector<Thread*> synchronized;
   for (uint32_t lane = 0; lane < 32; ++lane) {
-    if ((meeting.arrived >> lane & 1) == 0) continue;
+    if ((operation.arrived >> lane & 1) == 0) continue;
     Thread& thread = threads_[warp * 32 + lane];
     thread.doing = Doing::Running;
     thread.result = results[lane];
-    met.push_back(&thread);
+    synchronized.push_back(&thread);
     if (&thread != running) woken_.push_back(&thread);
   }
-  if (meeting.fences && detector() != nullptr) detector()->meet(met);
+  if (operation.fences && detector() != nullptr) detector()->synchronize(synchronized);
 }
 
 // ---- for people -----------------------------------------------------------------------------------------------------
@@ -303,11 +304,11 @@ const dim3& grid_size() { return running->block->launch().request.grid; }
 char* dynamic_shared() { return running->block->shared(); }
 int lane_of_thread() { return static_cast<int>(running->lane()); }
 
-int meet_block(Vote vote, bool holds, Where where) { return running->block->meet(vote, holds, where); }
-uint64_t meet_warp(uint32_t mask, Post post, Finish finish, Where where) {
-  return running->block->meet_warp(mask, post, finish, false, where);
+int sync_block(Vote vote, bool holds, Where where) { return running->block->sync(vote, holds, where); }
+uint64_t sync_warp(uint32_t mask, Post post, Finish finish, Where where) {
+  return running->block->sync_warp(mask, post, finish, false, where);
 }
-void warp_fence(uint32_t mask, Where where) { running->block->meet_warp(mask, {}, nullptr, true, where); }
+void warp_fence(uint32_t mask, Where where) { running->block->sync_warp(mask, {}, nullptr, true, where); }
 
 void finish_shuffle(uint32_t mask, const Post* posts, uint64_t* results) {
   for (int lane = 0; lane < 32; ++lane) {

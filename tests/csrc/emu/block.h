@@ -1,4 +1,4 @@
-// A block: its threads as fibers of one OS thread, the scheduler that runs them in turn, and where they meet.
+// A block: its threads as fibers of one OS thread, the scheduler that runs them in turn, and their barriers.
 #pragma once
 
 #include <array>
@@ -24,7 +24,7 @@ struct Thread {
   Where where;                   // of what it does
   const void* polled = nullptr;  // the address it waits for
   bool acquired = false;         // what others stored, and has not made the asynchronous loads see it
-  uint64_t result = 0;           // of a meeting
+  uint64_t result = 0;           // of a operation
   // What it has loaded since it last did something else: to load the same again is to wait.
   std::vector<std::pair<const void*, uint64_t>> seen;
   ThreadMemory memory;  // the race detector's
@@ -46,8 +46,8 @@ class Block {
 
   // Called by the running thread.
   void started(Thread& thread);
-  int meet(Vote vote, bool holds, Where where);
-  uint64_t meet_warp(uint32_t mask, Post post, Finish finish, bool fences, Where where);
+  int sync(Vote vote, bool holds, Where where);
+  uint64_t sync_warp(uint32_t mask, Post post, Finish finish, bool fences, Where where);
   void yield(Doing doing);
   void moved() { progress_.store(progress_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); }
   void preempt();
@@ -61,7 +61,7 @@ class Block {
   std::string name() const;
 
  private:
-  struct Meeting {
+  struct WarpOperation {
     uint32_t mask = 0, arrived = 0;
     Finish finish = nullptr;
     bool fences = false;
@@ -72,7 +72,7 @@ class Block {
   void round(std::vector<Thread*>& ready);
   void wait_for_others(uint64_t idle);
   void finish_barrier();
-  void finish_warp(size_t warp, size_t meeting);
+  void finish_warp(size_t warp, size_t operation);
   std::string mask_problem(const Thread& thread, uint32_t mask, Finish finish, const Where& where) const;
   void diverged(const std::string& text);
   uint32_t live_lanes(size_t warp) const;
@@ -91,7 +91,7 @@ class Block {
   uint32_t alive_ = 0, at_barrier_ = 0, votes_ = 0;
   Vote vote_ = Vote::None;
   Where barrier_;
-  std::vector<std::vector<Meeting>> warps_;  // meetings of each warp that are not complete
+  std::vector<std::vector<WarpOperation>> warps_;  // operations of each warp that are not complete
 };
 
 // What a thread does after it has loaded something that it may be waiting for, or changed what others may wait for.

@@ -8,16 +8,16 @@
 // ---- barriers, votes ------------------------------------------------------------------------------------------------
 
 inline void __syncthreads(tpk::emu::Where where = tpk::emu::Where::current()) {
-  tpk::emu::meet_block(tpk::emu::Vote::None, false, where);
+  tpk::emu::sync_block(tpk::emu::Vote::None, false, where);
 }
 inline int __syncthreads_or(int holds, tpk::emu::Where where = tpk::emu::Where::current()) {
-  return tpk::emu::meet_block(tpk::emu::Vote::Or, holds != 0, where);
+  return tpk::emu::sync_block(tpk::emu::Vote::Or, holds != 0, where);
 }
 inline int __syncthreads_and(int holds, tpk::emu::Where where = tpk::emu::Where::current()) {
-  return tpk::emu::meet_block(tpk::emu::Vote::And, holds != 0, where);
+  return tpk::emu::sync_block(tpk::emu::Vote::And, holds != 0, where);
 }
 inline int __syncthreads_count(int holds, tpk::emu::Where where = tpk::emu::Where::current()) {
-  return tpk::emu::meet_block(tpk::emu::Vote::Count, holds != 0, where);
+  return tpk::emu::sync_block(tpk::emu::Vote::Count, holds != 0, where);
 }
 inline void __syncwarp(uint32_t mask = 0xffffffffu, tpk::emu::Where where = tpk::emu::Where::current()) {
   tpk::emu::warp_fence(mask, where);
@@ -25,7 +25,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, tpk::emu::Where where = tpk:
 
 namespace tpk::emu {
 
-// One pass over the lanes of a meeting; every lane takes the same result away.
+// One pass over the lanes of a warp operation; every lane gets the same result.
 template <class Fold>
 void fold_lanes(uint32_t mask, const Post* posts, uint64_t* results, uint64_t start, Fold fold) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -47,7 +47,7 @@ T shuffle(uint32_t mask, T value, int source, Where where) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>, "a lane gives at most 8 bytes");
   Post post{0, source};
   std::memcpy(&post.value, &value, sizeof value);
-  const uint64_t bits = meet_warp(mask, post, finish_shuffle, where);
+  const uint64_t bits = sync_warp(mask, post, finish_shuffle, where);
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -77,14 +77,14 @@ struct Larger {
 template <class T, class Fold>
 T reduce_lanes(uint32_t mask, T value, Where where) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>, "__reduce_*_sync takes 32-bit integers");
-  return static_cast<T>(meet_warp(mask, {static_cast<uint64_t>(value), 0}, finish_reduce<T, Fold>, where));
+  return static_cast<T>(sync_warp(mask, {static_cast<uint64_t>(value), 0}, finish_reduce<T, Fold>, where));
 }
 
 }  // namespace tpk::emu
 
 inline uint32_t __ballot_sync(uint32_t mask, int holds, tpk::emu::Where where = tpk::emu::Where::current()) {
   const tpk::emu::Post post{static_cast<uint64_t>(holds != 0), 0};
-  return static_cast<uint32_t>(tpk::emu::meet_warp(mask, post, tpk::emu::finish_ballot, where));
+  return static_cast<uint32_t>(tpk::emu::sync_warp(mask, post, tpk::emu::finish_ballot, where));
 }
 inline int __any_sync(uint32_t mask, int holds, tpk::emu::Where where = tpk::emu::Where::current()) {
   return __ballot_sync(mask, holds, where) != 0;

@@ -49,7 +49,7 @@ class Detector {
                           Scope scope, const Where& where) = 0;
   virtual void fence(Thread& thread, Scope scope) = 0;
   // All of them know what each of them did before.
-  virtual void meet(const std::vector<Thread*>& threads) = 0;
+  virtual void synchronize(const std::vector<Thread*>& threads) = 0;
 
   // What is found again is reported again.
   virtual void forget_reports() = 0;

@@ -60,7 +60,7 @@ std::list<Launch*>& live_launches();
 // Runs the blocks of a launch and returns when all have ended or the device failed. Called by the stream's thread.
 void run_launch(Launch& launch);
 
-// The device fails with this error, which stays: what runs on it stops at its next meeting point or atomic.
+// The device fails with this error, which stays: what runs on it stops at its next barrier or atomic.
 void fail(Device& device, cudaError_t error);
 
 }  // namespace tpk::emu

@@ -1,4 +1,4 @@
-// CUDA C++ as ordinary C++20: what a kernel file sees in place of nvcc's built-ins when TPK_EMU is defined.
+// CUDA C++ as ordinary C++20: what a kernel file sees in place of nvcc's built-ins.
 //
 // A block is an OS thread, so __shared__ is a thread-local static; a CUDA thread is a fiber of it. Barriers, shuffles
 // and atomics take the place where they were called (std::source_location) for the emulator's reports.
@@ -64,18 +64,18 @@ cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
                         stream);
 }
 
-// ---- meeting points -------------------------------------------------------------------------------------------------
+// ---- barriers of blocks and warps -----------------------------------------------------------------------------------
 
 enum class Vote : uint8_t { None, Or, And, Count };
-int meet_block(Vote vote, bool holds, Where where);
+int sync_block(Vote vote, bool holds, Where where);
 
-// What a lane brings to a meeting of its warp, and what each of them takes away.
+// The input of a lane to an operation of its warp, and the function that gives each lane its result.
 struct Post {
   uint64_t value;
   int argument;
 };
 using Finish = void (*)(uint32_t mask, const Post* posts, uint64_t* results);
-uint64_t meet_warp(uint32_t mask, Post post, Finish finish, Where where);
+uint64_t sync_warp(uint32_t mask, Post post, Finish finish, Where where);
 void warp_fence(uint32_t mask, Where where);
 
 // ---- memory that is shared ------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ void Context::prepare(char* stack, size_t bytes, void (*entry)(void*), void* arg
 }
 
 static void swap_contexts(void*& from, void* to) {
-  if (from == nullptr) from = std::calloc(1, sizeof(ucontext_t));  // an OS thread's own; a few per process
+  if (from == nullptr) from = std::calloc(1, sizeof(ucontext_t));  // an OS thread's own; one or two per process
   swapcontext(static_cast<ucontext_t*>(from), static_cast<ucontext_t*>(to));
 }
 #define TPK_EMU_SWAP(from, to) swap_contexts(from, to)

@@ -198,22 +198,22 @@ void fence_async(Where) {
 }
 
 // A warp must have come as a whole when the last has.
-void meet_some(int id, int threads, Where where) {
+void sync_named(int id, int threads, Where where) {
   if (id < 1 || id > 15 || threads <= 0 || threads % 32 != 0)
     misuse("a barrier of some threads: 1 .. 15 (0 is __syncthreads), whole warps", where);
   NamedBarrier& barrier = async().barriers[id];
   Thread& thread = *current_thread();
-  if (barrier.met.empty()) barrier.expected = threads;
-  if (barrier.expected != threads) misuse("a barrier that others meet with another number of threads", where);
-  barrier.met.push_back(&thread);
+  if (barrier.threads.empty()) barrier.expected = threads;
+  if (barrier.expected != threads) misuse("a barrier that other threads wait at with another number", where);
+  barrier.threads.push_back(&thread);
   const uint64_t generation = barrier.generation;
   thread.where = where, thread.polled = &barrier;
-  if (static_cast<int>(barrier.met.size()) == threads) {
+  if (static_cast<int>(barrier.threads.size()) == threads) {
     std::map<uint32_t, int> lanes;
-    for (Thread* other : barrier.met) ++lanes[other->number / 32], other->seen.clear();
-    if (static_cast<int>(lanes.size()) * 32 != threads) misuse("a barrier that parts of warps meet", where);
-    if (detector() != nullptr) detector()->meet(barrier.met);
-    barrier.met.clear();
+    for (Thread* other : barrier.threads) ++lanes[other->number / 32], other->seen.clear();
+    if (static_cast<int>(lanes.size()) * 32 != threads) misuse("a barrier with parts of warps", where);
+    if (detector() != nullptr) detector()->synchronize(barrier.threads);
+    barrier.threads.clear();
     ++barrier.generation;
     this_block().moved();
     return;
@@ -225,7 +225,7 @@ void registers(int each) { async().registers[current_thread()->number / 128] = e
 
 // The hardware does not say which one.
 bool one_of_warp(Where where) {
-  meet_warp(0xffffffffu, {}, finish_ballot, where);
+  sync_warp(0xffffffffu, {}, finish_ballot, where);
   const Thread& thread = *current_thread();
   return thread.lane() == (thread.block->threads().size() < 32 ? 0 : options().seed % 32);
 }

@@ -46,7 +46,7 @@ void products_commit();
 void products_wait(int groups_left, Where where);
 
 // All of so many threads, whole warps, that name the same barrier.
-void meet_some(int id, int threads, Where where);
+void sync_named(int id, int threads, Where where);
 
 // That each thread of the warpgroup has from now on.
 void registers(int each);

@@ -6,7 +6,7 @@
 #include <random>
 
 #include "cuda/comm/tensor_map.h"
-#include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/operand.cuh"
 #include "planted.h"
 
 namespace tpk::planted {

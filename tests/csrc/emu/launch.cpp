@@ -36,7 +36,7 @@ bool take_block(Launch& launch, const std::vector<uint64_t>& order, uint64_t& nu
     return device.resident < options().resident_blocks && *device.waiting.begin() == launch.stream->priority;
   });
   device.waiting.erase(waits);
-  changed().notify_all();  // whoever waited behind this priority
+  changed().notify_all();  // launches of a lower priority
   if (launch.next_block == order.size() || device.error.load() != cudaSuccess) return false;
   ++device.resident;
   number = order[launch.next_block++];

@@ -3,8 +3,15 @@
 #include "control.h"
 #include "core/arena.h"
 #include "cuda/python_device.h"
-#include "cuda/stream.h"
+#include "cuda/scoped_op.h"
 #include "python/fast_path.h"
+#include "torch_side/kernels.h"
+
+STABLE_TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { tpk::register_kernels<tpk::cuda::ScopedOp>(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
+  m.impl("device_arena_empty", TORCH_BOX(&tpk::device_arena_empty));
+}
 
 namespace tpk {
 namespace {
@@ -41,7 +48,7 @@ uintptr_t multicast(const std::vector<uintptr_t>& arenas, size_t bytes) {
 class CapturedGraph {
  public:
   explicit CapturedGraph(cudaStream_t stream) : stream_(stream) {
-    kept_ = cuda::take_captured();
+    kept_ = emu::take_captured();
     cudaGraph_t graph = nullptr;
     TPK_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
     TPK_CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &nodes_));
@@ -57,7 +64,7 @@ class CapturedGraph {
   size_t nodes() const { return nodes_; }
   void replay() {
     TPK_CUDA_CHECK(cudaGraphLaunch(exec_, nullptr));
-    settle();
+    emu::synchronize_stream();
   }
 
  private:
@@ -90,7 +97,7 @@ void add_emulator(py::module_& m) {
   m.def("configure", &configure, py::arg("ranks") = usual.ranks, py::arg("resident_blocks") = usual.resident_blocks,
         py::arg("seed") = usual.seed, py::arg("timeout_s") = usual.timeout_s, py::arg("loud") = usual.loud);
   m.def("set_device", [](int device) { TPK_CUDA_CHECK(cudaSetDevice(device)); }, py::arg("device"));
-  m.def("synchronize", [] { settle(); }, py::call_guard<py::gil_scoped_release>());
+  m.def("synchronize", [] { emu::synchronize_stream(); }, py::call_guard<py::gil_scoped_release>());
   m.def("allocate", &allocate, py::arg("device"), py::arg("bytes"));
   m.def("release", &release, py::arg("memory"), py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -1,4 +1,4 @@
-// Planted bugs: counters that many threads raise, and whoever counts on what they stand for.
+// Planted bugs: counters that many threads raise, and accesses that depend on their value.
 #include <future>
 
 #include "planted.h"
@@ -84,7 +84,7 @@ TPK_KERNEL void produce(float* tile, uint32_t* counter, int rank) {
   if (bug == Tile::RelaxedAdd) {
     atomicAdd_system(counter, 1);
   } else {
-    add_release_sys(counter, 1);
+    emu::add_release_sys(counter, 1);
   }
 }
 

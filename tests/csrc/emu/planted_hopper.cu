@@ -152,25 +152,25 @@ CASE(operands_that_threads_write_without_a_fence) {
 // ---- a tile's flag, and barriers of some threads
 // ---------------------------------------------------------------------
 
-enum class Meeting { Right, None, PartsOfWarps, OtherCount };
+enum class Barrier { Right, None, PartsOfWarps, OtherCount };
 
 struct FlagArgs {
   float* tile;
   uint32_t* flag;
   float* sums;
-  Meeting meeting;
+  Barrier barrier;
 };
 
 // Warps 1 and 2 of block 0 write a tile, one thread raises its flag, block 1 reads.
 TPK_KERNEL void send_tile(FlagArgs args) {
-  const Meeting meeting = args.meeting;
+  const Barrier barrier = args.barrier;
   if (blockIdx.x == 0) {
     if (threadIdx.x < 32) return;
     const uint32_t thread = threadIdx.x - 32;
     args.tile[thread] = 1;
-    if (meeting == Meeting::Right) meet_some(1, 64);
-    if (meeting == Meeting::PartsOfWarps && thread % 32 < 16) meet_some(1, 32);
-    if (meeting == Meeting::OtherCount) meet_some(1, thread < 32 ? 64 : 32);
+    if (barrier == Barrier::Right) sync_named(1, 64);
+    if (barrier == Barrier::PartsOfWarps && thread % 32 < 16) sync_named(1, 32);
+    if (barrier == Barrier::OtherCount) sync_named(1, thread < 32 ? 64 : 32);
     if (thread == 0) store_release_sys(args.flag, 1);
     return;
   }
@@ -182,24 +182,24 @@ TPK_KERNEL void send_tile(FlagArgs args) {
   if (threadIdx.x < 64) args.sums[threadIdx.x] = args.tile[threadIdx.x] + 1;
 }
 
-bool sends(Meeting meeting) {
+bool sends(Barrier barrier) {
   float* const sums = filled<float>(64);
-  const FlagArgs args{filled<float>(64), filled<uint32_t>(1), sums, meeting};
+  const FlagArgs args{filled<float>(64), filled<uint32_t>(1), sums, barrier};
   EXPECT(TPK_LAUNCH(send_tile, 2, 96, 0, nullptr, args) == cudaSuccess);
   return cudaDeviceSynchronize() == cudaSuccess && values_of(sums, 64) == std::vector<float>(64, 2);
 }
 
 CASE(a_tile_that_its_writers_have_met_for_is_silent) {
-  must_be_silent([] { return sends(Meeting::Right); });
+  must_be_silent([] { return sends(Barrier::Right); });
 }
 CASE(a_tiles_flag_before_its_writers_have_met) {
-  if (emu::detects_races()) must_report(emu::Kind::Race, [] { return sends(Meeting::None); });
+  if (emu::detects_races()) must_report(emu::Kind::Race, [] { return sends(Barrier::None); });
 }
 CASE(parts_of_warps_that_meet) {
-  must_report(emu::Kind::Misuse, [] { return sends(Meeting::PartsOfWarps); });
+  must_report(emu::Kind::Misuse, [] { return sends(Barrier::PartsOfWarps); });
 }
 CASE(threads_that_meet_in_different_numbers) {
-  must_report(emu::Kind::Misuse, [] { return sends(Meeting::OtherCount); });
+  must_report(emu::Kind::Misuse, [] { return sends(Barrier::OtherCount); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Planted bugs: shared memory, and threads of a block that count on each other without having met.
+// Planted bugs: shared memory, and threads of a block that depend on each other without a barrier.
 #include "planted.h"
 
 using namespace tpk;
@@ -12,10 +12,10 @@ enum class Sum { Right, NoBarrier, ReusedTooEarly, ReadsWarpsThatAreNotThere, On
 
 template <Sum bug>
 __device__ float block_sum(float value, float* sums) {
-  value = warp_sum(value);
+  value = emu::warp_sum(value);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
   if (bug != Sum::NoBarrier && bug != Sum::OnlyAVoteBetween) __syncthreads();
-  if (bug == Sum::OnlyAVoteBetween) __any_sync(0xffffffffu, value > 0);  // meets, but orders no memory
+  if (bug == Sum::OnlyAVoteBetween) __any_sync(0xffffffffu, value > 0);  // a barrier that orders no memory
   float total = 0;
   const uint32_t warps = bug == Sum::ReadsWarpsThatAreNotThere ? 4 : blockDim.x / 32;
   for (uint32_t i = 0; i < warps; ++i) total += sums[i];

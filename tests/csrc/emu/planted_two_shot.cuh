@@ -49,7 +49,7 @@ __device__ void raise(uint32_t* flag, uint32_t epoch) {
   if (bug == Bug::RelaxedStore || bug == Bug::NoFenceAroundRelaxed) {
     store_relaxed_sys(flag, epoch);
   } else if (bug == Bug::FencesAroundRelaxed || bug == Bug::GpuFenceAroundRelaxed) {
-    bug == Bug::FencesAroundRelaxed ? fence_sys() : fence_gpu();
+    bug == Bug::FencesAroundRelaxed ? fence_sys() : emu::fence_gpu();
     store_relaxed_sys(flag, epoch);
   } else if (bug == Bug::GpuScopeOnPeer || bug == Bug::GpuScopeOnPulledFlag) {
     add_acq_rel_gpu(flag, 1);
@@ -66,12 +66,12 @@ __device__ void await(const uint32_t* flag, uint32_t epoch) {
   while ((kRelaxed ? load_relaxed_sys(flag) : load_acquire_sys(flag)) < epoch) {
   }
   if (bug == Bug::FencesAroundRelaxed) fence_sys();
-  if (bug == Bug::GpuFenceAroundRelaxed) fence_gpu();
+  if (bug == Bug::GpuFenceAroundRelaxed) emu::fence_gpu();
 }
 
 // All blocks of this number, on all ranks.
 template <Bug bug>
-__device__ void meet(const Ranks& ranks, int stage, uint32_t epoch) {
+__device__ void sync_ranks(const Ranks& ranks, int stage, uint32_t epoch) {
   constexpr bool kPulled = bug == Bug::FlagsArePulled || bug == Bug::GpuScopeOnPulledFlag;
   const uint32_t block = blockIdx.x, thread = threadIdx.x;
   if (bug != Bug::NoBarrierBeforeFlag) __syncthreads();
@@ -93,7 +93,7 @@ TPK_KERNEL void two_shot(Ranks ranks, const float* in, float* out, uint32_t epoc
     const uint32_t at = i / kPart * kChunk + start + i % kPart;
     mine.inputs[slot][at] = in[at];
   }
-  meet<bug>(ranks, 0, epoch);
+  sync_ranks<bug>(ranks, 0, epoch);
   const int owned = bug == Bug::WrongOwner ? 0 : ranks.rank;
   for (uint32_t i = threadIdx.x; i < kPart; i += blockDim.x) {
     float sum = 0;
@@ -103,7 +103,7 @@ TPK_KERNEL void two_shot(Ranks ranks, const float* in, float* out, uint32_t epoc
     }
     ranks.arena[owned]->sums[slot][start + i] = sum;
   }
-  meet<bug>(ranks, 1, epoch);
+  sync_ranks<bug>(ranks, 1, epoch);
   for (uint32_t i = threadIdx.x; i < kPart * kRanks; i += blockDim.x) {
     out[i / kPart * kChunk + start + i % kPart] = ranks.arena[i / kPart]->sums[slot][start + i % kPart];
   }
@@ -116,7 +116,7 @@ TPK_KERNEL void one_shot(Ranks ranks, const float* in, float* out, uint32_t epoc
   for (uint32_t i = threadIdx.x; i < kPart * kRanks; i += blockDim.x) {
     ranks.arena[ranks.rank]->inputs[slot][start + i] = in[start + i];
   }
-  meet<Bug::None>(ranks, 0, epoch);
+  sync_ranks<Bug::None>(ranks, 0, epoch);
   for (uint32_t i = threadIdx.x; i < kPart * kRanks; i += blockDim.x) {
     float sum = 0;
     for (int r = 0; r < kRanks; ++r) sum += ranks.arena[r]->inputs[slot][start + i];

@@ -125,7 +125,7 @@ void know_products(int groups) {
 }
 
 // The sums of which nothing is on its way any more are there.
-void settle(Products& mine, Where where) {
+void finish(Products& mine, Where where) {
   for (auto it = mine.sums.begin(); it != mine.sums.end();) {
     auto& [d, sums] = *it;
     const bool waits = std::any_of(mine.asked.begin(), mine.asked.end(),
@@ -151,10 +151,10 @@ void product(const Product& asked, Where where) {
   Thread& thread = *current_thread();
   Products& mine = state.products[&thread];
   if (!mine.begun) misuse("a product that no products_begin comes before", where);
-  std::vector<Said>& said = state.said[thread.number / 128];
-  const Said now{asked.a, asked.b, asked.accumulate, asked.columns, where.line()};
-  if (mine.asked_for == said.size()) said.push_back(now);
-  if (said[mine.asked_for] != now) {
+  std::vector<Request>& requests = state.requests[thread.number / 128];
+  const Request now{asked.a, asked.b, asked.accumulate, asked.columns, where.line()};
+  if (mine.asked_for == requests.size()) requests.push_back(now);
+  if (requests[mine.asked_for] != now) {
     report(Kind::Divergence,
            this_block().name() + ": threads of a warpgroup ask for different products at " + text_of(where));
     this_block().die(cudaErrorIllegalInstruction);
@@ -181,9 +181,9 @@ void products_wait(int groups_left, Where where) {
   mine.asked.erase(mine.asked.begin(), mine.asked.begin() + static_cast<ptrdiff_t>(done));
   if (groups_left == 0 && !mine.asked.empty()) misuse("a wait for products that no products_commit has closed", where);
   // A warp waits as one: its lanes go on when the products of all of them are made.
-  meet_warp(0xffffffffu, {}, finish_ballot, where);
+  sync_warp(0xffffffffu, {}, finish_ballot, where);
   know_products(groups);
-  settle(mine, where);
+  finish(mine, where);
   if (mine.asked.empty()) mine.begun = false;
 }
 

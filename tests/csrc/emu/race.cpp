@@ -217,7 +217,7 @@ class Races : public Detector {
     reported_.clear();
   }
 
-  void meet(const std::vector<Thread*>& threads) override {
+  void synchronize(const std::vector<Thread*>& threads) override {
     Clock all;
     all.join_all(threads, [](const Thread* thread) { return thread->memory.clock.snapshot(); });
     for (Thread* thread : threads) {
@@ -284,7 +284,7 @@ class Races : public Detector {
     Access racing;
     line.access(
         address % Line::kBytes, bytes, now, clock, [&](const Access& old) { racing = old; },
-        [&](const Access& a, const Access& b) { return scopes_meet(a, b); });
+        [&](const Access& a, const Access& b) { return in_one_scope(a, b); });
     if (locks) line.unlock();
     if (racing.id != 0) report_race(address, racing, now, clock.knows(racing.id, racing.when));
   }
@@ -323,7 +323,7 @@ class Races : public Detector {
     }
   }
 
-  bool scopes_meet(const Access& a, const Access& b) const {
+  bool in_one_scope(const Access& a, const Access& b) const {
     const auto narrower = static_cast<Scope>(std::min(a.scope, b.scope));
     if (narrower == Scope::System || a.id == b.id) return true;
     const Who one = who(a, false), other = who(b, false);

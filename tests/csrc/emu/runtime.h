@@ -7,7 +7,7 @@
 
 namespace tpk::emu {
 
-// Dynamic shared memory that a kernel may be launched with: 48 KiB, or what cudaFuncSetAttribute said.
+// Dynamic shared memory that a kernel may be launched with: 48 KiB, or the size of cudaFuncSetAttribute.
 size_t allowed_shared_bytes(const void* kernel);
 
 constexpr size_t kDefaultShared = size_t{48} << 10;

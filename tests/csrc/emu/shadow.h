@@ -32,9 +32,9 @@ static_assert(sizeof(Access) == 16);
 class Cell {
  public:
   // Calls conflicts(old) for each kept access that `now` races with unless the two are ordered or both atomic, where
-  // `scopes_meet` says whether two atomics see each other as such.
-  template <class Conflicts, class ScopesMeet>
-  void access(const Access& now, const Clock& clock, Conflicts conflicts, ScopesMeet scopes_meet) {
+  // `in_one_scope` says whether two atomics see each other as such.
+  template <class Conflicts, class InOneScope>
+  void access(const Access& now, const Clock& clock, Conflicts conflicts, InOneScope in_one_scope) {
     if (first_[0] == now) return;
     size_t kept = 0;
     const size_t count = size();
@@ -42,7 +42,7 @@ class Cell {
       const Access old = at(i);
       const bool known = is_known(old, now, clock);
       bool raced = false;
-      if (!known && (old.writes || now.writes) && !(old.atomic && now.atomic && scopes_meet(old, now))) {
+      if (!known && (old.writes || now.writes) && !(old.atomic && now.atomic && in_one_scope(old, now))) {
         conflicts(old);
         raced = true;
       }
@@ -90,7 +90,7 @@ class Cell {
   std::unique_ptr<std::vector<Access>> more_;
 };
 
-// What an atomic store has released: whoever acquires it in a scope that both lie in, knows it.
+// The clock that an atomic store has released: joined by a thread that acquires it in a scope of both.
 struct Release {
   Snapshot clock;
   Scope scope = Scope::Block;
@@ -103,17 +103,17 @@ class Line {
  public:
   static constexpr uintptr_t kBytes = 64;
 
-  template <class Conflicts, class ScopesMeet>
+  template <class Conflicts, class InOneScope>
   void access(uintptr_t offset, size_t bytes, const Access& now, const Clock& clock, Conflicts conflicts,
-              ScopesMeet scopes_meet) {
+              InOneScope in_one_scope) {
     for (uintptr_t at = offset; at < offset + bytes;) {
       Group& group = groups_[at / 4];
       if (at % 4 == 0 && at + 4 <= offset + bytes && group.bytes == nullptr) {
-        group.whole.access(now, clock, conflicts, scopes_meet);
+        group.whole.access(now, clock, conflicts, in_one_scope);
         at += 4;
       } else {
         if (group.bytes == nullptr) group.split();
-        (*group.bytes)[at % 4].access(now, clock, conflicts, scopes_meet);
+        (*group.bytes)[at % 4].access(now, clock, conflicts, in_one_scope);
         ++at;
       }
     }

@@ -4,8 +4,8 @@
 #include <numeric>
 
 #include "control.h"
-#include "cuda/kernels/device.cuh"
 #include "expect.h"
+#include "primitives.h"
 
 using namespace tpk;
 using namespace tpk::cuda;
@@ -70,12 +70,12 @@ TPK_KERNEL void warp_operations(uint32_t* out) {
   mine[6] = static_cast<uint32_t>(__any_sync(all, lane == 17)) * 2 + static_cast<uint32_t>(__all_sync(all, lane < 31));
   mine[7] = __reduce_add_sync(all, lane) + __reduce_max_sync(all, lane ^ 1u) + __reduce_min_sync(all, lane + 4);
   mine[8] = warp_max(lane ^ 21u);
-  mine[9] = static_cast<uint32_t>(warp_sum(static_cast<float>(lane)));
+  mine[9] = static_cast<uint32_t>(emu::warp_sum(static_cast<float>(lane)));
   mine[10] = static_cast<uint32_t>(__shfl_sync(all, uint64_t{1} << (lane + 8), 9) >> 17);
   mine[11] = lane < 16 ? __shfl_sync(0xffffu, lane, 3) : __shfl_sync(0xffff0000u, lane, 20);
   mine[12] = static_cast<uint32_t>(__syncthreads_count(threadIdx.x % 2));
   mine[13] = static_cast<uint32_t>(__syncthreads_or(threadIdx.x == 40) + 2 * __syncthreads_and(threadIdx.x < 40));
-  mine[14] = any_of_block(threadIdx.x == 63);
+  mine[14] = __syncthreads_or(threadIdx.x == 63);
   mine[15] = static_cast<uint32_t>(__reduce_min_sync(all, static_cast<int>(lane) - 9)) +
              static_cast<uint32_t>(__reduce_xor_sync(all, lane + 1));
 }

@@ -1,4 +1,4 @@
-#include "python_side.h"
+#include "bindings.h"
 
 #include <unistd.h>
 
@@ -10,7 +10,7 @@
 namespace tpk {
 namespace {
 
-// Owned by Python, never freed: the interpreter may raise them until its last breath.
+// Leaked on purpose: they may be raised during the shutdown of the interpreter.
 PyObject* rank_mismatch = nullptr;
 PyObject* peer_lost = nullptr;
 
@@ -108,9 +108,9 @@ py::dict stats_by_op(Communicator& comm) {
   return rows;
 }
 
-Kept::~Kept() {
+OwnedObject::~OwnedObject() {
   if (!Py_IsInitialized()) {
-    object_.release();  // the interpreter is gone and the object with it
+    object_.release();  // the interpreter has ended, and the object with it
     return;
   }
   py::gil_scoped_acquire gil;

@@ -1,6 +1,6 @@
+#include "bindings.h"
 #include "cpu/choose.h"
 #include "cpu/gemm.h"
-#include "python_side.h"
 
 namespace tpk {
 

@@ -1,9 +1,9 @@
-// An op with the scope around it that its tensors ask for: device and stream are set before it looks at anything.
+// An op with the device and the stream of its first tensor around it: set before it does anything.
 #pragma once
 
 #include <utility>
 
-#include "cuda/stream.h"
+#include "stream.h"
 
 namespace tpk::cuda {
 

@@ -83,8 +83,8 @@ CASE(divergence_names_both_places_and_fails_the_launch) {
   const Outcome outcome = run(quiet(0), [] { return launch(barrier_in_both_branches); });
   EXPECT(outcome.error == cudaErrorLaunchFailure && !outcome.right);
   const std::string text = outcome.text();
-  const size_t first = text.find("planted_meeting.cu:"), second = text.find("planted_meeting.cu:", first + 1);
-  EXPECT(second != std::string::npos && text.substr(first, 22) != text.substr(second, 22), text);
+  const size_t first = text.find("planted_waits.cu:"), second = text.find("planted_waits.cu:", first + 1);
+  EXPECT(second != std::string::npos && text.substr(first, 20) != text.substr(second, 20), text);
   EXPECT(text.find("rank 0 barrier_in_both_branches block (0,0,0)") != std::string::npos, text);
 }
 
@@ -94,7 +94,7 @@ CASE(divergence_names_both_places_and_fails_the_launch) {
 TPK_KERNEL void grid_barrier(uint32_t* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    add_release_sys(counter, 1);
+    emu::add_release_sys(counter, 1);
     while (load_acquire_sys(counter) < gridDim.x) {
     }
   }
@@ -144,7 +144,7 @@ CASE(one_rank_stays_away_and_the_dump_says_who_waits_for_what) {
   const std::string text = run(quiet(0), one_rank_stays_away).text();
   EXPECT(text.find("rank 0 raise_and_wait") != std::string::npos, text);
   EXPECT(text.find("polls") != std::string::npos && text.find("(memory of rank 0, byte 0)") != std::string::npos, text);
-  EXPECT(text.find("planted_meeting.cu:") != std::string::npos, text);
+  EXPECT(text.find("planted_waits.cu:") != std::string::npos, text);
 }
 
 // ---- what no hardware would take ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-// The emulated twins of hopper.cuh's primitives; same names, same meaning. Included by hopper.cuh alone.
+// In place of csrc/cuda/kernels/hopper.cuh: the same primitives, emulated.
 #pragma once
 
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/tensor_map_type.h"
 #include "hopper.h"
 
 namespace tpk::cuda {
@@ -58,7 +60,7 @@ void registers_lower() {
   static_assert(n % 8 == 0 && n >= 24 && n <= 256, "setmaxnreg takes multiples of 8 in 24 .. 256");
   emu::registers(n);
 }
-inline void meet_some(int id, int threads, Where where = Where::current()) { emu::meet_some(id, threads, where); }
+inline void sync_named(int id, int threads, Where where = Where::current()) { emu::sync_named(id, threads, where); }
 inline bool one_of_warp(Where where = Where::current()) { return emu::one_of_warp(where); }
 
 }  // namespace tpk::cuda

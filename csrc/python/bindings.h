@@ -30,19 +30,19 @@ DType float_dtype(const char* what, const std::string& name);
 py::dict stats_by_op(Communicator& comm);
 
 // A Python object that C++ owns, given back under the GIL, or left alone when the interpreter is gone.
-class Kept {
+class OwnedObject {
  public:
-  explicit Kept(py::object object) : object_(std::move(object)) {}
-  ~Kept();
-  Kept(const Kept&) = delete;
-  Kept& operator=(const Kept&) = delete;
+  explicit OwnedObject(py::object object) : object_(std::move(object)) {}
+  ~OwnedObject();
+  OwnedObject(const OwnedObject&) = delete;
+  OwnedObject& operator=(const OwnedObject&) = delete;
   py::object& get() { return object_; }
 
  private:
   py::object object_;
 };
 
-// Throws what Python raised as an error of ours, or as it is where it is none (KeyboardInterrupt).
+// Throws the error of Python as one of errors.h, or as it is where it is none of them (KeyboardInterrupt).
 [[noreturn]] void throw_as_ours(py::error_already_set& error);
 // Whether Python may run handlers of signals in code that this thread calls.
 bool handlers_run_here();
@@ -121,7 +121,7 @@ class PythonExchange : public Base {
   char* send_;
   char* receive_;
   size_t capacity_;
-  Kept kept_;
+  OwnedObject kept_;
 };
 
 // The class Communicator of a module. Local to it: the modules of two backends may be loaded beside each other.

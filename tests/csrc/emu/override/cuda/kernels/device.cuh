@@ -1,5 +1,9 @@
-// The emulated twins of device.cuh's primitives; same names, same meaning. Included by device.cuh alone.
+// In place of csrc/cuda/kernels/device.cuh: the same primitives, emulated.
 #pragma once
+
+#include "core/codec/half.h"
+#include "cuda/kernels/launch.h"
+#include "cuda/kernels/word16.h"
 
 namespace tpk::cuda {
 
@@ -17,16 +21,12 @@ inline void store_release_sys(uint32_t* to, uint32_t value, Where where = Where:
 inline void store_relaxed_sys(uint32_t* to, uint32_t value, Where where = Where::current()) {
   emu::store(to, value, emu::Order::Relaxed, emu::Scope::System, where);
 }
-inline void add_release_sys(uint32_t* to, uint32_t value, Where where = Where::current()) {
-  emu::exchange(to, [=](uint32_t old) { return old + value; }, emu::Order::Release, emu::Scope::System, where);
-}
 inline uint32_t add_acq_rel_gpu(uint32_t* to, uint32_t value, Where where = Where::current()) {
   return emu::exchange(
       to, [=](uint32_t old) { return old + value; }, emu::Order::AcquireRelease, emu::Scope::Gpu, where);
 }
 
 inline void fence_sys() { emu::fence(emu::Scope::System); }
-inline void fence_gpu() { emu::fence(emu::Scope::Gpu); }
 inline uint64_t global_time_ns() { return emu::time_ns(); }
 [[noreturn]] inline void trap(Where where = Where::current()) { emu::trap(where); }
 
@@ -68,20 +68,11 @@ inline void multicast_store16(void* to, Word16 word, Where where = Where::curren
   for (int i = 0; i < places.count; ++i) store16(places.at[i], word, where);
 }
 
-inline bool any_of_block(bool holds, Where where = Where::current()) {
-  return emu::meet_block(emu::Vote::Or, holds, where) != 0;
-}
-
 inline uint32_t warp_max(uint32_t value, Where where = Where::current()) {
   for (int offset = 16; offset > 0; offset /= 2) {
     const uint32_t other = __shfl_xor_sync(0xffffffffu, value, offset, 32, where);
     value = other > value ? other : value;
   }
-  return value;
-}
-
-inline float warp_sum(float value, Where where = Where::current()) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset, 32, where);
   return value;
 }
 
