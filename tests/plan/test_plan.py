@@ -134,7 +134,7 @@ def test_tied_parameters_must_be_cut_alike() -> None:
     modules = dict(model.named_modules())
     for head, fits in (("vocab_head", True), ("replicate", False), ("row_split", False)):
         styles = Plan(LLAMA | {"lm_head": head}).styles(model)
-        cuts = Resolved.of(model, styles, 2).cuts
+        cuts = Resolved.of(model, styles, 2).parameter_cuts()
         if fits:
             Tied(model).check(modules, cuts)
         else:

@@ -279,6 +279,10 @@ class MultiheadAttentionStyle(Style):
         """Return the cut of the input projections."""
         return next(iter(cuts_of_attention(cast(nn.MultiheadAttention, module), R).values()))
 
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
+        """Return the cuts of all but out_proj."""
+        return cuts_of_attention(cast(nn.MultiheadAttention, module), R)
+
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Shard the module and its out_proj by heads."""
         attention, group = cast(nn.MultiheadAttention, module), settings.group
@@ -287,7 +291,7 @@ class MultiheadAttentionStyle(Style):
         RowStyle().apply(attention.out_proj, Cut(1, attention.embed_dim, attention.head_dim), settings, tied)
 
 
-def leave_fast_paths(model: nn.Module) -> None:
+def disable_fast_paths(model: nn.Module) -> None:
     """Make torch's encoders call their modules: in inference they would pass the weights, which are sharded, to a
     kernel of their own, and padded tokens as nested tensors."""
     for module in model.modules():
