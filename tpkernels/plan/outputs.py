@@ -92,7 +92,7 @@ class GatheredAttentions:
         self._wanted.append(bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted))
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Hook of a model, also when it raised: replace the weights of this rank by those of all."""
+        """Forward hook of a model, also when it raised: replace the weights of this rank by those of all."""
         seen = list(self._seen) if self._wanted and self._wanted.pop() else []
         if not any(self._wanted):
             self._seen.clear()

@@ -40,7 +40,13 @@ class Dropouts(TorchFunctionMode):
 
 
 def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
-    """Return an argument of an op by its name in the schema."""
+    """Return an argument of an op by its name in the schema.
+
+    Args:
+        func, args, kwargs: of the call.
+        name: of the argument.
+        default: returned where it is not given.
+    """
     names = [argument.name for argument in func._schema.arguments]
     if name in names and names.index(name) < len(args):
         return args[names.index(name)]

@@ -220,7 +220,14 @@ def style_text(column: bool, sizes: list[int], units: int) -> str:
 def refuse_unsummable(
     model: nn.Module, groups: list[LinearGroup], owners: dict[str, list[str]], sources: dict[str, nn.Module]
 ) -> None:
-    """A module inside a cut is given partial gradients for all of its own parameters, or for none."""
+    """Refuse groups with a module some of whose parameters meet their features, but not all.
+
+    Args:
+        model: the full one.
+        groups: of all runs.
+        owners: {parameter: the modules that hold it}.
+        sources: {name: module} that start features.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     for group in groups:
         for parameter in group.summed:

@@ -124,6 +124,12 @@ def first_that_runs(
 def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -> None:
     """Call the part of a run with `values` in the place of the model's parameters.
 
+    Args:
+        model: the full one.
+        run: its part, call and device.
+        flow: that follows the features.
+        values: {name: the tensor that replaces the parameter}.
+
     Raises:
         Mismatch: it returns tensors of other sizes than before.
     """

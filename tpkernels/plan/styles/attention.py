@@ -69,7 +69,10 @@ class ByHeads(ParallelModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the results of nn.MultiheadAttention for the same arguments, on every rank.
 
-        need_weights sends the weights, [N, L, S] or [N, num_heads, L, S] of them; need_weights=False sends nothing.
+        Args:
+            query, key, value, key_padding_mask, attn_mask, average_attn_weights, is_causal: as for
+                nn.MultiheadAttention, replicated.
+            need_weights: True sends the weights, [N, L, S] or [N, num_heads, L, S] of them, to all ranks.
 
         Raises:
             ValueError: shapes do not fit; a nested tensor; is_causal without attn_mask.

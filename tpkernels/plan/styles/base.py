@@ -98,7 +98,13 @@ class Style:
         return {}
 
     def local_sizes(self, module: nn.Module, cut: Cut | None, R: int, rank: int) -> dict[str, int]:
-        """Return the attributes of the module that count sharded features, with this rank's values."""
+        """Return the attributes of the module that count sharded features, with this rank's values.
+
+        Args:
+            module: the full one.
+            cut: as in `apply`.
+            R, rank: the number of ranks, and the one.
+        """
         return {}
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
