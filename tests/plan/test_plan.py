@@ -142,6 +142,18 @@ def test_tied_parameters_must_be_cut_alike() -> None:
                 Tied(model).check(modules, cuts)
 
 
+def test_tied_parameters_are_compared_by_the_dimension_in_which_they_are_stored() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight  # columns of the table are inputs of the linear
+    for style, fits in (("column", False), ("row", True)):
+        resolved = Resolved.of(model, Plan({"0": "column", "1": style}).styles(model), 2)
+        if fits:
+            Tied(model).check(resolved.modules, resolved.parameter_cuts())
+        else:
+            with pytest.raises(PlanError, match="share a parameter, so their styles must cut it alike"):
+                Tied(model).check(resolved.modules, resolved.parameter_cuts())
+
+
 def test_auto_takes_our_plan_then_the_shipped_one_then_a_derived_one() -> None:
     sources = {name: Plan.resolve(tiny(name)).source for name in ("gpt2", "llama", "opt")}
     assert sources == {"gpt2": "tpkernels/plan/shipped/gpt2.py", "llama": "transformers", "opt": "its module tree"}
