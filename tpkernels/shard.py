@@ -34,6 +34,9 @@ _at_first_mark: list[Callable[[], None]] = []
 def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
     """Return the sizes of the R shards of n, in rank order; they add up to n and differ by one unit at most.
 
+    Args:
+        n, R, unit: see the head of this file.
+
     Raises:
         ValueError: n is negative, R or unit is less than 1, or n is not a multiple of unit.
     """
@@ -43,6 +46,9 @@ def part_sizes(n: int, R: int, unit: int = 1) -> list[int]:
 
 def part_size(n: int, R: int, rank: int, unit: int = 1) -> int:
     """Return the number of indices of a rank: (items // R + (rank < items % R)) * unit, items = n / unit.
+
+    Args:
+        n, R, rank, unit: see the head of this file.
 
     Raises:
         ValueError: as `part_sizes`, or there is no such rank.
@@ -54,6 +60,9 @@ def part_size(n: int, R: int, rank: int, unit: int = 1) -> int:
 
 def part_start(n: int, R: int, rank: int, unit: int = 1) -> int:
     """Return the first index of a rank: the sum of the sizes of the ranks before it.
+
+    Args:
+        n, R, rank, unit: see the head of this file.
 
     Raises:
         ValueError: as `part_size`.
@@ -142,7 +151,11 @@ def reslice(parts: Sequence[Tensor], dim: int, R_to: int, rank: int, unit: int =
 
 
 def rule_runs(n: int, R: int, rank: int, unit: int = 1) -> Runs:
-    """Return the indices of a rank by the rule, as one run."""
+    """Return the indices of a rank by the rule, as one run.
+
+    Args:
+        n, R, rank, unit: see the head of this file.
+    """
     return ((part_start(n, R, rank, unit), part_size(n, R, rank, unit)),)
 
 

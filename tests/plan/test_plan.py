@@ -134,12 +134,24 @@ def test_tied_parameters_must_be_cut_alike() -> None:
     modules = dict(model.named_modules())
     for head, fits in (("vocab_head", True), ("replicate", False), ("row_split", False)):
         styles = Plan(LLAMA | {"lm_head": head}).styles(model)
-        cuts = Resolved.of(model, styles, 2).cuts
+        cuts = Resolved.of(model, styles, 2).parameter_cuts()
         if fits:
             Tied(model).check(modules, cuts)
         else:
             with pytest.raises(PlanError, match=r"\['model.embed_tokens', 'lm_head'\] share a parameter"):
                 Tied(model).check(modules, cuts)
+
+
+def test_tied_parameters_are_compared_by_the_dimension_in_which_they_are_stored() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight  # columns of the table are inputs of the linear
+    for style, fits in (("column", False), ("row", True)):
+        resolved = Resolved.of(model, Plan({"0": "column", "1": style}).styles(model), 2)
+        if fits:
+            Tied(model).check(resolved.modules, resolved.parameter_cuts())
+        else:
+            with pytest.raises(PlanError, match="share a parameter, so their styles must cut it alike"):
+                Tied(model).check(resolved.modules, resolved.parameter_cuts())
 
 
 def test_auto_takes_our_plan_then_the_shipped_one_then_a_derived_one() -> None:

@@ -89,12 +89,12 @@ class Tied:
             (self.ids if id(parameter) in seen else seen).add(id(parameter))
         self._done: dict[int, tuple[nn.Parameter, nn.Parameter, Cut | None]] = {}
 
-    def check(self, modules: dict[str, nn.Module], cuts: dict[str, Cut]) -> None:
+    def check(self, modules: dict[str, nn.Module], cuts: dict[str, dict[str, Cut]]) -> None:
         """Check that each tied parameter is sharded alike in all modules that hold it. Nothing is changed.
 
         Args:
             modules: all of the model, by name.
-            cuts: of the sharded ones.
+            cuts: of their parameters, {module name: {name: Cut}}. Biases are not compared: `rejoin` handles them.
 
         Raises:
             PlanError: a parameter is not; names the modules.
@@ -103,7 +103,7 @@ class Tied:
         for name, module in modules.items():
             for own, parameter in module._parameters.items():
                 if id(parameter) in self.ids:
-                    holders.setdefault(id(parameter), {})[name] = cuts.get(name) if own != "bias" else None
+                    holders.setdefault(id(parameter), {})[name] = cuts.get(name, {}).get(own) if own != "bias" else None
         for found in holders.values():
             if len(set(found.values())) > 1:
                 without = [name for name, cut in found.items() if cut is None]

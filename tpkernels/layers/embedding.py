@@ -1,4 +1,4 @@
-"""Tables whose rows are cut over the ranks, and nn.Embedding as one of them."""
+"""Tables sharded along their rows, and nn.Embedding as one of them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .functions import take_shard
 
 
 class VocabParallelTable(ParallelModule):
-    """A table of embeddings of which each rank holds its rows; what the layers that look rows up have in common.
+    """A table of embeddings of which each rank holds its rows; the base of the layers that look rows up.
 
     Args:
-        num_embeddings, embedding_dim: of the unsharded table. num_embeddings need not divide by R.
-        group: over which to cut; None means all ranks.
+        num_embeddings, embedding_dim: of the full table. num_embeddings need not divide by R.
+        group: over which to shard; None means all ranks.
         padding_idx: this row starts as zeros. Negative counts from the end.
         device, dtype: as for nn.Embedding; "meta" allocates nothing.
 
@@ -55,7 +55,7 @@ class VocabParallelTable(ParallelModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table anew: bit for bit this rank's part of what torch's own layer draws for the same seed."""
+        """Draw the table anew: bit for bit this rank's shard of what torch's own layer draws for the same seed."""
         init_shard_(self.weight, init.normal_, by_rows=True)
         start, end = self._rows()
         if self.padding_idx is not None and start <= self.padding_idx < end:
@@ -63,27 +63,27 @@ class VocabParallelTable(ParallelModule):
                 self.weight[self.padding_idx - start].fill_(0)
 
     def full_weight(self) -> Tensor:
-        """Return the unsharded table on every rank (detached). Collective: all ranks must call it."""
+        """Return the full table on every rank (detached). Collective: all ranks must call it."""
         return self._full("weight")
 
     def _rows(self) -> tuple[int, int]:
-        """This rank has the rows from the first of these to before the second."""
+        """The first row of this rank, and the one after its last."""
         info = self._info(self._cuts["weight"])
         return info.start, info.start + info.size
 
 
 class VocabParallelEmbedding(VocabParallelTable):
-    """nn.Embedding whose vocabulary is cut: each rank looks up its own rows, the others' are zero, and the ranks sum.
+    """nn.Embedding sharded along its rows: each rank looks up its own, the others' are zero, and the ranks sum.
 
         y = table[ids]                                   # [..., H] on every rank
         y_shard = split(y, R, sequence_dim)[rank]        # with sequence_parallel
 
     Args:
-        num_embeddings, embedding_dim: as for nn.Embedding, unsharded. num_embeddings need not divide by R.
-        group: over which to cut; None means all ranks.
+        num_embeddings, embedding_dim: as for nn.Embedding, the full sizes. num_embeddings need not divide by R.
+        group: over which to shard; None means all ranks.
         padding_idx: this row starts as zeros and gets no gradient. Negative counts from the end.
         max_norm, scale_grad_by_freq, sparse: not supported; any other value than the default is a ValueError.
-        sequence_parallel: return this rank's part of the tokens only; its gradient is gathered.
+        sequence_parallel: return this rank's shard of the tokens only; its gradient is gathered.
         sequence_dim: the token dimension, such as 0 for ids [S, B] and 1 for [B, S].
         grad_codec: how the gradient is packed where sequence_parallel gathers it; forward nothing is packed.
         device, dtype: as for nn.Embedding; "meta" allocates nothing.
@@ -162,7 +162,7 @@ class VocabParallelEmbedding(VocabParallelTable):
         return take_shard(y, self.sequence_dim, group=self.group, grad_codec=self.grad_codec)
 
     def extra_repr(self) -> str:
-        """Say the unsharded sizes, this rank's shard, and what differs from the defaults."""
+        """Return the full sizes, this rank's shard, and what differs from the defaults."""
         parts = [f"{self.num_embeddings} (shard {self.weight.size(0)})", str(self.embedding_dim)]
         parts.append(f"rank={self.group.rank} of {self.group.world_size}")
         if self.padding_idx is not None:

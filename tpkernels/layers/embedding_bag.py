@@ -1,4 +1,4 @@
-"""nn.EmbeddingBag whose rows are cut over the ranks: the large tables of recommender models."""
+"""nn.EmbeddingBag sharded along its rows: the large tables of recommender models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MODES = ("sum", "mean")
 
 
 class VocabParallelEmbeddingBag(VocabParallelTable):
-    """nn.EmbeddingBag whose rows are cut: each rank sums its own rows of each bag, and the ranks sum the bags.
+    """nn.EmbeddingBag sharded along its rows: each rank sums its own rows of each bag, and the ranks sum the bags.
 
         y[b] = sum_i w_i table[ids_i]                    # over the ids of bag b; [B, H] on every rank
         y[b] = y[b] / number of ids                      # mode "mean"; an empty bag gives zeros
 
     Args:
-        num_embeddings, embedding_dim: as for nn.EmbeddingBag, unsharded. num_embeddings need not divide by R.
-        group: over which to cut; None means all ranks.
+        num_embeddings, embedding_dim: as for nn.EmbeddingBag, the full sizes. num_embeddings need not divide by R.
+        group: over which to shard; None means all ranks.
         mode: "sum" or "mean", as in torch ("max" is not supported).
         padding_idx: ids of this row belong to no bag, and the row gets no gradient. Negative counts from the end.
         include_last_offset: offsets have one entry more, the number of ids.
@@ -36,7 +36,7 @@ class VocabParallelEmbeddingBag(VocabParallelTable):
     Raises:
         ValueError: another mode, or padding_idx outside the table; in forward, ids, offsets or weights that do not fit.
 
-    Source: row-wise cut tables of Naumov et al. 2019 (arXiv:1906.00091).
+    Source: row-wise sharded tables of Naumov et al. 2019 (arXiv:1906.00091).
     """
 
     def __init__(
@@ -61,9 +61,15 @@ class VocabParallelEmbeddingBag(VocabParallelTable):
 
     @classmethod
     def from_embedding_bag(cls, module: nn.EmbeddingBag, *, group: Group | None = None, codec: str = "none") -> Self:
-        """Cut an nn.EmbeddingBag that all ranks hold: values, dtype, device and options are kept.
+        """Shard an nn.EmbeddingBag that all ranks hold: values, dtype, device and options are kept.
+
+        Args:
+            module: the same on all ranks; it is not changed.
+            group: over which to shard; None means all ranks.
+            codec: as in the constructor.
 
         Raises:
+            TypeError: the module is no nn.EmbeddingBag.
             ValueError: the module uses max_norm, scale_grad_by_freq, sparse, or mode "max".
         """
         if not isinstance(module, nn.EmbeddingBag):
@@ -111,12 +117,12 @@ class VocabParallelEmbeddingBag(VocabParallelTable):
         return y / sizes.to(y.dtype)
 
     def _bags(self, local: Tensor, offsets: Tensor, weights: Tensor | None, mine: Tensor) -> Tensor:
-        """This rank's part of the sum of every bag. Ids of other ranks are left out, so that R ranks share the work.
+        """This rank's part of the sum of every bag. Ids of other ranks are dropped, so that R ranks share the work.
 
-        Under torch.compile, which wants sizes that do not depend on values, they stay, with a weight of zero.
+        Under torch.compile, where sizes must not depend on values, they stay, with a weight of zero.
         """
         if self.weight.size(0) == 0:
-            # Nothing, but of everything: the gradient of the weights is summed by all ranks.
+            # Zero, but a function of all inputs: the gradient of the weights is summed by all ranks.
             nothing = 0.0 if weights is None else torch.where(mine, weights, 0).sum()
             return self.weight.new_zeros(offsets.numel() - 1, self.embedding_dim) + self.weight.sum() + nothing
         if is_compiling():
@@ -180,7 +186,7 @@ class VocabParallelEmbeddingBag(VocabParallelTable):
         return offsets
 
     def extra_repr(self) -> str:
-        """Say the unsharded sizes, this rank's shard, and what differs from the defaults."""
+        """Return the full sizes, this rank's shard, and what differs from the defaults."""
         parts = [f"{self.num_embeddings} (shard {self.weight.size(0)})", str(self.embedding_dim), f"mode={self.mode!r}"]
         parts.append(f"rank={self.group.rank} of {self.group.world_size}")
         if self.padding_idx is not None:
@@ -189,7 +195,7 @@ class VocabParallelEmbeddingBag(VocabParallelTable):
 
 
 def _count(chosen: Tensor, offsets: Tensor) -> Tensor:
-    """How many of the ids of each bag are chosen."""
+    """The number of chosen ids of each bag."""
     before = F.pad(chosen.to(offsets.dtype).cumsum(0), (1, 0))
     ends = before[offsets]
     return ends[1:] - ends[:-1]

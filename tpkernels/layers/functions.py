@@ -16,7 +16,7 @@ from tpkernels.shard import ShardInfo, part
 
 
 class _TakeShard(torch.autograd.Function):
-    """Forward: this rank's part. Backward: gather the parts of all ranks."""
+    """Forward: this rank's shard. Backward: gather the shards of all ranks."""
 
     @staticmethod
     def forward(x: Tensor, group: str, world_size: int, rank: int, dim: int, grad_codec: str) -> Tensor:
@@ -55,16 +55,16 @@ class _SumGradient(torch.autograd.Function):
 
 
 def take_shard(x: Tensor, dim: int, *, group: Group | None = None, unit: int = 1, grad_codec: str = "none") -> Tensor:
-    """Return this rank's part of a tensor that all ranks hold.
+    """Return this rank's shard of a replicated tensor.
 
     Equal to `split(x, R, dim)[rank]`. The gradient is gathered over the ranks, so that x, which is replicated, gets
-    the same whole gradient on all of them; a plain slice would leave each rank with zeros outside its own part.
+    the same full gradient on all of them; by a plain slice each rank would get zeros outside its own shard.
 
     Args:
         x: replicated: the same values on all ranks.
-        dim: the dimension to cut; it need not divide by R (the first ranks take one unit more).
-        group: over which to cut; None means all ranks.
-        unit: how many neighbouring indices stay together.
+        dim: the dimension to shard; it need not divide by R (the first ranks take one unit more).
+        group: over which to shard; None means all ranks.
+        unit: the number of neighbouring indices that make one item.
         grad_codec: how the gradient is packed on the wire.
 
     Raises:
@@ -94,12 +94,12 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None, grad_codec: str =
     """Return the tensors unchanged; their gradients are summed over the ranks on the way back.
 
     For replicated parameters that meet shards of the activations, as in norms under sequence parallel: each rank sees
-    its own tokens only, so its gradient is partial. With this the parameter's .grad is whole on every rank.
+    its own tokens only, so its gradient is partial. With this the parameter's .grad is complete on every rank.
     One all_reduce for all tensors of a call; they must have one dtype. Tensors that need no gradient cost nothing.
 
     Args:
         tensors: replicated tensors.
-        group: the ranks over which the activations are cut; None means all ranks.
+        group: the ranks over which the activations are sharded; None means all ranks.
         grad_codec: how the gradients are packed on the wire.
 
     Raises:

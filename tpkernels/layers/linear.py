@@ -208,8 +208,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
         Args:
             x: [..., K], replicated, or this rank's tokens with sequence_parallel.
-            sequence_size: the number of tokens along sequence_dim on all ranks together. None asks the ranks, or
-                under torch.compile takes R times this rank's; an uneven cut must be given there.
+            sequence_size: the number of tokens along sequence_dim on all ranks together. None: the ranks exchange
+                theirs, and under torch.compile it is R times this rank's; uneven shards must have it given there.
 
         Returns:
             [..., N / R], or [..., N] with gather_output.
@@ -255,7 +255,7 @@ class RowParallelLinear(_ParallelLinear):
         in_features, out_features, bias: as for nn.Linear, the full sizes. in_features need not divide by R. The bias is
             replicated and added once; its gradient is whole on every rank.
         group: over which to shard; None means all ranks.
-        input_is_parallel: x is this rank's [..., K / R], as a ColumnParallelLinear leaves it. False: x is replicated
+        input_is_parallel: x is this rank's [..., K / R], as a ColumnParallelLinear returns it. False: x is replicated
             [..., K], the layer takes its shard, and the gradient of x is gathered.
         sequence_parallel: return this rank's shard of the tokens only.
         sequence_dim: the token dimension of y, such as 0 for [S, B, N] and 1 for [B, S, N].

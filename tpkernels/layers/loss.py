@@ -1,4 +1,4 @@
-"""Cross entropy over logits whose vocabulary is cut over the ranks."""
+"""Cross entropy of logits that are sharded over the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class VocabParallelCrossEntropy(ParallelModule):
-    """nn.CrossEntropyLoss for logits cut over the vocabulary, the last dimension; no rank ever holds whole logits.
+    """nn.CrossEntropyLoss for logits sharded over the vocabulary, the last dimension; no rank ever holds all logits.
 
         loss = cross_entropy(all_gather(logits_shard, dim=-1), target)      # the same on every rank
 
     Args:
-        group: over which the vocabulary is cut; None means all ranks.
-        vocab_size: the unsharded vocabulary. None asks the ranks in every call, or under torch.compile takes R times
-            this rank's part; an uneven cut must be given there.
-        ignore_index: targets with this value count nowhere.
+        group: over which the vocabulary is sharded; None means all ranks.
+        vocab_size: the full vocabulary. None: all ranks exchange their sizes in every call, and under torch.compile it
+            is R times this rank's; uneven shards must have it given there.
+        ignore_index: targets with this value are left out.
         label_smoothing: in [0, 1], spread over the whole vocabulary.
         reduction: "none" | "mean" | "sum". The mean is over the tokens that are not ignored, and as in torch it is NaN
             when there is none.
@@ -57,8 +57,8 @@ class VocabParallelCrossEntropy(ParallelModule):
         """Return the loss.
 
         Args:
-            logits_shard: [..., V / R], this rank's part of the vocabulary, fp32 | bf16 | fp16 | fp64.
-            target: [...], replicated, ids in the whole vocabulary or ignore_index.
+            logits_shard: [..., V / R], this rank's shard of the vocabulary, fp32 | bf16 | fp16 | fp64.
+            target: [...], replicated, ids in the full vocabulary or ignore_index.
 
         Returns:
             [...] with reduction "none", otherwise a scalar; fp32, or fp64 for fp64 logits.
@@ -77,7 +77,7 @@ class VocabParallelCrossEntropy(ParallelModule):
         return total if self.reduction == "sum" else total / (target != self.ignore_index).sum()
 
     def extra_repr(self) -> str:
-        """Say the vocabulary and what differs from the defaults."""
+        """Return the vocabulary and what differs from the defaults."""
         parts = [f"vocab_size={self.vocab_size}", f"reduction={self.reduction!r}"]
         if self.label_smoothing:
             parts.append(f"label_smoothing={self.label_smoothing}")

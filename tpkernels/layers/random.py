@@ -1,13 +1,13 @@
-"""Random numbers in tensor parallel: the same on all ranks where tensors are replicated, different where they are cut.
+"""Random numbers in tensor parallel: the same on all ranks for replicated tensors, different ones for sharded tensors.
 
-One rule carries it all: the default generators of all ranks are in the same state (`torch.manual_seed(same)` at the
-start; `check_same_rng` says when they have drifted apart), and everything random is derived from them. So there is no
-second generator that a checkpoint, `torch.utils.checkpoint` or a resumed run could forget:
+One rule holds for all: the default generators of all ranks are in the same state (`torch.manual_seed(same)` at the
+start; `check_same_rng` raises when they differ), and everything random is derived from them. So there is no second
+generator that a checkpoint, `torch.utils.checkpoint` or a resumed run could forget:
 
 - replicated tensors: plain torch calls. All ranks draw the same numbers.
-- cut tensors, `ParallelDropout(shard_dim=...)`: all ranks draw the mask of the unsharded tensor and each takes its
-  part. The run equals the unsharded one, bit for bit on the CPU, whatever R is; the mask costs a byte for every
-  element of the unsharded tensor.
+- sharded tensors, `ParallelDropout(shard_dim=...)`: all ranks draw the mask of the full tensor and each takes its
+  shard. The run equals the unsharded one, bit for bit on the CPU, whatever R is; the mask costs a byte for every
+  element of the full tensor.
 - anything else that must differ over the ranks, `with rank_rng(group)`: numbers from (default generator, rank). They
   cost no more than elsewhere, and depend on R.
 
@@ -35,17 +35,17 @@ from .base import ParallelModule
 
 
 class ParallelDropout(ParallelModule):
-    """nn.Dropout for replicated or cut activations.
+    """nn.Dropout for replicated or sharded activations.
 
     Args:
         p: the probability with which an element becomes zero; the others are divided by 1 - p.
-        group: over which the activations are cut; None means all ranks.
-        shard_dim: the dimension along which they are cut: -1 behind a ColumnParallelLinear, the token dimension under
+        group: over which the activations are sharded; None means all ranks.
+        shard_dim: the sharded dimension: -1 behind a ColumnParallelLinear, the token dimension under
             sequence parallel. None: they are replicated, and so is the mask.
-        unit: how many neighbouring indices stay together in that cut.
+        unit: the number of neighbouring indices of shard_dim that make one item.
 
     Raises:
-        ValueError: p is not within [0, 1]; in forward, x is not this rank's part of full_size.
+        ValueError: p is not within [0, 1]; in forward, x is not this rank's shard of full_size.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class ParallelDropout(ParallelModule):
         """Drop elements in training mode; otherwise return x.
 
         Args:
-            x: replicated, or this rank's part along shard_dim.
-            full_size: the size of shard_dim on all ranks together. None asks the ranks, or under torch.compile takes R
-                times this rank's; an uneven cut must be given there.
+            x: replicated, or this rank's shard along shard_dim.
+            full_size: the size of shard_dim on all ranks together. None: the ranks exchange theirs, and under
+                torch.compile it is R times this rank's; uneven shards must have it given there.
         """
         if not self.training or self.p == 0.0:
             return x
@@ -92,13 +92,13 @@ class ParallelDropout(ParallelModule):
         return mine
 
     def extra_repr(self) -> str:
-        """Say p and the cut."""
+        """Return p and shard_dim."""
         return f"p={self.p}" + ("" if self.shard_dim is None else f", shard_dim={self.shard_dim}")
 
 
 @contextmanager
 def rank_rng(group: Group | None = None) -> Iterator[None]:
-    """Give each rank random numbers of its own inside the block, and leave the default generators in step behind it.
+    """Give each rank random numbers of its own inside the block; after it the default generators agree again.
 
     Inside, torch's default generators (CPU and the current CUDA device) are seeded from a number drawn from the default
     CPU generator, the same on all ranks, and the rank. Behind it they go on as if one number had been drawn.

@@ -1,4 +1,4 @@
-"""Cut an unmodified model over the ranks of a group: a plan says how each module is cut, `parallelize` does it."""
+"""Shard an unmodified model over the ranks of a group: a plan has a style for each module; start reading in api.py."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from tpkernels.plan.rules import Plan, log
 from tpkernels.plan.same_inputs import SameInputs
 from tpkernels.plan.sequence.apply import SequencePlan
 from tpkernels.plan.state_dict import SavePretrained, gather_for_peft
-from tpkernels.plan.styles.attention import leave_fast_paths
+from tpkernels.plan.styles.attention import disable_fast_paths
 from tpkernels.plan.styles.base import CutSettings, is_linear
 from tpkernels.plan.styles.experts import ExpertStyle
 from tpkernels.plan.styles.linear import VocabHeadStyle
@@ -188,7 +188,7 @@ def parallelize(
     if tokens is not None:
         tokens.apply(settings)
     share_inputs(resolved.modules)
-    leave_fast_paths(model)
+    disable_fast_paths(model)
     if not gather_logits:
         cut_logits(model, heads[0])
 

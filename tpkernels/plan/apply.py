@@ -31,7 +31,7 @@ def apply(model: nn.Module, resolved: Resolved, settings: CutSettings) -> None:
         PlanError: modules that share a parameter are sharded in different ways; nothing is changed then.
     """
     tied = Tied(model)
-    tied.check(resolved.modules, resolved.cuts)
+    tied.check(resolved.modules, resolved.parameter_cuts())
     for block in resolved.blocks:
         _apply_to_block(block, resolved, settings.group, tied)
     for name, style in resolved.styles.items():

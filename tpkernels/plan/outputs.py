@@ -51,7 +51,7 @@ class GatheredAttentions:
     """
 
     def __init__(self) -> None:
-        self._asked: list[bool] = []  # of the models that are running, the outer ones first
+        self._wanted: list[bool] = []  # of the models that are running, the outer ones first
         self._seen: list[_Seen] = []
 
     def watch(self, model: nn.Module, resolved: Resolved, group: Group) -> None:
@@ -81,20 +81,20 @@ class GatheredAttentions:
                 module.register_forward_pre_hook(self.begin, with_kwargs=True)
                 module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         for name, found in heads.items():
-            modules[name].register_forward_hook(BlockWatch(self._seen, self._asked, found, group))
+            modules[name].register_forward_hook(BlockWatch(self._seen, self._wanted, found, group))
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of a model: note whether it returns attention weights."""
-        asks = kwargs.get("output_attentions")
-        if asks is None and args:
+        wanted = kwargs.get("output_attentions")
+        if wanted is None and args:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
-            asks = dict(zip(names, args, strict=False)).get("output_attentions")
-        self._asked.append(bool(getattr(module.config, "output_attentions", False) if asks is None else asks))
+            wanted = dict(zip(names, args, strict=False)).get("output_attentions")
+        self._wanted.append(bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted))
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Hook of a model, also when it raised: replace the weights of this rank by those of all."""
-        seen = list(self._seen) if self._asked and self._asked.pop() else []
-        if not any(self._asked):
+        """Forward hook of a model, also when it raised: replace the weights of this rank by those of all."""
+        seen = list(self._seen) if self._wanted and self._wanted.pop() else []
+        if not any(self._wanted):
             self._seen.clear()
         return tree_map(lambda x: next((s.gathered() for s in seen if s.weights is x), x), output) if seen else None
 
@@ -102,8 +102,8 @@ class GatheredAttentions:
 class BlockWatch:
     """A hook of an attention block that notes the attention weights it returns while a model around returns them."""
 
-    def __init__(self, seen: list[_Seen], asked: list[bool], heads: Heads | None, group: Group) -> None:
-        self._seen, self._asked, self._heads, self._group = seen, asked, heads, group
+    def __init__(self, seen: list[_Seen], wanted: list[bool], heads: Heads | None, group: Group) -> None:
+        self._seen, self._wanted, self._heads, self._group = seen, wanted, heads, group
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note the tensors [N, heads of this rank, L, S] of the output.
@@ -111,7 +111,7 @@ class BlockWatch:
         Raises:
             PlanError: there are such, and which heads the rank has is unknown.
         """
-        if not any(self._asked) or not isinstance(output, tuple | list):
+        if not any(self._wanted) or not isinstance(output, tuple | list):
             return
         group = group_of(module, self._group)
         if self._heads is None:

@@ -56,6 +56,11 @@ class Resolved:
                 cuts[name] = cut
         return cls(modules, styles, blocks, cuts, R)
 
+    def parameter_cuts(self) -> dict[str, dict[str, Cut]]:
+        """Return how the parameters of modules with a style are sharded: {module: {name: Cut}}."""
+        found = self.styles.items()
+        return {n: s.parameter_cuts(self.modules[n], self.cuts.get(n), self.world_size) for n, s in found}
+
     def local_attributes(self, rank: int) -> dict[str, dict[str, Any]]:
         """Return the attributes that count sharded features, with the values of a rank: {module: {name: value}}."""
         found = {block.name: block.local_attributes(self.world_size, rank) for block in self.blocks}

@@ -1,4 +1,4 @@
-"""Plan: the rules {module glob: style} of a model, given, shipped, the model's own, or derived."""
+"""Plan: the rules {module glob: style} of a model, from the caller, shipped, the model's own, or derived."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ log = logging.getLogger("tpkernels")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is cut.
+    """How a model is sharded.
 
     Attributes:
         rules: {module glob: style}; of several rules that match a module the last one counts.
-        source: where they come from, for people.
+        source: of the rules, for people.
         strict: an embedding or linear without a rule, and a rule that matches nothing, are errors. Otherwise the first
-            stay whole, as transformers means it in the plans that it ships.
+            are replicated, as in the plans that transformers ships.
     """
 
     rules: Mapping[str, str]
@@ -44,12 +44,12 @@ class Plan:
         """Return the plan for a model.
 
         Args:
-            model: whole; parameters may be on the meta device.
+            model: the full one; parameters may be on the meta device.
             plan: "auto" for shipped/<model_type>.py, else the model's own, else a derived one; {module glob: style}.
             inputs: (args, kwargs) with which a plan is derived; None: sample inputs are made.
 
         Raises:
-            PlanError: there is none, with the reason.
+            PlanError: there is none; the text has the reason.
         """
         if isinstance(plan, Plan):
             return plan
@@ -60,7 +60,7 @@ class Plan:
         return _of_ours(model) or _of_the_model(model) or _derived(model, inputs)
 
     def styles(self, model: nn.Module) -> dict[str, Style]:
-        """Return the style of every module that the plan cuts or keeps: {module name: Style}.
+        """Return the style of every module that has a rule: {module name: Style}.
 
         Raises:
             PlanError: a module without a rule, a rule without a module, or no such style; names them.
@@ -86,12 +86,12 @@ class Plan:
 
 
 def is_weighty(module: nn.Module) -> bool:
-    """Whether a strict plan must say something about this module."""
+    """Whether a strict plan must have a rule for the module."""
     return (is_linear(module) or isinstance(module, nn.Embedding)) and can_be_cut(module)
 
 
 def _covered(name: str, found: dict[str, Style]) -> bool:
-    """Whether a rule holds for the module, or a mixture above it is cut as a whole."""
+    """Whether the module has a rule, or is inside of one whose style covers its children."""
     parents = [name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)]
     return name in found or any(p in found and found[p].covers_children for p in parents)
 
@@ -127,9 +127,9 @@ def _of_ours(model: nn.Module) -> Plan | None:
 
 
 def _of_the_model(model: nn.Module) -> Plan | None:
-    """The plan that transformers ships with the model, in our words.
+    """The plan that transformers ships with the model, in styles of ours.
 
-    It says nothing about the table that ids look up.
+    It has no rule for the table of ids.
     """
     own: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
     base = getattr(model, "base_model", model)
@@ -154,7 +154,7 @@ def _of_the_model(model: nn.Module) -> Plan | None:
 
 
 def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
-    """Rules for the table that ids look up, and for the linear that makes logits."""
+    """Rules for the table of ids, and for the linear that computes logits."""
     names = {id(module): name for name, module in model.named_modules()}
     table, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
     rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) else {}

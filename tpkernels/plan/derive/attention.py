@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention in derived plans: it takes and gives whole features, and is cut by its heads or not at all."""
+"""nn.MultiheadAttention in derived plans: it takes and returns full features, and is sharded by heads or replicated."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name and not why_whole(m, plain=True)}
 
 
-def attention_left_whole(
+def replicated_attention(
     attention: dict[str, nn.Module], owners: dict[str, list[str]], direct: dict[str, str], R: int
 ) -> dict[str, str]:
-    """Return why some of these modules cannot be cut: {name: reason}.
+    """Return why some of these modules cannot be sharded: {name: reason}.
 
     Args:
         attention: as `find_attention` gives it.
         owners: {parameter: the modules that hold it}.
         direct: {module: why} of modules whose parameters are used outside of their own forward.
-        R: how many ranks a plan is for at least.
+        R: the least number of ranks that the plan is for.
     """
     own = {*attention, *(f"{name}.out_proj" for name in attention)}
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What there is to ask about one call of an op, how tensors of the run meet in it, and what is dropped."""
+"""One call of an op: its arguments and tensors, meta and real ones together, and dropouts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Step:
 
 
 class Dropouts(TorchFunctionMode):
-    """Notes what dropouts are called with, also where they do nothing: in modules and as functions."""
+    """Notes the inputs and rates of dropouts, also in evaluation mode: of modules and of functions."""
 
     def __init__(self, note: Callable[[Tensor, float], None]) -> None:
         super().__init__()
@@ -40,7 +40,13 @@ class Dropouts(TorchFunctionMode):
 
 
 def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
-    """Return an argument of an op by its name in the schema."""
+    """Return an argument of an op by its name in the schema.
+
+    Args:
+        func, args, kwargs: of the call.
+        name: of the argument.
+        default: returned where it is not given.
+    """
     names = [argument.name for argument in func._schema.arguments]
     if name in names and names.index(name) < len(args):
         return args[names.index(name)]
@@ -62,7 +68,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def side_by_side(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Let meta tensors (all that depends on parameters) and real ones (ids, positions, masks) meet in one op.
 
-    What does not depend on parameters stays real, so that code which looks at its values goes on as it always does.
+    Tensors that do not depend on parameters stay real, so that code can read their values.
     """
     device = kwargs.get("device")
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

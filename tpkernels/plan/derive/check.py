@@ -1,4 +1,4 @@
-"""Run a model, or one of the models in it, under a Flow: once as it is, and once as one rank of the cut model would."""
+"""Run a model as one rank of the sharded model would, and compare the paths of features with those of the full run."""
 
 from __future__ import annotations
 
@@ -76,13 +76,14 @@ def check(model: nn.Module, run: Run, styles: dict[str, Style], R: int, rank: in
     names = {id(p): name for name, p in model.named_parameters()}
     values = {name: stand_in(p, run.device) for name, p in model.named_parameters()}
     parts: dict[str, tuple[Tensor, bool]] = {}
+    parameter_cuts = resolved.parameter_cuts()
     for name, style in styles.items():
         module, cut = resolved.modules[name], resolved.cuts.get(name)
         if cut is None or style.role not in ("column", "row"):  # it takes and gives full features
             continue
         features = torch.arange(cut.full_size, device="cpu")
         parts[name] = (replace(cut, dim=0).info(R, rank).part(features), style.role == "column")
-        for key, own in style.parameter_cuts(module, cut).items():
+        for key, own in parameter_cuts[name].items():
             parameter = module._parameters.get(key)
             if parameter is not None:  # else it is computed from others (pruning), of which no rank has a part
                 local = own.info(R, rank).part(stand_in(parameter, run.device))

@@ -1,7 +1,7 @@
 """Follow every feature of every linear layer through one run of a model: which features meet, and where they arrive.
 
 The run is real Python over meta tensors (or real ones). Beside each tensor that depends on a linear or an embedding
-goes a tensor of labels of the same shape: label i says "this element belongs to feature i". Views, permutations and
+goes a tensor of labels of the same shape: label i marks an element of feature i. Views, permutations and
 slices move labels as they move values; where two features meet in one element (a sum, a product, a contraction, a
 norm), they must stay on one rank, which is an edge between their labels. What no rule below knows makes all its
 features meet. So after the run the connected labels are the units of a cut: heads, kv groups, single features.
@@ -44,7 +44,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         sources: {name: module}: linears, Conv1D, embeddings that may be cut.
-        parameters: {name: the tensor that stands for this parameter in the run}.
+        parameters: {name: the tensor that replaces this parameter in the run}.
         closed: {name: module}: what is cut by itself, if at all: it takes whole features and gives whole ones.
     """
 
@@ -75,20 +75,20 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._next = WHOLE + 1
 
     def take_parameters(self, parameters: dict[str, Tensor]) -> None:
-        """Say which tensors stand for parameters."""
+        """Register the tensors that replace parameters, {name: tensor}."""
         for name, tensor in parameters.items():
             self._parameters[tensor] = name
 
     @property
     def where(self) -> str:
-        """The module that runs at the moment, or in which an error ended the run."""
+        """The name of the module that runs, or in which an error ended the run."""
         return self._stack[-1]
 
     # ---- modules ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def hooked(self, model: nn.Module, paths: dict[nn.Module, str]) -> Iterator[None]:
-        """Watch the calls of all modules of a model; `paths` are their names, for messages."""
+        """Hook the calls of all modules of a model; `paths` are their names, for messages."""
         names = {module: name for name, module in self.sources.items()}
         handles = []
         for module in model.modules():
@@ -175,15 +175,15 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def count(self) -> int:
-        """How many labels there are."""
+        """The number of labels."""
         return self._next
 
     def whole(self, labels: Tensor, reason: str) -> None:
-        """These features are needed as they are on every rank: they cannot be cut."""
+        """Mark features that every rank needs, so that they cannot be sharded."""
         meet_all(self.edges, labels, reason, also=WHOLE)
 
-    def leave_model(self, output: Any) -> None:
-        """All features in what the model returns are needed on every rank."""
+    def note_output(self, output: Any) -> None:
+        """Mark the features in the output of the model: every rank needs them."""
         for tensor in tensors_in(output):
             labels = self.labels_of(tensor)
             if labels is not None:
@@ -358,7 +358,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An op that writes into its first tensor. Whatever shares that memory holds what was written."""
         target, name = args[0], func.overloadpacket.__name__
         if given[0] is not None and (torch.Tag.pointwise in func.tags or name in ("zero_", "fill_", "copy_")):
-            self._meet(tensors, given, target, why)  # an element keeps its label, whoever sees it
+            self._meet(tensors, given, target, why)  # an element keeps its label in every view
             return
         labelled = torch.cat([g.reshape(-1) for g in given if g is not None])
         label = int(labelled[0])

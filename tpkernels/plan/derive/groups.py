@@ -1,4 +1,4 @@
-"""From labels to groups of linears that are cut together: which units they have, and in which order they hold them."""
+"""Groups of linears that are sharded together, from labels: their units, and the order of the units in each linear."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tpkernels.plan.styles.heads import HEAD_SIZE, HEADS, number
 
 @dataclass
 class LinearGroup:
-    """Linears that can only be cut together: what they give belongs to the same units.
+    """Linears that can only be sharded together, because their outputs belong to the same units.
 
     Attributes:
         sources: their names, in the order of their calls.
         sinks: the linears whose inputs these features are.
-        units: into how many parts they can be cut; 0 when not at all.
-        styles: of sources and sinks, if cut.
-        summed: replicated parameters that meet the features: inside a cut their gradients are parts.
-        reason: why they cannot be cut.
-        weight: how many parameters a cut would cut.
-        drops: dropouts that its features go through.
-        common: modules that drop something else while its features are under way, and the rates.
+        units: the number of units, which is the largest number of ranks; 0 when they cannot be sharded.
+        styles: of sources and sinks, if sharded.
+        summed: replicated parameters that meet the features; their gradients are partial if these are sharded.
+        reason: why they cannot be sharded.
+        weight: the number of parameters that would be sharded.
+        drops: dropouts of its features.
+        common: {module: rate} of dropouts of other features between its sources and sinks.
         counts: styles for the modules around that were not tried yet.
     """
 
@@ -63,7 +63,7 @@ class LinearGroup:
         return True
 
     def refuse(self, reason: str) -> None:
-        """Leave it whole."""
+        """Replicate it, for this reason."""
         self.units, self.reason = 0, self.reason or reason
 
 
@@ -136,7 +136,7 @@ def _note_summed(flow: Flow, groups: list[LinearGroup], group_of: dict[int, int]
 def _note_common(
     flow: Flow, group: LinearGroup, group_of: dict[int, int], root: np.ndarray, groups: list[LinearGroup]
 ) -> None:
-    """What is dropped between a source and the sink behind it, and does not belong to them."""
+    """Note the dropouts between a source and the sink behind it whose features do not belong to the group."""
     under_way = False
     for step in flow.steps:
         if step.rate is None:
@@ -155,7 +155,7 @@ def _judge(
     root: np.ndarray,
     modules: dict[str, nn.Module],
 ) -> None:
-    """Find the units of a group and the styles of its linears, or the reason why it stays whole."""
+    """Find the units of a group and the styles of its linears, or the reason why it is replicated."""
     if any(WHOLE in out[s] for s in group.sources) or not group.sinks:
         inside = np.isin(root, np.unique(np.concatenate([out[s] for s in group.sources])))
         group.reason = flow.edges.reason(root, inside) or "no linear takes what they give"
@@ -184,7 +184,7 @@ def _judge(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether an embedding does nothing but look up."""
+    """Whether the forward of an embedding is that of its class."""
     return type(module).forward is nn.Embedding.forward
 
 
@@ -220,7 +220,14 @@ def style_text(column: bool, sizes: list[int], units: int) -> str:
 def refuse_unsummable(
     model: nn.Module, groups: list[LinearGroup], owners: dict[str, list[str]], sources: dict[str, nn.Module]
 ) -> None:
-    """A module inside a cut is given partial gradients for all of its own parameters, or for none."""
+    """Refuse groups with a module some of whose parameters meet their features, but not all.
+
+    Args:
+        model: the full one.
+        groups: of all runs.
+        owners: {parameter: the modules that hold it}.
+        sources: {name: module} that start features.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     for group in groups:
         for parameter in group.summed:
@@ -233,7 +240,10 @@ def refuse_unsummable(
 
 
 def refuse_undroppable(model: nn.Module, groups: list[LinearGroup]) -> None:
-    """Ranks drop numbers of their own between columns and rows of one module, or of a block that knows its heads."""
+    """Refuse groups whose dropouts are not between the columns and rows of one module, or of a block with heads.
+
+    Only there does a rank draw numbers of its own.
+    """
     for group in groups:
         for name, rate in group.common.items():
             if rate > 0 and not isinstance(model.get_submodule(name), _DropoutNd):
@@ -251,7 +261,7 @@ def refuse_undroppable(model: nn.Module, groups: list[LinearGroup]) -> None:
 
 
 def common_dropouts(model: nn.Module, groups: list[LinearGroup]) -> dict[str, str]:
-    """Return the style of dropouts that get what is on all ranks while cut features are under way."""
+    """Return the style of dropouts of replicated features between sharded ones."""
     cut = [group for group in groups if group.units]
     found = {name for group in cut for name in group.common if isinstance(model.get_submodule(name), _DropoutNd)}
     return dict.fromkeys(found - {name for group in cut for name in group.drops}, "common")
@@ -284,7 +294,7 @@ def choose(groups: list[LinearGroup]) -> list[LinearGroup]:
 def possible_counts(model: nn.Module, group: LinearGroup) -> list[dict[str, str]]:
     """Return sets of numbers of the modules around a group that may count its units: heads, widths, or both.
 
-    Which of them do is for a run of the cut model to find out.
+    A run of the sharded model shows which of them do.
     """
     found: list[dict[str, str]] = []
     heads: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Sample inputs, with which a model that nobody described runs once: small, and the same on all ranks."""
+"""Sample inputs for a run of an unknown model: small, and the same on all ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_inputs(inputs: object) -> None:
 def candidates(model: nn.Module) -> list[Call]:
     """Return arguments for model(*args, **kwargs), the likeliest first.
 
-    A model of transformers says by its config and by the names of its arguments what it takes; of another module the
+    Those of a model of transformers follow from its config and the names of its arguments; of another module the
     arguments without a default are tried as token ids, as features and as images, in the dtype of its parameters.
     """
     with torch.device("cpu"):
@@ -123,9 +123,9 @@ def _ids(model: nn.Module, modules: list[nn.Module]) -> Iterator[Tensor]:
 
 
 def _images(modules: list[nn.Module]) -> Iterator[Tensor]:
-    """Images of the sizes that modules tell, and of usual ones."""
-    told = [size for size in (getattr(m, "image_size", None) for m in modules) if isinstance(size, (int, tuple))]
+    """Images of the sizes that are attributes of modules, and of usual ones."""
+    stated = [size for size in (getattr(m, "image_size", None) for m in modules) if isinstance(size, (int, tuple))]
     for conv in [m for m in modules if isinstance(m, nn.Conv2d)][:1]:
-        for size in dict.fromkeys([*told, 32, 224]):
+        for size in dict.fromkeys([*stated, 32, 224]):
             height, width = (size, size) if isinstance(size, int) else size
             yield torch.zeros(BATCH, conv.in_channels, height, width)

@@ -49,20 +49,40 @@ class Edges:
 
 
 def meet(edges: Edges, a: Tensor, b: Tensor, reason: str) -> None:
-    """Two tensors of labels of one shape meet element by element."""
+    """Add edges between two tensors of labels of one shape, element by element.
+
+    Args:
+        edges: to which they are added.
+        a, b: the labels.
+        reason: for messages.
+    """
     if a is not b:
         edges.add(a.reshape(-1), b.reshape(-1), reason)
 
 
 def meet_along(edges: Edges, labels: Tensor, dim: int, reason: str) -> None:
-    """All elements along one dimension meet."""
+    """Add edges between all elements along one dimension.
+
+    Args:
+        edges: to which they are added.
+        labels: of a tensor.
+        dim: the dimension.
+        reason: for messages.
+    """
     if labels.numel() and labels.size(dim) > 1:
         found = labels if not bool((labels == NONE).any()) else torch.where(labels == NONE, labels.max(), labels)
         meet(edges, found, found.narrow(dim, 0, 1).expand_as(found), reason)
 
 
 def meet_all(edges: Edges, labels: Tensor, reason: str, *, also: int | None = None) -> None:
-    """All of these labels meet, with one more if given."""
+    """Add edges between all of these labels.
+
+    Args:
+        edges: to which they are added.
+        labels: of any shape.
+        also: one more label.
+        reason: for messages.
+    """
     found = torch.unique(labels)
     found = found[found >= 0]
     if len(found):
@@ -88,6 +108,14 @@ def broadcast(
     the labels differ, a rank's part would not fit it: so they meet along that dimension. Not so if all that it holds
     along this dimension is the same by construction (zeros made for so many heads): `even` names such dimensions,
     counted from the back. The code that makes it for fewer heads makes the right one, or one of a wrong size.
+
+    Args:
+        edges: to which they are added.
+        tensors: the inputs.
+        given: their labels, None where there are none.
+        even: for each input the dimensions along which it is the same by construction, negative.
+        shape: of the result.
+        reason: for messages.
     """
     labelled = [g.expand(shape) for g in given if g is not None]
     result = labelled[0]

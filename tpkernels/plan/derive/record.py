@@ -1,4 +1,4 @@
-"""Run a model, and the models in it, once as they are, and record what reaches each module."""
+"""Run a model, and the models in it, once as they are, and record the features that reach each module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from tpkernels.plan.derive.inputs import Call, candidates
 def record_runs(
     model: nn.Module, sources: dict[str, nn.Module], attention: dict[str, nn.Module], inputs: Call | None
 ) -> list[Run]:
-    """Run the model, and then those models in it that it did not call (a vision tower without an image)."""
+    """Run the model, and then those models in it that it did not call (a vision tower without an image).
+
+    Args:
+        model: the full one.
+        sources: {name: linear, Conv1D or embedding} that start features.
+        attention: {name: nn.MultiheadAttention}, which are sharded by themselves, if at all.
+        inputs: (args, kwargs) of the model; None: sample inputs are made.
+
+    Raises:
+        DeriveError: the model could not be run.
+    """
     first: Exception | None = None
     runs: list[Run] = []
     watched = [*sources, *attention]
@@ -52,13 +62,13 @@ def _models_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass
 class Run:
-    """A run that worked: what was called how, and what the flow saw.
+    """A run that worked.
 
     Attributes:
         part: the model, or a model in it.
-        call: with which arguments.
-        device: "meta", or where the model is.
-        flow: what was seen.
+        call: its arguments.
+        device: "meta", or that of the model.
+        flow: of its features.
         shapes: of the tensors that it returned.
     """
 
@@ -84,7 +94,17 @@ def first_that_runs(
     closed: dict[str, nn.Module],
     calls: list[Call] | None,
 ) -> tuple[Run | None, Exception | None]:
-    """Try inputs until the part runs with one: on meta tensors, else, where it looks at values, with real ones."""
+    """Try inputs until the part runs with one: on meta tensors, else, where it reads values, with real ones.
+
+    Args:
+        model: the full one.
+        part: the model, or a model in it.
+        sources, closed: as in `Flow`.
+        calls: inputs to try; None: sample inputs.
+
+    Returns:
+        the run, and None; or None, and the first error.
+    """
     first: Exception | None = None
     tensors = [*model.parameters(), *model.buffers()]
     devices = ["meta"] + ([str(tensors[0].device)] if not any(t.is_meta for t in tensors) else [])
@@ -96,13 +116,23 @@ def first_that_runs(
                 whole = {name: stand_in(p, device) for name, p in model.named_parameters()}
                 execute(model, run, run.flow, whole)
                 return run, None
-            except Exception as error:  # whatever a stranger's forward raises when it does not like its arguments
+            except Exception as error:  # any that a forward raises for arguments that do not fit
                 first = first or error
     return None, first
 
 
 def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -> None:
-    """Call the part with `values` in the place of the model's parameters."""
+    """Call the part of a run with `values` in the place of the model's parameters.
+
+    Args:
+        model: the full one.
+        run: its part, call and device.
+        flow: that follows the features.
+        values: {name: the tensor that replaces the parameter}.
+
+    Raises:
+        Mismatch: it returns tensors of other sizes than before.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     local = {name: values[names[id(p)]] for name, p in run.part.named_parameters()}
     place = "cpu" if run.device == "meta" else run.device
@@ -116,7 +146,7 @@ def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -
             output = functional_call(run.part, local, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    flow.leave_model(output)
+    flow.note_output(output)
     run.shapes = run.shapes or [t.shape for t in tensors_in(output)]
     if [t.shape for t in tensors_in(output)] != run.shapes:
         raise Mismatch("", "it would return tensors of other sizes")
@@ -124,7 +154,7 @@ def execute(model: nn.Module, run: Run, flow: Flow, values: dict[str, Tensor]) -
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and the like; every module's mode is put back. Random numbers go on as before."""
+    """Set a model to evaluation mode; every module's mode and the random state are put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -136,5 +166,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def stand_in(tensor: Tensor, device: str) -> Tensor:
-    """Return what stands for a parameter in a run on a device."""
+    """Return the tensor that replaces a parameter in a run on a device."""
     return torch.empty_like(tensor, device="meta") if device == "meta" else tensor.detach()

@@ -1,4 +1,4 @@
-"""A plan for a model that nobody wrote one for, from what its features do in one run.
+"""Derive a plan for a model from the paths of its features in one run.
 
 `derive_plan` runs the model once on meta tensors and follows every output feature of every linear (flow.py).
 Linears whose features meet only in whole units, in the order of the units, and that end in the inputs of other linears
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpkernels.errors import DeriveError, PlanError
-from tpkernels.plan.derive.attention import attention_left_whole, find_attention
+from tpkernels.plan.derive.attention import find_attention, replicated_attention
 from tpkernels.plan.derive.check import check
 from tpkernels.plan.derive.groups import (
     LinearGroup,
@@ -37,11 +37,11 @@ RANKS = 2  # how many the second run pretends to be
 
 @dataclass(frozen=True)
 class Derived:
-    """A derived plan, and what it leaves whole.
+    """A derived plan, and the linears that it replicates.
 
     Attributes:
         plan: {module glob: style}.
-        whole: (linears, why they are not cut), in the order of the run; those that it did not reach last.
+        whole: (linears, the reason why they are replicated), in the order of the run; those that it did not reach last.
     """
 
     plan: dict[str, str]
@@ -49,12 +49,19 @@ class Derived:
 
 
 def derive_plan(model: nn.Module, *, inputs: Call | None = None) -> dict[str, str]:
-    """Find out how a model can be cut, by running it once. See `derive`, of whose result this is the plan."""
+    """Derive the plan of a model by a run. See `derive`.
+
+    Args:
+        model, inputs: as in `derive`.
+
+    Raises:
+        DeriveError: as in `derive`.
+    """
     return derive(model, inputs=inputs).plan
 
 
 def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
-    """Find out how a model can be cut, by running it once.
+    """Derive a plan of a model by a run.
 
     Args:
         model: on any device, also meta. Neither its parameters nor its mode are changed; hooks are put on it for the
@@ -90,7 +97,7 @@ def derive(model: nn.Module, *, inputs: Call | None = None) -> Derived:
         styles |= common_dropouts(model, groups)
     called = {name for run in runs for name in run.flow.called}
     direct |= {name: "the run did not reach it" for name in attention if name not in called}
-    for name, why in attention_left_whole(attention, owners, direct, RANKS).items():
+    for name, why in replicated_attention(attention, owners, direct, RANKS).items():
         groups.append(LinearGroup([name], reason=why))
         del attention[name]
     styles = {n: s for n, s in styles.items() if n not in {f"{name}.out_proj" for name in attention}}
@@ -111,7 +118,7 @@ def _checked(
     runs: list[Run],
     direct: dict[str, str],
 ) -> dict[str, str]:
-    """Take groups away, or tell their modules how many heads they have, until every rank computes its part."""
+    """Remove groups, or add counts to the modules around them, until every rank computes its part."""
     whole = [*sources, *(n for n, m in model.named_modules() if n not in sources and is_linear(m) and can_be_cut(m))]
     while True:
         cut = choose(groups)
@@ -141,7 +148,7 @@ def _checked(
 
 
 def _near(groups: list[LinearGroup], where: str) -> list[LinearGroup]:
-    """The groups whose linears lie nearest to a module, the nearest first; all of them when nothing is known."""
+    """All groups, those whose linears are nearest to a module first."""
 
     def shared(group: LinearGroup) -> int:
         names = [name.split(".") for name in (*group.sources, *group.sinks)]

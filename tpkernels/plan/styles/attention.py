@@ -69,7 +69,10 @@ class ByHeads(ParallelModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the results of nn.MultiheadAttention for the same arguments, on every rank.
 
-        need_weights sends the weights, [N, L, S] or [N, num_heads, L, S] of them; need_weights=False sends nothing.
+        Args:
+            query, key, value, key_padding_mask, attn_mask, average_attn_weights, is_causal: as for
+                nn.MultiheadAttention, replicated.
+            need_weights: True sends the weights, [N, L, S] or [N, num_heads, L, S] of them, to all ranks.
 
         Raises:
             ValueError: shapes do not fit; a nested tensor; is_causal without attn_mask.
@@ -279,6 +282,10 @@ class MultiheadAttentionStyle(Style):
         """Return the cut of the input projections."""
         return next(iter(cuts_of_attention(cast(nn.MultiheadAttention, module), R).values()))
 
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
+        """Return the cuts of all but out_proj."""
+        return cuts_of_attention(cast(nn.MultiheadAttention, module), R)
+
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Shard the module and its out_proj by heads."""
         attention, group = cast(nn.MultiheadAttention, module), settings.group
@@ -287,7 +294,7 @@ class MultiheadAttentionStyle(Style):
         RowStyle().apply(attention.out_proj, Cut(1, attention.embed_dim, attention.head_dim), settings, tied)
 
 
-def leave_fast_paths(model: nn.Module) -> None:
+def disable_fast_paths(model: nn.Module) -> None:
     """Make torch's encoders call their modules: in inference they would pass the weights, which are sharded, to a
     kernel of their own, and padded tokens as nested tensors."""
     for module in model.modules():

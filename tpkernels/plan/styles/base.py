@@ -80,19 +80,31 @@ class Style:
     def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
         """Return how the module's features are sharded over R ranks; None: they are not.
 
-        The dimension is that of a weight [N, K] of a linear, else of the parameters themselves.
+        The dimension is that of a weight [N, K] (see `sizes_of`) where the style takes linears, else of the parameters.
 
         Raises:
             PlanError: they cannot be sharded so.
         """
         return None
 
-    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
-        """Return how the module's own parameters are sharded, {name: Cut}. The module is still the full one."""
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
+        """Return how the module's own parameters are sharded as they are stored, {name: Cut}.
+
+        Args:
+            module: the full one.
+            cut: as in `apply`.
+            R: the number of ranks.
+        """
         return {}
 
     def local_sizes(self, module: nn.Module, cut: Cut | None, R: int, rank: int) -> dict[str, int]:
-        """Return the attributes of the module that count sharded features, with this rank's values."""
+        """Return the attributes of the module that count sharded features, with this rank's values.
+
+        Args:
+            module: the full one.
+            cut: as in `apply`.
+            R, rank: the number of ranks, and the one.
+        """
         return {}
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
@@ -105,10 +117,6 @@ class Style:
             tied: the tied parameters of the model.
         """
         raise NotImplementedError
-
-    def _set_local_sizes(self, module: nn.Module, cut: Cut | None, group: Group) -> None:
-        for name, size in self.local_sizes(module, cut, group.world_size, group.rank).items():
-            setattr(module, name, size)
 
     def _check_units(self, name: str, R: int) -> None:
         """Raise PlanError when some ranks would have none of the units."""
@@ -126,11 +134,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is [K, N]: of a Conv1D, and of an embedding, which is a product with one-hot inputs."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
+def size_names(module: nn.Module) -> tuple[str, str]:
+    """Return the names of the attributes with the numbers of outputs and inputs of a linear, Conv1D or embedding."""
+    if isinstance(module, nn.Embedding):
+        return "embedding_dim", "num_embeddings"
+    return ("nf", "nx") if hasattr(module, "nf") else ("out_features", "in_features")
+
+
 def sizes_of(module: nn.Module) -> tuple[int, int]:
-    """Return (out_features, in_features) of a linear or of a Conv1D."""
-    if hasattr(module, "nf"):
-        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    """Return the numbers of outputs and inputs of a linear, Conv1D or embedding."""
+    outputs, inputs = (int(getattr(module, name)) for name in size_names(module))
+    return outputs, inputs
 
 
 def can_be_cut(module: nn.Module) -> bool:

@@ -134,7 +134,7 @@ class ExpertStyle(Style):
         """Return the cut of the experts."""
         return Cut(0, int(module.num_experts))  # type: ignore[arg-type]
 
-    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
         """Return the cut of every parameter: that of the experts."""
         assert cut is not None
         return {name: cut for name, _ in module.named_parameters(recurse=False)}
@@ -151,10 +151,10 @@ class ExpertStyle(Style):
         inside = [m for m in module.modules() if m is not module and any(True for _ in m.parameters(recurse=False))]
         for child in inside:
             SumGradStyle().apply(child, None, settings, tied)
+        R, rank = group.world_size, group.rank
         convert(
-            module, Experts, self.parameter_cuts(module, cut), group, tied,
-            first_expert=part_start(cut.full_size, group.world_size, group.rank),
-            codec=settings.codec, grad_codec=settings.grad_codec,
+            module, Experts, self.parameter_cuts(module, cut, R), group, tied,
+            first_expert=part_start(cut.full_size, R, rank), codec=settings.codec, grad_codec=settings.grad_codec,
             names=tuple(inspect.signature(type(module).forward).parameters)[1:4],
+            num_experts=part_size(cut.full_size, R, rank),
         )  # fmt: skip
-        self._set_local_sizes(module, cut, group)

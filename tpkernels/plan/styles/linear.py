@@ -8,22 +8,37 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tpkernels.errors import PlanError
-from tpkernels.layers.base import Cut
+from tpkernels.layers.base import Cut, ParallelModule
 from tpkernels.layers.convert import Tied, convert
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
-from tpkernels.plan.styles.base import CutSettings, Role, Style, check_forward, is_conv1d, is_linear, sizes_of
+from tpkernels.plan.styles.base import (
+    CutSettings,
+    Role,
+    Style,
+    check_forward,
+    is_linear,
+    is_transposed,
+    size_names,
+    sizes_of,
+)
 from tpkernels.plan.styles.vocabulary import EmbeddingColumns
 from tpkernels.shard import packed_runs
 
 
 class _LinearStyle(Style):
-    """What the styles of linears share; `dim` is the sharded dimension of the weight [N, K]."""
+    """What the styles of linears share.
+
+    Attributes:
+        dim: the sharded dimension of the weight [N, K].
+        takes_embeddings: whether the module may be an nn.Embedding, which computes its columns.
+    """
 
     dim: ClassVar[int]
+    takes_embeddings: ClassVar[bool] = False
 
     def check(self, name: str, module: nn.Module, R: int) -> None:
         """Raise PlanError unless the module is a linear whose forward is that of its class, or around it."""
-        if not is_linear(module):
+        if not is_linear(module) and not (self.takes_embeddings and isinstance(module, nn.Embedding)):
             raise PlanError(f"Plan: style {self.name!r} of {name} needs a linear, got {type(module).__name__}")
         check_forward(name, module, self)
 
@@ -34,18 +49,21 @@ class _LinearStyle(Style):
             PlanError: there are fewer units than ranks, or the size is no multiple of them.
         """
         size = sizes_of(module)[self.dim]
-        return self._in_units(name, size, R) if self.units else Cut(self.dim, size)
-
-    def _in_units(self, name: str, size: int, R: int) -> Cut:
-        self._check_units(name, R)
-        if size % self.units:
-            raise PlanError(f"Plan: {name} is to be cut into {self.units} units, of which [{size}] is no multiple")
+        if not self.units:
+            return Cut(self.dim, size)
+        self._check_sizes(name, [size], R)
         return Cut(self.dim, size, size // self.units)
 
-    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
+    def _check_sizes(self, name: str, sizes: list[int], R: int) -> None:
+        """Raise PlanError when some ranks would have none of the units, or a size is no multiple of them."""
+        self._check_units(name, R)
+        if any(n % self.units for n in sizes):
+            raise PlanError(f"Plan: {name} is to be cut into {self.units} units, of which {sizes} is no multiple")
+
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
         """Return the cuts of weight and bias, as they are stored."""
         assert cut is not None
-        cuts = {"weight": replace(cut, dim=1 - cut.dim) if is_conv1d(module) else cut}
+        cuts = {"weight": replace(cut, dim=1 - cut.dim) if is_transposed(module) else cut}
         if self.dim == 0 and getattr(module, "bias", None) is not None:
             cuts["bias"] = cut
         return cuts
@@ -55,11 +73,24 @@ class _LinearStyle(Style):
         if self.role == "other":
             return {}
         assert cut is not None
-        names = ("nf", "nx") if is_conv1d(module) else ("out_features", "in_features")
-        return {names[self.dim]: cut.info(R, rank).size}
+        return {size_names(module)[self.dim]: cut.info(R, rank).size}
 
-    def _options(self, module: nn.Module, settings: CutSettings) -> dict[str, Any]:
-        return {"codec": settings.codec, "grad_codec": settings.grad_codec, "transposed": is_conv1d(module)}
+    def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
+        """Make it a parallel layer."""
+        layer: type[ParallelModule] = EmbeddingColumns
+        options: dict[str, Any] = {}
+        if not isinstance(module, nn.Embedding):
+            layer, options = self._layer()
+            options |= {"codec": settings.codec, "grad_codec": settings.grad_codec}
+            options |= {"transposed": is_transposed(module)}
+        group = settings.group
+        cuts = self.parameter_cuts(module, cut, group.world_size)
+        options |= self.local_sizes(module, cut, group.world_size, group.rank)
+        convert(module, layer, cuts, group, tied, **options)
+
+    def _layer(self) -> tuple[type[ParallelModule], dict[str, Any]]:
+        """The class of the parallel layer of a linear, and its options."""
+        raise NotImplementedError
 
 
 class ColumnStyle(_LinearStyle):
@@ -68,45 +99,11 @@ class ColumnStyle(_LinearStyle):
     name: ClassVar[str] = "column"
     role: ClassVar[Role] = "column"
     takes_units: ClassVar[bool] = True
+    takes_embeddings: ClassVar[bool] = True
     dim: ClassVar[int] = 0
 
-    def check(self, name: str, module: nn.Module, R: int) -> None:
-        """Raise PlanError unless the module is a linear or an embedding with the forward of its class."""
-        if isinstance(module, nn.Embedding):
-            check_forward(name, module, self)
-        else:
-            super().check(name, module, R)
-
-    def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
-        """Return the cut of the outputs, or of the columns of an embedding."""
-        if not isinstance(module, nn.Embedding):
-            return super().cut(name, module, R)
-        width = module.embedding_dim
-        return replace(self._in_units(name, width, R), dim=1) if self.units else Cut(1, width)
-
-    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
-        """Return the cuts of weight and bias."""
-        if not isinstance(module, nn.Embedding):
-            return super().parameter_cuts(module, cut)
-        assert cut is not None
-        return {"weight": cut}
-
-    def local_sizes(self, module: nn.Module, cut: Cut | None, R: int, rank: int) -> dict[str, int]:
-        """Return this rank's number of outputs."""
-        if not isinstance(module, nn.Embedding):
-            return super().local_sizes(module, cut, R, rank)
-        assert cut is not None
-        return {"embedding_dim": cut.info(R, rank).size}
-
-    def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
-        """Make it a column layer, or a table of which this rank has its columns."""
-        cuts, group = self.parameter_cuts(module, cut), settings.group
-        if isinstance(module, nn.Embedding):
-            convert(module, EmbeddingColumns, cuts, group, tied)
-        else:
-            options = self._options(module, settings) | {"gather_output": self.role == "other"}
-            convert(module, ColumnParallelLinear, cuts, group, tied, **options)
-        self._set_local_sizes(module, cut, group)
+    def _layer(self) -> tuple[type[ParallelModule], dict[str, Any]]:
+        return ColumnParallelLinear, {"gather_output": self.role == "other"}
 
 
 class ColumnGatherStyle(ColumnStyle):
@@ -115,10 +112,7 @@ class ColumnGatherStyle(ColumnStyle):
     name: ClassVar[str] = "column_gather"
     role: ClassVar[Role] = "other"
     takes_units: ClassVar[bool] = False
-
-    def check(self, name: str, module: nn.Module, R: int) -> None:
-        """Raise PlanError unless the module is a linear with the forward of its class."""
-        _LinearStyle.check(self, name, module, R)
+    takes_embeddings: ClassVar[bool] = False
 
 
 class VocabHeadStyle(ColumnGatherStyle):
@@ -138,6 +132,7 @@ class PackedColumnStyle(ColumnStyle):
     packed: tuple[int, ...] = ()
 
     name: ClassVar[str] = "packed_column"
+    takes_embeddings: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, argument: str, units: int) -> Style:
@@ -156,10 +151,6 @@ class PackedColumnStyle(ColumnStyle):
                 f"such as packed_column:3 or packed_column:64,16,16, got {text!r}"
             )
         return cls(units, tuple(int(n) for n in numbers))
-
-    def check(self, name: str, module: nn.Module, R: int) -> None:
-        """Raise PlanError unless the module is a linear with the forward of its class."""
-        _LinearStyle.check(self, name, module, R)
 
     def sizes(self, full_size: int, name: str) -> list[int]:
         """Return the sizes of the projections.
@@ -188,12 +179,10 @@ class PackedColumnStyle(ColumnStyle):
         size = sizes_of(module)[0]
         if not self.packed and not self.units:
             raise PlanError(f"Plan: packed_column:qkv of {name} needs an attention block around it")
-        if not self.units:
-            return Cut(0, size, 1, packed_runs(self.sizes(size, name), R))
-        self._check_units(name, R)
         sizes = self.sizes(size, name)
-        if any(n % self.units for n in sizes):
-            raise PlanError(f"Plan: {name} is to be cut into {self.units} units, of which {sizes} is no multiple")
+        if not self.units:
+            return Cut(0, size, 1, packed_runs(sizes, R))
+        self._check_sizes(name, sizes, R)
         if len(sizes) == 1:
             return Cut(0, size, size // self.units)
         return Cut(0, size, 1, packed_runs(sizes, R, [n // self.units for n in sizes]))
@@ -207,11 +196,8 @@ class RowStyle(_LinearStyle):
     takes_units: ClassVar[bool] = True
     dim: ClassVar[int] = 1
 
-    def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
-        """Make it a row layer."""
-        options = self._options(module, settings) | {"input_is_parallel": self.role == "row"}
-        convert(module, RowParallelLinear, self.parameter_cuts(module, cut), settings.group, tied, **options)
-        self._set_local_sizes(module, cut, settings.group)
+    def _layer(self) -> tuple[type[ParallelModule], dict[str, Any]]:
+        return RowParallelLinear, {"input_is_parallel": self.role == "row"}
 
 
 class RowSplitStyle(RowStyle):

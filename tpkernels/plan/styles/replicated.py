@@ -122,4 +122,6 @@ class CountsStyle(Style):
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Set the module's counts to this rank's."""
-        self._set_local_sizes(module, cut, settings.group)
+        group = settings.group
+        for name, size in self.local_sizes(module, cut, group.world_size, group.rank).items():
+            setattr(module, name, size)

@@ -63,11 +63,11 @@ class VocabStyle(Style):
         """Return the cut of the rows."""
         return Cut(0, int(module.num_embeddings))  # type: ignore[arg-type]
 
-    def parameter_cuts(self, module: nn.Module, cut: Cut | None) -> dict[str, Cut]:
+    def parameter_cuts(self, module: nn.Module, cut: Cut | None, R: int) -> dict[str, Cut]:
         """Return the cut of the table."""
         assert cut is not None
         return {"weight": cut}
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Make it a table of which this rank has its rows."""
-        convert(module, IdTable, self.parameter_cuts(module, cut), settings.group, tied)
+        convert(module, IdTable, self.parameter_cuts(module, cut, settings.group.world_size), settings.group, tied)
