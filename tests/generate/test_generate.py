@@ -354,13 +354,13 @@ def test_the_command_says_what_to_put_right(tmp_path: Path) -> None:
 
     from tpkernels.cli import app
 
-    def said(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         result = CliRunner().invoke(app, ["generate", *arguments])
         assert result.exit_code == 2
         return result.stderr
 
     tmp_path.joinpath("empty").mkdir()
-    assert "there is no model 'nowhere': name a Hugging Face folder" in said("nowhere", "--prompt", "a")
-    assert "holds no config.json" in said(str(tmp_path / "empty"), "--prompt", "a")
-    assert "top_p must be over 0 and at most 1, got 2" in said("smollm2", "--prompt", "a", "--top-p", "2")
-    assert "--cache must be static or dynamic, got 'x'" in said("smollm2", "--prompt", "a", "--cache", "x")
+    assert "there is no model 'nowhere': name a Hugging Face folder" in error_of("nowhere", "--prompt", "a")
+    assert "holds no config.json" in error_of(str(tmp_path / "empty"), "--prompt", "a")
+    assert "top_p must be over 0 and at most 1, got 2" in error_of("smollm2", "--prompt", "a", "--top-p", "2")
+    assert "--cache must be static or dynamic, got 'x'" in error_of("smollm2", "--prompt", "a", "--cache", "x")

@@ -134,8 +134,8 @@ def copied(folder: Path, out: Path, change: dict[str, Any] | None = None) -> Pat
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "mxfp4", "of its own"])
 def test_a_quantised_folder_is_refused_as_such(folder: Path, tmp_path: Path, method: str) -> None:
-    said = {"quantization_config": {"quant_method": method, "load_in_4bit": True, "bits": 4}}
-    out = copied(folder / "llama", tmp_path / "x", said)
+    quantised = {"quantization_config": {"quant_method": method, "load_in_4bit": True, "bits": 4}}
+    out = copied(folder / "llama", tmp_path / "x", quantised)
     for config in (None, transformers.LlamaConfig.from_pretrained(folder / "llama")):
         with pytest.raises(CheckpointError, match=rf"its weights are quantised \({method}; quantization_config"):
             hf.load_pretrained(out, config=config)

@@ -1,4 +1,4 @@
-"""What decides about a build, what a build says about itself, and the scripts that CI trusts."""
+"""The decisions of a build, the facts that it records, and the scripts of CI."""
 
 from __future__ import annotations
 
@@ -262,11 +262,11 @@ def test_readme_blocks_run_in_order_unless_a_reason_says_otherwise(
     page = tmp_path / "page.md"
     page.write_text(markdown(README))
     assert readme_commands.main(str(page)) == 0
-    said = capfd.readouterr().out
-    assert re.findall(r"^(one|two .*|three|--.*skipped.*)$", said, re.M) == [
+    printed_text = capfd.readouterr().out
+    assert re.findall(r"^(one|two .*|three|--.*skipped.*)$", printed_text, re.M) == [
         "one", "-- skipped, needs two machines: exit 7", "two --minutes 1", "three",
     ]  # fmt: skip
-    assert "3 blocks" in said
+    assert "3 blocks" in printed_text
 
 
 def test_a_readme_command_that_fails_or_is_missing_fails_ci(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

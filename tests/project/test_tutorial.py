@@ -1,4 +1,4 @@
-"""The tutorial says what happens: all its blocks run, and print what stands below them."""
+"""All blocks of the tutorial run, and print the text below them."""
 
 from __future__ import annotations
 

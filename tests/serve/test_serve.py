@@ -40,7 +40,7 @@ def tokens_of(client: int) -> int:
 
 
 def alone(prompts: list[str], sampling: list[Sampling]) -> list[tuple[str, str]]:
-    """What the whole model says to each prompt by itself."""
+    """The texts of the unsharded model, each prompt by itself."""
     with Group.open() as group:
         generator = Generator(tiny_llama(), byte_tokenizer(), group)
         found = [generator.generate([prompt], how)[0] for prompt, how in zip(prompts, sampling, strict=True)]
@@ -106,8 +106,8 @@ async def who_leaves_is_forgotten(served: Served) -> None:
 
 async def sampling_is_each_requests_own(served: Served) -> None:
     how = {"temperature": 1.2, "top_p": 0.9, "max_tokens": 12}
-    asked = [{"seed": 5}, {"seed": 6}, {"seed": 5}, {"temperature": 0}, {"seed": 5, "n": 2}]
-    answers = [a.json() for a in await asyncio.gather(*(served.complete("xyz", **{**how, **a}) for a in asked))]
+    changes = [{"seed": 5}, {"seed": 6}, {"seed": 5}, {"temperature": 0}, {"seed": 5, "n": 2}]
+    answers = [a.json() for a in await asyncio.gather(*(served.complete("xyz", **{**how, **a}) for a in changes))]
     texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
     assert texts[0] == texts[2] != texts[1] != texts[3]
     assert texts[4] == [*texts[0], *texts[1]], "choice i draws with seed + i"
@@ -142,7 +142,9 @@ async def chat_is_the_template_and_streams_deltas(served: Served) -> None:
 
 
 async def what_is_wrong_is_named(served: Served) -> None:
-    async def said(path: str = "completions", raw: bytes | None = None, **body: Any) -> tuple[int, str | None, str]:
+    async def answer_of(
+        path: str = "completions", raw: bytes | None = None, **body: Any
+    ) -> tuple[int, str | None, str]:
         body = {"model": "tiny", **({"prompt": "a"} if path == "completions" else {}), **body}
         answer = await served.client.post(f"/v1/{path}", content=raw if raw is not None else json.dumps(body).encode())
         error = answer.json()["error"]
@@ -157,18 +159,18 @@ async def what_is_wrong_is_named(served: Served) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty"), ({"max_tokens": MAX_LENGTH}, "max_tokens"),
         ({"prompt": "a" * MAX_LENGTH, "max_tokens": 1}, "max_tokens"), ({"temperature": "warm"}, "temperature"),
     ]:  # fmt: skip
-        status, where, message = await said(**change)
+        status, where, message = await answer_of(**change)
         assert (status, where) == (400, param), message
         assert where in message or where == "prompt", message
     nulls = dict.fromkeys(("stream", "top_k", "ignore_eos", "stop_token_ids", "temperature"))
     answer = await served.client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1} | nulls)
     assert answer.status_code == 200, answer.text
-    assert (await said(raw=b"{not json"))[0] == 400
-    assert (await said(raw=b"x" * (17 << 20)))[0] == 413
-    assert (await said(model="other"))[:2] == (404, "model")
-    assert (await said("chat/completions", messages=[]))[:2] == (400, "messages")
-    assert (await said("chat/completions", messages=[{"role": "user", "content": "a"}], tools=[{}]))[1] == "tools"
-    assert (await said("nowhere"))[0] == 404
+    assert (await answer_of(raw=b"{not json"))[0] == 400
+    assert (await answer_of(raw=b"x" * (17 << 20)))[0] == 413
+    assert (await answer_of(model="other"))[:2] == (404, "model")
+    assert (await answer_of("chat/completions", messages=[]))[:2] == (400, "messages")
+    assert (await answer_of("chat/completions", messages=[{"role": "user", "content": "a"}], tools=[{}]))[1] == "tools"
+    assert (await answer_of("nowhere"))[0] == 404
     assert (await served.client.get("/v1/completions")).status_code == 405
     assert (await served.complete("ab", logprobs=None, presence_penalty=0, user="me", max_tokens=1)).status_code == 200
 
@@ -177,7 +179,7 @@ async def what_is_not_served_is_named_and_what_asks_for_nothing_passes(served: S
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     plain = {"model": "tiny", "prompt": "a", "max_tokens": 1}
 
-    async def said(body: dict[str, Any]) -> tuple[int, str | None]:
+    async def answer_of(body: dict[str, Any]) -> tuple[int, str | None]:
         answer = await served.client.post(f"/v1/{'chat/' if 'messages' in body else ''}completions", json=body)
         return answer.status_code, answer.json().get("error", {}).get("param")
 
@@ -196,20 +198,22 @@ async def what_is_not_served_is_named_and_what_asks_for_nothing_passes(served: S
     }  # fmt: skip
     for body in (plain, chat):
         for name, value in refused.items():
-            assert await said({**body, name: value}) == (400, name), (body, name)
-        assert await said(body | neutral) == (200, None)
-    assert await said(plain | {"add_special_tokens": True}) == await said(chat | {"add_special_tokens": False})
-    assert await said(chat | {"add_special_tokens": True}) == (400, "add_special_tokens")
-    assert await said(plain | {"best_of": 2, "n": 2}) == (200, None)
+            assert await answer_of({**body, name: value}) == (400, name), (body, name)
+        assert await answer_of(body | neutral) == (200, None)
+    assert await answer_of(plain | {"add_special_tokens": True}) == await answer_of(
+        chat | {"add_special_tokens": False}
+    )
+    assert await answer_of(chat | {"add_special_tokens": True}) == (400, "add_special_tokens")
+    assert await answer_of(plain | {"best_of": 2, "n": 2}) == (200, None)
     for options in ("continuous_usage_stats", "include_obfuscation", "usage"):
         body = plain | {"stream": True, "stream_options": {options: True}}
-        assert await said(body) == (400, f"stream_options.{options}")
-    said_before = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None}
-    assert await said(chat | {"messages": [*chat["messages"], said_before]}) == (200, None)  # type: ignore[misc]
+        assert await answer_of(body) == (400, f"stream_options.{options}")
+    earlier = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None}
+    assert await answer_of(chat | {"messages": [*chat["messages"], earlier]}) == (200, None)  # type: ignore[misc]
     called = {"role": "assistant", "content": "b", "tool_calls": [{}]}
-    assert await said(chat | {"messages": [called]}) == (400, "messages.0.tool_calls")
+    assert await answer_of(chat | {"messages": [called]}) == (400, "messages.0.tool_calls")
     parts = [{"type": "text", "text": "a", "cache_control": {}}]
-    assert (await said(chat | {"messages": [{"role": "user", "content": parts}]}))[0] == 400
+    assert (await answer_of(chat | {"messages": [{"role": "user", "content": parts}]}))[0] == 400
 
 
 async def the_token_is_asked_for(served: Served) -> None:
@@ -363,12 +367,12 @@ def test_drain_0_ends_what_runs_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     from tpkernels import cli
     from tpkernels.serve import command
 
-    asked = list[command.ServeArguments]()
-    monkeypatch.setattr(command, "work", asked.append)
+    calls = list[command.ServeArguments]()
+    monkeypatch.setattr(command, "work", calls.append)
     folder = save_tiny(tmp_path / "tiny")
     found = CliRunner().invoke(cli.app, ["serve", str(folder), "--drain", "0"])
-    assert (found.exit_code, [a.drain_s for a in asked]) == (0, [0.0]), found.output
-    serve_ranks(what_runs_is_ended, drain_s=asked[0].drain_s)
+    assert (found.exit_code, [a.drain_s for a in calls]) == (0, [0.0]), found.output
+    serve_ranks(what_runs_is_ended, drain_s=calls[0].drain_s)
 
 
 def test_a_port_that_is_taken_and_a_missing_package_are_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:

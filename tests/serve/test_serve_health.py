@@ -23,7 +23,7 @@ async def ask(served: Served) -> tuple[int, dict[str, str]]:
 
 
 async def follow_a_forward_pass(served: Served) -> None:
-    """An idle server makes a token for whoever asks, not more often than once a second; one that hangs says so."""
+    """An idle server makes a token at a request of /health, at most once a second; one that hangs answers 503."""
     engine, real = served.engine, served.decoder.insert
     engine.last_pass = float("-inf")
     before = engine.passes
@@ -40,7 +40,7 @@ async def follow_a_forward_pass(served: Served) -> None:
     served.decoder.insert = hang
     engine.last_pass = float("-inf")
     status, body = await ask(served)
-    assert stuck.is_set(), "it was a forward pass that was asked for"
+    assert stuck.is_set(), "it was a forward pass"
     assert (status, body["status"]) == (503, "unhealthy")
     assert "the model has made no token in" in body["reason"]
     await served.until(lambda: _now_stands(served))
@@ -82,7 +82,7 @@ async def see_nan(served: Served) -> None:
 
 
 async def see_the_end(served: Served) -> None:
-    """Whatever ends the engine's thread: the reason is told."""
+    """The answer has the reason that ended the engine's thread."""
     engine = served.engine
 
     def fail(*_: Any) -> Any:
