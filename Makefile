@@ -1,5 +1,6 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
-# make test     every test, Python and C++;  make emu  builds the emulated CUDA module for it
+# make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
+# make test-all the same and those marked nightly: what nvcc makes of the CUDA sources
 # make bench    time the ops against what else there is; BENCH_ARGS picks
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
@@ -27,7 +28,7 @@ TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
 DATA_STAMP := .venv/.data
 
-.PHONY: run test test-cpp emu cuda bench gpu-check lint format install clean
+.PHONY: run test test-all test-python test-cpp emu cuda bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)
 
@@ -50,8 +51,11 @@ $(DATA_STAMP): $(TORCH_STAMP)
 run: install
 	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
 
-test: install $(DATA_STAMP) test-cpp emu
-	$(BIN)/python -m pytest --junit-xml=build/pytest.xml $(TEST_ARGS)
+test: MARKED = -m 'not nightly'
+test test-all: test-python
+
+test-python: install $(DATA_STAMP) test-cpp emu
+	$(BIN)/python -m pytest --durations=30 --junit-xml=build/pytest.xml $(MARKED) $(TEST_ARGS)
 
 # Torch-free, therefore quick, and with the sanitizers that find what a value check does not.
 test-cpp: $(TORCH_STAMP)
