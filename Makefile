@@ -1,5 +1,6 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
-# make test     every test, Python and C++;  make emu  builds the emulated CUDA module for it
+# make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
+# make test-all the same and those marked nightly: what nvcc makes of the CUDA sources
 # make bench    time the ops against what else there is; BENCH_ARGS picks
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
@@ -8,6 +9,7 @@
 # Needs python >= 3.11 and g++, nothing else. Variables:
 #   PYTHON=python3.12          the interpreter of a new .venv
 #   TORCH="torch==2.11.0"      what pip installs as torch; options of pip may follow
+#   JOBS=1                     tests that run at the same time; as many as cores
 #   RUN_ARGS="--minutes 0.5"   more arguments for `tpkernels train`; TEST_ARGS and BENCH_ARGS likewise
 
 PYTHON ?= python3
@@ -15,10 +17,12 @@ TORCH ?= torch==2.13.0
 RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?= all_reduce --ranks 2
+JOBS ?= $(shell nproc)
 OUT ?= build/gpu-check
 
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache 2>/dev/null)
 CSRC = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Stamps. The first one carries TORCH in its name, so that another TORCH is noticed.
@@ -27,7 +31,7 @@ TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
 DATA_STAMP := .venv/.data
 
-.PHONY: run test test-cpp emu cuda bench gpu-check lint format install clean
+.PHONY: run test test-all test-cpp test-python configure-tests emu cuda bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)
 
@@ -50,25 +54,33 @@ $(DATA_STAMP): $(TORCH_STAMP)
 run: install
 	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
 
-test: install $(DATA_STAMP) test-cpp emu
-	$(BIN)/python -m pytest --junit-xml=build/pytest.xml $(TEST_ARGS)
+test: MARKED = -m 'not nightly'
+test: test-cpp emu test-python
+test-all: test-cpp emu $(if $(shell command -v nvcc 2>/dev/null),cuda) test-python
 
-# Torch-free, therefore quick, and with the sanitizers that find what a value check does not.
-test-cpp: $(TORCH_STAMP)
-	cmake -S . -B build/tests -G Ninja -DTPKERNELS_TESTS=ON -DTPKERNELS_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/tests
-	ctest --test-dir build/tests --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
+# Each file of tests runs in one worker: module fixtures are made once.
+test-python: install $(DATA_STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=30 --junit-xml=build/pytest.xml \
+		$(MARKED) $(TEST_ARGS)
 
 # What cmake must know of python and torch.
 FIND_TORCH = import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)
 WITH_TORCH = -DTPKERNELS_TORCH="$$($(BIN)/python -c '$(FIND_TORCH)')" \
 	-DTPKERNELS_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 
-# The CUDA backend on emulated devices, as a Python module that tests put in place of the CPU's.
-emu: $(TORCH_STAMP)
-	cmake -S . -B build/emu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON $(WITH_TORCH) \
+# One build folder for the C++ tests and the emulated module, which share most objects.
+configure-tests: $(TORCH_STAMP)
+	cmake -S . -B build/tests -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON $(WITH_TORCH) \
 		-DTPKERNELS_EMU_MODULE_FILE=$(CURDIR)/build/emu/_C_emu.so
-	cmake --build build/emu --target _C_emu
+
+# With the sanitizers that find what a value check does not.
+test-cpp: configure-tests
+	cmake --build build/tests
+	ctest --test-dir build/tests --parallel $(JOBS) --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
+
+# The CUDA backend on emulated devices, as a Python module that tests put in place of the CPU's.
+emu: configure-tests
+	cmake --build build/tests --target _C_emu
 
 # The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH.
 cuda: $(TORCH_STAMP)

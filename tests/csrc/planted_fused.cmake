@@ -52,6 +52,5 @@ tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
 add_library(emu_planted_fused_race OBJECT EXCLUDE_FROM_ALL ${planted_sources})
 target_include_directories(emu_planted_fused_race PRIVATE csrc/cuda/kernels)
 target_link_libraries(emu_planted_fused_race PRIVATE emu_race_flags)
-target_compile_options(emu_planted_fused_race PRIVATE -g1) # reports look up lines in ten kernels
-tpk_emu_test(planted_fused VARIANTS race SOURCES tests/csrc/planted_fused.cpp csrc/cuda/comm/tensor_map.cpp
-             csrc/cuda/comm/runtime.cpp KERNELS emu_planted_fused emu_fused emu_cpu)
+tpk_emu_test(planted_fused VARIANTS race SOURCES tests/csrc/planted_fused.cpp
+             LIBRARIES emu_planted_fused emu_driver emu_fused emu_cpu)

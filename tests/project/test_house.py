@@ -101,7 +101,7 @@ def cmake_list(name: str) -> list[str]:
 def emulated_tests() -> list[str]:
     files = (ROOT / "CMakeLists.txt", ROOT / "tests/csrc/planted_fused.cmake")
     text = re.sub(r"#.*", "", "".join(file.read_text() for file in files))
-    calls = re.findall(r"tpk_emu_test\(\w+ VARIANTS [^)]*?SOURCES ([^)]*?)(?:KERNELS[^)]*)?\)", text)
+    calls = re.findall(r"tpk_emu_test\(\w+ VARIANTS [^)]*?SOURCES ([^)]*?)(?:LIBRARIES[^)]*)?\)", text)
     return [source for call in calls for source in call.split()]
 
 
@@ -319,3 +319,77 @@ def test_links_between_documents_lead_somewhere() -> None:
         if path.suffix == ".md":
             for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text()):
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+# --- tests
+
+
+def python_tests() -> dict[str, ast.Module]:
+    """The module name and the syntax of every file below tests/."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in files}
+
+
+def unused_checks(modules: dict[str, ast.Module]) -> list[str]:
+    """Functions check_* that no test calls, names or registers by on_ranks."""
+    used = {
+        node.id if isinstance(node, ast.Name) else node.attr
+        for tree in modules.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name | ast.Attribute)
+    }
+    found = []
+    for name, tree in modules.items():
+        run = {call for call in ("on_processes", "on_devices") if f"@{call}(globals())" in decorators(tree)}
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check_") and node.name not in used:
+                registered = [d for d in node.decorator_list if ast.unparse(d).startswith("on_ranks(")]
+                needs = {"on_devices"} if "devices=" in "".join(map(ast.unparse, registered)) else set()
+                if not registered or not run >= {"on_processes", *needs}:
+                    found.append(f"{name}.{node.name}")
+    return found
+
+
+def decorators(tree: ast.Module) -> set[str]:
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {f"@{ast.unparse(decorator)}" for node in functions for decorator in node.decorator_list}
+
+
+def imported_tests(modules: dict[str, ast.Module]) -> list[str]:
+    """Imports of test modules by others."""
+    return [
+        f"{name} imports {source}"
+        for name, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for source in [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if source in modules and source.rpartition(".")[2].startswith("test_") and source != name
+    ]
+
+
+def test_every_check_is_run() -> None:
+    assert unused_checks(python_tests()) == []
+
+
+def test_what_tests_share_lies_in_the_harness() -> None:
+    assert imported_tests(python_tests()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "unused"),
+    [
+        ("def check_a(): ...", True),
+        ("def check_a(): ...\ndef test_a(): check_a()", False),
+        ("@on_ranks(1)\ndef check_a(): ...", True),
+        ("@on_ranks(1)\ndef check_a(): ...\n@on_processes(globals())\ndef test_a(run): run()", False),
+        ("@on_ranks(1, devices=(2,))\ndef check_a(): ...\n@on_processes(globals())\ndef test_a(run): run()", True),
+    ],
+)
+def test_a_check_that_is_not_run_is_noticed(text: str, unused: bool) -> None:
+    assert unused_checks({"tests.test_x": ast.parse(text)}) == (["tests.test_x.check_a"] if unused else [])
+
+
+def test_an_import_of_a_test_module_is_noticed() -> None:
+    text = "from tests.a.test_b import f\nfrom tests.a import test_b"
+    modules = {"tests.x": ast.parse(text), "tests.a.test_b": ast.parse("")}
+    assert imported_tests(modules) == ["tests.x imports tests.a.test_b"] * 2
