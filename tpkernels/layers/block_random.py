@@ -90,11 +90,11 @@ class BlockRandom:
             self._rates = rate_names(block)
         self._drops = drops(block, self._rates)
         if self._at_once:
-            self.enter(self._group)
+            self.switch_to_own(self._group)
 
     def _end(self, block: nn.Module, args: Any, output: Any) -> None:
         if self._runs:
-            self.leave()
+            self.switch_back()
             self._runs = False
             NOW.depth -= 1
 
@@ -107,7 +107,7 @@ class BlockRandom:
         again._block = Ref(block)
         return again
 
-    def enter(self, group: Group) -> None:
+    def switch_to_own(self, group: Group) -> None:
         """Switch to this rank's own numbers, if the block has dropouts and they are not its own already."""
         if NOW.common is not None or self._watched is not None or not (self._runs or _recomputes()):
             return
@@ -116,7 +116,7 @@ class BlockRandom:
         elif self._runs and not is_compiling() and not _is_capturing():
             self._watched = rng_state()
 
-    def leave(self) -> None:
+    def switch_back(self) -> None:
         """Switch back to the common numbers."""
         if self._mine and NOW.common is not None:
             set_rng_state(NOW.common)

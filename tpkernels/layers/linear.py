@@ -216,7 +216,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """
         weight, bias = self._operands()
         if self.random is not None:
-            self.random.enter(self.group)
+            self.random.switch_to_own(self.group)
         y = self._product(x, weight, bias, sequence_size)
         if not self.gather_output:
             return y
@@ -300,7 +300,7 @@ class RowParallelLinear(_ParallelLinear):
         """
         weight, bias = self._operands()
         if self.random is not None:
-            self.random.leave()
+            self.random.switch_back()
         if not self.input_is_parallel:
             cut = self._cuts["weight"]
             if x.size(-1) != cut.full_size:
