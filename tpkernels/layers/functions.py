@@ -160,6 +160,7 @@ class _LocalLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         need_x, need_w, *_ = ctx.needs_input_grad
+        ctx.group = inputs[3]
         ctx.save_for_backward(inputs[0] if need_w else None, inputs[1] if need_x else None)
 
     @staticmethod
@@ -168,7 +169,7 @@ class _LocalLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = linear_gradients(grads[0], x, weight, needs)
         else:
-            found = torch.ops.tpkernels.linear_backward(grads[0], x, weight, *needs)
+            found = torch.ops.tpkernels.linear_backward(grads[0], x, weight, *needs, ctx.group)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
