@@ -114,7 +114,7 @@ def options(root: str) -> None:
         ids = torch.arange(8)[None]
         logits = model(input_ids=ids, labels=ids).logits
         assert sum(group.all_gather_ints(logits.shape[-1])) == 61
-        codecs = {(m.codec, m.grad_codec) for m in model.modules() if hasattr(m, "grad_codec")}
+        codecs = {(m.codec, m.grad_codec) for m in model.modules() if hasattr(m, "codec")}
         assert codecs == {("bf16", "fp16")}
 
 
