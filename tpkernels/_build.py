@@ -20,7 +20,7 @@ class BuildInfo:
         torch: the torch it was built against; it loads in torch 2.11 and later.
         python: the interpreter it was built for.
         compiler: name and version.
-        flags: what the compiler was told.
+        flags: the options of the compiler.
         commit: of the checkout, with "+changes" where files differed from it; None outside a checkout.
         cuda: whether CUDA code was built.
         cuda_reason: why, or why not.

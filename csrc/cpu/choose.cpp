@@ -108,7 +108,7 @@ Explained explain_all_reduce(const Wire& wire, size_t numel) {
 }
 
 Explained explain_collective(const Communicator& comm, const std::string& op, const Wire& wire, size_t numel) {
-  if (is_transport(comm, "local")) return {"local", "one rank: nothing travels"};
+  if (is_transport(comm, "local")) return {"local", "one rank: nothing is sent"};
   if (is_transport(comm, "group")) {
     return {"exchange", "all-to-all between the ranks, sums taken locally in rank order"};
   }
@@ -163,7 +163,7 @@ Explained explain(Communicator& comm, const CallShape& call) {
   const bool gemm = is_gemm(call.op);
   TPK_CHECK(!gemm || dtype <= DType::F16, "explain: dtype must be one of float32, float64, bfloat16, float16, got ",
             call.dtype);
-  const bool moves = call.op == "all_gather" && dtype >= DType::Raw1;  // no arithmetic: any dtype travels
+  const bool moves = call.op == "all_gather" && dtype >= DType::Raw1;  // no arithmetic: any dtype is moved
   const Wire* const wire = find_wire(dtype, codec, moves ? ReduceOp::None : ReduceOp::Sum);
   TPK_CHECK(wire != nullptr, "explain: ", call.op, " takes no ", call.dtype, " with codec ", call.codec);
   return gemm ? explain_gemm(comm, call, *wire) : explain_collective(comm, call.op, *wire, call.numel);

@@ -1,5 +1,5 @@
 // The path of a call on the CPU: which engine multiplies, whether the product is written into the arena, how a sum
-// travels. The ops call these functions, and `explain` reports what they return. Torch-free.
+// is sent. The ops call these functions, and `explain` reports what they return. Torch-free.
 //
 // Everything here is a rule of sizes and of the CPU, or of what a group has measured before; nothing reads a clock, so
 // that two runs give the same bits.

@@ -112,7 +112,7 @@ using Explained = std::pair<std::string, std::string>;
 
 Explained explain_collective(const DeviceCommunicator& comm, const std::string& op, const Wire& wire, size_t numel) {
   const std::string transport = comm.transport();
-  if (transport == "local") return {"local", "one rank: nothing travels"};
+  if (transport == "local") return {"local", "one rank: nothing is sent"};
   if (transport == "group") return {"exchange", "all-to-all of the process group, sums taken locally in rank order"};
   if (op != "all_reduce" && op != "all_reduce_") return {"direct", "each rank reads what it needs of its peers"};
   const Choice choice =
@@ -148,10 +148,10 @@ Explained explain_gemm(const DeviceCommunicator& comm, Op op, const Wire& wire, 
   const char* const collective = gemm.gathers()            ? "all_gather"
                                  : op == Op::GemmAllReduce ? "all_reduce"
                                                            : "reduce_scatter";
-  const Explained travel = explain_collective(comm, collective, wire,
-                                              static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
+  const Explained transfer = explain_collective(
+      comm, collective, wire, static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
   return {choice.parts == 1 ? "unfused" : concat("chunked(", choice.parts, ")"),
-          concat(not_fused(choice, comm.forced()), choice.reason, "; travels by ", travel.first, ": ", travel.second)};
+          concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.first, ": ", transfer.second)};
 }
 
 // numel is that of a collective's tensor.
@@ -167,7 +167,7 @@ Explained explain(const DeviceCommunicator& comm, const std::string& op, const s
     }
     if (op == name_of(gemm)) return explain_gemm(comm, gemm, wire, M, N, K);
   }
-  if (op == "replicated_gemm") return {"unfused", "nothing travels in the forward; the backward sums dx beside dw"};
+  if (op == "replicated_gemm") return {"unfused", "nothing is sent in the forward; the backward sums dx beside dw"};
   return explain_collective(comm, op, wire, numel);
 }
 

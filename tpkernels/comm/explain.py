@@ -75,6 +75,6 @@ def explain(
 
 
 def _name(dtype: torch.dtype) -> str:
-    """The name of a dtype in C++: that of its size where values only travel."""
+    """The name of a dtype in C++: that of its size where values are moved and not summed."""
     name = str(dtype).removeprefix("torch.")
     return name if name in _SUMMED else f"{dtype.itemsize}-byte values"

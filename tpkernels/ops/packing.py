@@ -152,7 +152,7 @@ def all_reduce_packed(
     Equal to, bit for bit and on more than one rank, without packing a second time:
 
         wire = compress(x, codec)
-        y = all_reduce(x, op=op, codec=codec)            # on one rank, where nothing travels: decompress(wire)
+        y = all_reduce(x, op=op, codec=codec)            # on one rank, where nothing is sent: decompress(wire)
 
     It is that very call: a rank may bring a wire where another brings values, and the counters are those of all_reduce.
 

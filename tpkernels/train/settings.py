@@ -55,9 +55,9 @@ class Settings:
     tp: int = _setting(2, "Ranks to cut the model over.", PARALLEL, least=1)
     dp: int = _setting(1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1)
     sequence_parallel: bool = _setting(False, "Cut activations over the tokens, too.", PARALLEL)
-    codec: str = _setting("none", "How sums travel: none, fp16, bf16.", PARALLEL, choices=tuple(CODECS))
+    codec: str = _setting("none", "How sums are packed: none, fp16, bf16.", PARALLEL, choices=tuple(CODECS))
     grad_codec: str = _setting(
-        "none", "How gradients travel between replicas: a codec, or topk.", PARALLEL, choices=GRAD_CODECS
+        "none", "How gradients are packed between replicas: a codec, or topk.", PARALLEL, choices=GRAD_CODECS
     )
     grad_mode: str = _setting(
         "sync",

@@ -107,7 +107,7 @@ inline Choice choose_all_reduce(const Machine& machine, const Forced& forced, DT
 // How many parts the M rows of a GEMM are cut into, so that one is sent while the next is multiplied.
 // row_bytes: of a row that is sent.
 inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, int64_t M, size_t row_bytes) {
-  if (machine.world_size == 1) return {1, "one rank: nothing travels"};
+  if (machine.world_size == 1) return {1, "one rank: nothing is sent"};
   if (forced.parts > 0) {
     return {static_cast<int>(std::clamp<int64_t>(M, 1, forced.parts)), "as asked for"};
   }
@@ -115,7 +115,7 @@ inline PartsChoice choose_parts(const Machine& machine, const Forced& forced, in
   const int64_t by_bytes = static_cast<int64_t>(static_cast<size_t>(M) * row_bytes / kPartBytes);
   const int64_t parts = std::min<int64_t>({by_rows, by_bytes, kMostParts});
   if (parts < 2) return {1, "rule: too few rows or bytes to overlap (512 rows and 4 MiB a part, not measured)"};
-  return {static_cast<int>(parts), "rule: one part travels while the next is multiplied (sizes not measured)"};
+  return {static_cast<int>(parts), "rule: one part is sent while the next is multiplied (sizes not measured)"};
 }
 
 // Where part i of so many begins, at whole tiles where there are enough rows; part `parts` begins behind the last row.

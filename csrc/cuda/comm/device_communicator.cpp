@@ -191,7 +191,7 @@ void DeviceCommunicator::receive_and_consume(Op op, int parts, const Part& recei
 
 std::vector<int64_t> DeviceCommunicator::do_exchange(const CallSpec& spec) {
   TPK_CHECK(!is_being_captured(), describe_call(spec.op),
-            ": the ranks cannot tell each other sizes while a CUDA graph is captured; pass dim_size or vocab_size");
+            ": the ranks cannot exchange sizes while a CUDA graph is captured; pass dim_size or vocab_size");
   std::vector<int64_t> all;
   const DeviceScope scope(device_);
   run([&] {
