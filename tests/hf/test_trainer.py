@@ -17,7 +17,7 @@ from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError, RankMismatchError
 from tpkernels.hf.trainer import TensorParallelMixin, fit_trainer, one_replica, trainer_class
-from tpkernels.hf.trainer_state import load_scheduler, scheduler_state
+from tpkernels.hf.trainer.state import load_scheduler, scheduler_state
 from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 

@@ -31,10 +31,10 @@ from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator, check_replicas
 from tpkernels.errors import PlanError
-from tpkernels.hf.trainer_accelerator import AcceleratorMixin, mix_in
-from tpkernels.hf.trainer_checks import option_text, problems
-from tpkernels.hf.trainer_models import FullHeads, full_size_ratio, shard_reference
-from tpkernels.hf.trainer_state import STEP, CheckpointMixin
+from tpkernels.hf.trainer.accelerator import AcceleratorMixin, mix_in
+from tpkernels.hf.trainer.checks import option_text, problems
+from tpkernels.hf.trainer.models import FullHeads, full_size_ratio, shard_reference
+from tpkernels.hf.trainer.state import STEP, CheckpointMixin
 from tpkernels.plan.adapters.apply import cut_adapters
 
 if TYPE_CHECKING:
