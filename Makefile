@@ -4,9 +4,9 @@
 # make bench    time the ops against what else there is; BENCH_ARGS picks
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
-# make install  .venv with torch and everything else, tpkernels built into it (the others do this first)
+# make install  .venv with torch and everything else, tpkernels built into it (run, test, bench, lint do this first)
 #
-# Needs python >= 3.11 and g++, nothing else. Variables:
+# Needs python >= 3.11 with its headers, and g++. Variables:
 #   PYTHON=python3.12          the interpreter of a new .venv
 #   TORCH="torch==2.11.0"      what pip installs as torch; options of pip may follow
 #   JOBS=1                     tests that run at the same time; as many as cores
@@ -31,6 +31,8 @@ TORCH_STAMP := .venv/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
 BUILD_STAMP := .venv/.built
 DATA_STAMP := .venv/.data
 
+# The tests come after what they load, also with make -j.
+.NOTPARALLEL:
 .PHONY: run test test-all test-cpp test-python configure-tests emu cuda bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -28,7 +27,6 @@ STUDY = "study/compression_study.jsonl"  # the rows of bench/study
 
 # Two rows with the same identity measure the same thing; the later one replaces the earlier.
 IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
-SERVER_IDENTITY = (*IDENTITY, "slots", "clients")  # of the rows of a server; the others lack the last two
 STUDY_IDENTITY = ("kind", "layout", "link", "method", "seed", "steps")  # of the rows that have a kind
 FIELDS = (
     *IDENTITY,
@@ -162,21 +160,27 @@ def over_roof(row: Row) -> float:
 
 def identity(row: Row) -> tuple[Any, ...]:
     """The measurement of a row."""
-    return tuple(row.get(name) for name in (STUDY_IDENTITY if "kind" in row else SERVER_IDENTITY))
+    if "kind" in row:
+        return tuple(row.get(name) for name in STUDY_IDENTITY)
+    return (*(row[name] for name in IDENTITY), row.get("slots"), row.get("clients"))  # the last two: of a server
 
 
 def load(path: Path) -> list[Row]:
     """The latest row of each identity, in the order in which they were first measured.
 
     Args:
-        path: a file, or a folder of which all files are read; there may be none.
+        path: a file, or a folder of which all files are read; there may be none. A last line without its end, which a
+            crash cut off, is left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+        KeyError: a row lacks a field of its identity.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     found: dict[tuple[Any, ...], Row] = {}
-    for line in (line for file in files for line in file.read_text().splitlines()):
-        with contextlib.suppress(ValueError):  # a line that a crash cut off: it is measured again
-            row = json.loads(line)
-            found[identity(row)] = row
+    for line in (line for file in files for line in file.read_text().split("\n")[:-1]):
+        row = json.loads(line)
+        found[identity(row)] = row
     return list(found.values())
 
 
@@ -206,8 +210,9 @@ def save(path: Path, rows: Iterable[Row]) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row to a file; it is on disk when this returns."""
+    """Append a row to a file, in place of a last line that a crash cut off; it is in the file when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with path.open("a") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
+        file.write(json.dumps(row) + "\n")

@@ -27,7 +27,7 @@ def nothing_is_left_in_shared_memory() -> Iterator[None]:
     yield
     deadline = time.monotonic() + 5.0
     while (left := files() - before) and time.monotonic() < deadline:
-        time.sleep(0.1)  # files of other programs appear and vanish
+        time.sleep(0.1)  # between two looks: the kernel removes the files of a killed rank when it has ended
     assert not left
 
 

@@ -1,4 +1,4 @@
-// Errors that cross into Python with a type of their own; module.cpp maps them.
+// Errors that cross into Python with a type of their own; python/bindings.cpp maps them.
 #pragma once
 
 #include <stdexcept>

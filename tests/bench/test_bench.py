@@ -5,7 +5,6 @@ Nothing here asserts how long anything took.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from bench import codecs, placement, rows, shapes, suite
 from bench import run as bench_run
 from bench.cell import Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
-from bench.timing import Candidate, Timing, exposed, measure, ratios, summary
+from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, ratios, summary
 from tests.harness.bench import Clock, Team, candidate, right, where, wrong
 
 ROOT = Path(__file__).parents[2]
@@ -47,16 +46,14 @@ def test_candidates_take_turns_and_the_order_alternates() -> None:
     clock = Clock()
     jobs = [candidate(clock, name, 0.02) for name in "abc"]
     starts: list[int] = []
-    barriers: list[int] = []
-    team = Team()
-
-    def note() -> None:
-        starts.append(len(clock.events))
-        barriers.append(team.barriers)
-
-    measure(jobs, team, rounds=4, clock=clock, each_round=note)
-    assert [b - a for a, b in itertools.pairwise(barriers)] == [3] * 3, "a barrier before every block"
+    measure(jobs, Team(), rounds=4, clock=clock, each_round=lambda: starts.append(len(clock.events)))
     assert [clock.events[at : at + 3] for at in starts] == [list("abc"), list("cba")] * 2
+
+
+def test_there_is_a_barrier_before_every_block() -> None:
+    clock, team = Clock(), Team()
+    measure([candidate(clock, "a", 0.02), candidate(clock, "b", 0.02, rewrite=0.01)], team, rounds=7, clock=clock)
+    assert team.barriers == 2 * CALIBRATIONS + 7 * (1 + 2)
 
 
 def test_a_block_is_filled_and_every_rank_makes_the_same_number_of_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,12 +112,21 @@ def test_rows_are_kept_only_with_keep_and_the_others_are_not_in_git(monkeypatch:
 
     monkeypatch.setattr(suite.subprocess, "run", run)
     for keep in (False, True):
-        suite.main(["train_step"], keep=keep, repeat=1, wait=0.0)
-    assert [Path(c[c.index("--out") + 1]).parent for c in commands] == [rows.MINE, rows.RESULTS]
+        suite.main(["all_reduce", "train_step"], keep=keep, repeat=1, wait=0.0)
+    folders = [Path(command[command.index("--out") + 1]).parent for command in commands]
+    half = len(folders) // 2
+    assert folders == [rows.MINE] * half + [rows.RESULTS] * half
     assert rows.destination("a.jsonl", keep=True) == rows.RESULTS / "a.jsonl"
     assert rows.destination("a.jsonl", keep=False) == rows.MINE / "a.jsonl"
     assert rows.destination("a.jsonl", True, Path("b")) == Path("b")
     assert f"{rows.MINE.parent.relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("module", ["generate", "serve", "suite", "train_step"])
+def test_a_bench_adds_to_the_kept_results_only_with_keep(module: str) -> None:
+    options = inspect.signature(pytest.importorskip(f"bench.{module}").main).parameters
+    assert options["keep"].default is False
+    assert "out" not in options or options["out"].default is None
 
 
 def test_the_kept_results_are_verified_and_complete() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import resource
+import select
 import signal
 import threading
 import time
@@ -35,15 +36,13 @@ def in_a_child(do: Callable[[], object], at_exit: Callable[[], None] = atexit._r
             code = 0
         finally:
             os._exit(code)
-    deadline = time.monotonic() + 20.0
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -999
+    end = os.pidfd_open(pid)
+    ended, _, _ = select.select([end], [], [], 20.0)
+    os.close(end)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) if ended else -999
 
 
 def forked(f: Callable[[], object]) -> None:

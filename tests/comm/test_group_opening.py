@@ -157,8 +157,8 @@ def check_any_time_will_do() -> None:
         for transport in ("shm", "group"):
             with Group.open(timeout_s=timeout_s, transport=transport) as group:
                 assert group.timeout_s == timeout_s
-                # Longer than the 0.2 s after which a rank that waits looks around.
-                (time.sleep(0.5) if rank and not n else None)
+                if rank and not n:
+                    time.sleep(0.5)  # the subject: a rank later than the 0.2 s after which the others check on it
                 check_it_works(group)
     with mock.patch.dict(os.environ, GLOO_DEVICE_TRANSPORT="TCP_TLS"):
         group = Group.open(timeout_s=math.inf, transport="group")

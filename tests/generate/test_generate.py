@@ -19,7 +19,7 @@ from tpkernels.generate.text import TextStream
 from tpkernels.testing import run_ranks
 
 if importlib.util.find_spec("transformers") is None:
-    pytest.skip("transformers is not installed", allow_module_level=True)
+    pytest.skip("needs transformers", allow_module_level=True)
 
 PROMPTS = ["def f(x):", "a", "The quick brown fox jumps over"]
 LONG = Sampling(max_tokens=24, ignore_eos=True)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from tests.harness.parallelize import close, part_of
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError
+from tpkernels.errors import PlanError
 
 # 9 heads with 3 keys, 50 hidden units and 67 words divide by neither 2 nor 3 where they may not.
 TINY: dict[str, Any] = {

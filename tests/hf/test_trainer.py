@@ -15,10 +15,9 @@ from torch import Tensor
 from tests.harness.parallelize import close, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.errors import CheckpointError, RankMismatchError
+from tpkernels.errors import CheckpointError, PlanError, RankMismatchError
 from tpkernels.hf.trainer import TensorParallelMixin, fit_trainer, one_replica, trainer_class
 from tpkernels.hf.trainer.state import load_scheduler, scheduler_state
-from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")

@@ -12,9 +12,8 @@ import torch
 from tests.harness.parallelize import close, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.errors import RankMismatchError
+from tpkernels.errors import PlanError, RankMismatchError
 from tpkernels.hf.trainer import fit_trainer, one_replica
-from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("trl")

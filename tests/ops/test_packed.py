@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness.ops import raised
-from tests.harness.places import PLACES
+from tests.harness.ops import raised, run_at
 from tpkernels import RankMismatchError, ops
 from tpkernels.comm.group import Group
 from tpkernels.compress import CODECS, wire_bytes
@@ -65,12 +64,8 @@ def test_a_packed_input_gives_the_bits_of_the_packing_call(R: int) -> None:
 
 @pytest.mark.parametrize("opening", [{"transport": "peer"}, {"transport": "group"}, {}], ids=["peer", "group", "local"])
 def test_on_emulated_devices_too(opening: dict[str, Any]) -> None:
-    R, place = 3 if opening else 1, PLACES["emu"]
-    if lacks := place.lacks(R):
-        pytest.skip(lacks)
-    place.run(
-        body, R, (0, 1, 513, 5_003), arena_bytes=1 << 19 if opening.get("transport") == "peer" else None, **opening
-    )
+    arena_bytes = 1 << 19 if opening.get("transport") == "peer" else None
+    run_at("emu", body, 3 if opening else 1, (0, 1, 513, 5_003), arena_bytes=arena_bytes, **opening)
 
 
 def check_feedback_closes() -> None:

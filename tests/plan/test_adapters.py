@@ -15,10 +15,9 @@ from torch import Tensor
 from tests.harness.parallelize import close, compare_steps, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.errors import CheckpointError
+from tpkernels.errors import CheckpointError, PlanError
 from tpkernels.hf.trainer import fit_trainer, one_replica
 from tpkernels.plan.adapters.apply import cut_adapters
-from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 
 peft = pytest.importorskip("peft")

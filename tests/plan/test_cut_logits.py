@@ -14,8 +14,8 @@ from torch import nn
 from tests.harness.parallelize import close, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
+from tpkernels.errors import PlanError
 from tpkernels.plan.adapters.apply import cut_adapters
-from tpkernels.plan.api import PlanError
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from tests.harness.families import build, inputs
 from tests.harness.parallelize import close, ids, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError
+from tpkernels.errors import PlanError
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")

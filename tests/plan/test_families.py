@@ -13,7 +13,8 @@ from tests.harness.examples import torchrun
 from tests.harness.families import build, inputs, tokens
 from tests.harness.parallelize import close, compare_steps
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError, parallelize
+from tpkernels.errors import PlanError
+from tpkernels.plan.api import parallelize
 from tpkernels.plan.derive.search import derive_plan
 from tpkernels.testing import run_ranks
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tests.harness.generation import byte_tokenizer
 from tests.harness.parallelize import TINY, close, ids, part_of
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError, parallelize
+from tpkernels.errors import PlanError
+from tpkernels.plan.api import parallelize
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")

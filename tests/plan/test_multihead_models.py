@@ -18,8 +18,8 @@ from tests.harness.parallelize import close, compare_steps, part_of
 from tpkernels import checkpoint, parallelize
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import clip_grad_norm_
+from tpkernels.errors import PlanError
 from tpkernels.plan.adapters.apply import cut_adapters
-from tpkernels.plan.api import PlanError
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.state_dict import full_state_dict
 from tpkernels.plan.table import plan_table

@@ -15,10 +15,10 @@ from tests.harness.parallelize import close, compare_steps, ids, part_of, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import clip_grad_norm_
+from tpkernels.errors import PlanError
 from tpkernels.layers.convert import ConvertedModule
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.plan.adapters.apply import cut_adapters
-from tpkernels.plan.api import PlanError
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from tests.harness.parallelize import close, ids, tiny
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError
+from tpkernels.errors import PlanError
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")

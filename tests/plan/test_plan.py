@@ -11,8 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.harness.parallelize import tiny
+from tpkernels.errors import PlanError
 from tpkernels.layers.convert import Tied
-from tpkernels.plan.api import PlanError
 from tpkernels.plan.resolved import Resolved
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.sequence.apply import check_sequence

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from tests.harness.parallelize import check_training, close, compare_steps, ids, tiny
 from tpkernels.comm.group import Group
-from tpkernels.plan.api import PlanError, parallelize
+from tpkernels.errors import PlanError
+from tpkernels.plan.api import parallelize
 from tpkernels.testing import run_ranks
 
 pytest.importorskip("transformers")
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         return y
 
 
-def doors_are_right() -> None:
+def check_boundaries() -> None:
     with Group.open() as group:
         for name, changes in RIGHT.items():
             check_training(tiny(name, **changes), group, f"{name} with cut tokens", sequence_parallel=True)
@@ -107,4 +108,4 @@ def doors_are_right() -> None:
 
 @pytest.mark.parametrize("R", [2, 3])
 def test_layers_are_right_with_cut_tokens_or_refused_before_the_cut(R: int) -> None:
-    run_ranks(doors_are_right, R)
+    run_ranks(check_boundaries, R)

@@ -29,7 +29,7 @@ def check_in_group(name: str, attention: str, folder: str) -> str:
 @pytest.mark.parametrize("name", sorted(TABLE, key=lambda name: PLACES[name][0]))
 def test_a_cut_model_is_the_uncut_one(name: str, tmp_path: Path) -> None:
     if name.partition(":")[0] not in CONFIG_MAPPING:
-        pytest.skip("this release of transformers does not have it")
+        pytest.skip("needs a release of transformers that has this model")
     R, attention = PLACES[name]
     said = run_ranks(check_in_group, R, name, TABLE[name].attention or attention, str(tmp_path))
     assert len(set(said)) == 1

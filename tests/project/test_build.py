@@ -52,6 +52,23 @@ def tool(folder: Path, name: str, script: str) -> None:
 # ---- CPU or CPU + CUDA -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nvcc", [None, NVCC])
+@pytest.mark.parametrize("built_for", [CPU_TORCH, CUDA_TORCH])
+@pytest.mark.parametrize("has_sources", [False, True])
+def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
+    nvcc: str | None, built_for: Any, has_sources: bool
+) -> None:
+    possible = nvcc is not None and built_for is CUDA_TORCH and has_sources
+    decision = setup.decide_cuda("auto", nvcc, built_for, has_sources)
+    assert decision.cuda == possible and decision.reason
+    assert not setup.decide_cuda("0", nvcc, built_for, has_sources).cuda
+    if possible:
+        assert setup.decide_cuda("1", nvcc, built_for, has_sources).cuda
+    else:
+        with pytest.raises(ValueError, match="TPKERNELS_CUDA=1 demands a CUDA build, but"):
+            setup.decide_cuda("1", nvcc, built_for, has_sources)
+
+
 @pytest.mark.parametrize(
     ("nvcc", "built_for", "has_sources", "reason"),
     [
@@ -59,23 +76,15 @@ def tool(folder: Path, name: str, script: str) -> None:
         (NVCC, CPU_TORCH, True, "torch 2.13.0+cpu is built without CUDA"),
         (NVCC, CUDA_TORCH, False, "this version of tpkernels has no CUDA sources yet"),
         (NVCC, CUDA_TORCH, True, "nvcc is /toolkit/bin/nvcc and torch 2.13.0+cu130 has CUDA 13.0"),
-        (None, CPU_TORCH, False, ""),
     ],
 )
-def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
-    nvcc: str | None, built_for: Any, has_sources: bool, reason: str
-) -> None:
-    possible = (nvcc, built_for, has_sources) == (NVCC, CUDA_TORCH, True)
-    decision = setup.decide_cuda("auto", nvcc, built_for, has_sources)
-    assert decision.cuda == possible and decision.reason and reason in decision.reason
-    assert not setup.decide_cuda("0", nvcc, built_for, has_sources).cuda
-    if possible:
-        assert setup.decide_cuda("1", nvcc, built_for, has_sources).cuda
-    else:
-        with pytest.raises(ValueError, match="TPKERNELS_CUDA=1 demands a CUDA build, but"):
-            setup.decide_cuda("1", nvcc, built_for, has_sources)
+def test_the_decision_names_its_reason(nvcc: str | None, built_for: Any, has_sources: bool, reason: str) -> None:
+    assert setup.decide_cuda("auto", nvcc, built_for, has_sources).reason == reason
+
+
+def test_a_wish_that_is_not_understood_is_an_error() -> None:
     with pytest.raises(ValueError, match="TPKERNELS_CUDA must be 0, 1 or auto, got 'yes'"):
-        setup.decide_cuda("yes", nvcc, built_for, has_sources)
+        setup.decide_cuda("yes", NVCC, CUDA_TORCH, True)
 
 
 def test_nvcc_is_found_below_cuda_home_where_path_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

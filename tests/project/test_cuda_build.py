@@ -123,7 +123,7 @@ def test_the_cuda_module_raises_the_types_of_the_package(loaded: dict[str, Any])
     assert loaded["closed"].startswith("PeerLostError: group.empty: group 'nobody' is not open"), loaded["closed"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where opening works")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, opening works")
 def test_a_group_on_a_machine_without_a_gpu_is_an_error_that_names_the_call(loaded: dict[str, Any]) -> None:
     assert re.match(r"RuntimeError: cuda\w+\(.*\) failed: .*\(cudaError\w+\)", loaded["opened"]), loaded["opened"]
 

@@ -69,7 +69,7 @@ def test_both_have_the_same_sections_tables_names_and_links() -> None:
 def known_paths() -> set[str]:
     """Every tracked file and its folders, relative to the root."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a git checkout")
+        pytest.skip("needs a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
     return {str(path) for file in files for path in (file, *file.parents)}

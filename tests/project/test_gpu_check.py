@@ -21,7 +21,7 @@ from gpu_steps import PYTEST, STEPS, TOTAL_S, Step  # noqa: E402
 
 from bench import gpu  # noqa: E402
 
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 def python(code: str) -> tuple[str, ...]:

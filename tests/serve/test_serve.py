@@ -17,7 +17,7 @@ import torch
 
 NEEDED = ("transformers", "fastapi", "uvicorn", "prometheus_client", "httpx")
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-    pytest.skip(f"not installed: {', '.join(missing)}", allow_module_level=True)
+    pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
 
 import httpx  # noqa: E402
 

@@ -10,8 +10,7 @@ import typer
 from typer import Argument, Option
 
 from tpkernels.cli.errors import plain_errors
-from tpkernels.errors import UserError
-from tpkernels.plan.api import PlanError
+from tpkernels.errors import PlanError, UserError
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.table import plan_table
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from tpkernels.comm.group import Group
-from tpkernels.errors import CheckpointError, UserError
+from tpkernels.errors import CheckpointError, PlanError, UserError
 from tpkernels.generate.find import find, require
 from tpkernels.hf.load import load_pretrained
-from tpkernels.plan.api import PlanError
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.comm.group import Group, resolve
 from tpkernels.comm.objects import raise_together
-from tpkernels.errors import CheckpointError, shorten
+from tpkernels.errors import CheckpointError, PlanError, shorten
 from tpkernels.hf import files as hf_files
 from tpkernels.hf import gguf as hf_gguf
 from tpkernels.hf.initialise import initialised
 from tpkernels.layers.base import mark_shards
-from tpkernels.plan.api import PlanError, parallelize
+from tpkernels.plan.api import parallelize
 from tpkernels.plan.rules import Plan
 from tpkernels.shard import full_shape, lay_out, shard_info
 

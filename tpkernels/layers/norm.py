@@ -77,7 +77,7 @@ class _Norm(ParallelModule):
         """
         if not isinstance(module, cls._unsharded):
             raise TypeError(
-                f"{cls.__name__}.from_norm: module must be an nn.{cls.__name__}, got {type(module).__name__}"
+                f"{cls.__name__}.from_norm: module must be an nn.{cls._unsharded.__name__}, got {type(module).__name__}"
             )
         old: Any = module
         bias = {"bias": old.bias is not None} if isinstance(module, nn.LayerNorm) else {}

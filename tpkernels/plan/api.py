@@ -24,7 +24,7 @@ from torch import nn
 
 from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import CODECS
-from tpkernels.errors import PlanError, shorten
+from tpkernels.errors import shorten
 from tpkernels.layers.convert import ConvertedModule, group_of
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.layers.reference import Ref
@@ -46,7 +46,7 @@ from tpkernels.plan.styles.linear import VocabHeadStyle
 from tpkernels.plan.styles.replicated import ReplicateStyle
 from tpkernels.plan.validate import refuse, refuse_patched
 
-__all__ = ["Plan", "PlanError", "PlanReport", "parallelize"]
+__all__ = ["Plan", "PlanReport", "parallelize"]
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,5 +1,5 @@
 // What Hopper does beside its threads, emulated: barriers that count bytes, tiles that come by themselves, products of
-// a warpgroup, barriers of some threads. For hopper_emu.h.
+// a warpgroup, barriers of some threads. For override/cuda/kernels/hopper.cuh.
 //
 // Late      Nothing happens when it is asked for. A tile is known to have come only while somebody waits for a barrier,
 //           in any order; a product is made, and reads its operands, when it is waited for, and until then its sums are

@@ -47,7 +47,7 @@ const char* file_name(const char* path) {
 
 // Lines that belong to the emulator's own headers say nothing about a kernel.
 bool is_own(const std::string& line) {
-  for (const char* name : {"device_emu.h", "emu.h", "builtins.h", "device.cuh", "/bits/"}) {
+  for (const char* name : {"primitives.h", "emu.h", "builtins.h", "device.cuh", "hopper.cuh", "/bits/"}) {
     if (line.find(name) != std::string::npos) return true;
   }
   return line.find("??") != std::string::npos;

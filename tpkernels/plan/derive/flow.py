@@ -242,7 +242,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in VIEWS | MOVES | KEEPS:  # of these other sizes may need others
             self.trace.append((name, numbers, self.where))
         if func._schema.is_mutable:
-            self._write(func, args, tensors, given, outs, why)
+            self._write(func, args, tensors, given, why)
             return
         if not outs:  # a number, of which Python may make anything
             for labels in given:
@@ -354,7 +354,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             reduced = reduced.narrow(d, 0, 1)
         return [reduced.reshape(t.shape) if reduced.numel() == t.numel() else None for t in outs]
 
-    def _write(self, func: Any, args: Any, tensors: list[Tensor], given: list[Any], outs: Any, why: str) -> None:
+    def _write(self, func: Any, args: Any, tensors: list[Tensor], given: list[Any], why: str) -> None:
         """An op that writes into its first tensor. Whatever shares that memory holds what was written."""
         target, name = args[0], func.overloadpacket.__name__
         if given[0] is not None and (torch.Tag.pointwise in func.tags or name in ("zero_", "fill_", "copy_")):

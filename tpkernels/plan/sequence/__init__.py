@@ -1,1 +1,1 @@
-"""Sequence parallel: tokens cut between the blocks of a decoder, gathered in front of what needs all of them."""
+"""Sequence parallel: tokens sharded between the blocks of a decoder, gathered in front of what needs all of them."""

@@ -276,7 +276,7 @@ class MultiheadAttentionStyle(Style):
             raise PlanError(f"Plan: {name} cannot be cut as {self.name!r}: {why}; give it 'replicate'")
         own = styles.pop(f"{name}.out_proj", None)
         if own is not None and own != RowStyle():
-            raise PlanError(f"Plan: {name}.out_proj is cut with its heads, as 'row'; its rule says {own.name!r}")
+            raise PlanError(f"Plan: {name}.out_proj is cut with its heads, as 'row'; got {own}")
 
     def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
         """Return the cut of the input projections."""

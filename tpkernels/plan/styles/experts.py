@@ -25,7 +25,6 @@ from tpkernels.layers.base import Cut, ParallelModule
 from tpkernels.layers.convert import Tied, convert
 from tpkernels.plan.styles.base import CutSettings, Style
 from tpkernels.plan.styles.replicated import SumGradStyle
-from tpkernels.shard import part_size, part_start
 
 # The names of the arguments of experts for the choices of the tokens and their weights, behind the tokens.
 CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
@@ -142,7 +141,7 @@ class ExpertStyle(Style):
     def local_sizes(self, module: nn.Module, cut: Cut | None, R: int, rank: int) -> dict[str, int]:
         """Return this rank's number of experts."""
         assert cut is not None
-        return {"num_experts": part_size(cut.full_size, R, rank)}
+        return {"num_experts": cut.info(R, rank).size}
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Keep this rank's experts. A module inside (a norm of their results) gets its rows only."""
@@ -151,10 +150,10 @@ class ExpertStyle(Style):
         inside = [m for m in module.modules() if m is not module and any(True for _ in m.parameters(recurse=False))]
         for child in inside:
             SumGradStyle().apply(child, None, settings, tied)
-        R, rank = group.world_size, group.rank
+        mine = cut.info(group.world_size, group.rank)
         convert(
-            module, Experts, self.parameter_cuts(module, cut, R), group, tied,
-            first_expert=part_start(cut.full_size, R, rank), codec=settings.codec, grad_codec=settings.grad_codec,
+            module, Experts, self.parameter_cuts(module, cut, group.world_size), group, tied,
+            first_expert=mine.start, codec=settings.codec, grad_codec=settings.grad_codec,
             names=tuple(inspect.signature(type(module).forward).parameters)[1:4],
-            num_experts=part_size(cut.full_size, R, rank),
+            num_experts=mine.size,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tpkernels.errors import PlanError
 from tpkernels.layers.base import Cut
 from tpkernels.layers.convert import Tied, convert
-from tpkernels.plan.styles.base import CutSettings, Role, Style
+from tpkernels.plan.styles.base import CutSettings, Role, Style, check_forward, is_linear, sizes_of
 from tpkernels.plan.styles.modules import CommonDropout, Summed, SumTail
 from tpkernels.shard import part_size
 
@@ -58,6 +58,15 @@ class SumTailStyle(Style):
             text = f"{cls.name}:{argument}" if argument else cls.name
             raise PlanError(f"Plan: style 'sum_tail' needs a number of outputs behind a colon, got {text!r}")
         return cls(outputs=int(argument))
+
+    def check(self, name: str, module: nn.Module, R: int) -> None:
+        """Raise PlanError unless the module is a linear of enough outputs whose forward can be wrapped."""
+        if not is_linear(module) or sizes_of(module)[0] < self.outputs:
+            raise PlanError(
+                f"Plan: style 'sum_tail' of {name} needs a linear of {self.outputs} outputs or more, "
+                f"got {type(module).__name__}"
+            )
+        check_forward(name, module, self)
 
     def apply(self, module: nn.Module, cut: Cut | None, settings: CutSettings, tied: Tied) -> None:
         """Sum the gradient of the last outputs."""
