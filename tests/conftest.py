@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,13 @@ from tpkernels.generate.load import load_whole
 from tpkernels.testing.spawn import end_resting_teams
 
 SHM = "/dev/shm"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled graphs of this session alone: those of another build may call ops that have other arguments there."""
+    if not hasattr(config, "workerinput"):  # workers and ranks inherit it
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpkernels-inductor-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture

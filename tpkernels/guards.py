@@ -143,8 +143,8 @@ def _dcp(a: Arguments) -> None:
         info = places.get(value.untyped_storage().data_ptr())
         if info is not None and is_cut_among(info, ranks):
             found[name] = info
-    for label in {info.group_name for info in found.values()}:
-        group = find(name=label)
+    for group_name in dict.fromkeys(info.group_name for info in found.values()):  # one order on all ranks
+        group = find(name=group_name)
         assert group is not None
         digests = group.all_gather_ints(zlib.crc32(repr(sorted(found)).encode()))
         if len(set(digests)) < len(digests):

@@ -225,7 +225,7 @@ CallSpec reduction_spec(const FastCall& call, Op op) {
 template <class Body>
 PyObject* guarded(Py_ssize_t got, Py_ssize_t expected, Body&& body) {
   if (got != expected) {
-    PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, got);
     return nullptr;
   }
   try {

@@ -28,7 +28,7 @@ std::shared_ptr<Communicator> open_group(const std::string& name, const std::str
       name, label, rank, world_size, timeout_s, std::make_unique<PythonExchange<Exchange>>(std::move(exchange))));
 }
 
-// The state of the other ranks, by a Python object: Watch in tpkernels/comm/exchange.py.
+// The state of the other ranks, by a Python object: Watch in tpkernels/comm/watch.py.
 class PythonWatch final : public SocketExchange::Watch {
  public:
   explicit PythonWatch(py::object watch) : kept_(std::move(watch)) {}

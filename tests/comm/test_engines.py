@@ -28,7 +28,7 @@ def _tuned(folder: str) -> tuple[dict[str, float], str, list[object]]:
     with Group.open() as group:
         explained = group.explain("gemm_all_reduce", M=32, N=24, K=16, dtype=torch.float32, tune=True)
         engine = chosen(group, "float32", 32, 24, 16)[0]
-        kept = json.loads(engines.plan_file().read_text())
+        kept = json.loads(engines.engines_file().read_text())
     return explained.measured, engine, kept
 
 
@@ -44,8 +44,8 @@ def test_ranks_agree_on_the_engine_that_was_measured_faster_and_keep_it(tmp_path
 @pytest.fixture
 def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    engines.plan_file().parent.mkdir(parents=True)
-    return engines.plan_file()
+    engines.engines_file().parent.mkdir(parents=True)
+    return engines.engines_file()
 
 
 def test_a_group_that_opens_later_takes_the_kept_engine(file: Path) -> None:

@@ -14,9 +14,10 @@ into the same parent folder do not disturb each other.
 The manifest has for each tensor the unsharded shape and the part that each rank holds, so that any number of ranks, cut
 in any way, reads slices of these same files: `load` reads them directly, `reshard` writes new files.
 
-Modules: files (bytes), staging (hidden folders), regions (how a tensor is cut), snapshot (the tensors that are saved),
-manifest and schema, restore, residuals and replicas (state of each replica), background (save_async), resharding;
-export writes a plain Hugging Face folder.
+Modules: api (the calls), ranks (the file of each rank), files (bytes), staging (hidden folders), regions (how a tensor
+is cut), snapshot (the tensors that are saved), manifest and schema,
+restore, residuals and replicas (state of each replica), background (save_async), resharding; export writes a plain
+Hugging Face folder.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tpkernels.comm.exchange import ProcessGroupExchange
 from tpkernels.comm.watch import SLICE_SECONDS, Watch
 from tpkernels.errors import PeerLostError
 
-_BEGUN, _ENDED, _OP, _CALL, _GIVEN_UP, _WORDS = range(6)  # a Travel of csrc/cuda/kernels/kernels.h
+_BEGUN, _ENDED, _OP, _CALL, _GIVEN_UP, _WORDS = range(6)  # the words of ExchangeMarks, csrc/cuda/kernels/kernels.h
 
 _STILL = "the stream is still waiting for NCCL"
 

@@ -40,7 +40,7 @@ class Ranks(Protocol):
         """Take the engines of the rule."""
 
 
-def plan_file() -> Path:
+def engines_file() -> Path:
     """Return the file of the measured engines of this machine, torch and number of threads."""
     key = f"{_cpu_model()}|{torch.__version__}|{torch.get_num_threads()}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -59,7 +59,7 @@ def _cpu_model() -> str:
 def load(ranks: Ranks) -> None:
     """Give a group that opens the engines that were measured before; a file that cannot be read counts as none."""
     try:
-        rows = json.loads(plan_file().read_text(encoding="utf-8"))
+        rows = json.loads(engines_file().read_text(encoding="utf-8"))
         for dtype, m, n, k, engine in rows:
             ranks.set_measured_engine(dtype, m, n, k, engine)
     except (OSError, ValueError, TypeError):
@@ -108,7 +108,7 @@ def _from_all(ranks: Ranks, microseconds: torch.Tensor) -> list[list[int]]:
 
 def _keep(row: list[str | int]) -> None:
     """Add a row to the file, replacing an older one of the same shape; other processes see the old file or the new."""
-    file = plan_file()
+    file = engines_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         rows = [old for old in json.loads(file.read_text(encoding="utf-8")) if old[:4] != row[:4]]

@@ -11,6 +11,7 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather, global_ranks, is_cut_among
 from tpkernels.compress import CODECS, FLOATS, PACKABLE
+from tpkernels.ops.checks import names
 from tpkernels.shard import shard_info
 
 from .agree import replicas_agree
@@ -136,16 +137,15 @@ def _message_dtype(dtype: torch.dtype, gradient_dtype: torch.dtype | None, mode:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, group: Group, codec: str) -> None:
-    dtype = str(parameter.dtype).removeprefix("torch.")
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"{WHO}: parameter {name!r} has no shape yet; run the model once before")
+    dtype = names([parameter.dtype])
     if parameter.dtype not in FLOATS:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise ValueError(f"{WHO}: parameter {name!r} must have a dtype of {allowed}, got {dtype}")
+        raise ValueError(f"{WHO}: parameter {name!r} must have a dtype of {names(FLOATS)}, got {dtype}")
     if codec != "none" and parameter.dtype not in PACKABLE:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in PACKABLE)
         raise ValueError(
-            f"{WHO}: codec {codec!r} needs a dtype of {allowed}, got {dtype} of parameter {name!r}; take codec 'none'"
+            f"{WHO}: codec {codec!r} needs a dtype of {names(PACKABLE)}, got {dtype} of parameter "
+            f"{name!r}; take codec 'none'"
         )
     if parameter.layout != torch.strided:
         raise ValueError(f"{WHO}: parameter {name!r} must be dense (strided), got layout {parameter.layout}")

@@ -10,7 +10,7 @@ csrc/python/fast_path.cpp finds out in a quarter of a microsecond.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,13 +22,13 @@ from torch import Tensor, is_grad_enabled, strided
 from torch.compiler import is_compiling
 
 from tpkernels._native import _C
-from tpkernels.comm.group import Group
 
 from ._order import keep_in_order
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
+_is_plain = _C.is_plain  # bound once: an attribute takes 25 ns
 
 _C.set_fast_path(
     {
@@ -51,36 +51,29 @@ class Op:
     """An op of torch.ops.tpkernels, whose schema and kernels are those of csrc/torch_side/schemas.cpp.
 
     Calling the object takes the kernel for plain tensors, else the dispatcher: for calls whose arguments are right by
-    construction, as those of backwards. The public functions check first, and take `entry`.
+    construction, as those of backwards. The public functions check first, and take one of the two themselves.
 
     Args:
         name: of the op, without the namespace.
         communicates: the op exchanges data with other ranks; torch.compile then keeps every call, in order. Not for an
             op that writes to its arguments (see `all_reduce_`).
-        fast: runs a small collective on plain dense tensors; returns None or False for calls that it does not take.
 
     Attributes:
         dispatch: the op through torch's dispatcher, right for every tensor.
         kernel: its CPU kernel, right for plain tensors.
-        fast: as given.
     """
 
-    def __init__(self, name: str, *, communicates: bool = False, fast: Callable[..., Any] | None = None) -> None:
+    def __init__(self, name: str, *, communicates: bool = False) -> None:
         self._qualified = f"tpkernels::{name}"
         self.dispatch: Any = getattr(torch.ops.tpkernels, name)
         cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         self.kernel: Callable[..., Any] = partial(self.dispatch.default._handle.redispatch_boxed, cpu)
-        self.fast: Any = fast
         if communicates:
             keep_in_order(self._qualified)
 
     def __call__(self, *args: Any) -> Any:
-        plain = _all_plain([a for a in args if isinstance(a, Tensor)])
+        plain = are_plain(*(a for a in args if isinstance(a, Tensor)))
         return (self.kernel if plain else self.dispatch)(*args)
-
-    def entry(self, plain: bool) -> Callable[..., Any]:
-        """Return the kernel for tensors that `are_plain`, else the op through the dispatcher."""
-        return self.kernel if plain else self.dispatch
 
     def fake(self, function: Function) -> Function:
         """Register the decorated function for tensors without data: shapes and dtypes only."""
@@ -92,32 +85,25 @@ class Op:
         torch.library.register_autograd(self._qualified, backward, setup_context=context)
 
 
-def are_plain(group: Group, *tensors: Any, optional: Any = None) -> bool:
-    """Return whether a call on `group` with all of these tensors may go straight to the CPU kernel.
+def are_plain(first: Any, *others: Any) -> bool:
+    """Return whether a call with all of these tensors on a CPU group may go straight to the kernel.
 
     Args:
-        group: the ranks of the call.
-        tensors: arguments of the op; whatever is no Tensor is not plain.
-        optional: a further argument that may be None.
+        first, others: arguments of the op; what is no Tensor is not plain.
     """
-    return group.is_cpu and _all_plain(tensors if optional is None else (*tensors, optional))
-
-
-def _all_plain(tensors: Sequence[Any]) -> bool:
     # is_compiling is a constant in a traced graph, where the rest vanishes.
-    if is_compiling() or not _C.is_plain(tensors[0]):
+    if is_compiling() or not _is_plain(first):
         return False
-    if len(tensors) == 1:
-        return True
-    grad = is_grad_enabled()  # the modes that _C.is_plain has read hold for all tensors of a call
-    for x in tensors[1:]:
-        if (
-            type(x) not in _TYPES
-            or (grad and x.requires_grad)
-            or not x.is_cpu
-            or x.layout is not strided
-            or x.is_neg()
-            or x._is_zerotensor()
-        ):
-            return False
+    if others:
+        grad = is_grad_enabled()  # the modes that _is_plain has read hold for all tensors of a call
+        for x in others:
+            if (
+                type(x) not in _TYPES
+                or (grad and x.requires_grad)
+                or not x.is_cpu
+                or x.layout is not strided
+                or x.is_neg()
+                or x._is_zerotensor()
+            ):
+                return False
     return True

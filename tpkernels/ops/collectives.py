@@ -28,15 +28,16 @@ from .checks import (
 from .gradients import backward_codec, copy_to, gather_from
 from .sizes import full_shape, full_size, shard_shape
 
-ALL_REDUCE = Op("all_reduce", communicates=True, fast=_C.fast_all_reduce)
-ALL_REDUCE_INPLACE = Op("all_reduce_", fast=_C.fast_all_reduce_)
-REDUCE_SCATTER = Op("reduce_scatter", communicates=True, fast=_C.fast_reduce_scatter)
-ALL_GATHER = Op("all_gather", communicates=True, fast=_C.fast_all_gather)
-ARENA_EMPTY = Op("device_arena_empty")
+ALL_REDUCE = Op("all_reduce", communicates=True)
+ALL_REDUCE_INPLACE = Op("all_reduce_")
+REDUCE_SCATTER = Op("reduce_scatter", communicates=True)
+ALL_GATHER = Op("all_gather", communicates=True)
+DEVICE_ARENA_EMPTY = Op("device_arena_empty")
 
 # Bound once: an attribute takes 25 ns, a small collective in all 700.
-_fast_all_reduce, _fast_all_reduce_ = ALL_REDUCE.fast, ALL_REDUCE_INPLACE.fast
-_fast_reduce_scatter, _fast_all_gather = REDUCE_SCATTER.fast, ALL_GATHER.fast
+# They run small collectives on plain dense tensors, and return None or False for other calls.
+_fast_all_reduce, _fast_all_reduce_ = _C.fast_all_reduce, _C.fast_all_reduce_
+_fast_reduce_scatter, _fast_all_gather = _C.fast_reduce_scatter, _C.fast_all_gather
 
 # The gradients of an all_gather; see there.
 GRADS = ("reduce", "split")
@@ -70,10 +71,10 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
     if type(group) is not Group:
         group = resolve(group)
     if not is_dynamo_compiling() and (y := _fast_all_reduce(x, group._address, op, codec)) is not None:
-        return y  # type: ignore[no-any-return]
-    plain = are_plain(group, x)
+        return y
+    plain = group.is_cpu and are_plain(x)
     check_reduction("all_reduce", x, op, codec, group, plain=plain)
-    return ALL_REDUCE.entry(plain)(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+    return (ALL_REDUCE.kernel if plain else ALL_REDUCE.dispatch)(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
 @ALL_REDUCE.fake
@@ -193,12 +194,12 @@ def reduce_scatter(
     if dim == 0 and not is_dynamo_compiling():
         y = _fast_reduce_scatter(x, group._address, op, codec)
         if y is not None:
-            return y  # type: ignore[no-any-return]
-    plain = are_plain(group, x)
+            return y
+    plain = group.is_cpu and are_plain(x)
     check_reduction("reduce_scatter", x, op, codec, group, plain=plain)
     dim = check_dim("reduce_scatter", x, dim)
     place = (group.name, group.world_size, group.rank)
-    return REDUCE_SCATTER.entry(plain)(x, *place, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
+    return (REDUCE_SCATTER.kernel if plain else REDUCE_SCATTER.dispatch)(x, *place, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @REDUCE_SCATTER.fake
@@ -270,21 +271,23 @@ def all_gather(
     if dim == 0 and grad in GRADS and not is_dynamo_compiling():
         y = _fast_all_gather(x_shard, group._address, dim_size, codec)
         if y is not None:
-            return y  # type: ignore[no-any-return]
-    plain = are_plain(group, x_shard)
+            return y
+    plain = group.is_cpu and are_plain(x_shard)
     if not plain:
         check_tensor("all_gather", "x_shard", x_shard, group, by_function=grad == "split")
-    check_codec("all_gather", codec, x_shard.dtype)
+    if codec != "none":
+        check_codec("all_gather", codec, x_shard.dtype)
     if grad not in GRADS:
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
     dim = check_dim("all_gather", x_shard, dim)
     check_size("all_gather", "dim_size", dim_size)
-    wants_grad = torch.is_grad_enabled() and x_shard.requires_grad
-    size = full_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
+    wants_grad = not plain and torch.is_grad_enabled() and x_shard.requires_grad
+    unknown = plain and dim_size is None  # the op exchanges the sizes
+    size = -1 if unknown else full_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
     place = (group.name, group.world_size, group.rank, dim, size)
     if wants_grad and grad == "split":
         return gather_from(x_shard, *place, codec)
-    return ALL_GATHER.entry(plain)(x_shard, *place, codec, grad_codec)  # type: ignore[no-any-return]
+    return (ALL_GATHER.kernel if plain else ALL_GATHER.dispatch)(x_shard, *place, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @ALL_GATHER.fake
@@ -308,6 +311,6 @@ def _all_gather_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 ALL_GATHER.gradient(_all_gather_gradient, _all_gather_context)
 
 
-@ARENA_EMPTY.fake
+@DEVICE_ARENA_EMPTY.fake
 def _device_arena_empty_fake(group: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)

@@ -30,14 +30,6 @@ REPLICATED_GEMM_BACKWARD = Op("replicated_gemm_backward", communicates=True)
 GEMM_REDUCE_SCATTER_BACKWARD = Op("gemm_reduce_scatter_backward", communicates=True)
 ALL_GATHER_GEMM_BACKWARD = Op("all_gather_gemm_backward", communicates=True)
 
-Operands = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _cast(group: Group, x: Any, w: Any, bias: Any) -> Operands:
-    """The operands as autocast has them, where it is on."""
-    kind = group.device.type
-    return autocast(kind, x, w, bias) if is_autocast_enabled(kind) else (x, w, bias)  # type: ignore[return-value]
-
 
 def gemm_all_reduce(
     x_shard: Tensor, w_shard: Tensor, bias: Tensor | None = None, *, group: Group | None = None, codec: str = "none"
@@ -68,10 +60,11 @@ def gemm_all_reduce(
     Source: row-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
-    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
     check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group, plain=plain)
-    call = GEMM_ALL_REDUCE.entry(plain)
+    call = GEMM_ALL_REDUCE.kernel if plain else GEMM_ALL_REDUCE.dispatch
     return call(x_shard, w_shard, bias, group.name, group.world_size, codec)  # type: ignore[no-any-return]
 
 
@@ -132,12 +125,13 @@ def gemm_reduce_scatter(
     (arXiv:2205.05198).
     """
     group = resolve(group)
-    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
-    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
     check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
-    call = GEMM_REDUCE_SCATTER.entry(plain)
+    call = GEMM_REDUCE_SCATTER.kernel if plain else GEMM_REDUCE_SCATTER.dispatch
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, codec, grad_codec)  # type: ignore[no-any-return]
 
@@ -220,15 +214,16 @@ def all_gather_gemm(
     Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    x_shard, w_shard, bias = _cast(group, x_shard, w_shard, bias)
+    if is_autocast_enabled(group.device.type):
+        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
-    plain = are_plain(group, x_shard, w_shard, optional=bias)
+    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
     check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
     check_size("all_gather_gemm", "dim_size", dim_size)
     wants_grad = torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
     size = full_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
-    call = ALL_GATHER_GEMM.entry(plain)
+    call = ALL_GATHER_GEMM.kernel if plain else ALL_GATHER_GEMM.dispatch
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
 
@@ -307,11 +302,12 @@ def replicated_gemm(
     Source: column-parallel linear of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    x, w_shard, bias = _cast(group, x, w_shard, bias)
+    if is_autocast_enabled(group.device.type):
+        x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("replicated_gemm", codec, grad_codec, x)
-    plain = are_plain(group, x, w_shard, optional=bias)
+    plain = group.is_cpu and (are_plain(x, w_shard) if bias is None else are_plain(x, w_shard, bias))
     check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x", plain=plain)
-    call = REPLICATED_GEMM.entry(plain)
+    call = REPLICATED_GEMM.kernel if plain else REPLICATED_GEMM.dispatch
     return call(x, w_shard, bias, group.name, group.world_size, grad_codec)  # type: ignore[no-any-return]
 
 

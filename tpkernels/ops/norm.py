@@ -67,9 +67,10 @@ def all_reduce_add_rms_norm(
     group = resolve(group)
     if isinstance(x, Tensor) and x.device.type != "meta" and is_autocast_enabled(x.device.type):
         x, residual, weight = _to_the_widest(x, residual, weight)
-    plain = are_plain(group, x, residual, weight)
+    plain = group.is_cpu and are_plain(x, residual, weight)
     _check_add_norm(x, residual, weight, codec, group, plain=plain)
-    call, step = ALL_REDUCE_ADD_RMS_NORM.entry(plain), _check_eps(x.dtype, eps)
+    step = _check_eps(x.dtype, eps)
+    call = ALL_REDUCE_ADD_RMS_NORM.kernel if plain else ALL_REDUCE_ADD_RMS_NORM.dispatch
     y, residual_out, _ = call(x, residual, weight, group.name, group.world_size, step, codec)
     return y, residual_out
 

@@ -79,7 +79,7 @@ def vocab_embedding(
     Source: vocabulary-parallel embedding of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    plain = are_plain(group, ids, table_shard)
+    plain = group.is_cpu and are_plain(ids, table_shard)
     if not plain:
         check_tensor("vocab_embedding", "ids", ids, group)
         check_tensor("vocab_embedding", "table_shard", table_shard, group)
@@ -95,7 +95,7 @@ def vocab_embedding(
             f"(shape {list(table_shard.shape)})"
         )
     start, size = _start_and_size("vocab_embedding", table_shard.shape[0], vocab_size, group)
-    call = VOCAB_EMBEDDING.entry(plain)
+    call = VOCAB_EMBEDDING.kernel if plain else VOCAB_EMBEDDING.dispatch
     return call(ids, table_shard, group.name, group.world_size, start, size)  # type: ignore[no-any-return]
 
 
@@ -178,10 +178,10 @@ def vocab_cross_entropy(
     Source: vocabulary-parallel cross entropy of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    plain = are_plain(group, logits_shard, target)
+    plain = group.is_cpu and are_plain(logits_shard, target)
     _check_loss(logits_shard, target, ignore_index, label_smoothing, group, plain=plain)
     start, size = _start_and_size("vocab_cross_entropy", logits_shard.shape[-1], vocab_size, group)
-    call, smoothing = VOCAB_CROSS_ENTROPY.entry(plain), float(label_smoothing)
+    call, smoothing = (VOCAB_CROSS_ENTROPY.kernel if plain else VOCAB_CROSS_ENTROPY.dispatch), float(label_smoothing)
     loss, _ = call(logits_shard, target, group.name, group.world_size, start, size, ignore_index, smoothing)
     return loss  # type: ignore[no-any-return]
 
