@@ -219,8 +219,10 @@ def test_what_is_no_attention_of_torch_cannot_have_the_style() -> None:
     rules = {"*.self_attn": "multihead_attention", "*.linear?": "replicate"}
     with pytest.raises(PlanError, match="OwnForward with a forward of its own"):
         Plan(rules).styles(model)
-    with pytest.raises(PlanError, match="out_proj is cut with its heads, as 'row'; its rule says 'column'"):
+    with pytest.raises(PlanError, match="out_proj is sharded with its heads, as 'row'; got 'column'"):
         Plan(rules | {"*.out_proj": "column"}).styles(encoder())
+    with pytest.raises(PlanError, match="as 'row'; got 'row:units=8'"):
+        Plan(rules | {"*.out_proj": "row:units=8"}).styles(encoder())
     assert Plan(rules | {"*.out_proj": "row"}).styles(encoder()).keys() == Plan(rules).styles(encoder()).keys()
 
 

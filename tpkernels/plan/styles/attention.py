@@ -276,7 +276,8 @@ class MultiheadAttentionStyle(Style):
             raise PlanError(f"Plan: {name} cannot be cut as {self.name!r}: {why}; give it 'replicate'")
         own = styles.pop(f"{name}.out_proj", None)
         if own is not None and own != RowStyle():
-            raise PlanError(f"Plan: {name}.out_proj is cut with its heads, as 'row'; got {own}")
+            got = f"{own.name}:units={own.units}" if own.units else own.name
+            raise PlanError(f"Plan: {name}.out_proj is sharded with its heads, as 'row'; got {got!r}")
 
     def cut(self, name: str, module: nn.Module, R: int) -> Cut | None:
         """Return the cut of the input projections."""
