@@ -26,7 +26,8 @@ std::atomic<Cpu>& cpu() {
 }
 
 bool is_for_gemv(const GemmShape& shape) {
-  return shape.dtype == DType::BF16 && shape.M <= static_cast<int64_t>(kMostGemvRows) && !shape.is_empty();
+  const bool has_path = shape.dtype == DType::F32 || shape.dtype == DType::BF16 || shape.dtype == DType::F16;
+  return has_path && shape.M <= static_cast<int64_t>(kMostGemvRows) && !shape.is_empty();
 }
 
 bool can_multiply(Engine engine, const GemmShape& shape) {
@@ -35,15 +36,6 @@ bool can_multiply(Engine engine, const GemmShape& shape) {
     case Engine::Gemv: return is_for_gemv(shape);
     default: return true;
   }
-}
-
-EngineChoice choose_for_bf16(const GemmShape& shape) {
-  // Against ATen, one core (Zen 4), weights that the caches do not hold: 1.25 to 2.5 times as fast for one row, where
-  // it reads the weights at 11 to 18 GB/s; 1.14 to 1.6 times for two to four. Without AVX-512 the sums of four rows do
-  // not fit the registers.
-  if (shape.M == 1) return {Engine::Gemv, "rule: one row in bf16, bound by memory"};
-  if (is_for_gemv(shape) && cpu().load().avx512) return {Engine::Gemv, "rule: few rows in bf16, AVX-512"};
-  return {Engine::Aten, "rule: bf16 of many rows; aten calls oneDNN itself where it can"};
 }
 
 EngineChoice choose_for_fp32(const GemmShape& shape) {
@@ -55,14 +47,13 @@ EngineChoice choose_for_fp32(const GemmShape& shape) {
   const Cpu here = cpu();
   if (!here.amd) return {Engine::Aten, "rule: not an AMD core"};
   if (here.avx512) {
-    if (shape.M < 8) return {Engine::Aten, "rule: few rows, bound by memory"};
-    return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores with AVX-512 from 8 rows on"};
+    return {Engine::OneDnn, "rule: oneDNN beats MKL on AMD cores with AVX-512"};
   }
   if (shape.N * shape.K < kLargeWeights) {
     return {Engine::Aten, "rule: AMD core without AVX-512, weights fit the caches"};
   }
-  if (shape.M < 4 || shape.M > 128) return {Engine::Aten, "rule: AMD core without AVX-512, not 4 to 128 rows"};
-  return {Engine::OneDnn, "rule: AMD core, large weights, 4 to 128 rows"};
+  if (shape.M > 128) return {Engine::Aten, "rule: AMD core without AVX-512, over 128 rows"};
+  return {Engine::OneDnn, "rule: AMD core, large weights, at most 128 rows"};
 }
 
 }  // namespace
@@ -72,13 +63,13 @@ void assume_cpu(std::optional<Cpu> other) { cpu() = other.value_or(found_cpu());
 void set_onednn_available(bool available) { onednn_available = available; }
 
 EngineChoice choose_engine(const MeasuredEngines& measured, const GemmShape& shape) {
-  if (shape.dtype != DType::F32 && shape.dtype != DType::BF16) {
-    return {Engine::Aten, "only fp32 and bf16 have several engines"};
-  }
+  if (shape.dtype == DType::F64) return {Engine::Aten, "fp64 has one engine"};
   if (shape.is_empty()) return {Engine::Aten, "nothing to multiply"};
   const std::optional<Engine> found = measured.find(shape);
   if (found.has_value() && can_multiply(*found, shape)) return {*found, "measured on this machine"};
-  return shape.dtype == DType::BF16 ? choose_for_bf16(shape) : choose_for_fp32(shape);
+  if (is_for_gemv(shape)) return {Engine::Gemv, "rule: at most eight rows, bound by the reading of weights"};
+  if (shape.dtype == DType::F32) return choose_for_fp32(shape);
+  return {Engine::Aten, "rule: many rows of 16 bits; aten calls oneDNN itself where it can"};
 }
 
 const char* obstacle_to_arena(const Communicator& comm, const Wire& wire, const ReducedGemm& gemm, Engine engine) {

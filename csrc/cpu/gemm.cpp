@@ -47,23 +47,33 @@ bool has_dense_rows(const Tensor& w) { return w.size(1) <= 1 || w.stride(1) == 1
 
 constexpr int64_t kGemvGrain = 1 << 16;  // weights that are worth a thread of their own
 
+// Memory for the packed x of a product, kept by each thread: a decoding step asks for it hundreds of times.
+void* packed_memory(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  thread_local std::vector<char> kept;
+  if (kept.size() < bytes + kAlignment) kept.resize(bytes + kAlignment);
+  const auto address = reinterpret_cast<uintptr_t>(kept.data());
+  return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+}
+
 void gemv_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Tensor& y) {
   const Tensor inputs = dense(x);
   const Tensor added = bias.has_value() ? dense(*bias) : inputs;
-  std::vector<float> wide(numel_of(inputs));
-  widen(static_cast<const Bfloat16*>(inputs.const_data_ptr()), wide.data(), wide.size());
   Gemv product{};
-  product.x = wide.data();
-  product.w = static_cast<const Bfloat16*>(w.const_data_ptr());
+  product.x = inputs.const_data_ptr();
+  product.w = in_memory(w).const_data_ptr();
   product.w_stride = w.stride(0);
-  product.bias = bias.has_value() ? static_cast<const Bfloat16*>(added.const_data_ptr()) : nullptr;
-  product.y = static_cast<Bfloat16*>(y.mutable_data_ptr());
+  product.bias = bias.has_value() ? added.const_data_ptr() : nullptr;
+  product.y = y.mutable_data_ptr();
   product.M = static_cast<size_t>(num_rows(x));
   product.N = static_cast<size_t>(w.size(0));
   product.K = static_cast<size_t>(w.size(1));
+  const GemvPath& path = gemv_paths(dtype_of(x)).front();
+  void* const packed = packed_memory(gemv_packed_bytes(product.M, product.K));
+  path.pack(product, packed);
   const int64_t grain = std::max<int64_t>(kGemvGrain / w.size(1), 1);
   torch::stable::parallel_for(0, w.size(0), grain, [&](int64_t begin, int64_t end) {
-    gemv(product, static_cast<size_t>(begin), static_cast<size_t>(end));
+    path.multiply(product, packed, static_cast<size_t>(begin), static_cast<size_t>(end));
   });
 }
 

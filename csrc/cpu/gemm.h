@@ -1,5 +1,5 @@
 // The matrix products of a rank, each by the engine that choose.h names: torch's ATen (MKL or OpenBLAS in fp32),
-// oneDNN, or for few rows of bf16 our own (loops/gemv.h).
+// oneDNN, or for few rows our own (loops/gemv.h).
 #pragma once
 
 #include "choose.h"

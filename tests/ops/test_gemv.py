@@ -1,4 +1,4 @@
-"""Products of few rows in bf16, which an engine of our own makes, against fp64: strides, threads, ranks."""
+"""Products of few rows, which an engine of our own makes, against fp64: dtypes, strides, threads, ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from tpkernels._native import _C
 from tpkernels.comm.group import Group
 
 BF16 = torch.bfloat16
+ROUNDING = {torch.float32: 2.0**-24, BF16: 2.0**-8, torch.float16: 2.0**-11}
+MOST_ROWS = 8
+every_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SHAPES = [(1, 1), (3, 5), (7, 16), (5, 31), (4, 32), (9, 33), (6, 47), (13, 130), (257, 576)]  # N, K
 
 
@@ -24,44 +27,46 @@ def group() -> Iterator[Group]:
         yield group
 
 
-def values(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_near(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
-    """One rounding to bf16 of a sum whose steps round in fp32."""
+    """One rounding to the dtype of a sum whose steps round in fp32."""
     exact = x.double() @ w.double().T
     steps = x.double().abs() @ w.double().abs().T
     if bias is not None:
         exact, steps = exact + bias.double(), steps + bias.double().abs()
-    allowed = exact.abs() * 2.0**-8 + steps * (x.size(-1) + 2) * 2.0**-24
-    assert y.dtype == BF16 and y.shape == exact.shape
+    allowed = exact.abs() * ROUNDING[x.dtype] * 1.01 + steps * (x.size(-1) + 2) * 2.0**-24
+    assert y.dtype == x.dtype and y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= allowed).all())
 
 
 def multiply(group: Group, engine: str, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     M, (N, K) = x[..., 0].numel(), w.shape
-    communicator = group._communicator
-    communicator.set_measured_engine("bfloat16", M, N, K, engine)
+    communicator, dtype = group._communicator, str(x.dtype).removeprefix("torch.")
+    communicator.set_measured_engine(dtype, M, N, K, engine)
     try:
-        if M <= 4 and min(M, N, K) > 0:
-            assert _C.choose_engine(communicator, "bfloat16", M, N, K) == (engine, "measured on this machine")
+        if M <= MOST_ROWS and min(M, N, K) > 0:
+            assert _C.choose_engine(communicator, dtype, M, N, K) == (engine, "measured on this machine")
         return ops.replicated_gemm(x, w, bias, group=group)
     finally:
         communicator.forget_measured_engines()
 
 
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 4, 5])
-def test_products_are_those_of_fp64_rounded(group: Group, M: int) -> None:
+@every_dtype
+@pytest.mark.parametrize("M", [0, 1, 2, 3, 5, 8, 9])
+def test_products_are_those_of_fp64_rounded(group: Group, M: int, dtype: torch.dtype) -> None:
     for N, K in SHAPES:
-        for bias in (None, values(N, seed=3)):
-            x, w = values(M, K, seed=1), values(N, K, seed=2)
+        for bias in (None, values(N, seed=3, dtype=dtype)):
+            x, w = values(M, K, seed=1, dtype=dtype), values(N, K, seed=2, dtype=dtype)
             assert_near(multiply(group, "gemv", x, w, bias), x, w, bias)
 
 
 @pytest.mark.parametrize("N, K", [(0, 5), (5, 0)])
 def test_nothing_to_multiply_is_left_to_aten(group: Group, N: int, K: int) -> None:
-    assert _C.choose_engine(group._communicator, "bfloat16", 1, N, K)[0] == "aten"
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert _C.choose_engine(group._communicator, dtype, 1, N, K)[0] == "aten"
     assert torch.equal(ops.replicated_gemm(values(1, K), values(N, K), group=group), torch.zeros(1, N, dtype=BF16))
 
 
@@ -93,32 +98,34 @@ def test_what_is_not_finite_reaches_its_outputs_and_no_others(group: Group, M: i
     assert bool(y[M - 1].isnan().all() and (y[: M - 1] == 75).all())
 
 
-def test_rows_beside_a_row_and_threads_do_not_change_a_bit(group: Group) -> None:
-    x, w = values(4, 576, seed=1), values(1003, 576, seed=2)
+@every_dtype
+def test_rows_beside_a_row_and_threads_do_not_change_a_bit(group: Group, dtype: torch.dtype) -> None:
+    x, w = values(MOST_ROWS, 576, seed=1, dtype=dtype), values(1003, 576, seed=2, dtype=dtype)
     want = multiply(group, "gemv", x, w)
-    for M in (2, 3):  # one row has sums of twice as many parts
+    for M in range(1, MOST_ROWS):
         assert torch.equal(multiply(group, "gemv", x[:M], w), want[:M])
-    alone = multiply(group, "gemv", x[:1], w)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(multiply(group, "gemv", x, w), want)
-            assert torch.equal(multiply(group, "gemv", x[:1], w), alone)
+            assert torch.equal(multiply(group, "gemv", x[:1], w), want[:1])
     finally:
         torch.set_num_threads(threads)
 
 
-def test_one_row_in_bf16_takes_it_and_explain_says_so(group: Group) -> None:
-    explained = group.explain("gemm_all_reduce", M=1, N=64, K=32, dtype=BF16)
-    assert "GEMM by gemv (rule: one row in bf16" in explained.reason
-    for dtype, M in (("bfloat16", 5), ("float16", 1)):
-        assert _C.choose_engine(group._communicator, dtype, M, 64, 32)[0] == "aten"
+@every_dtype
+def test_few_rows_take_it_and_explain_says_so(group: Group, dtype: torch.dtype) -> None:
+    for M in (1, MOST_ROWS):
+        explained = group.explain("gemm_all_reduce", M=M, N=64, K=32, dtype=dtype)
+        assert "GEMM by gemv (rule: at most eight rows" in explained.reason
+    for dtype_name, M in (("bfloat16", MOST_ROWS + 1), ("float64", 1)):
+        assert _C.choose_engine(group._communicator, dtype_name, M, 64, 32)[0] == "aten"
 
 
 def test_an_engine_that_cannot_make_a_product_is_not_taken(group: Group) -> None:
     communicator = group._communicator
-    for dtype, M in (("bfloat16", 5), ("float32", 1)):
+    for dtype, M in (("bfloat16", MOST_ROWS + 1), ("float64", 1)):
         communicator.set_measured_engine(dtype, M, 6, 7, "gemv")
         assert "measured" not in _C.choose_engine(communicator, dtype, M, 6, 7)[1]
     communicator.forget_measured_engines()

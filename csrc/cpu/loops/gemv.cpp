@@ -1,99 +1,74 @@
 #include "gemv.h"
 
-#include <cstring>
+#include "gemv_intrinsics.h"
+#include "gemv_loops.h"
 
 namespace tpk {
 namespace {
 
-// Sixteen values that the compiler keeps in registers; as arrays of plain loops, those of four rows spill to the stack
-// and the product takes a third longer. It makes several registers of one where the machine has none so wide.
+// Registers of any machine, of sixteen values each; the compiler makes several of one where they are narrower.
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t LaneBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-TPK_INLINE void read(const float* from, Lanes& to) { std::memcpy(&to, from, sizeof to); }
-TPK_INLINE void read(const Bfloat16* from, Lanes& to) {
-  HalfLanes values;
-  std::memcpy(&values, from, sizeof values);
-  const LaneBits bits = __builtin_convertvector(values, LaneBits) << 16;
-  std::memcpy(&to, &bits, sizeof to);
-}
+template <class T>
+struct Portable {
+  using Value = T;
+  using Packed = float;
+  using Sums = Lanes;
+  using Weights = Lanes;
+  static constexpr const char* kName = "portable";
+  static constexpr size_t kStep = kLanes;
+  static constexpr int kMostRows = 4;
+  static constexpr int rows_with(int) { return 1; }
 
-TPK_INLINE float finish(const Lanes* lanes, int count, const Gemv& p, size_t m, size_t n, size_t k) {
-  float sums[2 * kLanes];
-  std::memcpy(sums, lanes, count * sizeof(Lanes));
-  const Bfloat16* w = p.w + static_cast<ptrdiff_t>(n) * p.w_stride;
-  for (size_t l = 0; k + l < p.K; ++l) sums[l] += to_float(w[k + l]) * p.x[m * p.K + k + l];
-  if (count == 2) {
-    for (size_t l = 0; l < kLanes; ++l) sums[l] += sums[l + kLanes];
+  TPK_INLINE static void pack(const T* x, size_t count, float* to) {
+    for (size_t i = 0; i < count; ++i) to[i] = to_float(x[i]);
   }
-  const float sum = sum_of_lanes(sums);
-  return p.bias == nullptr ? sum : sum + to_float(p.bias[n]);
-}
+  TPK_INLINE static void clear(Lanes& sums) { sums = Lanes{}; }
+  TPK_INLINE static void load(const T* w, Lanes& to) {
+    float values[kLanes];
+    pack(w, kLanes, values);
+    std::memcpy(&to, values, sizeof to);
+  }
+  TPK_INLINE static void add(Lanes& sums, const Lanes& w, const float* x) {
+    Lanes values;
+    std::memcpy(&values, x, sizeof values);
+    sums += w * values;
+  }
+  TPK_INLINE static float total(const Lanes& sums) {
+    float lanes[kLanes];
+    std::memcpy(lanes, &sums, sizeof lanes);
+    return sum_of_lanes(lanes);
+  }
+};
 
-// The outputs of M rows of x and R rows of w, with U x kLanes partial sums each. The next R rows of w are prefetched
-// where R > 1: the hardware follows one row at a time by itself, but not several.
-template <int R, int M, int U>
-TPK_INLINE void tile(const Gemv& p, size_t n) {
-  Lanes sums[R * M * U];
-  for (Lanes& sum : sums) sum = Lanes{};
-  const Bfloat16* const w = p.w + static_cast<ptrdiff_t>(n) * p.w_stride;
-  size_t k = 0;
-  for (; k + U * kLanes <= p.K; k += U * kLanes) {
-#pragma GCC unroll 2
-    for (int u = 0; u < U; ++u) {
-      const size_t at = k + static_cast<size_t>(u) * kLanes;
-      Lanes weights[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        if constexpr (R > 1) __builtin_prefetch(w + (r + R) * p.w_stride + at);
-        read(w + r * p.w_stride + at, weights[r]);
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        Lanes values;
-        read(p.x + static_cast<size_t>(m) * p.K + at, values);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[(r * M + m) * U + u] += weights[r] * values;
-      }
-    }
+std::vector<GemvPath> found_paths(DType dtype) {
+  std::vector<GemvPath> paths;
+#if defined(__x86_64__)
+  const bool avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && dtype == DType::BF16 && __builtin_cpu_supports("avx512bf16")) paths.push_back(gemv_avx512_bf16());
+  if (avx512) paths.push_back(gemv_avx512(dtype));
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    paths.push_back(gemv_avx2(dtype));
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const size_t row = n + static_cast<size_t>(r), token = static_cast<size_t>(m);
-      store(finish(sums + (r * M + m) * U, U, p, token, row, k), &p.y[token * p.N + row]);
-    }
-  }
-}
-
-template <int M>
-TPK_INLINE void rows_of_weights(const Gemv& p, size_t begin, size_t end) {
-  size_t n = begin;
-  if constexpr (M == 1) {
-    for (; n < end; ++n) tile<1, 1, 2>(p, n);
-  } else {
-    for (; n + 4 <= end; n += 4) tile<4, M, 1>(p, n);
-    for (; n < end; ++n) tile<1, M, 1>(p, n);
-  }
-}
-
-TPK_INLINE void gemv_loop(const Gemv& p, size_t begin, size_t end) {
-  switch (p.M) {
-    case 1: return rows_of_weights<1>(p, begin, end);
-    case 2: return rows_of_weights<2>(p, begin, end);
-    case 3: return rows_of_weights<3>(p, begin, end);
-    default: return rows_of_weights<4>(p, begin, end);
-  }
+#endif
+  if (dtype == DType::F32) paths.push_back(gemv_path<Portable<float>>());
+  if (dtype == DType::BF16) paths.push_back(gemv_path<Portable<Bfloat16>>());
+  if (dtype == DType::F16) paths.push_back(gemv_path<Portable<Half>>());
+  return paths;
 }
 
 }  // namespace
 
-TPK_SIMD void gemv(const Gemv& product, size_t begin, size_t end) { gemv_loop(product, begin, end); }
+const std::vector<GemvPath>& gemv_paths(DType dtype) {
+  static const std::vector<GemvPath> fp32 = found_paths(DType::F32), bf16 = found_paths(DType::BF16),
+                                     fp16 = found_paths(DType::F16);
+  return dtype == DType::F32 ? fp32 : dtype == DType::BF16 ? bf16 : fp16;
+}
 
-TPK_SIMD void widen(const Bfloat16* from, float* to, size_t n) {
-  for (size_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+size_t gemv_packed_bytes(size_t M, size_t K) {
+  constexpr size_t kWidestStep = 32;
+  return M * ((K + kWidestStep - 1) / kWidestStep * kWidestStep) * sizeof(float);
 }
 
 }  // namespace tpk

@@ -1,30 +1,40 @@
-// Products with at most four rows of x, as in a decoding step: bound by the bandwidth of the weights. Torch-free.
+// Products with at most eight rows of x, as in a decoding step: bound by the bandwidth of the weights. Torch-free.
+//
+// A path is the loop for one instruction set; the intrinsics are in gemv_avx2.cpp and gemv_avx512.cpp alone, the loop
+// around them in gemv_loops.h.
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
-#include "core/lanes.h"
+#include "core/types.h"
 
 namespace tpk {
 
-constexpr size_t kMostGemvRows = 4;  // beyond, arithmetic is the limit, and a real GEMM is faster
+constexpr size_t kMostGemvRows = 8;  // beyond, arithmetic is the limit, and a real GEMM is faster
 
-// y[m, n] = sum_k x[m, k] w[n, k] (+ bias[n]), summed in fp32 and rounded once. Each sum is taken in an order of its
-// own length alone, whichever thread computes it: the bits depend on M being one or more, not on threads or instruction
-// set.
+// y[m, n] = sum_k x[m, k] w[n, k] (+ bias[n]), summed in fp32 and rounded once. The order of a sum depends on K and on
+// the path alone: a row has the same bits whatever rows are beside it, and whichever thread computes it.
 struct Gemv {
-  const float* x;     // [M, K], dense
-  const Bfloat16* w;  // [N, K], rows dense
+  const void* x;  // [M, K], dense; all in the dtype of the path
+  const void* w;  // [N, K], rows dense
   ptrdiff_t w_stride;
-  const Bfloat16* bias;  // [N] or nullptr
-  Bfloat16* y;           // [M, N], dense
-  size_t M, N, K;
+  const void* bias;  // [N] or nullptr
+  void* y;           // [M, N], dense
+  size_t M, N, K;    // M is 1 to kMostGemvRows
 };
 
-// Writes y[:, begin:end]; M is 1 to kMostGemvRows.
-void gemv(const Gemv& product, size_t begin, size_t end);
+struct GemvPath {
+  const char* name;
+  // x as `multiply` reads it; `packed` is aligned to 64 bytes and has room for gemv_packed_bytes.
+  void (*pack)(const Gemv& product, void* packed);
+  // Writes y[:, begin:end].
+  void (*multiply)(const Gemv& product, const void* packed, size_t begin, size_t end);
+};
 
-// to[i] = from[i]
-void widen(const Bfloat16* from, float* to, size_t n);
+// Those that this machine has for F32, BF16 or F16, the fastest first, the portable one last.
+const std::vector<GemvPath>& gemv_paths(DType dtype);
+
+size_t gemv_packed_bytes(size_t M, size_t K);
 
 }  // namespace tpk
