@@ -21,7 +21,11 @@ SHM = "/dev/shm"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled graphs of this session alone: those of another build may call ops that have other arguments there."""
+    """No profile of the machine; compiled graphs of this session alone.
+
+    Graphs of another build may call ops that have other arguments there.
+    """
+    os.environ["TPKERNELS_PROFILE"] = "off"  # the rule decides, the same on each machine of a kind
     if not hasattr(config, "workerinput"):  # workers and ranks inherit it
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpkernels-inductor-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

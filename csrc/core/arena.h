@@ -51,8 +51,6 @@ constexpr int kArenaLayout = 1;
 constexpr size_t kOneShotBytes = 1024;
 // Larger ones are sent in pieces of this size, which stay in the second-level cache.
 constexpr size_t kPieceBytes = size_t{512} << 10;
-// Products smaller than this are copied in less time than it takes to allocate them in the arena.
-constexpr size_t kSmallestInArena = size_t{64} << 10;
 
 constexpr int kStageBits = 24;
 constexpr size_t kControlBytes = 4096;

@@ -1,29 +1,13 @@
-// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: no copy that is not needed
-// (the GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of rank
-// 0, and in the backward the gradient of x under way while the gradient of w is computed.
+// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: the sum goes back into the
+// GEMM's own output, the bias is inside the GEMM of rank 0, and in the backward the gradient of x is under way while
+// the gradient of w is computed. A product written straight into the arena was not faster on any CPU (DESIGN.md).
 #include "torch_side/fused_gemm.h"
 
-#include "core/arena.h"
 #include "gemm.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {
-
-// The partial product in the arena, or nothing where choose.h has an obstacle or the heap is full.
-OptionalTensor product_in_arena(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
-                                bool has_bias, int64_t dim, const Shape& y_shape) {
-  const Engine engine = engine_for(comm, x, w);
-  if (obstacle_to_arena(comm, wire, {shape_of_product(x, w), has_bias, dim}, engine) != nullptr) return {};
-  OptionalTensor y;
-  try {
-    y = arena_empty(comm.name(), y_shape, x.scalar_type());
-  } catch (const std::invalid_argument&) {
-    return {};  // tensors of group.empty fill the heap
-  }
-  linear_into(engine, x, w, *y);
-  return y;
-}
 
 Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x,
                           bool need_w, bool need_b) {
@@ -36,15 +20,9 @@ Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tens
 Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
                        int64_t world_size, Text codec) {
   const auto comm = communicator_of(Op::GemmAllReduce, group, world_size);
-  const Shape y_shape = check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
+  check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  const OptionalTensor partial = product_in_arena(*comm, wire, x_shard, w_shard, bias.has_value(), 0, y_shape);
-  if (partial.has_value()) {
-    Tensor y = fresh_output(x_shard, y_shape);
-    all_reduce_into(Op::GemmAllReduce, *comm, wire, *partial, y);
-    return y;
-  }
   Tensor y = linear(*comm, x_shard, w_shard, rank_bias);
   all_reduce_into(Op::GemmAllReduce, *comm, wire, y, y);
   return y;
@@ -53,14 +31,13 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
 Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,
                            int64_t world_size, int64_t rank, int64_t dim, Text codec, Text) {
   const auto comm = communicator_of(Op::GemmReduceScatter, group, world_size);
-  const Shape y_shape = check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
+  check_linear(Op::GemmReduceScatter, x_shard, w_shard, bias);
   check_token_dim("gemm_reduce_scatter", shape_of(x_shard), dim);
   check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  OptionalTensor partial = product_in_arena(*comm, wire, x_shard, w_shard, bias.has_value(), dim, y_shape);
-  if (!partial.has_value()) partial = linear(*comm, x_shard, w_shard, rank_bias);
-  return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, *partial, dim);
+  const Tensor partial = linear(*comm, x_shard, w_shard, rank_bias);
+  return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, partial, dim);
 }
 
 Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTensor bias, Text group,

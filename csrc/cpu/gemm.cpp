@@ -91,29 +91,21 @@ Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const Optional
   return call("aten::linear", "", x, w, bias);
 }
 
-}  // namespace
-
-bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
-
+// The engine for these tensors. Where their strides do not fit the chosen one, it is ATen.
 Engine engine_for(const Communicator& comm, const Tensor& x, const Tensor& w) {
-  const Engine engine = choose_engine(comm.measured_engines(), shape_of_product(x, w)).engine;
+  const GemmShape shape{dtype_of(x), num_rows(x), w.size(0), w.size(1)};
+  const Engine engine = choose_engine(comm.measured_engines(), shape).engine;
   return engine == Engine::Gemv && !has_dense_rows(w) ? Engine::Aten : engine;
 }
 
-GemmShape shape_of_product(const Tensor& x, const Tensor& w) {
-  return {dtype_of(x), num_rows(x), w.size(0), w.size(1)};
-}
+}  // namespace
+
+bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
 
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   const Tensor y = dense(linear_by(engine_for(comm, x, w), x, w, bias));
   // Of more than two dims, aten and oneDNN make a view of rows, and autograd forbids to modify that in place.
   return y.dim() == 2 ? y : call("aten::_unsafe_view", "", y, shape_of(y));
-}
-
-void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y) {
-  if (engine == Engine::Gemv) return gemv_into(x, w, std::nullopt, y);
-  Tensor rows = as_rows(y);
-  call("aten::mm", "out", as_rows(x), transpose(w), rows);
 }
 
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w) {

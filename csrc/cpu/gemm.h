@@ -10,15 +10,8 @@ namespace tpk {
 // Whether this torch has oneDNN's linear.
 bool has_onednn_linear();
 
-// Of y = x @ w.T
-GemmShape shape_of_product(const Tensor& x, const Tensor& w);
-// The engine for these tensors. Where their strides do not fit the chosen one, it is ATen.
-Engine engine_for(const Communicator& comm, const Tensor& x, const Tensor& w);
-
 // y[..., N] = x[..., K] @ w[N, K].T (+ bias)
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
-// The same into y, which must be contiguous. Not by oneDNN, which has no such form.
-void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y);
 // dx[..., K] = dy[..., N] @ w[N, K]
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w);
 // dw[N, K] = sum over tokens of dy[..., N] x[..., K]

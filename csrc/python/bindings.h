@@ -143,12 +143,17 @@ py::class_<Comm, std::shared_ptr<Comm>> add_communicator(py::module_& m) {
           "exchange", [](Comm& comm, int64_t mine) { return comm.exchange(Op::Sizes, mine); }, py::arg("mine"),
           py::call_guard<py::gil_scoped_release>())
       .def(
-          "set_measured_engine",
-          [](Comm& comm, const std::string& dtype, int64_t M, int64_t N, int64_t K, const std::string& engine) {
-            comm.measured_engines().set({float_dtype("set_measured_engine", dtype), M, N, K}, engine_of(engine));
+          "add_measured",
+          [](Comm& comm, const std::string& dtype, int64_t M, int64_t N, int64_t K,
+             const std::map<std::string, double>& microseconds, bool is_point) {
+            MeasuredProduct measured{{float_dtype("add_measured", dtype), M, N, K}, {}};
+            for (const auto& [engine, us] : microseconds) measured.times[engine_of(engine)] = us;
+            MeasuredEngines& engines = comm.measured_engines();
+            is_point ? engines.add_point(measured) : engines.add_shape(measured);
           },
-          py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("engine"))
-      .def("forget_measured_engines", [](Comm& comm) { comm.measured_engines().clear(); })
+          py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("microseconds"),
+          py::arg("is_point") = false)
+      .def("forget_measured", [](Comm& comm) { comm.measured_engines().clear(); })
       .def(
           "close",
           [](Comm& comm, const std::string& why) {

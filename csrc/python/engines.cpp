@@ -18,14 +18,25 @@ void add_choices(py::module_& m) {
       [](const Communicator& comm, const std::string& dtype, int64_t M, int64_t N, int64_t K) {
         const GemmShape shape{float_dtype("choose_engine", dtype), M, N, K};
         const EngineChoice choice = choose_engine(comm.measured_engines(), shape);
-        return py::make_tuple(name_of(choice.engine), choice.reason);
+        return py::make_tuple(name_of(choice.engine), choice.reason(shape));
       },
       py::arg("communicator"), py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
   m.def(
+      "engines_for",
+      [](const std::string& dtype, int64_t M, int64_t N, int64_t K) {
+        const GemmShape shape{float_dtype("engines_for", dtype), M, N, K};
+        std::vector<std::string> names;
+        for (const Engine engine : kAllEngines) {
+          if (can_multiply(engine, shape)) names.emplace_back(name_of(engine));
+        }
+        return names;
+      },
+      py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
+  m.def(
       "explain",
       [](Communicator& comm, const std::string& op, const std::string& dtype, const std::string& codec, int64_t M,
-         int64_t N, int64_t K, size_t numel, bool has_bias, int64_t dim) {
-        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel, has_bias, dim});
+         int64_t N, int64_t K, size_t numel, bool, int64_t) {
+        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel});
         return py::make_tuple(found.path, found.reason);
       },
       py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"), py::arg("N"),

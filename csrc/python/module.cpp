@@ -83,7 +83,6 @@ PYBIND11_MODULE(_C, m) {
     limits["arena_layout"] = kArenaLayout;
     limits["one_shot_bytes"] = kOneShotBytes;
     limits["piece_bytes"] = kPieceBytes;
-    limits["smallest_in_arena"] = kSmallestInArena;
     return limits;
   });
 }

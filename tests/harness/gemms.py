@@ -14,7 +14,7 @@ SHAPES = {  # M, N, K, batch, dim
     "no tokens": (0, 5, 8, (), 0),
     "no inputs": (4, 3, 0, (), 0),
     "no outputs": (4, 0, 6, (), 0),
-    "into the arena": (130, 260, 65, (), 0),
+    "large": (130, 260, 65, (), 0),
 }
 
 

@@ -41,7 +41,7 @@ def check_gradients_of_every_shape(group: Group) -> None:
 
 @on_ranks(1, 2, 3, 4, transports=BOTH_TRANSPORTS, devices=(2, 3), exchanging=(3,))
 def check_codecs(group: Group) -> None:
-    for shape in ("even", "uneven", "batch, cut tokens", "into the arena", "no tokens"):
+    for shape in ("even", "uneven", "batch, cut tokens", "large", "no tokens"):
         for codec in ("fp16", "bf16"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 s = replace(sizes(group.world_size, shape), dtype=dtype, codec=codec)
@@ -54,7 +54,7 @@ def check_codecs(group: Group) -> None:
 def check_the_three_gemms_agree_bit_for_bit(group: Group) -> None:
     R, rank = group.world_size, group.rank
     for dtype in FLOATS:
-        for shape in ("uneven", "batch, cut sequence", "into the arena"):
+        for shape in ("uneven", "batch, cut sequence", "large"):
             s = replace(sizes(R, shape), dtype=dtype)
             whole = GEMM_ALL_REDUCE.call(s, GEMM_ALL_REDUCE.arguments(s, rank), group)
             assert_same_on_all_ranks(group, f"{s}", whole)

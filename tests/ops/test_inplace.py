@@ -164,7 +164,7 @@ def check_engines() -> None:
         for dtype, names in engines.items():
             for engine in names:
                 if dtype != torch.float64:
-                    group._communicator.set_measured_engine(str(dtype).removeprefix("torch."), 4, 16, 16, engine)
+                    group._communicator.add_measured(str(dtype).removeprefix("torch."), 4, 16, 16, {engine: 1.0})
                 x = torch.randn(2, 2, 16, dtype=dtype).requires_grad_()
                 w, bias = torch.randn(16, 16, dtype=dtype), torch.randn(16, dtype=dtype)
                 for b in (bias, None):

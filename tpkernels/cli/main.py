@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tpkernels.cli import plan, reshard, serve, train
+from tpkernels.cli import plan, reshard, serve, train, tune
 from tpkernels.cli.info import render
 
 app = typer.Typer(
@@ -28,5 +28,5 @@ def info() -> None:
     typer.echo(render())
 
 
-for command in (train, serve, reshard, plan):
+for command in (train, serve, reshard, plan, tune):
     command.register(app)

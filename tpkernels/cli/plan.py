@@ -28,7 +28,7 @@ def plan_model(
 ) -> None:
     """Show how a model of transformers would be cut: each linear's style and parts, heads, parameters on a rank."""
     with plain_errors():
-        whole = _model_without_weights(model)
+        whole = model_without_weights(model)
         try:
             table = plan_table(whole, Plan.resolve(whole), tp)
         except PlanError as error:
@@ -36,12 +36,19 @@ def plan_model(
     _print(table, type(whole).__name__, tp)
 
 
-def _model_without_weights(model: str) -> Any:
-    """The model on the meta device."""
+def model_without_weights(model: str) -> Any:
+    """Return a model of transformers on the meta device.
+
+    Args:
+        model: a folder with config.json, a config file or a model type.
+
+    Raises:
+        UserError: there is no such model, or transformers is missing.
+    """
     try:
         import transformers
     except ImportError:
-        raise UserError("plan-model needs transformers: pip install 'tpkernels[hf]'") from None
+        raise UserError("a model needs transformers: pip install 'tpkernels[hf]'") from None
     import torch
 
     path = Path(model)
@@ -54,7 +61,7 @@ def _model_without_weights(model: str) -> Any:
             config = transformers.AutoConfig.for_model(model)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"plan-model needs a folder with config.json, a config file or a model type, got {model!r}: "
+            f"the model must be a folder with config.json, a config file or a model type, got {model!r}: "
             f"{str(error).partition('. ')[0]}"
         ) from None
     why = ""

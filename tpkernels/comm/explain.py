@@ -9,7 +9,7 @@ import torch
 
 from tpkernels._native import _C
 from tpkernels.comm.devices import load_cuda
-from tpkernels.comm.engines import measure
+from tpkernels.comm.profile import Product, measure_shape
 
 _COLLECTIVES = ("all_reduce", "all_reduce_", "reduce_scatter", "all_gather")
 _GEMMS = ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm", "replicated_gemm")
@@ -23,12 +23,16 @@ class Explanation:
     Attributes:
         path: the name of the path.
         reason: one sentence.
-        measured: microseconds by candidate, empty when nothing was measured.
+        measured: microseconds by candidate, where this call measured them.
+        engine: of the product, on the CPU; "" for a collective.
+        profile: the file of the machine's profile that the group read, "" where the rule of sizes decides.
     """
 
     path: str
     reason: str
     measured: dict[str, float] = field(default_factory=dict)
+    engine: str = ""
+    profile: str = ""
 
 
 def explain(
@@ -58,7 +62,7 @@ def explain(
         codec: of the sum, or of what is gathered.
         bias: whether the GEMM adds one.
         dim: the dimension that is cut or gathered.
-        tune: measure the GEMM engines of the CPU first, in fp32 (engines.py); all ranks call this.
+        tune: measure the GEMM engines of the CPU for this shape first (profile.py); all ranks call this.
 
     Raises:
         ValueError: no such op, or a dtype or codec that it does not take.
@@ -67,11 +71,15 @@ def explain(
         raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
     device: Any = _C if is_cpu else load_cuda()[0]
     measured: dict[str, float] = {}
-    if tune and is_cpu and op in _GEMMS and dtype == torch.float32 and min(M, N, K) > 0 and torch._C._has_mkldnn:
+    if tune and is_cpu and op in _GEMMS and dtype.is_floating_point and min(M, N, K) > 0:
         rows = M * communicator.world_size if op == "all_gather_gemm" else M
-        measured = measure(communicator, rows, N, K, dtype)
+        measured = measure_shape(communicator, Product(_name(dtype), rows, N, K))
     path, reason = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, bias, dim)
-    return Explanation(path, reason, measured)
+    engine = ""
+    if is_cpu and op in _GEMMS:
+        rows = M * communicator.world_size if op == "all_gather_gemm" else M
+        engine = _C.choose_engine(communicator, _name(dtype), rows, N, K)[0]
+    return Explanation(path, reason, measured, engine)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
@@ -15,11 +17,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
-from tpkernels.comm import engines
 from tpkernels.comm.devices import device_of
 from tpkernels.comm.explain import Explanation, explain
 from tpkernels.comm.open import TRANSPORTS, open_communicator
 from tpkernels.comm.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
+from tpkernels.comm.profile import Product, measure
 
 # Strong: a graph before its backward has only the name of its group.
 _open_groups: dict[str, Group] = {}
@@ -53,6 +55,7 @@ class Group:
         timeout_s: float,
         reason: str,
         device: torch.device = _CPU,
+        profile: Path | None = None,
     ) -> None:
         self.name: str = communicator.name
         self.label: str = communicator.label
@@ -67,6 +70,7 @@ class Group:
         self._communicator = communicator
         self._address: int = communicator.address  # for the fast path of ops/_op.py; 0: there is none
         self._reason = reason
+        self._profile = "" if profile is None else str(profile)
         _open_groups[self.name] = self
         self._forget_end = (lambda: None) if process_group is None else _close_with(process_group, self.name)
 
@@ -89,8 +93,8 @@ class Group:
             timeout_s: seconds that any wait may take, that for the other ranks here included; the same on all ranks.
                 math.inf: as long as no rank is lost.
             arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
-                messages, the rest for `group.empty` and for products that GEMMs write in place. Default 16 MiB on the
-                CPU, or what /dev/shm has room for if that is less, down to 1 MiB; 128 MiB on a GPU.
+                messages, the rest for `group.empty`. Default 16 MiB on the CPU, or what /dev/shm has room for if that
+                is less, down to 1 MiB; 128 MiB on a GPU.
             transport: "auto", "shm", "peer" or "group". auto takes shared memory ("shm" on the CPU, "peer" on GPUs)
                 when all ranks run on one host and can; `explain()` says why it did not.
             device: "cpu", "cuda" (the current GPU) or "cuda:1"; the same kind on all ranks. None means CUDA when the
@@ -117,9 +121,7 @@ class Group:
             )
         waits_s = min(float(timeout_s), _FOREVER_S)
         opened = open_communicator(process_group, label, where, waits_s, arena_bytes, transport, multicast)
-        if where.type == "cpu":
-            engines.load(opened.communicator)
-        return cls(opened.communicator, process_group, timeout_s, opened.reason, where)
+        return cls(opened.communicator, process_group, timeout_s, opened.reason, where, opened.profile)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -204,8 +206,22 @@ class Group:
                 that shape, and this group and those that open later take the faster one.
         """
         if op is None:
-            return Explanation(self.transport, self._reason)
-        return explain(self._communicator, self.is_cpu, op, **shape)
+            return Explanation(self.transport, self._reason, profile=self._profile)
+        return replace(explain(self._communicator, self.is_cpu, op, **shape), profile=self._profile)
+
+    def measure_engines(
+        self, products: Iterable[Product], progress: Callable[[], object] | None = None
+    ) -> dict[Product, dict[str, float]]:
+        """Time every engine of the CPU for each product, on all ranks at once. Changes no choice of this group.
+
+        Args:
+            products: the same on all ranks, which all call this.
+            progress: called after each product.
+
+        Returns:
+            microseconds by engine, of the slowest rank; the same on all ranks.
+        """
+        return measure(self._communicator, products, progress=progress)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the group was opened, or since reset_stats.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tpkernels.comm.host import (
     rounded_to_pages,
 )
 from tpkernels.comm.peer import check_gpus, obstacle_to_peers, open_peer
+from tpkernels.comm.profile import open_with_profile
 from tpkernels.comm.sockets import connect
 from tpkernels.comm.watch import Watch
 
@@ -65,10 +67,11 @@ _names = GroupNames()
 
 @dataclass(frozen=True)
 class Opened:
-    """A communicator, and why it is of its kind."""
+    """A communicator, why it is of its kind, and the file of the machine's profile that it has."""
 
     communicator: Any
     reason: str
+    profile: Path | None = None
 
 
 def open_communicator(
@@ -102,7 +105,7 @@ def open_communicator(
     if process_group is None:
         if obstacle is not None:
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
-        return Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process")
+        return _profiled(Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process"), device, 1)
     wanted = Wanted(timeout_s, arena_bytes, transport, device.type, multicast)
     gpu, base = Gpu.of(device) if kernels is not None else None, process_group.group_name
     bootstrap = Bootstrap(process_group, label, timeout_s)
@@ -114,10 +117,21 @@ def open_communicator(
     if warning is not None and process_group.rank() == 0:
         _log.warning("group '%s': %s", label, warning)
     if len(ranks) == 1:
-        return Opened(_open_local(kernels, name, label, device), "one rank")
+        return _profiled(Opened(_open_local(kernels, name, label, device), "one rank"), device, 1)
     if kernels is None:
-        return _open_cpu(opening)
+        return _profiled(_open_cpu(opening), device, len(ranks) - opening.pids.count(None))
     return _open_cuda(opening, device, kernels)
+
+
+def _profiled(opened: Opened, device: torch.device, ranks_here: int) -> Opened:
+    """The communicator, on the CPU with the machine's profile; closed where the ranks cannot agree on one."""
+    if device.type == "cpu":
+        try:
+            return replace(opened, profile=open_with_profile(opened.communicator, ranks_here))
+        except BaseException:
+            opened.communicator.close("its profile could not be used")
+            raise
+    return opened
 
 
 def _arena_bytes(wanted: Wanted) -> int:

@@ -14,6 +14,7 @@ from tpkernels.comm import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
 from tpkernels.errors import UserError
+from tpkernels.layers.engines import engines_line
 
 from .generator import Generator
 from .load import load, quiet_transformers
@@ -58,6 +59,8 @@ def work(args: GenerateArguments) -> None:
         gather(None, group)  # the ranks may read from slow disks; the waits after this have a short deadline
         try:
             generator = Generator(model, tokenizer, group, cache=args.cache, compile=args.compile)
+            if group.rank == 0 and (engines := engines_line(model, len(args.prompts))):
+                typer.echo(engines, err=True)
             chat = [chat_ids(tokenizer, _messages(args, text)) for text in args.prompts] if args.chat else None
             prompts = args.prompts if chat is None else chat
             _write(generator, prompts, args, group)

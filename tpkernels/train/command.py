@@ -14,6 +14,7 @@ from rich.text import Text
 from tpkernels.comm import torchrun
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
+from tpkernels.layers.engines import engines_line
 from tpkernels.train import parity, report
 from tpkernels.train.gpt import generate
 from tpkernels.train.settings import Settings
@@ -55,6 +56,8 @@ def _greet(run: Run) -> None:
         f"{whole / 1e6:.2f} M parameters over {over}, {s.dtype}\n"
         f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB)"
     )
+    if engines := engines_line(run.trainer.model, s.batch // s.dp * s.context):
+        run.screen.line(engines)
     run.screen.line(f"{start} {run.folder}")
 
 

@@ -126,7 +126,6 @@ PYBIND11_MODULE(_C_emu, m) {
     py::dict limits;
     limits["one_shot_bytes"] = kOneShotBytes;
     limits["piece_bytes"] = kPieceBytes;
-    limits["smallest_in_arena"] = kSmallestInArena;
     cuda::add_device_limits(limits);
     return limits;
   });

@@ -1,0 +1,332 @@
+"""The machine's profile: times of the GEMM engines, measured before a group computes, and kept in a file.
+
+Which engine multiplies decides the last bits of a product, so a run never times anything by itself: a group reads the
+profile when it opens, and the same file gives the same bits. A profile has points (measured once on a machine, for
+sizes between which any other lies) and shapes (those of a model, each measured for itself). It is measured
+
+- when a group of several ranks opens on a machine that has none, in about three seconds;
+- by `tpkernels tune`, also for the shapes of a model;
+- for one shape by `group.explain(op, M=..., N=..., K=..., tune=True)`.
+
+The environment variable TPKERNELS_PROFILE is "auto" (the default), "off" (a rule of sizes decides, as in
+csrc/cpu/choose.cpp), or the path of a profile, which is then read and never measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tpkernels._build import build_info
+from tpkernels._native import _C
+
+_ROUNDS = 5
+_SECONDS = 5.0  # that measuring the points may take
+_MOST_FLOPS = 2.5e9  # of a point: about 40 ms of a core
+_ROWS = (1, 8, 64, 2, 16, 128, 4, 32, 256, 512)  # where the time is up early, no part of the range is without a point
+_SIZES = (256, 1024, 4096)  # of N and of K
+_DTYPES = ("float32", "bfloat16", "float16")
+_log = logging.getLogger("tpkernels")
+
+
+class Product(NamedTuple):
+    """y[M, N] = x[M, K] @ w[N, K].T of a dtype, such as "float32"."""
+
+    dtype: str
+    M: int
+    N: int
+    K: int
+
+
+Times = dict[str, float]  # microseconds by engine
+
+
+@dataclass
+class Profile:
+    """Measured times, those of the machine's points and those of shapes of their own."""
+
+    points: dict[Product, Times] = field(default_factory=dict)
+    shapes: dict[Product, Times] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """Read what `text` returned.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is no profile.
+        """
+        parts = json.loads(text)
+        read = {
+            part: {Product(str(d), int(m), int(n), int(k)): _times(us) for d, m, n, k, us in parts[part]}
+            for part in ("points", "shapes")
+        }
+        return cls(**read)
+
+    def text(self) -> str:
+        """As JSON, a row a line."""
+        parts = [
+            f'"{name}": [\n' + ",\n".join(json.dumps([*product, us]) for product, us in rows.items()) + "\n]"
+            for name, rows in (("points", self.points), ("shapes", self.shapes))
+        ]
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def give(self, communicator: Any) -> None:
+        """Add all measurements to those of a communicator."""
+        for product, us in self.points.items():
+            communicator.add_measured(*product, us, is_point=True)
+        for product, us in self.shapes.items():
+            communicator.add_measured(*product, us)
+
+
+def _times(us: dict[str, Any]) -> Times:
+    return {str(engine): float(time) for engine, time in us.items()}
+
+
+def mode() -> str:
+    """Return TPKERNELS_PROFILE: "auto", "off", or a path."""
+    return os.environ.get("TPKERNELS_PROFILE") or "auto"
+
+
+def profile_file(transport: str) -> Path:
+    """Return the file of this machine's profile: one for each CPU, number of threads, torch, build and transport.
+
+    Args:
+        transport: of the group; its ranks multiply at the same time where it is not "local".
+    """
+    if mode() not in ("auto", "off"):
+        return Path(mode())
+    built = build_info()
+    key = [*_cpu(), torch.get_num_threads(), torch.__version__, built.version, built.commit, transport]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "tpkernels" / f"profile-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def _cpu() -> list[str]:
+    """Vendor, family, model and flags of the CPU; empty on kinds of machines whose kernel lists none."""
+    keys = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        pairs = [line.partition(":") for line in lines[: lines.index("")] if ":" in line]
+        return [value.strip() for name, _, value in pairs if name.strip() in keys]
+    return []
+
+
+def read(transport: str) -> Profile | None:
+    """Read the machine's profile; None where there is none, or where it is switched off.
+
+    Raises:
+        ValueError: TPKERNELS_PROFILE is a path, and no profile is there.
+    """
+    if mode() == "off":
+        return None
+    file = profile_file(transport)
+    try:
+        return Profile.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if mode() != "auto":
+            raise ValueError(
+                f"TPKERNELS_PROFILE: expected auto, off, or the path of a profile, got {mode()!r}: {error}"
+            ) from None
+        return None
+
+
+def write(profile: Profile, transport: str) -> None:
+    """Keep the machine's profile; other processes read the old file or the new one.
+
+    Raises:
+        OSError: the folder of caches cannot be written.
+    """
+    file = profile_file(transport)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
+        new.write(profile.text())
+    os.replace(new.name, file)
+
+
+def open_with_profile(communicator: Any, ranks_here: int) -> Path | None:
+    """Give a communicator that opens the machine's profile, and measure one where there is none; all ranks call this.
+
+    The ranks use it where all of them read the same; where they differ, or some read none, the rule decides on all.
+
+    Args:
+        communicator: of a group on the CPU.
+        ranks_here: how many of its ranks this machine runs.
+
+    Returns:
+        the file; None where the rule decides.
+
+    Raises:
+        ValueError: TPKERNELS_PROFILE is a path, and no profile is there.
+    """
+    transport, found = communicator.transport, read(communicator.transport)
+    if communicator.world_size > 1:
+        found = _agreed(communicator, found, _can_measure(ranks_here, transport))
+    if found is None:
+        return None
+    found.give(communicator)
+    return profile_file(transport)
+
+
+def _agreed(communicator: Any, found: Profile | None, can_measure: bool) -> Profile | None:
+    """The profile of all ranks, None where they have none or different ones."""
+    digests = communicator.exchange(_digest(found, can_measure))
+    if len(set(digests)) == 1:
+        return _first_profile(communicator) if digests[0] == _MEASURE else found
+    if communicator.rank == 0 and not {_MEASURE, _NONE}.issuperset(digests):
+        _log.warning(
+            "group '%s': the ranks have different profiles of their machines; none is used, and a rule of sizes "
+            "decides which engine multiplies", communicator.label,
+        )  # fmt: skip
+    return None
+
+
+_NONE, _MEASURE = 0, 1
+
+
+def _digest(found: Profile | None, can_measure: bool) -> int:
+    if found is None:
+        return _MEASURE if can_measure else _NONE
+    return int.from_bytes(hashlib.sha256(found.text().encode()).digest()[:7], "big") + 2
+
+
+def _can_measure(ranks_here: int, transport: str) -> bool:
+    """Whether the ranks of this machine have cores of their own, and the file can be written."""
+    if mode() != "auto" or len(os.sched_getaffinity(0)) < ranks_here * torch.get_num_threads():
+        return False
+    folder = profile_file(transport).parent
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    return False
+
+
+def _first_profile(communicator: Any) -> Profile:
+    if communicator.rank == 0:
+        _log.info("group '%s': measuring the GEMM engines of this machine once (about %.0f s)", communicator.label, 3)
+    profile = Profile(measure(communicator, points(), seconds=_SECONDS))
+    write(profile, communicator.transport)  # by each rank, the same: their machines may have folders of their own
+    communicator.barrier()
+    return profile
+
+
+def points() -> Iterator[Product]:
+    """Yield the products of a profile's points."""
+    for m, dtype, n, k in itertools.product(_ROWS, _DTYPES, _SIZES, _SIZES):
+        if 2.0 * m * n * k <= _MOST_FLOPS and has_choice(Product(dtype, m, n, k)):
+            yield Product(dtype, m, n, k)
+
+
+def has_choice(product: Product) -> bool:
+    """Whether this machine has several engines for a product."""
+    return len(_C.engines_for(*product)) > 1
+
+
+def measure(
+    communicator: Any,
+    products: Iterable[Product],
+    *,
+    seconds: float = math.inf,
+    progress: Callable[[], object] | None = None,
+) -> dict[Product, Times]:
+    """Time every engine for each product on all ranks at once; all ranks call this.
+
+    Args:
+        communicator: of a group on the CPU.
+        products: the same on all ranks.
+        seconds: after which no further product is measured.
+        progress: called after each product.
+
+    Returns:
+        microseconds by engine, of the slowest rank; the same on all ranks.
+    """
+    measured: dict[Product, Times] = {}
+    started = time.monotonic_ns()
+    with _Engines() as engines:
+        for product in products:
+            if max(communicator.exchange(time.monotonic_ns() - started)) > seconds * 1e9:
+                break
+            best = engines.time(communicator, product)
+            measured[product] = {name: max(communicator.exchange(ns)) / 1e3 for name, ns in best.items()}
+            if progress is not None:
+                progress()
+    return measured
+
+
+class _Engines:
+    """Groups of this process alone, each of which multiplies with one engine."""
+
+    def __init__(self) -> None:
+        self._kernel = torch.ops.tpkernels.replicated_gemm.default._handle.redispatch_boxed
+        self._cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        self._local: dict[str, Any] = {}
+        self._weights = torch.empty(0)
+
+    def __enter__(self) -> _Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for communicator in self._local.values():
+            communicator.close()
+
+    def time(self, communicator: Any, product: Product) -> dict[str, int]:
+        """The least nanoseconds of some calls, by engine."""
+        dtype: torch.dtype = getattr(torch, product.dtype)
+        if self._weights.dtype != dtype or self._weights.numel() < product.N * product.K:
+            self._weights = torch.full((product.N * product.K,), 0.5, dtype=dtype)
+        w = self._weights[: product.N * product.K].view(product.N, product.K)
+        x = torch.full((product.M, product.K), 0.5, dtype=dtype)
+        runs = {name: self._run(name, product, x, w) for name in _C.engines_for(*product)}
+        best = dict.fromkeys(runs, 1 << 62)
+        calls = 1 + int(2e6 / (product.M * w.numel()))  # of small products, several
+        for _ in range(_ROUNDS):
+            for name, run in runs.items():
+                communicator.barrier()
+                started = time.perf_counter_ns()
+                for _ in range(calls):
+                    run()
+                best[name] = min(best[name], (time.perf_counter_ns() - started) // calls)
+        return best
+
+    def _run(self, engine: str, product: Product, x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """A call of the op for the product x @ w.T by this engine."""
+        if engine not in self._local:
+            self._local[engine] = _C.open_local(f"engine/{engine}/{id(self)}", engine)
+        local = self._local[engine]
+        local.add_measured(*product, {engine: 0.0})
+        return lambda: self._kernel(self._cpu, x, w, None, local.name, 1, "none")
+
+
+def measure_shape(communicator: Any, product: Product) -> Times:
+    """Time the engines for one shape, use and keep the result; all ranks call this.
+
+    Returns:
+        microseconds by engine, of the slowest rank; the same on all ranks.
+    """
+    us = measure(communicator, [product])[product]
+    communicator.add_measured(*product, us)
+    add_shapes({product: us}, communicator)
+    return us
+
+
+def add_shapes(shapes: dict[Product, Times], communicator: Any) -> None:
+    """Add shapes to the machine's profile; all ranks call this with the same."""
+    if communicator.rank == 0:
+        profile = read(communicator.transport) or Profile()
+        profile.shapes |= shapes
+        write(profile, communicator.transport)
+    communicator.barrier()
