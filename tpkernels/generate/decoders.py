@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .stack import Stack
+
 GRAIN = 64  # tokens; the sizes of caches and the spans of steps are multiples: few sizes to compile, aligned rows
 
 
@@ -39,10 +41,18 @@ class _Decoder:
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.vocab_size: int = self.model.config.get_text_config(decoder=True).vocab_size
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """The logits [B, V] after the last tokens."""
+    def _forward(
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        """The logits [B, V] after the last tokens, which are given as ids or as their embeddings."""
+        given = {"input_ids": ids} if embedded is None else {"inputs_embeds": embedded}
         found = self.model(
-            input_ids=ids,
+            **given,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
@@ -166,7 +176,7 @@ class SlotDecoder(_Decoder):
         model: full attention in every layer, or windows that are longer than max_length.
         slots: sequences at a time.
         max_length: tokens of a sequence, its prompt among them.
-        compile: compile the step, once for each number of rows.
+        compile: compile the step, once for each number of rows. Steps that are one call anyway (stack.py) are not.
     """
 
     def __init__(self, model: nn.Module, slots: int, max_length: int, *, compile: bool = False) -> None:
@@ -183,6 +193,7 @@ class SlotDecoder(_Decoder):
         self._lengths = [0] * slots
         self._bool_mask = self.model.config._attn_implementation == "sdpa"
         self._compiled = compile
+        self._stack = _stack_of(model)
         self._step: Any = self._slot_step
         if compile:
             from .compiled import compiled  # which imports torch's compiler, a second of the start of every rank
@@ -221,9 +232,21 @@ class SlotDecoder(_Decoder):
         if not self._compiled:  # for which it must not change
             self._cache.span = min(self.max_length, rounded_up(max(self._lengths) + 1))
         self._cache.positions = torch.tensor(self._lengths[:rows])
-        logits: Tensor = self._step(ids, self._cache.positions, self._cache)
+        logits = self._logits(ids, self._cache.positions)
         for slot in tokens:
             self._lengths[slot] += 1
+        return logits
+
+    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor
+        if self._stack is None or not self._stack.takes(ids):
+            logits = self._step(ids, positions, self._cache)
+            return logits
+        embedded = self.model.model.embed_tokens(ids)
+        hidden = self._stack.run(embedded, positions, self._cache)
+        if hidden is None:  # the embedding is a collective, which is not repeated
+            return self._slot_step(None, positions, self._cache, embedded)
+        logits = self.model.lm_head(hidden)[:, -1]
         return logits
 
     def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
@@ -234,12 +257,19 @@ class SlotDecoder(_Decoder):
         self._cache.fill(slot, cache, row, length)
         self._lengths[slot] = length
 
-    def _slot_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _slot_step(self, ids: Tensor | None, positions: Tensor, cache: Cache, embedded: Tensor | None = None) -> Tensor:
         mask = (torch.arange(self._cache.span) <= positions[:, None])[:, None, None]
         if not self._bool_mask:
             dtype = self.model.dtype
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return self._forward(ids, mask, positions[:, None], cache)
+        return self._forward(ids, mask, positions[:, None], cache, embedded)
+
+
+def _stack_of(model: nn.Module) -> Stack | None:
+    try:
+        return Stack(model)
+    except ValueError:
+        return None
 
 
 def _is_whole(layer: Any, max_length: int) -> bool:
