@@ -20,7 +20,7 @@ from tpkernels.testing import run_ranks
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers", allow_module_level=True)
 
-from tpkernels.generate.decoders import SlotDecoder
+from tpkernels.generate.decoders import DynamicDecoder, SlotDecoder
 from tpkernels.generate.stack import Stack
 
 STEPS = 6
@@ -204,6 +204,24 @@ def test_steps_are_one_call_again_when_a_hook_is_gone(monkeypatch: pytest.Monkey
         handle.remove()
         step_of(decoder, 9)
     assert made == [True]
+
+
+def test_a_cache_that_grows_has_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, whole = count_runs(monkeypatch), tiny_llama()
+    prompts = [[(7 * i) % 250 for i in range(62)], [3, 4]]
+    with Group.open() as group:
+        decoder = DynamicDecoder(parallelize(tiny_llama(), group=group))
+        torch.testing.assert_close(decoder.start(prompts), logits_of(whole, prompts), atol=1e-4, rtol=1e-4)
+        for token in range(5):
+            for prompt in prompts:
+                prompt.append(token)
+            got = decoder.step({0: token, 1: token})
+            torch.testing.assert_close(got, logits_of(whole, prompts), atol=1e-4, rtol=1e-4)
+        decoder.start(prompts)
+        decoder.step({1: 9})
+        prompts[1] += [9, 8]
+        torch.testing.assert_close(decoder.step({1: 8})[1], logits_of(whole, prompts)[1], atol=1e-4, rtol=1e-4)
+    assert made == [True] * 7
 
 
 def check_mixed(rank: int) -> bool:

@@ -76,11 +76,18 @@ class _Decoder:
 
 
 class DynamicDecoder(_Decoder):
-    """Generation of one batch with caches that grow."""
+    """Generation of one batch with caches that grow: a token a step, or in slots where a step is one call (stack.py)."""
+
+    _slots: SlotDecoder | None = None
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin with prompts of one token or more each; the logits [B, V] after them."""
+        if _stack_of(self.model) is not None and _grows_alone(self.model.config):
+            length = rounded_up(max(len(prompt) for prompt in prompts) + 1)
+            self._slots = SlotDecoder(self.model, len(prompts), length)
+            return self._slots.start(prompts)
+        self._slots = None
         self._cache = DynamicCache(config=self.model.config)
         self._lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         logits, self._mask = self._prefill(prompts, self._cache)
@@ -89,6 +96,9 @@ class DynamicDecoder(_Decoder):
     @torch.inference_mode()
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Append tokens to the sequences named (something to the others); the logits [B, V] after them."""
+        if self._slots is not None:
+            self._slots.make_room()
+            return self._slots.step({row: tokens.get(row, 0) for row in range(self._slots.slots)})
         ids = torch.zeros_like(self._lengths)
         for row, token in tokens.items():
             ids[row, 0] = token
@@ -151,6 +161,15 @@ class _Slots(Cache):
         self.count, self.max_length, self.span = count, max_length, max_length
         self.positions = torch.zeros(1, dtype=torch.long)
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def grow(self, max_length: int) -> None:
+        """Make every slot longer, with the keys and values that it has."""
+        before, self.max_length = self.max_length, max_length
+        for layer in cast(Any, self.layers):
+            old = (layer.keys, layer.values)
+            layer.lazy_initialization(*old)
+            for states, grown in zip(old, (layer.keys, layer.values), strict=True):
+                grown[:, :, :before] = states
 
     def fill(self, slot: int, source: Cache, row: int, length: int) -> None:
         """Copy keys and values of one sequence from another cache.
@@ -249,6 +268,12 @@ class SlotDecoder(_Decoder):
         logits = self.model.lm_head(hidden)[:, -1]
         return logits
 
+    def make_room(self) -> None:
+        """Make the slots longer where the longest sequence fills its own."""
+        if max(self._lengths) == self.max_length:
+            self.max_length *= 2
+            self._cache.grow(self.max_length)
+
     def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
         if length >= self.max_length:
             raise ValueError(
@@ -270,6 +295,11 @@ def _stack_of(model: nn.Module) -> Stack | None:
         return Stack(model)
     except ValueError:
         return None
+
+
+def _grows_alone(config: Any) -> bool:
+    """Whether all that a cache of the model does is to grow."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _is_whole(layer: Any, max_length: int) -> bool:
