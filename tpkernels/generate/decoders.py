@@ -76,7 +76,7 @@ class _Decoder:
 
 
 class DynamicDecoder(_Decoder):
-    """Generation of one batch with caches that grow: a token a step, or in slots where a step is one call (stack.py)."""
+    """Generation of one batch with caches that grow: by a token, or as slots where a step is one call (stack.py)."""
 
     _slots: SlotDecoder | None = None
 
