@@ -4,7 +4,8 @@ Three teams of processes live side by side, and only the one whose turn it is ru
 
     alone      one process with as many threads as there are ranks: transformers with its dynamic cache, and with its
                static cache and torch.compile
-    tpkernels  a process of one thread for each rank, the model cut by tpkernels.parallelize
+    tpkernels  a process of one thread for each rank, the model cut by tpkernels.parallelize; and, in place of a token,
+               the mere reading of each rank's weights ("reading_weights"), all ranks at the same time
     tp_plan    the same with transformers' tp_plan="auto" over gloo; it needs heads that divide evenly, which those of
                SmolLM2 (9 and 3) do not over 2 ranks, so that it has a model of the same size with 8 and 4 heads
 
@@ -119,6 +120,23 @@ class Ours:
         return found
 
 
+class Weights:
+    """The least that a token takes: every parameter of this rank is read once."""
+
+    def __init__(self, model: Any) -> None:
+        values = [p.detach().contiguous().view(-1) for p in model.parameters()]
+        self._words = [v.view(torch.int64 if v.nbytes % 8 == 0 else torch.uint8) for v in values]
+
+    def start(self) -> Tensor:
+        return torch.zeros(1)
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        for words in self._words:
+            words.sum()
+        return torch.zeros(1)
+
+
 def decode(runner: Any, count: int, share: Callable[[int], int]) -> float:
     """Seconds for so many tokens after the first."""
     token = share(int(runner.start().argmax()))
@@ -129,6 +147,8 @@ def decode(runner: Any, count: int, share: Callable[[int], int]) -> float:
 
 
 def error_of(runner: Any, want: Tensor, allowed: float) -> float:
+    if isinstance(runner, Weights):
+        return 0.0
     runner.start()
     got = runner.step(CHECKED_TOKEN)[0].float()
     return float((got - want).abs().max() / (allowed * want.abs().max()))
@@ -153,7 +173,9 @@ def candidates_of(
 
     group = Group.open(timeout_s=WAIT_S)
     model = parallelize(make_model(even, dtype, folder=folder), group=group)
-    runners = {f"tpkernels_{kind}": Ours(model, kind) for kind in ("dynamic", "static", "compiled")}
+    kinds = ("dynamic", "static", "compiled")
+    runners: dict[str, Any] = {f"tpkernels_{kind}": Ours(model, kind) for kind in kinds}
+    runners["reading_weights"] = Weights(model)
     return runners, lambda token: share([token], group)[0]
 
 
@@ -283,7 +305,7 @@ def main(
         write_even(even)
     names = {
         "alone": ["transformers", "transformers_compiled"],
-        "tpkernels": [f"tpkernels_{kind}" for kind in ("dynamic", "static", "compiled")],
+        "tpkernels": [*(f"tpkernels_{kind}" for kind in ("dynamic", "static", "compiled")), "reading_weights"],
         "tp_plan": ["tp_plan_gloo"] if even is not None else [],
     }
     chosen = {t: [n for n in found if not only or n in only.split(",")] for t, found in names.items()}

@@ -12,7 +12,6 @@
 #include "core/communicator.h"
 #include "core/specs.h"
 #include "cpu/output_pool.h"
-#include "dlpack_exchange.h"
 
 namespace py = pybind11;
 
@@ -87,43 +86,8 @@ bool has_memory(const dlpack::View& view) {
   return view.data != nullptr || std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
 }
 
-// Fills view and returns true for an ordinary dense tensor on the CPU that no layer of torch observes.
-bool plain(PyObject* x, dlpack::View* view) {
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-  if (torch_state.exchange == nullptr || (type != torch_state.tensor_type && type != torch_state.parameter_type))
-    return false;
-  if (torch_state.exchange->view_of_object(x, view) != 0) {  // sparse, meta, a dtype that DLPack lacks
-    PyErr_Clear();
-    return false;
-  }
-  return view->device.type == dlpack::kCpu && has_memory(*view) && method_is(x, names().is_neg, Py_False) &&
-         (view->dtype.code != dlpack::kComplex || method_is(x, names().is_conj, Py_False)) && is_unobserved(x);
-}
-
-DType dtype_of(const dlpack::DataType& type) {
-  const int bytes = type.bits / 8;
-  const auto by_size = [bytes](DType one, DType two, DType four, DType eight) {
-    return bytes == 1 ? one : bytes == 2 ? two : bytes == 4 ? four : bytes == 8 ? eight : DType::Count;
-  };
-  if (type.lanes != 1) return DType::Count;
-  switch (type.code) {
-    case dlpack::kFloat: return by_size(DType::Count, DType::F16, DType::F32, DType::F64);
-    case dlpack::kBfloat: return bytes == 2 ? DType::BF16 : DType::Count;
-    case dlpack::kInt: return by_size(DType::I8, DType::I16, DType::I32, DType::I64);
-    case dlpack::kUInt: return bytes == 1 ? DType::U8 : DType::Count;
-    default: return DType::Count;
-  }
-}
-
-bool is_contiguous(const dlpack::View& x) {
-  int64_t expected = 1;
-  for (int i = x.ndim; i-- > 0;) {
-    if (x.shape[i] == 0) return true;
-    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
-    expected *= x.shape[i];
-  }
-  return true;
-}
+// Of which besides no layer of torch observes the call.
+bool plain(PyObject* x, dlpack::View* view) { return view_of(x, view) && is_unobserved(x); }
 
 // The wire of a reduction, or nullptr when there is none (the op's checks then raise the reason).
 const Wire* wire_named(DType dtype, PyObject* op, PyObject* codec) {
@@ -347,6 +311,43 @@ void set_fast_path(const py::dict& given, const py::capsule& exchange) {
 }
 
 }  // namespace
+
+DType dtype_of(const dlpack::DataType& type) {
+  const int bytes = type.bits / 8;
+  const auto by_size = [bytes](DType one, DType two, DType four, DType eight) {
+    return bytes == 1 ? one : bytes == 2 ? two : bytes == 4 ? four : bytes == 8 ? eight : DType::Count;
+  };
+  if (type.lanes != 1) return DType::Count;
+  switch (type.code) {
+    case dlpack::kFloat: return by_size(DType::Count, DType::F16, DType::F32, DType::F64);
+    case dlpack::kBfloat: return bytes == 2 ? DType::BF16 : DType::Count;
+    case dlpack::kInt: return by_size(DType::I8, DType::I16, DType::I32, DType::I64);
+    case dlpack::kUInt: return bytes == 1 ? DType::U8 : DType::Count;
+    default: return DType::Count;
+  }
+}
+
+bool view_of(PyObject* x, dlpack::View* view) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+  if (torch_state.exchange == nullptr || (type != torch_state.tensor_type && type != torch_state.parameter_type))
+    return false;
+  if (torch_state.exchange->view_of_object(x, view) != 0) {  // sparse, meta, a dtype that DLPack lacks
+    PyErr_Clear();
+    return false;
+  }
+  return view->device.type == dlpack::kCpu && has_memory(*view) && method_is(x, names().is_neg, Py_False) &&
+         (view->dtype.code != dlpack::kComplex || method_is(x, names().is_conj, Py_False));
+}
+
+bool is_contiguous(const dlpack::View& x) {
+  int64_t expected = 1;
+  for (int i = x.ndim; i-- > 0;) {
+    if (x.shape[i] == 0) return true;
+    if (x.shape[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.shape[i];
+  }
+  return true;
+}
 
 void add_fast_path(py::module_& m, Translate translate) {
   translate_error = translate;

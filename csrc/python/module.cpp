@@ -5,6 +5,7 @@
 #include "cpu/transport/group_transport.h"
 #include "cpu/transport/shm.h"
 #include "cpu/transport/sockets.h"
+#include "decode_step.h"
 #include "fast_path.h"
 
 namespace tpk {
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   add_basics(m);
   add_engines(m);
   add_fast_path(m, &translate_errors);
+  add_decode_step(m);
   add_communicator<Communicator>(m).def_property_readonly(
       "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); });
 

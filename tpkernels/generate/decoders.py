@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .stack import Stack
+
 GRAIN = 64  # tokens; the sizes of caches and the spans of steps are multiples: few sizes to compile, aligned rows
 
 
@@ -39,10 +41,18 @@ class _Decoder:
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.vocab_size: int = self.model.config.get_text_config(decoder=True).vocab_size
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """The logits [B, V] after the last tokens."""
+    def _forward(
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        """The logits [B, V] after the last tokens, which are given as ids or as their embeddings."""
+        given = {"input_ids": ids} if embedded is None else {"inputs_embeds": embedded}
         found = self.model(
-            input_ids=ids,
+            **given,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
@@ -66,11 +76,18 @@ class _Decoder:
 
 
 class DynamicDecoder(_Decoder):
-    """Generation of one batch with caches that grow."""
+    """Generation of one batch with caches that grow: by a token, or as slots where a step is one call (stack.py)."""
+
+    _slots: SlotDecoder | None = None
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Begin with prompts of one token or more each; the logits [B, V] after them."""
+        if _stack_of(self.model) is not None and _grows_alone(self.model.config):
+            length = rounded_up(max(len(prompt) for prompt in prompts) + 1)
+            self._slots = SlotDecoder(self.model, len(prompts), length)
+            return self._slots.start(prompts)
+        self._slots = None
         self._cache = DynamicCache(config=self.model.config)
         self._lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         logits, self._mask = self._prefill(prompts, self._cache)
@@ -79,6 +96,9 @@ class DynamicDecoder(_Decoder):
     @torch.inference_mode()
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Append tokens to the sequences named (something to the others); the logits [B, V] after them."""
+        if self._slots is not None:
+            self._slots.make_room()
+            return self._slots.step({row: tokens.get(row, 0) for row in range(self._slots.slots)})
         ids = torch.zeros_like(self._lengths)
         for row, token in tokens.items():
             ids[row, 0] = token
@@ -142,6 +162,15 @@ class _Slots(Cache):
         self.positions = torch.zeros(1, dtype=torch.long)
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
+    def grow(self, max_length: int) -> None:
+        """Make every slot longer, with the keys and values that it has."""
+        before, self.max_length = self.max_length, max_length
+        for layer in cast(Any, self.layers):
+            old = (layer.keys, layer.values)
+            layer.lazy_initialization(*old)
+            for states, grown in zip(old, (layer.keys, layer.values), strict=True):
+                grown[:, :, :before] = states
+
     def fill(self, slot: int, source: Cache, row: int, length: int) -> None:
         """Copy keys and values of one sequence from another cache.
 
@@ -166,7 +195,7 @@ class SlotDecoder(_Decoder):
         model: full attention in every layer, or windows that are longer than max_length.
         slots: sequences at a time.
         max_length: tokens of a sequence, its prompt among them.
-        compile: compile the step, once for each number of rows.
+        compile: compile the step, once for each number of rows. Steps that are one call anyway (stack.py) are not.
     """
 
     def __init__(self, model: nn.Module, slots: int, max_length: int, *, compile: bool = False) -> None:
@@ -183,6 +212,7 @@ class SlotDecoder(_Decoder):
         self._lengths = [0] * slots
         self._bool_mask = self.model.config._attn_implementation == "sdpa"
         self._compiled = compile
+        self._stack = _stack_of(model)
         self._step: Any = self._slot_step
         if compile:
             from .compiled import compiled  # which imports torch's compiler, a second of the start of every rank
@@ -221,10 +251,28 @@ class SlotDecoder(_Decoder):
         if not self._compiled:  # for which it must not change
             self._cache.span = min(self.max_length, rounded_up(max(self._lengths) + 1))
         self._cache.positions = torch.tensor(self._lengths[:rows])
-        logits: Tensor = self._step(ids, self._cache.positions, self._cache)
+        logits = self._logits(ids, self._cache.positions)
         for slot in tokens:
             self._lengths[slot] += 1
         return logits
+
+    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor
+        if self._stack is None or not self._stack.takes(ids):
+            logits = self._step(ids, positions, self._cache)
+            return logits
+        embedded = self.model.model.embed_tokens(ids)
+        hidden = self._stack.run(embedded, positions, self._cache)
+        if hidden is None:  # the embedding is a collective, which is not repeated
+            return self._slot_step(None, positions, self._cache, embedded)
+        logits = self.model.lm_head(hidden)[:, -1]
+        return logits
+
+    def make_room(self) -> None:
+        """Make the slots longer where the longest sequence fills its own."""
+        if max(self._lengths) == self.max_length:
+            self.max_length *= 2
+            self._cache.grow(self.max_length)
 
     def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
         if length >= self.max_length:
@@ -234,12 +282,24 @@ class SlotDecoder(_Decoder):
         self._cache.fill(slot, cache, row, length)
         self._lengths[slot] = length
 
-    def _slot_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _slot_step(self, ids: Tensor | None, positions: Tensor, cache: Cache, embedded: Tensor | None = None) -> Tensor:
         mask = (torch.arange(self._cache.span) <= positions[:, None])[:, None, None]
         if not self._bool_mask:
             dtype = self.model.dtype
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return self._forward(ids, mask, positions[:, None], cache)
+        return self._forward(ids, mask, positions[:, None], cache, embedded)
+
+
+def _stack_of(model: nn.Module) -> Stack | None:
+    try:
+        return Stack(model)
+    except ValueError:
+        return None
+
+
+def _grows_alone(config: Any) -> bool:
+    """Whether all that a cache of the model does is to grow."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _is_whole(layer: Any, max_length: int) -> bool:

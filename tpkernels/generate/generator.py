@@ -93,9 +93,9 @@ class Generator:
         group: the ranks; None means all ranks of the default process group.
         cache: "static" (keys and values in memory of a fixed size) or "dynamic" (they grow, as they always do in a
             model with an encoder).
-        compile: compile the decode step (static cache only): a wait of a minute at first, then about twice the
-            speed (SmolLM2 in fp32 on a CPU). A prompt length and number of tokens that need another size of cache
-            compile anew.
+        compile: compile the decode step (static cache only): a wait of a minute at first. A prompt length and number of
+            tokens that need another size of cache compile anew. Sharded models of the families of Llama need none:
+            their steps are one call of C++ anyway, unless something beside their modules' products is to be computed.
 
     Raises:
         ValueError: cache or compile do not fit; the model cannot be generated from, or needs the dynamic cache.

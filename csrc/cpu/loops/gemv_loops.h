@@ -13,10 +13,11 @@
 namespace tpk {
 namespace {
 
-// Bytes of weights that are requested before their turn. Rows of weights follow each other in memory, or nearly.
-constexpr size_t kGemvAhead = 16384;
-constexpr size_t kGemvBlock = 16;  // rows of weights whose results are written together
 constexpr size_t kCacheLine = 64;
+constexpr size_t kGemvBlock = 16;       // rows of weights whose results are written together
+constexpr size_t kGemvStretch = 16384;  // bytes of x, of four rows or less twice, that are used while they are cached
+constexpr size_t kGemvUnit = 64;        // values; a stretch is a multiple of it, so of every step
+constexpr size_t kGemvAhead = 16384;    // bytes of weights that are requested before their turn, about
 
 template <class Kernel>
 void gemv_pack(const Gemv& p, void* packed) {
@@ -32,6 +33,35 @@ void gemv_pack(const Gemv& p, void* packed) {
   }
 }
 
+// The addresses of weights that are requested before their turn, in one stream: hardware follows that best.
+struct Ahead {
+  const char* at;
+  const char* row_end;  // nullptr: rows follow each other without gaps
+  ptrdiff_t to_next_row, stride;
+
+  template <size_t kBytes>
+  TPK_INLINE void request() {
+#pragma GCC unroll 8
+    for (size_t b = 0; b < kBytes; b += kCacheLine) {
+      __builtin_prefetch(at);
+      at += kBytes < kCacheLine ? kBytes : kCacheLine;
+      if (at == row_end) {
+        at += to_next_row;
+        row_end += stride;
+      }
+    }
+  }
+};
+
+// A stretch of k of a product: weights and x from its begin on.
+template <class Kernel>
+struct Stretch {
+  const typename Kernel::Value* w;
+  const typename Kernel::Packed* x;
+  size_t count;  // values of k
+  bool first, last;
+};
+
 // A step of k for R rows of weights and G rows of x.
 template <class Kernel, int R, int G>
 TPK_INLINE void gemv_step(typename Kernel::Sums* sums, const typename Kernel::Weights* weights,
@@ -43,30 +73,34 @@ TPK_INLINE void gemv_step(typename Kernel::Sums* sums, const typename Kernel::We
   }
 }
 
-// totals[m * kGemvBlock + r] of R rows of weights from w on and the G rows of x from x on.
+// R rows of weights and G rows of x: sums go on from `carried`, and end there or in totals[m * kGemvBlock + r].
 template <class Kernel, int R, int G>
-TPK_INLINE void gemv_tile(const Gemv& p, const typename Kernel::Value* w, const typename Kernel::Packed* x,
+TPK_INLINE void gemv_tile(const Gemv& p, const Stretch<Kernel>& part, Ahead& ahead, typename Kernel::Sums* carried,
                           float* totals) {
   using Value = typename Kernel::Value;
   constexpr size_t kStep = Kernel::kStep;
   typename Kernel::Sums sums[R * G];
   typename Kernel::Weights weights[R];
 #pragma GCC unroll 16
-  for (int i = 0; i < R * G; ++i) Kernel::clear(sums[i]);
-  const char* ahead = reinterpret_cast<const char*>(w) + kGemvAhead;
+  for (int i = 0; i < R * G; ++i) part.first ? Kernel::clear(sums[i]) : void(sums[i] = carried[i]);
+  const typename Kernel::Packed* x = part.x;
   size_t k = 0;
-  for (; k + kStep <= p.K; k += kStep, x += p.M * kStep, ahead += R * kStep * sizeof(Value)) {
-#pragma GCC unroll 8
-    for (size_t b = 0; b < R * kStep * sizeof(Value); b += kCacheLine) __builtin_prefetch(ahead + b);
+  for (; k + kStep <= part.count; k += kStep, x += p.M * kStep) {
+    ahead.request<R * kStep * sizeof(Value)>();
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) Kernel::load(w + r * p.w_stride + k, weights[r]);
+    for (int r = 0; r < R; ++r) Kernel::load(part.w + r * p.w_stride + k, weights[r]);
     gemv_step<Kernel, R, G>(sums, weights, x);
   }
-  if (k < p.K) {
+  if (!part.last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * G; ++i) carried[i] = sums[i];
+    return;
+  }
+  if (k < part.count) {
     for (int r = 0; r < R; ++r) {
-      Value last[kStep] = {};
-      std::memcpy(last, w + r * p.w_stride + k, (p.K - k) * sizeof(Value));
-      Kernel::load(last, weights[r]);
+      Value rest[kStep] = {};
+      std::memcpy(rest, part.w + r * p.w_stride + k, (part.count - k) * sizeof(Value));
+      Kernel::load(rest, weights[r]);
     }
     gemv_step<Kernel, R, G>(sums, weights, x);
   }
@@ -77,24 +111,55 @@ TPK_INLINE void gemv_tile(const Gemv& p, const typename Kernel::Value* w, const 
   }
 }
 
-// The sums of `rows` rows of weights, at most kGemvBlock, and G rows of x.
+// `rows` rows of weights, at most kGemvBlock, and G rows of x.
 template <class Kernel, int G>
-TPK_INLINE void gemv_rows(const Gemv& p, const typename Kernel::Value* w, size_t rows, const typename Kernel::Packed* x,
-                          float* totals) {
+TPK_INLINE void gemv_rows(const Gemv& p, Stretch<Kernel> part, Ahead& ahead, size_t rows,
+                          typename Kernel::Sums* carried, float* totals) {
   constexpr int R = Kernel::rows_with(G);
   size_t i = 0;
-  for (; i + R <= rows; i += R, w += R * p.w_stride) gemv_tile<Kernel, R, G>(p, w, x, totals + i);
-  for (; i < rows; ++i, w += p.w_stride) gemv_tile<Kernel, 1, G>(p, w, x, totals + i);
+  for (; i + R <= rows; i += R, part.w += R * p.w_stride) {
+    gemv_tile<Kernel, R, G>(p, part, ahead, carried + i * G, totals + i);
+  }
+  for (; i < rows; ++i, part.w += p.w_stride) gemv_tile<Kernel, 1, G>(p, part, ahead, carried + i * G, totals + i);
 }
 
 // The same for `count` rows of x, at most G.
 template <class Kernel, int G>
-TPK_INLINE void gemv_group(const Gemv& p, const typename Kernel::Value* w, size_t rows,
-                           const typename Kernel::Packed* x, size_t count, float* totals) {
+TPK_INLINE void gemv_group(const Gemv& p, const Stretch<Kernel>& part, Ahead& ahead, size_t rows, size_t count,
+                           typename Kernel::Sums* carried, float* totals) {
   if constexpr (G > 1) {
-    if (count < G) return gemv_group<Kernel, G - 1>(p, w, rows, x, count, totals);
+    if (count < G) return gemv_group<Kernel, G - 1>(p, part, ahead, rows, count, carried, totals);
   }
-  gemv_rows<Kernel, G>(p, w, rows, x, totals);
+  gemv_rows<Kernel, G>(p, part, ahead, rows, carried, totals);
+}
+
+// The sums of `rows` rows of weights, at most kGemvBlock, one stretch of k after the other.
+template <class Kernel>
+TPK_INLINE void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename Kernel::Packed* x,
+                           size_t rows, float* totals) {
+  constexpr size_t kStep = Kernel::kStep;
+  constexpr int kRows = Kernel::kMostRows;
+  typename Kernel::Sums carried[kMostGemvRows * kGemvBlock];
+  const size_t most = (p.M <= 4 ? 2 : 1) * kGemvStretch / (p.M * sizeof(typename Kernel::Packed));
+  const size_t stretches = (p.K + most - 1) / most;
+  const size_t length = (p.K / stretches + kGemvUnit) / kGemvUnit * kGemvUnit;
+  const ptrdiff_t stride = p.w_stride * static_cast<ptrdiff_t>(sizeof *w);
+  for (size_t k = 0; k < p.K; k += length) {
+    const bool first = k == 0, last = k + length >= p.K;
+    // The next stretch of these rows, or the first one of those behind them.
+    Ahead ahead{reinterpret_cast<const char*>(last ? w + kGemvBlock * p.w_stride : w + k + length), nullptr,
+                stride - static_cast<ptrdiff_t>(length * sizeof *w), stride};
+    if (first && last) {
+      ahead.at = reinterpret_cast<const char*>(w) + kGemvAhead;
+    } else {
+      ahead.row_end = ahead.at + length * sizeof *w;
+    }
+    for (size_t m = 0; m < p.M; m += kRows) {
+      const Stretch<Kernel> part{w + k, x + k * p.M + m * kStep, last ? p.K - k : length, first, last};
+      Ahead of_group = ahead;
+      gemv_group<Kernel, kRows>(p, part, of_group, rows, p.M - m, carried + m * kGemvBlock, totals + m * kGemvBlock);
+    }
+  }
 }
 
 template <class Kernel>
@@ -105,10 +170,7 @@ void gemv_multiply(const Gemv& p, const void* packed, size_t begin, size_t end) 
   float totals[kMostGemvRows * kGemvBlock];
   for (size_t n = begin; n < end; n += kGemvBlock) {
     const size_t rows = end - n < kGemvBlock ? end - n : kGemvBlock;
-    const Value* const w = static_cast<const Value*>(p.w) + static_cast<ptrdiff_t>(n) * p.w_stride;
-    for (size_t m = 0; m < p.M; m += Kernel::kMostRows) {
-      gemv_group<Kernel, Kernel::kMostRows>(p, w, rows, x + m * Kernel::kStep, p.M - m, totals + m * kGemvBlock);
-    }
+    gemv_block<Kernel>(p, static_cast<const Value*>(p.w) + static_cast<ptrdiff_t>(n) * p.w_stride, x, rows, totals);
     for (size_t m = 0; m < p.M; ++m) {
       Value* const y = static_cast<Value*>(p.y) + m * p.N + n;
       const float* const from = totals + m * kGemvBlock;
