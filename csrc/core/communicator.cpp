@@ -168,6 +168,7 @@ void Communicator::close(const std::string& why) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_.empty()) do_close();
   if (closed_.empty()) closed_ = why;
+  is_closed_ = true;
 }
 
 std::array<OpStats, kOps> Communicator::stats() {

@@ -101,6 +101,8 @@ class Communicator {
   // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
   // threads of the parent held, and none of those threads: it must not touch the rest of this object.
   bool is_of_this_process() const;
+  // Whether this process opened the group and has not closed it; takes no lock.
+  bool is_open() const { return is_of_this_process() && !is_closed_; }
   // Throws std::invalid_argument unless it is; `what`: the op that was called.
   void check_process(const char* what) const;
   std::array<OpStats, kOps> stats();
@@ -145,6 +147,7 @@ class Communicator {
   const uint64_t owner_;  // which process: see process_generation
   std::mutex mutex_;
   std::string closed_;  // why; empty while the group is open
+  std::atomic<bool> is_closed_{false};
   std::string broken_;  // the first fatal error
   std::array<OpStats, kOps> stats_{};
   OpStats* current_ = nullptr;

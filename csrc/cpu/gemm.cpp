@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/loops/gemv.h"
+#include "cpu/parallel.h"
 
 // torch's own entry to its oneDNN linear for compiled programs; absent where torch has no oneDNN. As an op,
 // mkldnn::_linear_pointwise, it takes two strings, and loses them at each call (torch_side/text.h).
@@ -45,7 +45,7 @@ Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
 
 bool has_dense_rows(const Tensor& w) { return w.size(1) <= 1 || w.stride(1) == 1; }
 
-constexpr int64_t kGemvGrain = 1 << 16;  // weights that are worth a thread of their own
+constexpr size_t kGemvGrain = 1 << 16;  // weights that are worth a thread of their own
 
 // Memory for the packed x of a product, kept by each thread: a decoding step asks for it hundreds of times.
 void* packed_memory(size_t bytes) {
@@ -68,13 +68,7 @@ void gemv_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, Ten
   product.M = static_cast<size_t>(num_rows(x));
   product.N = static_cast<size_t>(w.size(0));
   product.K = static_cast<size_t>(w.size(1));
-  const GemvPath& path = gemv_paths(dtype_of(x)).front();
-  void* const packed = packed_memory(gemv_packed_bytes(product.M, product.K));
-  path.pack(product, packed);
-  const int64_t grain = std::max<int64_t>(kGemvGrain / w.size(1), 1);
-  torch::stable::parallel_for(0, w.size(0), grain, [&](int64_t begin, int64_t end) {
-    path.multiply(product, packed, static_cast<size_t>(begin), static_cast<size_t>(end));
-  });
+  multiply_few_rows(dtype_of(x), product);
 }
 
 Tensor gemv_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
@@ -101,6 +95,14 @@ Engine engine_for(const Communicator& comm, const Tensor& x, const Tensor& w) {
 }  // namespace
 
 bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
+
+void multiply_few_rows(DType dtype, const Gemv& product) {
+  const GemvPath& path = gemv_paths(dtype).front();
+  void* const packed = packed_memory(gemv_packed_bytes(product.M, product.K));
+  path.pack(product, packed);
+  in_parallel(product.N, kGemvGrain / product.K,
+              [&](size_t begin, size_t end) { path.multiply(product, packed, begin, end); });
+}
 
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   const Tensor y = dense(linear_by(engine_for(comm, x, w), x, w, bias));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "choose.h"
+#include "cpu/loops/gemv.h"
 #include "torch_side/tensor.h"
 
 namespace tpk {
@@ -12,6 +13,8 @@ bool has_onednn_linear();
 
 // y[..., N] = x[..., K] @ w[N, K].T (+ bias)
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
+// By our own loop, on the threads of torch.
+void multiply_few_rows(DType dtype, const Gemv& product);
 // dx[..., K] = dy[..., N] @ w[N, K]
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w);
 // dw[N, K] = sum over tokens of dy[..., N] x[..., K]

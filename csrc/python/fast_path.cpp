@@ -11,7 +11,7 @@
 #include "core/check.h"
 #include "core/communicator.h"
 #include "core/specs.h"
-#include "cpu/output_pool.h"
+#include "new_tensor.h"
 
 namespace py = pybind11;
 
@@ -32,7 +32,8 @@ Translate translate_error = nullptr;
   X(is_profiler_enabled)      \
   X(tracing_state)            \
   X(forward_ad)               \
-  X(increment_version)
+  X(increment_version)        \
+  X(linear)
 
 struct TorchState {
 #define TPK_TORCH_STATE_FIELD(name) PyObject* name = nullptr;
@@ -73,9 +74,7 @@ int64_t integer(const py::object& value) {
 
 // Nothing to record, no mode, no transform, no profiler, no tracing.
 bool is_unobserved(PyObject* x) {
-  const bool wants_grad = steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True;
-  return !(wants_grad && call_is(torch_state.is_grad_enabled, Py_True)) &&
-         integer(steal(PyObject_CallNoArgs(torch_state.len_dispatch_modes))) == 0 &&
+  return !records_gradient(x) && integer(steal(PyObject_CallNoArgs(torch_state.len_dispatch_modes))) == 0 &&
          call_is(torch_state.is_function_mode_enabled, Py_False) && call_is(torch_state.peek_transforms, Py_None) &&
          call_is(torch_state.is_profiler_enabled, Py_False) && call_is(torch_state.tracing_state, Py_None) &&
          integer(steal(PyObject_GetAttr(torch_state.forward_ad, names().current_level))) < 0;
@@ -85,9 +84,6 @@ bool is_unobserved(PyObject* x) {
 bool has_memory(const dlpack::View& view) {
   return view.data != nullptr || std::find(view.shape, view.shape + view.ndim, 0) != view.shape + view.ndim;
 }
-
-// Of which besides no layer of torch observes the call.
-bool plain(PyObject* x, dlpack::View* view) { return view_of(x, view) && is_unobserved(x); }
 
 // The wire of a reduction, or nullptr when there is none (the op's checks then raise the reason).
 const Wire* wire_named(DType dtype, PyObject* op, PyObject* codec) {
@@ -114,7 +110,7 @@ struct FastCall {
 std::optional<FastCall> fast_call(PyObject* x, PyObject* address, PyObject* op, PyObject* codec) {
   auto* const comm = static_cast<Communicator*>(PyLong_AsVoidPtr(address));
   dlpack::View view;
-  if (comm == nullptr || !plain(x, &view) || !is_contiguous(view)) return {};
+  if (comm == nullptr || !plain_view_of(x, &view) || !is_contiguous(view)) return {};
   const Wire* const wire = wire_named(dtype_of(view.dtype), op, codec);
   if (wire == nullptr) return {};
   size_t numel = 1;
@@ -122,104 +118,19 @@ std::optional<FastCall> fast_call(PyObject* x, PyObject* address, PyObject* op, 
   return FastCall{*comm, *wire, view, numel};
 }
 
-// A new tensor like x but for the size of dimension 0. Through DLPack, too: torch.empty costs as much as the
-// collective.
-class NewTensor {
- public:
-  NewTensor(const dlpack::View& like, int64_t rows, size_t bytes) {
-    const size_t num_dims = static_cast<size_t>(like.ndim);
-    // The sizes and strides lie behind the header.
-    self_ = static_cast<Owned*>(std::malloc(sizeof(Owned) + 2 * num_dims * sizeof(int64_t)));
-    data_ = static_cast<char*>(allocate(bytes));
-    if (self_ == nullptr || data_ == nullptr) throw std::bad_alloc();
-    int64_t* const shape = reinterpret_cast<int64_t*>(self_ + 1);
-    int64_t* const strides = shape + num_dims;
-    int64_t stride = 1;
-    for (size_t i = num_dims; i-- > 0;) {
-      shape[i] = i == 0 ? rows : like.shape[i];
-      strides[i] = stride;
-      stride *= std::max<int64_t>(shape[i], 1);
-    }
-    self_->bytes = bytes;
-    self_->managed = {{dlpack::kMajor, dlpack::kMinor},
-                      nullptr,
-                      &free,
-                      0,
-                      {data_, like.device, like.ndim, like.dtype, shape, strides, 0}};
-  }
-  NewTensor(const NewTensor&) = delete;
-  NewTensor& operator=(const NewTensor&) = delete;
-  ~NewTensor() {
-    if (self_ != nullptr) free(&self_->managed);
-  }
-  char* data() const { return data_; }
-  PyObject* release() {
-    void* object = nullptr;
-    dlpack::Managed* const given = &std::exchange(self_, nullptr)->managed;
-    if (torch_state.exchange->to_object(given, &object) != 0) throw py::error_already_set();
-    return static_cast<PyObject*>(object);
-  }
-
- private:
-  struct Owned {
-    dlpack::Managed managed;  // first, so that free finds the rest
-    size_t bytes;
-  };
-  static void free(dlpack::Managed* managed) {
-    const size_t bytes = reinterpret_cast<Owned*>(managed)->bytes;
-    bytes < kSmallestPooled ? std::free(managed->view.data) : pool_free(managed->view.data, bytes);
-    std::free(managed);
-  }
-  static void* allocate(size_t bytes) {
-    constexpr size_t kAlignment = 64;  // as torch's own
-    if (bytes >= kSmallestPooled) return pool_allocate(bytes);
-    return std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
-  }
-
-  Owned* self_;
-  char* data_;
-};
-
 CallSpec reduction_spec(const FastCall& call, Op op) {
   const Wire& wire = call.wire;
   return {op, wire.dtype, wire.op, wire.codec, call.numel, hash_of(call.view.shape, call.num_dims()), 0};
-}
-
-// Runs a body with C++ errors turned into Python's.
-template <class Body>
-PyObject* guarded(Py_ssize_t got, Py_ssize_t expected, Body&& body) {
-  if (got != expected) {
-    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, got);
-    return nullptr;
-  }
-  try {
-    return body();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  } catch (...) {
-    translate_error(std::current_exception());
-    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, "unknown error in a collective");
-  }
-  return nullptr;
-}
-
-PyObject* none() {
-  Py_INCREF(Py_None);
-  return Py_None;
 }
 
 // Up to this size the dispatcher costs more than the collective; beyond, outputs are torch's own.
 constexpr size_t kMostBytes = size_t{1} << 18;
 bool is_large(size_t numel, const Wire& wire) { return numel * wire.value_bytes > kMostBytes; }
 
-using Arguments = PyObject* const*;
-
 PyObject* is_plain(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 1, [&] {
     dlpack::View view;
-    return PyBool_FromLong(plain(args[0], &view));
+    return PyBool_FromLong(plain_view_of(args[0], &view));
   });
 }
 
@@ -245,7 +156,7 @@ PyObject* fast_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 4, [&]() -> PyObject* {
     const std::optional<FastCall> call = fast_call(args[0], args[1], args[2], args[3]);
     if (!call.has_value() || is_large(call->numel, call->wire)) return none();
-    NewTensor out(call->view, call->view.ndim > 0 ? call->view.shape[0] : 1, call->numel * call->wire.value_bytes);
+    NewTensor out(call->view, 0, call->view.ndim > 0 ? call->view.shape[0] : 1, call->numel * call->wire.value_bytes);
     {
       py::gil_scoped_release no_gil;
       call->comm.all_reduce(reduction_spec(*call, Op::AllReduce), call->wire, call->data(), out.data(), call->numel);
@@ -261,7 +172,7 @@ PyObject* fast_reduce_scatter(PyObject*, Arguments args, Py_ssize_t count) {
     if (!call.has_value() || call->view.ndim == 0 || is_large(call->numel, call->wire)) return none();
     const CutCall cut =
         reduce_scatter_call(Op::ReduceScatter, call->wire, call->view.shape, call->num_dims(), 0, call->comm);
-    NewTensor out(call->view, cut.rows, static_cast<size_t>(cut.rows) * cut.row * call->wire.value_bytes);
+    NewTensor out(call->view, 0, cut.rows, static_cast<size_t>(cut.rows) * cut.row * call->wire.value_bytes);
     {
       py::gil_scoped_release no_gil;
       call->comm.reduce_scatter(cut.spec, call->wire, call->data(), out.data(), cut.cut);
@@ -281,17 +192,13 @@ PyObject* fast_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
     if (is_large(static_cast<size_t>(dim_size) * row, call->wire)) return none();
     const CutCall cut = all_gather_call(Op::AllGather, call->wire, call->view.shape, call->num_dims(), 0,
                                         Cut::even(static_cast<size_t>(dim_size), call->comm.world_size()));
-    NewTensor out(call->view, dim_size, static_cast<size_t>(dim_size) * row * call->wire.value_bytes);
+    NewTensor out(call->view, 0, dim_size, static_cast<size_t>(dim_size) * row * call->wire.value_bytes);
     {
       py::gil_scoped_release no_gil;
       call->comm.all_gather(cut.spec, call->wire, call->data(), out.data(), cut.cut);
     }
     return out.release();
   });
-}
-
-PyCFunction fast(PyObject* (*function)(PyObject*, Arguments, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 PyMethodDef methods[] = {
@@ -324,6 +231,39 @@ DType dtype_of(const dlpack::DataType& type) {
     case dlpack::kInt: return by_size(DType::I8, DType::I16, DType::I32, DType::I64);
     case dlpack::kUInt: return bytes == 1 ? DType::U8 : DType::Count;
     default: return DType::Count;
+  }
+}
+
+bool records_gradient(PyObject* x) {
+  return steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True &&
+         call_is(torch_state.is_grad_enabled, Py_True);
+}
+
+bool plain_view_of(PyObject* x, dlpack::View* view) { return view_of(x, view) && is_unobserved(x); }
+
+PyObject* object_of(dlpack::Managed* tensor) {
+  void* object = nullptr;
+  if (torch_state.exchange->to_object(tensor, &object) != 0) throw py::error_already_set();
+  return static_cast<PyObject*>(object);
+}
+
+PyObject* torch_linear(PyObject* x, PyObject* w, PyObject* bias) {
+  PyObject* const args[] = {x, w, bias};
+  PyObject* const y = PyObject_Vectorcall(torch_state.linear, args, 3, nullptr);
+  if (y == nullptr) throw py::error_already_set();
+  return y;
+}
+
+void raise_in_python() {
+  try {
+    throw;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (...) {
+    translate_error(std::current_exception());
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, "unknown error in a collective");
   }
 }
 

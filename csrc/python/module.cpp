@@ -6,6 +6,7 @@
 #include "cpu/transport/shm.h"
 #include "cpu/transport/sockets.h"
 #include "decode_step.h"
+#include "fast_gemm.h"
 #include "fast_path.h"
 
 namespace tpk {
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
   add_basics(m);
   add_engines(m);
   add_fast_path(m, &translate_errors);
+  add_fast_gemm(m);
   add_decode_step(m);
   add_communicator<Communicator>(m).def_property_readonly(
       "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); });

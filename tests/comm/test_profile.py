@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 import tpkernels as tpk
 from tpkernels._native import _C
-from tpkernels.comm import profile
+from tpkernels.comm import host, profile
 from tpkernels.comm.group import Group
 from tpkernels.comm.profile import Product, Profile
 from tpkernels.testing import run_ranks
@@ -47,7 +48,8 @@ def _open_first(folder: str, mode: str) -> tuple[str, tuple[str, str], list[str]
     os.environ["XDG_CACHE_HOME"], os.environ["TPKERNELS_PROFILE"] = folder, mode
     products = [Product("float32", 8, 64, 64), Product("bfloat16", 2, 64, 64)]
     profile.points = lambda: iter(products)
-    os.sched_getaffinity = lambda _: set(range(8))  # as on a machine with enough cores
+    kept = host.RankInfo.here
+    host.RankInfo.here = lambda *args: replace(kept(*args), cores=frozenset(range(8)))  # a machine with enough cores
     with Group.open(dist.group.WORLD) as group:
         text = profile.profile_file(group.transport).read_text() if mode == "auto" else ""
         return text, chosen(group, Product("float32", 9, 70, 60)), sorted(os.listdir(folder))
@@ -73,9 +75,9 @@ def test_nothing_is_measured_or_read_where_it_is_switched_off(tmp_path: Path) ->
 
 
 def test_ranks_that_share_cores_measure_nothing(folder: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert profile._can_measure(cores // torch.get_num_threads(), "shm") == (cores >= torch.get_num_threads())
-    assert not profile._can_measure(cores + 1, "shm")
+    threads = torch.get_num_threads()
+    assert profile._can_measure(3 * threads, 3, "shm")
+    assert not profile._can_measure(3 * threads - 1, 3, "shm")
 
 
 def _open_with_file(folder: str, text: str, differs: bool) -> tuple[str, str]:

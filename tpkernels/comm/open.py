@@ -105,7 +105,7 @@ def open_communicator(
     if process_group is None:
         if obstacle is not None:
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
-        return _profiled(Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process"), device, 1)
+        return _profiled(Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process"), device)
     wanted = Wanted(timeout_s, arena_bytes, transport, device.type, multicast)
     gpu, base = Gpu.of(device) if kernels is not None else None, process_group.group_name
     bootstrap = Bootstrap(process_group, label, timeout_s)
@@ -117,17 +117,18 @@ def open_communicator(
     if warning is not None and process_group.rank() == 0:
         _log.warning("group '%s': %s", label, warning)
     if len(ranks) == 1:
-        return _profiled(Opened(_open_local(kernels, name, label, device), "one rank"), device, 1)
+        return _profiled(Opened(_open_local(kernels, name, label, device), "one rank"), device)
     if kernels is None:
-        return _profiled(_open_cpu(opening), device, len(ranks) - opening.pids.count(None))
+        here = [info for info in ranks if info.host == ranks[opening.rank].host]
+        return _profiled(_open_cpu(opening), device, len(frozenset.union(*(r.cores for r in here))), len(here))
     return _open_cuda(opening, device, kernels)
 
 
-def _profiled(opened: Opened, device: torch.device, ranks_here: int) -> Opened:
+def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int = 1) -> Opened:
     """The communicator, on the CPU with the machine's profile; closed where the ranks cannot agree on one."""
     if device.type == "cpu":
         try:
-            return replace(opened, profile=open_with_profile(opened.communicator, ranks_here))
+            return replace(opened, profile=open_with_profile(opened.communicator, cores, ranks))
         except BaseException:
             opened.communicator.close("its profile could not be used")
             raise

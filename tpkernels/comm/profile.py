@@ -38,7 +38,7 @@ _ROUNDS = 5
 _SECONDS = 5.0  # that measuring the points may take
 _MOST_FLOPS = 2.5e9  # of a point: about 40 ms of a core
 _ROWS = (1, 8, 64, 2, 16, 128, 4, 32, 256, 512)  # where the time is up early, no part of the range is without a point
-_SIZES = (256, 1024, 4096)  # of N and of K
+_SIZES = (256, 1024, 4096, 88)  # of N and of K; 88 is no multiple of a vector
 _DTYPES = ("float32", "bfloat16", "float16")
 _log = logging.getLogger("tpkernels")
 
@@ -158,14 +158,15 @@ def write(profile: Profile, transport: str) -> None:
     os.replace(new.name, file)
 
 
-def open_with_profile(communicator: Any, ranks_here: int) -> Path | None:
+def open_with_profile(communicator: Any, cores: int = 1, ranks: int = 1) -> Path | None:
     """Give a communicator that opens the machine's profile, and measure one where there is none; all ranks call this.
 
     The ranks use it where all of them read the same; where they differ, or some read none, the rule decides on all.
 
     Args:
         communicator: of a group on the CPU.
-        ranks_here: how many of its ranks this machine runs.
+        cores: of this machine that its ranks may use.
+        ranks: how many of its ranks this machine runs.
 
     Returns:
         the file; None where the rule decides.
@@ -175,7 +176,7 @@ def open_with_profile(communicator: Any, ranks_here: int) -> Path | None:
     """
     transport, found = communicator.transport, read(communicator.transport)
     if communicator.world_size > 1:
-        found = _agreed(communicator, found, _can_measure(ranks_here, transport))
+        found = _agreed(communicator, found, _can_measure(cores, ranks, transport))
     if found is None:
         return None
     found.give(communicator)
@@ -204,9 +205,9 @@ def _digest(found: Profile | None, can_measure: bool) -> int:
     return int.from_bytes(hashlib.sha256(found.text().encode()).digest()[:7], "big") + 2
 
 
-def _can_measure(ranks_here: int, transport: str) -> bool:
+def _can_measure(cores: int, ranks: int, transport: str) -> bool:
     """Whether the ranks of this machine have cores of their own, and the file can be written."""
-    if mode() != "auto" or len(os.sched_getaffinity(0)) < ranks_here * torch.get_num_threads():
+    if mode() != "auto" or cores < ranks * torch.get_num_threads():
         return False
     folder = profile_file(transport).parent
     with contextlib.suppress(OSError):
@@ -302,12 +303,14 @@ class _Engines:
                 best[name] = min(best[name], (time.perf_counter_ns() - started) // calls)
         return best
 
-    def _run(self, engine: str, product: Product, x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """A call of the op for the product x @ w.T by this engine."""
+    def _run(self, engine: str, product: Product, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
+        """The product x @ w.T by this engine, the way that replicated_gemm takes."""
         if engine not in self._local:
             self._local[engine] = _C.open_local(f"engine/{engine}/{id(self)}", engine)
         local = self._local[engine]
         local.add_measured(*product, {engine: 0.0})
+        if _C.fast_linear(x, w, None, local.address) is not None:
+            return lambda: _C.fast_linear(x, w, None, local.address)
         return lambda: self._kernel(self._cpu, x, w, None, local.name, 1, "none")
 
 

@@ -42,6 +42,7 @@ _C.set_fast_path(
         "tracing_state": torch._C._get_tracing_state,
         "forward_ad": torch.autograd.forward_ad,
         "increment_version": torch._C._increment_version,
+        "linear": torch._C._nn.linear,
     },
     Tensor.__dlpack_c_exchange_api__,
 )
