@@ -1,4 +1,4 @@
-"""The environment of the processes of the tests; those that they start inherit it."""
+"""What all processes of the tests share: an environment, which those that they start inherit, and small arenas."""
 
 import os
 
@@ -7,7 +7,21 @@ import os
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456",
 }
-for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+ARENA_BYTES = 4 << 20  # each rank maps the arenas of all, 5 ms for every 16 MiB, and the tests open thousands of groups
+
+
+def _prepare() -> int:
+    """Set both; return the bytes of an arena before."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from tpkernels.comm import open as opening  # and with it torch, which reads the environment
+
+    usual = opening.ARENA_BYTES["cpu"]
+    opening.ARENA_BYTES["cpu"] = ARENA_BYTES
+    return usual
+
+
+USUAL_ARENA_BYTES = _prepare()

@@ -25,8 +25,6 @@ from .threads import open_beside, where
 
 __all__ = ["PLACES", "Place", "RankError", "open_beside"]
 
-ARENA_BYTES = 4 << 20  # of processes whose test asks for no size: each maps those of all ranks, 5 ms for every 16 MiB
-
 
 @dataclass(frozen=True)
 class Place:
@@ -94,10 +92,7 @@ class Place:
         """The same, telling what became of each rank instead of raising."""
         if self.name in ("emu", "virtual"):
             return call_threads(self.name, body, R, args, opening, timeout, faulty, seed)
-        if self.device == "cuda":
-            backend = "cpu:gloo,cuda:nccl"
-        else:
-            backend, opening = "gloo", {"arena_bytes": ARENA_BYTES, **opening}
+        backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
         return call_ranks(in_group, R, (body, opening, args), timeout, faulty, backend)
 
 
