@@ -30,7 +30,11 @@ CALLS_PER_TEAM = 25  # groups that a test leaves open keep shared memory until t
 # The fork server imports these before it forks the first rank, and the slow modules of libraries that the test process
 # has imported by then. (torch imports its compiler when an optimizer is made.)
 PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "pytest", "tpkernels")
-SLOW = {"transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")}
+SLOW = {
+    "transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    "peft": ("peft",),
+    "torch._inductor.compile_fx": ("torch._inductor.compile_fx",),
+}
 PATIENCE_S = 10.0  # after one rank failed, for the others to report
 DUMP_S = 0.5  # for a rank to write its stack
 
@@ -42,7 +46,7 @@ def fork_server() -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     slow = [name for library, names in SLOW.items() if library in sys.modules for name in names]
-    context.set_forkserver_preload([*PRELOAD, *slow])
+    context.set_forkserver_preload([*PRELOAD, *slow, "tpkernels.testing.frozen"])
     with _one_thread():
         multiprocessing.forkserver.ensure_running()
     return context
