@@ -191,7 +191,7 @@ def test_an_error_of_the_ranks_is_said_once_and_without_a_stack_trace(tmp_path: 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    often = {"--steps": 10**6, "--checkpoint-every": 200, "--eval-every": 10**6}
+    often = {"--steps": 10**6, "--checkpoint-every": 20, "--eval-every": 10**6}
     program = [sys.executable, "-m", "tpkernels", "train", *tiny(**often), "--folder", str(run)]
     started = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
