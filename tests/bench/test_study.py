@@ -106,6 +106,10 @@ def test_a_shaped_link_joins_two_namespaces_and_is_gone_after_an_error() -> None
         pytest.skip(f"shaped links cannot be made here: {why}")
     with pytest.raises(RuntimeError, match="on the way"), links.shaped("100mbit") as link:
         assert "rate 100Mbit" in links.run(*link.hosts[0].command, links.program("tc"), "qdisc", "show", "dev", "v0")
+        addresses = [
+            links.run(*host.command, links.program("ip"), "addr", "show", host.interface) for host in link.hosts
+        ]
+        assert all("inet6" not in text for text in addresses), "IPv6 sends by itself"
         before = [host.sent_bytes() for host in link.hosts]
         links.run(*link.hosts[1].command, sys.executable, "-c", SEND, link.hosts[0].address)
         sent = [host.sent_bytes() - was for host, was in zip(link.hosts, before, strict=True)]

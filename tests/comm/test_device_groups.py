@@ -76,6 +76,7 @@ def gpus(**changes: Any) -> Iterator[FakeKernels]:
     place: dict[tuple[object, str], Any] = {
         (open, "load_cuda"): lambda: (kernels, None),
         (open, "DeviceExchange"): lambda *args: args,
+        (open, "ARENA_BYTES"): {"cuda": 1 << 20},
         (open, "Gpu"): type("Gpu", (), {"of": lambda device: Gpu(f"uuid-{rank}", f"GPU {rank} (X100)", rank)}),
         (peer, "_unreachable"): lambda ranks, rank: None,
         (peer, "_allocate"): lambda nbytes, device: torch.ones(nbytes, dtype=torch.uint8),

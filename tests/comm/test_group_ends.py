@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import tpkernels as tpk
+from tests import ARENA_BYTES, USUAL_ARENA_BYTES
 from tests.harness.ops import raised
 from tpkernels import ops
 from tpkernels._native import _C
@@ -161,7 +162,8 @@ def check_memory_goes_with_close() -> None:
     before = mapped()
     group = Group.open()
     layer = tpk.layers.RowParallelLinear(4, 4, group=group)
-    assert mapped() - before == group.world_size * (16 << 20)
+    assert mapped() - before == group.world_size * ARENA_BYTES
+    assert USUAL_ARENA_BYTES == 16 << 20
     x = group.empty(1000).fill_(3.0)
     dist.barrier()
     group.close()

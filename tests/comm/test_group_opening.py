@@ -18,10 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import USUAL_ARENA_BYTES
 from tests.harness.ops import raised
 from tpkernels import ops
 from tpkernels.comm import bootstrap, host
 from tpkernels.comm.group import Group
+from tpkernels.comm.open import ARENA_BYTES
 from tpkernels.errors import PeerLostError
 from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.faults import kill_myself
@@ -207,7 +209,8 @@ def room_for(most: int) -> Iterator[None]:
 
 def check_a_smaller_arena() -> None:
     R = dist.get_world_size()
-    with room_for(R * (5 << 20)), Group.open() as group:
+    usual = mock.patch.dict(ARENA_BYTES, cpu=USUAL_ARENA_BYTES)
+    with usual, room_for(R * (5 << 20)), Group.open() as group:
         assert group.transport == "shm"
         assert f"in arenas of {4 << 20} bytes because the arenas of {R} ranks need" in group.explain().reason
         check_it_works(group)

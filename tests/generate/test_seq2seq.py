@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.harness.examples import in_ranks
 from tests.harness.generation import byte_tokenizer
 from tpkernels import Group, hf
 from tpkernels.generate import Generator, Sampling
@@ -86,11 +85,7 @@ def test_the_command_takes_a_folder_of_an_encoder_and_a_decoder(tmp_path: Path) 
     model, _ = load_whole(str(folder))
     assert Generator(model, tokenizer).generate(PROMPTS[:1], Sampling(max_tokens=NEW))[0].text == want
     options = ["--prompt", PROMPTS[0], "--max-tokens", str(NEW), "--tp", "2"]
-    run = subprocess.run(
-        [sys.executable, "-m", "tpkernels", "generate", str(folder), *options], capture_output=True, timeout=100
-    )
-    assert run.returncode == 0, run.stderr.decode()
-    assert run.stdout.decode() == want + "\n"
+    assert in_ranks(2, "tpkernels", "generate", str(folder), *options) == want + "\n"
 
 
 def test_what_cannot_be_generated_is_said(tmp_path: Path) -> None:

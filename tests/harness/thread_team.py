@@ -19,10 +19,11 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from tpkernels.testing.spawn import CALLS_PER_TEAM, DUMP_S, PATIENCE_S, Outcome
+from tpkernels.testing.spawn import DUMP_S, PATIENCE_S, Outcome
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_CHARS = 4000
+MOST_CALLS = 100  # of a process, whose start takes 1.4 s
 
 # What the process runs first: on an emulated device, another module takes the place of _C before anything asks for it.
 _BOOT = """
@@ -69,7 +70,7 @@ def call_threads(
     team = _resting.pop(key, None) or ThreadTeam(place, seed)
     try:
         outcomes = team.call(body, R, args, opening, timeout, faulty)
-        if not faulty and all(outcome.finished for outcome in outcomes) and team.calls < CALLS_PER_TEAM:
+        if not faulty and all(outcome.finished for outcome in outcomes) and team.calls < MOST_CALLS:
             _resting[key] = team
         return outcomes
     finally:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.harness.examples import torchrun
+from tests.harness.examples import in_ranks
 from tests.harness.families import build, inputs, tokens
 from tests.harness.parallelize import close, compare_steps
 from tpkernels.comm.group import Group
@@ -100,7 +100,7 @@ def test_outputs_loss_gradients_and_a_step_of_a_derived_plan_are_those_of_the_un
 
 
 def test_a_clip_cut_by_one_line_gives_the_probabilities_of_the_uncut_one() -> None:
-    said = torchrun(2, "clip_zero_shot.py")
+    said = in_ranks(2, "clip_zero_shot.py")
     assert "6 attention blocks 6 heads over 2 ranks as 3+3" in said
     assert said.count("a red square ") == 3
     assert float(said.rpartition("uncut model: ")[2]) < 1e-6

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.harness.examples import in_ranks
 from tests.harness.generation import byte_tokenizer
 from tests.harness.parallelize import TINY, close, ids, part_of
 from tpkernels.comm.group import Group
@@ -243,7 +242,4 @@ def test_a_folder_of_a_mixture_is_generated_from(tmp_path: Path) -> None:
             tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     want = tokenizer.decode(tokens[-12:])
     options = ["--prompt", "hi", "--max-tokens", "12", "--ignore-eos", "--tp", "2", "--dtype", "fp32"]
-    command = [sys.executable, "-m", "tpkernels", "generate", str(tmp_path), *options]
-    run = subprocess.run(command, capture_output=True, timeout=100)
-    assert run.returncode == 0, run.stderr.decode()
-    assert run.stdout.decode() == want + "\n"
+    assert in_ranks(2, "tpkernels", "generate", str(tmp_path), *options) == want + "\n"

@@ -31,7 +31,7 @@ from tpkernels.comm.sockets import connect
 from tpkernels.comm.watch import Watch
 
 TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
-_ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 _log = logging.getLogger("tpkernels")
@@ -136,7 +136,7 @@ def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int =
 
 
 def _arena_bytes(wanted: Wanted) -> int:
-    return rounded_to_pages(wanted.arena_bytes or _ARENA_BYTES[wanted.device])
+    return rounded_to_pages(wanted.arena_bytes or ARENA_BYTES[wanted.device])
 
 
 def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> Any:

@@ -81,8 +81,9 @@ class Sizes:
         if self.integers or not self.dtype.is_floating_point:
             low = 0 if self.dtype == torch.uint8 else -4
             found = torch.randint(low, 5, shape, generator=generator, device="cpu")
-        else:
-            found = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+        else:  # drawing in fp64 takes five times as long
+            drawn = torch.float64 if self.dtype == torch.float64 else torch.float32
+            found = torch.randn(shape, generator=generator, device="cpu", dtype=drawn)
         found = found.to(self.dtype)
         return found.double() if self.dtype.is_floating_point else found
 
@@ -154,6 +155,14 @@ class Case:
         packed = packings * CODEC_ROUNDING[s.codec]
         return (self.terms(s) + 2) * unit(sums_dtype(s.dtype)) + self.roundings * unit(s.dtype) + packed
 
+    def upstream(self, s: Sizes, rank: int) -> Tensor:
+        """The gradient of the rank's result."""
+        y = self.run(s)
+        return self._mine(s.randn("dy", *y.shape).to(y.dtype), s, rank)
+
+    def _mine(self, dy: Tensor, s: Sizes, rank: int) -> Tensor:
+        return present(shard(dy, self.output_cut(s), s, rank))
+
     def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """The gradient of the rank's result; the exact gradients of its arguments; the largest errors of those."""
         exact, arriving = self._backward(s, lambda x: x)
@@ -168,7 +177,7 @@ class Case:
             for name, g in magnitude.items()
         }
         bounds = [shard(g, cuts[name], s, rank, round_to=None) for name, g in larger.items()]
-        dy = present(shard(arriving, self.output_cut(s), s, rank))
+        dy = self._mine(arriving, s, rank)
         floors = [0.0 if g is None else 4 * floor_of(s, g) for g in larger.values()]
         return dy, wanted, [None if b is None else factor * b + f for b, f in zip(bounds, floors, strict=True)]
 

@@ -30,9 +30,26 @@ CALLS_PER_TEAM = 25  # groups that a test leaves open keep shared memory until t
 # The fork server imports these before it forks the first rank, and the slow modules of libraries that the test process
 # has imported by then. (torch imports its compiler when an optimizer is made.)
 PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "pytest", "tpkernels")
-SLOW = {"transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")}
+SLOW = {
+    "transformers": ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    "peft": ("peft",),
+    "torch._inductor.compile_fx": ("torch._inductor.compile_fx",),
+}
 PATIENCE_S = 10.0  # after one rank failed, for the others to report
 DUMP_S = 0.5  # for a rank to write its stack
+
+
+def fork_server() -> Any:
+    """The context of multiprocessing whose processes are forked from a server that has imported torch, one per process.
+
+    All that start ranks take it from here: what the server imports is decided when it starts.
+    """
+    context = multiprocessing.get_context("forkserver")
+    slow = [name for library, names in SLOW.items() if library in sys.modules for name in names]
+    context.set_forkserver_preload([*PRELOAD, *slow, "tpkernels.testing.frozen"])
+    with _one_thread():
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @dataclass(frozen=True)
@@ -144,21 +161,17 @@ class Team:
     def __init__(self, world_size: int, backend: str) -> None:
         self.calls = 0
         self._folder = Path(tempfile.mkdtemp(prefix="tpkernels-ranks-"))
-        context = multiprocessing.get_context("forkserver")
-        slow = [name for library, names in SLOW.items() if library in sys.modules for name in names]
-        context.set_forkserver_preload([*PRELOAD, *slow])
+        context = fork_server()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        with _one_thread():
-            multiprocessing.forkserver.ensure_running()
-            for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                arguments = (theirs, rank, world_size, str(self._folder), backend)
-                process = context.Process(target=serve, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._processes.append(process)
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, world_size, str(self._folder), backend)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
 
     def call(
         self,
