@@ -25,11 +25,15 @@
 #include <immintrin.h>
 #else
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12: of the intrinsics' own undefined registers
+#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12: of the intrinsics' own undefined registers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
 #endif
+
+// A lambda that is inlined wherever it is called, as TPK_ALWAYS_INLINE functions are.
+#define TPK_LAMBDA __attribute__((always_inline))
 
 namespace tpk {
 namespace {
@@ -134,10 +138,17 @@ TPK_ALWAYS_INLINE Ints right_words(Ints a, int by) { return _mm512_srli_epi16(a,
 // The bits of a under mask, those of b elsewhere.
 TPK_ALWAYS_INLINE Ints merged(Ints a, Ints b, Ints mask) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 
-// 2^-8 of each e4m3, which is a half whose exponent is one bit wider.
-TPK_ALWAYS_INLINE Floats load_e4m3(const void* from) {
-  const __m256i words = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from))), 8);
-  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(static_cast<short>(0xbfff))));
+// 2^-8 of each e4m3 of four vectors: a half whose exponent is one bit wider.
+TPK_ALWAYS_INLINE void load_e4m3(const void* from, Floats* four) {
+  const Ints in_lanes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(from));
+  const Ints zero = _mm512_setzero_si512();
+  const auto halves = [](Ints upper_bytes)
+                          TPK_LAMBDA { return both(_mm512_srai_epi16(upper_bytes, 1), all(0xbfffbfffu)); };
+  const Ints first = halves(_mm512_unpacklo_epi8(zero, in_lanes)), last = halves(_mm512_unpackhi_epi8(zero, in_lanes));
+  four[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(first));
+  four[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1));
+  four[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(last));
+  four[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(last, 1));
 }
 
 // The largest magnitude of each of kWidth groups of 32 values. Pairs of vectors are folded into one; the groups are
@@ -263,10 +274,16 @@ TPK_ALWAYS_INLINE Ints merged(Ints a, Ints b, Ints mask) {
   return _mm256_or_si256(both(a, mask), _mm256_andnot_si256(mask, b));
 }
 
-TPK_ALWAYS_INLINE Floats load_e4m3(const void* from) {
-  const __m128i words = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(from))), 8);
-  const __m128i halves = _mm_and_si128(_mm_srai_epi16(words, 1), _mm_set1_epi16(static_cast<short>(0xbfff)));
-  return _mm256_cvtph_ps(halves);
+TPK_ALWAYS_INLINE void load_e4m3(const void* from, Floats* four) {
+  const Ints in_lanes = _mm256_permute4x64_epi64(_mm256_loadu_si256(static_cast<const __m256i*>(from)), 0xd8);
+  const Ints zero = _mm256_setzero_si256();
+  const auto halves = [](Ints upper_bytes)
+                          TPK_LAMBDA { return both(_mm256_srai_epi16(upper_bytes, 1), all(0xbfffbfffu)); };
+  const Ints first = halves(_mm256_unpacklo_epi8(zero, in_lanes)), last = halves(_mm256_unpackhi_epi8(zero, in_lanes));
+  four[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(first));
+  four[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(first, 1));
+  four[2] = _mm256_cvtph_ps(_mm256_castsi256_si128(last));
+  four[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(last, 1));
 }
 
 TPK_ALWAYS_INLINE Ints largest_of_groups(const float* values) {

@@ -13,9 +13,6 @@
 #include "int8.h"
 #include "vector.h"
 
-// A lambda that is inlined wherever it is called, as TPK_ALWAYS_INLINE functions are.
-#define TPK_LAMBDA __attribute__((always_inline))
-
 namespace tpk {
 namespace {
 
@@ -73,9 +70,7 @@ TPK_ALWAYS_INLINE void store_payloads(const Floats* values, int8_t* to) {
   store_in_order(to, signed_bytes(left, right));
 }
 
-TPK_ALWAYS_INLINE void load_payloads(const Fp8* from, Floats* values) {
-  for (size_t v = 0; v < 4; ++v) values[v] = load_e4m3(from + v * kWidth);
-}
+TPK_ALWAYS_INLINE void load_payloads(const Fp8* from, Floats* values) { load_e4m3(from, values); }
 // A power of two that is 2^20 times the exponent of a value rounds it to four bits, which are the lowest of the sum;
 // its own lowest bits add what is missing to 128 eighths of an exponent.
 TPK_ALWAYS_INLINE Ints e4m3_words(Floats a, Floats b) {
