@@ -15,8 +15,7 @@
 namespace tpk {
 namespace {
 
-// ---- values of 16 bits
-// -----
+// ---- values of 16 bits ----------------------------------------------------------------------------------------------
 
 template <class T>
 void from_floats(const float* values, void* to, size_t n) {
@@ -50,8 +49,7 @@ void to_floats(const void* from, float* values, size_t n) {
   for (; i < n; ++i) values[i] = to_float(in[i]);
 }
 
-// ---- plain wires
-// -----------------------------------------------------------------------------------------------------
+// ---- plain wires ----------------------------------------------------------------------------------------------------
 
 template <class T, ReduceOp op>
 void reduce_two(const T* const* inputs, T* const* outputs, int num_outputs, size_t n) {
@@ -111,8 +109,7 @@ void reduce(const void* const* in, int num_inputs, void* const* out, int num_out
   }
 }
 
-// ---- wires of a codec
-// ------------------------------------------------------------------------------------------------
+// ---- wires of a codec -----------------------------------------------------------------------------------------------
 
 template <class C>
 __attribute__((noinline)) void encode_plain(const float* values, char* wire, size_t n) {
@@ -248,8 +245,14 @@ void keep(const float* sum, const char* wire, float* residual, size_t n) {
   keep_plain<C>(sum, wire, residual, n);
 }
 
-void divide(float* values, float by, size_t n) {
-  for (size_t i = 0; i < n; ++i) values[i] /= by;
+// Multiplying by the inverse of a power of two rounds as dividing by it does.
+void divide(float* values, int by, size_t n) {
+  const float divisor = static_cast<float>(by), inverse = 1.0f / divisor;
+  if ((by & (by - 1)) == 0) {
+    for (size_t i = 0; i < n; ++i) values[i] *= inverse;
+  } else {
+    for (size_t i = 0; i < n; ++i) values[i] /= divisor;
+  }
 }
 
 void add_residual(const float* values, float scale, const float* residual, float* __restrict sum, size_t n) {

@@ -34,7 +34,7 @@ struct Moves {
   CodecMoves codecs[static_cast<size_t>(Codec::Count)];  // Codec::None has none
   DTypeMoves dtypes[static_cast<size_t>(DType::Raw1)];   // float32, bfloat16 and float16
   Reduce reduce[static_cast<size_t>(DType::Raw1)][static_cast<size_t>(ReduceOp::None)];  // avg: floating dtypes
-  void (*divide)(float* values, float by, size_t n);
+  void (*divide)(float* values, int by, size_t n);
   // sum = scale * values + residual.
   void (*add_residual)(const float* values, float scale, const float* residual, float* sum, size_t n);
   // residual = sum - sent, where that is finite.

@@ -77,7 +77,7 @@ void sum_tile(const Wire& wire, const void* const* inputs, int num_inputs, size_
   const Moves& m = moves();
   const char* const* wires = reinterpret_cast<const char* const*>(inputs);
   m.codecs[index_of(wire.codec)].sum(wires, num_inputs, wire.offset(start), sums, n);
-  if (wire.op == ReduceOp::Avg) m.divide(sums, static_cast<float>(num_inputs), n);
+  if (wire.op == ReduceOp::Avg) m.divide(sums, num_inputs, n);
 }
 
 }  // namespace

@@ -169,3 +169,14 @@ CASE(other_rounding_and_flushed_subnormals_are_for_the_plain_loops) {
   EXPECT(&moves() == &usual);
 }
 #endif
+
+CASE(an_average_is_the_quotient) {
+  for (int by = 1; by <= 9; ++by) {
+    for (unsigned which = 0; which < 255; which += 2) {
+      std::vector<float> values = message(1000, which), expected = values;
+      for (float& value : expected) value /= static_cast<float>(by);
+      moves().divide(values.data(), by, values.size());
+      EXPECT(equal(values, expected), "by ", by, ", message ", which);
+    }
+  }
+}

@@ -174,8 +174,7 @@ struct VectorCodec<Fp8Codec> {
 template <class C>
 constexpr bool kHasVectors<C, std::void_t<decltype(VectorCodec<C>::read_scales)>> = true;
 
-// ---- whole blocks
-// ----------------------------------------------------------------------------------------------------
+// ---- whole blocks ---------------------------------------------------------------------------------------------------
 
 // The factor of vector v of the four that begin at value i.
 template <class C>
