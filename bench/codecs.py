@@ -27,9 +27,9 @@ from tpkernels import ops
 from tpkernels.compress import CODECS, wire_bytes
 
 OP = "codec_moves"
-MOVES = ("encode", "decode", "feedback")
-GOAL = 0.7
-"""Of one core's copy bandwidth."""
+GOALS = {"encode": 0.7, "decode": 0.7, "feedback": 0.4}
+"""Of one core's copy bandwidth, for each move."""
+MOVES = tuple(GOALS)
 
 
 def moved(move: str, codec: str, nbytes: int, itemsize: int) -> int:
@@ -51,7 +51,7 @@ def share(row: Row) -> float:
 def least_ratio(move: str, codec: str, itemsize: int = 4) -> float:
     """The ratio of times at which a move of many values reaches the goal."""
     many = 1 << 20
-    return GOAL * moved("copy", codec, many, itemsize) / moved(move, codec, many, itemsize)
+    return GOALS[move] * moved("copy", codec, many, itemsize) / moved(move, codec, many, itemsize)
 
 
 def moves(setting: Setting, nbytes: int) -> Cell:
@@ -98,7 +98,7 @@ def moves(setting: Setting, nbytes: int) -> Cell:
 
 def main(
     results: Annotated[Path, typer.Argument(help="A file of JSON lines.")] = kept.RESULTS / "codec_moves.jsonl",
-    strict: Annotated[bool, typer.Option(help="Exit 1 if a move misses the goal beyond the caches.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit 1 if a move misses its goal, at any size.")] = False,
 ) -> None:
     """Print shares of the copy's bandwidth from the kept rows."""
     found = [row for row in kept.load(results) if row["op"] == OP and row["variant"] != "copy" and row["ratio"]]
@@ -110,7 +110,7 @@ def main(
         by_size = {row["bytes"]: share(row) for row in found if row["variant"] == variant}
         table.add_row(variant, *(f"{by_size[size]:.0%}" if size in by_size else "-" for size in sizes))
     Console(width=120).print(table)
-    if strict and (not found or any(share(row) < GOAL for row in found if row["bytes"] == max(sizes))):
+    if strict and (not found or any(share(row) < GOALS[row["variant"].partition("_")[0]] for row in found)):
         sys.exit(1)
 
 

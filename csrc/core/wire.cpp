@@ -1,108 +1,14 @@
 #include "wire.h"
 
+#include <array>
 #include <cstring>
 
+#include "bytes.h"
 #include "check.h"
-#include "reduce.h"
+#include "moves.h"
 
 namespace tpk {
 namespace {
-
-template <size_t Size>
-size_t plain_bytes(size_t n) {
-  return n * Size;
-}
-
-template <size_t Size>
-void plain_copy(const void* from, void* to, size_t n) {
-  if (from != to && n > 0) std::memcpy(to, from, n * Size);
-}
-
-template <class T, ReduceOp op>
-void plain_reduce(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) {
-  reduce_plain<T, op>(reinterpret_cast<const T* const*>(inputs), num_inputs, reinterpret_cast<T* const*>(outputs),
-                      num_outputs, n);
-}
-
-template <class T, ReduceOp op>
-void plain_reduce_to_values(const void* const* inputs, int num_inputs, void* values, size_t n) {
-  plain_reduce<T, op>(inputs, num_inputs, &values, 1, n);
-}
-
-template <class T, ReduceOp op>
-Wire plain_wire(DType dtype) {
-  return {dtype,
-          Codec::None,
-          op,
-          1,
-          sizeof(T),
-          plain_bytes<sizeof(T)>,
-          plain_copy<sizeof(T)>,
-          plain_copy<sizeof(T)>,
-          plain_reduce<T, op>,
-          plain_reduce_to_values<T, op>};
-}
-
-template <size_t Size>
-Wire raw_wire(DType dtype) {
-  return {dtype,   Codec::None, ReduceOp::None, 1, Size, plain_bytes<Size>, plain_copy<Size>, plain_copy<Size>,
-          nullptr, nullptr};
-}
-
-template <class C, class T, ReduceOp op>
-Wire coded_wire(DType dtype, Codec codec) {
-  return {dtype,
-          codec,
-          op,
-          C::kBlockValues,
-          sizeof(T),
-          C::bytes,
-          [](const void* values, void* wire, size_t n) {
-            encode<C, T>(static_cast<const T*>(values), static_cast<char*>(wire), n);
-          },
-          [](const void* wire, void* values, size_t n) {
-            decode<C, T>(static_cast<const char*>(wire), static_cast<T*>(values), n);
-          },
-          [](const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) {
-            reduce_coded<C, op>(reinterpret_cast<const char* const*>(inputs), num_inputs,
-                                reinterpret_cast<char* const*>(outputs), num_outputs, n);
-          },
-          [](const void* const* inputs, int num_inputs, void* values, size_t n) {
-            reduce_coded_to_values<C, T, op>(reinterpret_cast<const char* const*>(inputs), num_inputs,
-                                             static_cast<T*>(values), n);
-          }};
-}
-
-template <class T>
-const Wire& plain_wire_of(DType dtype, ReduceOp op) {
-  static const Wire sum = plain_wire<T, ReduceOp::Sum>(dtype), avg = plain_wire<T, ReduceOp::Avg>(dtype),
-                    max = plain_wire<T, ReduceOp::Max>(dtype), min = plain_wire<T, ReduceOp::Min>(dtype);
-  switch (op) {
-    case ReduceOp::Avg: return avg;
-    case ReduceOp::Max: return max;
-    case ReduceOp::Min: return min;
-    default: return sum;
-  }
-}
-
-template <class C, class T>
-const Wire& coded_wire_of(DType dtype, Codec codec, ReduceOp op) {
-  static const Wire sum = coded_wire<C, T, ReduceOp::Sum>(dtype, codec);
-  static const Wire avg = coded_wire<C, T, ReduceOp::Avg>(dtype, codec);
-  return op == ReduceOp::Avg ? avg : sum;
-}
-
-template <class T>
-const Wire& coded_wire_of_dtype(DType dtype, Codec codec, ReduceOp op) {
-  switch (codec) {
-#define TPK_CODEC_CASE(name, id, type) \
-  case Codec::id: return coded_wire_of<type, T>(dtype, codec, op);
-    TPK_CODECS(TPK_CODEC_CASE)
-#undef TPK_CODEC_CASE
-    default: break;
-  }
-  throw std::invalid_argument("unknown codec");
-}
 
 bool is_float(DType dtype) { return dtype <= DType::F16; }
 bool is_packable(DType dtype) { return is_float(dtype) && dtype != DType::F64; }
@@ -129,47 +35,137 @@ std::string why_not(DType dtype, Codec codec, ReduceOp op) {
   return concat("op ", name_of(op), " has no meaning for ", name_of(dtype));
 }
 
-const Wire& coded(DType dtype, Codec codec, ReduceOp op) {
-  switch (dtype) {
-    case DType::BF16: return coded_wire_of_dtype<Bfloat16>(dtype, codec, op);
-    case DType::F16: return coded_wire_of_dtype<Half>(dtype, codec, op);
-    default: return coded_wire_of_dtype<float>(dtype, codec, op);
+size_t index_of(DType dtype) { return static_cast<size_t>(dtype); }
+size_t index_of(Codec codec) { return static_cast<size_t>(codec); }
+size_t index_of(ReduceOp op) { return static_cast<size_t>(op); }
+
+Wire make_wire(DType dtype, Codec codec, ReduceOp op) {
+  if (op == ReduceOp::None && dtype < DType::Raw1) op = ReduceOp::Sum;  // where none is meant, none is called
+  switch (codec) {
+#define TPK_CODEC_CASE(name, id, C) \
+  case Codec::id: return {dtype, codec, op, C::kBlockValues, C::kHeaderBytes, sizeof(C::Payload), size_of(dtype)};
+    TPK_CODECS(TPK_CODEC_CASE)
+#undef TPK_CODEC_CASE
+    default: return {dtype, codec, op, 1, 0, size_of(dtype), size_of(dtype)};
   }
 }
 
-const Wire& plain(DType dtype, ReduceOp op) {
-  switch (dtype) {
-    case DType::F64: return plain_wire_of<double>(dtype, op);
-    case DType::BF16: return plain_wire_of<Bfloat16>(dtype, op);
-    case DType::F16: return plain_wire_of<Half>(dtype, op);
-    case DType::I8: return plain_wire_of<int8_t>(dtype, op);
-    case DType::U8: return plain_wire_of<uint8_t>(dtype, op);
-    case DType::I16: return plain_wire_of<int16_t>(dtype, op);
-    case DType::I32: return plain_wire_of<int32_t>(dtype, op);
-    case DType::I64: return plain_wire_of<int64_t>(dtype, op);
-    default: return plain_wire_of<float>(dtype, op);
+constexpr size_t kOps = static_cast<size_t>(ReduceOp::None) + 1;
+constexpr size_t kCodecs = static_cast<size_t>(Codec::Count);
+using Wires = std::array<std::array<std::array<Wire, kOps>, kCodecs>, static_cast<size_t>(DType::Count)>;
+
+Wires all_wires() {
+  Wires wires;
+  for (size_t d = 0; d < wires.size(); ++d) {
+    for (size_t c = 0; c < kCodecs; ++c) {
+      for (size_t op = 0; op < kOps; ++op)
+        wires[d][c][op] = make_wire(static_cast<DType>(d), static_cast<Codec>(c), static_cast<ReduceOp>(op));
+    }
   }
+  return wires;
 }
 
-const Wire& raw(DType dtype) {
-  static const Wire wires[] = {raw_wire<1>(DType::Raw1), raw_wire<2>(DType::Raw2), raw_wire<4>(DType::Raw4),
-                               raw_wire<8>(DType::Raw8), raw_wire<16>(DType::Raw16)};
-  return wires[static_cast<size_t>(dtype) - static_cast<size_t>(DType::Raw1)];
+// Values that are packed or unpacked at a time, so that they stay in the first cache: a multiple of every block.
+constexpr size_t kTile = 4 * kCodecBlockValues;
+
+template <class Body>
+void for_each_tile(size_t n, Body body) {
+  for (size_t start = 0; start < n; start += kTile) body(start, n - start < kTile ? n - start : kTile);
+}
+
+void sum_tile(const Wire& wire, const void* const* inputs, int num_inputs, size_t start, float* sums, size_t n) {
+  const Moves& m = moves();
+  const char* const* wires = reinterpret_cast<const char* const*>(inputs);
+  m.codecs[index_of(wire.codec)].sum(wires, num_inputs, wire.offset(start), sums, n);
+  if (wire.op == ReduceOp::Avg) m.divide(sums, num_inputs, n);
 }
 
 }  // namespace
+
+void Wire::encode(const void* values, void* wire, size_t n) const {
+  if (is_plain()) {
+    if (values != wire && n > 0) std::memcpy(wire, values, n * value_bytes);
+    return;
+  }
+  const Moves& m = moves();
+  const CodecMoves& packing = m.codecs[index_of(codec)];
+  if (dtype == DType::F32) return packing.encode(static_cast<const float*>(values), static_cast<char*>(wire), n);
+  float tile[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    m.dtypes[index_of(dtype)].to_floats(at(values, start * value_bytes), tile, count);
+    packing.encode(tile, static_cast<char*>(wire) + offset(start), count);
+  });
+}
+
+void Wire::decode(const void* wire, void* values, size_t n) const {
+  if (is_plain()) return encode(wire, values, n);
+  const Moves& m = moves();
+  const CodecMoves& packing = m.codecs[index_of(codec)];
+  if (dtype == DType::F32) return packing.decode(static_cast<const char*>(wire), static_cast<float*>(values), n);
+  float tile[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    packing.decode(static_cast<const char*>(wire) + offset(start), tile, count);
+    m.dtypes[index_of(dtype)].from_floats(tile, at(values, start * value_bytes), count);
+  });
+}
+
+void Wire::reduce(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) const {
+  const Moves& m = moves();
+  if (is_plain()) return m.reduce[index_of(dtype)][index_of(op)](inputs, num_inputs, outputs, num_outputs, n);
+  float sums[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    sum_tile(*this, inputs, num_inputs, start, sums, count);
+    const size_t from = offset(start);
+    char* const first = static_cast<char*>(outputs[0]) + from;
+    m.codecs[index_of(codec)].encode(sums, first, count);
+    for (int k = 1; k < num_outputs; ++k) std::memcpy(static_cast<char*>(outputs[k]) + from, first, bytes(count));
+  });
+}
+
+void Wire::reduce_to_values(const void* const* inputs, int num_inputs, void* values, size_t n) const {
+  if (is_plain()) return reduce(inputs, num_inputs, &values, 1, n);
+  float sums[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    void* const to = at(values, start * value_bytes);
+    if (dtype == DType::F32) return sum_tile(*this, inputs, num_inputs, start, static_cast<float*>(to), count);
+    sum_tile(*this, inputs, num_inputs, start, sums, count);
+    moves().dtypes[index_of(dtype)].from_floats(sums, to, count);
+  });
+}
+
+bool Wire::has_feedback() const { return is_packable(dtype); }
+
+void Wire::encode_with_feedback(const void* values, float* residual, void* wire, float scale, size_t n) const {
+  const Moves& m = moves();
+  const DTypeMoves& own = m.dtypes[index_of(dtype)];
+  const CodecMoves& packing = m.codecs[index_of(codec)];
+  float widened[kTile], put_in[kTile], sent[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    const void* const from = at(values, start * value_bytes);
+    char* const to = static_cast<char*>(wire) + offset(start);
+    const bool is_wide = dtype == DType::F32;
+    if (!is_wide) own.to_floats(from, widened, count);
+    m.add_residual(is_wide ? static_cast<const float*>(from) : widened, scale, residual + start, put_in, count);
+    if (is_plain()) {
+      own.from_floats(put_in, to, count);
+      own.to_floats(to, sent, count);
+      m.keep_rest(put_in, sent, residual + start, count);
+    } else {
+      packing.encode(put_in, to, count);
+      packing.keep_rest(put_in, to, residual + start, count);
+    }
+  });
+}
 
 void Input::encode(const Wire& wire, void* to, size_t n) const {
   if (!is_packed_) return wire.encode(data_, to, n);
   if (n > 0) std::memcpy(to, data_, wire.bytes(n));
 }
 
-size_t Wire::values_in(size_t wire_bytes) const { return wire_bytes / bytes(block_values) * block_values; }
-
 const Wire* find_wire(DType dtype, Codec codec, ReduceOp op) {
+  static const Wires wires = all_wires();
   if (!exists(dtype, codec, op)) return nullptr;
-  if (dtype >= DType::Raw1) return &raw(dtype);
-  return codec == Codec::None ? &plain(dtype, op) : &coded(dtype, codec, op);
+  return &wires[index_of(dtype)][index_of(codec)][index_of(op)];
 }
 
 const Wire& wire_of(DType dtype, Codec codec, ReduceOp op) {

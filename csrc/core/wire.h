@@ -18,22 +18,31 @@ struct Wire {
   DType dtype;
   Codec codec;
   ReduceOp op;
-  size_t block_values;  // a message may be cut only at multiples of this
-  size_t value_bytes;   // of the tensor, not of the wire
+  size_t block_values;   // a message may be cut only at multiples of this
+  size_t header_bytes;   // of a block
+  size_t payload_bytes;  // of a value
+  size_t value_bytes;    // of the tensor, not of the wire
 
-  size_t (*bytes)(size_t n);
-  void (*encode)(const void* values, void* wire, size_t n);
-  void (*decode)(const void* wire, void* values, size_t n);
+  size_t bytes(size_t n) const { return (n + block_values - 1) / block_values * header_bytes + n * payload_bytes; }
+  void encode(const void* values, void* wire, size_t n) const;
+  void decode(const void* wire, void* values, size_t n) const;
   // Writes the same reduced wire to every output; an output may be one of the inputs.
-  void (*reduce)(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n);
+  void reduce(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) const;
   // Reduces and decodes without packing the sum again.
-  void (*reduce_to_values)(const void* const* inputs, int num_inputs, void* values, size_t n);
+  void reduce_to_values(const void* const* inputs, int num_inputs, void* values, size_t n) const;
+  // With v = scale * values + residual in fp32:  wire = encode(v),  residual = v - decode(wire).
+  //
+  // The difference is exact, so that residual + decode(wire) is v to the bit. Where v cannot be packed (a NaN or
+  // infinity in its block) the residual stays what it was: the receiver sees the NaN, and the message after it is whole
+  // again. Codec none rounds v to the dtype. Only where has_feedback().
+  void encode_with_feedback(const void* values, float* residual, void* wire, float scale, size_t n) const;
+  bool has_feedback() const;  // float32, bfloat16 and float16
 
   bool is_plain() const { return codec == Codec::None; }
   // Byte offset of value i (a multiple of block_values) in a wire.
   size_t offset(size_t i) const { return bytes(i); }
   // The largest number of values, a multiple of block_values, that fits into so many bytes.
-  size_t values_in(size_t wire_bytes) const;
+  size_t values_in(size_t wire_bytes) const { return wire_bytes / bytes(block_values) * block_values; }
 };
 
 // The input of one rank to a reduction: values, or values that are packed already, as `encode` packs them. The bytes

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "core/bytes.h"
-#include "core/feedback.h"
+#include "core/check.h"
 #include "torch_side/packing.h"
 
 namespace tpk {
@@ -51,18 +51,13 @@ Tensor compress_with_feedback(const Tensor& x, Tensor residual, Text codec, doub
   const char* const op = "compress_with_feedback";
   check_residual(op, x, residual);
   const Wire& wire = packing(op, x, codec);
-  EncodeWithFeedback encode = nullptr;
-  try {
-    encode = feedback_of(wire.dtype, wire.codec);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(concat(op, ": ", error.what()));
-  }
+  TPK_CHECK(wire.has_feedback(), op, ": error feedback is for float32, bfloat16 or float16, got ", name_of(wire.dtype));
   const Tensor values = dense(x);
   float* const left = static_cast<float*>(residual.mutable_data_ptr());
   Tensor out = empty_wire(values, wire, numel_of(values));
   over_blocks(wire, numel_of(values), [&](size_t start, size_t count) {
-    encode(at(values.const_data_ptr(), start * wire.value_bytes), left + start,
-           at(out.mutable_data_ptr(), wire.offset(start)), static_cast<float>(scale), count);
+    wire.encode_with_feedback(at(values.const_data_ptr(), start * wire.value_bytes), left + start,
+                              at(out.mutable_data_ptr(), wire.offset(start)), static_cast<float>(scale), count);
   });
   return out;
 }

@@ -6,7 +6,6 @@
 #include <random>
 
 #include "core/codec/codec.h"
-#include "core/feedback.h"
 #include "core/wire.h"
 #include "expect.h"
 
@@ -149,7 +148,7 @@ CASE(residuals_are_exact) {
         std::vector<float> residual = around(exponent - 2, 3, n, ++seed), put_in(n), sent(n);
         for (size_t i = 0; i < n; ++i) put_in[i] = 0.25f * values[i] + residual[i];
         std::vector<char> packed(wire.bytes(n)), again(wire.bytes(n));
-        feedback_of(DType::F32, bound.codec)(values.data(), residual.data(), packed.data(), 0.25f, n);
+        wire.encode_with_feedback(values.data(), residual.data(), packed.data(), 0.25f, n);
         wire.decode(packed.data(), sent.data(), n);
         wire.encode(put_in.data(), again.data(), n);
         EXPECT(packed == again, name_of(bound.codec), ": the wire is that of the sum");

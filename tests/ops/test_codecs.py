@@ -215,7 +215,9 @@ def test_a_codec_is_added_by_two_files(tmp_path: Path) -> None:
     listed.write_text(one_more)
     program, out = tmp_path / "program.cpp", tmp_path / "program"
     program.write_text(PROGRAM)
-    sources = [str(core / name) for name in ("wire.cpp", "reduce.cpp")]
-    flags = ["-std=c++17", "-O0", "-DTPK_NO_CLONES", "-Wall", "-Wextra", "-Werror", "-I", str(csrc)]
+    sources = [
+        str(core / name) for name in ("wire.cpp", "moves.cpp", "moves_v3.cpp", "moves_v4.cpp", "choose_moves.cpp")
+    ]
+    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-I", str(csrc)]
     subprocess.run(["g++", *flags, str(program), *sources, "-o", str(out)], check=True, timeout=120)
     assert subprocess.run([out], check=True, capture_output=True, text=True).stdout == "toy goes round\n"

@@ -48,7 +48,8 @@ TPK_ALWAYS_INLINE Bfloat16 to_bfloat16(float value) {
 }
 
 // Integer arithmetic, eight or sixteen values at a time; the compiler's _Float16 would go one by one where the CPU has
-// F16C but no AVX512-FP16, and call a library where it has neither.
+// F16C but no AVX512-FP16, and call a library where it has neither. A NaN is made quiet and keeps the upper bits of its
+// payload, as processors with an instruction for it do (vector.h).
 TPK_ALWAYS_INLINE float to_float(Half value) {
   const uint32_t sign = (static_cast<uint32_t>(value) & 0x8000u) << 16;
   const uint32_t magnitude = (static_cast<uint32_t>(value) & 0x7fffu) << 13;
@@ -56,6 +57,7 @@ TPK_ALWAYS_INLINE float to_float(Half value) {
   const float subnormal = from_bits(magnitude + 0x38800000u) - 6.103515625e-05f;
   uint32_t bits = magnitude < 0x00800000u ? bits_of(subnormal) : magnitude + 0x38000000u;
   bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits;
+  bits = magnitude > 0x0f800000u ? (bits | 0x00400000u) : bits;
   return from_bits(bits | sign);
 }
 
@@ -66,7 +68,7 @@ TPK_ALWAYS_INLINE Half to_half(float value) {
   const uint32_t subnormal = bits_of(from_bits(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t bits = magnitude < 0x38800000u ? subnormal : normal;
   bits = magnitude >= 0x47800000u ? 0x7c00u : bits;
-  bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
+  bits = magnitude > 0x7f800000u ? (magnitude >> 13 & 0x3ffu) | 0x7e00u : bits;
   return static_cast<Half>(bits | sign);
 }
 

@@ -1,0 +1,5 @@
+// The inner loops for x86-64-v3; CMake sets the instruction set.
+#if defined(__x86_64__)
+#define TPK_MOVES kV3Moves
+#include "moves.cpp"
+#endif
