@@ -1,7 +1,8 @@
 """Products of few rows on one core, beside torch's linear and the mere reading of the weights.
 
 One rank: `python -m bench.run few_rows --ranks 1 --dtype bf16`. Weights are taken from so many copies that no cache
-holds them; "read" is torch's sum over their bytes as integers.
+holds them; "read" is torch's sum over their bytes as integers of eight bytes, so K must be even, in 16 bits a multiple
+of four.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def few_rows(setting: Setting, size: Gemm) -> Cell:
     x, w, group = setting.values(0, M, K), setting.values(1, N, K), setting.group()
     copies = min(MOST_COPIES, -(-MEMORY // w.nbytes))
     weights = cycle([w.clone() for _ in range(copies)])
-    words = cycle([w.clone().view(torch.int16 if w.element_size() == 2 else torch.int32) for _ in range(copies)])
+    words = cycle([w.clone().view(torch.int64) for _ in range(copies)])
     exact = x.double() @ w.double().T
     steps = x.double().abs() @ w.double().abs().T
     right = compare(exact, 1.01 * rounding(setting.dtype) * exact.abs() + (K + 2) * 2.0**-24 * steps)
-    total = int(w.view(torch.int16 if w.element_size() == 2 else torch.int32).sum())
+    total = int(w.view(torch.int64).sum())
 
     def read(found: Tensor) -> float:
         return 0.0 if int(found) == total else 9.0
