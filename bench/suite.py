@@ -33,6 +33,9 @@ RUNS = [
     "codecs",
     "codecs_group",
     "codec_moves --ranks 1",
+    "few_rows --ranks 1",
+    "few_rows --ranks 1 --dtype bf16",
+    "few_rows --ranks 1 --dtype fp16",
     "dispatch",
     "train_step",
 ]

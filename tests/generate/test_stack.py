@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.harness.generation import tiny_llama
 from tpkernels import Group, parallelize
 from tpkernels._native import _C
+from tpkernels.layers.base import ParallelModule
 from tpkernels.testing import run_ranks
 
 if importlib.util.find_spec("transformers") is None:
@@ -242,6 +243,35 @@ def check_mixed(rank: int) -> bool:
 
 def test_ranks_that_compute_in_two_ways_make_the_same_calls() -> None:
     assert run_ranks(check_mixed, 2, 0) == [True, True]
+
+
+def check_late(rank: int) -> str:
+    """Rank 1 makes no step; what rank 0 gets. Then both go on in another group."""
+    place = dist.new_group([0, 1])
+    group = Group.open(timeout_s=1.0)
+    model = parallelize(tiny_llama(), group=group)
+    decoder = SlotDecoder(model, 1, 64)
+    decoder.insert(0, PROMPTS[0])
+    message = ""
+    if dist.get_rank() == 0:
+        with pytest.raises(TimeoutError) as error:
+            step_of(decoder, 9)
+        message = str(error.value)
+    dist.barrier()
+    with Group.open(place) as other, pytest.MonkeyPatch.context() as patch:
+        made = count_runs(patch)
+        for module in model.modules():
+            if isinstance(module, ParallelModule):
+                module.set_group(other)
+        decoder.insert(0, PROMPTS[0])
+        torch.testing.assert_close(step_of(decoder, 9), logits_of(tiny_llama(), [[*PROMPTS[0], 9]])[0])
+        assert made == [True]
+    return message
+
+
+def test_a_late_rank_is_named_and_a_step_uses_the_group_that_the_layers_have() -> None:
+    message, other = run_ranks(check_late, 2, 0)
+    assert "ranks [1]" in message and "within 1 s" in message and other == ""
 
 
 def test_a_weight_that_does_not_fit_is_left_to_its_module(monkeypatch: pytest.MonkeyPatch) -> None:

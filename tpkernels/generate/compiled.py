@@ -1,9 +1,8 @@
 """torch.compile for the decode step, where a product has one row and all that counts is how fast weights are read.
 
-BLAS does not read them as fast as one core can. Written as a sum of products, inductor makes a loop of it that reads at
-the speed of memory: a token of SmolLM2 in fp32 takes half the time (bench/results/generate.jsonl). So products of up
-to MOST_ROWS rows are rewritten before inductor compiles them: those of torch and those inside the ops of this package,
-in every module.
+BLAS does not read them as fast as one core can. The ops of this package do (csrc/cpu/loops/gemv.h), and are called as
+they are; torch's own linears of up to MOST_ROWS rows are rewritten, before inductor compiles them, as a sum of
+products, of which it makes a loop that reads at the speed of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch.fx import GraphModule, Node
 
 MOST_ROWS = 4  # more rows are for a real GEMM
 MOST_SHAPES = 64  # of a step in one process
-Call = torch.ops.tpkernels
 
 
 def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -43,28 +41,11 @@ def sum_of_products(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _replicated(x: Tensor, w: Tensor, bias: Tensor | None, *call: Any) -> Tensor:
-    return sum_of_products(x, w, bias)
-
-
-def _all_reduced(x: Tensor, w: Tensor, bias: Tensor | None, group: str, world_size: int, codec: str) -> Tensor:
-    y: Tensor = Call.all_reduce(sum_of_products(x, w), group, world_size, "sum", codec)
-    return y if bias is None else y + bias
-
-
-_REWRITTEN: dict[Any, Callable[..., Tensor]] = {
-    torch.nn.functional.linear: sum_of_products,
-    Call.replicated_gemm: _replicated,
-    Call.replicated_gemm.default: _replicated,
-    Call.gemm_all_reduce: _all_reduced,
-    Call.gemm_all_reduce.default: _all_reduced,
-}
-
-
 def _backend(graph: GraphModule, inputs: list[Any], **options: Any) -> Any:
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in _REWRITTEN and _rows(node) <= MOST_ROWS:
-            node.target = _REWRITTEN[node.target]
+        is_linear = node.op == "call_function" and node.target is torch.nn.functional.linear
+        if is_linear and _rows(node) <= MOST_ROWS:
+            node.target = sum_of_products
     graph.recompile()
     return compile_fx(graph, inputs, **options)
 

@@ -56,7 +56,10 @@ class _Layer:
             _check_bare(module)
         for name in (*COLUMNS, *ROWS):
             self._check_linear(name)
-        self.group: Group = self._modules[ROWS[0]].group
+        self._rows = [self._modules[name] for name in ROWS]
+        self.group: Group = self._rows[0].group
+        if self._rows[1].group is not self.group:
+            raise _OtherModel("a layer has two groups")
         attention, norms = self._modules["self_attn"], [self._modules[name] for name in NORMS]
         self._numbers = (*(float(norm.variance_epsilon) for norm in norms), float(attention.scaling))
 
@@ -72,8 +75,8 @@ class _Layer:
             raise _OtherModel(f"{name} is not a sharded linear without options")
 
     def is_unchanged(self) -> bool:
-        """Whether the modules are those that were verified, with forwards of their classes."""
-        return all(
+        """Whether the modules are those that were verified, with their group and the forwards of their classes."""
+        return self._rows[0].group is self._rows[1].group is self.group and all(
             parent.get(name) is module and type(module) is kind and "forward" not in module.__dict__
             for parent, name, module, kind in self._children
         )
@@ -145,11 +148,11 @@ class Stack:
             self._verify()
         except (_OtherModel, AttributeError, KeyError) as error:
             raise ValueError(f"generate: no step of all layers in one call: {error}") from error
-        self.group = self._layers[0].group
 
     def _verify(self) -> None:
         self._layers = _layers_of(self._model)
         self._hooks = RemovableHandle.next_id  # counts every hook that is registered
+        self.group = self._layers[0].group
 
     def takes(self, ids: Tensor) -> bool:
         """Whether a step for these tokens [rows, 1] computes what the modules would."""

@@ -21,7 +21,7 @@ struct Avx512Sums {
   using Sums = __m512;
   static constexpr int kMostRows = 8;
   // Rows of weights that share the loads of x, as far as the registers go.
-  static constexpr int rows_with(int rows) { return rows == 1 || rows > 4 ? 2 : 4; }
+  static constexpr int rows_with(int rows) { return rows == 1 ? 1 : rows <= 2 || rows > 4 ? 2 : 4; }
 
   TPK_INLINE static void clear(__m512& sums) { sums = _mm512_setzero_ps(); }
   TPK_INLINE static float total(const __m512& sums) {

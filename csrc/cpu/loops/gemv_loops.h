@@ -150,7 +150,10 @@ TPK_INLINE void gemv_block(const Gemv& p, const typename Kernel::Value* w, const
     Ahead ahead{reinterpret_cast<const char*>(last ? w + kGemvBlock * p.w_stride : w + k + length), nullptr,
                 stride - static_cast<ptrdiff_t>(length * sizeof *w), stride};
     if (first && last) {
-      ahead.at = reinterpret_cast<const char*>(w) + kGemvAhead;
+      // Past the rows that are read at a time, however long they are.
+      const ptrdiff_t rows_at_a_time = Kernel::rows_with(p.M < kRows ? static_cast<int>(p.M) : kRows);
+      const ptrdiff_t tile = rows_at_a_time * stride, least = kGemvAhead;
+      ahead.at = reinterpret_cast<const char*>(w) + (tile > least ? tile : least);
     } else {
       ahead.row_end = ahead.at + length * sizeof *w;
     }
