@@ -41,8 +41,6 @@ Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bia
   return Tensor(y);
 }
 
-Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
 bool has_dense_rows(const Tensor& w) { return w.size(1) <= 1 || w.stride(1) == 1; }
 
 constexpr int64_t kGemvGrain = 1 << 16;  // weights that are worth a thread of their own
@@ -98,6 +96,10 @@ Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const 
   const Tensor y = dense(linear_by(engine_for(comm, x, w), x, w, bias));
   // Of more than two dims, aten and oneDNN make a view of rows, and autograd forbids to modify that in place.
   return y.dim() == 2 ? y : call("aten::_unsafe_view", "", y, shape_of(y));
+}
+
+Tensor product_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  return dense(linear_by(engine, x, w, bias));
 }
 
 void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y) {

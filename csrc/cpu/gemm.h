@@ -7,6 +7,8 @@
 
 namespace tpk {
 
+inline Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
 // Whether this torch has oneDNN's linear.
 bool has_onednn_linear();
 
@@ -17,6 +19,8 @@ Engine engine_for(const Communicator& comm, const Tensor& x, const Tensor& w);
 
 // y[..., N] = x[..., K] @ w[N, K].T (+ bias)
 Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
+// The same of rows x[M, K] by this engine; the result is contiguous.
+Tensor product_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
 // The same into y, which must be contiguous. Not by oneDNN, which has no such form.
 void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y);
 // dx[..., K] = dy[..., N] @ w[N, K]

@@ -8,8 +8,7 @@
 #include <thread>
 
 #include "core/errors.h"
-#include "cpu/transport/group_transport.h"
-#include "cpu/transport/sockets.h"
+#include "cpu/transport/socket_transport.h"
 #include "expect.h"
 #include "rank_threads.h"
 
@@ -61,7 +60,7 @@ void with_ranks(int world_size, std::vector<Asked>& asked, const std::function<v
   const size_t ranks = static_cast<size_t>(world_size);
   const std::vector<std::vector<int>> sockets = connected(ranks);
   each_in_a_thread(ranks, [&](size_t r) {
-    GroupCommunicator comm("test", "test", static_cast<int>(r), world_size, timeout_s,
+    SocketCommunicator comm("test", "test", static_cast<int>(r), world_size, timeout_s,
                            std::make_unique<SocketExchange>(sockets[r], static_cast<int>(r), kCapacity, timeout_s,
                                                             std::make_unique<TestWatch>(asked[r])));
     try {
