@@ -188,9 +188,8 @@ void Communicator::all_gather_chunks(const CallSpec& spec, const Wire& wire, con
                                      const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                                      const std::function<void(size_t)>& use) {
   Turn turn(*this, spec.op);
-  turn.run([&] {
-    do_all_gather_chunks(spec, wire, in, out, cut, ends, turn.uncounted(meanwhile), turn.uncounted(use));
-  });
+  turn.run(
+      [&] { do_all_gather_chunks(spec, wire, in, out, cut, ends, turn.uncounted(meanwhile), turn.uncounted(use)); });
 }
 
 namespace {

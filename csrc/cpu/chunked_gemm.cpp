@@ -8,7 +8,8 @@ namespace tpk {
 namespace {
 
 Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
-  return torch::stable::narrow(const_cast<Tensor&>(x), 0, static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
+  return torch::stable::narrow(const_cast<Tensor&>(x), 0, static_cast<int64_t>(begin),
+                               static_cast<int64_t>(end - begin));
 }
 
 // A tensor whose dimension `dim` is cut over the ranks, as rows of a matrix.

@@ -1,11 +1,11 @@
 // On the CPU a rank multiplies and communicates with the same cores, so on one host "fused" means: no copy that is not
 // needed (the GEMM writes into the arena, or the sum goes back into the GEMM's own output), the bias inside the GEMM of
-// rank 0, and in the backward the gradient of x under way while the gradient of w is computed. Between hosts the link is
-// busy while the cores are: chunked_gemm.h.
+// rank 0, and in the backward the gradient of x under way while the gradient of w is computed. Between hosts the link
+// is busy while the cores are: chunked_gemm.h.
 #include "torch_side/fused_gemm.h"
 
-#include "core/arena.h"
 #include "chunked_gemm.h"
+#include "core/arena.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
@@ -129,7 +129,8 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
   const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
   const std::vector<size_t> ends = chunks_of_product(*comm, wire, dy, transpose(w_shard));
   if (ends.size() > 1) {
-    Tensor dx = all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, ends, meanwhile);
+    Tensor dx =
+        all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, ends, meanwhile);
     return {dx, dw, db};
   }
   Tensor dx = grad_input(*comm, dy, w_shard);

@@ -50,7 +50,7 @@ std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::s
                                            double timeout_s, size_t capacity, const std::vector<int>& sockets,
                                            py::object watch) {
   auto link = std::make_unique<SocketExchange>(sockets, rank, capacity, timeout_s,
-                                                   std::make_unique<PythonWatch>(std::move(watch)));
+                                               std::make_unique<PythonWatch>(std::move(watch)));
   return registered(std::make_shared<SocketCommunicator>(name, label, rank, world_size, timeout_s, std::move(link)));
 }
 
@@ -68,10 +68,10 @@ PYBIND11_MODULE(_C, m) {
   add_engines(m);
   add_fast_path(m, &translate_errors);
   add_communicator<Communicator>(m)
-      .def_property_readonly(
-      "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); })
-      .def("force_chunks", [](Communicator& comm, int chunks) { comm.forced_chunks = chunks; }, py::arg("chunks"),
-           "For tests: the number of chunks of every fused GEMM over connections; 0: the rule's.");
+      .def_property_readonly("address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); })
+      .def(
+          "force_chunks", [](Communicator& comm, int chunks) { comm.forced_chunks = chunks; }, py::arg("chunks"),
+          "For tests: the number of chunks of every fused GEMM over connections; 0: the rule's.");
 
   add_choices(m);
   m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),

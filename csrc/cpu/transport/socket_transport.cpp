@@ -145,7 +145,8 @@ void SocketCommunicator::sum_chunks(const CallSpec& spec, const Wire& wire, cons
 
 void SocketCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                                               const std::function<void()>& meanwhile) {
-  if (wire.bytes(n) < kSmallestForThread) return GroupCommunicator::do_all_reduce_beside(spec, wire, data, n, meanwhile);
+  if (wire.bytes(n) < kSmallestForThread)
+    return GroupCommunicator::do_all_reduce_beside(spec, wire, data, n, meanwhile);
   do_all_reduce_chunks(spec, wire, {{{0, n}}, [&](size_t) { return data; }}, data, n, meanwhile);
 }
 

@@ -1,9 +1,10 @@
-// Transport `group` over connections: its collectives are streams (streams.h), which a thread of the group can move while
-// the calling thread computes what they send or uses what they bring. Torch-free.
+// Transport `group` over connections: its collectives are streams (streams.h), which a thread of the group can move
+// while the calling thread computes what they send or uses what they bring. Torch-free.
 //
-// Thread   the calling thread holds the group's turn until the thread has ended the call, and multiplies meanwhile. What
-//          the thread throws reaches the caller. Where the caller's own work throws, the call cannot be ended: this rank
-//          closes the group for the others, which wait for its bytes.
+// Thread   the calling thread holds the group's turn until the thread has ended the call, and multiplies meanwhile.
+// What
+//          the thread throws reaches the caller. Where the caller's own work throws, the call cannot be ended: this
+//          rank closes the group for the others, which wait for its bytes.
 #pragma once
 
 #include <memory>

@@ -135,7 +135,8 @@ void SocketExchange::check_connections(uint64_t call) {
 }
 
 bool SocketExchange::is_done() const {
-  return std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.out.empty() && peer.in.empty(); });
+  return std::all_of(peers_.begin(), peers_.end(),
+                     [](const Peer& peer) { return peer.out.empty() && peer.in.empty(); });
 }
 
 bool SocketExchange::move() {
@@ -200,7 +201,8 @@ bool SocketExchange::sleep() {
   }
   const bool came = ::poll(waiting.data(), waiting.size(), kSliceMilliseconds) > 0;
   uint64_t calls = 0;
-  if (waiting[0].revents != 0) [[maybe_unused]] const ssize_t drained = ::read(wake_fd_, &calls, sizeof calls);
+  if (waiting[0].revents != 0) [[maybe_unused]]
+    const ssize_t drained = ::read(wake_fd_, &calls, sizeof calls);
   return came;
 }
 

@@ -1,5 +1,5 @@
-// The exchange of transport `group` over a TCP connection to each other rank: no thread has to be woken but the one that
-// waits, and bytes go from and to the memory where they lie. Torch-free.
+// The exchange of transport `group` over a TCP connection to each other rank: no thread has to be woken but the one
+// that waits, and bytes go from and to the memory where they lie. Torch-free.
 #pragma once
 
 #include <atomic>

@@ -56,8 +56,8 @@ class AllReduce {
     State& slot = states_[begun_ % kSlots];
     if (begun_ >= kSlots && !wire_.is_plain()) stream_.wait_until_sent(slot.mark);
     slot.piece = piece;
-    slot.cut = Cut::even((piece.values + wire_.block_values - 1) / wire_.block_values, stream_.world_size,
-                         wire_.block_values);
+    slot.cut =
+        Cut::even((piece.values + wire_.block_values - 1) / wire_.block_values, stream_.world_size, wire_.block_values);
     for (size_t& start : slot.cut.starts) start = std::min(start, piece.values);
     slot.contribution = static_cast<const char*>(in.values());
     if (!wire_.is_plain() && !in.is_packed()) {

@@ -1,6 +1,7 @@
 // Collectives as streams of pieces over connections. Torch-free.
 //
-// Order    every rank posts the messages of a call in one order, a function of its sizes and chunks alone, so that bytes
+// Order    every rank posts the messages of a call in one order, a function of its sizes and chunks alone, so that
+// bytes
 //          need no headers. A rank waits for messages that were posted before, never for later ones, so no circle of
 //          ranks waits.
 // Pieces   contributions are sent kAhead pieces ahead of the sums, so that a link is busy in both directions while a
@@ -50,8 +51,8 @@ void stream_reduce_scatter(Stream& stream, const Input& in, void* out, const Cut
 // The same of chunks: what arrives is kept until this rank's chunks, the last ones, are made.
 void stream_reduce_scatter(Stream& stream, const Source& source, void* out, const Cut& cut);
 
-// out = the parts of all ranks. A packed input is in `out` already. arrived(n): of every part the first n values, or all
-// of fewer, are in out.
+// out = the parts of all ranks. A packed input is in `out` already. arrived(n): of every part the first n values, or
+// all of fewer, are in out.
 void stream_all_gather(Stream& stream, const Input& in, void* out, const Cut& cut,
                        const std::function<void(size_t values)>& arrived);
 
