@@ -112,6 +112,9 @@ class Communicator {
   void all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
                          const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                          const std::function<void(size_t)>& use);
+  // Between parts of what the calling thread computes in these calls, each a millisecond or a few: the thread of the
+  // group may wait for the core that computes.
+  virtual void let_thread_run() {}
   // The number of chunks of every fused GEMM, where its rows allow it; 0: the rule's. For tests.
   int forced_chunks = 0;
 

@@ -12,6 +12,33 @@ Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
                                static_cast<int64_t>(end - begin));
 }
 
+// Columns of a product of which one costs `flops`, for a part of about a millisecond.
+int64_t columns_of_step(int64_t num_columns, int64_t flops) {
+  constexpr int64_t kStepFlops = int64_t{1} << 28, kLeast = 64;
+  return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
+}
+
+// Calls body(begin, size) for parts of the columns, and lets the thread of the group run in between.
+template <class Body>
+void in_steps(Communicator& comm, int64_t num_columns, int64_t flops, Body&& body) {
+  const int64_t step = columns_of_step(num_columns, flops);
+  for (int64_t begin = 0; begin < num_columns; begin += step) {
+    if (begin > 0) comm.let_thread_run();
+    body(begin, std::min(step, num_columns - begin));
+  }
+}
+
+// y = x @ w.T + bias. Columns apart, weights are still read once, and every value has the bits of the whole product.
+void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                   const Tensor& y) {
+  in_steps(comm, w.size(0), 2 * num_rows(x) * w.size(1), [&](int64_t begin, int64_t size) {
+    const auto part = [&](const Tensor& of, int64_t dim) {
+      return torch::stable::narrow(const_cast<Tensor&>(of), dim, begin, size);
+    };
+    copy_into(part(y, 1), product_by(engine, x, part(w, 0), bias.has_value() ? OptionalTensor(part(*bias, 0)) : bias));
+  });
+}
+
 // A tensor whose dimension `dim` is cut over the ranks, as rows of a matrix.
 struct RowCut {
   Shape shape;        // with `dim` first
@@ -90,6 +117,26 @@ bool cuts_rows(const Tensor& x, int64_t dim) {
   return true;
 }
 
+Tensor grad_input_in_steps(Communicator& comm, const Tensor& dy, const Tensor& w) {
+  Shape shape = shape_of(dy);
+  shape.back() = w.size(1);
+  Tensor dx = fresh_output(dy, shape);
+  const Tensor rows = as_rows(dy), weight = transpose(w);
+  multiply_into(comm, engine_for(comm, rows, weight), rows, weight, {}, as_rows(dx));
+  return dx;
+}
+
+Tensor grad_weight_in_steps(Communicator& comm, const Tensor& dy, const Tensor& x) {
+  const Tensor rows = as_rows(dy), inputs = as_rows(x);
+  Tensor dw = fresh_output(x, {rows.size(1), inputs.size(1)});
+  in_steps(comm, rows.size(1), 2 * rows.size(0) * inputs.size(1), [&](int64_t begin, int64_t size) {
+    const Tensor part = torch::stable::narrow(const_cast<Tensor&>(rows), 1, begin, size);
+    const Tensor into = torch::stable::narrow(dw, 0, begin, size);
+    call("aten::mm", "out", transpose(part), inputs, into);
+  });
+  return dw;
+}
+
 Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
                           const OptionalTensor& bias, const std::vector<size_t>& ends, const Work& meanwhile) {
   Shape shape = shape_of(x);
@@ -104,11 +151,12 @@ Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Ten
     chunks.list.push_back({begin * row, end * row});
     begin = end;
   }
-  std::vector<Tensor> products;  // until they have been sent
+  const Tensor y_rows = as_rows(y);
   chunks.make = [&](size_t c) {
-    const Chunks::Chunk& chunk = chunks.list[c];
-    products.push_back(product_by(engine, rows_of(rows, chunk.begin / row, chunk.end / row), w, bias));
-    return products.back().const_data_ptr();
+    const size_t first = chunks.list[c].begin / row, last = chunks.list[c].end / row;
+    const Tensor part = rows_of(y_rows, first, last);
+    multiply_into(comm, engine, rows_of(rows, first, last), w, bias, part);
+    return part.const_data_ptr();
   };
   comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, y.mutable_data_ptr(), numel_of(y),
                          meanwhile);
@@ -121,10 +169,11 @@ Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
-  std::vector<Tensor> products;
+  const Tensor y = as_rows(fresh_output(x, shape));
   const auto make = [&](size_t begin, size_t end) {
-    products.push_back(product_by(engine, rows_of(rows, begin, end), w, bias));
-    return products.back().const_data_ptr();
+    const Tensor part = rows_of(y, begin, end);
+    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
+    return part.const_data_ptr();
   };
   return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
 }
@@ -150,7 +199,7 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
     begin = cut.rows.start(part) + std::min(begin, cut.rows.size(part));
     end = cut.rows.start(part) + std::min(end, cut.rows.size(part));
     if (end == begin) return;
-    copy_into(rows_of(y_rows, begin, end), product_by(engine, rows_of(rows, begin, end), w, bias));
+    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
   };
   const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values);
   std::vector<size_t> value_ends;

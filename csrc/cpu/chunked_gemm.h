@@ -15,6 +15,10 @@ using Work = std::function<void()>;
 // Whether every dimension before `dim` has one item, so that its items are whole rows of the matrix.
 bool cuts_rows(const Tensor& x, int64_t dim);
 
+// grad_input and grad_weight of gemm.h, as the work beside a collective.
+Tensor grad_input_in_steps(Communicator& comm, const Tensor& dy, const Tensor& w);
+Tensor grad_weight_in_steps(Communicator& comm, const Tensor& dy, const Tensor& x);
+
 // --- of y = x @ w.T + bias, whose chunks end at the rows `ends`; `meanwhile` runs after the last one
 // The sum over the ranks.
 Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,

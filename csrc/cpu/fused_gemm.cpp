@@ -117,16 +117,17 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bo
 Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
                                    bool need_b, Text group, int64_t world_size, Text codec) {
   const auto comm = communicator_of(Op::ReplicatedGemmBackward, group, world_size);
+  const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
   Tensor dw = nothing(dy), db = nothing(dy);
+  const bool beside = need_x && is_for_thread(*comm, wire, static_cast<size_t>(num_rows(dy) * w_shard.size(1)));
   const auto meanwhile = [&] {
-    if (need_w) dw = grad_weight(dy, x);
+    if (need_w) dw = beside ? grad_weight_in_steps(*comm, dy, x) : grad_weight(dy, x);
     if (need_b) db = grad_bias(dy);
   };
   if (!need_x) {
     meanwhile();
     return {nothing(dy), dw, db};
   }
-  const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
   const std::vector<size_t> ends = chunks_of_product(*comm, wire, dy, transpose(w_shard));
   if (ends.size() > 1) {
     Tensor dx =
@@ -166,9 +167,9 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   const bool beside = need_x && need_w && dim_size >= 0 && cuts_rows(dy, dim) &&
                       is_for_thread(*comm, x_wire, static_cast<size_t>(num_rows(dy) * w_shard.size(1)));
   if (beside) {
-    const Work product = [&] { dx = grad_input(*comm, dy, w_shard); };
+    const Work product = [&] { dx = grad_input_in_steps(*comm, dy, w_shard); };
     const Tensor x = all_gather_beside(Op::AllGatherGemmBackward, *comm, x_wire, x_shard, dim, dim_size, product);
-    const Work product_of_x = [&] { dw = grad_weight(dy, x); };
+    const Work product_of_x = [&] { dw = grad_weight_in_steps(*comm, dy, x); };
     dx = reduce_scatter_beside(Op::AllGatherGemmBackward, *comm, dx_wire, dx, dim, product_of_x);
   } else {
     if (need_w) {

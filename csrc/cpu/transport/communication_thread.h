@@ -19,6 +19,7 @@ class CommunicationThread {
   CommunicationThread(const CommunicationThread&) = delete;
   CommunicationThread& operator=(const CommunicationThread&) = delete;
 
+  // Returns when the job has begun: a thread that only goes on computing may keep it from the core that they share.
   void start(std::function<void()> job);
   // Whether the job has ended, in most cases because it has failed.
   bool has_ended();
@@ -26,13 +27,14 @@ class CommunicationThread {
   void finish();
 
  private:
+  void create();
   void work();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::function<void()> job_;  // the one that runs or will run; empty: none
   std::exception_ptr error_;
-  bool leaves_ = false;
+  bool has_begun_ = false, leaves_ = false;
   std::thread thread_;
 };
 

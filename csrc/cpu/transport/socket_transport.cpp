@@ -98,8 +98,15 @@ void SocketCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire,
 }
 
 void SocketCommunicator::overlap(Op op, const std::function<void()>& call, const std::function<void()>& work) {
+  link_.set_moving(true);
   try {
-    thread_->start(call);
+    thread_->start([&] {
+      struct End {
+        SocketExchange& link;
+        ~End() { link.set_moving(false); }
+      } end{link_};
+      call();
+    });
     work();
   } catch (const std::exception& error) {
     link_.abandon();
@@ -137,7 +144,7 @@ void SocketCommunicator::sum_chunks(const CallSpec& spec, const Wire& wire, cons
       if (thread_->has_ended()) return;
       made[c] = chunks.make(c);
       num_made.store(c + 1, std::memory_order_release);
-      link_.wake();
+      link_.hand_over();
     }
     meanwhile();
   });

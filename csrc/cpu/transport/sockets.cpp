@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 #include "core/check.h"
@@ -21,6 +22,8 @@ constexpr size_t kStep = size_t{1} << 20;  // so that both directions move
 // Bytes to wake up for: over a slow link every packet would wake the waiting thread, and take the core from
 // computation.
 constexpr size_t kEnough = size_t{128} << 10;
+
+constexpr std::chrono::microseconds kMostPatience{200};
 
 bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
@@ -114,6 +117,21 @@ void SocketExchange::wait_for_thread(uint64_t call, const std::function<bool()>&
   }
 }
 
+void SocketExchange::hand_over() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const uint64_t seen = looks_;
+  wake();
+  noticed_.wait_for(lock, kMostPatience, [&] { return looks_ > seen || !moving_; });
+}
+
+void SocketExchange::set_moving(bool moving) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    moving_ = moving;
+  }
+  noticed_.notify_all();
+}
+
 void SocketExchange::wake() noexcept {
   const uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = ::write(wake_fd_, &one, sizeof one);
@@ -203,6 +221,11 @@ bool SocketExchange::sleep() {
   uint64_t calls = 0;
   if (waiting[0].revents != 0) [[maybe_unused]]
     const ssize_t drained = ::read(wake_fd_, &calls, sizeof calls);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++looks_;
+  }
+  noticed_.notify_all();
   return came;
 }
 

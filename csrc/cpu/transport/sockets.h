@@ -3,9 +3,11 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -53,9 +55,14 @@ class SocketExchange final : public Exchange {
   bool move();
   // Moves bytes until `is_there()`, which the other ranks bring about before the deadline.
   void wait_for_ranks(uint64_t call, const std::function<bool()>& is_there);
-  // The same for what another thread of this rank brings about, which then calls `wake`; without a deadline.
+  // The same for what another thread of this rank brings about, which then calls `hand_over`; without a deadline.
   void wait_for_thread(uint64_t call, const std::function<bool()>& is_there);
-  void wake() noexcept;
+  // Returns when the thread that waits has noticed, when it works on another core (after 0.2 ms), or when there is none
+  // (`set_moving`). A wake-up alone does not give it the core that it shares with a thread that computes: the scheduler
+  // may keep it waiting for 100 ms.
+  void hand_over();
+  // Whether a thread moves bytes now.
+  void set_moving(bool moving);
   // From another thread: every wait throws from now on.
   void abandon() noexcept;
 
@@ -78,6 +85,7 @@ class SocketExchange final : public Exchange {
   bool is_done() const;
   bool sleep();
   void disconnect();
+  void wake() noexcept;
 
   std::vector<Peer> peers_;
   const size_t rank_, capacity_;
@@ -85,6 +93,10 @@ class SocketExchange final : public Exchange {
   const std::unique_ptr<Watch> watch_;
   const int wake_fd_;
   std::atomic<bool> abandoned_{false};
+  std::mutex mutex_;  // of the two below
+  std::condition_variable noticed_;
+  uint64_t looks_ = 0;  // times that the waiting thread has returned from its sleep
+  bool moving_ = false;
   std::unique_ptr<char[]> send_, receive_;
   std::string lost_;  // the symptom of the first broken connection
 };
