@@ -14,7 +14,7 @@ Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
 
 // Columns of a product of which one costs `flops`, for a part of about a millisecond.
 int64_t columns_of_step(int64_t num_columns, int64_t flops) {
-  constexpr int64_t kStepFlops = int64_t{1} << 28, kLeast = 64;
+  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 64;
   return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
 }
 

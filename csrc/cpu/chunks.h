@@ -15,9 +15,9 @@ inline bool is_for_thread(const Communicator& comm, const Wire& wire, size_t n) 
   return comm.has_thread() && wire.bytes(n) >= kSmallestForThread;
 }
 
-// Where chunks of `rows` rows of `row_values` values end, in rows; one chunk where that is as fast. The first and the
-// last one have half of the rows of the others: nothing is sent beside the product of the first, and nothing multiplied
-// beside the bytes of the last.
+// Where chunks of `rows` rows of `row_values` values end, in rows; one chunk where that is as fast. The first ones are
+// smaller, because nothing is sent beside the product of the first and the second should be there when that has been
+// sent; so are the last ones, because nothing is multiplied beside the bytes of the last.
 std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values);
 
 }  // namespace tpk
