@@ -54,6 +54,7 @@ class Setting:
     only: tuple[str, ...] = ()
     seed: int = 7
     arena_bytes: int = 16 << 20
+    transport: str = "auto"  # of the candidates that name none
     _groups: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +67,7 @@ class Setting:
 
     def group(self, transport: str = "auto") -> Any:
         """All ranks, over this transport; opened at the first call."""
+        transport = self.transport if transport == "auto" else transport
         if transport not in self._groups:
             import tpkernels as tpk
 

@@ -1,7 +1,8 @@
 """Cells of the fused GEMMs, against F.linear and gloo, against F.linear and our collective, and against the GEMM alone.
 
 Variants: `linear_gloo` the plain way; `linear_tpk` F.linear and this library's collective; `onednn_tpk` oneDNN's linear
-and this library's collective, the honest rival; `tpkernels` the op; `gemm_aten`, `gemm_onednn` this rank's GEMM alone,
+and this library's collective, the honest rival; `tpkernels` the op; `one_chunk`, between hosts, the op with its
+communication after the product; `gemm_aten`, `gemm_onednn` this rank's GEMM alone,
 the roof. Time beyond the faster roof is exposed communication.
 """
 
@@ -99,6 +100,21 @@ class Problem:
             return {"linear_tpk": F.linear}
         return {"linear_tpk": F.linear, "onednn_tpk": baselines.onednn_linear}
 
+    def one_chunk(self, op: str, x: Tensor, ways: Ways) -> dict[str, Callable[[], Candidate]]:
+        """Between hosts: the op, with its communication after the product."""
+        group, setting = self.setting.group(), self.setting
+        if group.transport != "group":
+            return {}
+
+        def run(x: Tensor) -> Tensor:
+            group._communicator.force_chunks(1)
+            y = ways.fused(x)
+            group._communicator.force_chunks(0)
+            return y
+
+        label = setting.ours(path="unfused")
+        return {"one_chunk": lambda: self.on(x, "one_chunk", run, ways.packed, **label)}
+
     def assemble(self, op: str, x: Tensor, w: Tensor, ways: Ways, whole_x: Tensor | None = None) -> Cell:
         """The candidates of a cell; whole_x is the input of the GEMM alone where that is not x."""
         setting = self.setting
@@ -115,6 +131,7 @@ class Problem:
             linear_gloo=lambda: self.on(x, "linear_gloo", ways.plain, ways.exact, path="unfused", transport="gloo"),
             **{name: lambda n=name, f=f: unfused(n, f) for name, f in self.linears().items()},
             tpkernels=fused,
+            **self.one_chunk(op, x, ways),
             **self.roofs(x if whole_x is None else whole_x, w),
         )
         return self.cell(op, candidates)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from bench import placement
+from bench.study.links import Host
 from tpkernels.testing.spawn import fork_server
 
 MOST_VALUES = 64  # that a rank can gather in one go
@@ -104,9 +105,11 @@ class RankTeam:
         return self.gather([found])[0][0]
 
 
-def _rank_main(rank: int, world_size: int, body: Callable[..., None], spec: Any, pin: bool, folder: str, page: Any,
-               queue: Any) -> None:  # fmt: skip
+def _rank_main(rank: int, world_size: int, body: Callable[..., None], spec: Any, pin: bool, hosts: Sequence[Host],
+               folder: str, page: Any, queue: Any) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    if hosts:
+        hosts[rank].enter()  # before gloo opens connections
     mine = cores()
     if pin:
         os.sched_setaffinity(0, {mine[rank % len(mine)]})  # before gloo starts its threads, which inherit it
@@ -118,8 +121,13 @@ def _rank_main(rank: int, world_size: int, body: Callable[..., None], spec: Any,
         dist.destroy_process_group()
 
 
-def launch(world_size: int, body: Callable[..., None], spec: Any, *, pin: bool) -> Iterator[Any]:
+def launch(
+    world_size: int, body: Callable[..., None], spec: Any, *, pin: bool, hosts: Sequence[Host] = ()
+) -> Iterator[Any]:
     """Run body(team, spec, send) on every rank; yield the messages of the ranks as they arrive.
+
+    Args:
+        hosts: where each rank runs; none: all on this machine.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank failed; the others are ended.
@@ -127,7 +135,7 @@ def launch(world_size: int, body: Callable[..., None], spec: Any, *, pin: bool) 
     context = fork_server()
     page, queue = context.RawArray(ctypes.c_int64, RankTeam.page_len(world_size)), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        args = (world_size, body, spec, pin, folder, page, queue)
+        args = (world_size, body, spec, pin, hosts, folder, page, queue)
         ranks = start_processes(_rank_main, args, nprocs=world_size, join=False, start_method="forkserver")  # type: ignore[no-untyped-call]
         running = True
         while running:

@@ -38,7 +38,7 @@ FIELDS = (
     "by_placement",  # {near, far, mixed, crowded: {rounds, median_us, ratio, ratio_min, ratio_max}}
     "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
     "flag_rtt_ns", "rounds", "calls", "repeated",  # rounds that gave a number; calls in a block; disturbed blocks
-    "machine", "torch", "commit", "date", "load",
+    "machine", "torch", "commit", "date", "load", "link",
 )  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if others else "")
 
 
-def circumstances(pinned: bool) -> Row:
-    """The fields that all rows of a run share: machine, versions, date, load."""
+def circumstances(pinned: bool, link: str | None = None) -> Row:
+    """The fields that all rows of a run share: machine, versions, date, load; the link between hosts, if there is one."""
     return {
         "machine": machine(),
         "torch": torch.__version__,
@@ -82,6 +82,7 @@ def circumstances(pinned: bool) -> Row:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "load": round(os.getloadavg()[0], 2),
         "pinned": pinned,
+        "link": link,
     }
 
 
@@ -162,7 +163,8 @@ def identity(row: Row) -> tuple[Any, ...]:
     """The measurement of a row."""
     if "kind" in row:
         return tuple(row.get(name) for name in STUDY_IDENTITY)
-    return (*(row[name] for name in IDENTITY), row.get("slots"), row.get("clients"))  # the last two: of a server
+    # Of a server: slots, clients.
+    return (*(row[name] for name in IDENTITY), row.get("slots"), row.get("clients"), row.get("link"))
 
 
 def load(path: Path) -> list[Row]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from bench import shapes, table
 from bench.cell import CODEC_ROUNDING, DTYPES, Cell, Setting
 from bench.ranks import RankTeam, cores, launch
 from bench.rows import Row, circumstances, row_of, save
+from bench.study import links
 from bench.timing import measure, slowest
 
 QUIET_S = 2.0  # without company, before a cell is measured
@@ -136,9 +137,22 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     setting.close()
 
 
-def run(spec: Spec, ranks: int, *, pin: bool) -> Iterator[list[Row] | str]:
-    """Rows of each cell as it is finished, and messages."""
-    yield from launch(ranks, on_rank, spec, pin=pin)
+def run(spec: Spec, ranks: int, *, pin: bool, link: str | None = None) -> Iterator[list[Row] | str]:
+    """Rows of each cell as it is finished, and messages; over a link, each rank on a host of its own."""
+    with links.opened(link or links.LOOPBACK) as opened:
+        yield from launch(ranks, on_rank, spec, pin=pin, hosts=opened.hosts if link else ())
+
+
+def overlaps(rows: Sequence[Row]) -> Iterator[str]:
+    """Per size: the part of the communication that the fused op hides, of what it takes after the product."""
+    for fused in (row for row in rows if row["variant"] == "tpkernels" and row["exposed_us"] is not None):
+        apart = [r for r in rows if r["variant"] == "one_chunk" and table.size(r) == table.size(fused)]
+        if apart and apart[0]["exposed_us"] and apart[0]["exposed_us"] > 0:
+            exposed, whole = max(fused["exposed_us"], 0.0), apart[0]["exposed_us"]
+            yield (
+                f"{fused['op']} {table.size(fused)}, codec {fused['codec']}: exposed communication {exposed / 1e3:.1f} "
+                f"ms of {whole / 1e3:.1f} ms, overlap efficiency {1 - exposed / whole:.2f}"
+            )
 
 
 def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
@@ -168,6 +182,8 @@ def main(
     ranks: Annotated[int, typer.Option(min=1, help="Rank processes, one thread each.")] = 2,
     sizes: Annotated[str | None, typer.Option(help="4KiB,1MiB | M | MxNxK | models | a model's name; commas.")] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
+    hosts: Annotated[int, typer.Option(min=1, max=2, help="2: a host (network namespace) for each of 2 ranks.")] = 1,
+    link: Annotated[str, typer.Option(help="Between the hosts: 1gbit, 300mbit, ...; needs root, ip and tc.")] = "1gbit",
     codec: Annotated[str, typer.Option(help=f"Of our candidates: {', '.join(CODEC_ROUNDING)}.")] = "none",
     only: Annotated[str | None, typer.Option(help="Candidates to run, with commas; default all.")] = None,
     pin: Annotated[bool | None, typer.Option(help="A core for each rank; default: if there are as many.")] = None,
@@ -189,13 +205,17 @@ def main(
         raise typer.BadParameter(str(error)) from None
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
                "only": tuple(only.split(",")) if only else bench.only, "seed": seed,
-               "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize)}  # fmt: skip
+               "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize),
+               "transport": "group" if hosts == 2 else "auto"}  # fmt: skip
+    if hosts == 2 and ranks != 2:
+        raise typer.BadParameter(f"--hosts 2 has one rank on each host, got --ranks {ranks}")
+    between = link if hosts == 2 else None
     spec = Spec(
-        tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned), wait
+        tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned, between), wait
     )
     rows: list[Row] = []
     keep: list[Row] = []
-    for found in run(spec, ranks, pin=pinned):
+    for found in run(spec, ranks, pin=pinned, link=between):
         if isinstance(found, str):
             console.print(found)
             continue
@@ -204,6 +224,8 @@ def main(
         if console.is_terminal:
             console.print(f"{op} {table.size(found[0])}: done", style="dim")
     table.show(rows, console)
+    for line in overlaps(rows):
+        console.print(line)
     if out is not None:
         save(out, keep)
     if len(keep) < len(rows):

@@ -9,6 +9,7 @@ removed by the next one. Where namespaces cannot be made, the loopback of the ma
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -19,11 +20,12 @@ from pathlib import Path
 
 PREFIX = "tpkstudy"
 PLACES = ("/usr/sbin", "/sbin")  # where tc and ip lie when PATH does not say
-# Bits per second of the shaped links. A token bucket must hold the bytes of a tick of the kernel's timer.
+# Bits per second of the links of the study. A token bucket must hold the bytes of a tick of the kernel's timer.
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}
 LOOPBACK = "loopback"
 IPV6 = Path("/proc/sys/net/ipv6")  # there where the kernel has it
 LEAST_BURST, TICK_S = 64 << 10, 0.004
+NETWORK = 0x40000000  # CLONE_NEWNET, for setns
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ class Host:
     command: tuple[str, ...] = ()
     interface: str = "lo"
     address: str = "127.0.0.1"
+    namespace: str | None = None  # of the network; None: that of the machine
+
+    def enter(self) -> None:
+        """Move this thread into the namespace, and gloo, which this process starts later, to the interface.
+
+        Raises:
+            OSError: there is no such namespace, or it may not be entered.
+        """
+        os.environ["GLOO_SOCKET_IFNAME"] = self.interface
+        if self.namespace is None:
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.namespace}", "rb") as namespace:
+            if libc.setns(namespace.fileno(), NETWORK):
+                raise OSError(ctypes.get_errno(), f"setns to {self.namespace}: {os.strerror(ctypes.get_errno())}")
 
     def sent_bytes(self) -> int:
         """Bytes that have left through the interface, headers of the network included."""
@@ -64,6 +81,18 @@ def program(name: str) -> str:
     return found
 
 
+def rate_of(name: str) -> float:
+    """Bits per second of a link called 1gbit, 300mbit, ...
+
+    Raises:
+        ValueError: another kind of name.
+    """
+    found = re.fullmatch(r"([1-9]\d*)(mbit|gbit)", name)
+    if found is None:
+        raise ValueError(f"a link is called like 1gbit or 300mbit, got {name!r}")
+    return int(found[1]) * {"mbit": 1e6, "gbit": 1e9}[found[2]]
+
+
 def obstacle() -> str | None:
     """Why no shaped link can be made on this machine; None when it can."""
     try:
@@ -75,7 +104,7 @@ def obstacle() -> str | None:
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[Link]:
-    """The link of that name: one of RATES, or the loopback."""
+    """The link of that name: a rate, or the loopback."""
     if name == LOOPBACK:
         yield Link(name)
     else:
@@ -85,14 +114,14 @@ def opened(name: str) -> Iterator[Link]:
 
 @contextlib.contextmanager
 def shaped(name: str) -> Iterator[Link]:
-    """Two namespaces joined at a rate of RATES; gone afterwards, whatever happens in between.
+    """Two namespaces joined at the rate that the name says; gone afterwards, whatever happens in between.
 
     Raises:
         OSError: namespaces, interfaces or token buckets cannot be made here; says which command failed and why.
+        ValueError: as `rate_of`.
     """
-    ip, tc = program("ip"), program("tc")
+    rate, ip, tc = rate_of(name), program("ip"), program("tc")
     remove_left_behind(ip)
-    rate = RATES[name]
     names = [f"{PREFIX}-{os.getpid()}-{side}" for side in (0, 1)]
     ends = [(f"v{side}", f"10.77.0.{1 + side}") for side in (0, 1)]
     burst = max(LEAST_BURST, int(rate / 8 * TICK_S))
@@ -109,7 +138,7 @@ def shaped(name: str) -> Iterator[Link]:
             bucket = ("rate", f"{rate:.0f}bit", "burst", f"{burst}b", "latency", "50ms")
             run(ip, "netns", "exec", namespace, tc, "qdisc", "add", "dev", end, "root", "tbf", *bucket)
         first, second = (
-            Host((ip, "netns", "exec", namespace), end, address)
+            Host((ip, "netns", "exec", namespace), end, address, namespace)
             for namespace, (end, address) in zip(names, ends, strict=True)
         )
         yield Link(name, (first, second))

@@ -82,13 +82,27 @@ class Communicator::Turn {
   void run(Body&& body) {
     comm_.remember_failure(body);
   }
-  void exclude(uint64_t nanoseconds) { excluded_ += nanoseconds; }
+  // The same function; what it takes is not communication.
+  template <class Signature>
+  auto uncounted(const std::function<Signature>& function) {
+    return [this, &function](auto... args) {
+      const uint64_t start = now_nanoseconds();
+      const Excluding excluding{*this, start};
+      return function(args...);
+    };
+  }
 
  private:
   static Communicator& checked(Communicator& comm, Op op) {
     comm.check_process(name_of(op));  // before the lock: in a forked child it may stay locked for ever
     return comm;
   }
+
+  struct Excluding {
+    Turn& turn;
+    const uint64_t start;
+    ~Excluding() { turn.excluded_ += now_nanoseconds() - start; }
+  };
 
   Communicator& comm_;
   std::lock_guard<std::mutex> lock_;
@@ -147,14 +161,57 @@ void Communicator::all_reduce_beside(const CallSpec& spec, const Wire& wire, voi
                                      const std::function<void()>& meanwhile) {
   Turn turn(*this, spec.op);
   bool ran = false;
+  const auto uncounted = turn.uncounted(meanwhile);
   const auto once = [&] {
-    const uint64_t start = now_nanoseconds();
     ran = true;
-    meanwhile();
-    turn.exclude(now_nanoseconds() - start);  // the GEMM is not communication
+    uncounted();
   };
   turn.run([&] { do_all_reduce_beside(spec, wire, data, n, once); });
   if (!ran) once();
+}
+
+void Communicator::all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, size_t n,
+                                     const std::function<void()>& meanwhile) {
+  Turn turn(*this, spec.op);
+  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make)};
+  turn.run([&] { do_all_reduce_chunks(spec, wire, uncounted, out, n, turn.uncounted(meanwhile)); });
+}
+
+void Communicator::reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out,
+                                         const Cut& cut, const std::function<void()>& meanwhile) {
+  Turn turn(*this, spec.op);
+  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make)};
+  turn.run([&] { do_reduce_scatter_chunks(spec, wire, uncounted, out, cut, turn.uncounted(meanwhile)); });
+}
+
+void Communicator::all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
+                                     const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                                     const std::function<void(size_t)>& use) {
+  Turn turn(*this, spec.op);
+  turn.run(
+      [&] { do_all_gather_chunks(spec, wire, in, out, cut, ends, turn.uncounted(meanwhile), turn.uncounted(use)); });
+}
+
+namespace {
+
+[[noreturn]] void no_thread() { throw std::logic_error("this transport has no communication thread"); }
+
+}  // namespace
+
+void Communicator::do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void*, size_t,
+                                        const std::function<void()>&) {
+  no_thread();
+}
+
+void Communicator::do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void*, const Cut&,
+                                            const std::function<void()>&) {
+  no_thread();
+}
+
+void Communicator::do_all_gather_chunks(const CallSpec&, const Wire&, const void*, void*, const Cut&,
+                                        const std::vector<size_t>&, const std::function<void()>&,
+                                        const std::function<void(size_t)>&) {
+  no_thread();
 }
 
 void Communicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,

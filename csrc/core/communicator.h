@@ -51,6 +51,19 @@ struct Cut {
   size_t largest() const;
 };
 
+// A tensor that the calling thread computes while a collective sends it.
+struct Chunks {
+  // Values [begin, end) of the part of one rank; of an all_reduce there is one part, the whole tensor. begin is a
+  // multiple of the codec's block.
+  struct Chunk {
+    size_t begin, end;
+    int part = 0;
+  };
+  std::vector<Chunk> list;  // in the order in which they are computed
+  // Computes one; returns where its values are until the call has ended.
+  std::function<const void*(size_t chunk)> make;
+};
+
 struct OpStats {
   uint64_t calls = 0;
   uint64_t wire_bytes = 0;   // sent by this rank; what k ranks read counts k times
@@ -85,6 +98,26 @@ class Communicator {
   void all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                          const std::function<void()>& meanwhile);
 
+  // Whether the calls below move bytes by a thread of the group while the calling thread computes; otherwise none of
+  // them may be used.
+  virtual bool has_thread() const { return false; }
+  // An all_reduce of `chunks`, which cover n values in order; `meanwhile` runs when the last one is made.
+  void all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, size_t n,
+                         const std::function<void()>& meanwhile);
+  // A reduce_scatter of `chunks`: those of each part are in order, and those of this rank are the last ones.
+  void reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, const Cut& cut,
+                             const std::function<void()>& meanwhile);
+  // An all_gather in which use(i) runs when values [0, ends[i]) of every part are in out, or the whole of smaller
+  // parts; `meanwhile` runs before, when this rank's part is in out.
+  void all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
+                         const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                         const std::function<void(size_t)>& use);
+  // Between parts of what the calling thread computes in these calls, each a millisecond or a few: the thread of the
+  // group may wait for the core that computes.
+  virtual void let_thread_run() {}
+  // The number of chunks of every fused GEMM, where its rows allow it; 0: the rule's. For tests.
+  int forced_chunks = 0;
+
   // Memory that the other ranks can read directly; nullptr when this transport has none or it is full.
   virtual void* heap_allocate(size_t bytes) = 0;
   virtual void heap_free(void* pointer) = 0;
@@ -115,6 +148,13 @@ class Communicator {
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);
+  virtual void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, size_t n,
+                                    const std::function<void()>& meanwhile);
+  virtual void do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, const Cut&,
+                                        const std::function<void()>& meanwhile);
+  virtual void do_all_gather_chunks(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                                    const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                                    const std::function<void(size_t)>& use);
   virtual void do_check() {}
   virtual void do_close() = 0;
 
@@ -130,6 +170,8 @@ class Communicator {
   void check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const;
   // Of a gather: each rank's `mine` must be its size in the cut.
   void check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const;
+  // Lets every later call fail with this text.
+  void break_off(const std::string& why) { broken_ = why; }
   void count(uint64_t wire_bytes) { current_->wire_bytes += wire_bytes; }
   void count_heap_input() { current_->heap_inputs += 1; }
   void count_wait(uint64_t nanoseconds) { current_->wait_nanoseconds += nanoseconds; }

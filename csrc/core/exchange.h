@@ -3,19 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <vector>
 
 namespace tpk {
-
-struct Outgoing {
-  const char* from;
-  size_t bytes;
-};
-struct Incoming {
-  char* to;
-  size_t bytes;
-};
 
 // Bytes to and from every rank, in rank order, through two buffers of `capacity` bytes.
 class Exchange {
@@ -25,12 +15,6 @@ class Exchange {
   virtual const char* receive_buffer() = 0;
   virtual size_t capacity() const = 0;
   virtual void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) = 0;
-  // Where it takes any memory: the same between that of the caller, without a part for this rank itself. After an error
-  // of `wait` it is not accessed any more.
-  virtual bool takes_any_memory() const { return false; }
-  virtual void start_between(const std::vector<Outgoing>&, const std::vector<Incoming>&) {
-    throw std::logic_error("this exchange goes through its buffers");
-  }
   // Throws TimeoutFailure or PeerLost.
   virtual void wait(uint64_t call) = 0;
   // Announces to the other ranks that that call is the last of this rank; never throws.

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "cpu/chunks.h"
 #include "cpu/loops/gemv.h"
 #include "cpu/transport/shm.h"
 
@@ -129,12 +130,28 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};
 }
 
+// The number of chunks of a GEMM; of one that gathers or scatters, chunks of the other ranks' rows and all own rows.
+size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape) {
+  if (call.dim != 0) return 1;
+  const bool gathers = call.op == "all_gather_gemm";
+  const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(gathers ? shape.K : shape.N);
+  const size_t chunks = chunk_ends(comm, wire, rows, values).size();
+  if (chunks == 1 || call.op == "gemm_all_reduce") return chunks;
+  const size_t others = static_cast<size_t>(comm.world_size()) - 1;
+  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), values).size() + 1;
+}
+
 Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wire) {
   const bool gathers = call.op == "all_gather_gemm";
   const GemmShape shape{wire.dtype, gathers ? call.M * comm.world_size() : call.M, call.N, call.K};
   const EngineChoice choice = choose_engine(comm.measured_engines(), shape);
   const std::string gemm = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
   if (call.op == "replicated_gemm") return {"unfused", concat(gemm, "; the forward sends nothing")};
+  const size_t chunks = num_chunks(comm, call, wire, shape);
+  if (chunks > 1) {
+    const char* const order = gathers ? "multiplied while others arrive" : "sent while others are multiplied";
+    return {concat("chunked(", chunks, ")"), concat("rows are ", order, ", by a thread of the group; ", gemm)};
+  }
   if (gathers) {
     const Explained gather = explain_collective(comm, "all_gather", wire, static_cast<size_t>(shape.M * shape.K));
     return {"unfused", concat(gather.path, ": ", gather.reason, "; then ", gemm)};

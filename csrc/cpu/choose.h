@@ -41,6 +41,7 @@ struct CallShape {
   std::string op, dtype, codec;
   int64_t M, N, K;
   size_t numel;
+  int64_t dim;  // that is cut or gathered
 };
 // Throws std::invalid_argument for a dtype or codec that the op does not take.
 Explained explain(Communicator& comm, const CallShape& call);

@@ -1,13 +1,32 @@
-// On the CPU a rank multiplies and communicates with the same cores, so "fused" here means: the sum goes back into the
-// GEMM's own output, the bias is inside the GEMM of rank 0, and in the backward the gradient of x is under way while
-// the gradient of w is computed. A product written straight into the arena was not faster on any CPU (DESIGN.md).
+// On the CPU a rank multiplies and communicates with the same cores, so on one host "fused" means: the sum goes back
+// into the GEMM's own output, the bias is inside the GEMM of rank 0, and in the backward the gradient of x is under way
+// while the gradient of w is computed. A product written straight into the arena was not faster on any CPU (DESIGN.md).
+// Between hosts the link is busy while the cores are: chunked_gemm.h.
 #include "torch_side/fused_gemm.h"
 
-#include "gemm.h"
+#include "chunked_gemm.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
 namespace {
+
+// The chunks of the rows of y = x @ w.T, and whether a tensor of rows that is cut or gathered along dim has several.
+std::vector<size_t> chunks_of_product(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w) {
+  return chunk_ends(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)));
+}
+
+bool is_chunked(const Communicator& comm, const Wire& wire, const Tensor& like, int64_t rows, int64_t row_values,
+                int64_t dim) {
+  return cuts_rows(like, dim) &&
+         chunk_ends(comm, wire, static_cast<size_t>(rows), static_cast<size_t>(row_values)).size() > 1;
+}
+
+// The same of the shards of all ranks; where they exchange their sizes first, there are no chunks.
+bool is_chunked_gather(const Communicator& comm, const Wire& wire, const Tensor& shard, int64_t dim, int64_t dim_size) {
+  const int64_t items = shard.size(dim);
+  if (dim_size < 0 || items == 0) return false;
+  return is_chunked(comm, wire, shard, num_rows(shard) / items * dim_size, shard.size(shard.dim() - 1), dim);
+}
 
 Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x,
                           bool need_w, bool need_b) {
@@ -23,6 +42,10 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
+  const std::vector<size_t> ends = chunks_of_product(*comm, wire, x_shard, w_shard);
+  if (ends.size() > 1) {
+    return all_reduce_product(Op::GemmAllReduce, *comm, wire, x_shard, w_shard, rank_bias, ends, [] {});
+  }
   Tensor y = linear(*comm, x_shard, w_shard, rank_bias);
   all_reduce_into(Op::GemmAllReduce, *comm, wire, y, y);
   return y;
@@ -36,6 +59,9 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
+  if (is_chunked(*comm, wire, x_shard, num_rows(x_shard), w_shard.size(0), dim)) {
+    return reduce_scatter_product(Op::GemmReduceScatter, *comm, wire, x_shard, w_shard, rank_bias, dim);
+  }
   const Tensor partial = linear(*comm, x_shard, w_shard, rank_bias);
   return reduce_scatter_dim(Op::GemmReduceScatter, *comm, wire, partial, dim);
 }
@@ -47,6 +73,9 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
   check_token_dim("all_gather_gemm", shape_of(x_shard), dim);
   const Wire& wire = wire_for(Op::AllGatherGemm, x_shard, codec);
+  if (is_chunked_gather(*comm, wire, x_shard, dim, dim_size)) {
+    return product_of_gathered(Op::AllGatherGemm, *comm, wire, x_shard, w_shard, bias, dim, dim_size).y;
+  }
   const Tensor x = all_gather_dim(Op::AllGatherGemm, *comm, wire, x_shard, dim, dim_size);
   return linear(*comm, x, w_shard, bias);
 }
@@ -65,16 +94,23 @@ Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bo
 Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tensor& w_shard, bool need_x, bool need_w,
                                    bool need_b, Text group, int64_t world_size, Text codec) {
   const auto comm = communicator_of(Op::ReplicatedGemmBackward, group, world_size);
+  const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
   Tensor dw = nothing(dy), db = nothing(dy);
+  const bool beside = need_x && is_for_thread(*comm, wire, static_cast<size_t>(num_rows(dy) * w_shard.size(1)));
   const auto meanwhile = [&] {
-    if (need_w) dw = grad_weight(dy, x);
+    if (need_w) dw = beside ? grad_weight_in_steps(*comm, dy, x) : grad_weight(dy, x);
     if (need_b) db = grad_bias(dy);
   };
   if (!need_x) {
     meanwhile();
     return {nothing(dy), dw, db};
   }
-  const Wire& wire = wire_for(Op::ReplicatedGemmBackward, dy, codec);
+  const std::vector<size_t> ends = chunks_of_product(*comm, wire, dy, transpose(w_shard));
+  if (ends.size() > 1) {
+    Tensor dx =
+        all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, ends, meanwhile);
+    return {dx, dw, db};
+  }
   Tensor dx = grad_input(*comm, dy, w_shard);
   comm->all_reduce_beside(spec_of(Op::ReplicatedGemmBackward, wire, numel_of(dx), shape_of(dx)), wire,
                           dx.mutable_data_ptr(), numel_of(dx), meanwhile);
@@ -86,6 +122,12 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
                                        int64_t dim, int64_t dim_size, Text codec) {
   const auto comm = communicator_of(Op::GemmReduceScatterBackward, group, world_size);
   const Wire& wire = wire_for(Op::GemmReduceScatterBackward, dy_shard, codec);
+  if (need_x && is_chunked_gather(*comm, wire, dy_shard, dim, dim_size)) {
+    const auto [dy, dx] = product_of_gathered(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, transpose(w_shard),
+                                              {}, dim, dim_size);
+    const auto [none, dw, db] = local_gradients(*comm, dy, x_shard, w_shard, false, need_w, need_b);
+    return {dx, dw, db};
+  }
   const Tensor dy = all_gather_dim(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, dim, dim_size);
   return local_gradients(*comm, dy, x_shard, w_shard, need_x, need_w, need_b);
 }
@@ -98,10 +140,22 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   const Wire& x_wire = wire_for(Op::AllGatherGemmBackward, x_shard, codec);
   const Wire& dx_wire = wire_for(Op::AllGatherGemmBackward, dy, grad_codec);
   Tensor dx = nothing(dy), dw = nothing(dy);
-  if (need_w) {  // gathered again instead of kept: what sequence parallelism saves is this memory
-    dw = grad_weight(dy, all_gather_dim(Op::AllGatherGemmBackward, *comm, x_wire, x_shard, dim, dim_size));
+  // x is gathered again instead of kept: what sequence parallelism saves is this memory.
+  const bool beside = need_x && need_w && dim_size >= 0 && cuts_rows(dy, dim) &&
+                      is_for_thread(*comm, x_wire, static_cast<size_t>(num_rows(dy) * w_shard.size(1)));
+  if (beside) {
+    const Work product = [&] { dx = grad_input_in_steps(*comm, dy, w_shard); };
+    const Tensor x = all_gather_beside(Op::AllGatherGemmBackward, *comm, x_wire, x_shard, dim, dim_size, product);
+    const Work product_of_x = [&] { dw = grad_weight_in_steps(*comm, dy, x); };
+    dx = reduce_scatter_beside(Op::AllGatherGemmBackward, *comm, dx_wire, dx, dim, product_of_x);
+  } else {
+    if (need_w) {
+      dw = grad_weight(dy, all_gather_dim(Op::AllGatherGemmBackward, *comm, x_wire, x_shard, dim, dim_size));
+    }
+    if (need_x) {
+      dx = reduce_scatter_dim(Op::AllGatherGemmBackward, *comm, dx_wire, grad_input(*comm, dy, w_shard), dim);
+    }
   }
-  if (need_x) dx = reduce_scatter_dim(Op::AllGatherGemmBackward, *comm, dx_wire, grad_input(*comm, dy, w_shard), dim);
   return {dx, dw, need_b ? grad_bias(dy) : nothing(dy)};
 }
 

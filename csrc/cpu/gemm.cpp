@@ -41,8 +41,6 @@ Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bia
   return Tensor(y);
 }
 
-Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
 bool has_dense_rows(const Tensor& w) { return w.size(1) <= 1 || w.stride(1) == 1; }
 
 constexpr size_t kGemvGrain = 1 << 16;  // weights that are worth a thread of their own
@@ -85,16 +83,15 @@ Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const Optional
   return call("aten::linear", "", x, w, bias);
 }
 
-// The engine for these tensors. Where their strides do not fit the chosen one, it is ATen.
+}  // namespace
+
+bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
+
 Engine engine_for(const Communicator& comm, const Tensor& x, const Tensor& w) {
   const GemmShape shape{dtype_of(x), num_rows(x), w.size(0), w.size(1)};
   const Engine engine = choose_engine(comm.measured_engines(), shape).engine;
   return engine == Engine::Gemv && !has_dense_rows(w) ? Engine::Aten : engine;
 }
-
-}  // namespace
-
-bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
 
 void multiply_few_rows(DType dtype, const Gemv& product) {
   const GemvPath& path = gemv_paths(dtype).front();
@@ -108,6 +105,16 @@ Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const 
   const Tensor y = dense(linear_by(engine_for(comm, x, w), x, w, bias));
   // Of more than two dims, aten and oneDNN make a view of rows, and autograd forbids to modify that in place.
   return y.dim() == 2 ? y : call("aten::_unsafe_view", "", y, shape_of(y));
+}
+
+Tensor product_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  return dense(linear_by(engine, x, w, bias));
+}
+
+void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y) {
+  if (engine == Engine::Gemv) return gemv_into(x, w, std::nullopt, y);
+  Tensor rows = as_rows(y);
+  call("aten::mm", "out", as_rows(x), transpose(w), rows);
 }
 
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w) {

@@ -35,8 +35,8 @@ void add_choices(py::module_& m) {
   m.def(
       "explain",
       [](Communicator& comm, const std::string& op, const std::string& dtype, const std::string& codec, int64_t M,
-         int64_t N, int64_t K, size_t numel, bool, int64_t) {
-        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel});
+         int64_t N, int64_t K, size_t numel, bool, int64_t dim) {
+        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel, dim});
         return py::make_tuple(found.path, found.reason);
       },
       py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"), py::arg("N"),

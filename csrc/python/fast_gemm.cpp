@@ -8,6 +8,7 @@
 #include "core/communicator.h"
 #include "core/specs.h"
 #include "cpu/choose.h"
+#include "cpu/chunks.h"
 #include "cpu/gemm.h"
 #include "new_tensor.h"
 
@@ -43,6 +44,11 @@ struct Operands {
   bool fit_gemv() const { return is_contiguous(x) && (shape.K == 1 || w.strides[1] == 1); }
   size_t numel() const { return static_cast<size_t>(shape.M * shape.N); }
 };
+
+// Between hosts the op sends large products in chunks.
+bool is_chunked(const Communicator& comm, const Wire& wire, const GemmShape& y) {
+  return chunk_ends(comm, wire, static_cast<size_t>(y.M), static_cast<size_t>(y.N)).size() > 1;
+}
 
 // y[..., N]: memory of its own, or an object of torch; and where its values are.
 struct Product {
@@ -101,7 +107,7 @@ PyObject* fast_gemm_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
     const std::optional<Operands> from = Operands::of(args[0], args[1], args[2]);
     if (!from.has_value()) return none();
     const Wire* const wire = find_wire(from->shape.dtype, codec_of(PyUnicode_AsUTF8(args[4])), ReduceOp::Sum);
-    if (wire == nullptr) return none();
+    if (wire == nullptr || is_chunked(*comm, *wire, from->shape)) return none();
     Product y;
     if (!multiply(*comm, *from, args[2] != Py_None && comm->rank() == 0, y)) return none();
     // As the op's own: ranks whose tensors are not plain make the same call.

@@ -4,7 +4,7 @@
 #include "core/arena.h"
 #include "cpu/transport/group_transport.h"
 #include "cpu/transport/shm.h"
-#include "cpu/transport/sockets.h"
+#include "cpu/transport/socket_transport.h"
 #include "decode_step.h"
 #include "fast_gemm.h"
 #include "fast_path.h"
@@ -51,9 +51,9 @@ class PythonWatch final : public SocketExchange::Watch {
 std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::string& label, int rank, int world_size,
                                            double timeout_s, size_t capacity, const std::vector<int>& sockets,
                                            py::object watch) {
-  auto exchange = std::make_unique<SocketExchange>(sockets, rank, capacity, timeout_s,
-                                                   std::make_unique<PythonWatch>(std::move(watch)));
-  return registered(std::make_shared<GroupCommunicator>(name, label, rank, world_size, timeout_s, std::move(exchange)));
+  auto link = std::make_unique<SocketExchange>(sockets, rank, capacity, timeout_s,
+                                               std::make_unique<PythonWatch>(std::move(watch)));
+  return registered(std::make_shared<SocketCommunicator>(name, label, rank, world_size, timeout_s, std::move(link)));
 }
 
 std::shared_ptr<Communicator> open_local(const std::string& name, const std::string& label) {
@@ -71,8 +71,11 @@ PYBIND11_MODULE(_C, m) {
   add_fast_path(m, &translate_errors);
   add_fast_gemm(m);
   add_decode_step(m);
-  add_communicator<Communicator>(m).def_property_readonly(
-      "address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); });
+  add_communicator<Communicator>(m)
+      .def_property_readonly("address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); })
+      .def(
+          "force_chunks", [](Communicator& comm, int chunks) { comm.forced_chunks = chunks; }, py::arg("chunks"),
+          "For tests: the number of chunks of every fused GEMM over connections; 0: the rule's.");
 
   add_choices(m);
   m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),

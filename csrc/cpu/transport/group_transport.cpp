@@ -38,20 +38,23 @@ GroupCommunicator::GroupCommunicator(std::string name, std::string label, int ra
             exchange_->capacity());
 }
 
+Cut GroupCommunicator::cut_of_piece(const Wire& wire, size_t n) const {
+  Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
+  for (size_t& start : chunks.starts) start = std::min(start, n);
+  return chunks;
+}
+
+// A multiple of what gives every rank as much, so that the bytes of a call do not depend on its pieces.
 size_t GroupCommunicator::piece_values(const Wire& wire, size_t parts) const {
   // Room for one more block a rank, because chunks end at block boundaries.
   const size_t usable = exchange_->capacity() - static_cast<size_t>(world_size()) * wire.bytes(wire.block_values);
-  return std::max(wire.values_in(usable / parts), wire.block_values);
+  const size_t even = wire.block_values * (parts == 1 ? static_cast<size_t>(world_size()) : 1);
+  return std::max(wire.values_in(usable / parts) / even * even, even);
 }
 
-template <class Start>
-void GroupCommunicator::run_started(Op op, const Start& start, const std::function<void()>* meanwhile) {
+void GroupCommunicator::described(Op op, const std::function<void()>& body) {
   try {
-    start();
-    if (meanwhile != nullptr) (*meanwhile)();
-    const uint64_t started = now_nanoseconds();
-    exchange_->wait(call_);
-    count_wait(now_nanoseconds() - started);
+    body();
   } catch (const TimeoutFailure& error) {
     throw TimeoutFailure(concat(describe_call(op), ": ", error.what()));
   } catch (const PeerLost& error) {
@@ -60,17 +63,15 @@ void GroupCommunicator::run_started(Op op, const Start& start, const std::functi
 }
 
 void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile) {
-  run_started(op, [&] { exchange_->start(send, receive); }, meanwhile);
+  described(op, [&] {
+    exchange_->start(send, receive);
+    if (meanwhile != nullptr) (*meanwhile)();
+    const uint64_t started = now_nanoseconds();
+    exchange_->wait(call_);
+    count_wait(now_nanoseconds() - started);
+  });
   for (int r = 0; r < world_size(); ++r) {
     if (r != rank()) count(send[static_cast<size_t>(r)]);
-  }
-}
-
-void GroupCommunicator::run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
-                                    const std::function<void()>* meanwhile) {
-  run_started(op, [&] { exchange_->start_between(send, receive); }, meanwhile);
-  for (int r = 0; r < world_size(); ++r) {
-    if (r != rank()) count(send[static_cast<size_t>(r)].bytes);
   }
 }
 
@@ -109,27 +110,33 @@ std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const W
 }
 
 void GroupCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
-  all_reduce_with(spec, wire, in, out, n, nullptr);
+  if (is_inline(wire, n)) return all_reduce_inline(spec, wire, in, out, n);
+  open_call(spec);
+  send_all_reduce(spec, wire, in, out, n, nullptr);
 }
 
 void GroupCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                                              const std::function<void()>& meanwhile) {
-  all_reduce_with(spec, wire, data, data, n, &meanwhile);
+  if (is_inline(wire, n)) return all_reduce_inline(spec, wire, data, data, n);
+  open_call(spec);
+  send_all_reduce(spec, wire, data, data, n, &meanwhile);
 }
 
-void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
+bool GroupCommunicator::is_inline(const Wire& wire, size_t n) { return wire.bytes(n) <= kInlineBytes; }
+
+void GroupCommunicator::all_reduce_inline(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
+                                          size_t n) {
+  open_call(spec, &wire, &in, n);
+  std::vector<const void*> inputs;
+  for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
+  std::vector<char> packed(wire.bytes(n) + 1);
+  void* const result = packed.data();
+  wire.reduce(inputs.data(), world_size(), &result, 1, n);
+  wire.decode(result, out, n);
+}
+
+void GroupCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                         const std::function<void()>* meanwhile) {
-  if (wire.bytes(n) <= kInlineBytes) {
-    open_call(spec, &wire, &in, n);
-    std::vector<const void*> inputs;
-    for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
-    std::vector<char> packed(wire.bytes(n) + 1);
-    void* const result = packed.data();
-    wire.reduce(inputs.data(), world_size(), &result, 1, n);
-    wire.decode(result, out, n);
-    return;
-  }
-  open_call(spec);
   const size_t piece = piece_values(wire, 1);
   for (size_t start = 0; start < n; start += piece) {
     all_reduce_piece(spec, wire, in.from(wire, start), at(out, start * wire.value_bytes), std::min(piece, n - start),
@@ -140,13 +147,8 @@ void GroupCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, 
 // Rank r gets chunk r of everyone, sums it, and sends the sum to everyone.
 void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                          const std::function<void()>* meanwhile) {
-  if (wire.is_plain() && exchange_->takes_any_memory()) {
-    return all_reduce_where_it_lies(spec, wire, static_cast<const char*>(in.values()), static_cast<char*>(out), n,
-                                    meanwhile);
-  }
   const size_t ranks = static_cast<size_t>(world_size());
-  Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
-  for (size_t& start : chunks.starts) start = std::min(start, n);
+  const Cut chunks = cut_of_piece(wire, n);
   Sizes chunk_bytes;
   for (int r = 0; r < world_size(); ++r) chunk_bytes.push_back(wire.bytes(chunks.size(r)));
   const size_t mine = chunk_bytes[static_cast<size_t>(rank())];
@@ -167,46 +169,17 @@ void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire,
   }
 }
 
-// The same without a copy: the bytes on the wire are the tensor itself. in == out is allowed.
-void GroupCommunicator::all_reduce_where_it_lies(const CallSpec& spec, const Wire& wire, const char* in, char* out,
-                                                 size_t n, const std::function<void()>* meanwhile) {
-  const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
-  const Cut chunks = Cut::even(n, world_size());
-  const Cut bytes = chunks.times(wire.value_bytes);
-  const size_t mine = bytes.size(rank());
-  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
-
-  std::vector<Outgoing> send;
-  std::vector<Incoming> receive;
-  std::vector<const void*> inputs;
-  for (size_t r = 0; r < ranks; ++r) {
-    send.push_back({in + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]});
-    receive.push_back({scratch + r * mine, mine});
-    inputs.push_back(r == me ? send[r].from : receive[r].to);
-  }
-  run_between(spec.op, send, receive, meanwhile);
-
-  void* const sum = out + bytes.starts[me];
-  wire.reduce(inputs.data(), world_size(), &sum, 1, chunks.size(rank()));
-  for (size_t r = 0; r < ranks; ++r) {
-    send[r] = {out + bytes.starts[me], mine};
-    receive[r] = {out + bytes.starts[r], bytes.starts[r + 1] - bytes.starts[r]};
-  }
-  run_between(spec.op, send, receive);
-}
-
 void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) {
   open_call(spec);
+  send_reduce_scatter(spec, wire, in, out, cut);
+}
+
+void GroupCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
+                                            const Cut& cut) {
   const size_t ranks = static_cast<size_t>(world_size());
   const size_t piece = piece_values(wire, ranks);
   for (size_t start = 0; start < cut.largest(); start += piece) {
     const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
-    if (exchange_->takes_any_memory() && (wire.is_plain() || in.is_packed())) {
-      Sizes sizes;
-      for (int r = 0; r < world_size(); ++r) sizes.push_back(part(r));
-      reduce_scatter_where_it_lies(spec, wire, in, at(out, start * wire.value_bytes), cut, start, sizes);
-      continue;
-    }
     Sizes send;
     char* to = exchange_->send_buffer();
     for (int r = 0; r < world_size(); ++r) {
@@ -222,44 +195,19 @@ void GroupCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire
   }
 }
 
-// One piece of it, `sizes[r]` values from value `start` of part r on: the bytes on the wire are the tensor or the
-// packed input itself.
-void GroupCommunicator::reduce_scatter_where_it_lies(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
-                                                     const Cut& cut, size_t start, const Sizes& sizes) {
-  const size_t ranks = sizes.size(), me = static_cast<size_t>(rank()), mine = wire.bytes(sizes[me]);
-  char* const scratch = const_cast<char*>(exchange_->receive_buffer());
-  std::vector<Outgoing> send;
-  std::vector<Incoming> receive;
-  std::vector<const void*> inputs;
-  for (size_t r = 0; r < ranks; ++r) {
-    const void* part = sizes[r] > 0 ? in.of_part(wire, cut.starts, r, start).values() : nullptr;
-    send.push_back({static_cast<const char*>(part), wire.bytes(sizes[r])});
-    receive.push_back({scratch + r * mine, mine});
-    inputs.push_back(r == me ? part : receive[r].to);
-  }
-  run_between(spec.op, send, receive);
-  wire.reduce_to_values(inputs.data(), world_size(), out, sizes[me]);
-}
-
 void GroupCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                       const Cut& cut) {
   check_parts(spec, open_call(spec), cut);
+  send_all_gather(spec, wire, in, out, cut);
+}
+
+void GroupCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                        const Cut& cut) {
   const size_t ranks = static_cast<size_t>(world_size());
   const size_t piece = piece_values(wire, ranks);
   for (size_t start = 0; start < cut.largest(); start += piece) {
     const auto part = [&](int r) { return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0; };
     const size_t mine = wire.bytes(part(rank()));
-    if (exchange_->takes_any_memory() && wire.is_plain()) {
-      const char* const from = at(in, start * wire.value_bytes);
-      const std::vector<Outgoing> send(ranks, {from, mine});
-      std::vector<Incoming> into;
-      for (int r = 0; r < world_size(); ++r) {
-        into.push_back({at(out, (cut.start(r) + start) * wire.value_bytes), wire.bytes(part(r))});
-      }
-      run_between(spec.op, send, into);
-      wire.encode(from, into[static_cast<size_t>(rank())].to, part(rank()));
-      continue;
-    }
     wire.encode(at(in, start * wire.value_bytes), exchange_->send_buffer(), part(rank()));
     for (size_t r = 1; r < ranks; ++r) std::memcpy(exchange_->send_buffer() + r * mine, exchange_->send_buffer(), mine);
     Sizes receive;

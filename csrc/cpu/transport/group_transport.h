@@ -1,4 +1,5 @@
-// Transport `group`: the same collectives over any c10d process group (gloo between hosts). Torch-free.
+// Transport `group`: the same collectives over any c10d process group (gloo between hosts), through the buffers of an
+// exchange; socket_transport.h is the same over connections. Torch-free.
 //
 // It is built on one primitive, an exchange in which every rank sends bytes to every other one. Sums are local and in
 // rank order, not the backend's own all-reduce, so that the bits are those of every other transport. The first exchange
@@ -11,7 +12,7 @@
 
 namespace tpk {
 
-class GroupCommunicator final : public Communicator {
+class GroupCommunicator : public Communicator {
  public:
   GroupCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
                     std::unique_ptr<Exchange> exchange);
@@ -30,25 +31,29 @@ class GroupCommunicator final : public Communicator {
                             const std::function<void()>& meanwhile) override;
   void do_close() override { exchange_->close(call_); }
 
- private:
   using Sizes = std::vector<size_t>;
   // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns the specs of all ranks.
   std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
                                   size_t n = 0);
+  // What follows the opening; `meanwhile` runs while bytes are under way.
+  virtual void send_all_reduce(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
+                               const std::function<void()>* meanwhile);
+  virtual void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
+  virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
+  // Whether the opening carries the whole message.
+  static bool is_inline(const Wire&, size_t n);
+  // Which rank sums which of n values, in whole blocks.
+  Cut cut_of_piece(const Wire&, size_t n) const;
+  Exchange& exchange() { return *exchange_; }
+  // Runs body, and adds the call to the text of its errors.
+  void described(Op op, const std::function<void()>& body);
+
+ private:
   const char* inline_payload(int rank) const;
+  void all_reduce_inline(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile = nullptr);
-  void run_between(Op op, const std::vector<Outgoing>& send, const std::vector<Incoming>& receive,
-                   const std::function<void()>* meanwhile = nullptr);
-  template <class Start>
-  void run_started(Op op, const Start& start, const std::function<void()>* meanwhile);
-  void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
-                       const std::function<void()>* meanwhile);
   void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                         const std::function<void()>* meanwhile);
-  void all_reduce_where_it_lies(const CallSpec&, const Wire&, const char* in, char* out, size_t n,
-                                const std::function<void()>* meanwhile);
-  void reduce_scatter_where_it_lies(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&, size_t start,
-                                    const Sizes& sizes);
   size_t piece_values(const Wire&, size_t parts) const;
 
   std::unique_ptr<Exchange> exchange_;

@@ -1,8 +1,13 @@
-// The exchange of transport `group` over a TCP connection to each other rank, by the calling thread: no
-// thread has to be woken but the one that waits, and bytes go from and to the memory where they lie. Torch-free.
+// The exchange of transport `group` over a TCP connection to each other rank: no thread has to be woken but the one
+// that waits, and bytes go from and to the memory where they lie. Torch-free.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -24,39 +29,74 @@ class SocketExchange final : public Exchange {
 
   // sockets[r]: a connection to rank r, which is ours to close from now on; that of this rank is not used.
   SocketExchange(std::vector<int> sockets, int rank, size_t capacity, double timeout_s, std::unique_ptr<Watch> watch);
-  ~SocketExchange() override { disconnect(); }
+  ~SocketExchange() override;
   SocketExchange(const SocketExchange&) = delete;
   SocketExchange& operator=(const SocketExchange&) = delete;
 
   char* send_buffer() override { return send_.get(); }
   const char* receive_buffer() override { return receive_.get(); }
   size_t capacity() const override { return capacity_; }
-  bool takes_any_memory() const override { return true; }
   void start(const std::vector<size_t>& send_bytes, const std::vector<size_t>& receive_bytes) override;
-  void start_between(const std::vector<Outgoing>& send, const std::vector<Incoming>& receive) override;
   void wait(uint64_t call) override;
   void close(uint64_t last_call) override;
 
+  // Message by message: what one rank sends to another in some order, that one receives in this order. The memory is
+  // accessed until the message has been moved or a wait has failed.
+  void send(size_t rank, const void* from, size_t bytes);
+  void receive(size_t rank, void* to, size_t bytes);
+  // How far the messages to or from a rank have been moved.
+  struct Mark {
+    std::vector<uint64_t> sent, received;
+  };
+  Mark everything_posted() const;
+  bool is_sent(const Mark& mark) const;
+  bool is_received(const Mark& mark) const;
+  // Moves what can be moved without waiting.
+  bool move();
+  // Moves bytes until `is_there()`, which the other ranks bring about before the deadline.
+  void wait_for_ranks(uint64_t call, const std::function<bool()>& is_there);
+  // The same for what another thread of this rank brings about, which then calls `hand_over`; without a deadline.
+  void wait_for_thread(uint64_t call, const std::function<bool()>& is_there);
+  // Returns when the thread that waits has noticed, when it works on another core (after 0.2 ms), or when there is none
+  // (`set_moving`). A wake-up alone does not give it the core that it shares with a thread that computes: the scheduler
+  // may keep it waiting for 100 ms.
+  void hand_over();
+  // Whether a thread moves bytes now.
+  void set_moving(bool moving);
+  // From another thread: every wait throws from now on.
+  void abandon() noexcept;
+
  private:
+  struct Message {
+    char* at;
+    size_t bytes;
+  };
   struct Peer {
     int socket;
-    Outgoing out{};
-    Incoming in{};
-    int enough = 1;  // bytes to receive that are worth waking up for
+    std::deque<Message> out{}, in{};
+    uint64_t sent = 0, received = 0;  // messages
+    int enough = 1;                   // bytes to receive that are worth waking up for
   };
-  // Sends and receives what goes without waiting; whether anything did.
-  bool move();
   bool send_some(Peer& peer);
   bool receive_some(Peer& peer);
   void lost(const Peer& peer, const std::string& how);
+  void check_connections(uint64_t call);
+  void check_abandoned() const;
   bool is_done() const;
   bool sleep();
   void disconnect();
+  void wake() noexcept;
 
   std::vector<Peer> peers_;
   const size_t rank_, capacity_;
   const double timeout_s_;
   const std::unique_ptr<Watch> watch_;
+  const int wake_fd_;
+  std::atomic<bool> abandoned_{false};
+  std::mutex mutex_;  // of the two below
+  std::condition_variable noticed_;
+  uint64_t looks_ = 0;  // times that the waiting thread has returned from its sleep
+  bool moving_ = false;
   std::unique_ptr<char[]> send_, receive_;
   std::string lost_;  // the symptom of the first broken connection
 };

@@ -1,0 +1,223 @@
+#include "chunked_gemm.h"
+
+#include "core/bytes.h"
+#include "core/specs.h"
+#include "torch_side/collectives.h"
+
+namespace tpk {
+namespace {
+
+Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
+  return torch::stable::narrow(const_cast<Tensor&>(x), 0, static_cast<int64_t>(begin),
+                               static_cast<int64_t>(end - begin));
+}
+
+// Columns of a product of which one costs `flops`, for a part of about a millisecond.
+int64_t columns_of_step(int64_t num_columns, int64_t flops) {
+  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 64;
+  return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
+}
+
+// Calls body(begin, size) for parts of the columns, and lets the thread of the group run in between.
+template <class Body>
+void in_steps(Communicator& comm, int64_t num_columns, int64_t flops, Body&& body) {
+  const int64_t step = columns_of_step(num_columns, flops);
+  for (int64_t begin = 0; begin < num_columns; begin += step) {
+    if (begin > 0) comm.let_thread_run();
+    body(begin, std::min(step, num_columns - begin));
+  }
+}
+
+// y = x @ w.T + bias. Columns apart, weights are still read once, and every value has the bits of the whole product.
+void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                   const Tensor& y) {
+  in_steps(comm, w.size(0), 2 * num_rows(x) * w.size(1), [&](int64_t begin, int64_t size) {
+    const auto part = [&](const Tensor& of, int64_t dim) {
+      return torch::stable::narrow(const_cast<Tensor&>(of), dim, begin, size);
+    };
+    copy_into(part(y, 1), product_by(engine, x, part(w, 0), bias.has_value() ? OptionalTensor(part(*bias, 0)) : bias));
+  });
+}
+
+// A tensor whose dimension `dim` is cut over the ranks, as rows of a matrix.
+struct RowCut {
+  Shape shape;        // with `dim` first
+  size_t row_values;  // of the matrix
+  Cut rows;
+
+  RowCut(const Communicator& comm, Shape whole, int64_t dim) : shape(std::move(whole)) {
+    const auto first = shape.begin() + dim;
+    std::rotate(shape.begin(), first, first + 1);
+    row_values = static_cast<size_t>(shape.back());
+    size_t inner = 1;
+    for (size_t i = 1; i + 1 < shape.size(); ++i) inner *= static_cast<size_t>(shape[i]);
+    rows = Cut::even(static_cast<size_t>(shape[0]), comm.world_size(), inner);
+  }
+};
+
+Shape with_items(Shape shape, int64_t dim, size_t items) {
+  shape[static_cast<size_t>(dim)] = static_cast<int64_t>(items);
+  return shape;
+}
+
+// The chunks of each rank's rows, those of this rank in one chunk and last.
+std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire& wire, const RowCut& cut) {
+  std::vector<Chunks::Chunk> list;
+  for (int i = 1; i <= comm.world_size(); ++i) {
+    const int part = (comm.rank() + i) % comm.world_size();
+    const size_t rows = cut.rows.size(part);
+    size_t begin = 0;
+    for (size_t end : part == comm.rank() ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values)) {
+      if (end > begin) list.push_back({begin * cut.row_values, end * cut.row_values, part});
+      begin = end;
+    }
+  }
+  return list;
+}
+
+Tensor reduce_scatter_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& like, const Shape& whole,
+                           int64_t dim, const std::function<const void*(size_t begin, size_t end)>& make,
+                           const Work& meanwhile) {
+  const RowCut cut(comm, whole, dim);
+  const CutCall call = reduce_scatter_call(op, wire, cut.shape.data(), cut.shape.size(), dim, comm);
+  Tensor out = fresh_output(like, with_items(whole, dim, static_cast<size_t>(call.rows)));
+  Chunks chunks{chunks_of_parts(comm, wire, cut), {}};
+  chunks.make = [&](size_t c) {
+    const Chunks::Chunk& chunk = chunks.list[c];
+    const size_t first = cut.rows.start(chunk.part);
+    return make(first + chunk.begin / cut.row_values, first + chunk.end / cut.row_values);
+  };
+  comm.reduce_scatter_chunks(call.spec, wire, chunks, out.mutable_data_ptr(), call.cut, meanwhile);
+  return out;
+}
+
+Tensor gather_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim, int64_t dim_size,
+                   const std::vector<size_t>& ends, const Work& meanwhile, const std::function<void(size_t)>& use,
+                   const Tensor& x) {
+  Tensor shard = dense(x_shard), out = x;
+  Shape shape = shape_of(shard);
+  std::rotate(shape.begin(), shape.begin() + dim, shape.begin() + dim + 1);
+  const Cut items = Cut::even(static_cast<size_t>(dim_size), comm.world_size());
+  const CutCall call = all_gather_call(op, wire, shape.data(), shape.size(), dim, items);
+  if (numel_of(shard) < call.cut.size(comm.rank())) {
+    // The ranks will find out that this one brings too little; until then its part is copied as the cut has it.
+    shard = empty_of(shard, with_items(shape, 0, items.size(comm.rank())));
+  }
+  comm.all_gather_chunks(call.spec, wire, shard.const_data_ptr(), out.mutable_data_ptr(), call.cut, ends, meanwhile,
+                         use);
+  return out;
+}
+
+}  // namespace
+
+bool cuts_rows(const Tensor& x, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) {
+    if (x.size(d) != 1) return false;
+  }
+  return true;
+}
+
+Tensor grad_input_in_steps(Communicator& comm, const Tensor& dy, const Tensor& w) {
+  Shape shape = shape_of(dy);
+  shape.back() = w.size(1);
+  Tensor dx = fresh_output(dy, shape);
+  const Tensor rows = as_rows(dy), weight = transpose(w);
+  multiply_into(comm, engine_for(comm, rows, weight), rows, weight, {}, as_rows(dx));
+  return dx;
+}
+
+Tensor grad_weight_in_steps(Communicator& comm, const Tensor& dy, const Tensor& x) {
+  const Tensor rows = as_rows(dy), inputs = as_rows(x);
+  Tensor dw = fresh_output(x, {rows.size(1), inputs.size(1)});
+  in_steps(comm, rows.size(1), 2 * rows.size(0) * inputs.size(1), [&](int64_t begin, int64_t size) {
+    const Tensor part = torch::stable::narrow(const_cast<Tensor&>(rows), 1, begin, size);
+    const Tensor into = torch::stable::narrow(dw, 0, begin, size);
+    call("aten::mm", "out", transpose(part), inputs, into);
+  });
+  return dw;
+}
+
+Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
+                          const OptionalTensor& bias, const std::vector<size_t>& ends, const Work& meanwhile) {
+  Shape shape = shape_of(x);
+  shape.back() = w.size(0);
+  const Tensor rows = as_rows(x);
+  const Engine engine = engine_for(comm, rows, w);
+  const size_t row = static_cast<size_t>(w.size(0));
+  Tensor y = fresh_output(x, shape);
+  Chunks chunks;
+  size_t begin = 0;
+  for (size_t end : ends) {
+    chunks.list.push_back({begin * row, end * row});
+    begin = end;
+  }
+  const Tensor y_rows = as_rows(y);
+  chunks.make = [&](size_t c) {
+    const size_t first = chunks.list[c].begin / row, last = chunks.list[c].end / row;
+    const Tensor part = rows_of(y_rows, first, last);
+    multiply_into(comm, engine, rows_of(rows, first, last), w, bias, part);
+    return part.const_data_ptr();
+  };
+  comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, y.mutable_data_ptr(), numel_of(y),
+                         meanwhile);
+  return y;
+}
+
+Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
+                              const OptionalTensor& bias, int64_t dim) {
+  Shape shape = shape_of(x);
+  shape.back() = w.size(0);
+  const Tensor rows = as_rows(x);
+  const Engine engine = engine_for(comm, rows, w);
+  const Tensor y = as_rows(fresh_output(x, shape));
+  const auto make = [&](size_t begin, size_t end) {
+    const Tensor part = rows_of(y, begin, end);
+    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
+    return part.const_data_ptr();
+  };
+  return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
+}
+
+Tensor reduce_scatter_beside(Op op, Communicator& comm, const Wire& wire, const Tensor& y, int64_t dim,
+                             const Work& meanwhile) {
+  const Tensor whole = dense(y);
+  const size_t row = static_cast<size_t>(y.size(y.dim() - 1)) * y.element_size();
+  const auto make = [&](size_t begin, size_t) -> const void* { return at(whole.const_data_ptr(), begin * row); };
+  return reduce_scatter_rows(op, comm, wire, whole, shape_of(y), dim, make, meanwhile);
+}
+
+GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
+                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size) {
+  const Shape x_shape = with_items(shape_of(x_shard), dim, static_cast<size_t>(dim_size));
+  Shape y_shape = x_shape;
+  y_shape.back() = w.size(0);
+  Tensor x = fresh_output(x_shard, x_shape), y = fresh_output(x_shard, y_shape);
+  const Tensor rows = as_rows(x), y_rows = as_rows(y);
+  const Engine engine = engine_for(comm, rows, w);
+  const RowCut cut(comm, x_shape, dim);
+  const auto multiply = [&](int part, size_t begin, size_t end) {
+    begin = cut.rows.start(part) + std::min(begin, cut.rows.size(part));
+    end = cut.rows.start(part) + std::min(end, cut.rows.size(part));
+    if (end == begin) return;
+    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
+  };
+  const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values);
+  std::vector<size_t> value_ends;
+  for (size_t end : ends) value_ends.push_back(end * cut.row_values);
+  const auto use = [&](size_t i) {
+    for (int r = 0; r < comm.world_size(); ++r) {
+      if (r != comm.rank()) multiply(r, i == 0 ? 0 : ends[i - 1], ends[i]);
+    }
+  };
+  const auto own = [&] { multiply(comm.rank(), 0, cut.rows.size(comm.rank())); };
+  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, own, use, x);
+  return {x, y};
+}
+
+Tensor all_gather_beside(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim,
+                         int64_t dim_size, const Work& meanwhile) {
+  const Tensor x = fresh_output(x_shard, with_items(shape_of(x_shard), dim, static_cast<size_t>(dim_size)));
+  return gather_rows(op, comm, wire, x_shard, dim, dim_size, {}, meanwhile, [](size_t) {}, x);
+}
+
+}  // namespace tpk

@@ -1,0 +1,48 @@
+#include "chunks.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tpk {
+namespace {
+
+// A product reads all weights for each chunk. Of weights that the caches do not hold, 128 rows at a time cost 1.07 to
+// 1.1 times all 512 at once, 64 rows 1.2 to 1.3 times (fp32 and bf16, one core of Zen 5, MKL and oneDNN).
+constexpr size_t kRows = 128;
+constexpr size_t kMostChunks = 18;
+// Engines give every row the bits it has in a product of all rows, but for the last rows of an odd number of them.
+constexpr size_t kUnit = 16;
+
+size_t num_chunks(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values) {
+  if (comm.forced_chunks > 0) return static_cast<size_t>(comm.forced_chunks);
+  const size_t by_rows = rows / kRows, by_bytes = wire.bytes(rows * row_values) / kSmallestForThread;
+  const size_t whole = std::min({by_rows, by_bytes, kMostChunks - 2});
+  return whole < 2 ? 1 : whole + 2;
+}
+
+// Of chunk i of n, in quarters of a full one.
+size_t weight(size_t i, size_t n) {
+  if (n < 4) return 1;
+  if (i < 2) return 2 + i;
+  return i + 2 < n ? 4 : n - i;
+}
+
+}  // namespace
+
+std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values) {
+  if (!comm.has_thread() || rows == 0 || row_values == 0) return {rows};
+  const size_t unit = std::lcm(kUnit, wire.block_values / std::gcd(wire.block_values, row_values));
+  const size_t units = rows / unit, n = std::min(num_chunks(comm, wire, rows, row_values), units);
+  size_t all = 0, before = 0;
+  for (size_t i = 0; i < n; ++i) all += weight(i, n);
+  std::vector<size_t> ends;
+  for (size_t i = 0; i + 1 < n; ++i) {
+    before += weight(i, n);
+    const size_t end = before * units / all * unit;
+    if (end > (ends.empty() ? 0 : ends.back())) ends.push_back(end);
+  }
+  ends.push_back(rows);
+  return ends;
+}
+
+}  // namespace tpk

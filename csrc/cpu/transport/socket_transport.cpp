@@ -1,0 +1,208 @@
+#include "socket_transport.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "core/bytes.h"
+#include "core/check.h"
+#include "cpu/chunks.h"
+
+namespace tpk {
+namespace {
+
+// How many things one thread has made ready for another, which may sleep until there are more.
+class Ready {
+ public:
+  size_t count() const { return count_.load(std::memory_order_acquire); }
+  void set(size_t count) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      count_.store(count, std::memory_order_release);
+    }
+    changed_.notify_all();
+  }
+  // No more will come.
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    changed_.notify_all();
+  }
+  // Whether there are so many; false where they will not come.
+  bool wait_for(size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return ended_ || this->count() >= count; });
+    return this->count() >= count;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<size_t> count_{0};
+  bool ended_ = false;
+};
+
+Source whole(const Input& in, size_t n) {
+  return {{{0, n}}, [in](size_t, const std::function<void()>&) { return in; }};
+}
+
+}  // namespace
+
+SocketCommunicator::SocketCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                                       std::unique_ptr<SocketExchange> link)
+    : GroupCommunicator(std::move(name), std::move(label), rank, world_size, timeout_s, std::move(link)),
+      link_(static_cast<SocketExchange&>(exchange())),
+      thread_(std::make_unique<CommunicationThread>()) {}
+
+SocketCommunicator::~SocketCommunicator() {
+  if (!is_of_this_process()) static_cast<void>(thread_.release());
+}
+
+void SocketCommunicator::do_close() {
+  GroupCommunicator::do_close();
+  thread_.reset();
+}
+
+void SocketCommunicator::stream(Op op, const Wire& wire, const Move& move) {
+  Stream stream{link_, wire, call_, rank(), world_size()};
+  described(op, [&] { move(stream); });
+  count(stream.sent_bytes);
+}
+
+void SocketCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
+                                         const std::function<void()>* meanwhile) {
+  uint64_t started = now_nanoseconds();
+  stream(spec.op, wire, [&](Stream& stream) {
+    stream_all_reduce(stream, whole(in, n), out, [&] {
+      if (meanwhile == nullptr) return;
+      (*meanwhile)();
+      started = now_nanoseconds();
+    });
+  });
+  count_wait(now_nanoseconds() - started);
+}
+
+void SocketCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
+                                             const Cut& cut) {
+  const uint64_t started = now_nanoseconds();
+  stream(spec.op, wire, [&](Stream& stream) { stream_reduce_scatter(stream, in, out, cut); });
+  count_wait(now_nanoseconds() - started);
+}
+
+void SocketCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                         const Cut& cut) {
+  const uint64_t started = now_nanoseconds();
+  stream(spec.op, wire, [&](Stream& stream) { stream_all_gather(stream, in, out, cut, [](size_t) {}); });
+  count_wait(now_nanoseconds() - started);
+}
+
+void SocketCommunicator::overlap(Op op, const std::function<void()>& call, const std::function<void()>& work) {
+  link_.set_moving(true);
+  try {
+    thread_->start([&] {
+      struct End {
+        SocketExchange& link;
+        ~End() { link.set_moving(false); }
+      } end{link_};
+      call();
+    });
+    work();
+  } catch (const std::exception& error) {
+    link_.abandon();
+    try {
+      thread_->finish();
+    } catch (...) {  // the reason is `error`
+    }
+    link_.close(call_ - 1);
+    break_off(concat(describe_call(op), ": ", error.what()));
+    throw;
+  }
+  const uint64_t started = now_nanoseconds();
+  thread_->finish();
+  count_wait(now_nanoseconds() - started);
+}
+
+void SocketCommunicator::sum_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
+                                    const std::function<void(Stream&, const Source&)>& move,
+                                    const std::function<void()>& meanwhile) {
+  std::vector<const void*> made(chunks.list.size());
+  std::atomic<size_t> num_made{0};
+  const Source source{chunks.list, [&](size_t c, const std::function<void()>& idle) {
+                        link_.wait_for_thread(call_, [&] {
+                          idle();
+                          return num_made.load(std::memory_order_acquire) > c;
+                        });
+                        return Input(made[c]);
+                      }};
+  const auto call = [&] {
+    open_call(spec);
+    stream(spec.op, wire, [&](Stream& stream) { move(stream, source); });
+  };
+  overlap(spec.op, call, [&] {
+    for (size_t c = 0; c < made.size(); ++c) {
+      if (thread_->has_ended()) return;
+      made[c] = chunks.make(c);
+      num_made.store(c + 1, std::memory_order_release);
+      link_.hand_over();
+    }
+    meanwhile();
+  });
+}
+
+void SocketCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
+                                              const std::function<void()>& meanwhile) {
+  if (wire.bytes(n) < kSmallestForThread)
+    return GroupCommunicator::do_all_reduce_beside(spec, wire, data, n, meanwhile);
+  do_all_reduce_chunks(spec, wire, {{{0, n}}, [&](size_t) { return data; }}, data, n, meanwhile);
+}
+
+void SocketCommunicator::do_all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out,
+                                              size_t, const std::function<void()>& meanwhile) {
+  const auto move = [&](Stream& stream, const Source& source) { stream_all_reduce(stream, source, out, [] {}); };
+  sum_chunks(spec, wire, chunks, move, meanwhile);
+}
+
+void SocketCommunicator::do_reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
+                                                  void* out, const Cut& cut, const std::function<void()>& meanwhile) {
+  const auto move = [&](Stream& stream, const Source& source) { stream_reduce_scatter(stream, source, out, cut); };
+  sum_chunks(spec, wire, chunks, move, meanwhile);
+}
+
+void SocketCommunicator::do_all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                              const Cut& cut, const std::vector<size_t>& ends,
+                                              const std::function<void()>& meanwhile,
+                                              const std::function<void(size_t)>& use) {
+  const size_t mine = cut.size(rank());
+  char* const own = at(out, cut.start(rank()) * wire.value_bytes);
+  std::vector<char> packed(wire.is_plain() ? 0 : wire.bytes(mine));
+  if (wire.is_plain()) {
+    wire.encode(in, own, mine);
+  } else if (mine > 0) {
+    wire.encode(in, packed.data(), mine);
+    wire.decode(packed.data(), own, mine);
+  }
+  Ready ready;
+  const auto call = [&] {
+    struct End {
+      Ready& ready;
+      ~End() { ready.end(); }
+    } end{ready};
+    check_parts(spec, open_call(spec), cut);
+    stream(spec.op, wire, [&](Stream& stream) {
+      const Input input = wire.is_plain() ? Input(own) : Input::packed(packed.data());
+      stream_all_gather(stream, input, out, cut, [&](size_t values) { ready.set(values); });
+    });
+  };
+  overlap(spec.op, call, [&] {
+    meanwhile();
+    for (size_t i = 0; i < ends.size(); ++i) {
+      const uint64_t started = now_nanoseconds();
+      if (!ready.wait_for(std::min(ends[i], cut.largest()))) return;
+      count_wait(now_nanoseconds() - started);
+      use(i);
+    }
+  });
+}
+
+}  // namespace tpk

@@ -1,0 +1,57 @@
+// Transport `group` over connections: its collectives are streams (streams.h), which a thread of the group can move
+// while the calling thread computes what they send or uses what they bring. Torch-free.
+//
+// Thread   the calling thread holds the group's turn until the thread has ended the call, and multiplies meanwhile.
+// What
+//          the thread throws reaches the caller. Where the caller's own work throws, the call cannot be ended: this
+//          rank closes the group for the others, which wait for its bytes.
+#pragma once
+
+#include <memory>
+
+#include "communication_thread.h"
+#include "group_transport.h"
+#include "streams.h"
+
+namespace tpk {
+
+class SocketCommunicator final : public GroupCommunicator {
+ public:
+  SocketCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
+                     std::unique_ptr<SocketExchange> link);
+  ~SocketCommunicator() override;
+
+  bool has_thread() const override { return true; }
+  void let_thread_run() override { link_.hand_over(); }
+
+ protected:
+  void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
+                            const std::function<void()>& meanwhile) override;
+  void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, size_t n,
+                            const std::function<void()>& meanwhile) override;
+  void do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, const Cut&,
+                                const std::function<void()>& meanwhile) override;
+  void do_all_gather_chunks(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                            const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                            const std::function<void(size_t)>& use) override;
+  void do_close() override;
+  void send_all_reduce(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
+                       const std::function<void()>* meanwhile) override;
+  void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&) override;
+  void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+
+ private:
+  using Move = std::function<void(Stream&)>;
+  // Runs `move` on this thread, and counts what it sends.
+  void stream(Op op, const Wire&, const Move& move);
+  // Runs `call` on the thread of the group while `work` runs here. `work` may return early when the thread has ended.
+  void overlap(Op op, const std::function<void()>& call, const std::function<void()>& work);
+  // A sum of `chunks`, which this thread makes while `move` sends them.
+  void sum_chunks(const CallSpec&, const Wire&, const Chunks&, const std::function<void(Stream&, const Source&)>& move,
+                  const std::function<void()>& meanwhile);
+
+  SocketExchange& link_;
+  std::unique_ptr<CommunicationThread> thread_;
+};
+
+}  // namespace tpk

@@ -1,0 +1,323 @@
+#include "streams.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "core/bytes.h"
+#include "cpu/output_pool.h"
+
+namespace tpk {
+namespace {
+
+using Mark = SocketExchange::Mark;
+
+constexpr size_t kPieceWireBytes = size_t{256} << 10;  // some round trips of a link of 10 Gbit
+constexpr size_t kAhead = 4;                           // pieces
+constexpr size_t kSlots = 2 * kAhead;
+
+// Memory for a call, from the pool.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(bytes > 0 ? pool_allocate(bytes) : nullptr, Free{bytes}) {}
+  char* at(size_t bytes) const { return static_cast<char*>(memory_.get()) + bytes; }
+
+ private:
+  struct Free {
+    size_t bytes;
+    void operator()(void* memory) const { pool_free(memory, bytes); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+// Piece i of n values in pieces: [start, start + values).
+struct Piece {
+  size_t start, values;
+};
+std::vector<Piece> pieces_of(size_t begin, size_t end, size_t piece) {
+  std::vector<Piece> pieces;
+  for (size_t start = begin; start < end; start += piece) pieces.push_back({start, std::min(piece, end - start)});
+  return pieces;
+}
+
+// Rank r gets part r of each piece of everyone, sums it, and sends the sum to everyone.
+class AllReduce {
+ public:
+  AllReduce(Stream& stream, void* out, size_t piece)
+      : stream_(stream),
+        wire_(stream.wire),
+        out_(out),
+        bytes_((wire_.bytes(piece) + stream.ranks() * wire_.bytes(wire_.block_values) + 63) / 64 * 64),
+        memory_(kSlots * (wire_.is_plain() ? 1 : 3) * bytes_) {}
+
+  // `in` begins where the piece does.
+  void begin(const Input& in, const Piece& piece) {
+    if (begun_ - ended_ == kSlots) end();
+    State& slot = states_[begun_ % kSlots];
+    if (begun_ >= kSlots && !wire_.is_plain()) stream_.wait_until_sent(slot.mark);
+    slot.piece = piece;
+    slot.cut =
+        Cut::even((piece.values + wire_.block_values - 1) / wire_.block_values, stream_.world_size, wire_.block_values);
+    for (size_t& start : slot.cut.starts) start = std::min(start, piece.values);
+    slot.contribution = static_cast<const char*>(in.values());
+    if (!wire_.is_plain() && !in.is_packed()) {
+      char* const packed = memory(begun_, 1);
+      wire_.encode(in.values(), packed, piece.values);
+      slot.contribution = packed;
+    }
+    const size_t mine = wire_.bytes(slot.cut.size(stream_.rank));
+    for (size_t r = 0; r < stream_.ranks(); ++r) {
+      if (r == stream_.me()) continue;
+      stream_.send(r, slot.contribution + wire_.offset(slot.cut.starts[r]), part_bytes(slot, r));
+      stream_.link.receive(r, memory(begun_, 0) + r * mine, mine);
+    }
+    slot.mark = stream_.link.everything_posted();
+    stream_.link.move();
+    ++begun_;
+  }
+
+  void sum() {
+    State& slot = states_[summed_ % kSlots];
+    stream_.wait_until_received(slot.mark);
+    const size_t me = stream_.me(), mine = part_bytes(slot, me);
+    std::vector<const void*> inputs;
+    for (size_t r = 0; r < stream_.ranks(); ++r) {
+      inputs.push_back(r == me ? slot.contribution + wire_.offset(slot.cut.starts[me]) : memory(summed_, 0) + r * mine);
+    }
+    void* const total = sum_of(summed_, me);
+    wire_.reduce(inputs.data(), stream_.world_size, &total, 1, slot.cut.size(stream_.rank));
+    for (size_t r = 0; r < stream_.ranks(); ++r) {
+      if (r == me) continue;
+      stream_.send(r, total, mine);
+      stream_.link.receive(r, sum_of(summed_, r), part_bytes(slot, r));
+    }
+    slot.mark = stream_.link.everything_posted();
+    stream_.link.move();
+    ++summed_;
+  }
+
+  void end_what_has_arrived() {
+    while (ended_ < summed_ && stream_.link.is_received(states_[ended_ % kSlots].mark)) end();
+  }
+  void end_all() {
+    while (ended_ < summed_) end();
+  }
+
+ private:
+  struct State {
+    Piece piece{};
+    Cut cut;  // over the ranks
+    const char* contribution = nullptr;
+    Mark mark;  // of its last messages
+  };
+
+  void end() {
+    State& slot = states_[ended_ % kSlots];
+    stream_.wait_until_received(slot.mark);
+    if (!wire_.is_plain()) {
+      wire_.decode(memory(ended_, 2), at(out_, slot.piece.start * wire_.value_bytes), slot.piece.values);
+    }
+    ++ended_;
+  }
+  // Of piece i: 0 the contributions of others, 1 its own, 2 the sums.
+  char* memory(size_t i, size_t which) const {
+    return memory_.at((i % kSlots * (wire_.is_plain() ? 1 : 3) + which) * bytes_);
+  }
+  // Where the sum of part r of piece i is.
+  char* sum_of(size_t i, size_t r) const {
+    const State& slot = states_[i % kSlots];
+    if (wire_.is_plain()) return at(out_, (slot.piece.start + slot.cut.starts[r]) * wire_.value_bytes);
+    return memory(i, 2) + wire_.offset(slot.cut.starts[r]);
+  }
+  size_t part_bytes(const State& slot, size_t r) const { return wire_.bytes(slot.cut.size(static_cast<int>(r))); }
+
+  Stream& stream_;
+  const Wire& wire_;
+  void* const out_;
+  const size_t bytes_;  // of each of a slot's memories
+  Scratch memory_;
+  State states_[kSlots];
+  size_t begun_ = 0, summed_ = 0, ended_ = 0;  // pieces
+};
+
+}  // namespace
+
+size_t Stream::piece_of_all() const {
+  const size_t even = wire.block_values * ranks();
+  return std::max(wire.values_in(kPieceWireBytes) / even * even, even);
+}
+
+size_t Stream::piece_of_part() const {
+  return std::max(wire.values_in(kPieceWireBytes / std::max<size_t>(ranks() - 1, 1)), wire.block_values);
+}
+
+void Stream::send(size_t to, const void* from, size_t bytes) {
+  link.send(to, from, bytes);
+  sent_bytes += bytes;
+}
+
+void Stream::wait_until_received(const Mark& mark) {
+  if (!link.is_received(mark)) link.wait_for_ranks(call, [&] { return link.is_received(mark); });
+}
+
+void Stream::wait_until_sent(const Mark& mark) {
+  if (!link.is_sent(mark)) link.wait_for_ranks(call, [&] { return link.is_sent(mark); });
+}
+
+void Stream::wait_until_done() { link.wait(call); }
+
+void stream_all_reduce(Stream& stream, const Source& source, void* out, const std::function<void()>& begun) {
+  const size_t n = source.list.back().end, piece = stream.piece_of_all();
+  AllReduce run(stream, out, std::min(piece, std::max(n, stream.wire.block_values)));
+  bool first = true;
+  for (size_t c = 0; c < source.list.size(); ++c) {
+    const Chunks::Chunk& chunk = source.list[c];
+    const Input in = source.wait_for(c, [&] { run.end_what_has_arrived(); });
+    const std::vector<Piece> pieces = pieces_of(chunk.begin, chunk.end, piece);
+    for (size_t i = 0; i < pieces.size() + kAhead; ++i) {
+      if (i < pieces.size()) run.begin(in.from(stream.wire, pieces[i].start - chunk.begin), pieces[i]);
+      if (std::exchange(first, false)) begun();
+      if (i >= kAhead) run.sum();
+    }
+    run.end_what_has_arrived();
+  }
+  run.end_all();
+  stream.wait_until_done();
+}
+
+void stream_reduce_scatter(Stream& stream, const Input& in, void* out, const Cut& cut) {
+  const Wire& wire = stream.wire;
+  const bool packs = !wire.is_plain() && !in.is_packed();
+  const std::vector<Piece> pieces = pieces_of(0, cut.largest(), stream.piece_of_part());
+  if (pieces.empty()) return;
+  const size_t ranks = stream.ranks(), me = stream.me(), bytes = wire.bytes(pieces[0].values);
+  const Scratch memory(kSlots * 2 * ranks * bytes);
+  const auto slot = [&](size_t i, size_t which) { return memory.at((i % kSlots * 2 + which) * ranks * bytes); };
+  const auto size = [&](size_t i, size_t r) {
+    const size_t whole = cut.size(static_cast<int>(r)), start = pieces[i].start;
+    return start < whole ? std::min(pieces[i].values, whole - start) : 0;
+  };
+  std::vector<Mark> marks(pieces.size());
+  const auto contribution = [&](size_t i, size_t r) -> const void* {
+    return packs ? slot(i, 1) + r * bytes : in.of_part(wire, cut.starts, r, pieces[i].start).values();
+  };
+  for (size_t i = 0; i < pieces.size() + kAhead; ++i) {
+    if (i < pieces.size()) {
+      if (i >= kSlots) stream.wait_until_sent(marks[i - kSlots]);
+      for (size_t r = 0; r < ranks; ++r) {
+        if (packs && size(i, r) > 0) {
+          in.of_part(wire, cut.starts, r, pieces[i].start).encode(wire, slot(i, 1) + r * bytes, size(i, r));
+        }
+        if (r == me) continue;
+        if (size(i, r) > 0) stream.send(r, contribution(i, r), wire.bytes(size(i, r)));
+        stream.link.receive(r, slot(i, 0) + r * bytes, wire.bytes(size(i, me)));
+      }
+      marks[i] = stream.link.everything_posted();
+      stream.link.move();
+    }
+    if (i < kAhead || size(i - kAhead, me) == 0) continue;
+    const size_t j = i - kAhead;
+    stream.wait_until_received(marks[j]);
+    std::vector<const void*> inputs;
+    for (size_t r = 0; r < ranks; ++r) inputs.push_back(r == me ? contribution(j, me) : slot(j, 0) + r * bytes);
+    wire.reduce_to_values(inputs.data(), stream.world_size, at(out, pieces[j].start * wire.value_bytes), size(j, me));
+  }
+  stream.wait_until_done();
+}
+
+void stream_reduce_scatter(Stream& stream, const Source& source, void* out, const Cut& cut) {
+  const Wire& wire = stream.wire;
+  const size_t ranks = stream.ranks(), me = stream.me(), mine = cut.size(stream.rank), part = wire.bytes(mine);
+  const Scratch received(ranks * part);
+  std::vector<Piece> pieces;
+  std::vector<Mark> marks;
+  for (const Chunks::Chunk& chunk : source.list) {
+    if (chunk.part != stream.rank) continue;
+    for (const Piece& piece : pieces_of(chunk.begin, chunk.end, stream.piece_of_part())) {
+      for (size_t r = 0; r < ranks; ++r) {
+        char* const to = received.at(r * part + wire.offset(piece.start));
+        if (r != me) stream.link.receive(r, to, wire.bytes(piece.values));
+      }
+      pieces.push_back(piece);
+      marks.push_back(stream.link.everything_posted());
+    }
+  }
+  std::vector<Scratch> packed;  // one for each chunk
+  packed.reserve(source.list.size());
+  size_t next = 0;
+  for (size_t c = 0; c < source.list.size(); ++c) {
+    const Chunks::Chunk& chunk = source.list[c];
+    const size_t to = static_cast<size_t>(chunk.part), n = chunk.end - chunk.begin;
+    const void* from = source.wait_for(c, [] {}).values();
+    if (!wire.is_plain()) {
+      packed.emplace_back(wire.bytes(n));
+      wire.encode(from, packed.back().at(0), n);
+      from = packed.back().at(0);
+    }
+    if (to != me) {
+      stream.send(to, from, wire.bytes(n));
+      stream.link.move();
+      continue;
+    }
+    for (; next < pieces.size() && pieces[next].start < chunk.end; ++next) {
+      stream.wait_until_received(marks[next]);
+      std::vector<const void*> inputs;
+      for (size_t r = 0; r < ranks; ++r) {
+        inputs.push_back(r == me ? at(from, wire.offset(pieces[next].start - chunk.begin))
+                                 : received.at(r * part + wire.offset(pieces[next].start)));
+      }
+      wire.reduce_to_values(inputs.data(), stream.world_size, at(out, pieces[next].start * wire.value_bytes),
+                            pieces[next].values);
+    }
+  }
+  stream.wait_until_done();
+}
+
+void stream_all_gather(Stream& stream, const Input& in, void* out, const Cut& cut,
+                       const std::function<void(size_t values)>& arrived) {
+  const Wire& wire = stream.wire;
+  const std::vector<Piece> pieces = pieces_of(0, cut.largest(), stream.piece_of_part());
+  if (pieces.empty()) return;
+  const size_t ranks = stream.ranks(), me = stream.me(), bytes = wire.is_plain() ? 0 : wire.bytes(pieces[0].values);
+  const Scratch memory(kSlots * ranks * bytes);  // of this rank, what it sends
+  const auto slot = [&](size_t i, size_t r) { return memory.at((i % kSlots * ranks + r) * bytes); };
+  const auto size = [&](size_t i, size_t r) {
+    const size_t whole = cut.size(static_cast<int>(r)), start = pieces[i].start;
+    return start < whole ? std::min(pieces[i].values, whole - start) : 0;
+  };
+  const auto target = [&](size_t i, size_t r) { return at(out, (cut.starts[r] + pieces[i].start) * wire.value_bytes); };
+  std::vector<Mark> marks(pieces.size());
+  const auto begin = [&](size_t i) {
+    if (i >= kSlots && !wire.is_plain()) stream.wait_until_sent(marks[i - kSlots]);
+    const size_t mine = size(i, me);
+    const void* from = mine > 0 ? in.from(wire, pieces[i].start).values() : nullptr;
+    if (wire.is_plain()) {
+      wire.encode(from, target(i, me), mine);
+    } else if (!in.is_packed() && mine > 0) {
+      wire.encode(from, slot(i, me), mine);
+      wire.decode(slot(i, me), target(i, me), mine);
+      from = slot(i, me);
+    }
+    for (size_t r = 0; r < ranks; ++r) {
+      if (r == me) continue;
+      stream.send(r, from, wire.bytes(mine));
+      stream.link.receive(r, wire.is_plain() ? target(i, r) : slot(i, r), wire.bytes(size(i, r)));
+    }
+    marks[i] = stream.link.everything_posted();
+    stream.link.move();
+  };
+  const auto end = [&](size_t i) {
+    stream.wait_until_received(marks[i]);
+    for (size_t r = 0; r < ranks && !wire.is_plain(); ++r) {
+      if (r != me && size(i, r) > 0) wire.decode(slot(i, r), target(i, r), size(i, r));
+    }
+    arrived(pieces[i].start + pieces[i].values);
+  };
+  for (size_t i = 0; i < pieces.size() + kAhead; ++i) {
+    if (i < pieces.size()) begin(i);
+    if (i >= kAhead) end(i - kAhead);
+  }
+  stream.wait_until_done();
+}
+
+}  // namespace tpk

@@ -1,0 +1,59 @@
+// Collectives as streams of pieces over connections. Torch-free.
+//
+// Order    every rank posts the messages of a call in one order, a function of its sizes and chunks alone, so that
+// bytes
+//          need no headers. A rank waits for messages that were posted before, never for later ones, so no circle of
+//          ranks waits.
+// Pieces   contributions are sent kAhead pieces ahead of the sums, so that a link is busy in both directions while a
+//          rank sums. Pieces end at blocks of the codec: the bits do not depend on them.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "core/communicator.h"
+#include "sockets.h"
+
+namespace tpk {
+
+// One call of one rank.
+struct Stream {
+  SocketExchange& link;
+  const Wire& wire;
+  uint64_t call;
+  int rank, world_size;
+  uint64_t sent_bytes = 0;  // so far
+
+  size_t ranks() const { return static_cast<size_t>(world_size); }
+  size_t me() const { return static_cast<size_t>(rank); }
+  // Values of a piece of a tensor that the ranks sum in equal parts (so that the bytes of a call do not depend on its
+  // pieces), and of a piece of each rank's part.
+  size_t piece_of_all() const;
+  size_t piece_of_part() const;
+  void send(size_t to, const void* from, size_t bytes);
+  void wait_until_received(const SocketExchange::Mark& mark);
+  void wait_until_sent(const SocketExchange::Mark& mark);
+  void wait_until_done();
+};
+
+// The chunks of a sum, in the order of Chunks.
+struct Source {
+  std::vector<Chunks::Chunk> list;
+  // Waits for a chunk and returns what begins at its first value; `idle` does what arriving bytes allow meanwhile.
+  std::function<Input(size_t chunk, const std::function<void()>& idle)> wait_for;
+};
+
+// out[n] = the sum over the ranks. `begun` runs once, when the first bytes are under way.
+void stream_all_reduce(Stream& stream, const Source& source, void* out, const std::function<void()>& begun);
+
+// out = this rank's part of the sum; the whole input is there.
+void stream_reduce_scatter(Stream& stream, const Input& in, void* out, const Cut& cut);
+// The same of chunks: what arrives is kept until this rank's chunks, the last ones, are made.
+void stream_reduce_scatter(Stream& stream, const Source& source, void* out, const Cut& cut);
+
+// out = the parts of all ranks. A packed input is in `out` already. arrived(n): of every part the first n values, or
+// all of fewer, are in out.
+void stream_all_gather(Stream& stream, const Input& in, void* out, const Cut& cut,
+                       const std::function<void(size_t values)>& arrived);
+
+}  // namespace tpk

@@ -1,0 +1,227 @@
+"""Fused GEMMs between hosts, in chunks of rows: the same bits in any number of chunks, and errors on every rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.harness.ops import assert_same_on_all_ranks, check_forward, check_gradient, on_cpu, raised
+from tpkernels import ops
+from tpkernels.comm.group import Group
+from tpkernels.errors import RankMismatchError
+from tpkernels.testing import run_ranks_outcomes
+from tpkernels.testing.case import Case, Sizes
+from tpkernels.testing.cases import ALL_GATHER_GEMM, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMMS
+from tpkernels.testing.faults import come_late, kill_myself, stop_myself
+
+CHUNKS = (1, 2, 3, 7)
+SIZES = [
+    Sizes(R=0, M=301, N=96, K=70),
+    Sizes(R=0, M=137, N=250, K=48, batch=(1,), dim=1, bias=False),
+    Sizes(R=0, M=11, N=40, K=24, batch=(30,), dim=0),
+    Sizes(R=0, M=40, N=64, K=24, batch=(9,), dim=1),  # cut across the rows: never in chunks
+]
+NOTICED_S = 5.0  # after its death a rank must be named by the others
+
+
+def force(group: Group, chunks: int) -> None:
+    """Let every fused GEMM run in so many chunks, where it has the rows; 0: as the rule says."""
+    group._communicator.force_chunks(chunks)
+
+
+def results(case: Case, s: Sizes, group: Group) -> list[Tensor]:
+    """The op's result and gradients on this rank."""
+    leaves = [x if x is None else x.requires_grad_() for x in case.arguments(s, group.rank)]
+    y = case.call(s, leaves, group)
+    dy, _, _ = case.gradients(s, group.rank)
+    y.backward(dy)
+    return [y.detach(), *(x.grad for x in leaves if x is not None and x.grad is not None)]
+
+
+def sent_by_all(group: Group) -> int:
+    """Bytes that all ranks have sent since the last time."""
+    sent = group.stats()["wire_bytes"]
+    group.reset_stats()
+    total = sum(group.all_gather_ints(int(sent)))
+    group.reset_stats()
+    return total
+
+
+def check_bits(group: Group, dtype: torch.dtype) -> None:
+    for case in GEMMS:
+        for s in SIZES:
+            for codec in ("none", "fp16", "int8"):
+                sized = replace(s, R=group.world_size, dtype=dtype, codec=codec)
+                force(group, 1)
+                group.reset_stats()
+                want = results(case, sized, group)
+                sent = sent_by_all(group)
+                for chunks in CHUNKS[1:]:
+                    force(group, chunks)
+                    found = results(case, sized, group)
+                    for i, (a, b) in enumerate(zip(found, want, strict=True)):
+                        assert torch.equal(a, b), f"{case.name} {sized}: tensor {i} in {chunks} chunks"
+                    assert sent_by_all(group) == sent, f"{case.name} {sized} in {chunks} chunks"
+                if case.output_cut(sized) is None:
+                    assert_same_on_all_ranks(group, f"{case.name} {sized}", found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("R", [2, 3])
+def test_any_number_of_chunks_gives_the_same_bits_and_sends_the_same_bytes(R: int, dtype: torch.dtype) -> None:
+    on_cpu(check_bits, R, "group", dtype)
+
+
+def check_references(group: Group) -> None:
+    force(group, 3)
+    for case in GEMMS:
+        for s in SIZES:
+            for dtype in (torch.float32, torch.float64, torch.float16):
+                sized = replace(s, R=group.world_size, dtype=dtype)
+                check_forward(case, sized, group)
+                check_gradient(case, sized, group)
+
+
+def test_chunks_give_the_product_of_the_unsharded_program() -> None:
+    on_cpu(check_references, 2, "group")
+
+
+def check_rule(group: Group) -> None:
+    """By the rule: large products in chunks, as explain reports; small ones, and those over a slow dim, in one."""
+    R = group.world_size
+    big, small = Sizes(R=R, M=512, N=512, K=16), Sizes(R=R, M=64, N=512, K=16)
+    for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM):
+        gathers = case is ALL_GATHER_GEMM
+        for s, count in ((big, 5 if case is GEMM_ALL_REDUCE else 4), (small, 1)):
+            sized = replace(s, N=s.K, K=s.N) if gathers else s
+            sizes = {"M": s.M // R if gathers else s.M, "N": sized.N, "K": sized.K}
+            path = group.explain(case.name, **sizes).path
+            assert path == ("unfused" if count == 1 else f"chunked({count})"), (case.name, path)
+            assert group.explain(case.name, **sizes, dim=1).path == "unfused"
+            group.reset_stats()
+            check_forward(case, sized, group)
+            row = group.stats()["by_op"][case.name]
+            assert row["calls"] == 1
+            assert row["wire_bytes"] >= case.wire_bytes(sized)
+
+
+def test_explain_names_the_chunks_of_the_rule() -> None:
+    on_cpu(check_rule, 2, "group")
+
+
+def check_compiled(group: Group) -> None:
+    force(group, 3)
+    torch.manual_seed(group.rank)
+    x, w = torch.randn(200, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
+
+    def layer(x: Tensor, w: Tensor) -> Tensor:
+        return ops.gemm_all_reduce(ops.replicated_gemm(x, w, group=group).relu(), w.t(), group=group, codec="fp16")
+
+    found = []
+    for program in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = program(x, w)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compiled_programs_take_chunks_too() -> None:
+    on_cpu(check_compiled, 2, "group")
+
+
+# --- faults
+
+
+def check_disagreement(group: Group) -> None:
+    odd = group.rank == 1
+    w = torch.ones(64, 8)
+    for chunks in CHUNKS:
+        force(group, chunks)
+        for call in (
+            lambda: ops.gemm_all_reduce(torch.ones(200 + odd, 8), w, group=group),
+            lambda: ops.gemm_reduce_scatter(torch.ones(200, 8), w[odd:], group=group),
+            lambda: ops.all_gather_gemm(torch.ones(100, 8 + odd), torch.ones(9, 8 + odd), group=group, dim_size=200),
+            lambda: (ops.gemm_reduce_scatter if odd else ops.gemm_all_reduce)(torch.ones(200, 8), w, group=group),
+        ):
+            assert "the ranks disagree" in raised(call, RankMismatchError)
+            y = ops.gemm_all_reduce(torch.ones(200, 8), w, group=group)
+            assert torch.equal(y, torch.full((200, 64), 8.0 * group.world_size)), "the group is usable"
+
+
+@pytest.mark.parametrize("R", [2, 3])
+def test_ranks_that_disagree_all_get_an_error_and_go_on(R: int) -> None:
+    on_cpu(check_disagreement, R, "group")
+
+
+def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, str]:
+    """All ranks call without a pause while the victim dies, stops, or stays away."""
+    group = Group.open(transport="group", timeout_s=1.5 if fault != "dead" else 20.0)
+    force(group, 3)
+    R = group.world_size
+    x = torch.ones(2000 // R if op == "all_gather_gemm" else 2000, 64)
+    w = torch.ones(700, 64)
+    options = {"dim_size": x.shape[0] * R} if op == "all_gather_gemm" else {}
+    group.barrier()
+    if group.rank == victim and fault == "dead":
+        kill_myself(0.3)
+    if group.rank == victim and fault == "stopped":
+        stop_myself(0.3, for_s=6.0)
+    start = time.monotonic()
+    try:
+        while True:
+            getattr(ops, op)(x, w, group=group, **options)
+            if group.rank == victim and fault == "late":
+                come_late(4.0)
+    except (RuntimeError, TimeoutError) as error:
+        took = time.monotonic() - start
+        return type(error).__name__, str(error), took, raised(group.barrier, RuntimeError)
+
+
+@pytest.mark.parametrize("fault", ["dead", "stopped", "late"])
+@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"])
+def test_a_rank_that_is_lost_during_a_chunk_is_named_in_bounded_time(op: str, fault: str) -> None:
+    outcomes = run_ranks_outcomes(fail_in_chunks, 3, op, fault, 1, timeout=60.0)
+    for outcome in (outcomes[0], outcomes[2]):
+        assert outcome.finished, outcome.error
+        kind, text, took, later = outcome.value
+        assert kind == ("PeerLostError" if fault == "dead" else "TimeoutError"), text
+        assert re.search(r"ranks? \[?1\b", text), text
+        assert op in text and "call " in text, text
+        assert took < 0.3 + (20.0 if fault != "dead" else NOTICED_S), took
+        assert "broken" in later, later
+
+
+def num_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def check_thread(group: Group) -> None:
+    """The thread begins with the first chunk, serves every call, and ends with the group; a forked child has none."""
+    x, w = torch.ones(200, 8), torch.ones(64, 8)
+    ops.gemm_all_reduce(x, w, group=group)
+    before = num_threads()
+    with Group.open(group.process_group, transport="group") as other:
+        idle = num_threads()
+        for chunks in (3, 2, 7):
+            force(other, chunks)
+            ops.gemm_all_reduce(x, w, group=other)
+        assert num_threads() == idle + 1
+        pid = os.fork()
+        if pid == 0:
+            text = raised(lambda: ops.gemm_all_reduce(x, w, group=other), ValueError)
+            other.close()
+            del other
+            os._exit(0 if "forked" in text else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert ops.gemm_all_reduce(x, w, group=other)[0, 0] == 8.0 * group.world_size
+    assert num_threads() == before
+
+
+def test_the_thread_of_a_group_ends_with_it_and_is_not_inherited() -> None:
+    on_cpu(check_thread, 2, "group")
