@@ -211,7 +211,13 @@ def main(
         raise typer.BadParameter(f"--hosts 2 has one rank on each host, got --ranks {ranks}")
     between = link if hosts == 2 else None
     spec = Spec(
-        tuple((op, size) for size in wanted), setting, rounds, block_ms / 1e3, most_lost, circumstances(pinned, between), wait
+        tuple((op, size) for size in wanted),
+        setting,
+        rounds,
+        block_ms / 1e3,
+        most_lost,
+        circumstances(pinned, between),
+        wait,
     )
     rows: list[Row] = []
     keep: list[Row] = []
