@@ -7,7 +7,7 @@
 namespace tpk {
 namespace {
 
-// TPK_ONLY: one of the tables, for tests.
+// Every CPU with AVX2 and FMA has F16C. TPK_ONLY: one of the tables, for tests.
 const Moves& best_moves() {
 #if defined(TPK_ONLY)
   return TPK_ONLY;

@@ -190,6 +190,8 @@ TPK_ALWAYS_INLINE void pack_whole(const float* values, const float* factors, cha
   for (size_t i = 0; i < C::kBlockValues; i += kFour) {
     Floats four[4];
     for (size_t v = 0; v < 4; ++v) {
+      // The block after the next, which is read by then; with more scales there are no loads to spare for it.
+      if constexpr (C::kScaled && kScales<C> == 1) prefetch(values + i + v * kWidth + 2 * C::kBlockValues);
       four[v] = scaled<C>(load(values + i + v * kWidth), factors, i, v);
     }
     store_payloads(four, payloads + i);
