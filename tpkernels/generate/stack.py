@@ -19,8 +19,15 @@ from torch.utils.hooks import RemovableHandle
 from tpkernels._native import _C
 from tpkernels.comm.group import Group
 from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
+from tpkernels.layers.block_random import BlockRandom
+from tpkernels.layers.shared_input import SharedInput
+from tpkernels.plan.adapters.apply import AdapterGuard
+from tpkernels.plan.outputs import BlockWatch, CacheCheck, GatheredAttentions
+from tpkernels.plan.same_inputs import SameInputs
 
 has_any_global_hook: Callable[[], bool] = module_of_torch._has_any_global_hook
+# What parallelize has registered, which changes no logits in inference.
+HOOKS = (AdapterGuard, BlockRandom, BlockWatch, CacheCheck, GatheredAttentions, SameInputs, SharedInput)
 MOST_ROWS = 8  # of a step: kMostGemvRows in csrc/cpu/loops/gemv.h
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 ATTENTIONS = ("sdpa", "eager")
@@ -104,9 +111,9 @@ def _check_class(module: nn.Module, family: str, suffix: str) -> None:
 
 
 def _check_bare(module: nn.Module) -> None:
-    """Raise unless a module has its class's forward and no hooks but those of this package."""
+    """Raise unless a module has its class's forward and no hooks but those of HOOKS."""
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not type(getattr(hook, "__self__", hook)).__module__.startswith("tpkernels."):
+        if not isinstance(getattr(hook, "__self__", hook), HOOKS):
             raise _OtherModel(f"a {type(module).__name__} has a hook")
     if "forward" in module.__dict__:
         raise _OtherModel(f"a {type(module).__name__} has a forward of its own")
