@@ -259,8 +259,14 @@ def test_the_efficiency_of_an_overlap_is_the_part_of_the_communication_that_it_h
         return {"op": "gemm_all_reduce", "variant": variant, "codec": codec, "M": M, "N": 8, "K": 8, "bytes": None,
                 "exposed_us": exposed_us}  # fmt: skip
 
-    values = [("tpkernels", "fp16", 4, 2000.0), ("one_chunk", "fp16", 4, 8000.0), ("gemm_aten", "none", 4, None),
-              ("tpkernels", "fp16", 8, -5.0), ("one_chunk", "fp16", 8, 1000.0), ("tpkernels", "none", 9, 1.0)]  # fmt: skip
+    values = [
+        ("tpkernels", "fp16", 4, 2000.0),
+        ("one_chunk", "fp16", 4, 8000.0),
+        ("gemm_aten", "none", 4, None),
+        ("tpkernels", "fp16", 8, -5.0),
+        ("one_chunk", "fp16", 8, 1000.0),
+        ("tpkernels", "none", 9, 1.0),
+    ]
     found = [row(*value) for value in values]
     assert list(bench_run.overlaps(found)) == [
         "gemm_all_reduce 4x8x8, codec fp16: exposed communication 2.0 ms of 8.0 ms, overlap efficiency 0.75",
