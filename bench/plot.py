@@ -38,7 +38,7 @@ def draw(axes: Axes, found: dict[str, list[Row]], value: str, low: str, high: st
     """One line for each variant, with a whisker from least to most; the baseline against itself says nothing."""
     for color, (name, rows) in zip(COLORS * 3, found.items(), strict=False):
         baseline = value == "ratio" and name == rows[0]["baseline"]
-        shown = [row for row in rows if row[value] is not None and not baseline]
+        shown = [row for row in rows if row[value] is not None and row[value] > 0 and not baseline]
         if not shown:
             continue
         middle = [row[value] for row in shown]
@@ -52,7 +52,7 @@ def draw(axes: Axes, found: dict[str, list[Row]], value: str, low: str, high: st
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Latency on the left, times faster than the baseline on the right.
+    """Latency on the left, times faster than the baseline in the middle, exposed communication of GEMMs on the right.
 
     Raises:
         ValueError: no verified row.
@@ -61,13 +61,17 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     if not found:
         raise ValueError("plot: there is no verified row of this op, dtype and number of ranks")
     first, tokens = rows[0], rows[0]["M"] is not None
-    sheet = Figure(figsize=(12, 5), layout="constrained")
-    left, right = sheet.subplots(1, 2)
+    exposes = any(row["exposed_us"] is not None for some in found.values() for row in some)
+    sheet = Figure(figsize=(18 if exposes else 12, 5), layout="constrained")
+    left, right, *more = sheet.subplots(1, 3 if exposes else 2)
     draw(left, found, "median_us", "min_us", "max_us")
     draw(right, found, "ratio", "ratio_min", "ratio_max")
+    for axes in more:
+        draw(axes, found, "exposed_us", "exposed_us", "exposed_us")
     right.axhline(1, color=COLORS[0], lw=1)
     ticks = sorted({across(row) for some in found.values() for row in some})
-    for axes, label in ((left, "microseconds, slowest rank"), (right, f"times faster than {first['baseline']}")):
+    labels = ["microseconds, slowest rank", f"times faster than {first['baseline']}", "exposed microseconds"]
+    for axes, label in zip((left, right, *more), labels, strict=False):
         axes.set_xticks(ticks, [str(t) if tokens else format_bytes(t) for t in ticks])
         axes.set(xlabel="tokens M" if tokens else "size", ylabel=label)
         axes.legend(frameon=False)
@@ -81,10 +85,12 @@ def main(
     op: Annotated[str, typer.Option()] = "all_reduce",
     ranks: Annotated[int, typer.Option()] = 2,
     dtype: Annotated[str, typer.Option()] = "fp32",
+    link: Annotated[str | None, typer.Option(help="Of runs with --hosts 2; default: those on one host.")] = None,
     results: Annotated[Path, typer.Option(help="A file or a folder of JSON lines.")] = kept.RESULTS,
 ) -> None:
     """Draw one op."""
-    rows = [r for r in kept.load(results) if (r["op"], r["R"], r["dtype"]) == (op, ranks, dtype)]
+    wanted = (op, ranks, dtype, link)
+    rows = [r for r in kept.load(results) if (r["op"], r["R"], r["dtype"], r.get("link")) == wanted]
     try:
         figure(rows, out)
     except ValueError as error:

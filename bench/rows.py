@@ -74,7 +74,7 @@ def commit() -> str | None:
 
 
 def circumstances(pinned: bool, link: str | None = None) -> Row:
-    """The fields that all rows of a run share: machine, versions, date, load; the link between hosts, if there is one."""
+    """The fields that all rows of a run share: machine, versions, date, load, the link between hosts (or None)."""
     return {
         "machine": machine(),
         "torch": torch.__version__,

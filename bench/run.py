@@ -210,15 +210,8 @@ def main(
     if hosts == 2 and ranks != 2:
         raise typer.BadParameter(f"--hosts 2 has one rank on each host, got --ranks {ranks}")
     between = link if hosts == 2 else None
-    spec = Spec(
-        tuple((op, size) for size in wanted),
-        setting,
-        rounds,
-        block_ms / 1e3,
-        most_lost,
-        circumstances(pinned, between),
-        wait,
-    )
+    jobs, where = tuple((op, size) for size in wanted), circumstances(pinned, between)
+    spec = Spec(jobs, setting, rounds, block_ms / 1e3, most_lost, where, wait)
     rows: list[Row] = []
     keep: list[Row] = []
     for found in run(spec, ranks, pin=pinned, link=between):

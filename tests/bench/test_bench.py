@@ -18,6 +18,7 @@ from bench import codecs, placement, rows, shapes, suite
 from bench import run as bench_run
 from bench.cell import Setting, compare, product_tolerance, sum_tolerance
 from bench.ranks import RankTeam, launch
+from bench.study import links
 from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, ratios, summary
 from tests.harness.bench import Clock, Team, candidate, right, where, wrong
 
@@ -234,6 +235,50 @@ def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
         assert tuple(row) == rows.FIELDS
         assert row["verified"], (row["op"], row["variant"], row["error"])
         assert row["calls"] > 0 and row["rounds"] == 2
+
+
+def test_ranks_on_two_hosts_compare_the_op_with_itself_in_one_chunk() -> None:
+    if (why := links.obstacle()) is not None:
+        pytest.skip(f"links between hosts cannot be made here: {why}")
+    ops = ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")
+    jobs = tuple((op, shapes.Gemm(512, 64, 512 if op == "all_gather_gemm" else 64)) for op in ops)
+    setting = {"dtype_name": "fp32", "codec": "fp16", "transport": "group"}
+    spec = bench_run.Spec(jobs, setting, 1, 1e-4, math.inf, {**where(), "link": "2gbit"})
+    cells = list(bench_run.run(spec, 2, pin=False, link="2gbit"))
+    assert len(cells) == len(jobs)
+    for cell in cells:
+        assert not isinstance(cell, str), cell
+        by_name = {row["variant"]: row for row in cell}
+        assert all(row["verified"] and row["link"] == "2gbit" for row in cell)
+        assert by_name["tpkernels"]["transport"] == by_name["one_chunk"]["transport"] == "group"
+        assert by_name["one_chunk"]["path"] == "unfused"
+
+
+def test_the_efficiency_of_an_overlap_is_the_part_of_the_communication_that_it_hides() -> None:
+    def row(variant: str, codec: str, M: int, exposed_us: float | None) -> rows.Row:
+        return {"op": "gemm_all_reduce", "variant": variant, "codec": codec, "M": M, "N": 8, "K": 8, "bytes": None,
+                "exposed_us": exposed_us}  # fmt: skip
+
+    values = [
+        ("tpkernels", "fp16", 4, 2000.0),
+        ("one_chunk", "fp16", 4, 8000.0),
+        ("gemm_aten", "none", 4, None),
+        ("tpkernels", "fp16", 8, -5.0),
+        ("one_chunk", "fp16", 8, 1000.0),
+        ("tpkernels", "none", 9, 1.0),
+    ]
+    found = [row(*value) for value in values]
+    assert list(bench_run.overlaps(found)) == [
+        "gemm_all_reduce 4x8x8, codec fp16: exposed communication 2.0 ms of 8.0 ms, overlap efficiency 0.75",
+        "gemm_all_reduce 8x8x8, codec fp16: exposed communication 0.0 ms of 1.0 ms, overlap efficiency 1.00",
+    ]
+
+
+def test_a_link_is_named_by_its_rate() -> None:
+    assert [links.rate_of(name) for name in ("1gbit", "300mbit")] == [1e9, 300e6]
+    for name in ("fast", "0mbit", "1.5gbit", "loopback"):
+        with pytest.raises(ValueError, match="a link is called like 1gbit"):
+            links.rate_of(name)
 
 
 def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> None:

@@ -133,7 +133,7 @@ CASE(chunks_are_whole_blocks_and_cover_all_rows) {
           for (int num_chunks : {0, 1, 2, 3, 7}) {
             comm.forced_chunks = num_chunks;
             const std::vector<size_t> ends = chunk_ends(comm, wire, rows, row_values);
-            EXPECT(ends.back() == rows && ends.size() <= static_cast<size_t>(num_chunks > 0 ? num_chunks : 17));
+            EXPECT(ends.back() == rows && ends.size() <= static_cast<size_t>(num_chunks > 0 ? num_chunks : 18));
             for (size_t i = 0; i + 1 < ends.size(); ++i) {
               EXPECT(ends[i] < ends[i + 1] && ends[i] * row_values % wire.block_values == 0, rows, " x ", row_values);
             }
@@ -143,7 +143,7 @@ CASE(chunks_are_whole_blocks_and_cover_all_rows) {
     }
     comm.forced_chunks = 0;
     EXPECT(chunk_ends(comm, wire_of(Codec::None), 255, 4096).size() == 1, "few rows");
-    EXPECT(chunk_ends(comm, wire_of(Codec::None), 512, 4096).size() == 5);
+    EXPECT(chunk_ends(comm, wire_of(Codec::None), 512, 4096) == std::vector<size_t>({64, 160, 288, 416, 480, 512}));
     EXPECT(chunk_ends(comm, wire_of(Codec::Int8), 512, 64).size() == 1, "few bytes");
   });
 }

@@ -99,7 +99,7 @@ def check_rule(group: Group) -> None:
     big, small = Sizes(R=R, M=512, N=512, K=16), Sizes(R=R, M=64, N=512, K=16)
     for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM):
         gathers = case is ALL_GATHER_GEMM
-        for s, count in ((big, 5 if case is GEMM_ALL_REDUCE else 4), (small, 1)):
+        for s, count in ((big, 6 if case is GEMM_ALL_REDUCE else 5), (small, 1)):
             sized = replace(s, N=s.K, K=s.N) if gathers else s
             sizes = {"M": s.M // R if gathers else s.M, "N": sized.N, "K": sized.K}
             path = group.explain(case.name, **sizes).path

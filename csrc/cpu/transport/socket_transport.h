@@ -22,7 +22,9 @@ class SocketCommunicator final : public GroupCommunicator {
   ~SocketCommunicator() override;
 
   bool has_thread() const override { return true; }
-  void let_thread_run() override { link_.hand_over(); }
+  void let_thread_run() override {
+    if (link_.is_busy()) link_.hand_over();
+  }
 
  protected:
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,

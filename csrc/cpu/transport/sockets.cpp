@@ -129,6 +129,7 @@ void SocketExchange::set_moving(bool moving) {
     std::lock_guard<std::mutex> lock(mutex_);
     moving_ = moving;
   }
+  busy_ = moving;
   noticed_.notify_all();
 }
 
@@ -217,6 +218,7 @@ bool SocketExchange::sleep() {
     const int events = (peer.out.empty() ? 0 : POLLOUT) | (peer.in.empty() ? 0 : POLLIN);
     if (events != 0) waiting.push_back({peer.socket, static_cast<short>(events), 0});
   }
+  busy_ = waiting.size() > 1;
   const bool came = ::poll(waiting.data(), waiting.size(), kSliceMilliseconds) > 0;
   uint64_t calls = 0;
   if (waiting[0].revents != 0) [[maybe_unused]]

@@ -61,6 +61,8 @@ class SocketExchange final : public Exchange {
   // (`set_moving`). A wake-up alone does not give it the core that it shares with a thread that computes: the scheduler
   // may keep it waiting for 100 ms.
   void hand_over();
+  // Whether there were messages to move when that thread went to sleep last.
+  bool is_busy() const { return busy_; }
   // Whether a thread moves bytes now.
   void set_moving(bool moving);
   // From another thread: every wait throws from now on.
@@ -92,7 +94,7 @@ class SocketExchange final : public Exchange {
   const double timeout_s_;
   const std::unique_ptr<Watch> watch_;
   const int wake_fd_;
-  std::atomic<bool> abandoned_{false};
+  std::atomic<bool> abandoned_{false}, busy_{true};
   std::mutex mutex_;  // of the two below
   std::condition_variable noticed_;
   uint64_t looks_ = 0;  // times that the waiting thread has returned from its sleep
