@@ -119,6 +119,7 @@ HEADERS = [ROOT / "csrc", ROOT / "tests/csrc", ROOT / "tests/csrc/emu"]
 SPEAKS_PYTHON = {
     "csrc/python/module.cpp",
     "csrc/python/engines.cpp",
+    "csrc/python/fast_gemm.cpp",
     "csrc/python/bindings.cpp",
     "csrc/python/decode_step.cpp",
     "csrc/python/fast_path.cpp",
