@@ -1,16 +1,9 @@
-// Vector code of the codecs, and the only home of intrinsics: AVX-512, or AVX2 with F16C, whichever the file that
-// includes this is compiled for (moves.cpp). Elsewhere there is none of it, and the plain loops of block.h remain,
-// which compilers vectorise, too (NEON). Those define the bytes; VectorCodec gives the same, or returns false.
-//
-// A whole block has one factor for every scale, in place of a codec's two, wherever it is a normal number: both
-// multiplications are then exact up to the same last rounding. Other blocks (NaN, infinity, magnitudes near the ends of
-// float) are for the plain loops. MXCSR has to be at its default (choose_moves.cpp).
+// Vectors of floats and the only home of intrinsics: AVX-512, or AVX2 with F16C, whichever the file that includes this
+// is compiled for (core/moves.cpp). Elsewhere there is none of it, and the plain loops of block.h remain, which
+// compilers vectorise, too (NEON). MXCSR has to be at its default (core/choose_moves.cpp).
 #pragma once
 
-#include "bf16.h"
-#include "fp16.h"
-#include "fp8.h"
-#include "int8.h"
+#include "block.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define TPK_AVX512
