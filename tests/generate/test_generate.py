@@ -345,7 +345,7 @@ def test_a_folder_is_generated_from_by_the_command(tmp_path: Path) -> None:
     want = tokenizer.decode(greedy(model, tokenizer.encode("<user>hi\n<assistant>"), 12))
     options = ["--prompt", "hi", "--chat", "--max-tokens", "12", "--ignore-eos", "--tp", "2"]
     run = subprocess.run(
-        [sys.executable, "-m", "tpkernels", "generate", str(folder), *options], capture_output=True, timeout=100
+        [sys.executable, "-m", "tpkernels", "generate", str(folder), *options], capture_output=True, timeout=180
     )
     assert run.returncode == 0, run.stderr.decode()
     assert run.stdout.decode() == want + "\n"

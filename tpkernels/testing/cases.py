@@ -180,10 +180,12 @@ class _Loss(Case):
         largest = 1.0 + logits.abs().amax(-1)
         return (s.V + s.R + 16) * unit(sums_dtype(s.dtype)) * largest
 
+    def _mine(self, dy: Tensor, s: Sizes, rank: int) -> Tensor:
+        return super()._mine(dy, s, rank).to(sums_dtype(s.dtype))
+
     def gradients(self, s: Sizes, rank: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """As in Case; a gradient is dloss times a difference of probabilities."""
         dy, wanted, _ = super().gradients(s, rank)
-        dy = dy.to(sums_dtype(s.dtype))
         logits = present(self.inputs(s)["logits"])
         largest = 1.0 + float(logits.abs().max()) if logits.numel() else 1.0
         factor = 2 * ((s.V + 16) * unit(sums_dtype(s.dtype)) * largest + unit(s.dtype))
