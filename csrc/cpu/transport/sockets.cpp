@@ -1,6 +1,7 @@
 #include "sockets.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -23,7 +24,13 @@ constexpr size_t kStep = size_t{1} << 20;  // so that both directions move
 // computation.
 constexpr size_t kEnough = size_t{128} << 10;
 
-constexpr std::chrono::microseconds kMostPatience{200};
+// Until a thread sleeps again: on the core that the caller computes on, and on others, where it needs no help.
+constexpr std::chrono::microseconds kPatience{5000}, kPatienceOfSeveralCores{200};
+
+bool has_one_core() {
+  cpu_set_t cores;
+  return sched_getaffinity(0, sizeof cores, &cores) == 0 && CPU_COUNT(&cores) == 1;
+}
 
 bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
@@ -118,10 +125,11 @@ void SocketExchange::wait_for_thread(uint64_t call, const std::function<bool()>&
 }
 
 void SocketExchange::hand_over() {
+  const auto patience = has_one_core() ? kPatience : kPatienceOfSeveralCores;
   std::unique_lock<std::mutex> lock(mutex_);
-  const uint64_t seen = looks_;
+  const uint64_t seen = sleeps_;
   wake();
-  noticed_.wait_for(lock, kMostPatience, [&] { return looks_ > seen || !moving_; });
+  slept_.wait_for(lock, patience, [&] { return sleeps_ > seen || !moving_; });
 }
 
 void SocketExchange::set_moving(bool moving) {
@@ -130,7 +138,7 @@ void SocketExchange::set_moving(bool moving) {
     moving_ = moving;
   }
   busy_ = moving;
-  noticed_.notify_all();
+  slept_.notify_all();
 }
 
 void SocketExchange::wake() noexcept {
@@ -219,15 +227,16 @@ bool SocketExchange::sleep() {
     if (events != 0) waiting.push_back({peer.socket, static_cast<short>(events), 0});
   }
   busy_ = waiting.size() > 1;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++sleeps_;
+  }
+  slept_.notify_all();
   const bool came = ::poll(waiting.data(), waiting.size(), kSliceMilliseconds) > 0;
+  busy_ = true;
   uint64_t calls = 0;
   if (waiting[0].revents != 0) [[maybe_unused]]
     const ssize_t drained = ::read(wake_fd_, &calls, sizeof calls);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++looks_;
-  }
-  noticed_.notify_all();
   return came;
 }
 

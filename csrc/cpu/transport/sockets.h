@@ -57,11 +57,11 @@ class SocketExchange final : public Exchange {
   void wait_for_ranks(uint64_t call, const std::function<bool()>& is_there);
   // The same for what another thread of this rank brings about, which then calls `hand_over`; without a deadline.
   void wait_for_thread(uint64_t call, const std::function<bool()>& is_there);
-  // Returns when the thread that waits has noticed, when it works on another core (after 0.2 ms), or when there is none
-  // (`set_moving`). A wake-up alone does not give it the core that it shares with a thread that computes: the scheduler
-  // may keep it waiting for 100 ms.
+  // Returns when the thread that waits has done what it can and sleeps again, after a while where it has other cores,
+  // or when there is none (`set_moving`). A wake-up alone does not give it the core that it shares with a thread that
+  // computes: the scheduler may keep it waiting for 100 ms.
   void hand_over();
-  // Whether there were messages to move when that thread went to sleep last.
+  // Whether that thread is awake, or sleeps with messages to move.
   bool is_busy() const { return busy_; }
   // Whether a thread moves bytes now.
   void set_moving(bool moving);
@@ -96,8 +96,8 @@ class SocketExchange final : public Exchange {
   const int wake_fd_;
   std::atomic<bool> abandoned_{false}, busy_{true};
   std::mutex mutex_;  // of the two below
-  std::condition_variable noticed_;
-  uint64_t looks_ = 0;  // times that the waiting thread has returned from its sleep
+  std::condition_variable slept_;
+  uint64_t sleeps_ = 0;  // of the waiting thread
   bool moving_ = false;
   std::unique_ptr<char[]> send_, receive_;
   std::string lost_;  // the symptom of the first broken connection
