@@ -38,7 +38,7 @@ FIELDS = (
     "by_placement",  # {near, far, mixed, crowded: {rounds, median_us, ratio, ratio_min, ratio_max}}
     "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
     "flag_rtt_ns", "rounds", "calls", "repeated",  # rounds that gave a number; calls in a block; disturbed blocks
-    "machine", "torch", "commit", "date", "load", "link",
+    "machine", "torch", "commit", "date", "load",
 )  # fmt: skip
 
 
@@ -151,7 +151,8 @@ def row_of(cell: Cell, candidate: Candidate, timings: dict[str, Timing], probes:
         "flag_rtt_ns": number(summary(probes).median), "rounds": sum(not math.isnan(s) for s in timing.seconds),
         "calls": timing.calls, "repeated": timing.repeated,
     }  # fmt: skip
-    return {field: {**row, **where}[field] for field in FIELDS}
+    link = {"link": where["link"]} if where.get("link") else {}  # only of runs on two hosts
+    return {field: {**row, **where}[field] for field in FIELDS} | link
 
 
 def over_roof(row: Row) -> float:

@@ -65,7 +65,7 @@ def candidate(clock: Clock, name: str, seconds: float, rewrite: float = 0.0, err
 
 def where() -> rows.Row:
     return {"machine": {"cpu": "C", "simd": "avx2", "cores": 2, "mhz": 2000, "virtual": True}, "torch": "2.13.0",
-            "commit": "abc", "date": "2026-01-02T03:04:05Z", "load": 0.1, "pinned": True, "link": None}  # fmt: skip
+            "commit": "abc", "date": "2026-01-02T03:04:05Z", "load": 0.1, "pinned": True}  # fmt: skip
 
 
 def some_rows(probes: Sequence[float] = (100.0,) * 6, op: str = "all_reduce", size: int = 4096) -> list[rows.Row]:
