@@ -117,6 +117,8 @@ class Communicator {
   virtual void let_thread_run() {}
   // The number of chunks of every fused GEMM, where its rows allow it; 0: the rule's. For tests.
   int forced_chunks = 0;
+  // Measured when the group was opened, the same on all ranks; 0: not measured.
+  double link_bytes_per_s = 0;
 
   // Memory that the other ranks can read directly; nullptr when this transport has none or it is full.
   virtual void* heap_allocate(size_t bytes) = 0;

@@ -150,7 +150,10 @@ Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wi
   const size_t chunks = num_chunks(comm, call, wire, shape);
   if (chunks > 1) {
     const char* const order = gathers ? "multiplied while others arrive" : "sent while others are multiplied";
-    return {concat("chunked(", chunks, ")"), concat("rows are ", order, ", by a thread of the group; ", gemm)};
+    const std::string link =
+        comm.link_bytes_per_s > 0 ? concat(" over a link of ", std::round(comm.link_bytes_per_s / 1e6), " MB/s") : "";
+    return {concat("chunked(", chunks, ")"),
+            concat("rows are ", order, ", by a thread of the group", link, "; ", gemm)};
   }
   if (gathers) {
     const Explained gather = explain_collective(comm, "all_gather", wire, static_cast<size_t>(shape.M * shape.K));

@@ -13,8 +13,13 @@ constexpr size_t kMostChunks = 18;
 // Engines give every row the bits it has in a product of all rows, but for the last rows of an odd number of them.
 constexpr size_t kUnit = 16;
 
+// Over a faster link product and collective in turn take less time: 43 ms against 66 in chunks at 10 Gbit, 105 against
+// 75 at 1 Gbit (512x4096x2048 in fp32, one core of Zen 5).
+constexpr double kFastLink = 2.5e8;
+
 size_t num_chunks(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values) {
   if (comm.forced_chunks > 0) return static_cast<size_t>(comm.forced_chunks);
+  if (comm.link_bytes_per_s > kFastLink) return 1;
   const size_t by_rows = rows / kRows, by_bytes = wire.bytes(rows * row_values) / kSmallestForThread;
   const size_t whole = std::min({by_rows, by_bytes, kMostChunks - 2});
   return whole < 2 ? 1 : whole + 2;

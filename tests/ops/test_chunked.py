@@ -96,6 +96,10 @@ def test_chunks_give_the_product_of_the_unsharded_program() -> None:
 def check_rule(group: Group) -> None:
     """By the rule: large products in chunks, as explain reports; small ones, and those over a slow dim, in one."""
     R = group.world_size
+    group._communicator.set_link(1e9)
+    assert group.explain("gemm_all_reduce", M=512, N=512, K=16).path == "unfused"
+    group._communicator.set_link(1e8)
+    assert " over a link of 100 MB/s;" in group.explain("gemm_all_reduce", M=512, N=512, K=16).reason
     big, small = Sizes(R=R, M=512, N=512, K=16), Sizes(R=R, M=64, N=512, K=16)
     for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM):
         gathers = case is ALL_GATHER_GEMM

@@ -27,7 +27,7 @@ from tpkernels.comm.host import (
 )
 from tpkernels.comm.peer import check_gpus, obstacle_to_peers, open_peer
 from tpkernels.comm.profile import open_with_profile
-from tpkernels.comm.sockets import connect
+from tpkernels.comm.sockets import connect, measured_link
 from tpkernels.comm.watch import Watch
 
 TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
@@ -166,6 +166,7 @@ def _open_cpu(opening: Opening) -> Opened:
     watch = Watch(process_group, name, timeout_s, opening.pids)
     if no_sockets is None:
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
+        communicator.set_link(measured_link(communicator))
         return Opened(communicator, f"over connections between the ranks, because {obstacle}")
     exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)

@@ -16,7 +16,9 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tpkernels.comm.bootstrap import Bootstrap
@@ -36,6 +38,27 @@ class _Offer:
     address: tuple[str, int] = ("", 0)
     token: bytes = b""
     obstacle: str | None = None
+
+
+def measured_link(communicator: Any) -> float:
+    """Time sums over the connections of a group that opens; all ranks call this.
+
+    Returns:
+        bytes a second that a rank sends, and receives as many: the slowest rank's, the same on all ranks. It decides
+        whether GEMMs are sent in chunks, which changes no bit.
+    """
+    name, world_size = communicator.name, communicator.world_size
+    nanoseconds = 1
+    for numel in (1 << 14, 1 << 18):  # the second one, 1 MiB, only where it takes less than half a second
+        x = torch.zeros(numel)
+        started = time.perf_counter_ns()
+        torch.ops.tpkernels.all_reduce_(x, name, world_size, "sum", "none")
+        nanoseconds = max(communicator.exchange(time.perf_counter_ns() - started))
+        sent = 2 * x.nbytes * (world_size - 1) / world_size
+        if nanoseconds > 30e6:
+            break
+    communicator.reset_stats()
+    return float(sent / nanoseconds * 1e9)
 
 
 def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[list[int], str | None]:

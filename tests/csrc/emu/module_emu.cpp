@@ -4,6 +4,7 @@
 #include "core/arena.h"
 #include "cuda/python_device.h"
 #include "cuda/scoped_op.h"
+#include "python/fast_gemm.h"
 #include "python/fast_path.h"
 #include "torch_side/kernels.h"
 
@@ -121,6 +122,7 @@ PYBIND11_MODULE(_C_emu, m) {
   add_basics(m);
   add_engines(m);
   add_fast_path(m, &translate_errors);
+  add_fast_gemm(m);
   cuda::add_device_groups(m);
   m.def("limits", [] {
     py::dict limits;
