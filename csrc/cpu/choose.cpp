@@ -141,10 +141,9 @@ size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& w
   return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), values).size() + 1;
 }
 
-Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wire) {
+Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,
+                          const EngineChoice& choice) {
   const bool gathers = call.op == "all_gather_gemm";
-  const GemmShape shape{wire.dtype, gathers ? call.M * comm.world_size() : call.M, call.N, call.K};
-  const EngineChoice choice = choose_engine(comm.measured_engines(), shape);
   const std::string gemm = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
   if (call.op == "replicated_gemm") return {"unfused", concat(gemm, "; the forward sends nothing")};
   const size_t chunks = num_chunks(comm, call, wire, shape);
@@ -162,6 +161,15 @@ Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wi
   const char* const collective = call.op == "gemm_all_reduce" ? "all_reduce" : "reduce_scatter";
   const Explained sum = explain_collective(comm, collective, wire, static_cast<size_t>(shape.M * shape.N));
   return {"unfused", concat(gemm, "; then ", sum.path, ": ", sum.reason)};
+}
+
+Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wire) {
+  const int64_t rows = call.op == "all_gather_gemm" ? call.M * comm.world_size() : call.M;
+  const GemmShape shape{wire.dtype, rows, call.N, call.K};
+  const EngineChoice choice = choose_engine(comm.measured_engines(), shape);
+  Explained found = explain_product(comm, call, wire, shape, choice);
+  found.engine = name_of(choice.engine);
+  return found;
 }
 
 DType dtype_named(const std::string& name) {

@@ -32,9 +32,9 @@ struct EngineChoice {
 bool can_multiply(Engine engine, const GemmShape& shape);
 EngineChoice choose_engine(const MeasuredEngines& measured, const GemmShape& shape);
 
-// What Group.explain returns: the name of the path, and one sentence.
+// What Group.explain returns: the name of the path, one sentence, and the engine of a product.
 struct Explained {
-  std::string path, reason;
+  std::string path, reason, engine = "";
 };
 // A call as its caller sees it. M, N and K are this rank's sizes of a GEMM, numel the values of a collective's tensor.
 struct CallShape {

@@ -74,12 +74,8 @@ def explain(
     if tune and is_cpu and op in _GEMMS and dtype.is_floating_point and min(M, N, K) > 0:
         rows = M * communicator.world_size if op == "all_gather_gemm" else M
         measured = measure_shape(communicator, Product(_name(dtype), rows, N, K))
-    path, reason = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, bias, dim)
-    engine = ""
-    if is_cpu and op in _GEMMS:
-        rows = M * communicator.world_size if op == "all_gather_gemm" else M
-        engine = _C.choose_engine(communicator, _name(dtype), rows, N, K)[0]
-    return Explanation(path, reason, measured, engine)
+    path, reason, *engine = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, bias, dim)
+    return Explanation(path, reason, measured, *engine)
 
 
 def _name(dtype: torch.dtype) -> str:

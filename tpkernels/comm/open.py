@@ -128,7 +128,9 @@ def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int =
     """The communicator, on the CPU with the machine's profile; closed where the ranks cannot agree on one."""
     if device.type == "cpu":
         try:
-            return replace(opened, profile=open_with_profile(opened.communicator, cores, ranks))
+            found = open_with_profile(opened.communicator, cores, ranks)
+            opened.communicator.reset_stats()
+            return replace(opened, profile=found)
         except BaseException:
             opened.communicator.close("its profile could not be used")
             raise
