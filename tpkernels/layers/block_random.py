@@ -37,10 +37,16 @@ from .reference import Ref
 
 
 class _Now(threading.local):
-    """The state of this thread: the generators are its own only while it runs a model."""
+    """The state of this thread: the generators are its own only while it runs a model.
 
-    common: dict[str, Tensor] | None = None  # the common state, while the numbers are the rank's own
-    depth = 0  # how many stretches are open
+    Attributes:
+        common: the common state, while the numbers are the rank's own.
+        depth: how many stretches are open.
+    """
+
+    def __init__(self) -> None:  # attributes of the object from the start: Dynamo guards on which ones there are
+        self.common: dict[str, Tensor] | None = None
+        self.depth = 0
 
 
 NOW = _Now()
