@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -338,3 +339,9 @@ def adapters_drop_alike() -> None:
 def test_dropouts_of_adapters_keep_what_is_whole_of_them_alike() -> None:
     pytest.importorskip("peft")
     run_ranks(adapters_drop_alike, 2)
+
+
+def test_a_new_thread_has_all_attributes_of_the_state() -> None:
+    """A graph is guarded by which attributes there are: one that appears while it is traced fails its own guards."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: dict(vars(NOW))).result() == {"common": None, "depth": 0}
