@@ -23,7 +23,7 @@ SHM = "/dev/shm"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No profile of the machine; compiled graphs of this session alone.
+    """No profile of the machine; compiled graphs of this run of pytest alone.
 
     Graphs of another build may call ops that have other arguments there.
     """

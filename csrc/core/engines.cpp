@@ -76,7 +76,7 @@ const MeasuredProduct* MeasuredEngines::nearest(const GemmShape& shape) const {
 std::optional<MeasuredProduct> MeasuredEngines::find(const GemmShape& shape) const {
   if (!any_ || shape.is_empty()) return {};
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const Table* table : {&shapes_, const_cast<const Table*>(&found_)}) {
+  for (const Table* table : std::array<const Table*, 2>{&shapes_, &found_}) {
     const auto found = table->find(shape);
     if (found != table->end()) return found->second;
   }

@@ -239,7 +239,7 @@ def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
 
 def test_ranks_on_two_hosts_compare_the_op_with_itself_in_one_chunk() -> None:
     if (why := links.obstacle()) is not None:
-        pytest.skip(f"links between hosts cannot be made here: {why}")
+        pytest.skip(f"needs network namespaces with shaped links: {why}")
     ops = ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")
     jobs = tuple((op, shapes.Gemm(512, 64, 512 if op == "all_gather_gemm" else 64)) for op in ops)
     setting = {"dtype_name": "fp32", "codec": "fp16", "transport": "group"}

@@ -103,7 +103,7 @@ def test_goals_are_reached_missed_or_not_measured() -> None:
 def test_a_shaped_link_joins_two_namespaces_and_is_gone_after_an_error() -> None:
     why = links.obstacle()
     if why is not None:
-        pytest.skip(f"shaped links cannot be made here: {why}")
+        pytest.skip(f"needs network namespaces with shaped links: {why}")
     with pytest.raises(RuntimeError, match="on the way"), links.shaped("100mbit") as link:
         assert "rate 100Mbit" in links.run(*link.hosts[0].command, links.program("tc"), "qdisc", "show", "dev", "v0")
         addresses = [

@@ -38,21 +38,26 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def onednn() -> Iterator[None]:
     if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+        pytest.skip("needs a torch with oneDNN")
     yield
 
 
 # Run by processes of their own, which change them for themselves alone.
 def _open_first(folder: str, mode: str) -> tuple[str, tuple[str, str], list[str]]:
     """Open a group with two points to measure; the file, an engine and its reason, and the files there are."""
+    _open_first_settings(folder, mode)
+    with Group.open(dist.group.WORLD) as group:
+        text = profile.profile_file(group.transport).read_text() if mode == "auto" else ""
+        return text, chosen(group, Product("float32", 9, 70, 60)), sorted(os.listdir(folder))
+
+
+def _open_first_settings(folder: str, mode: str = "auto") -> None:
+    """Two points to measure, on a machine with enough cores."""
     os.environ["XDG_CACHE_HOME"], os.environ["TPKERNELS_PROFILE"] = folder, mode
     products = [Product("float32", 8, 64, 64), Product("bfloat16", 2, 64, 64)]
     profile.points = lambda: iter(products)
     kept = host.RankInfo.here
     host.RankInfo.here = lambda *args: replace(kept(*args), cores=frozenset(range(8)))  # a machine with enough cores
-    with Group.open(dist.group.WORLD) as group:
-        text = profile.profile_file(group.transport).read_text() if mode == "auto" else ""
-        return text, chosen(group, Product("float32", 9, 70, 60)), sorted(os.listdir(folder))
 
 
 def test_the_first_group_of_a_machine_measures_its_profile(tmp_path: Path, onednn: None) -> None:
@@ -123,7 +128,29 @@ def test_the_nearest_point_is_that_of_the_least_ratios(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"points": []}', '{"points": [[1, 2]], "shapes": []}', '{"points": [], "shapes": 3}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"points": []}',
+        '{"points": [[1, 2]], "shapes": []}',
+        '{"points": [], "shapes": 3}',
+        *(
+            f'{{"points": [], "shapes": [[{row}]]}}'
+            for row in (
+                '"int8", 5, 6, 7, {"aten": 1}',
+                '"float32", 0, 6, 7, {"aten": 1}',
+                '"float32", 5, 6, {"aten": 1}',
+                '"float32", 5, 6, 7, {"mkl": 1}',
+                '"float32", 5, 6, 7, {"aten": NaN}',
+                '"float32", 5, 6, 7, {"aten": -1}',
+                '"float32", 5, 6, 7, {}',
+                '"float32", 5, 6, 7, 1',
+                '"float32", 5.5, 6, 7, {"aten": 1}',
+            )
+        ),
+    ],
 )
 def test_a_damaged_file_counts_as_none_and_is_refused_where_it_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
@@ -194,3 +221,36 @@ def test_tuning_one_group_changes_no_engine_and_no_bit_of_another(folder: Path) 
         assert "measured" in chosen(second, forward)[1]
         assert chosen(first, forward) == rule and all(map(torch.equal, results(first), bits))
     assert json.loads(profile.profile_file("local").read_text())["shapes"][0][:4] == list(forward)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_tuning_keeps_nothing_where_the_profile_is_switched_off_or_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    file = folder / "given.json"
+    file.write_text(TWO.text())
+    monkeypatch.setenv("TPKERNELS_PROFILE", str(file) if given else "off")
+    with Group.open() as group:
+        assert group.explain("gemm_all_reduce", M=2, N=24, K=16, dtype=torch.bfloat16, tune=True).measured
+        assert "measured at 2x24x16" in group.explain("gemm_all_reduce", M=2, N=24, K=16, dtype=torch.bfloat16).reason
+    assert file.read_text() == TWO.text() and os.listdir(folder) == ["given.json"]
+
+
+def _open_where_nothing_can_be_written(folder: str, transport: str) -> tuple[str, bool]:
+    """Open the first group of a machine whose disk is full, where new tensors are on the meta device."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    profile.write = full
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    _open_first_settings(folder)
+    with Group.open(dist.group.WORLD, transport=transport) as group:
+        return chosen(group, Product("bfloat16", 2, 64, 64))[1], group.stats()["calls"] == 0
+
+
+@pytest.mark.parametrize("transport", ["shm", "group"])
+def test_a_group_opens_with_what_it_measured_where_that_cannot_be_kept(tmp_path: Path, transport: str) -> None:
+    for why, no_calls in run_ranks(_open_where_nothing_can_be_written, 2, str(tmp_path), transport, fresh=True):
+        assert "measured at 2x64x64" in why and no_calls

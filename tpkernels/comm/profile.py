@@ -39,7 +39,8 @@ _SECONDS = 5.0  # that measuring the points may take
 _MOST_FLOPS = 2.5e9  # of a point: about 40 ms of a core
 _ROWS = (1, 8, 64, 2, 16, 128, 4, 32, 256, 512)  # where the time is up early, no part of the range is without a point
 _SIZES = (256, 1024, 4096, 88)  # of N and of K; 88 is no multiple of a vector
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")  # those with several engines
+_ENGINES = {"aten", "onednn", "gemv"}
 _log = logging.getLogger("tpkernels")
 
 
@@ -67,14 +68,10 @@ class Profile:
         """Read what `text` returned.
 
         Raises:
-            ValueError, TypeError, KeyError: it is no profile.
+            ValueError, TypeError, KeyError, AttributeError: it is no profile.
         """
         parts = json.loads(text)
-        read = {
-            part: {Product(str(d), int(m), int(n), int(k)): _times(us) for d, m, n, k, us in parts[part]}
-            for part in ("points", "shapes")
-        }
-        return cls(**read)
+        return cls(*({_product(*row[:-1]): _times(row[-1]) for row in parts[name]} for name in ("points", "shapes")))
 
     def text(self) -> str:
         """As JSON, a row a line."""
@@ -92,8 +89,17 @@ class Profile:
             communicator.add_measured(*product, us)
 
 
+def _product(dtype: str, *sizes: int) -> Product:
+    if dtype not in _DTYPES or len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"profile: expected a dtype of {', '.join(_DTYPES)}, M, N and K, got {(dtype, *sizes)}")
+    return Product(dtype, *sizes)
+
+
 def _times(us: dict[str, Any]) -> Times:
-    return {str(engine): float(time) for engine, time in us.items()}
+    times = {engine: float(time) for engine, time in us.items()}
+    if not times or not times.keys() <= _ENGINES or not all(0 < time < math.inf for time in times.values()):
+        raise ValueError(f"profile: expected microseconds by engine of {', '.join(sorted(_ENGINES))}, got {us}")
+    return times
 
 
 def mode() -> str:
@@ -137,7 +143,7 @@ def read(transport: str) -> Profile | None:
     file = profile_file(transport)
     try:
         return Profile.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if mode() != "auto":
             raise ValueError(
                 f"TPKERNELS_PROFILE: expected auto, off, or the path of a profile, got {mode()!r}: {error}"
@@ -220,9 +226,17 @@ def _first_profile(communicator: Any) -> Profile:
     if communicator.rank == 0:
         _log.info("group '%s': measuring the GEMM engines of this machine once (about %.0f s)", communicator.label, 3)
     profile = Profile(measure(communicator, points(), seconds=_SECONDS))
-    write(profile, communicator.transport)  # by each rank, the same: their machines may have folders of their own
+    _keep(profile, communicator)  # by each rank, the same: their machines may have folders of their own
     communicator.barrier()
     return profile
+
+
+def _keep(profile: Profile, communicator: Any) -> None:
+    """Write a profile; where that fails, groups that open later measure again."""
+    try:
+        write(profile, communicator.transport)
+    except OSError as error:
+        _log.warning("group '%s': the profile of this machine cannot be kept: %s", communicator.label, error)
 
 
 def points() -> Iterator[Product]:
@@ -275,7 +289,7 @@ class _Engines:
         self._kernel = torch.ops.tpkernels.replicated_gemm.default._handle.redispatch_boxed
         self._cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         self._local: dict[str, Any] = {}
-        self._weights = torch.empty(0)
+        self._weights: dict[torch.dtype, torch.Tensor] = {}
 
     def __enter__(self) -> _Engines:
         return self
@@ -287,10 +301,11 @@ class _Engines:
     def time(self, communicator: Any, product: Product) -> dict[str, int]:
         """The least nanoseconds of some calls, by engine."""
         dtype: torch.dtype = getattr(torch, product.dtype)
-        if self._weights.dtype != dtype or self._weights.numel() < product.N * product.K:
-            self._weights = torch.full((product.N * product.K,), 0.5, dtype=dtype)
-        w = self._weights[: product.N * product.K].view(product.N, product.K)
-        x = torch.full((product.M, product.K), 0.5, dtype=dtype)
+        size = product.N * product.K
+        if dtype not in self._weights or self._weights[dtype].numel() < size:
+            self._weights[dtype] = torch.full((size,), 0.5, dtype=dtype, device="cpu")
+        w = self._weights[dtype][:size].view(product.N, product.K)
+        x = torch.full((product.M, product.K), 0.5, dtype=dtype, device="cpu")
         runs = {name: self._run(name, product, x, w) for name in _C.engines_for(*product)}
         best = dict.fromkeys(runs, 1 << 62)
         calls = 1 + int(2e6 / (product.M * w.numel()))  # of small products, several
@@ -322,14 +337,14 @@ def measure_shape(communicator: Any, product: Product) -> Times:
     """
     us = measure(communicator, [product])[product]
     communicator.add_measured(*product, us)
-    add_shapes({product: us}, communicator)
+    _add_shapes({product: us}, communicator)
     return us
 
 
-def add_shapes(shapes: dict[Product, Times], communicator: Any) -> None:
-    """Add shapes to the machine's profile; all ranks call this with the same."""
-    if communicator.rank == 0:
+def _add_shapes(shapes: dict[Product, Times], communicator: Any) -> None:
+    """Add shapes to the machine's profile, unless it is switched off or given; all ranks call this with the same."""
+    if communicator.rank == 0 and mode() == "auto":
         profile = read(communicator.transport) or Profile()
         profile.shapes |= shapes
-        write(profile, communicator.transport)
+        _keep(profile, communicator)
     communicator.barrier()

@@ -50,7 +50,7 @@ def measured_link(communicator: Any) -> float:
     name, world_size = communicator.name, communicator.world_size
     nanoseconds = 1
     for numel in (1 << 14, 1 << 18):  # the second one, 1 MiB, only where it takes less than half a second
-        x = torch.zeros(numel)
+        x = torch.zeros(numel, dtype=torch.float32, device="cpu")
         started = time.perf_counter_ns()
         torch.ops.tpkernels.all_reduce_(x, name, world_size, "sum", "none")
         nanoseconds = max(communicator.exchange(time.perf_counter_ns() - started))
