@@ -236,6 +236,22 @@ def test_tuning_keeps_nothing_where_the_profile_is_switched_off_or_given(
     assert file.read_text() == TWO.text() and os.listdir(folder) == ["given.json"]
 
 
+def _open_with_a_bad_file_on_rank_1(missing: str) -> str:
+    if dist.get_rank() == 1:
+        os.environ["TPKERNELS_PROFILE"] = missing
+    try:
+        Group.open(dist.group.WORLD, timeout_s=60.0)
+    except (ValueError, tpk.PeerLostError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "opened"
+
+
+def test_a_rank_that_cannot_read_its_profile_is_not_waited_for(tmp_path: Path) -> None:
+    first, second = run_ranks(_open_with_a_bad_file_on_rank_1, 2, str(tmp_path / "none.json"), timeout=50.0, fresh=True)
+    assert first.startswith("PeerLostError: ") and "rank 1" in first
+    assert second.startswith("ValueError: TPKERNELS_PROFILE: expected auto, off, or the path of a profile, got ")
+
+
 def _open_where_nothing_can_be_written(folder: str, transport: str) -> tuple[str, bool]:
     """Open the first group of a machine whose disk is full, where new tensors are on the meta device."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,16 +127,23 @@ def open_communicator(
 
 
 def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int = 1) -> Opened:
-    """The communicator, on the CPU with the machine's profile; closed where the ranks cannot agree on one."""
-    if device.type == "cpu":
-        try:
-            found = open_with_profile(opened.communicator, cores, ranks)
-            opened.communicator.reset_stats()
-            return replace(opened, profile=found)
-        except BaseException:
-            opened.communicator.close("its profile could not be used")
-            raise
-    return opened
+    """The communicator, on the CPU with the machine's profile and without calls in its counters."""
+    if device.type != "cpu":
+        return opened
+    with _closed_on_error(opened.communicator):
+        found = open_with_profile(opened.communicator, cores, ranks)
+    opened.communicator.reset_stats()
+    return replace(opened, profile=found)
+
+
+@contextmanager
+def _closed_on_error(communicator: Any) -> Iterator[None]:
+    """Close a communicator whose opening fails, so that the other ranks do not wait for it."""
+    try:
+        yield
+    except BaseException:
+        communicator.close("this rank could not open the group")
+        raise
 
 
 def _arena_bytes(wanted: Wanted) -> int:
@@ -168,7 +177,8 @@ def _open_cpu(opening: Opening) -> Opened:
     watch = Watch(process_group, name, timeout_s, opening.pids)
     if no_sockets is None:
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
-        communicator.set_link(measured_link(communicator))
+        with _closed_on_error(communicator):
+            communicator.set_link(measured_link(communicator))
         return Opened(communicator, f"over connections between the ranks, because {obstacle}")
     exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)

@@ -224,7 +224,7 @@ def _can_measure(cores: int, ranks: int, transport: str) -> bool:
 
 def _first_profile(communicator: Any) -> Profile:
     if communicator.rank == 0:
-        _log.info("group '%s': measuring the GEMM engines of this machine once (about %.0f s)", communicator.label, 3)
+        _log.info("group '%s': measuring the GEMM engines of this machine once (about 3 s)", communicator.label)
     profile = Profile(measure(communicator, points(), seconds=_SECONDS))
     _keep(profile, communicator)  # by each rank, the same: their machines may have folders of their own
     communicator.barrier()
