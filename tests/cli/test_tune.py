@@ -92,9 +92,9 @@ def test_one_line_counts_the_engines_of_a_model(kept: Path) -> None:
             RowParallelLinear(32, 16, group=group),
             nn.Linear(16, 4),
         )
-        assert engines_line(model, 2) == "linears of 2 rows: 2 by gemv, as the rule of sizes has it"
+        assert engines_line(model, 2) == "linears of 2 rows: 2 by gemv, chosen by the rule of sizes"
         assert engines_line(nn.Linear(2, 2), 2) == ""
     profile.write(Profile({Product("float32", 2, 16, 16): {"aten": 1.0, "gemv": 2.0}}), "local")
     with Group.open() as group:
         line = engines_line(ColumnParallelLinear(16, 32, group=group), 2)
-        assert line == f"linears of 2 rows: 1 by aten, as the machine's profile {kept} has it"
+        assert line == f"linears of 2 rows: 1 by aten, chosen by the machine's profile {kept}"

@@ -28,4 +28,4 @@ def engines_line(model: nn.Module, rows: int) -> str:
         return ""
     engines = ", ".join(f"{count} by {engine}" for engine, count in counts.most_common())
     why = f"the machine's profile {profile}" if profile else "the rule of sizes"
-    return f"linears of {rows:,} rows: {engines}, as {why} has it"
+    return f"linears of {rows:,} rows: {engines}, chosen by {why}"
