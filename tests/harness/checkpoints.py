@@ -109,8 +109,11 @@ class PeakMemory:
     """How much memory of its own (not that of files) this process held at most above where it began, in bytes."""
 
     def __enter__(self) -> PeakMemory:
-        # Blocks of 1 MiB and more are mappings of their own, which are gone when they are freed.
-        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
+        # Blocks of 1 MiB and more are mappings of their own, which are gone when they are freed. What the process
+        # freed before goes back to the system, or a block that is taken from there would not be counted.
+        malloc = ctypes.CDLL(None)
+        assert malloc.mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
+        malloc.malloc_trim(0)
         self._start, self.bytes, self._over = own_memory(), 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
