@@ -91,7 +91,7 @@ emu: configure-tests
 
 # The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH.
 cuda: $(TORCH_STAMP)
-	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_CUDA=ON -DTPKERNELS_CUDA_STUB=ON $(WITH_TORCH) \
+	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_CUDA=ON -DTPKERNELS_CUDA_STUB=ON -DTPKERNELS_WERROR=ON $(WITH_TORCH) \
 		-DTPKERNELS_CUDA_REPORT=ON -DTPKERNELS_CUDA_MODULE_FILE=$(CURDIR)/build/cuda/_C_cuda.so
 	cmake --build build/cuda --target _C_cuda
 

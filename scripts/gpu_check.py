@@ -62,8 +62,8 @@ def run_within(command: Sequence[str], log: Path, limit_s: float, environment: d
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its group."""
-    for kind, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+    """End a process and all of its group. One that hangs in the driver outlives SIGKILL, and is left behind."""
+    for kind, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
         with contextlib.suppress(subprocess.TimeoutExpired):

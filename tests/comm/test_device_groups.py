@@ -161,11 +161,22 @@ def check_multicast_is_taken_when_asked_for_and_only_then() -> None:
 
     for asked, address in ((False, 0), (True, 1 << 40)):
         with gpus(_map=with_switch) as kernels, Group.open(device="cuda", multicast=asked) as group:
-            assert kernels.calls[0][3] == address
+            timeout_s, _, _, multicast, *_ = kernels.calls[0]
+            assert (timeout_s, multicast) == (600.0, address)
             assert ("switch" in group.explain().reason) == asked
     with gpus(backend_of=nccl):
         text = raised(lambda: Group.open(device="cuda", multicast=True), ValueError)
         assert "multicast cannot be used: rank 0 could not map the GPU memory of the others: the switch" in text, text
+
+
+def check_ranks_that_have_exchanged_memory_a_different_number_of_times() -> None:
+    peer._rendezvous.count += dist.get_rank() == 1  # as after a group of ranks that this one was not in
+    try:
+        with gpus(backend_of=nccl), Group.open(device="cuda") as group:
+            assert group.transport == "group"
+            assert "exchanged GPU memory a different number of times" in group.explain().reason
+    finally:
+        peer._rendezvous.count -= dist.get_rank() == 1
 
 
 def check_asked_for_the_group() -> None:
@@ -244,6 +255,7 @@ def check_ranks_ask_for_different_devices() -> None:
         check_peers_open,
         check_without_p2p_it_goes_through_nccl,
         check_multicast_is_taken_when_asked_for_and_only_then,
+        check_ranks_that_have_exchanged_memory_a_different_number_of_times,
         check_asked_for_the_group,
         check_too_many_ranks,
         check_several_hosts,

@@ -309,25 +309,26 @@ CASE(a_barrier_waits_for_all) {
   emu::reset();
 }
 
+// Also for blocks that took no part in the calls before: their flags are those that the signals begin with.
 CASE(counters_wrap_around) {
-  for (uint32_t start : {0x7ffffffdu, 0xfffffffcu}) {  // 2 * epoch overflows, epoch overflows
-    configure(2, 1);
-    EmulatedGroup group(2);
-    for (int r = 0; r < 2; ++r) {
-      Signals& signals = group.signals(r);
-      signals.epoch = start;
-      for (auto& of_rank : signals.stage) std::fill(std::begin(of_rank), std::end(of_rank), 2 * start);
-      for (auto& half : signals.arrived) {
-        for (auto& of_rank : half) {
-          for (Announcement& announcement : of_rank) announcement.flag = start;
-        }
+  // The epoch reaches a quarter, a half and the whole of its range: flags that count several steps a call overflow
+  // earlier, and a distance of half the range has no sign.
+  for (uint32_t start : {0x20000000u - 2, 0x40000000u - 2, 0x80000000u - 2, 0xc0000000u - 2, 0xfffffffcu}) {
+    for (uint64_t seed : {1u, 2u}) {
+      configure(2, seed);
+      EmulatedGroup group(2);
+      for (int r = 0; r < 2; ++r) group.signals(r).epoch = start;
+      std::vector<Step> steps;
+      for (uint64_t i = 0; i < 8; ++i) {
+        const int blocks = i < 4 ? 1 : 8;
+        const Heap heap = i % 3 == 0 ? Heap::None : Heap::Some;
+        steps.push_back(
+            {.kind = Kind::TwoShot, .dtype = DType::F32, .n = 4097, .blocks = blocks, .heap = heap, .seed = i + 1});
       }
+      run_steps(group, steps);
+      const uint32_t end = start + 8;
+      EXPECT(group.signals(0).epoch == (end < start ? end + 2 : end));
+      emu::reset();
     }
-    std::vector<Step> steps;
-    for (uint64_t i = 0; i < 8; ++i)
-      steps.push_back({.kind = Kind::TwoShot, .dtype = DType::F32, .n = 300, .heap = Heap::Some, .seed = i + 1});
-    run_steps(group, steps);
-    EXPECT(group.signals(0).epoch == start + 8);
-    emu::reset();
   }
 }

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpkernels.comm.devices import device_of
 from tpkernels.comm.explain import Explanation, explain
-from tpkernels.comm.open import TRANSPORTS, open_communicator
+from tpkernels.comm.open import TIMEOUT_S, TRANSPORTS, open_communicator
 from tpkernels.comm.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
 from tpkernels.comm.profile import Product, measure
 
@@ -78,7 +78,7 @@ class Group:
     def open(
         cls,
         process_group_or_mesh_dim: dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, str | int] | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = None,
         arena_bytes: int | None = None,
         *,
         transport: str = "auto",
@@ -91,7 +91,8 @@ class Group:
             process_group_or_mesh_dim: a c10d group, a one-dimensional DeviceMesh, or (mesh, dimension). None means all
                 ranks of the default process group, or a group of one when torch.distributed is not initialised.
             timeout_s: seconds that any wait may take, that for the other ranks here included; the same on all ranks.
-                math.inf: as long as no rank is lost.
+                math.inf: as long as no rank is lost. Default 30 on the CPU, 600 on GPUs: there a kernel that gives up
+                ends the CUDA context of its process, and a rank that compiles or saves may be minutes late.
             arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
                 messages, the rest for `group.empty`. Default 16 MiB on the CPU, or what /dev/shm has room for if that
                 is less, down to 1 MiB; 128 MiB on a GPU.
@@ -110,7 +111,6 @@ class Group:
                 needed and what there is.
             TimeoutError, PeerLostError: ranks did not come within timeout_s, or ended; names them.
         """
-        _check_open(timeout_s, arena_bytes)
         process_group, label = process_group_of(process_group_or_mesh_dim)
         check_usable(process_group, label)
         where = device_of(process_group, device)
@@ -119,6 +119,9 @@ class Group:
                 f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[where.type]))} on {where.type}, "
                 f"got {transport!r}"
             )
+        if timeout_s is None:
+            timeout_s = TIMEOUT_S[where.type]
+        _check_open(timeout_s, arena_bytes)
         waits_s = min(float(timeout_s), _FOREVER_S)
         opened = open_communicator(process_group, label, where, waits_s, arena_bytes, transport, multicast)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where, opened.profile)

@@ -33,6 +33,7 @@ from tpkernels.comm.sockets import connect, measured_link
 from tpkernels.comm.watch import Watch
 
 TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
+TIMEOUT_S = {"cpu": 30.0, "cuda": 600.0}
 ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 

@@ -36,6 +36,19 @@ class PeerArenas:
     keeps: tuple[Any, ...]
 
 
+class _Rendezvous:
+    """How often this process has exchanged symmetric memory here.
+
+    torch (up to 2.13 at least) gives the keys of such an exchange a number that counts those of the whole process, so
+    that ranks which have done another number of them wait for keys that nobody writes (pytorch issue 196082).
+    """
+
+    count = 0
+
+
+_rendezvous = _Rendezvous()
+
+
 def check_gpus(ranks: Sequence[RankInfo]) -> None:
     """Raise ValueError, on every rank, where two ranks of one host work on one GPU: neither peers nor NCCL can."""
     if os.environ.get(_OVERLAPPING) == "1":
@@ -86,7 +99,14 @@ def open_peer(opening: Opening, nbytes: int, device: torch.device, kernels: Any)
         if "out of memory" in failure:
             raise OSError(f"Group.open: {failure}. Pass a smaller arena_bytes, or free memory of that GPU")
         return None, failure
+    counts = opening.bootstrap.gather(_rendezvous.count)
+    if len(set(counts)) > 1:
+        return None, (
+            f"the ranks have exchanged GPU memory a different number of times ({', '.join(map(str, counts))}): torch "
+            f"numbers these exchanges by process, and would wait for ever. Open groups of all ranks first"
+        )
     with problems.of(f"rank {rank} could not map the GPU memory of the others"):
+        _rendezvous.count += 1
         arenas = _map(arena, opening.process_group)
         if wanted.multicast and not arenas.multicast:
             raise RuntimeError("the switch between the GPUs offers no multicast")

@@ -94,12 +94,15 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) multicast_kernel(Args args) {
     }
   };
   if (turn.bring(copy_in)) {
+    fence_alias();  // inputs were written to addresses of one rank, and are read through the switch
     const Range mine = chunk(me);
     for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
       char* const everywhere = turn.multicast_slot() + size_t{unit} * 16;
       multicast_store16(everywhere, multicast_add16<T>(everywhere));
     }
+    fence_alias();  // and the sums the other way round
     if (turn.step(kDone)) {
+      fence_alias();
       for (int r = 0; r < ranks; ++r) {
         Format::decode(turn.slot(me), static_cast<T*>(args.out), chunk(r), length, Reach::Peer);
       }

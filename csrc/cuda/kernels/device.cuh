@@ -31,6 +31,11 @@ __device__ __forceinline__ void store_release_sys(uint32_t* to, uint32_t value) 
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
 }
 
+// For a flag between the blocks of one rank.
+__device__ __forceinline__ void store_release_gpu(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_relaxed_sys(uint32_t* to, uint32_t value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value) : "memory");
 }
@@ -139,6 +144,10 @@ __device__ __forceinline__ Word16 multicast_add16<Bfloat16>(const void* from) {
   return word;
 }
 
+// Between accesses to the same memory through the multicast mapping and through a mapping of one rank: different
+// virtual addresses of one place are different proxies (PTX ISA, memory consistency model), which flags do not order.
+__device__ __forceinline__ void fence_alias() { asm volatile("fence.proxy.alias;" ::: "memory"); }
+
 // The same 16 bytes to every rank.
 __device__ __forceinline__ void multicast_store16(void* to, Word16 word) {
   asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
@@ -154,6 +163,7 @@ __device__ __forceinline__ Word16 multicast_add16(const void*) {
   return {};
 }
 __device__ __forceinline__ void multicast_store16(void*, Word16) { trap(); }
+__device__ __forceinline__ void fence_alias() {}
 
 #endif
 

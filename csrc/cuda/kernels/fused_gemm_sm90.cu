@@ -47,6 +47,7 @@ class ReduceBlock : public Block<T, N> {
       const Tile tile = order_.interleaved(i);
       sync_named(kTileBarrier, kProductThreads + 32);
       if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
+      __syncwarp();  // the barrier of the next tile is one for whole warps
     }
   }
 
@@ -233,6 +234,7 @@ class GatherBlock : public Block<T, N> {
     if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0), false;
     copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(turn_.slot(static_cast<int>(owner)), row_bytes(), item),
                               in_whole(owner, item));
+    fence_async();
     sync_product_threads();
     if (product_thread() == 0) turn_.raise_gathered(owner, item);
     return true;

@@ -58,7 +58,7 @@ TPK_HOST_DEVICE constexpr uint32_t plan_of(Kernel kernel, uint32_t blocks, uint3
 // rest is the owner's. Flags are pushed to the rank that waits, so that it polls local memory.
 struct Signals {
   Announcement arrived[2][kMaxPeers][kMaxBlocks];  // [epoch % 2][from][block]
-  uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 2 * epoch + how far it got after its announcement
+  uint32_t stage[kMaxPeers][kMaxBlocks];           // [from][block]: 4 * epoch + how far it got after its announcement
   uint32_t tiles[kMaxPeers][kMaxTiles];            // [from][tile]: 2 * epoch + 1 when it can be summed (or multiplied)
   uint32_t summed[kMaxPeers][kMaxTiles];           // [from][tile]: the same when it can be copied from that slot
   uint32_t epoch;                                  // calls finished

@@ -16,6 +16,12 @@
 //          by the blocks that poll them (load_acquire_sys before a barrier). Call e uses slot e % 2 and arrived[e % 2],
 //          which are free again in call e + 2: a kernel ends only after it has received all announcements of e + 1, and
 //          a rank announces e + 1 only after its kernel e has ended, and with it all reads of e.
+// Flags    a rank finds flags of e or of calls before e, never of a call after: whoever announces e + 1 has ended e,
+// and
+//          for a step in e + 1 it needs this rank's announcement of e + 1. Hence a wait compares for equality (a wait
+//          for kCopied also ends at kDone): a flag that a block raised long ago could be taken for a new one only after
+//          exactly 2^30 calls in which no block had that number. Epochs wrap around without 0, with which the signals
+//          begin.
 // Heaps    an input that lies in a heap may be changed when the kernel has ended: a kernel that reads heaps takes one
 //          step (kDone) after the last read.
 // Refusal  every block compares all announcements with its own; all ranks get the same verdict. Then no data is read,
@@ -33,9 +39,10 @@
 
 namespace tpk::cuda {
 
-// Flags of a block to the blocks of the same number, after its announcement: 2 * epoch + one of these. They only grow.
-constexpr uint32_t kCopied = 0;  // an input that cannot be read from its heap has been copied into the slot
-constexpr uint32_t kDone = 1;    // sums can be read; inputs have been read
+// Flags of a block to the blocks of the same number, after its announcement: 4 * epoch + one of these, which is never
+// the zero that the signals begin with.
+constexpr uint32_t kCopied = 1;  // an input that cannot be read from its heap has been copied into the slot
+constexpr uint32_t kDone = 2;    // sums can be read; inputs have been read
 
 class Turn {
  public:
@@ -95,10 +102,14 @@ class Turn {
     __syncthreads();  // what this block read and wrote comes before its flags
     const int t = static_cast<int>(threadIdx.x);
     if (t < peers_.world_size) {
-      store_release_sys(&signals(t).stage[peers_.rank][blockIdx.x], 2 * epoch_ + how_far);
+      const uint32_t flag_of_call = 4 * epoch_;
+      store_release_sys(&signals(t).stage[peers_.rank][blockIdx.x], flag_of_call + how_far);
       const uint32_t* flag = &signals(peers_.rank).stage[t][blockIdx.x];
-      const bool came =
-          wait([&] { return reached(load_acquire_sys(flag), 2 * epoch_ + how_far); }, [] { return false; });
+      const auto has_reached = [&] {
+        const uint32_t reached = load_acquire_sys(flag) - flag_of_call;
+        return reached >= how_far && reached <= kDone;
+      };
+      const bool came = wait(has_reached, [] { return false; });
       received().late[t] = !came;
     }
     __syncthreads();
@@ -137,7 +148,8 @@ class Turn {
   __device__ __forceinline__ Turn(const Peers& peers, const Call& call, uint32_t plan, uint32_t block,
                                   uint32_t expected)
       : peers_(peers), call_(call), expected_(expected), plan_(plan), block_(block) {
-    epoch_ = signals(peers.rank).epoch + 1;
+    const uint32_t last = signals(peers.rank).epoch;
+    epoch_ = last == ~uint32_t{0} ? 2 : last + 1;  // an even one follows an odd one
     if (call.piece > 0 && signals(peers.rank).refused != 0) outcome_ = Outcome::Skipped;
   }
 
@@ -147,10 +159,6 @@ class Turn {
   }
   __device__ __forceinline__ uint32_t kind() const {
     return kind_of(call_.op, call_.dtype, call_.reduce_op, call_.codec);
-  }
-  // Counters wrap around.
-  __device__ __forceinline__ static bool reached(uint32_t counter, uint32_t target) {
-    return static_cast<int32_t>(counter - target) >= 0;
   }
   __device__ __forceinline__ static uint32_t low(uint64_t value) { return static_cast<uint32_t>(value); }
   __device__ __forceinline__ static uint32_t high(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
@@ -205,7 +213,7 @@ class Turn {
   }
 
   __device__ __forceinline__ bool has_announced(int r, uint32_t block) const {
-    return reached(load_acquire_sys(&arrived(r, block).flag), epoch_);
+    return load_acquire_sys(&arrived(r, block).flag) == epoch_;
   }
 
   __device__ __forceinline__ bool disagrees(int r, uint32_t block) const {
@@ -265,12 +273,11 @@ class Turn {
   }
 
   __device__ __forceinline__ uint32_t last_seen(int r) const {
-    uint32_t last = 0;
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t flag = load_relaxed_sys(&signals(peers_.rank).arrived[half][r][block_].flag);
-      if (static_cast<int32_t>(flag - last) > 0) last = flag;
-    }
-    return last;
+    const uint32_t newest = epoch_ + 1;  // no flag is further
+    const Signals& mine = signals(peers_.rank);
+    const uint32_t even = load_relaxed_sys(&mine.arrived[0][r][block_].flag);
+    const uint32_t odd = load_relaxed_sys(&mine.arrived[1][r][block_].flag);
+    return newest - even < newest - odd ? even : odd;
   }
 
   __device__ __forceinline__ void record_mismatch() const {

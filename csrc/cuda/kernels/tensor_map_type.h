@@ -3,7 +3,8 @@
 
 namespace tpk::cuda {
 
-struct alignas(64) TensorMap {
+// The driver asks for 64, cuda.h of CUDA 13 declares 128.
+struct alignas(128) TensorMap {
   char opaque[128];
 };
 

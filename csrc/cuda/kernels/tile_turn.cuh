@@ -66,7 +66,7 @@ class TileTurn : public Turn {
   }
   // To the multiplying blocks of this rank: rows of x that came from `owner`.
   __device__ __forceinline__ void raise_gathered(uint32_t owner, uint32_t item) const {
-    store_release_sys(&signals(peers_.rank).tiles[owner][item], flag());
+    store_release_gpu(&signals(peers_.rank).tiles[owner][item], flag());
   }
 
   // ---- one thread for each rank; false at the deadline. After a barrier the threads of the block check is_late().

@@ -18,6 +18,9 @@ inline uint32_t load_relaxed_sys(const uint32_t* from, Where where = Where::curr
 inline void store_release_sys(uint32_t* to, uint32_t value, Where where = Where::current()) {
   emu::store(to, value, emu::Order::Release, emu::Scope::System, where);
 }
+inline void store_release_gpu(uint32_t* to, uint32_t value, Where where = Where::current()) {
+  emu::store(to, value, emu::Order::Release, emu::Scope::Gpu, where);
+}
 inline void store_relaxed_sys(uint32_t* to, uint32_t value, Where where = Where::current()) {
   emu::store(to, value, emu::Order::Relaxed, emu::Scope::System, where);
 }
@@ -62,6 +65,8 @@ Word16 multicast_add16(const void* from, Where where = Where::current()) {
   std::memcpy(&word, rounded, 16);
   return word;
 }
+
+inline void fence_alias() {}
 
 inline void multicast_store16(void* to, Word16 word, Where where = Where::current()) {
   const emu::Places places = emu::places_of(to, 16, where);
