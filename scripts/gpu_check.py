@@ -1,8 +1,13 @@
 """Build and check the CUDA half of tpkernels on a machine with one GPU: `python scripts/gpu_check.py --out FOLDER`.
 
 Needs that machine's own python with torch and pytest, nvcc, cmake and ninja; no network, no virtual environment. Every
-step has a time limit and a log, FOLDER/<step>.log; FOLDER/steps.jsonl says how each went. A step that fails does not
-keep the next from running, unless it is the build. Exit code 1 when one failed.
+step has a time limit. A step that fails does not keep the next from running, unless it is the build. Exit code 1 when
+one failed. After each step FOLDER holds, and nothing else:
+
+    steps.jsonl    how each went
+    summary.txt    what is proven, what failed with the first lines that say why, and the goals of the bench
+    logs.tar.gz    the output of every step; a run that is cut off leaves those of the steps before
+    gpu.jsonl      the rows of the bench
 
 --dry does what needs no GPU: every test, file and command that a step names must be there.
 """
@@ -18,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -76,11 +82,38 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "no output")[:160]
 
 
-def run_step(step: Step, out: Path, limit_s: float) -> tuple[bool, str]:
+def reasons(log: Path) -> list[str]:
+    """The first lines in which pytest says why a test failed: the values that differ."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return [line[1:].strip()[:160] for line in lines if line.startswith("E ")][:2]
+
+
+def pack(logs: Path, out: Path) -> None:
+    """Put the logs into one file; who is ended meanwhile leaves the one before."""
+    part = out / "logs.tar.gz.part"
+    with tarfile.open(part, "w:gz") as archive:
+        archive.add(logs, arcname="logs")
+    part.replace(out / "logs.tar.gz")
+
+
+def summary(results: Sequence[Result], logs: Path, out: Path) -> list[str]:
+    """What is proven and what failed, in 30 lines at most."""
+    lines = [f"proven   {r.step}: {r.detail}" for r in results if r.ok]
+    for r in results:
+        if not r.ok:
+            lines += [f"FAILED   {r.step}: {r.detail}", *(f"         {why}" for why in reasons(logs / f"{r.step}.log"))]
+    if (out / "gpu.jsonl").exists():
+        goals = (sys.executable, "-m", "bench.gpu", "--goals", "--out", str(out / "gpu.jsonl"))
+        run_within(goals, logs / "goals.log", 60.0, {})
+        lines += (logs / "goals.log").read_text(errors="replace").splitlines()[1:]
+    return lines[:30]
+
+
+def run_step(step: Step, out: Path, logs: Path, limit_s: float) -> tuple[bool, str]:
     """Whether the step went well, and what to say of it."""
     if step.tool is not None and shutil.which(step.tool) is None:
         return True, f"left out: no {step.tool} here"
-    log = out / f"{step.name}.log"
+    log = logs / f"{step.name}.log"
     command = [part.replace("{out}", str(out)) for part in (*step.command, *step.tests)]
     code = run_within(command, log, limit_s, step.environment)
     last = last_line(log)
@@ -93,18 +126,18 @@ def run_step(step: Step, out: Path, limit_s: float) -> tuple[bool, str]:
     return True, last
 
 
-def collected(steps: Sequence[Step], out: Path, limit_s: float) -> list[str]:
+def collected(steps: Sequence[Step], logs: Path, limit_s: float) -> list[str]:
     """The ids of all tests that pytest finds where the steps say they are; those of no file when one fails to load."""
     names = sorted({test.split("::")[0] for step in steps for test in step.tests})
     there = [name for name in names if (ROOT / name).exists()]
-    log = out / "collect.log"
+    log = logs / "collect.log"
     if there:
         run_within([*PYTEST, "--collect-only", "-q", *there], log, limit_s, {})
     lines = log.read_text(errors="replace").splitlines() if there else []
     return [line for line in lines if "::" in line and not line.startswith(("$", "ERROR"))]
 
 
-def look_at(step: Step, out: Path, limit_s: float, ids: Sequence[str]) -> tuple[bool, str]:
+def look_at(step: Step, logs: Path, limit_s: float, ids: Sequence[str]) -> tuple[bool, str]:
     """The verdict on a step without a GPU."""
     missing = [name for name in step.files if not (ROOT / name).exists()]
     count = 0
@@ -115,16 +148,16 @@ def look_at(step: Step, out: Path, limit_s: float, ids: Sequence[str]) -> tuple[
     if missing:
         return False, f"dry: not there, or does not load: {', '.join(missing)}"
     if step.dry is not None:
-        log = out / f"{step.name}.log"
+        log = logs / f"{step.name}.log"
         code = run_within(step.dry, log, limit_s, step.environment)
         return code == 0, f"dry: {last_line(log)}" if code == 0 else f"dry: exit code {code}; {last_line(log)}"
     return True, f"dry: {count} tests" if step.tests else "dry: its files are there"
 
 
-def check(steps: Sequence[Step], out: Path, dry: bool, total_s: float = TOTAL_S) -> Iterator[Result]:
-    """Run the steps one after the other, as long as there is time."""
+def check(steps: Sequence[Step], out: Path, logs: Path, dry: bool, total_s: float = TOTAL_S) -> Iterator[Result]:
+    """Run the steps one after the other, as long as there is time; `out` for results, `logs` for output."""
     begin, broken = time.monotonic(), None
-    ids = collected(steps, out, total_s) if dry else []
+    ids = collected(steps, logs, total_s) if dry else []
     for step in steps:
         start = time.monotonic()
         limit = min(step.limit_s, total_s - (start - begin))
@@ -133,7 +166,7 @@ def check(steps: Sequence[Step], out: Path, dry: bool, total_s: float = TOTAL_S)
         elif limit <= 0:
             yield Result(step.name, False, 0.0, f"not run: all {total_s:.0f} s are spent")
         else:
-            ok, detail = look_at(step, out, limit, ids) if dry else run_step(step, out, limit)
+            ok, detail = look_at(step, logs, limit, ids) if dry else run_step(step, out, logs, limit)
             broken = step.name if step.opens and not ok else None
             yield Result(step.name, ok, round(time.monotonic() - start, 1), detail)
 
@@ -173,14 +206,21 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
         steps = [step for step in steps if step.name in names]
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    results = []
+    logs = out.with_name(f"{out.name}-logs")
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir()
+    results: list[Result] = []
     with open(out / "steps.jsonl", "w", encoding="utf-8") as file:
-        for result in check(steps, out, options.dry):
+        for result in check(steps, out, logs, options.dry):
             results.append(result)
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
             print(f"{result.step}: {'ok' if result.ok else 'FAILED'}, {result.detail}", flush=True)
+            pack(logs, out)
+            (out / "summary.txt").write_text("\n".join(summary(results, logs, out)) + "\n")
     show(results)
+    if not options.dry:
+        print(f"\n{(out / 'summary.txt').read_text()}", end="")
     return 0 if all(result.ok for result in results) else 1
 
 

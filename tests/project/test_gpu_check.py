@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def run(tmp_path: Path, *steps: Step, dry: bool = False) -> tuple[int, dict[str,
     assert [row["step"] for row in rows] == [step.name for step in steps]
     assert all(set(row) == {"step", "ok", "seconds", "detail"} for row in rows)
     return code, {row["step"]: row for row in rows}
+
+
+def log_of(out: Path, step: str) -> str:
+    """The output of a step, from the packed file."""
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        log = archive.extractfile(f"logs/{step}.log")
+        assert log is not None
+        return log.read().decode()
 
 
 GOOD = Step("good", python("print('all is well')"), 60.0)
@@ -73,9 +82,21 @@ def test_a_step_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, capfd: 
     code, rows = run(tmp_path, BAD, GOOD)
     assert (code, rows["bad"]["ok"], rows["bad"]["detail"]) == (1, False, "exit code 3; a reason")
     assert (rows["good"]["ok"], rows["good"]["detail"]) == (True, "all is well")
-    assert "a reason" in (tmp_path / "bad.log").read_text()
+    assert "a reason" in log_of(tmp_path, "bad")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "steps.jsonl", "summary.txt"]
     assert "FAILED" in capfd.readouterr().out
     assert run(tmp_path, GOOD)[0] == 0
+
+
+def test_the_summary_has_what_is_proven_and_the_values_that_differ(tmp_path: Path) -> None:
+    differs = tmp_path / "test_differs_here.py"
+    differs.write_text("def test_a(): assert [1.0, 2.0] == [1.0, 2.5], 'sums of rank 1'\n")
+    out = tmp_path / "out"
+    run(out, GOOD, Step("differs", PYTEST, 60.0, tests=(str(differs),)))
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert lines[0] == "proven   good: all is well"
+    assert lines[1].startswith("FAILED   differs: exit code 1; 1 failed")
+    assert "sums of rank 1" in lines[2]
 
 
 def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
@@ -93,7 +114,7 @@ def test_a_step_that_hangs_is_ended_at_its_limit_with_what_it_started(tmp_path: 
     )
     hangs = Step("hangs", python(code), 2.0)
     code_, rows = run(tmp_path, hangs, GOOD)
-    child = int((tmp_path / "hangs.log").read_text().splitlines()[-1])
+    child = int(log_of(tmp_path, "hangs").splitlines()[-1])
     assert code_ == 1
     assert "ended at its limit of 2 s" in rows["hangs"]["detail"]
     assert rows["good"]["ok"]
@@ -123,7 +144,7 @@ def test_tests_that_are_all_skipped_are_a_failure(tmp_path: Path) -> None:
 def test_steps_are_left_out_without_their_tool_and_without_time(tmp_path: Path) -> None:
     code, rows = run(tmp_path, Step("tool", BAD.command, 60.0, tool="no-such-tool"))
     assert (code, rows["tool"]["detail"]) == (0, "left out: no no-such-tool here")
-    results = list(gpu_check.check([GOOD], tmp_path, dry=False, total_s=0.0))
+    results = list(gpu_check.check([GOOD], tmp_path, tmp_path, dry=False, total_s=0.0))
     assert [(r.ok, r.detail) for r in results] == [(False, "not run: all 0 s are spent")]
 
 
