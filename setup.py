@@ -141,7 +141,6 @@ class CMakeBuild(build_ext):
         if cuda.cuda:
             cuda_module = Path(self.get_ext_fullpath(CUDA_MODULE)).resolve()
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DTPKERNELS_CUDA_MODULE_FILE={cuda_module}"]
-            options += [f"-DTPKERNELS_CUDA_ARCHS={os.environ.get('TPKERNELS_CUDA_ARCHS', '')}"]
             targets += ["_C_cuda"]
         self.spawn([
             need("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={need('ninja')}",
