@@ -20,6 +20,7 @@ from bench.timing import Candidate, Summary, Timing, exposed, ratios, summary
 from tpkernels import __version__
 
 Row = dict[str, Any]
+REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
 RESULTS = Path(__file__).parent / "results"  # the numbers of the documents
 MINE = Path(__file__).parent.parent / "runs" / "bench"  # of runs without --keep; not in git
 PICTURE = Path(__file__).parents[1] / "docs" / "bench.png"  # of README
@@ -66,7 +67,7 @@ def circumstances(pinned: bool, link: str | None = None) -> Row:
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "load": round(os.getloadavg()[0], 2),
-        "scheduler": "real-time" if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR) else "normal",
+        "scheduler": "real-time" if os.sched_getscheduler(0) in REAL_TIME else "normal",
         "threads": 1,
         "pinned": pinned,
         "link": link,

@@ -1,12 +1,16 @@
 """Measure what README shows, print the goals, draw the picture: `make bench`, or `python -m bench.suite`.
 
 Ten minutes on two cores, and not more: a run that has not ended by then is ended, and what is left is named. Each size
-waits a little for a quiet machine, because gloo sleeps where this library spins: beside other programs gloo is measured
-ten times slower than it is. The placement of the cores cannot be chosen; repeat until goals list near and far.
+waits a little for a quiet machine, and collectives of one host run at real-time priority where this user may (root),
+because gloo sleeps where this library spins: at normal priority, or beside other programs, gloo takes ten times as
+long, and the ratios would flatter. Programs that overlap communication and computing, or share cores with a client, run at
+normal priority: of two real-time threads of a core one waits until the other has had its time slice. The placement of
+the cores cannot be chosen; repeat until goals list near and far.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +28,7 @@ from bench.study import links
 
 # Arguments of `python -m bench.run`, where the first word is the op, or of a program of its own. It names the file.
 PROGRAMS = ("generate", "serve", "train_step")
+PRIORITY = 10
 RUNS = [
     "all_reduce --rounds 9",
     "all_reduce --rounds 9 --ranks 4 --sizes 4KiB,64KiB,1MiB,16MiB",
@@ -71,9 +76,32 @@ def command(run: str, folder: Path, wait: float) -> list[str]:
     return [sys.executable, "-m", *program, "--out", str(folder / f"{name}.jsonl"), *waiting]
 
 
-def ended(words: Sequence[str], seconds: float) -> int | None:
-    """The exit code of a program; None if it had not ended by then, and was killed with its ranks."""
-    with subprocess.Popen(words, start_new_session=True) as program:
+def spins(run: str) -> bool:
+    """Whether the run compares programs that spin with programs that sleep, and its ranks have one thread each."""
+    return run.split()[0] not in ("generate", "serve") and "--link" not in run
+
+
+@contextlib.contextmanager
+def real_time() -> Iterator[None]:
+    """The scheduler of programs started inside, where this user may."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+def ended(words: Sequence[str], seconds: float, first: bool = False) -> int | None:
+    """The exit code of a program; None if it had not ended by then, and was killed with its ranks.
+
+    Args:
+        first: at real-time priority, where this user may.
+    """
+    with real_time() if first else contextlib.nullcontext():
+        program = subprocess.Popen(words, start_new_session=True)
+    with program:
         try:
             return program.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -100,7 +128,7 @@ def made(runs: Sequence[str], folder: Path, wait: float, until: float) -> Iterat
             yield run
             continue
         print(f"\n# {run}", flush=True)
-        code = ended(command(run, folder, wait), left)
+        code = ended(command(run, folder, wait), left, spins(run))
         if code is None:
             yield run
         elif code:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import inspect
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -167,7 +168,7 @@ def test_rows_are_kept_only_with_keep_and_the_others_are_not_in_git(monkeypatch:
     commands: list[list[str]] = []
     drawn: list[Path] = []
 
-    def ended(command: list[str], seconds: float) -> int:
+    def ended(command: list[str], seconds: float, first: bool) -> int:
         commands.append(command)
         return 0
 
@@ -212,6 +213,10 @@ def test_the_suite_ends_in_time_with_all_processes_and_names_what_it_left_out(
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = True
     assert free, "a process of the run still holds the file"
+    before = os.sched_getscheduler(0)
+    with suite.real_time():
+        assert os.sched_getscheduler(0) in (os.SCHED_RR, before), "where this user may"
+    assert os.sched_getscheduler(0) == before
     assert list(suite.made(["all_reduce", "codecs"], tmp_path, 0.0, -math.inf)) == ["all_reduce", "codecs"]
     assert capsys.readouterr().out == ""
 
