@@ -3,9 +3,9 @@
 Ten minutes on two cores, and not more: a run that has not ended by then is ended, and what is left is named. Each size
 waits a little for a quiet machine, and collectives of one host run at real-time priority where this user may (root),
 because gloo sleeps where this library spins: at normal priority, or beside other programs, gloo takes ten times as
-long, and the ratios would flatter. Programs that overlap communication and computing, or share cores with a client, run at
-normal priority: of two real-time threads of a core one waits until the other has had its time slice. The placement of
-the cores cannot be chosen; repeat until goals list near and far.
+long, and the ratios would flatter. Programs that overlap communication and computing, or share cores with a client,
+run at normal priority: of two real-time threads of a core one waits until the other has had its time slice. The
+placement of the cores cannot be chosen; repeat until goals list near and far.
 """
 
 from __future__ import annotations
