@@ -1,7 +1,7 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
 # make test-all the same and those marked nightly: what nvcc makes of the CUDA sources, mistakes planted in the fused kernel
-# make bench    time the ops against what else there is; BENCH_ARGS picks
+# make bench    time what README shows, ten minutes, with a picture;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
 # make install  .venv with torch and everything else, tpkernels built into it (run, test, bench, lint do this first)
@@ -16,7 +16,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN_ARGS ?=
 TEST_ARGS ?=
-BENCH_ARGS ?= all_reduce --ranks 2
+BENCH_ARGS ?=
 JOBS ?= $(shell nproc)
 OUT ?= build/gpu-check
 
@@ -96,7 +96,7 @@ cuda: $(TORCH_STAMP)
 	cmake --build build/cuda --target _C_cuda
 
 bench: install
-	$(BIN)/python -m bench.run $(BENCH_ARGS)
+	$(BIN)/python -m bench.suite $(BENCH_ARGS)
 
 # Without `install`: such a machine may have no network. It brings python with torch and pytest, nvcc, cmake and ninja.
 gpu-check:

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 import tpkernels as tpk
+from bench.machine import machine
 from bench.ranks import RankTeam, cores, launch
-from bench.rows import machine
 from bench.shapes import MODELS, Gemm
 from bench.timing import Candidate, measure, summary
 from tpkernels import ops

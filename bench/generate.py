@@ -9,8 +9,9 @@ Three teams of processes live side by side, and only the one whose turn it is ru
     tp_plan    the same with transformers' tp_plan="auto" over gloo; it needs heads that divide evenly, which those of
                SmolLM2 (9 and 3) do not over 2 ranks, so that it has a model of the same size with 8 and 4 heads
 
-A round runs every candidate once for so many tokens; a ratio is taken inside a round. Verified before: logits after a
-prompt and one decoded token against fp32 logits of the whole model, within the rounding of the dtype.
+There are these teams for each dtype. A round runs every candidate once for so many tokens; a ratio is taken inside a
+round, also between dtypes. Verified before: logits after a prompt and one decoded token against fp32 logits of the full
+model, within the rounding of the dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ CHECKED_TOKEN = 504
 MOST = 256  # tokens of a static cache
 ROUNDING = {"fp32": 2e-4, "bf16": 0.06}  # of the largest logit; 30 layers, each rounding several times
 EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4}
+ALONE = ("transformers", "transformers_compiled")
+OURS = ("tpkernels_dynamic", "tpkernels_static", "tpkernels_compiled", "reading_weights")
+PLAN = ("tp_plan_gloo",)
+KINDS = {name: team for team, names in (("alone", ALONE), ("tpkernels", OURS), ("tp_plan", PLAN)) for name in names}
 WAIT_S = 600.0
+
+Named = tuple[str, str]  # dtype, candidate
 
 
 def make_model(even: bool, dtype: torch.dtype, **options: Any) -> Any:
@@ -160,7 +167,7 @@ def candidates_of(
     """The programs of a process of a team; all its ranks draw the same token."""
     if team == "alone":
         model = make_model(even, dtype, folder=folder)
-        return {"transformers": Transformers(model), "transformers_compiled": Transformers(model, static=True)}, int
+        return dict(zip(ALONE, (Transformers(model), Transformers(model, static=True)), strict=True)), int
     import torch.distributed as dist
 
     if team == "tp_plan":
@@ -179,8 +186,14 @@ def candidates_of(
     return runners, lambda token: share([token], group)[0]
 
 
-def process(pipe: Connection, team: str, rank: int, ranks: int, port: int, even: bool, dtype: str, folder: str) -> None:
-    """Serve one process of a team: {"want"}, then ("check", name) and ("run", name, count) until None."""
+def process(
+    pipe: Connection, team: str, rank: int, ranks: int, port: int, even: bool, dtype: str, folder: str, reference: bool
+) -> None:
+    """Serve one process of a team: the wanted logits, then ("check", name, 0) and ("run", name, count) until None.
+
+    Args:
+        reference: send the wanted logits first; of the team "alone".
+    """
     try:
         if team != "alone":
             size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -188,10 +201,10 @@ def process(pipe: Connection, team: str, rank: int, ranks: int, port: int, even:
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **where})
         torch.set_num_threads(ranks if team == "alone" else 1)
         want = None
-        if team == "alone" and dtype != "fp32":
+        if reference and dtype != "fp32":
             want = _logits(make_model(even, torch.float32, folder=folder))
         runners, share = candidates_of(team, even, DTYPES[dtype], folder)
-        if team == "alone":
+        if reference:
             pipe.send(("ok", want if want is not None else _logits(runners["transformers"])))
         want = pipe.recv()
         while (order := pipe.recv()) is not None:
@@ -213,12 +226,12 @@ def _logits(model: Any) -> Tensor:
 class Team:
     """The processes of one team, which run the same at the same time."""
 
-    def __init__(self, name: str, ranks: int, even: bool, dtype: str, folder: str, port: int) -> None:
+    def __init__(self, name: str, ranks: int, even: bool, dtype: str, folder: str, port: int, reference: bool) -> None:
         context, size = mp.get_context("spawn"), 1 if name == "alone" else ranks
-        self.name, self._pipes, self._processes = name, list[Any](), list[Any]()
+        self.name, self.dtype, self._pipes, self._processes = name, dtype, list[Any](), list[Any]()
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, name, rank, ranks, port, even, dtype, folder)
+            arguments = (theirs, name, rank, ranks, port, even, dtype, folder, reference)
             made = context.Process(target=process, args=arguments, daemon=True)
             made.start()
             self._pipes.append(ours)
@@ -248,28 +261,43 @@ class Team:
             made.join()
 
 
-def measured(teams: list[Team], names: dict[str, list[str]], rounds: int, count: int) -> list[Timing]:
-    """Every candidate once a round, in turning order; seconds are of one token."""
-    where = {name: team for team in teams for name in names[team.name]}
-    timings = {name: Timing(name, team.call(("check", name, 0)), calls=count) for name, team in where.items()}
-    timed = [name for name in where if timings[name].verified]
-    for name in timed:
-        where[name].call(("run", name, 3))
+def checked(teams: list[Team], names: dict[str, list[str]]) -> dict[Named, Timing]:
+    """Every candidate of every dtype, verified and warm, without times."""
+    want = teams[0].answer()
+    for team in teams:
+        team.send(want)
+    errors = {(t.dtype, name): t.call(("check", name, 0)) for t in teams for name in names[t.name]}
+    return {key: Timing(key[1], error) for key, error in errors.items()}
+
+
+def measured(teams: list[Team], timings: dict[Named, Timing], rounds: int, count: int) -> dict[Named, Timing]:
+    """Those that are right once a round, in turning order; seconds are of one token."""
+    by_kind = {(team.dtype, team.name): team for team in teams}
+    where = {key: by_kind[key[0], KINDS[key[1]]] for key, timing in timings.items() if timing.verified}
+    for key, team in where.items():
+        timings[key].calls = count
+        team.call(("run", key[1], 3))
     for turn in range(rounds):
-        for name in timed if turn % 2 == 0 else reversed(timed):
-            timings[name].seconds.append(where[name].call(("run", name, count)) / count)
-    return list(timings.values())
+        for key, team in where.items() if turn % 2 == 0 else reversed(where.items()):
+            timings[key].seconds.append(team.call(("run", key[1], count)) / count)
+    return timings
 
 
-def rows_of(timings: list[Timing], op: str, dtype: str, ranks: int, where: Row) -> list[Row]:
-    made = {t.name: Candidate(t.name, lambda: None, lambda _: 0.0, label={"codec": "none"}) for t in timings}
-    cell = Cell(op, dtype, ranks, {"M": 1}, list(made.values()), baseline="transformers")
-    rounds = max(len(t.seconds) for t in timings)
-    by_name = {t.name: t for t in timings}
-    rows = [
-        row_of(cell, c, by_name, [math.nan] * (rounds + 1), where) for c in made.values() if by_name[c.name].seconds
-    ]
-    return [{**row, "tokens_per_s": round(1e6 / row["median_us"], 2)} for row in rows]
+def rows_of(timings: dict[Named, Timing], op: str, ranks: int, where: Row) -> list[Row]:
+    """The rows of all dtypes; ratios against a candidate of another dtype have that in front of its name."""
+    rounds = max(len(t.seconds) for t in timings.values())
+    rows = []
+    for dtype in dict.fromkeys(dtype for dtype, _ in timings):
+        by_name = {name if of == dtype else f"{of} {name}": t for (of, name), t in timings.items()}
+        names = [name for of, name in timings if of == dtype and by_name[name].seconds]
+        made = [Candidate(name, lambda: None, lambda _: 0.0, label={"codec": "none"}) for name in names]
+        for candidate in made:
+            alone = candidate.name in ALONE
+            cell = Cell(op, dtype, 1 if alone else ranks, {"M": 1}, made, baseline="transformers")
+            threads = {"threads": ranks if alone else 1}
+            row = row_of(cell, candidate, by_name, [math.nan] * (rounds + 1), {**where, **threads})
+            rows.append({**row, "tokens_per_s": round(1e6 / row["median_us"], 2)})
+    return rows
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -287,14 +315,14 @@ def show(rows: list[Row], console: Console) -> None:
 
 def main(
     ranks: Annotated[int, typer.Option(min=2)] = 2,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or both with a comma.")] = "fp32",
     even: Annotated[
         Path | None, typer.Option(help="Folder for the model whose heads divide; measure that one, tp_plan among it.")
     ] = None,
     only: Annotated[str, typer.Option(help="Candidates, separated by commas; all of them when empty.")] = "",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tokens: Annotated[int, typer.Option(min=1, help="Of a candidate in a round.")] = 24,
-    port: Annotated[int, typer.Option(help="And the next one: where ranks meet.")] = 29533,
+    port: Annotated[int, typer.Option(help="And the next ones: where ranks meet.")] = 29533,
     keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines to add the rows to; default runs/bench/generate.jsonl.")
@@ -303,27 +331,20 @@ def main(
     """Measure decoding of SmolLM2 at batch 1."""
     if even is not None and not (even / "config.json").exists():
         write_even(even)
-    names = {
-        "alone": ["transformers", "transformers_compiled"],
-        "tpkernels": [*(f"tpkernels_{kind}" for kind in ("dynamic", "static", "compiled")), "reading_weights"],
-        "tp_plan": ["tp_plan_gloo"] if even is not None else [],
-    }
+    names = {"alone": ALONE, "tpkernels": OURS, "tp_plan": PLAN if even is not None else ()}
     chosen = {t: [n for n in found if not only or n in only.split(",")] for t, found in names.items()}
     chosen["alone"] = list(dict.fromkeys(["transformers", *chosen["alone"]]))
-    kinds = [name for name, found in chosen.items() if found]
-    teams = [Team(n, ranks, even is not None, dtype, str(even), port + i) for i, n in enumerate(kinds)]
+    kinds = [(of, name) for of in dtype.split(",") for name, found in chosen.items() if found]
+    teams = [Team(name, ranks, even is not None, of, str(even), port + i, i == 0) for i, (of, name) in enumerate(kinds)]
     try:
-        want = teams[0].answer()
-        for team in teams:
-            team.send(want)
-        timings = measured(teams, chosen, rounds, tokens)
+        timings = measured(teams, checked(teams, chosen), rounds, tokens)
     finally:
         for team in teams:
             team.end()
     op = "decode_llama_8_heads" if even is not None else "decode_smollm2"
-    found = rows_of(timings, op, dtype, ranks, circumstances(pinned=False))
+    found = rows_of(timings, op, ranks, circumstances(pinned=False))
     show(found, Console(width=max(140, Console().width)))
-    wrong = [t.name for t in timings if not t.verified]
+    wrong = [f"{of} {name}" for (of, name), timing in timings.items() if not timing.verified]
     if wrong:
         print(f"wrong and not timed: {', '.join(wrong)}")
     else:

@@ -1,6 +1,7 @@
 """The goals, as data, and whether the kept results reach them: `python -m bench.goals`.
 
-A goal is a median ratio, taken inside rounds, and holds only if it holds wherever the cores were (near and far).
+A goal is a median ratio, taken inside rounds. A machine class reaches it only if it holds wherever the cores were (near
+and far); each class that was measured has a verdict of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from bench import codecs
 from bench import rows as kept
 from bench.rows import Row
 from bench.shapes import format_bytes
-from bench.table import digits
+from bench.table import digits, times_faster
 from tpkernels.compress import CODECS
 
 KIB, MIB = 1 << 10, 1 << 20
 GEMM_ALONE = "gemm alone"
+TOKENS = "tokens/s"
 EVEN = 0.98  # "not slower" is reached from here on: medians of two equal programs differ by as much
+ZEN_4 = "AMD Zen 4, AVX-512"
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,12 @@ class Goal:
     """`variant` of `op` at least `at_least` times as fast as `against`.
 
     Args:
-        size: bytes of a collective, M of a GEMM with N = K = 4096, 0: any.
-        against: a candidate of the same run, or GEMM_ALONE: the faster GEMM by itself.
+        size: bytes of a collective, M of a GEMM with N = K = 4096, clients of a server; 0: any.
+        against: a candidate of the same run; GEMM_ALONE: the faster GEMM by itself; TOKENS: `at_least` is no ratio but
+            tokens a second.
         codec: of the row.
+        link: between two hosts; None: one host.
+        machine: the class for which an absolute number is set; empty: all classes.
     """
 
     op: str
@@ -46,21 +52,40 @@ class Goal:
     dtype: str = "fp32"
     R: int = 2
     codec: str = "none"
+    link: str | None = None
+    machine: str = ""
 
     def fits(self, row: Row) -> bool:
         size = row["bytes"] if row["M"] is None else row["M"] if (row["N"], row["K"]) == (4096, 4096) else None
         row_of_goal = (self.op, self.variant, self.dtype, self.R, self.codec)
-        return row_of_goal == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec")) and self.size in (0, size)
+        return (
+            row_of_goal == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec"))
+            and self.size in (0, row.get("clients", size))
+            and row.get("link") == self.link
+        )
 
     @property
     def title(self) -> str:
         if not self.size:
             return f"{self.op} {self.variant}"
-        size = f"M = {self.size}" if "gemm" in self.op else format_bytes(self.size)
-        return f"{self.op} {self.variant}, {size}"
+        if self.against == TOKENS:
+            size = f"{self.size} client{'s' * (self.size > 1)}"
+        else:
+            size = f"M = {self.size}" if "gemm" in self.op or self.op == "few_rows" else format_bytes(self.size)
+        between = f", {self.codec} over {self.link}" if self.link else ""
+        return f"{self.op} {self.variant}, {size}{between}"
+
+    @property
+    def unit(self) -> str:
+        return f" {TOKENS}" if self.against == TOKENS else "x"
 
 
 PLAIN = {4 * KIB: 80, 64 * KIB: 30, MIB: 7, 16 * MIB: 3, 64 * MIB: 4}
+LINKS = {
+    "300mbit": {"none": 1.2, "fp16": 2.2, "int8": 3.6},
+    "1gbit": {"none": 1.5, "fp16": 1.9, "int8": 2.0},
+    "10gbit": {"none": 1.05, "fp16": 1.0, "int8": 1.0},
+}
 GOALS = [
     *(Goal("all_reduce", "plain", size, ratio) for size, ratio in PLAIN.items()),
     Goal("all_reduce", "sym", MIB, 20),
@@ -78,13 +103,34 @@ GOALS = [
         for codec in CODECS
         if codec != "none"
     ),
+    *(
+        Goal("few_rows", "tpkernels", m, 0.85, "read", dtype, R=1)
+        for dtype in ("fp32", "bf16", "fp16")
+        for m in (1, 2, 4, 8)
+    ),
+    *(
+        Goal("gemm_all_reduce", "tpkernels", 512, least, "linear_gloo", codec=codec, link=link)
+        for link, ratios in LINKS.items()
+        for codec, least in ratios.items()
+    ),
     Goal("train_step", "tpkernels", 0, 1.2),
     *(
-        Goal("decode_smollm2", variant, 0, at_least, "transformers", dtype)
-        for dtype in ("fp32", "bf16")
-        for variant, at_least in (("tpkernels_static", 1.0), ("tpkernels_compiled", 1.3))
+        Goal("decode_smollm2", f"tpkernels_{cache}", 0, 1.0, against)
+        for cache in ("static", "compiled")
+        for against in ("transformers", "transformers_compiled")
     ),
+    Goal("decode_smollm2", "tpkernels_static", 0, 1.6, "transformers", "bf16"),
+    Goal("decode_smollm2", "tpkernels_compiled", 0, 2.0, "transformers", "bf16"),
+    *(
+        Goal("decode_smollm2", f"tpkernels_{cache}", 0, 1 / 0.65, f"fp32 tpkernels_{cache}", "bf16")
+        for cache in ("static", "compiled")
+    ),
+    *(Goal("decode_smollm2", "tpkernels_compiled", 0, 1 / 1.3, "reading_weights", dtype) for dtype in ("fp32", "bf16")),
     Goal("decode_llama_8_heads", "tpkernels_static", 0, 1.0, "tp_plan_gloo"),
+    *(
+        Goal("serve_smollm2", "tpkernels", clients, least, TOKENS, machine=ZEN_4)
+        for clients, least in ((1, 32), (8, 174))
+    ),
 ]
 
 
@@ -93,47 +139,73 @@ def word(reached: bool | None) -> str:
     return {True: "reached", False: "MISSED", None: "not measured"}[reached]
 
 
+Found = tuple[float, float, float]  # median, least, most; the latter nan where only a median is kept
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and the ratio that one row has for it, in one placement."""
+    """A goal and what one machine class reached, in each placement of its cores."""
 
     goal: Goal
-    placement: str
-    found: tuple[float, float, float] | None  # median, least, most
+    machine: str
+    found: dict[str, Found]
 
     @property
     def word(self) -> str:
-        if self.found is not None and EVEN <= self.found[0] < self.goal.at_least == 1.0:
+        least = min((of[0] for of in self.found.values()), default=math.nan)
+        if EVEN <= least < self.goal.at_least == 1.0:
             return "even"
-        return word(None if self.found is None else self.found[0] >= self.goal.at_least)
+        return word(None if math.isnan(least) else least >= self.goal.at_least)
+
+    @property
+    def text(self) -> str:
+        """Every number that was found, with the placement where there was one."""
+        places = {name: "" if name == "unprobed" else f" {name}" for name in self.found}
+        return ", ".join(f"{times_faster(of, self.goal.unit)}{places[name]}" for name, of in self.found.items()) or "-"
 
 
-def ratio_of(row: Row, goal: Goal, placement: str) -> tuple[float, float, float] | None:
+def found_in(row: Row, goal: Goal, placement: str) -> Found | None:
     """Median, least and most of the rounds in this placement; the whole run's where only those are kept."""
     if not row["verified"]:
         return None
+    if goal.against == TOKENS:
+        return (row["tokens_per_s"], math.nan, math.nan)
     if goal.against == GEMM_ALONE:
         return (1 / (1 + kept.over_roof(row)), math.nan, math.nan)
     if goal.against == row["baseline"]:
         at = row["by_placement"].get(placement)
         return None if at is None or at["ratio"] is None else (at["ratio"], at["ratio_min"], at["ratio_max"])
     found = row["ratios"].get(goal.against)
-    return None if found is None else tuple(found)
+    return None if found is None else (found[0], found[1], found[2])
+
+
+def verdict(goal: Goal, machine: str, rows: Sequence[Row]) -> Verdict:
+    """Of the rows of one machine class. For each placement the run with most rounds there speaks."""
+    best: dict[str, tuple[int, Row]] = {}
+    for row in filter(goal.fits, rows):
+        for placement, at in (row["by_placement"] or {"unprobed": row}).items():
+            if placement not in best or at["rounds"] >= best[placement][0]:
+                best[placement] = (at["rounds"], row)
+    wanted: list[str] = [p for p in ("near", "far", "crowded") if p in best] or list(best)
+    found = {placement: found_in(best[placement][1], goal, placement) for placement in wanted}
+    return Verdict(goal, machine, {placement: of for placement, of in found.items() if of is not None})
 
 
 def verdicts(goals: Sequence[Goal], rows: Sequence[Row]) -> Iterator[Verdict]:
-    """For each goal one verdict for each placement that was measured; the run with most rounds there speaks."""
+    """For each goal one verdict of every machine class that was measured."""
+    by_class = {machine: [row for row in rows if row["machine"]["class"] == machine] for machine in kept.classes(rows)}
     for goal in goals:
-        best: dict[str, Row] = {}
-        for row in filter(goal.fits, rows):
-            for placement, at in row["by_placement"].items():
-                if placement not in best or at["rounds"] >= best[placement]["by_placement"][placement]["rounds"]:
-                    best[placement] = row
-        wanted: list[str] = [p for p in ("near", "far", "crowded") if p in best] or list(best)
-        if not wanted:
-            yield Verdict(goal, "-", None)
-        for placement in wanted:
-            yield Verdict(goal, placement, ratio_of(best[placement], goal, placement))
+        for machine, mine in by_class.items():
+            if goal.machine in ("", machine):
+                yield verdict(goal, machine, mine)
+
+
+def split(found: Sequence[Verdict]) -> list[Goal]:
+    """The goals that one machine class reaches and another misses."""
+    words: dict[Goal, set[str]] = {}
+    for v in found:
+        words.setdefault(v.goal, set()).add("reached" if v.word == "even" else v.word)
+    return [goal for goal, of in words.items() if {"reached", "MISSED"} <= of]
 
 
 def main(
@@ -142,18 +214,18 @@ def main(
 ) -> None:
     """Print which goals the kept results reach."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("goal", "dtype", "R", "against", "at least", "found", "where", ""):
+    for name in ("goal", "dtype", "R", "against", "at least", "machine", "found", ""):
         table.add_column(name)
     found = list(verdicts(GOALS, kept.load(results)))
     for v in found:
-        values = "-" if v.found is None else f"{digits(v.found[0])}x"
-        if v.found is not None and not math.isnan(v.found[1]):
-            values += f" [{digits(v.found[1])}, {digits(v.found[2])}]"
-        style = "bold red" if v.word == "MISSED" else "dim" if v.found is None else None
-        at_least = f"{digits(v.goal.at_least)}x"
-        table.add_row(v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, at_least, values.replace("[", "\\["),
-                      v.placement, v.word, style=style)  # fmt: skip
-    Console(width=140).print(table)
+        style = "bold red" if v.word == "MISSED" else "dim" if not v.found else None
+        at_least = f"{digits(v.goal.at_least)}{v.goal.unit}"
+        table.add_row(v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, at_least, v.machine,
+                      v.text.replace("[", "\\["), v.word, style=style)  # fmt: skip
+    console = Console(width=max(170, Console().width))
+    console.print(table)
+    for goal in split(found):
+        console.print(f"reached on one machine class and missed on another: {goal.title}, {goal.dtype}")
     if strict and any(v.word in ("MISSED", "not measured") for v in found):
         sys.exit(1)
 

@@ -101,7 +101,12 @@ def timed(candidates: Sequence[Candidate], rounds: int = ROUNDS, block_s: float 
 def gpu() -> dict[str, Any]:
     """The GPU, in words and numbers."""
     of = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"gpu": of.name, "multiprocessors": of.multi_processor_count, "gib": round(of.total_memory / 2**30, 1)}
+    return {
+        "class": of.name,
+        "gpu": of.name,
+        "multiprocessors": of.multi_processor_count,
+        "gib": round(of.total_memory / 2**30, 1),
+    }
 
 
 def rows_of(cell: GpuCell, copy_speed: float, where: Row | None = None) -> list[Row]:

@@ -53,22 +53,22 @@ def python_share(scratch: memoryview) -> float:
     return float(sorted(times)[TRIPS // 2])
 
 
-def name_of(flag_rtt_ns: float) -> str:
-    """near or far; crowded where the ranks share cores and nothing was measured."""
+def name_of(flag_rtt_ns: float, crowded: bool) -> str:
+    """near or far; without a measurement, crowded where the ranks share cores, else unprobed."""
     if math.isnan(flag_rtt_ns):
-        return "crowded"
+        return "crowded" if crowded else "unprobed"
     return "near" if flag_rtt_ns < NEAR_BELOW_NS else "far"
 
 
-def of_rounds(probes: Sequence[float]) -> list[str]:
+def of_rounds(probes: Sequence[float], crowded: bool = False) -> list[str]:
     """A name for each round from the probes around it (one more than rounds); mixed if it changed inside."""
-    names = [name_of(p) for p in probes]
+    names = [name_of(p, crowded) for p in probes]
     return [before if before == after else "mixed" for before, after in pairwise(names)]
 
 
 def of_run(rounds: Sequence[str]) -> str:
     """The name that fits nine rounds of ten, or mixed."""
-    for name in ("near", "far", "crowded"):
+    for name in ("near", "far", "crowded", "unprobed"):
         if rounds and sum(r == name for r in rounds) >= 0.9 * len(rounds):
             return name
     return "mixed"

@@ -1,6 +1,7 @@
 """Write the tables of the documents from the kept results: `python -m bench.readme`, or `--check` to only compare.
 
-A table NAME is between `<!-- bench:NAME -->` and `<!-- /bench -->`. The text there is replaced.
+A table NAME is between `<!-- bench:NAME -->` and `<!-- /bench -->`. The text there is replaced. Each machine class that
+was measured has a table of its own, or in a table of goals a column of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import typer
 
 from bench import rows as kept
 from bench.codecs import OP, share
-from bench.goals import GOALS, Verdict, verdicts
+from bench.goals import GOALS, TOKENS, Goal, Verdict, split, verdicts
 from bench.rows import Row
 from bench.shapes import format_bytes
-from bench.table import digits, markdown, size, under
+from bench.table import digits, markdown, ratio, size, times_faster, under
 from tpkernels.compress import CODECS
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +32,9 @@ SUMMARY = {
     *((f"gemm_all_reduce tpkernels, M = {m}", "linear_gloo") for m in (16, 512)),
     ("train_step tpkernels", "gloo"),
     *((f"decode_smollm2 tpkernels_{cache}", "transformers") for cache in ("static", "compiled")),
+    ("decode_smollm2 tpkernels_compiled", "transformers_compiled"),
+    *((f"serve_smollm2 tpkernels, {clients}", TOKENS) for clients in ("1 client", "8 clients")),
 }
-
-
-def ratio(values: Sequence[Any] | None) -> str:
-    """Median, and least and most in brackets."""
-    if not values or values[0] is None:
-        return "-"
-    return f"{digits(values[0])}x [{digits(values[1])}, {digits(values[2])}]"
 
 
 def in_placement(rows: Sequence[Row], placement: str) -> str:
@@ -47,7 +43,7 @@ def in_placement(rows: Sequence[Row], placement: str) -> str:
     if not measured:
         return "-"
     at = max(measured, key=lambda m: m["rounds"])
-    return ratio((at["ratio"], at["ratio_min"], at["ratio_max"]))
+    return times_faster((at["ratio"], at["ratio_min"], at["ratio_max"]))
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -93,11 +89,44 @@ def gemm(rows: Sequence[Row]) -> str:
         if row["variant"] != "tpkernels":
             continue
         numbers = [digits(row[name]) for name in ("median_us", "gflops", "exposed_us")]
-        against = [ratio(row["ratios"].get(name)) for name in ("linear_tpk", "linear_gloo")]
+        against = [times_faster(row["ratios"].get(name)) for name in ("linear_tpk", "linear_gloo")]
         over = f"{100 * kept.over_roof(row):+.1f} %"
         lines.append([row["op"], size(row), str(row["R"]), row["dtype"], *numbers, over, *against])
     head = ["op", "M x N x K", "R", "dtype", "us", "GFLOP/s a rank", "exposed us", "over the GEMM alone",
             "vs F.linear + our collective", "vs F.linear + gloo"]  # fmt: skip
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def between_hosts(rows: Sequence[Row]) -> str:
+    """One line for each op, link and codec: exposed communication of the plain program, of one chunk, and of the op."""
+    rows = [row for row in rows if row["verified"] and row["exposed_us"] is not None]
+    lines = []
+    for key, same in grouped(rows, "op", "link", "dtype", "M", "N", "K").items():
+        by_way = {(row["variant"], row["codec"]): row for row in same}
+        for (variant, codec), row in by_way.items():
+            if variant == "tpkernels":
+                others = (by_way.get(("linear_gloo", "none")), by_way.get(("one_chunk", codec)))
+                exposed = [digits(r["exposed_us"] / 1e3) if r else "-" for r in (*others, row)]
+                lines.append([key[0], size(row), key[1], key[2], codec, digits(row["median_us"] / 1e3), *exposed,
+                              times_faster(row["ratios"].get("linear_gloo"))])  # fmt: skip
+    head = ["op", "M x N x K", "link", "dtype", "codec", "ms", "exposed ms: F.linear + gloo", "one chunk", "the op",
+            "vs F.linear + gloo"]  # fmt: skip
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def few_rows(rows: Sequence[Row]) -> str:
+    """One line for each product: microseconds of reading the weights, of F.linear and of ours, and their shares."""
+    rows = sizes_in_order(row for row in rows if row["verified"])
+    lines = []
+    for same in grouped(rows, "dtype", "M", "N", "K").values():
+        by_way = {row["variant"]: row for row in same}
+        if {"read", "linear", "tpkernels"} <= by_way.keys():
+            ours, linear = by_way["tpkernels"], by_way["linear"]
+            times = [digits(by_way[way]["median_us"]) for way in ("read", "linear", "tpkernels")]
+            lines.append([size(ours), ours["dtype"], *times, f"{linear['ratio']:.0%}", f"{ours['ratio']:.0%}",
+                          times_faster(ours["ratios"]["linear"])])  # fmt: skip
+    head = ["M x N x K", "dtype", "reading us", "F.linear us", "us", "F.linear, share of reading", "ours",
+            "vs F.linear"]  # fmt: skip
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
@@ -118,7 +147,7 @@ def decode(rows: Sequence[Row]) -> str:
     """One line for each way to decode: milliseconds a token, and how often as fast as the baseline."""
     rows = [row for row in rows if row["verified"]]
     lines = [[row["op"].removeprefix("decode_"), row["variant"], row["dtype"], digits(row["median_us"] / 1e3),
-              ratio((row["ratio"], row["ratio_min"], row["ratio_max"]))] for row in rows]  # fmt: skip
+              ratio(row)] for row in rows]  # fmt: skip
     head = ["model", "program", "dtype", "ms a token", "times as fast as transformers"]
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
@@ -132,49 +161,72 @@ def serving(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
-def measured(verdict: Verdict) -> str:
-    """The ratio of a verdict; against the GEMM alone there is a median only."""
-    if verdict.found is None:
-        return "-"
-    return ratio(verdict.found) if verdict.found[1] == verdict.found[1] else f"{digits(verdict.found[0])}x"
+def of_goals(found: Sequence[Verdict], foot: str = "") -> str:
+    """One line for each goal: what every machine class reached."""
+    machines = list(dict.fromkeys(v.machine for v in found))
+    by_goal: dict[Goal, dict[str, Verdict]] = {}
+    for v in found:
+        by_goal.setdefault(v.goal, {})[v.machine] = v
+    lines = [[goal.title, goal.dtype, str(goal.R), goal.against, f"{digits(goal.at_least)}{goal.unit}",
+              *(f"{of[m].word}: {of[m].text}" if m in of else "-" for m in machines)]
+             for goal, of in by_goal.items()]  # fmt: skip
+    return markdown(["goal", "dtype", "R", "against", "at least", *machines], lines, foot)
 
 
 def goals(rows: Sequence[Row]) -> str:
-    """The goals, and which of them are reached."""
-    lines = [[v.goal.title, v.goal.dtype, str(v.goal.R), v.goal.against, f"{digits(v.goal.at_least)}x",
-              measured(v), v.placement, v.word] for v in verdicts(GOALS, rows)]  # fmt: skip
-    return markdown(["goal", "dtype", "R", "against", "at least", "found", "where", ""], lines)
+    """All goals, and how many of them each machine class reaches."""
+    found = list(verdicts(GOALS, rows))
+    return of_goals(found, counts(found))
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A few goals, and how many there are."""
+    """A few goals, and how many of all there are each machine class reaches."""
     found = list(verdicts(GOALS, rows))
-    shown = [v for v in found if v.found is not None and v.goal.R == 2 and (v.goal.title, v.goal.against) in SUMMARY]
-    lines = [[v.goal.title, v.goal.dtype, v.goal.against, measured(v), v.placement,
-              f"{digits(v.goal.at_least)}x", v.word] for v in shown]  # fmt: skip
-    words = [v.word for v in found]
-    counts = ", ".join(f"{words.count(word)} {word.lower()}" for word in ("reached", "even", "MISSED", "not measured"))
-    foot = f"Of {len(words)} goals: {counts}."
-    return markdown(["what", "dtype", "against", "times as fast: median [min, max]", "where", "goal", ""], lines, foot)
+    return of_goals([v for v in found if v.goal.R == 2 and (v.goal.title, v.goal.against) in SUMMARY], counts(found))
+
+
+def counts(found: Sequence[Verdict]) -> str:
+    """Goals reached and missed by each machine class, and those on which two classes differ."""
+    lines = []
+    for machine in dict.fromkeys(v.machine for v in found):
+        words = [v.word for v in found if v.machine == machine]
+        each = (f"{words.count(w)} {w.lower()}" for w in ("reached", "even", "MISSED", "not measured"))
+        lines.append(f"Of {len(words)} goals on {machine}: {', '.join(each)}.")
+    differ = [f"{goal.title} ({goal.dtype}, against {goal.against})" for goal in split(found)]
+    return "\n".join(
+        lines + [f"Reached on one machine class and missed on another: {', '.join(differ)}."] * bool(differ)
+    )
 
 
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
-    """Rows of these ops."""
-    return lambda rows: [row for row in rows if row["op"] in ops]
+    """Rows of these ops, measured on one host."""
+    return lambda rows: [row for row in rows if row["op"] in ops and row.get("link") is None]
+
+
+def each_class(write: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
+    """The table of each machine class, one after the other."""
+    return lambda rows: "\n".join(
+        write([row for row in rows if row["machine"]["class"] == machine]) for machine in kept.classes(rows)
+    )
 
 
 TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequence[Row]], str]]] = {
-    "all_reduce": (only("all_reduce"), collective),
-    "reduce_scatter": (only("reduce_scatter"), collective),
-    "all_gather": (only("all_gather"), collective),
-    "gemm": (only("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"), gemm),
-    "vocab": (only("vocab_embedding", "vocab_cross_entropy"), collective),
-    "codecs": (only("codecs", "codecs_group"), collective),
-    "dispatch": (only("dispatch"), collective),
-    "train_step": (only("train_step"), collective),
-    "codec_moves": (only(OP), moves),
-    "decode": (lambda rows: [row for row in rows if str(row["op"]).startswith("decode_")], decode),
-    "serve": (only("serve_smollm2"), serving),
+    "all_reduce": (only("all_reduce"), each_class(collective)),
+    "reduce_scatter": (only("reduce_scatter"), each_class(collective)),
+    "all_gather": (only("all_gather"), each_class(collective)),
+    "gemm": (only("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"), each_class(gemm)),
+    "links": (
+        lambda rows: [row for row in rows if row.get("link") is not None and "variant" in row],
+        each_class(between_hosts),
+    ),
+    "few_rows": (only("few_rows"), each_class(few_rows)),
+    "vocab": (only("vocab_embedding", "vocab_cross_entropy"), each_class(collective)),
+    "codecs": (only("codecs", "codecs_group"), each_class(collective)),
+    "dispatch": (only("dispatch"), each_class(collective)),
+    "train_step": (only("train_step"), each_class(collective)),
+    "codec_moves": (only(OP), each_class(moves)),
+    "decode": (only("decode_smollm2", "decode_llama_8_heads"), each_class(decode)),
+    "serve": (only("serve_smollm2"), each_class(serving)),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
 }

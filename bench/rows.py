@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -16,17 +15,21 @@ import torch
 
 from bench import placement
 from bench.cell import Cell
+from bench.machine import machine
 from bench.timing import Candidate, Summary, Timing, exposed, ratios, summary
+from tpkernels import __version__
 
 Row = dict[str, Any]
+REAL_TIME = (os.SCHED_FIFO, os.SCHED_RR)
 RESULTS = Path(__file__).parent / "results"  # the numbers of the documents
 MINE = Path(__file__).parent.parent / "runs" / "bench"  # of runs without --keep; not in git
+PICTURE = Path(__file__).parents[1] / "docs" / "bench.png"  # of README
 KEEP_HELP = "Put the rows among those that the documents are made of, in bench/results."
 
 STUDY = "study/compression_study.jsonl"  # the rows of bench/study
 
-# Two rows with the same identity measure the same thing; the later one replaces the earlier.
-IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "pinned", "placement")
+# Two rows with the same identity, of one machine class, measure the same thing; the later one replaces the earlier.
+IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "threads", "pinned", "placement")
 STUDY_IDENTITY = ("kind", "layout", "link", "method", "seed", "steps")  # of the rows that have a kind
 FIELDS = (
     *IDENTITY,
@@ -35,30 +38,12 @@ FIELDS = (
     "gflops", "algbw_gbs", "busbw_gbs", "exposed_us",  # GFLOP/s of one rank; null where it means nothing
     "baseline", "ratio", "ratio_min", "ratio_max",  # times faster than the baseline, taken inside rounds
     "ratios",  # {other candidate: [median, min, max]}
-    "by_placement",  # {near, far, mixed, crowded: {rounds, median_us, ratio, ratio_min, ratio_max}}
+    "by_placement",  # {near, far, mixed, crowded, unprobed: {rounds, median_us, ratio, ratio_min, ratio_max}}
     "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
     "flag_rtt_ns", "rounds", "calls", "repeated",  # rounds that gave a number; calls in a block; disturbed blocks
-    "machine", "torch", "commit", "date", "load",
+    "machine", "torch", "version", "commit", "date", "load",
+    "scheduler",  # normal; real-time: others have a core only when no rank wants it
 )  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """The CPU in words and numbers."""
-    found: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    flags = set(found.get("flags", "").split())
-    simd = next((name for name in ("avx512f", "avx2", "sse4_2") if name in flags), "unknown")
-    mhz = found.get("cpu MHz")
-    return {
-        "cpu": f"{found.get('model name', platform.machine())} (family {found.get('cpu family', '?')}, "
-        f"model {found.get('model', '?')})",
-        "simd": simd,
-        "cores": os.cpu_count(),
-        "mhz": round(float(mhz)) if mhz else None,
-        "virtual": "hypervisor" in flags,
-    }
 
 
 def commit() -> str | None:
@@ -78,9 +63,12 @@ def circumstances(pinned: bool, link: str | None = None) -> Row:
     return {
         "machine": machine(),
         "torch": torch.__version__,
+        "version": __version__,
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "load": round(os.getloadavg()[0], 2),
+        "scheduler": "real-time" if os.sched_getscheduler(0) in REAL_TIME else "normal",
+        "threads": 1,
         "pinned": pinned,
         "link": link,
     }
@@ -131,7 +119,8 @@ def row_of(cell: Cell, candidate: Candidate, timings: dict[str, Timing], probes:
     """
     timing = timings[candidate.name]
     timed = {name: t for name, t in timings.items() if t.seconds}
-    rounds, baseline = placement.of_rounds(probes), timed.get(cell.baseline)
+    crowded = cell.world_size > where["machine"]["cores"]
+    rounds, baseline = placement.of_rounds(probes, crowded), timed.get(cell.baseline)
     of, runs = summary(timing.seconds), bool(timing.seconds)
     versus = {n: three(ratios(t, timing)) for n, t in timed.items() if runs and n != candidate.name}
     ratio = three(ratios(baseline, timing)) if runs and baseline else [None] * 3
@@ -165,7 +154,8 @@ def identity(row: Row) -> tuple[Any, ...]:
     if "kind" in row:
         return tuple(row.get(name) for name in STUDY_IDENTITY)
     # Of a server: slots, clients.
-    return (*(row[name] for name in IDENTITY), row.get("slots"), row.get("clients"), row.get("link"))
+    more = (row.get("slots"), row.get("clients"), row.get("link"))
+    return (row["machine"]["class"], *(row[name] for name in IDENTITY), *more)
 
 
 def load(path: Path) -> list[Row]:
@@ -185,6 +175,11 @@ def load(path: Path) -> list[Row]:
         row = json.loads(line)
         found[identity(row)] = row
     return list(found.values())
+
+
+def classes(rows: Iterable[Row]) -> list[str]:
+    """The machine classes that were measured, in order of appearance."""
+    return list(dict.fromkeys(row["machine"]["class"] for row in rows))
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

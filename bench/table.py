@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,11 +25,21 @@ def digits(value: Any, unit: str = "") -> str:
     return f"{value:.3g}{unit}"
 
 
-def ratio(row: Row) -> str:
-    """3.4x [2.1, 4.0]"""
-    if row["ratio"] is None or row["variant"] == row["baseline"]:
+def times_faster(values: Sequence[Any] | None, unit: str = "x") -> str:
+    """3.4x [2.1, 4.0]: a median, and least and most where they are known."""
+    if not values or values[0] is None:
         return "-"
-    return f"{digits(row['ratio'])}x [{digits(row['ratio_min'])}, {digits(row['ratio_max'])}]"
+    spread = "" if values[1] is None or math.isnan(values[1]) else f" [{digits(values[1])}, {digits(values[2])}]"
+    return f"{digits(values[0])}{unit}{spread}"
+
+
+def ratio(row: Row) -> str:
+    """Against the baseline; a dash for the baseline itself."""
+    return (
+        "-"
+        if row["variant"] == row["baseline"]
+        else times_faster([row[k] for k in ("ratio", "ratio_min", "ratio_max")])
+    )
 
 
 def size(row: Row) -> str:
@@ -88,13 +99,14 @@ def under(row: Row) -> str:
     pinned = "one core a rank" if row["pinned"] else "not pinned"
     taken = ""  # nothing to say of what was measured once, against nothing
     if row["baseline"] is not None:
+        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)} a rank"
         taken = (
-            f"{row['rounds']} rounds, slowest rank, {pinned}, 1 thread a rank; "
+            f"{row['rounds']} rounds, slowest rank, {pinned}, {threads}; "
             f"ratios against {row['baseline']}, taken inside rounds: median [min, max]; "
         )
     return (
-        f"{at['cpu']}, {cores}{mhz}, {at['simd']}; torch {row['torch']}; "
-        f"commit {row['commit']}; {row['date']}; {taken}load {row['load']}"
+        f"{at['class']} ({at['cpu']}), {cores}{mhz}; torch {row['torch']}; tpkernels {row['version']}, commit "
+        f"{row['commit']}; {row['date']}; {taken}{row['scheduler']} priority, load {row['load']}"
     )
 
 

@@ -127,7 +127,8 @@ def conditions(kept: Sequence[Row]) -> Iterator[str]:
     if kept:
         last = kept[-1]
         machine = last["machine"]
-        yield f"Machine: {machine['cores']} cores, {machine['cpu']}; torch {last['torch']}; {last['date']}."
+        cpu = f"{machine['class']} ({machine['cpu']}), {machine['cores']} cores"
+        yield f"Machine: {cpu}; torch {last['torch']}; {last['date']}."
         yield ""
 
 

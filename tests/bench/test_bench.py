@@ -5,6 +5,8 @@ Nothing here asserts how long anything took.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -150,7 +152,8 @@ def test_exposed_time_is_counted_from_the_fastest_roof_of_the_same_round() -> No
 
 def test_a_round_is_near_or_far_only_if_the_cores_stayed_there() -> None:
     assert placement.of_rounds([100, 120, 500, 600, 90]) == ["near", "mixed", "far", "mixed"]
-    assert placement.of_rounds([math.nan, math.nan]) == ["crowded"]
+    assert placement.of_rounds([math.nan, math.nan], crowded=True) == ["crowded"]
+    assert placement.of_rounds([math.nan, math.nan]) == ["unprobed"]
     assert placement.of_run(["near"] * 9 + ["mixed"]) == "near"
     assert placement.of_run(["near"] * 5 + ["far"] * 5) == "mixed"
 
@@ -298,5 +301,11 @@ def test_a_share_of_the_copy_is_of_bytes_and_not_of_times() -> None:
 
 
 def test_every_run_of_the_suite_is_one_that_the_bench_knows() -> None:
-    assert {run.split()[0] for run in suite.RUNS} | {"all_reduce_sym"} == {*bench_run.BENCHES, "train_step"}
-    assert suite.chosen(["dispatch"]) == ["dispatch"]
+    runs = [run.split() for run in suite.RUNS + suite.OTHERS]
+    assert {op for op, *_ in runs} | {"all_reduce_sym"} == {*bench_run.BENCHES, *suite.PROGRAMS}
+    assert suite.chosen(["dispatch"]) == ["dispatch"] and "dispatch" not in suite.chosen([])
+    assert suite.chosen([], everything=True) == suite.RUNS + suite.OTHERS
+    for op, *words in runs:
+        main = importlib.import_module(f"bench.{op}" if op in suite.PROGRAMS else "bench.run").main
+        options = {f"--{name.replace('_', '-')}" for name in inspect.signature(main).parameters}
+        assert {word for word in words if word.startswith("--")} | {"--out"} <= options, (op, words)

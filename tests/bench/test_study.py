@@ -32,7 +32,7 @@ def loss_row(method: str, seed: int, loss: float, sent: int, steps: int = 300) -
     return {
         "kind": "loss", "layout": "dp2", "link": "shared memory", "method": method, "seed": seed, "steps": steps,
         "validation_loss": loss, "bytes_per_step": sent, "parameters": 10, "curve": [loss],
-        "machine": {"cores": 2, "cpu": "some"}, "torch": "2", "date": "today", "commit": "c",
+        "machine": {"class": "AMD Zen 4", "cores": 2, "cpu": "some"}, "torch": "2", "date": "today", "commit": "c",
     }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def speed_row(method: str, link: str, tokens: float, kind: str = "speed") -> dic
     return {
         "kind": kind, "layout": "dp2", "link": link, "method": method, "steps": 4, "rounds": 3,
         "tokens_per_s": tokens, "step_seconds": 1 / tokens,
-        "machine": {"cores": 2, "cpu": "some"}, "torch": "2", "date": "today", "commit": "c",
+        "machine": {"class": "AMD Zen 4", "cores": 2, "cpu": "some"}, "torch": "2", "date": "today", "commit": "c",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench import rows
@@ -63,24 +64,29 @@ def candidate(clock: Clock, name: str, seconds: float, rewrite: float = 0.0, err
     return Candidate(name, call=clock.work(name, seconds), error=error, refresh=refresh)
 
 
-def where() -> rows.Row:
-    return {"machine": {"cpu": "C", "simd": "avx2", "cores": 2, "mhz": 2000, "virtual": True}, "torch": "2.13.0",
-            "commit": "abc", "date": "2026-01-02T03:04:05Z", "load": 0.1, "pinned": True}  # fmt: skip
+def where(kind: str = "AMD Zen 4, AVX-512") -> rows.Row:
+    return {"machine": {"class": kind, "cpu": "C", "cores": 2, "mhz": 2000, "virtual": True}, "torch": "2.13.0",
+            "version": "0.1.0", "commit": "abc", "date": "2026-01-02T03:04:05Z", "load": 0.1, "pinned": True,
+            "threads": 1, "scheduler": "normal"}  # fmt: skip
 
 
-def some_rows(probes: Sequence[float] = (100.0,) * 6, op: str = "all_reduce", size: int = 4096) -> list[rows.Row]:
+def some_rows(
+    probes: Sequence[float] = (100.0,) * 6, size: int = 4096, kind: str = "AMD Zen 4, AVX-512", gloo: float = 0.9
+) -> list[rows.Row]:
     clock = Clock()
-    jobs = [candidate(clock, "gloo", 0.9), candidate(clock, "plain", 0.01), candidate(clock, "bad", 0.1, error=wrong)]
+    jobs = [candidate(clock, "gloo", gloo), candidate(clock, "plain", 0.01), candidate(clock, "bad", 0.1, error=wrong)]
     timings = {t.name: t for t in measure(jobs, Team(), rounds=len(probes) - 1, clock=clock)}
-    cell = Cell(op, "fp32", 2, {"bytes": size}, jobs, "gloo", bus_factor=1.0)
-    return [rows.row_of(cell, job, timings, probes, where()) for job in jobs]
+    cell = Cell("all_reduce", "fp32", 2, {"bytes": size}, jobs, "gloo", bus_factor=1.0)
+    return [rows.row_of(cell, job, timings, probes, where(kind)) for job in jobs]
 
 
-def gemm_rows() -> list[rows.Row]:
+def gemm_rows(link: str | None = None, codec: str = "none") -> list[rows.Row]:
     clock = Clock()
     names = {"linear_gloo": 0.5, "linear_tpk": 0.45, "tpkernels": 0.41, "gemm_aten": 0.45, "gemm_onednn": 0.4}
+    names |= {"one_chunk": 0.44} if link else {}
     jobs = [candidate(clock, name, seconds) for name, seconds in names.items()]
+    jobs = [replace(job, label={"codec": codec if job.name in ("tpkernels", "one_chunk") else "none"}) for job in jobs]
     timings = {t.name: t for t in measure(jobs, Team(), rounds=3, clock=clock)}
     cell = Cell("gemm_all_reduce", "fp32", 2, {"M": 16, "N": 4096, "K": 4096, "bytes": 262144}, jobs, "linear_gloo",
                 ("gemm_aten", "gemm_onednn"), flops=10**9)  # fmt: skip
-    return [rows.row_of(cell, job, timings, [600.0] * 4, where()) for job in jobs]
+    return [rows.row_of(cell, job, timings, [600.0] * 4, {**where(), "link": link}) for job in jobs]
