@@ -1,10 +1,4 @@
-"""The constants of the planner's model of time, fitted on measured rows, and the error on sizes that were left out.
-
-    python -m bench.planner FOLDER           errors by cross-validation
-    python -m bench.planner FOLDER --write   fit, and write the constants into tpkernels/planner/data
-
-FOLDER has the rows published with vTrain (MICRO 2024, arXiv:2312.12391): one_node_fit.csv and many_nodes_fit.csv.
-"""
+"""The constants of the planner's model of time, fitted on measured rows, and the error on rows that were left out."""
 
 from __future__ import annotations
 
@@ -13,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,9 +25,31 @@ ROBUST = 0.15  # relative error from which a row counts less
 Array = Any
 
 
+class Row(Protocol):
+    """A measured step."""
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What it is left out with: its file or kind, and a name inside that."""
+
+    @property
+    def ms(self) -> float:
+        """Measured."""
+
+    def predicted(self, constants: dict[str, float]) -> float:
+        """Milliseconds by these constants."""
+
+
+def with_constants(machine: Cluster, constants: dict[str, float]) -> Cluster:
+    """A cluster whose device, and link between nodes (names that begin with "between_"), have other constants."""
+    links = {key.removeprefix("between_"): v for key, v in constants.items() if key.startswith("between_")}
+    own = {key: value for key, value in constants.items() if not key.startswith("between_")}
+    return replace(machine, device=replace(machine.device, **own), between=replace(machine.between, **links))
+
+
 @dataclass(frozen=True)
-class Row:
-    """A measured iteration: `values` as in its file, `group` its file and model size."""
+class Iteration:
+    """A row of vTrain's files: `values` as there, `group` its file and model size."""
 
     values: dict[str, str]
     group: tuple[str, str]
@@ -48,21 +64,17 @@ class Row:
         return float(self.values["ms"])
 
     def predicted(self, constants: dict[str, float]) -> float:
-        """Milliseconds by these constants."""
         machine, job, recipe = self.made
-        own = {key: value for key, value in constants.items() if key != "between_rate"}
-        between = replace(machine.between, rate=constants.get("between_rate", machine.between.rate))
-        machine = replace(machine, device=replace(machine.device, **own), between=between)
-        return 1e3 * step_s(machine, job, recipe).total
+        return 1e3 * step_s(with_constants(machine, constants), job, recipe).total
 
 
-def read(folder: Path) -> list[Row]:
+def read(folder: Path) -> list[Iteration]:
     """Read both files of rows."""
     found = []
     for name in ("one_node", "many_nodes"):
         with (folder / f"{name}_fit.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        found += [Row(row, (name, f"{row['hidden']} x {row['layers']}")) for row in rows]
+        found += [Iteration(row, (name, f"{row['hidden']} x {row['layers']}")) for row in rows]
     return found
 
 
@@ -70,18 +82,18 @@ def predictions(rows: Sequence[Row], constants: dict[str, float]) -> Array:
     return np.array([row.predicted(constants) for row in rows])
 
 
-def fit(rows: Sequence[Row]) -> dict[str, float]:
+def fit(rows: Sequence[Row], begin: dict[str, float] = START) -> dict[str, float]:
     """The constants whose predictions are nearest to the rows: Levenberg-Marquardt on logarithms, pseudo-Huber loss.
 
-    Each of the two files has about the same weight.
+    The files of one node and of many have about the same weight.
     """
-    start = np.log(list(START.values()))
+    start = np.log(list(begin.values()))
     measured = np.log([row.ms for row in rows])
     many = np.array([row.group[0] == "many_nodes" for row in rows])
     weight = np.where(many, 0.7 * max(1, (~many).sum()) / max(1, many.sum()), 1.0)
 
     def errors(x: Array) -> Array:
-        return np.log(predictions(rows, dict(zip(START, np.exp(x), strict=True)))) - measured
+        return np.log(predictions(rows, dict(zip(begin, np.exp(x), strict=True)))) - measured
 
     def cost(x: Array, e: Array) -> float:
         loss = 2 * ROBUST**2 * (np.sqrt(1 + (e / ROBUST) ** 2) - 1)
@@ -107,7 +119,7 @@ def fit(rows: Sequence[Row]) -> dict[str, float]:
         x, e, least, damping = x + step, tried, now, max(damping / 3, 1e-6)
         if done:
             break
-    return dict(zip(START, map(float, np.exp(x)), strict=True))
+    return dict(zip(begin, map(float, np.exp(x)), strict=True))
 
 
 def percentage_error(rows: Sequence[Row], predicted: Array) -> float:
@@ -121,22 +133,26 @@ def rank_correlation(rows: Sequence[Row], predicted: Array) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def left_out(rows: Sequence[Row], is_out: Callable[[Row], bool]) -> tuple[list[Row], Array]:
+def left_out(
+    rows: Sequence[Any], is_out: Callable[[Any], bool], begin: dict[str, float] = START
+) -> tuple[list[Any], Array]:
     """The rows that are left out, and what a fit on the others predicts for them."""
     out = [row for row in rows if is_out(row)]
-    constants = fit([row for row in rows if not is_out(row)])
+    constants = fit([row for row in rows if not is_out(row)], begin)
     return out, predictions(out, constants)
 
 
-def cross_validate(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[list[Row], Array]]:
-    """{file and model size: its rows, and what a fit without that size predicts}."""
+def cross_validate(
+    rows: Sequence[Any], begin: dict[str, float] = START
+) -> dict[tuple[str, str], tuple[list[Any], Array]]:
+    """{group: its rows, and what a fit without that group predicts}."""
     groups = sorted({row.group for row in rows})
-    return {group: left_out(rows, lambda row, group=group: row.group == group) for group in groups}  # type: ignore[misc]
+    return {group: left_out(rows, lambda row, group=group: row.group == group, begin) for group in groups}
 
 
-def extrapolations(rows: Sequence[Row]) -> dict[str, float]:
+def extrapolations(rows: Sequence[Iteration]) -> dict[str, float]:
     """{what is left out: error of a fit on everything else}."""
-    kinds: dict[str, Callable[[Row], bool]] = {
+    kinds: dict[str, Callable[[Iteration], bool]] = {
         "hidden 2048 in one node": lambda row: row.group[0] == "one_node" and row.values["hidden"] == "2048",
         "hidden 1024 in one node": lambda row: row.group[0] == "one_node" and row.values["hidden"] == "1024",
         "20 layers in one node": lambda row: row.group[0] == "one_node" and row.values["layers"] == "20",

@@ -38,6 +38,7 @@ SELECTIVE = {
 }
 LLAMA = Shape(126, 16384, 128, 8, 128, 53248, 128256, gated=True, tied=False, name="Llama 3 405B")
 # GPUs: dp, sequences of a replica, TFLOP/s a GPU
+LLAMA_PIECES = 4  # of a stage, which the paper does not say
 LLAMA_RUNS = {8192: (64, 32, 430), 16384: (128, 16, 400)}
 
 
@@ -76,7 +77,7 @@ def rows() -> Iterator[Published]:
     for gpus, (dp, share, tflops) in LLAMA_RUNS.items():
         job = Job(LLAMA, 8192, dp * share)
         flops = LLAMA.flops(job.tokens, 8192)
-        recipe = Recipe(8, 16, dp, 1, True, 1, 1)
+        recipe = Recipe(8, 16, dp, 1, True, 1, LLAMA_PIECES)
         yield Published(
             LLAMA_3, f"{gpus:,} GPUs", cluster("h100", gpus, "ib400"), job, recipe, flops / (tflops * 1e12 * gpus)
         )

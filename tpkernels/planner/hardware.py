@@ -30,6 +30,7 @@ class Device:
         host_layer_s: of the host's launches, a layer without tensor parallelism, forward and backward.
         host_call_s: of a collective, times log2 of its ranks.
         host_head_s: of the head and loss of one micro-batch.
+        sum_chunks: pieces in which a product and the sum of its results over tp go side by side; 1 sums afterwards.
         skew_s: that ranks wait for the latest, a collective, times log2 of its ranks.
         send_s: latency of a message between stages.
         optimizer_bytes: moved for each parameter.
@@ -55,6 +56,7 @@ class Device:
     host_layer_s: float
     host_call_s: float
     host_head_s: float
+    sum_chunks: float
     skew_s: float
     send_s: float
     optimizer_bytes: float

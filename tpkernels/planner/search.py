@@ -75,7 +75,7 @@ class Search:
 
     def __init__(self, cluster: Cluster, job: Job, cuts: Cuts, choices: Choices, arena_bytes: float) -> None:
         self.cluster, self.job, self.cuts, self.choices, self.arena_bytes = cluster, job, cuts, choices, arena_bytes
-        self._layers: dict[Slice, tuple[LayerTime, float]] = {}
+        self._layers: dict[Slice, tuple[LayerTime, LayerTime]] = {}
 
     def run(self) -> list[Candidate]:
         """Return the best recipe of every cut, fastest first, then the cuts that cannot run."""
@@ -138,11 +138,11 @@ class Search:
         part = recipe.slice(self.job, self.cluster.device.value_bytes)
         if part not in self._layers:
             shape = self.job.shape
-            self._layers[part] = layer_s(self.cluster, shape, part), head_s(self.cluster.device, shape, part)
+            self._layers[part] = layer_s(self.cluster, shape, part), head_s(self.cluster, shape, part)
         layer, head = self._layers[part]
         n = recipe.micro_batches(self.job)
         stage = layer.total * -(-self.job.shape.layers // recipe.pp)
-        if n * (stage + head) + (recipe.pp - 1) / recipe.virtual * stage > best:
+        if n * (stage + head.total) + (recipe.pp - 1) / recipe.virtual * stage > best:
             return None
         return assemble(self.cluster, self.job, recipe, layer, head)
 

@@ -51,10 +51,10 @@ def step_s(cluster: Cluster, job: Job, recipe: Recipe) -> StepTime:
     """
     value = cluster.device.value_bytes
     part = recipe.slice(job, value)
-    return assemble(cluster, job, recipe, layer_s(cluster, job.shape, part), head_s(cluster.device, job.shape, part))
+    return assemble(cluster, job, recipe, layer_s(cluster, job.shape, part), head_s(cluster, job.shape, part))
 
 
-def assemble(cluster: Cluster, job: Job, recipe: Recipe, layer: LayerTime, head: float) -> StepTime:
+def assemble(cluster: Cluster, job: Job, recipe: Recipe, layer: LayerTime, head: LayerTime) -> StepTime:
     """Return `step_s` from the time of one layer and of the head, which many recipes share."""
     r, device = recipe, cluster.device
     n, layers = r.micro_batches(job), -(-job.shape.layers // r.pp)
@@ -66,8 +66,8 @@ def assemble(cluster: Cluster, job: Job, recipe: Recipe, layer: LayerTime, head:
     stage = layers * layer.total
     mine = parameters_of_rank(job.shape, r)
     return StepTime(
-        compute=n * (layers * layer.compute + head),
-        tensor=n * layers * layer.communication,
+        compute=n * (layers * layer.compute + head.compute),
+        tensor=n * (layers * layer.communication + head.communication),
         pipeline=n * sends,
         data=data_parallel_s(cluster, job, r, mine, n * layers * layer.compute),
         bubble=(r.pp - 1) / r.virtual * (stage + sends),

@@ -151,9 +151,9 @@ def together(device: Device, work_s: float, host_s: float) -> float:
 def layer_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:
     """Return the time of a layer: its products, attention, pointwise work and collectives beside the host's launches.
 
-    Two all-reduces in each forward pass and two in the backward; those of the backward run beside the weight gradients
-    of the same linears. Ranks that are held up by their hosts come late: `skew_s` a collective, times the share
-    of the host.
+    Two all-reduces in each forward pass and two in the backward; those of the forward may run beside later chunks of
+    their own product, those of the backward run beside the weight gradients of the same linears. Ranks that are held
+    up by their hosts come late: `skew_s` a collective, times the share of the host.
     """
     device, m, tp = cluster.device, part.tokens, part.tp
     width = shape.own_heads(tp) * shape.head_dim
@@ -170,13 +170,27 @@ def layer_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:
     host = device.host_layer_s * (2 + part.forwards) / 3 + calls * device.host_call_s * hops
     if tp == 1:
         return LayerTime(together(device, compute, host), 0.0)
-    reduce = all_reduce_s(cluster, part.wire_bytes * m * shape.hidden, tp)
-    if part.wire_bytes < part.value_bytes:
-        reduce += codec_s(device, part.value_bytes * m * shape.hidden)
-    exposed = 2 * part.forwards * reduce + max(0.0, reduce - wait_first) + max(0.0, reduce - wait_up)
+    reduce = sum_s(cluster, shape, part)
+    exposed = max(0.0, reduce - wait_first) + max(0.0, reduce - wait_up)
+    for K in (width, shape.ffn / tp):
+        exposed += part.forwards * exposed_s(reduce, gemm_s(device, m, shape.hidden, K), device.sum_chunks)
     exposed += calls * device.skew_s * hops * host / (host + compute + exposed)
     alone = together(device, compute, host)
     return LayerTime(alone, together(device, compute + exposed, host) - alone)
+
+
+def exposed_s(sum_time: float, product_time: float, chunks: float) -> float:
+    """Return what a sum adds to its product when both go in chunks: max + min / chunks - product; all of it if 1."""
+    both = max(sum_time, product_time) + min(sum_time, product_time) / chunks
+    return both - product_time
+
+
+def sum_s(cluster: Cluster, shape: Shape, part: Slice) -> float:
+    """Return the time to sum the activations of a micro-batch over the tp ranks, packed or not."""
+    values = part.tokens * shape.hidden
+    time = all_reduce_s(cluster, part.wire_bytes * values, part.tp)
+    packed = part.tp > 1 and part.wire_bytes < part.value_bytes
+    return time + codec_s(cluster.device, part.value_bytes * values) if packed else time
 
 
 def codec_s(device: Device, size: float) -> float:
@@ -184,17 +198,19 @@ def codec_s(device: Device, size: float) -> float:
     return memory_s(device, 4.0 * size)
 
 
-def head_s(device: Device, shape: Shape, part: Slice) -> float:
+def head_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:
     """Return the time of the embedding, the head and the loss for one micro-batch, forward and backward.
 
     The loss moves 12 passes of the logits: cast, maximum, exponential, sum, and their gradients. A vocabulary that is
-    no multiple of 8 is padded to one where it is cut; where it is not, its products run at `unaligned_rate`.
+    no multiple of 8 is padded to one where it is cut; where it is not, its products run at `unaligned_rate`. Over tp
+    ranks the embedding's rows and the gradient of the head's input are summed: two all-reduces.
     """
-    columns = shape.vocab / part.tp
+    device, columns = cluster.device, shape.vocab / part.tp
     products = sum(linear_s(device, part.tokens, columns, shape.hidden, 1))
     if part.tp == 1 and shape.vocab % 8:
         products /= device.unaligned_rate
-    return products + memory_s(device, 12 * part.value_bytes * part.tokens * columns) + device.host_head_s
+    compute = products + memory_s(device, 12 * part.value_bytes * part.tokens * columns) + device.host_head_s
+    return LayerTime(compute, 2 * sum_s(cluster, shape, part))
 
 
 def optimizer_s(device: Device, parameters: float) -> float:
