@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tpkernels import checkpoint, compress, data_parallel, generate, guards, hf, layers, ops, optimizers, plan, shard
+from tpkernels import (
+    checkpoint,
+    compress,
+    data_parallel,
+    generate,
+    guards,
+    hf,
+    layers,
+    ops,
+    optimizers,
+    plan,
+    planner,
+    shard,
+)
 from tpkernels._build import build_info
 from tpkernels.comm.explain import Explanation
 from tpkernels.comm.group import Group
@@ -49,5 +62,6 @@ __all__ = [
     "optimizers",
     "parallelize",
     "plan",
+    "planner",
     "shard",
 ]

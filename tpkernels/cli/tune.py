@@ -12,7 +12,6 @@ from typer import Option
 
 from tpkernels.cli.errors import plain_errors
 from tpkernels.cli.options import Timeout
-from tpkernels.cli.plan import model_without_weights
 from tpkernels.cli.ranks import start_ranks
 from tpkernels.comm import profile, torchrun
 from tpkernels.comm.profile import Product, Profile
@@ -20,6 +19,7 @@ from tpkernels.errors import PlanError, UserError
 from tpkernels.plan.resolved import Resolved
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.styles.base import is_linear, sizes_of
+from tpkernels.planner.models import model_without_weights
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
