@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from tpkernels import checkpoint, compress, data_parallel, generate, guards, hf, layers, ops, optimizers, plan, shard
+from tpkernels import (
+    checkpoint,
+    compress,
+    data_parallel,
+    generate,
+    guards,
+    hf,
+    layers,
+    ops,
+    optimizers,
+    pipeline,
+    plan,
+    shard,
+)
 from tpkernels._build import build_info
 from tpkernels.comm.explain import Explanation
 from tpkernels.comm.group import Group
+from tpkernels.comm.mesh import Mesh
 from tpkernels.data_parallel import check_replicas
 from tpkernels.errors import (
     CheckpointError,
@@ -26,6 +40,7 @@ __all__ = [
     "DeriveError",
     "Explanation",
     "Group",
+    "Mesh",
     "PeerLostError",
     "Plan",
     "PlanError",
@@ -48,6 +63,7 @@ __all__ = [
     "ops",
     "optimizers",
     "parallelize",
+    "pipeline",
     "plan",
     "shard",
 ]

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tpkernels.errors import PlanError
+
 from .reference import Ref
 
 
 class Absent(nn.Module):
-    """In the place of a module of another pipeline stage. It has no parameters, and all other attributes of it.
+    """In the place of a module of another pipeline stage: without parameters, with all other attributes of it.
 
     `forward` returns zeros of the shapes that the module would return: what a forward computes before its first layer
-    then has the right shapes on every stage, at no cost. A layer is not called there: its forward raises.
+    then has the right shapes on every stage. A layer is not called there: its forward raises.
 
     Args:
         module: the one that is held elsewhere; of it only a copy on the meta device is kept.
@@ -45,10 +47,10 @@ class Absent(nn.Module):
         """Zeros in the shapes of the module's outputs, on the device of its first tensor.
 
         Raises:
-            RuntimeError: it is a layer.
+            PlanError: it is a layer, or its shapes cannot be known without its values.
         """
         if self.is_layer:
-            raise RuntimeError(
+            raise PlanError(
                 f"{self.absent_name} belongs to another pipeline stage: call the model by tpkernels.pipeline.Pipeline"
             )
         given: list[Tensor] = []
@@ -61,14 +63,17 @@ class Absent(nn.Module):
 
         with torch.no_grad():
             args, kwargs = tree_map(to_meta, (args, kwargs))
-            output = self._inner.target(*args, **kwargs)
+            try:
+                output = self._inner.target(*args, **kwargs)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                raise PlanError(
+                    f"{self.absent_name} belongs to another pipeline stage, and the shape of what it returns depends "
+                    f"on values ({str(error).splitlines()[0]}): a model cannot be split by layer for such inputs"
+                ) from error
         device = given[0].device if given else torch.device("cpu")
-        return tree_map(lambda x: zeros_like_meta(x, device) if isinstance(x, Tensor) else x, output)
-
-
-def zeros_like_meta(x: Tensor, device: torch.device) -> Tensor:
-    """Zeros of the shape and dtype of a tensor on the meta device, all in one element of memory."""
-    return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape)
+        return tree_map(
+            lambda x: torch.zeros(x.shape, dtype=x.dtype, device=device) if isinstance(x, Tensor) else x, output
+        )
 
 
 def on_meta(module: nn.Module) -> nn.Module:

@@ -31,9 +31,11 @@ def split_batch(batch: Mapping[str, Any], micro_batches: int) -> list[Batch]:
     rows = tensors.get("input_ids", next(iter(tensors.values()))).size(0)
     bad = [f"{name} {list(x.shape)}" for name, x in tensors.items() if x.size(0) not in (1, rows)]
     if bad or rows == 0:
-        raise ValueError(f"Pipeline: all tensors of a batch must have {rows} rows or one, and rows 1 or more, got {bad}")
+        raise ValueError(
+            f"Pipeline: all tensors of a batch must have {rows} rows or one, and rows 1 or more, got {bad}"
+        )
     sizes = part_sizes(rows, min(micro_batches, rows))
-    parts = {name: x.split(sizes) for name, x in tensors.items() if x.size(0) == rows}
+    parts = {name: torch.split(x, sizes) for name, x in tensors.items() if x.size(0) == rows}
     return [{name: parts[name][i] if name in parts else x for name, x in batch.items()} for i in range(len(sizes))]
 
 

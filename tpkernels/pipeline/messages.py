@@ -45,7 +45,9 @@ class Kind:
         """
         if not isinstance(hidden, Tensor) or hidden.dtype not in DTYPES or hidden.dim() > MOST_DIMS:
             what = f"{hidden.dtype} of {hidden.dim()} dims" if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise TypeError(f"Pipeline: hidden states must be a floating tensor of {MOST_DIMS} dims at most, got {what}")
+            raise TypeError(
+                f"Pipeline: hidden states must be a floating tensor of {MOST_DIMS} dims at most, got {what}"
+            )
         return cls(tuple(hidden.shape), hidden.dtype, hidden.requires_grad)
 
     def header(self) -> Tensor:

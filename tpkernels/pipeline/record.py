@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ def _chain(seen: list[tuple[int, dict[Key, Any], Any]], count: int) -> tuple[Key
     if [index for index, _, _ in seen] != list(range(count)):
         return None, f"its {count} layers are not called once each, in order"
     keys: list[Key] = [0]
-    for (_, _, output), (index, arguments, _) in zip(seen[:-1], seen[1:], strict=True):
+    for (_, _, output), (index, arguments, _) in pairwise(seen):
         hidden = _hidden(output)
         keys = [key for key, value in arguments.items() if value is hidden and isinstance(hidden, Tensor)]
         if not keys:
@@ -225,9 +226,7 @@ def _trace(model: nn.Module, found: Record) -> None:
             if id(module) not in inside:
                 keep(module.register_forward_pre_hook(lambda m, a, name=name: note(m, a, name)))
         for index, layer in enumerate(layers):
-            keep(
-                layer.register_forward_pre_hook(lambda m, a, k, index=index: enter(m, a, k, index), with_kwargs=True)
-            )
+            keep(layer.register_forward_pre_hook(lambda m, a, k, index=index: enter(m, a, k, index), with_kwargs=True))
             keep(layer.register_forward_hook(lambda m, a, o, index=index: leave(m, a, o, index)))
         state = stand_ins(model, found.device)
         with counter:
@@ -256,7 +255,8 @@ def _leaves(tensor: Any) -> set[int]:
         return set()
     if tensor.grad_fn is None:
         return {id(tensor)}
-    found, seen, queue = set[int](), set[Any](), [tensor.grad_fn]
+    found, seen = set[int](), set[Any]()
+    queue: list[Any] = [tensor.grad_fn]
     while queue:
         node = queue.pop()
         if node is None or node in seen:

@@ -205,8 +205,8 @@ class Pipeline:
         problem = None
         if self._count % p or self.stages.held != expected:
             problem = (
-                f"rank {rank} of {p} must hold stages {list(expected)} of a multiple of {p}, got {list(self.stages.held)} "
-                f"of {self._count}"
+                f"rank {rank} of {p} must hold stages {list(expected)} of a multiple of {p}, got "
+                f"{list(self.stages.held)} of {self._count}"
             )
         every = gather((problem, settings), self.group)
         texts = [text for text, _ in every if text is not None]

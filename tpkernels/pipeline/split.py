@@ -56,9 +56,11 @@ def split_by_layer(
     found = record(model, inputs)
     count = len(found.layers)
     if num_stages > count:
-        raise PlanError(f"split_by_layer: {num_stages} stages need {num_stages} layers or more, {found.stack} has {count}")
-    sizes = _sizes(model, found, num_stages, balance, scale=1.0 if inputs is not None else TOKENS / found.tokens)
-    split = _split(model, found, sizes, scale=1.0 if inputs is not None else TOKENS / found.tokens)
+        raise PlanError(
+            f"split_by_layer: {num_stages} stages need {num_stages} layers or more, {found.stack} has {count}"
+        )
+    scale = 1.0 if inputs is not None else TOKENS / found.tokens
+    split = _split(model, found, _sizes(model, found, num_stages, balance, scale), scale)
     _check_stages(model, split, found)
     return split
 
@@ -121,9 +123,7 @@ def _split(model: nn.Module, found: Record, sizes: list[int], scale: float) -> S
     for index, own in enumerate(layers):
         segments = [0] * (index == 0) + [i + 1 for i in own] + [len(costs) - 1] * (index == len(sizes) - 1)
         modules = tuple(name for name, stages_of in kept.items() if index in stages_of)
-        stages.append(
-            Stage(index, own, modules, sum(costs[s] for s in segments), sum(memory[s] for s in segments))
-        )
+        stages.append(Stage(index, own, modules, sum(costs[s] for s in segments), sum(memory[s] for s in segments)))
     return Split(tuple(stages), tuple(found.layers), kept, tied, found.key, tuple(found.tuples))
 
 
@@ -159,7 +159,10 @@ def _needed(
                 needed.setdefault(module, set()).add(stage_of[segment])
         if first not in found.reads:
             for module in outside:
-                needed.setdefault(module, set()).add(_place(model, module, found, stage_of))
+                # One that runs ahead of the layers without a gradient may have made what every layer takes.
+                early = 0 in found.called.get(module, ())
+                stages = set(stage_of.values()) if early else {_place(model, module, found, stage_of)}
+                needed.setdefault(module, set()).update(stages)
     return needed
 
 
@@ -243,4 +246,3 @@ def _check_stages(model: nn.Module, split: Split, found: Record) -> None:
             f"split_by_layer: the stages of {type(model).__name__} return shapes {[list(s) for s in shapes]}, the "
             f"whole model {[list(s) for s in found.shapes]}"
         )
-

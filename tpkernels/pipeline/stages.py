@@ -143,6 +143,14 @@ class HeldStages:
             if not any(name.startswith(f"{module}.") for module in others)
         }
 
+    def copies(self) -> dict[str, str]:
+        """Parameters here that an earlier stage, held by another process, has too: {name here: first name}."""
+        found: dict[str, str] = {}
+        for first, where in self.split.tied.items():
+            if min(stage for stage, name in where.items() if name == first) not in self.held:
+                found |= {name: first for stage, name in where.items() if stage in self.held}
+        return found
+
     def call(self, stage: int, received: Tensor | None, forward: Callable[[], Any]) -> Any:
         """Run one stage.
 
@@ -182,7 +190,7 @@ class HeldStages:
 
     def _make(self, stage: int) -> list[tuple[nn.Module, str, nn.Module]]:
         split, own = self.split, self.split.stages[stage].layers
-        parts = []
+        parts: list[tuple[nn.Module, str, nn.Module]] = []
         for name, stages in split.kept.items():
             parent, key, module = self._place(name)
             if stage not in stages and not isinstance(module, Absent):
@@ -224,8 +232,8 @@ def take_stages(model: nn.Module, split: Split, *stages: int) -> HeldStages:
     held = tuple(sorted(set(stages)))
     if not held or not all(isinstance(s, int) and 0 <= s < len(split.stages) for s in held):
         raise ValueError(f"take_stages: stages must be among 0 to {len(split.stages) - 1}, got {list(stages)}")
-    if getattr(model, "tpk_stages", None) is not None:
-        raise PlanError(f"take_stages: the model has stages {model.tpk_stages.held} only")
+    if (before := getattr(model, "tpk_stages", None)) is not None:
+        raise PlanError(f"take_stages: the model has stages {list(before.held)} only")
     names = dict(model.named_modules())
     missing = [name for name in (*split.layers, *split.kept) if name not in names]
     if missing:
