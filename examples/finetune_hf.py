@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 
 import tpkernels as tpk
-from tpkernels.comm.layout import Layout, open_layout, rows_of
+from tpkernels.comm.mesh import Mesh, rows_of
 from tpkernels.generate.load import load, quiet_transformers
 
 HERE = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def with_adapters(model: Any, rank: int) -> Any:
     return tpk.cut_adapters(get_peft_model(model, config))
 
 
-def save(model: Any, folder: Path, layout: Layout, *, lora: bool) -> None:
+def save(model: Any, folder: Path, layout: Mesh, *, lora: bool) -> None:
     """Replica 0 writes; its ranks hold all parts of the model."""
     if layout.replica != 0:
         return
@@ -56,9 +56,7 @@ def save(model: Any, folder: Path, layout: Layout, *, lora: bool) -> None:
         tpk.checkpoint.export_hf(model, folder, group=layout.tp)
 
 
-def train(
-    model: Any, tokens: Tensor, layout: Layout, *, steps: int, batch: int, context: int, lr: float
-) -> list[float]:
+def train(model: Any, tokens: Tensor, layout: Mesh, *, steps: int, batch: int, context: int, lr: float) -> list[float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     dp = layout.dp
@@ -105,7 +103,7 @@ def main(
     world = tpk.Group.open()
     if world.world_size % tp:
         raise SystemExit(f"finetune_hf: {world.world_size} ranks are no multiple of --tp {tp}")
-    with open_layout(world, tp, world.world_size // tp) as layout:
+    with Mesh.open(tp=tp, dp=world.world_size // tp, world=world) as layout:
         quiet_transformers()
         cut, tokenizer = load(model, layout.tp, "fp32")
         cut.train().requires_grad_(True)

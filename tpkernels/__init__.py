@@ -12,6 +12,7 @@ from tpkernels import (
     layers,
     ops,
     optimizers,
+    pipeline,
     plan,
     planner,
     shard,
@@ -19,6 +20,7 @@ from tpkernels import (
 from tpkernels._build import build_info
 from tpkernels.comm.explain import Explanation
 from tpkernels.comm.group import Group
+from tpkernels.comm.mesh import Mesh
 from tpkernels.data_parallel import check_replicas
 from tpkernels.errors import (
     CheckpointError,
@@ -39,6 +41,7 @@ __all__ = [
     "DeriveError",
     "Explanation",
     "Group",
+    "Mesh",
     "PeerLostError",
     "Plan",
     "PlanError",
@@ -61,6 +64,7 @@ __all__ = [
     "ops",
     "optimizers",
     "parallelize",
+    "pipeline",
     "plan",
     "planner",
     "shard",

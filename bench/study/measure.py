@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bench.rows import Row
 from bench.study.methods import DDPTrainer, Method, make, settings_of
 from tpkernels import ops
-from tpkernels.comm.layout import Layout, rows_of
+from tpkernels.comm.mesh import Mesh, rows_of
 from tpkernels.compress import CODECS
 from tpkernels.train.data import Corpus, open_corpus, validation_batches
 from tpkernels.train.settings import Settings
@@ -31,12 +31,12 @@ class Session:
     """The state that all cells of one start of the ranks share."""
 
     layout: str
-    groups: Layout
+    groups: Mesh
     settings: Settings
     corpus: Corpus
 
     @classmethod
-    def begin(cls, layout: str, groups: Layout, settings: Settings) -> Session:
+    def begin(cls, layout: str, groups: Mesh, settings: Settings) -> Session:
         return cls(layout, groups, settings, open_corpus(settings.data))
 
     def make(self, method: Method, **changes: Any) -> Trainer:
@@ -144,7 +144,7 @@ def alone(session: Session, codecs: list[str], rounds: int) -> Iterator[Row]:
     method = Method("alone")
     computing, whole = [], []
     for _ in range(rounds):
-        one = make(method, settings_of(settings, session.layout, method), session.corpus, Layout(groups.tp, groups.tp))
+        one = make(method, settings_of(settings, session.layout, method), session.corpus, Mesh(groups.tp, groups.tp))
         dist.barrier()
         records = [one.step(step, PLENTY) for step in range(2 + WARM_UP)][WARM_UP:]
         computing.append(mean(r["forward"] + r["backward"] for r in records))

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.plain_model import clip_grad_norm_ as plain_clip
 from bench.plain_model import plain_parts
-from tpkernels.comm.layout import Layout, rows_of
+from tpkernels.comm.mesh import Mesh, rows_of
 from tpkernels.compress import CODECS
 from tpkernels.train.data import Corpus
 from tpkernels.train.gpt import GPT, sharded_parts
@@ -56,7 +56,7 @@ def settings_of(base: Settings, layout: str, method: Method) -> Settings:
     return Settings(**(base.__dict__ | changes))
 
 
-def make(method: Method, settings: Settings, corpus: Corpus, groups: Layout) -> Trainer:
+def make(method: Method, settings: Settings, corpus: Corpus, groups: Mesh) -> Trainer:
     """A model in training; collective over all ranks."""
     tp = groups.tp
     if method.torch == "tp":
@@ -109,7 +109,7 @@ class Share:
 class DDPTrainer(Trainer):
     """DistributedDataParallel with one of its hooks; counts the bytes that its collectives send."""
 
-    def wrap(self, groups: Layout, hook: str) -> None:
+    def wrap(self, groups: Mesh, hook: str) -> None:
         assert groups.dp is not None
         self.replicas = Share(rows_of(self.settings.batch, groups.dp))  # type: ignore[assignment]
         self.hook, self.world_size, self.counted = hook, groups.dp.world_size, 0

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bench.study import measure
 from bench.study.methods import LAYOUTS, Method, methods
 from tpkernels.comm.group import Group
-from tpkernels.comm.layout import Layout
+from tpkernels.comm.mesh import Mesh
 from tpkernels.train.settings import Settings
 
 TIMEOUT = timedelta(minutes=5)
@@ -39,7 +39,7 @@ def main(job: dict[str, Any]) -> None:
         dist.destroy_process_group()
 
 
-def open_groups(opened: ExitStack, layout: str, transport: str) -> Layout:
+def open_groups(opened: ExitStack, layout: str, transport: str) -> Mesh:
     """The groups of a layout; those whose ranks sit on both ends of the link take `transport`.
 
     tp = 2 with replicas stays on one host, as one would have it.
@@ -50,7 +50,7 @@ def open_groups(opened: ExitStack, layout: str, transport: str) -> Layout:
     timeout = TIMEOUT.total_seconds()
     tp_group = opened.enter_context(Group.open((mesh, "tp"), timeout, transport=inner if tp > 1 else "auto"))
     dp_group = opened.enter_context(Group.open((mesh, "dp"), timeout, transport=transport)) if dp > 1 else None
-    return Layout(tp_group, tp_group, dp_group)
+    return Mesh(tp_group, tp_group, dp_group)
 
 
 def rows(session: measure.Session, job: dict[str, Any]) -> Iterator[measure.Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tpkernels.comm.group import Group
-from tpkernels.comm.layout import open_layout
+from tpkernels.comm.mesh import Mesh
 from tpkernels.train.settings import Settings
 from tpkernels.train.trainer import Run, open_run
 
@@ -18,7 +18,7 @@ from tpkernels.train.trainer import Run, open_run
 def run(settings: Settings, folder: str | Path, *, resume: bool = False) -> Iterator[Run]:
     with (
         Group.open() as group,
-        open_layout(group, settings.tp, settings.dp) as layout,
+        Mesh.open(tp=settings.tp, dp=settings.dp, pp=settings.pp, world=group) as layout,
         open_run(settings, Path(folder), layout, resume=resume) as opened,
     ):
         yield opened

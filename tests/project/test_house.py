@@ -20,8 +20,8 @@ LONGEST_FILE = 400
 # Imports point down: a package imports itself and those in front of it.
 ORDER = [
     "_C", "errors", "_build", "_native", "shard", "comm", "compress", "ops", "optimizers", "layers", "launch",
-    "data_parallel", "checkpoint", "plan", "planner", "guards", "hf", "generate", "serve", "train", "cli", "testing",
-    "__init__", "__main__",
+    "data_parallel", "checkpoint", "plan", "pipeline", "planner", "guards", "hf", "generate", "serve", "train", "cli",
+    "testing", "__init__", "__main__",
 ]  # fmt: skip
 # Modules that import an optional package, or torch's compiler: imported where they are used.
 LATE = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from tpkernels.checkpoint import background, manifest
 from tpkernels.checkpoint.files import MANIFEST, read_manifest, write_manifest, write_tensors
-from tpkernels.checkpoint.ranks import CheckpointRanks, file_name
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.restore import Loaded, restore
 from tpkernels.checkpoint.snapshot import Aggregator, Snapshot, take
 from tpkernels.checkpoint.staging import StagingFolder, refuse_existing, remove
@@ -30,13 +30,14 @@ def save(
     *,
     group: Group | None = None,
     dp_group: Group | None = None,
+    pp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
     own_parameters: bool = False,
     step: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint; collective over the group, and over dp_group when there is one.
+    """Write a checkpoint; collective over the group, and over dp_group and pp_group where they are given.
 
     Args:
         model: cut over the group, or replicated on it.
@@ -44,6 +45,8 @@ def save(
         group: over which the model is cut; None means all ranks of the default process group.
         dp_group: the ranks that hold the same part of each replica. Model and optimizer are saved by the first
             replica; random numbers and the aggregator's state by every rank.
+        pp_group: the ranks that hold the stages of this replica (`pipeline.take_stages`). Each saves its stages; a
+            parameter that several of them have a copy of is saved once.
         optimizer: AdamW, SGD, or any whose state tensors are numbers or have their parameter's shape.
         aggregator: a GradAggregator, for its residuals.
         own_parameters: save parameters and optimizer state of every replica, where replicas differ (mode "local"
@@ -59,7 +62,7 @@ def save(
             (named), or the ranks pass different things; the text names the rank. Nothing is left behind.
         PeerLostError: a rank died; the last complete checkpoint is still there.
     """
-    ranks, final = CheckpointRanks(resolve(group), dp_group), Path(folder)
+    ranks, final = CheckpointRanks(resolve(group), dp_group, pp_group), Path(folder)
     snapshot = _snapshot(final, ranks, lambda: take(model, optimizer, aggregator, ranks, step, extra, own_parameters))
     return _write(snapshot, final, ranks)
 
@@ -70,6 +73,7 @@ def save_async(
     *,
     group: Group | None = None,
     dp_group: Group | None = None,
+    pp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
     own_parameters: bool = False,
@@ -82,7 +86,7 @@ def save_async(
     process groups of its own. A save that is still running is waited for first.
 
     Args:
-        model, folder, group, dp_group, optimizer, aggregator, own_parameters, step, extra: as for `save`.
+        model, folder, group, dp_group, pp_group, optimizer, aggregator, own_parameters, step, extra: as for `save`.
 
     Returns:
         a handle: `wait()` returns the folder when the checkpoint is on the disk and complete.
@@ -92,7 +96,7 @@ def save_async(
             torch can make none for the threads (before the first `save_async`). An error of the thread is raised by
             `wait()` on all ranks, or by the next save where `wait()` was not called.
     """
-    ranks, final = CheckpointRanks(resolve(group), dp_group), Path(folder)
+    ranks, final = CheckpointRanks(resolve(group), dp_group, pp_group), Path(folder)
     snapshot = _snapshot(
         final, ranks, lambda: take(model, optimizer, aggregator, ranks, step, extra, own_parameters).copied()
     )
@@ -105,12 +109,13 @@ def load(
     *,
     group: Group | None = None,
     dp_group: Group | None = None,
+    pp_group: Group | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     aggregator: Aggregator | None = None,
     strict: bool = True,
     convert_dtype: bool = False,
 ) -> Loaded:
-    """Fill model, optimizer and random numbers from a checkpoint; collective over the group, and over dp_group.
+    """Fill model, optimizer and random numbers from a checkpoint; collective like `save`.
 
     The ranks may be more or fewer than those that saved, and the model may be cut in another way: each rank reads the
     slices that it holds, bit for bit those of the unsharded model. Everything is checked on all ranks before anything
@@ -121,7 +126,7 @@ def load(
     Args:
         model: to be filled; of the parameters that were saved, cut or not.
         folder: a checkpoint, on a file system that all ranks see.
-        group, dp_group: as for `save`.
+        group, dp_group, pp_group: as for `save`; each rank reads what its stages hold, however many saved.
         optimizer, aggregator: to be filled, too; with None their saved state is ignored. With an aggregator each
             replica gets its own parameters where they were saved (`own_parameters`), else those of the first.
         strict: whether the model must have the tensors of the checkpoint, no more and no fewer. With False the others
@@ -139,7 +144,7 @@ def load(
             shapes or dtypes than the model has (named), an optimizer or aggregator of other settings.
         PeerLostError: a rank died.
     """
-    background.saver.wait(ranks := CheckpointRanks(resolve(group), dp_group))
+    background.saver.wait(ranks := CheckpointRanks(resolve(group), dp_group, pp_group))
     return restore(model, Path(folder), ranks, optimizer, aggregator, strict=strict, convert_dtype=convert_dtype)
 
 
@@ -205,12 +210,12 @@ def _snapshot(final: Path, ranks: CheckpointRanks, taken: Callable[[], Snapshot]
         common = {"folder": final.name, **manifest.common(snapshot)}
     every = ranks.gather(common)
     with ranks.together(f"save {final}"):
-        manifest.check_agreement(every)
+        manifest.check_agreement(every, ranks.pp)
     return snapshot
 
 
 def _write(snapshot: Snapshot, final: Path, ranks: CheckpointRanks) -> Path:
-    doing, name = f"save {final}", file_name(ranks.rank, ranks.tp, ranks.replica)
+    doing, name = f"save {final}", ranks.file_name
     with ExitStack() as stack:
         staging: StagingFolder | None = None
         with ranks.together(doing):

@@ -90,7 +90,9 @@ class Saver:
             control = self._control_group(ranks.group)
         with ranks.together(doing):
             dp_control = self._control_group(ranks.dp_group) if ranks.dp_group is not None else None
-        apart = CheckpointRanks(control, dp_control)
+        with ranks.together(doing):
+            pp_control = self._control_group(ranks.pp_group) if ranks.pp_group is not None else None
+        apart = CheckpointRanks(control, dp_control, pp_control)
         handle: SaveHandle | None = None
         try:
             with ranks.together(doing):

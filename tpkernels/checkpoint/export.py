@@ -60,6 +60,11 @@ def export_hf(
         with ranks.together(doing):
             if not hasattr(getattr(model, "config", None), "save_pretrained"):
                 raise CheckpointError(f"expected a transformers model with a config, got {type(model).__name__}")
+            if (stages := getattr(model, "tpk_stages", None)) is not None:
+                raise CheckpointError(
+                    f"the model has pipeline stages {list(stages.held)} only: save it by `save`, and load that "
+                    f"into the whole model"
+                )
             shards = _packed(units_of(model), max_shard_bytes)
             if ranks.is_first:
                 staging = stack.enter_context(StagingFolder(final))

@@ -1,7 +1,7 @@
 """The manifest: what a checkpoint holds, and which file holds it.
 
 version     of this format
-layout      {tp: ranks that a replica is cut over, dp: replicas}
+layout      {tp: ranks that a replica is cut over, dp: replicas, pp: stages, absent where there is one}
 step, extra arguments of `save`
 files       {name: sha-256}
 tensors     {name: how it is cut}, see regions.py
@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,33 @@ def common(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def check_agreement(parts: list[dict[str, Any]]) -> None:
-    """Compare the `common` parts of all ranks, replica by replica.
+def check_agreement(parts: list[dict[str, Any]], pp: int = 1) -> None:
+    """Compare the `common` parts of all ranks, stage by stage, replica by replica.
+
+    Args:
+        parts: of the ranks. pp: stages; ranks of different stages may have different tensors and parameters.
 
     Raises:
         CheckpointError: they differ as JSON (says where).
     """
+    each = len(parts) // pp
     for number, other in enumerate(parts[1:], start=1):
-        if (found := _difference(parts[0], other)) is not None:
-            where, mine, theirs = found
-            raise CheckpointError(
-                f"ranks disagree about {where}: {mine:.100} on rank 0, {theirs:.100} on rank {number}"
-            )
+        first = number // each * each
+        for base, view in ((first, lambda part: part), (0, _without_stage)):
+            if (found := _difference(view(parts[base]), view(other))) is not None:
+                where, mine, theirs = found
+                raise CheckpointError(
+                    f"ranks disagree about {where}: {mine:.100} on rank {base}, {theirs:.100} on rank {number}"
+                )
+
+
+def _without_stage(part: dict[str, Any]) -> dict[str, Any]:
+    """What ranks of different stages have in common."""
+    shared = {key: value for key, value in part.items() if key not in ("tensors", "aliases")}
+    if shared["optimizer"] is not None:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in shared["optimizer"]["groups"]]
+        shared["optimizer"] = {"class": shared["optimizer"]["class"], "groups": options}
+    return shared
 
 
 def _difference(mine: Any, theirs: Any, where: str = "") -> tuple[str, str, str] | None:
@@ -87,6 +103,9 @@ def describe(snapshot: Snapshot, file: str, digest: str, replicas: dict[str, str
         "file": file,
         "sha256": digest,
         "replicas": replicas,
+        "entries": snapshot.entries,
+        "aliases": snapshot.aliases,
+        "optimizer": snapshot.optimizer,
         "own": {
             "tensors": {k: kind_of(t.dtype, t.shape) for k, t in own.items()},
             "aggregator": snapshot.aggregator,
@@ -100,19 +119,37 @@ def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
 
 
 def join(parts: list[dict[str, Any]], snapshot: Snapshot, ranks: CheckpointRanks) -> dict[str, Any]:
-    """The manifest, from the parts that `describe` gave on all ranks, replica by replica."""
-    tensors = {name: _marked(name, entry, parts[: ranks.tp]).to_json() for name, entry in snapshot.entries.items()}
+    """The manifest, from the parts that `describe` gave on all ranks, stage by stage, replica by replica."""
+    entries: dict[str, Entry] = {}
+    stages = [parts[stage * ranks.dp * ranks.tp :][: ranks.tp] for stage in range(ranks.pp)]
+    for stage, own in enumerate(stages):  # what several stages hold, such as buffers, is taken from the first
+        for name, entry in own[0]["entries"].items():
+            entries.setdefault(name, replace(_marked(name, entry, own), stage=stage))
+    aliases = {second: first for own in stages for second, first in own[0]["aliases"].items()}
     return {
         "version": VERSION,
-        "layout": {"tp": ranks.tp, "dp": ranks.dp},
+        "layout": {"tp": ranks.tp, "dp": ranks.dp} | ({"pp": ranks.pp} if ranks.pp > 1 else {}),
         "step": snapshot.step,
         "files": {part["file"]: part["sha256"] for part in parts},
-        "tensors": tensors,
+        "tensors": {name: entry.to_json() for name, entry in entries.items()},
         "own": {part["file"]: part["own"] for part in parts},
-        "aliases": snapshot.aliases,
-        "optimizer": snapshot.optimizer,
+        "aliases": aliases,
+        "optimizer": _whole_optimizer([own[0]["optimizer"] for own in stages]),
         "extra": snapshot.extra,
     }
+
+
+def _whole_optimizer(stages: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The optimizer of the whole model, from those of the stages: of equal options, group by group."""
+    first = stages[0]
+    if first is None:
+        return None
+    every = [stage for stage in stages if stage is not None]
+    groups = [
+        group | {"params": list(dict.fromkeys(name for stage in every for name in stage["groups"][i]["params"]))}
+        for i, group in enumerate(first["groups"])
+    ]
+    return first | {"groups": groups, "state": {k: v for stage in every for k, v in stage["state"].items()}}
 
 
 def _marked(name: str, entry: Entry, parts: list[dict[str, Any]]) -> Entry:
@@ -156,15 +193,17 @@ class Source:
 
     def __post_init__(self) -> None:
         layout = self.manifest["layout"]
-        self.tp, self.dp = int(layout["tp"]), int(layout["dp"])
+        self.tp, self.dp, self.pp = int(layout["tp"]), int(layout["dp"]), int(layout.get("pp", 1))
         self.entries = {name: Entry.from_json(name, fields) for name, fields in self.manifest["tensors"].items()}
         self._open: dict[str, TensorFile] = {}
         names = set()
-        if self.tp * self.dp == len(self.manifest["files"]):
-            names = {file_name(rank, self.tp, replica) for replica in range(self.dp) for rank in range(self.tp)}
+        if self.tp * self.dp * self.pp == len(self.manifest["files"]):
+            every = product(range(self.tp), range(self.dp), range(self.pp))
+            names = {file_name(rank, self.tp, replica, stage, self.pp) for rank, replica, stage in every}
         if names != set(self.manifest["files"]) or names != set(self.manifest["own"]):
             raise CheckpointError(
-                f"the manifest says that {self.tp} ranks of {self.dp} replicas wrote it, and lists "
+                f"the manifest says that {self.tp} ranks of {self.dp} replicas"
+                f"{f' of {self.pp} stages' if self.pp > 1 else ''} wrote it, and lists "
                 f"{', '.join(sorted(self.manifest['files'])) or 'no files'}"
             )
 
@@ -181,21 +220,26 @@ class Source:
         for name in sorted(self.manifest["files"])[number::of]:
             check_file(self.folder, name, self.manifest)
 
-    def file(self, rank: int, replica: int = 0) -> TensorFile:
+    def file(self, rank: int, replica: int = 0, stage: int = 0) -> TensorFile:
         """The file of a rank, checked to hold the tensors of the manifest.
 
         Raises:
             CheckpointError: it holds others.
         """
-        name = file_name(rank, self.tp, replica)
+        name = file_name(rank, self.tp, replica, stage, self.pp)
         if name not in self._open:
             file = TensorFile(self.folder / name)
-            expected = {key: (t["dtype"], tuple(t["shape"])) for key, t in self.own(rank, replica).items()}
+            expected = {key: (t["dtype"], tuple(t["shape"])) for key, t in self.own(rank, replica, stage).items()}
             if replica == 0:
                 for key, entry in self.entries.items():
+                    if entry.stage != stage:
+                        continue
                     dtype = str(entry.dtype).removeprefix("torch.")
                     expected[key] = (dtype, entry.part_shape(rank, self.tp))
-            if differ := sorted(expected.keys() ^ set(file.names)):
+            differ = sorted(expected.keys() ^ set(file.names))
+            if stage > 0:  # it may have what an earlier stage has, too
+                differ = [key for key in differ if key not in self.entries or key in expected]
+            if differ:
                 raise damaged(file.path, f"its tensors are not those of the manifest: {', '.join(differ[:3])}")
             for key, (dtype, shape) in expected.items():
                 got = (str(file.dtype(key)).removeprefix("torch."), file.shape(key))
@@ -204,23 +248,28 @@ class Source:
             self._open[name] = file
         return self._open[name]
 
-    def own(self, rank: int, replica: int) -> dict[str, dict[str, Any]]:
+    def own(self, rank: int, replica: int, stage: int = 0) -> dict[str, dict[str, Any]]:
         """Dtype and shape of the tensors that belong to a rank alone, by name."""
-        found: dict[str, dict[str, Any]] = self.manifest["own"][file_name(rank, self.tp, replica)]["tensors"]
+        found: dict[str, dict[str, Any]] = self._own_of(rank, replica, stage)["tensors"]
         return found
 
     def reader(self, key: str) -> Read:
         """A function that reads ranges of a tensor out of the file of a rank."""
-        return lambda rank, *ranges: self.file(rank).read(key, *ranges)
+        stage = self.entries[key].stage
+        return lambda rank, *ranges: self.file(rank, 0, stage).read(key, *ranges)
 
-    def own_tensors(self, rank: int, replica: int, kind: str) -> dict[str, Tensor]:
+    def own_tensors(self, rank: int, replica: int, kind: str, stage: int = 0) -> dict[str, Tensor]:
         """Copies of the tensors of a kind ("rng", "aggregator") that belong to a rank alone, without the kind."""
-        keys = [key for key in self.own(rank, replica) if key.startswith(f"{kind}/")]
-        return {key.partition("/")[2]: self.file(rank, replica).read(key).clone() for key in keys}
+        keys = [key for key in self.own(rank, replica, stage) if key.startswith(f"{kind}/")]
+        return {key.partition("/")[2]: self.file(rank, replica, stage).read(key).clone() for key in keys}
 
-    def aggregator_numbers(self, rank: int, replica: int) -> Any:
+    def aggregator_numbers(self, rank: int, replica: int, stage: int = 0) -> Any:
         """The state of the aggregator of a rank besides its tensors; None when none was saved."""
-        return self.manifest["own"][file_name(rank, self.tp, replica)]["aggregator"]
+        return self._own_of(rank, replica, stage)["aggregator"]
+
+    def _own_of(self, rank: int, replica: int, stage: int) -> dict[str, Any]:
+        found: dict[str, Any] = self.manifest["own"][file_name(rank, self.tp, replica, stage, self.pp)]
+        return found
 
     def warn_of_replicas(self) -> None:
         """Warn of the tensors that differed between ranks that hold the same indices."""
@@ -232,15 +281,17 @@ class Source:
                 stacklevel=4,
             )
 
-    def rng(self, rank: int, replica: int) -> dict[str, Tensor]:
+    def rng(self, rank: int, replica: int, stage: int = 0) -> dict[str, Tensor]:
         """The states of the random generators of a rank, also of one that did not save; by device.
 
-        Rank t of replica d takes those of rank t modulo tp of replica d modulo dp. When replicas were added and the
-        saved ones drew different numbers, an added one gets a state of its own, derived from these and its number.
+        Rank t of replica d of stage s takes those of rank t modulo tp, replica d modulo dp and stage s modulo pp. When
+        replicas were added and the saved ones drew different numbers, an added one gets a state of its own, derived
+        from these and its number.
         """
-        state = self.own_tensors(rank % self.tp, replica % self.dp, "rng")
+        stage %= self.pp
+        state = self.own_tensors(rank % self.tp, replica % self.dp, "rng", stage)
         if replica >= self.dp > 1:
-            first, second = (self.own_tensors(rank % self.tp, d, "rng") for d in (0, 1))
+            first, second = (self.own_tensors(rank % self.tp, d, "rng", stage) for d in (0, 1))
             if not torch.equal(first["cpu"], second["cpu"]):
                 text = state["cpu"].numpy().tobytes() + replica.to_bytes(8, "little")
                 seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "little")

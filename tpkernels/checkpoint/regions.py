@@ -8,7 +8,8 @@ An entry of the manifest:
 `shape` is that of the unsharded tensor and `dim` the cut dimension, null for a tensor that every rank holds whole.
 `runs` is null where each rank holds what the rule of shard.py gives it; else the (start, size) of each run of indices,
 rank by rank: for projections packed into one weight, and for heads that several ranks share. `replicas_differ` is true,
-else absent, where ranks that hold the same indices had other bits.
+else absent, where ranks that hold the same indices had other bits. `stage` is the stage whose files have the tensor,
+absent for stage 0.
 
 Any cut can be read as any other: along another dimension, with other units, over another number of ranks.
 """
@@ -49,6 +50,7 @@ class Entry:
     unit: int = 1
     runs: tuple[Runs, ...] | None = None
     replicas_differ: bool = False
+    stage: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor, info: ShardInfo | None, style: str) -> Entry:
@@ -83,7 +85,9 @@ class Entry:
         if not isinstance(style, str) or not isinstance(differ, bool):
             raise ValueError("style or replicas_differ")
         runs = None if table is None else tuple(tuple((start, size) for start, size in rank) for rank in table)
-        entry = cls(getattr(torch, dtype), tuple(shape), style, dim, unit, runs, differ)
+        if not is_whole(stage := fields.get("stage", 0)):
+            raise ValueError("stage")
+        entry = cls(getattr(torch, dtype), tuple(shape), style, dim, unit, runs, differ, stage)
         if runs is not None:
             numbers = [run for rank in runs for run in rank]
             if dim is None or not all(is_whole(a) and is_whole(n) and a + n <= shape[dim] for a, n in numbers):
@@ -101,7 +105,8 @@ class Entry:
             "unit": self.unit,
             "runs": self.runs,
         }
-        return fields | ({"replicas_differ": True} if self.replicas_differ else {})
+        fields |= {"replicas_differ": True} if self.replicas_differ else {}
+        return fields | ({"stage": self.stage} if self.stage else {})
 
     def runs_of(self, rank: int, world_size: int) -> Runs:
         """The runs of indices along `dim` that a rank holds.

@@ -27,6 +27,8 @@ class Residuals:
     Args:
         source: the checkpoint.
         cuts: the part of each parameter that this rank holds, as (dim, runs).
+        some: whether `cuts` has the parameters of some stages only, so that the state of others is left out.
+        stage: the stage of the source to read from; None: all.
 
     Raises:
         CheckpointError: none was saved, or the saved state fits no other number of ranks.
@@ -38,6 +40,8 @@ class Residuals:
     replica: int
     dp: int
     cuts: Mapping[str, tuple[int | None, Runs]]
+    some: bool = False
+    stage: int | None = None
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of the state.
@@ -45,19 +49,40 @@ class Residuals:
         Raises:
             CheckpointError: no state was saved, or it fits no other number of replicas.
         """
-        saved = [self.source.aggregator_numbers(self._old_rank, q) for q in range(self.source.dp)]
-        if any(n is None for n in saved):
-            raise CheckpointError("it holds no state of an aggregator: load it without one")
-        try:
-            return reshard_state([{"tensors": {}, "numbers": n} for n in saved], self.dp)[self.replica]["numbers"]
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+        order: list[str] = []
+        for stage in self._stages:
+            saved = [self.source.aggregator_numbers(self._old_rank, q, stage) for q in range(self.source.dp)]
+            if any(n is None for n in saved):
+                raise CheckpointError("it holds no state of an aggregator: load it without one")
+            try:
+                found = reshard_state([{"tensors": {}, "numbers": n} for n in saved], self.dp)[self.replica]["numbers"]
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+            order += [name for name in found["order"] if name in self.cuts or not self.some]
+        return found | {"order": order}
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor."""
-        own = self.source.own(self._old_rank, 0)
-        names = [key.partition("/")[2] for key in own if key.startswith("aggregator/")]
-        return {n: (getattr(torch, own[f"aggregator/{n}"]["dtype"]), self._cut(n)[2]) for n in names}
+        return {
+            name: (getattr(torch, self.source.own(self._old_rank, 0, stage)[f"aggregator/{name}"]["dtype"]), shape)
+            for name, stage in self._names.items()
+            for shape in (self._cut(name)[2],)
+        }
+
+    @property
+    def _stages(self) -> list[int]:
+        return list(range(self.source.pp)) if self.stage is None else [self.stage]
+
+    @property
+    def _names(self) -> dict[str, int]:
+        """The tensors of this rank, with the stage that saved each."""
+        found: dict[str, int] = {}
+        for stage in self._stages:
+            for key in self.source.own(self._old_rank, 0, stage):
+                kind, _, name = key.partition("/")
+                if kind == "aggregator" and (not self.some or name.partition(".")[2] in self.cuts):
+                    found.setdefault(name, stage)
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors; besides it, memory holds at most another of its size and a slice."""
@@ -69,7 +94,7 @@ class Residuals:
             old = [self.replica]
         for q in old:
             part = torch.empty_like(total) if len(old) > 1 else total
-            read_part(entry, self.source.tp, self._reader(q, f"aggregator/{name}"), dim, runs, part, first)
+            read_part(entry, self.source.tp, self._reader(q, name), dim, runs, part, first)
             if part is not total:
                 total += part
         return total
@@ -100,5 +125,6 @@ class Residuals:
             shape[dim] = run_size(runs)
         return dim, runs, tuple(shape)
 
-    def _reader(self, replica: int, key: str) -> Read:
-        return lambda rank, *ranges: self.source.file(rank, replica).read(key, *ranges)
+    def _reader(self, replica: int, name: str) -> Read:
+        stage = self._names[name]
+        return lambda rank, *ranges: self.source.file(rank, replica, stage).read(f"aggregator/{name}", *ranges)

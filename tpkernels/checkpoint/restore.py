@@ -18,7 +18,7 @@ from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.regions import ranks_read, read_part
 from tpkernels.checkpoint.replicas import check_own, fill_own, without_own_parameters
 from tpkernels.checkpoint.residuals import Residuals
-from tpkernels.checkpoint.snapshot import Aggregator, aliases_of
+from tpkernels.checkpoint.snapshot import Aggregator, aliases_of, copies_of
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.errors import CheckpointError, shorten
 from tpkernels.layers.base import mark_shards
@@ -54,17 +54,19 @@ def restore(
     """See `checkpoint.load`."""
     with ranks.together(f"load {folder}"):
         source = Source(folder, read(folder))
-        source.check_files(ranks.number, ranks.tp * ranks.dp)
-    with ranks.together(f"load {folder}"):
+        source.check_files(ranks.number, ranks.tp * ranks.dp * ranks.pp)
         mark_shards(model)
-        targets, missing, unexpected = _targets(model, source, strict, convert_dtype)
+        here = set(_saved_names(model, source).values())
+    every = here if ranks.pp == 1 else set().union(*ranks.gather(here))
+    with ranks.together(f"load {folder}"):
+        targets, missing, unexpected = _targets(model, source, every, strict, convert_dtype)
         wanted = {key: _cut(tensor) for key, tensor in targets}
         if optimizer is not None:
             wanted |= _check_optimizer(model, optimizer, source)
         if aggregator is not None:
             state, own = _check_aggregator(model, aggregator, source, ranks)
         _open_files(source, ranks, wanted)
-        rng = source.rng(ranks.rank, ranks.replica)
+        rng = source.rng(ranks.rank, ranks.replica, ranks.stage)
         _check_rng(rng)
     if ranks.is_first and ranks.tp != source.tp:
         source.warn_of_replicas()
@@ -81,20 +83,32 @@ def restore(
     return Loaded(int(source.manifest["step"]), dict(source.manifest["extra"]), missing, unexpected)
 
 
+def _saved_names(model: nn.Module, source: Source) -> dict[str, str]:
+    """The name under which each tensor of the model was saved; of tied ones the first."""
+    tied_there, tied_here, copies = source.manifest["aliases"], aliases_of(model), copies_of(model)
+    names = (name for name in model.state_dict() if name not in tied_here)
+    return {name: tied_there.get(name, copies.get(name, name)) for name in names}
+
+
 def _targets(
-    model: nn.Module, source: Source, strict: bool, convert_dtype: bool
+    model: nn.Module, source: Source, every: set[str], strict: bool, convert_dtype: bool
 ) -> tuple[list[tuple[str, Tensor]], tuple[str, ...], tuple[str, ...]]:
-    """Each tensor of the model to fill, with the name under which it was saved; the names missing, and unexpected."""
+    """Each tensor of the model to fill, with the name under which it was saved; the names missing, and unexpected.
+
+    Args:
+        every: the saved names of the tensors of all stages of the model.
+        model, source, strict, convert_dtype: as in `restore`.
+    """
     saved = {key.removeprefix("model/") for key in source.entries if key.startswith("model/")}
-    tied_there, tied_here = source.manifest["aliases"], aliases_of(model)
+    tied_here = aliases_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in tied_here}
     check_tensors(state)
-    for name in tied_here:
-        if name in saved:
-            raise CheckpointError(f"it holds {name} apart from {tied_here[name]}, and the model ties the two")
-    names = {name: tied_there.get(name, name) for name in state}
+    for name, first in (tied_here | copies_of(model)).items():
+        if name in saved and name != first:
+            raise CheckpointError(f"it holds {name} apart from {first}, and the model ties the two")
+    names = _saved_names(model, source)
     missing = sorted(name for name in state if names[name] not in saved)
-    unexpected = sorted(saved - set(names.values()))
+    unexpected = sorted(saved - every)
     for text, some in (("lacks", missing), ("has, and the model lacks,", unexpected)):
         if some and strict:
             raise CheckpointError(f"it {text} {shorten(some)}: build the model that was saved, or pass strict=False")
@@ -114,12 +128,16 @@ def _targets(
 
 def _open_files(source: Source, ranks: CheckpointRanks, wanted: Mapping[str, tuple[int | None, Runs]]) -> None:
     """Open and check the files from which these tensors are read."""
-    read_from = {ranks.rank} if ranks.tp == source.tp else set(range(source.tp))
+    stages = {source.entries[key].stage for key in wanted}
+    read_from = {(stage, ranks.rank) for stage in stages}
+    if ranks.tp != source.tp:
+        read_from = {(stage, rank) for stage in stages for rank in range(source.tp)}
     first = ranks.rank if ranks.tp == source.tp else 0
     for key, (dim, runs) in wanted.items():
-        read_from |= ranks_read(source.entries[key], source.tp, dim, runs, first)
-    for rank in sorted(read_from):
-        source.file(rank)
+        entry = source.entries[key]
+        read_from |= {(entry.stage, rank) for rank in ranks_read(entry, source.tp, dim, runs, first)}
+    for stage, rank in sorted(read_from):
+        source.file(rank, 0, stage)
 
 
 def _check_rng(rng: dict[str, Tensor]) -> None:
@@ -145,7 +163,11 @@ def _check_optimizer(
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names.get(p, "a parameter that the model lacks") for p in g["params"]] for g in optimizer.param_groups]
     there = [g["params"] for g in saved["groups"]]
-    if groups != there:
+    if getattr(model, "tpk_stages", None) is not None:  # of the saved parameters those of this stage, and its copies
+        copies = copies_of(model)
+        groups = [[copies.get(name, name) for name in names] for names in groups]
+        there = [[name for name in names if name in set(chain(*groups))] for names in there]
+    if list(map(set, groups)) != list(map(set, there)):
         pairs = zip(chain(*groups), chain(*there), strict=False)
         first = next((f", {here} in place of {name}" for here, name in pairs if here != name), "")
         raise CheckpointError(
@@ -156,15 +178,23 @@ def _check_optimizer(
         for option, value in numbers.items():
             if option in group and option != "params" and not _fits(group[option], value):
                 raise CheckpointError(f"its optimizer has {option}={value!r}, and here it is {group[option]!r}")
-    known, keys = set(chain(*there)), [key for key in source.entries if key.startswith("optimizer/")]
+    known = set(chain(*(g["params"] for g in saved["groups"])))
+    keys = [key for key in source.entries if key.startswith("optimizer/")]
     if strange := (set(saved.get("state", {})) | {_parameter_of(key) for key in keys}) - known:
         raise CheckpointError(f"it holds optimizer state of {shorten(sorted(strange))}, which its optimizer has not")
-    parameters = dict(model.named_parameters())
-    cuts = {}
+    parameters, cuts = _by_saved_name(model), {}
     for key in keys:
+        if _parameter_of(key) not in parameters:
+            continue  # of another stage
         parameter = parameters[_parameter_of(key)]
         cuts[key] = _cut(parameter) if source.entries[key].shape == tuple(full_shape(parameter)) else (None, ())
     return cuts
+
+
+def _by_saved_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the model, by the names under which an optimizer's state is saved."""
+    copies = copies_of(model)
+    return {copies.get(name, name): parameter for name, parameter in model.named_parameters()}
 
 
 def _parameter_of(key: str) -> str:
@@ -188,7 +218,8 @@ def _check_aggregator(
 ) -> tuple[AggregatorState, dict[str, Tensor]]:
     """Read the state of the aggregator and the tensors of this replica alone, and check that they fit."""
     cuts = {name: _cut(parameter) for name, parameter in model.named_parameters()}
-    saved = Residuals(source, ranks.rank, ranks.tp, ranks.replica, ranks.dp, cuts).state()
+    in_stages = getattr(model, "tpk_stages", None) is not None
+    saved = Residuals(source, ranks.rank, ranks.tp, ranks.replica, ranks.dp, cuts, some=in_stages).state()
     state, own = without_own_parameters(saved)
     check_own(own, source.entries)
     try:
@@ -211,7 +242,7 @@ def _fill(source: Source, ranks: CheckpointRanks, key: str, tensor: Tensor, cut:
 
 
 def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, ranks: CheckpointRanks) -> None:
-    saved, parameters = source.manifest["optimizer"], dict(model.named_parameters())
+    saved, parameters = source.manifest["optimizer"], _by_saved_name(model)
     on_device: dict[Tensor, bool] = {}
     for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
         for option, value in numbers.items():
@@ -225,10 +256,11 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: 
         on_device |= {p: bool(group.get("fused") or group.get("capturable")) for p in group["params"]}
     optimizer.state.clear()
     for name, fields in saved.get("state", {}).items():
-        optimizer.state[parameters[name]].update(fields)
+        if name in parameters:
+            optimizer.state[parameters[name]].update(fields)
     aliases = source.manifest["aliases"]
     for key, entry in source.entries.items():
-        if key.startswith("optimizer/"):
+        if key.startswith("optimizer/") and _parameter_of(key) in parameters:
             name, field = _parameter_of(key), key.rpartition("/")[2]
             parameter, was = parameters[name], source.entries.get(f"model/{aliases.get(name, name)}")
             like = entry.shape == tuple(full_shape(parameter))

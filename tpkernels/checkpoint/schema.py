@@ -39,8 +39,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     for field, fits, expected in FIELDS:
         _need(field in manifest and fits(manifest[field]), field, expected, manifest.get(field))
     layout, tensors = manifest["layout"], manifest["tensors"]
-    for size in ("tp", "dp"):
-        _need(is_whole(layout.get(size), 1), f"layout[{size!r}]", "a whole number of 1 or more", layout.get(size))
+    for size, otherwise in (("tp", None), ("dp", None), ("pp", 1)):
+        number = layout.get(size, otherwise)
+        _need(is_whole(number, 1), f"layout[{size!r}]", "a whole number of 1 or more", number)
     for name in tensors:
         kind, _, rest = name.partition("/")
         named = rest != "" if kind == "model" else kind == "optimizer" and "" not in rest.rpartition("/")

@@ -92,7 +92,7 @@ def take(
         CheckpointError: there is something that a checkpoint cannot hold (named).
     """
     mark_shards(model)
-    aliases = aliases_of(model)
+    aliases = aliases_of(model) | copies_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
     check_tensors({f"model/{name}": tensor for name, tensor in state.items()})
     entries: dict[str, Entry] = {}
@@ -117,8 +117,9 @@ def take(
         _check_aggregator(mine["numbers"], ranks)
         own |= {f"aggregator/{key}": value for key, value in mine["tensors"].items()}
     check_tensors(own)
+    renamed = {name: first for name, first in aliases.items() if name != first}
     return Snapshot(
-        tensors | own, entries, list(own), aliases, optimizer_numbers(model, optimizer),
+        tensors | own, entries, list(own), renamed, optimizer_numbers(model, optimizer),
         None if mine is None else plain(mine["numbers"], "the aggregator's state"),
         _as_step(step), _as_extra(extra or {}),
     )  # fmt: skip
@@ -152,6 +153,12 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
     return {name: first[id(t)] for name, t in state.items() if first.setdefault(id(t), name) != name}
 
 
+def copies_of(model: nn.Module) -> dict[str, str]:
+    """Parameters of a pipeline stage that an earlier stage saves, too: {name here: name there}."""
+    stages = getattr(model, "tpk_stages", None)
+    return {} if stages is None else stages.copies()
+
+
 def plain(value: Any, what: str) -> Any:
     """The value as JSON reads it back.
 
@@ -173,15 +180,18 @@ def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     if optimizer is None:
         return None
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    copies = copies_of(model)
     groups = []
     for group in optimizer.param_groups:
         if not all(p in names for p in group["params"]):
             raise CheckpointError("the optimizer has parameters that the model does not have")
         options = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        groups.append(plain(options, "the optimizer's options") | {"params": [names[p] for p in group["params"]]})
+        params = [names[p] for p in group["params"] if names[p] not in copies]
+        groups.append(plain(options, "the optimizer's options") | {"params": params})
     state = {
         names[parameter]: {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
         for parameter, fields in optimizer.state.items()
+        if names[parameter] not in copies
     }
     state = plain({name: fields for name, fields in state.items() if fields}, "the optimizer's state")
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}
@@ -206,8 +216,10 @@ def _optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> list[tuple[str, str, Tensor, ShardInfo | None]]:
     """Parameter, field, value and cut of each tensor of the optimizer's state. It is cut like its parameter."""
-    found = []
+    found, copies = [], copies_of(model)
     for name, parameter in model.named_parameters():
+        if name in copies:
+            continue
         fields = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         info = shard_info(parameter)
         for field, value in fields.items():

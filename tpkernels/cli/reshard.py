@@ -23,6 +23,7 @@ def reshard(
     dst: Annotated[Path, Argument(help="The new checkpoint's folder.")],
     tp: Annotated[int | None, Option(min=1, help="Ranks to cut each replica over.", show_default="as it is")] = None,
     dp: Annotated[int | None, Option(min=1, help="Replicas.", show_default="as it is")] = None,
+    pp: Annotated[int | None, Option(min=1, help="1 joins pipeline stages.", show_default="as it is")] = None,
 ) -> None:
     """Write a checkpoint anew for another number of ranks, bit for bit, with two tensors in memory.
 
@@ -31,6 +32,6 @@ def reshard(
     if not (src / MANIFEST).exists():
         src = checkpoint.latest(src) or src
     with plain_errors():
-        checkpoint.reshard(src, dst, tp=tp, dp=dp)
+        checkpoint.reshard(src, dst, tp=tp, dp=dp, pp=pp)
     layout = checkpoint.peek(dst)["layout"]
     typer.echo(f"{dst}: {src} for {layout['tp']} ranks of {layout['dp']} replicas")

@@ -59,15 +59,16 @@ def train(
 
 def use_all_ranks(options: dict[str, Any], ranks: int) -> None:
     """Without --tp, cut each replica over all ranks that torchrun started for it."""
-    dp = options.get("dp", 1)
-    if dp < 1 or "tp" in options:
+    dp, pp = options.get("dp", 1), options.get("pp", 1)
+    if dp < 1 or pp < 1 or "tp" in options:
         return
-    if ranks % dp:
+    if ranks % (dp * pp):
+        given = f"--dp {dp}" + (f" times --pp {pp}" if pp > 1 else "")
         raise UserError(
-            f"torchrun started {ranks} ranks, which --dp {dp} does not divide: start a multiple of {dp}, or take "
+            f"torchrun started {ranks} ranks, which {given} does not divide: start a multiple of {dp * pp}, or take "
             f"another --dp."
         )
-    options["tp"] = ranks // dp
+    options["tp"] = ranks // (dp * pp)
 
 
 def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:
@@ -75,13 +76,18 @@ def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:
         return
     if resume:
         raise UserError(
-            f"torchrun started {ranks} ranks and the run has --tp {settings.tp} --dp {settings.dp}: "
+            f"torchrun started {ranks} ranks and the run has {_sizes(settings)}: "
             f"continue it with torchrun --nproc-per-node {settings.ranks}, or start anew without --resume."
         )
     each = "" if settings.dp == 1 else f" for each of --dp {settings.dp}"
+    each += "" if settings.pp == 1 else f"{' and' if each else ' for each of'} --pp {settings.pp}"
     raise UserError(
         f"torchrun started {ranks} ranks and --tp is {settings.tp}{each}: leave --tp out, or make them equal."
     )
+
+
+def _sizes(settings: Settings) -> str:
+    return f"--tp {settings.tp} --dp {settings.dp}" + (f" --pp {settings.pp}" if settings.pp > 1 else "")
 
 
 def _resolve(options: dict[str, Any], folder: Path | None, resume: bool) -> tuple[Settings, Path]:
@@ -94,7 +100,7 @@ def _resolve(options: dict[str, Any], folder: Path | None, resume: bool) -> tupl
         settings = Settings(**options)
     settings_file.check(settings)
     if settings.ranks > 1 and not hasattr(os, "sched_getaffinity"):
-        raise UserError("several ranks need Linux: take --tp 1 and --dp 1.")
+        raise UserError("several ranks need Linux: take --tp 1, --dp 1 and --pp 1.")
     check_size(open_corpus(settings.data), settings.context)
     return settings, folder
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tpkernels.comm.group import Group
-from tpkernels.comm.layout import Layout, enough_memory, open_layout
+from tpkernels.comm.mesh import Mesh, enough_memory
 
 
 def is_rank() -> bool:
@@ -32,21 +32,21 @@ def threads(ranks: int) -> int:
 
 
 @contextmanager
-def open_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1) -> Iterator[Layout]:
-    """Open the groups of all ranks of this command: dp replicas, each sharded over tp ranks. Collective.
+def open_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1, pp: int = 1) -> Iterator[Mesh]:
+    """Open the groups of all ranks of this command: pp stages of dp replicas, sharded over tp ranks. Collective.
 
     Args:
         timeout_s: the deadline of a call that waits for other ranks.
         arena_mib: shared memory of each rank in the groups that shard a replica.
-        tp, dp: their product is the number of ranks.
+        tp, dp, pp: their product is the number of ranks.
 
     Raises:
         UserError: /dev/shm is too small for the ranks' arenas.
-        ValueError: torchrun started another number of ranks than tp * dp.
+        ValueError: torchrun started another number of ranks than tp * dp * pp.
     """
     if not is_rank():
         with _open(timeout_s, arena_mib) as group:
-            yield Layout(group, group)
+            yield Mesh(group, group)
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     torch.set_num_threads(threads(local))
@@ -56,10 +56,10 @@ def open_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1) -> Ite
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))
     try:
         with ExitStack() as opened:
-            # With several replicas the group of all ranks carries flags, no tensors.
-            group = opened.enter_context(_open(timeout_s, arena_mib if dp == 1 else 1))
+            # With several replicas or stages the group of all ranks carries flags, no tensors.
+            group = opened.enter_context(_open(timeout_s, arena_mib if dp == pp == 1 else 1))
             with enough_memory(world_size(), arena_mib + 2):
-                layout = opened.enter_context(open_layout(group, tp, dp, arena_bytes=arena_mib << 20))
+                layout = opened.enter_context(Mesh.open(tp=tp, dp=dp, pp=pp, world=group, arena_bytes=arena_mib << 20))
             try:
                 yield layout
             except Exception:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tpkernels.hf import files as hf_files
 from tpkernels.hf import gguf as hf_gguf
 from tpkernels.hf.initialise import initialised
 from tpkernels.layers.base import mark_shards
+from tpkernels.pipeline import split_by_layer, take_stages
 from tpkernels.plan.api import parallelize
 from tpkernels.plan.rules import Plan
 from tpkernels.shard import full_shape, lay_out, shard_info
@@ -47,8 +49,11 @@ def load_pretrained(
     codec: str = "none",
     grad_codec: str | None = None,
     gather_logits: bool = True,
+    pipeline: Group | None = None,
+    balance: str | Sequence[int] = "cost",
+    stages_per_rank: int = 1,
 ) -> PreTrainedModel:
-    """Load a Hugging Face model, sharded over the ranks of a group. Collective.
+    """Load a Hugging Face model, sharded over the ranks of a group, or this rank's stages of it. Collective.
 
     Args:
         path: a folder with config.json and safetensors (one file, or several with an index), or a GGUF file.
@@ -61,6 +66,9 @@ def load_pretrained(
             same on all ranks, and rank 0 warns of both.
         config: in place of the one in the path, for example with another attn_implementation.
         variant: as for `from_pretrained`: reads model.<variant>.safetensors.
+        pipeline: the ranks over which the model is split by layer, too: stages rank, rank + p, ... of p ranks are
+            loaded, and `model.tpk_stages` is what `pipeline.Pipeline` takes. None: the whole model.
+        balance: as for `pipeline.split_by_layer`. stages_per_rank: more than 1 for schedule "interleaved".
 
     Returns:
         the model in eval mode, on the group's device, with its generation config. Parameters and buffers are those that
@@ -73,7 +81,7 @@ def load_pretrained(
         ModuleNotFoundError: transformers, accelerate or gguf is not installed; the text has the pip command.
     """
     group, path = resolve(group), Path(path)
-    place, doing = CheckpointRanks(group), f"load {path}"
+    place, doing = CheckpointRanks(group, pp_group=pipeline), f"load {path}"
     _need_transformers()
     model: Any = None
     with place.together(doing):
@@ -85,7 +93,10 @@ def load_pretrained(
         files = {} if _is_gguf(path) else hf_files.open_folder(path, variant)
         kind, dtype = _class_of(config, model_class), _dtype_of(dtype, config, files)
         model = _empty(config, kind, dtype)
-    with raise_together(group, PlanError, ""):
+    split = None
+    with raise_together(group, PlanError, "", gather_text=place.gather):
+        if pipeline is not None:
+            split = split_by_layer(model, pipeline.world_size * stages_per_rank, balance)
         parallelize(
             model, group=group, plan=plan, sequence_parallel=sequence_parallel, codec=codec, grad_codec=grad_codec,
             gather_logits=gather_logits,
@@ -93,16 +104,19 @@ def load_pretrained(
     state, fresh = _state(model), list[str]()
     with place.together(doing):
         if _is_gguf(path):
-            supply = _from_gguf(model, state, path)
+            supply = partial(_from_gguf, model, state, path)
         else:
             supply, fresh = _from_folder(model, state, files, _names_other(config, model), warn=place.is_first)
+        if split is not None and pipeline is not None:
+            take_stages(model, split, *range(pipeline.rank, len(split.stages), pipeline.world_size))
         _materialise(model, group.device)
-        _fill(_state(model), supply)
+        held = _held(state, model)
+        _fill(held, supply(held))
     if fresh:
         drawn = place.gather(torch.get_rng_state() if place.is_first else None)[0]
         with place.together(doing):
             values = initialised(_empty(config, kind, dtype), fresh, drawn)
-            _fill(_state(model), ((name, tuple(t.shape), _ranges_of(t)) for name, t in values.items()))
+            _fill(held, ((name, tuple(t.shape), _ranges_of(t)) for name, t in values.items()))
     _add_generation_config(model, path)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -198,6 +212,13 @@ def _state(model: Any) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 
+def _held(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Those of the tensors of the whole model that this rank holds, by all their names; of tied ones every name."""
+    now = _state(model)
+    held = {id(t) for t in now.values()}
+    return {name: now.get(name, t) for name, t in state.items() if name in now or id(t) in held}
+
+
 def _materialise(model: Any, device: torch.device) -> None:
     for parameter in model.parameters():
         if parameter.is_meta:
@@ -213,7 +234,7 @@ Supply = Iterator[tuple[str, hf_files.Shape, hf_files.Fetch]]
 
 def _from_folder(
     model: Any, state: dict[str, Tensor], files: Mapping[str, Any], other_class: bool, warn: bool
-) -> tuple[Supply, list[str]]:
+) -> tuple[Callable[[Mapping[str, Tensor]], Supply], list[str]]:
     """The source of each tensor, and the names of those that are initialised.
 
     Names and shapes are checked now, tensors are read one by one later.
@@ -235,24 +256,24 @@ def _from_folder(
     for name, (shape, _) in found.direct.items():
         _check_shape(name, shape, state)
 
-    def supply() -> Supply:
+    def supply(held: Mapping[str, Tensor]) -> Supply:
         for name, (shape, fetch) in found.direct.items():
             yield name, shape, fetch
-        for _, make in found.made:
-            for name, tensor in make().items():
+        for names, make in found.made:
+            for name, tensor in make().items() if any(name in held for name in names) else ():
                 if name not in state:
                     raise CheckpointError(f"it gives {name}, which the model lacks")
                 yield name, tuple(tensor.shape), _ranges_of(tensor)
 
     fresh = [name for name in missing if isinstance(state[name], nn.Parameter)]  # buffers are as they were built
-    return supply(), fresh
+    return supply, fresh
 
 
-def _from_gguf(model: Any, state: dict[str, Tensor], path: Path) -> Supply:
+def _from_gguf(model: Any, state: dict[str, Tensor], path: Path, held: Mapping[str, Tensor]) -> Supply:
     there = set()
     for name, tensor in hf_gguf.tensors(path, model):
         there.add(name)
-        if name in state:
+        if name in held:
             yield name, tuple(tensor.shape), _ranges_of(tensor)
     _refuse_names(model, _missing(model, state, there), sorted(there - set(state)))
 
@@ -300,6 +321,8 @@ def _check_shape(name: str, shape: tuple[int, ...], state: dict[str, Tensor]) ->
 def _fill(state: dict[str, Tensor], supply: Supply) -> None:
     """Copy this rank's shard of each tensor."""
     for name, shape, fetch in supply:
+        if name not in state:  # of another pipeline stage
+            continue
         _check_shape(name, shape, state)
         tensor = state[name]
         info = shard_info(tensor)

@@ -35,7 +35,7 @@ from tpkernels.plan.derive.inputs import Call, check_inputs
 from tpkernels.plan.loss import check_cut_logits, cut_logits
 from tpkernels.plan.outputs import GatheredAttentions, refuse_methods
 from tpkernels.plan.resolved import Resolved
-from tpkernels.plan.rules import Plan, log
+from tpkernels.plan.rules import Plan, log, refuse_stages
 from tpkernels.plan.same_inputs import SameInputs
 from tpkernels.plan.sequence.apply import SequencePlan
 from tpkernels.plan.state_dict import SavePretrained, gather_for_peft
@@ -173,6 +173,8 @@ def parallelize(
     refuse(model)
     check_inputs(inputs)
 
+    if sequence_parallel:
+        refuse_stages(model, "sequence_parallel is checked by a run")
     plan = Plan.resolve(model, plan, inputs=inputs)
     styles = plan.styles(model)
     refuse_patched(dict(model.named_modules()), styles)

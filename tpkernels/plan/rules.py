@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from tpkernels.errors import DeriveError, PlanError, shorten
+from tpkernels.layers.absent import Absent
 from tpkernels.plan.derive.inputs import Call
 from tpkernels.plan.derive.search import derive_plan
 from tpkernels.plan.styles.base import Style, can_be_cut, is_linear
@@ -67,13 +68,15 @@ class Plan:
         """
         parsed = {glob: parse_style(text) for glob, text in self.rules.items()}
         modules = dict(model.named_modules())
+        absent = {name for m in modules.values() if isinstance(m, Absent) for name in m.inner_names()}
         found: dict[str, Style] = {}
         used: set[str] = set()
-        for name in modules:
+        for name in [*modules, *(absent - modules.keys())]:
             for glob, style in parsed.items():
                 if name and fnmatchcase(name, glob):
-                    found[name] = style
                     used.add(glob)
+                    if name not in absent:  # what another pipeline stage holds is sharded there
+                        found[name] = style
         for name, style in list(found.items()):
             style.refine(name, modules, found)
         if self.strict:
@@ -83,6 +86,20 @@ class Plan:
             if len(used) < len(parsed):
                 raise PlanError(f"Plan: no module for the rules {shorten(g for g in parsed if g not in used)}")
         return found
+
+
+def refuse_stages(model: nn.Module, why: str) -> None:
+    """Raise PlanError where a model has some pipeline stages only, and so cannot be run.
+
+    Args:
+        model: to be sharded.
+        why: it has to be run.
+    """
+    if any(isinstance(module, Absent) for module in model.modules()):
+        raise PlanError(
+            f"parallelize: {type(model).__name__} has some of its pipeline stages only, and {why}: call parallelize "
+            f"before take_stages"
+        )
 
 
 def is_weighty(module: nn.Module) -> bool:
@@ -157,11 +174,12 @@ def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
     """Rules for the table of ids, and for the linear that computes logits."""
     names = {id(module): name for name, module in model.named_modules()}
     table, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
-    rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) else {}
-    return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) else {})
+    rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) and id(table) in names else {}
+    return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) and id(head) in names else {})
 
 
 def _derived(model: nn.Module, inputs: Call | None) -> Plan:
+    refuse_stages(model, "its plan has to be derived from a run")
     try:
         return Plan(derive_plan(model, inputs=inputs), "its module tree")
     except DeriveError as error:

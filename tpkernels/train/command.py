@@ -35,7 +35,7 @@ def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, ar
         UserError: see `open_run`.
         typer.Exit: with 3, when the run is not equal to one of one process up to rounding.
     """
-    with torchrun.open_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp) as layout:
+    with torchrun.open_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp, pp=settings.pp) as layout:
         folder = gather(folder, layout.world)[0]  # the default name has the time in it, which may differ by a second
         with open_run(settings, folder, layout, resume=resume) as run:
             _greet(run)
@@ -52,6 +52,8 @@ def _greet(run: Run) -> None:
     over = f"{s.tp} rank{'' if s.tp == 1 else 's'} ({layout.tp.transport})"
     if layout.dp is not None:
         over = f"{s.dp} replicas ({layout.dp.transport}, gradients {s.grad_codec}, {s.grad_mode}) of {over}"
+    if layout.pp is not None:
+        over = f"{s.pp} stages ({s.schedule}, {s.micro_batches} micro-batches, {s.stage_codec}) of {over}"
     run.screen.line(
         f"{whole / 1e6:.2f} M parameters over {over}, {s.dtype}\n"
         f"{s.tokens:,} bytes a step of {corpus.name} ({corpus.size / 1e6:.1f} MB)"
@@ -65,7 +67,7 @@ def _conclude(run: Run) -> bool:
     """Sample, compare with one process, print and draw; whether the comparison held (the same on all ranks)."""
     found = report.collect(run)
     sample = b""
-    if run.settings.sample_bytes:
+    if run.settings.sample_bytes and run.trainer.pipe is None:  # a stage alone gives no logits
         sample = generate(run.trainer.model, PROMPT, run.settings.sample_bytes, seed=run.settings.seed)
     if run.group.rank == 0:
         compared = _compare(run)

@@ -84,6 +84,7 @@ def rounding(settings: Settings) -> float:
     square = terms * 2.0**-48
     if settings.dtype == "bf16":
         square += products * torch.finfo(torch.bfloat16).eps ** 2 / 4
-    if settings.codec != "none":
-        square += 4 * blocks * {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4}.get(settings.codec, 2.0**-7) ** 2
+    for codec, messages in ((settings.codec, 4 * blocks), (settings.stage_codec, 2 * (settings.pp - 1))):
+        if codec != "none":
+            square += messages * {"fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4}.get(codec, 2.0**-7) ** 2
     return float(4 * (2 * square) ** 0.5)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tpkernels import ops
 from tpkernels.comm.group import Group
-from tpkernels.comm.layout import rows_of
+from tpkernels.comm.mesh import rows_of
 from tpkernels.data_parallel import GradAggregator, OuterSGD, TopK
 from tpkernels.data_parallel.agree import replicas_agree
 from tpkernels.train.settings import Settings

@@ -22,13 +22,18 @@ PHASES = ("forward", "backward", "optimizer", "data")
 
 @dataclass(frozen=True)
 class Rank:
-    """The numbers of one rank; replica_bytes: sent to other replicas in a step of this call."""
+    """The numbers of one rank.
+
+    replica_bytes and stage_bytes: sent to other replicas, and to other stages, in a step of this
+    call.
+    """
 
     parameters: int
     peak_bytes: int
     communication: float
     waiting: float
     replica_bytes: float = 0.0
+    stage_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Report:
     train_loss: float
     validation_loss: float | None
     parity: Parity | None
+    bubble: tuple[float, float] | None = None
 
 
 def collect(run: Run) -> Report:
@@ -56,6 +62,7 @@ def collect(run: Run) -> Report:
         communication=sum(r["communication"] for r in run.log.records) / seconds if seconds else math.nan,
         waiting=sum(r["waiting"] for r in run.log.records) / seconds if seconds else math.nan,
         replica_bytes=run.replica_bytes(),
+        stage_bytes=0.0 if run.trainer.pipe is None else run.trainer.pipe.bytes_sent / max(1, run.step - run.first),
     )
     ranks = gather(mine, run.group)
     validations = [r["validation_loss"] for r in records if "validation_loss" in r]
@@ -70,12 +77,14 @@ def collect(run: Run) -> Report:
         train_loss=sum(r["loss"] for r in last) / len(last) if last else math.nan,
         validation_loss=validations[-1] if validations else None,
         parity=None,
+        bubble=None if run.trainer.pipe is None else (run.trainer.pipe.bubble(), run.trainer.pipe.expected_bubble),
     )
 
 
 def whole_parameters(run: Run) -> int:
-    """The size of the uncut model: cut parameters count with their full size, replicated ones once."""
-    return sum(full_shape(parameter).numel() for parameter in run.trainer.model.parameters())
+    """The size of the uncut model: cut parameters count with their full size, replicated ones once; a collective."""
+    mine = sum(full_shape(parameter).numel() for parameter in run.trainer.model.parameters())
+    return mine if run.layout.pp is None else sum(run.layout.pp.all_gather_ints(mine))
 
 
 def peak_bytes() -> int:
@@ -99,6 +108,8 @@ def show(report: Report, console: Console) -> None:
     table.add_row("  of it waiting for the other ranks", *(f"{r.waiting:.1%}" for r in ranks))
     if any(r.replica_bytes for r in ranks):
         table.add_row("sent to other replicas, a step", *(f"{r.replica_bytes / 1e6:.2f} MB" for r in ranks))
+    if any(r.stage_bytes for r in ranks):
+        table.add_row("sent to other stages, a step", *(f"{r.stage_bytes / 1e6:.2f} MB" for r in ranks))
     console.print()
     console.print(table)
     console.print()
@@ -122,6 +133,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ]
     if report.validation_loss is not None:
         facts.append(("validation loss", _loss(report.validation_loss)))
+    if report.bubble is not None:
+        facts.append(("pipeline bubble", f"{report.bubble[0]:.1%}; (p-1)/(m+p-1) is {report.bubble[1]:.1%}"))
     if report.parity is not None:
         p = report.parity
         verdict = "within rounding" if p.holds else "MORE THAN ROUNDING ALLOWS"

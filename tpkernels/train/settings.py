@@ -54,6 +54,12 @@ class Settings:
 
     tp: int = _setting(2, "Ranks to cut the model over.", PARALLEL, least=1)
     dp: int = _setting(1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1)
+    pp: int = _setting(1, "Pipeline stages that the layers are divided over.", PARALLEL, least=1)
+    micro_batches: int = _setting(4, "Parts of a replica's batch, one behind another in --pp.", PARALLEL, least=1)
+    schedule: str = _setting("1f1b", "Their order: 1f1b, gpipe.", PARALLEL, choices=("1f1b", "gpipe"))
+    stage_codec: str = _setting(
+        "none", "How activations and their gradients are packed between stages.", PARALLEL, choices=tuple(CODECS)
+    )
     sequence_parallel: bool = _setting(False, "Cut activations over the tokens, too.", PARALLEL)
     codec: str = _setting("none", "How sums are packed: none, fp16, bf16.", PARALLEL, choices=tuple(CODECS))
     grad_codec: str = _setting(
@@ -104,7 +110,7 @@ class Settings:
     @property
     def ranks(self) -> int:
         """How many ranks the run needs."""
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
 
     @property
     def tokens(self) -> int:
@@ -134,7 +140,15 @@ def check(settings: Settings) -> None:
             f"{s.heads} heads cannot be cut over {s.tp} ranks, because each rank needs a whole head: "
             f"take --tp {s.heads} or fewer ranks, or --heads {s.tp} or more."
         )
+    if s.layers < s.pp:
+        raise UserError(
+            f"{s.layers} layers cannot be divided over {s.pp} stages: take --pp {s.layers} or less, or more --layers."
+        )
     _check_replicas(s)
+    alone = Settings()
+    for name in ("micro_batches", "schedule", "stage_codec"):
+        if s.pp == 1 and getattr(s, name) != getattr(alone, name):
+            raise UserError(f"{option(name)} needs several stages: take --pp 2 or more, or leave it out.")
 
 
 def _check_value(

@@ -7,23 +7,25 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpkernels import checkpoint, data_parallel, ops
 from tpkernels.checkpoint.staging import refuse_later
 from tpkernels.comm.group import Group
-from tpkernels.comm.layout import LANE_MIB, Layout, enough_memory
+from tpkernels.comm.mesh import LANE_MIB, Mesh, enough_memory
 from tpkernels.comm.objects import gather, raise_together
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError, UserError
+from tpkernels.pipeline import Pipeline, Split, split_by_layer, take_stages
 from tpkernels.train import settings as settings_file
 from tpkernels.train.data import Corpus, check_size, open_corpus, train_batch, validation_batches
-from tpkernels.train.gpt import GPT, GPTConfig, Parts, sharded_parts
+from tpkernels.train.gpt import GPT, GPTConfig, Parts, sharded_parts, whole_parts
 from tpkernels.train.progress import Screen
 from tpkernels.train.replicas import Replicas
 from tpkernels.train.runlog import RunLog
@@ -43,6 +45,7 @@ class Trainer:
     Attributes:
         group: over which the gradient norm counts; None for an uncut model.
         replicas: the other copies of the model that learn from the same batches; None where this is the only one.
+        pipe: the pipeline of which `model` is one stage; None where it is the whole model.
     """
 
     settings: Settings
@@ -51,20 +54,36 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     group: Group | None
     replicas: Replicas | None = None
+    pipe: Pipeline | None = None
 
     @classmethod
     def new(
-        cls, settings: Settings, corpus: Corpus, parts: Parts, group: Group | None, dp: Group | None = None
+        cls,
+        settings: Settings,
+        corpus: Corpus,
+        parts: Parts,
+        group: Group | None,
+        dp: Group | None = None,
+        pp: Group | None = None,
     ) -> Trainer:
         """Build from the seed: the same weights whatever the parts and the number of ranks.
 
         Args:
             group: the ranks that the model is cut over. dp: the ranks that have the same part of other replicas.
+            pp: the ranks that have the other stages of this replica.
         """
         torch.manual_seed(settings.seed)
-        model = GPT(GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context), parts)
+        model = GPT(config_of(settings), parts)
+        stages = None if pp is None else take_stages(model, stages_of(settings), pp.rank)
         replicas = None if dp is None else Replicas(model, dp, settings)
-        return cls(settings, corpus, model, make_optimizer(model, settings), group, replicas)
+        pipe = None
+        if stages is not None and pp is not None:
+            pipe = Pipeline(
+                stages, group=pp, schedule=settings.schedule, micro_batches=settings.micro_batches,
+                codec=settings.stage_codec, forward=partial(stage_loss, settings), weigh=rows_in,
+                aggregator=None if replicas is None else replicas.aggregator,
+            )  # fmt: skip
+        return cls(settings, corpus, model, make_optimizer(model, settings), group, replicas, pipe)
 
     def step(self, step: int, total: int | None, clock: Clock | None = None) -> dict[str, float]:
         """Learn from the batch of this step; the numbers of the step for the log."""
@@ -74,12 +93,19 @@ class Trainer:
         rows = None if self.replicas is None else self.replicas.rows
         ids, target = train_batch(self.corpus, seed=s.seed, step=step, batch=s.batch, context=s.context, rows=rows)
         clock.lap("data")
-        with precision(s):
-            loss = self.loss(ids, target)
-        clock.lap("forward")
-        (loss if self.replicas is None else loss * self.replicas.weight).backward()  # type: ignore[no-untyped-call]
-        clock.lap("backward")
+        weight = 1.0 if self.replicas is None else self.replicas.weight
+        if self.pipe is not None:
+            loss = self.pipe.step(scale=weight, ids=ids, target=target)
+            clock.lap("backward")  # and forward: of different micro-batches at the same time
+        else:
+            with precision(s):
+                loss = self.loss(ids, target)
+            clock.lap("forward")
+            (loss if self.replicas is None else loss * weight).backward()  # type: ignore[no-untyped-call]
+            clock.lap("backward")
         ready = self.replicas is None or self.replicas.wait()
+        if ready and self.pipe is not None:
+            self.pipe.sum_tied()
         clock.lap("communication")
         norm = self.apply(rate) if ready else 0.0
         self.optimizer.zero_grad()
@@ -100,6 +126,8 @@ class Trainer:
     def finish(self) -> None:
         """After the last step: apply averages that are still pending, so that all replicas are equal."""
         if self.replicas is not None and self.replicas.drain():
+            if self.pipe is not None:
+                self.pipe.sum_tied()
             self.apply(self.optimizer.param_groups[0]["lr"])
             self.optimizer.zero_grad()
 
@@ -116,12 +144,18 @@ class Trainer:
         """Scale all gradients so that their norm over all ranks is at most `clip`; the norm before."""
         if self.group is None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        return data_parallel.clip_grad_norm_(self.model, self.settings.clip, groups=[self.group])
+        pp, tied = (None, []) if self.pipe is None else (self.pipe.group, self.pipe.tied_copies)
+        return data_parallel.clip_grad_norm_(
+            self.model, self.settings.clip, groups=[self.group], pipeline=pp, tied=tied
+        )
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Loss in nats per byte on the validation windows, which are always the same."""
         batches = validation_batches(self.corpus, batch=self.settings.batch, context=self.settings.context)
+        if self.pipe is not None:
+            losses = [self.pipe.evaluate(ids=ids, target=target).item() for ids, target in batches]
+            return sum(losses) / len(losses)
         with precision(self.settings):
             losses = [self.model.loss(ids, target).item() for ids, target in batches]
         return sum(losses) / len(losses)
@@ -155,6 +189,31 @@ class Clock:
         self.seconds["seconds"] = now - self.start
 
 
+def config_of(settings: Settings) -> GPTConfig:
+    """The sizes of the model."""
+    return GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context)
+
+
+def stages_of(settings: Settings) -> Split:
+    """The stages of the model, balanced by cost for micro-batches of these settings."""
+    with torch.device("meta"):
+        model = GPT(config_of(settings), whole_parts())
+    rows = max(1, settings.batch // settings.dp // settings.micro_batches)
+    ids = torch.zeros(rows, settings.context, dtype=torch.int64)
+    return split_by_layer(model, settings.pp, inputs=((ids,), {}))
+
+
+def stage_loss(settings: Settings, model: GPT, ids: Tensor, target: Tensor) -> Tensor:
+    """The loss of a micro-batch, for the stages of a pipeline."""
+    with precision(settings):
+        return model.loss(ids, target)
+
+
+def rows_in(model: nn.Module, batch: dict[str, Any]) -> float:
+    """Sequences of a micro-batch, all of one length, over which its loss is a mean."""
+    return float(len(batch["ids"]))
+
+
 def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; decay for matrices, none for norms and biases."""
     parameters = list(model.parameters())
@@ -185,7 +244,7 @@ class Run:
 
     settings: Settings
     folder: Path
-    layout: Layout
+    layout: Mesh
     trainer: Trainer
     log: RunLog
     screen: Screen
@@ -252,6 +311,8 @@ class Run:
         if replicas is not None and every and self.step % every == 0:
             with raise_together(self.group, RankMismatchError, f"after step {self.step}"):
                 replicas.check_same()
+                if self.trainer.pipe is not None:
+                    self.trainer.pipe.check_tied()
 
     def replica_bytes(self) -> float:
         """Bytes that this rank has sent to other replicas, a step of this call."""
@@ -289,6 +350,7 @@ class Run:
             parent / f"{STEP}{self.step:08d}",
             group=self.layout.tp,
             dp_group=self.layout.dp,
+            pp_group=self.layout.pp,
             optimizer=t.optimizer,
             aggregator=t.aggregator,
             own_parameters=t.replicas is not None and t.replicas.differ,
@@ -306,13 +368,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) -> Iterator[Run]:
+def open_run(settings: Settings, folder: Path, layout: Mesh, *, resume: bool) -> Iterator[Run]:
     """A new run in `folder`, or the one that is there, at its last checkpoint. Collective over layout.world.
 
     Args:
         settings: the same on all ranks.
         folder: where log, settings and checkpoints are.
-        layout: settings.tp * settings.dp ranks.
+        layout: settings.tp * settings.dp * settings.pp ranks.
         resume: continue from the last checkpoint in `folder`; else it must hold no run.
 
     Raises:
@@ -331,7 +393,7 @@ def open_run(settings: Settings, folder: Path, layout: Layout, *, resume: bool) 
         )
     parts = sharded_parts(layout.tp, sequence_parallel=settings.sequence_parallel, codec=settings.codec)
     with enough_memory(group.world_size, LANE_MIB):
-        trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp)
+        trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp, layout.pp)
     step, total = _continue(trainer, folder, layout) if resume else (0, None)
     with raise_together(group, UserError, ""):
         if group.rank == 0 and not resume:
@@ -367,7 +429,7 @@ def _claim(settings: Settings, folder: Path) -> None:
         raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder with --folder.") from None
 
 
-def _continue(trainer: Trainer, folder: Path, layout: Layout) -> tuple[int, int | None]:
+def _continue(trainer: Trainer, folder: Path, layout: Mesh) -> tuple[int, int | None]:
     """Load the last checkpoint; (steps done, steps planned)."""
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
@@ -386,6 +448,7 @@ def _continue(trainer: Trainer, folder: Path, layout: Layout) -> tuple[int, int 
         found,
         group=layout.tp,
         dp_group=layout.dp,
+        pp_group=layout.pp,
         optimizer=trainer.optimizer,
         aggregator=trainer.aggregator,
     )
