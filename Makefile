@@ -1,7 +1,7 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
 # make test-all the same and those marked nightly: what nvcc makes of the CUDA sources, mistakes planted in the fused kernel
-# make bench    time what README shows, ten minutes, with a picture;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
+# make bench    ten minutes: time what README shows, draw it;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
 # make install  .venv with torch and everything else, tpkernels built into it (run, test, bench, lint do this first)

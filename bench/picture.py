@@ -7,6 +7,7 @@ printed in grey.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ def latency(axes: Axes, rows: Sequence[Row]) -> None:
         ]
         axes.errorbar([row["bytes"] for row in mine], middle, yerr=whiskers, label=label, ms=5, capsize=2, **style)
     axes.set(xscale="log", yscale="log", xlabel="size of the tensor, fp32", ylabel="microseconds, slowest rank",
-             title="all_reduce, two ranks of one host")  # fmt: skip
+             title=f"all_reduce, two ranks of one host\n{rows[0]['machine']['class']}")  # fmt: skip
     axes.set_xticks(sizes, [format_bytes(nbytes) for nbytes in sizes], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -75,7 +76,8 @@ def exposed(axes: Axes, rows: Sequence[Row]) -> None:
     axes.margins(x=0.12)
     last = rows[-1]
     axes.set(xlabel="milliseconds of communication not hidden behind the GEMM",
-             title=f"fused ops, two hosts joined by {last['link']}, {size(last)} {last['dtype']}")  # fmt: skip
+             title=f"fused ops, two hosts joined by {last['link']}, {size(last)} {last['dtype']}\n"
+                   f"{last['machine']['class']}")  # fmt: skip
     axes.grid(alpha=0.3, axis="x")
     axes.legend(frameon=False)
 
@@ -99,7 +101,8 @@ def draw(results: Path, path: Path, link: str = "1gbit") -> bool:
             over = [row for row in linked if row["machine"]["class"] == machine]
             exposed(axes, over) if over else axes.axis("off")
     notes = [under(next(row for row in single if row["machine"]["class"] == machine)) for machine in machines]
-    sheet.supxlabel("\n".join(notes), fontsize=6.5, color="0.4")
+    width = 190 if linked else 95  # characters of this size beside each other
+    sheet.supxlabel("\n".join(textwrap.fill(note, width) for note in notes), fontsize=6.5, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, dpi=110)
     return True

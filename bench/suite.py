@@ -1,4 +1,4 @@
-"""Measure what README shows, print the goals, draw the picture: `make bench`, or `python -m bench.suite`.
+"""Measure what the documents show, print the goals, draw the picture: `make bench`, or `python -m bench.suite`.
 
 Ten minutes on two cores, and not more: a run that has not ended by then is ended, and what is left is named. Each size
 waits a little for a quiet machine, and collectives of one host run at real-time priority where this user may (root),
@@ -29,18 +29,10 @@ from bench.study import links
 # Arguments of `python -m bench.run`, where the first word is the op, or of a program of its own. It names the file.
 PROGRAMS = ("generate", "serve", "train_step")
 PRIORITY = 10
+# First what README shows, then the other tables of docs/benchmarks.md.
 RUNS = [
     "all_reduce --rounds 9",
-    "all_reduce --rounds 9 --ranks 4 --sizes 4KiB,64KiB,1MiB,16MiB",
-    "reduce_scatter --rounds 9",
-    "all_gather --rounds 9",
     "gemm_all_reduce --rounds 5",
-    "gemm_all_reduce --rounds 5 --dtype bf16",
-    "codecs --rounds 9 --sizes 64KiB,1MiB,16MiB",
-    "codec_moves --rounds 9 --ranks 1",
-    "few_rows --rounds 9 --ranks 1",
-    "few_rows --rounds 9 --ranks 1 --dtype bf16",
-    "few_rows --rounds 9 --ranks 1 --dtype fp16",
     "gemm_all_reduce --rounds 3 --hosts 2 --link 1gbit --sizes 512",
     "gemm_all_reduce --rounds 3 --hosts 2 --link 1gbit --sizes 512 --codec fp16",
     "gemm_all_reduce --rounds 3 --hosts 2 --link 1gbit --sizes 512 --codec int8",
@@ -49,8 +41,17 @@ RUNS = [
     "train_step --rounds 9",
     "serve --clients 1,8",
     "generate --dtype fp32,bf16",
+    "reduce_scatter --rounds 9",
+    "all_gather --rounds 9",
+    "gemm_all_reduce --rounds 5 --dtype bf16",
+    "codec_moves --rounds 9 --ranks 1",
+    "codecs --rounds 9 --sizes 64KiB,1MiB,16MiB",
+    "few_rows --rounds 9 --ranks 1",
+    "few_rows --rounds 9 --ranks 1 --dtype bf16",
+    "few_rows --rounds 9 --ranks 1 --dtype fp16",
+    "all_reduce --rounds 9 --ranks 4 --sizes 4KiB,64KiB,1MiB,16MiB",
 ]
-# Ops that README does not show; --all.
+# Ops that no document shows; --all.
 OTHERS = [
     "all_reduce --dtype bf16",
     "gemm_reduce_scatter",
@@ -64,7 +65,7 @@ OTHERS = [
 
 
 def chosen(ops: Sequence[str], everything: bool = False) -> list[str]:
-    """The runs of these ops; of none, those of README, or everything."""
+    """The runs of these ops; of none, those of the documents, or everything."""
     return [run for run in (RUNS + OTHERS if ops or everything else RUNS) if not ops or run.split()[0] in ops]
 
 
@@ -147,8 +148,8 @@ def draw(results: Path, path: Path) -> None:
 
 
 def main(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to measure; default: those of README.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also the ops that README does not show.")] = False,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to measure; default: those of the documents.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also the ops that no document shows.")] = False,
     minutes: Annotated[float, typer.Option(help="After which nothing more is measured.")] = 10.0,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a quiet machine in each run.")] = 10.0,
     keep: Annotated[bool, typer.Option("--keep", help=KEEP_HELP)] = False,
