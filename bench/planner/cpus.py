@@ -1,4 +1,4 @@
-"""The planner held against measured steps of the main job: CPU ranks on two hosts (docs/compression_study.md), on one."""
+"""The planner held against steps of the main job: CPU ranks on two hosts (docs/compression_study.md), and on one."""
 
 from __future__ import annotations
 
