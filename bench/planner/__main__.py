@@ -1,8 +1,9 @@
 """Fit the planner's constants, hold it against all measurements, and write both: `python -m bench.planner ROWS`.
 
 ROWS is the folder of the rows published with vTrain (MICRO 2024, arXiv:2312.12391; MIT licence, VIA Research Group,
-KAIST), one_node_fit.csv and many_nodes_fit.csv, which are not part of this project. Written are the constants and errors in
-tpkernels/planner/data and the tables and the picture of docs/planner.md; --check prints the errors and writes nothing.
+KAIST), one_node_fit.csv and many_nodes_fit.csv, which are not part of this project. Written are the constants and
+errors in tpkernels/planner/data and the tables and the picture of docs/planner.md; --check prints the errors and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -103,12 +104,9 @@ def cpu_table(found: Validated) -> str:
     """Errors of each cut and link, and how much slower the codec that the planner would take is than the fastest."""
     lines = []
     for (_, name), (rows, predicted) in found.items():
-        measured = [row.ms for row in rows]
-        chosen = measured[int(np.argmin(predicted))]
-        lines.append([
-            name, str(len(rows)), f"{fit.percentage_error(rows, predicted):.1f} %", rows[int(np.argmin(predicted))].codec,
-            rows[int(np.argmin(measured))].codec, f"{chosen / min(measured) - 1:+.1%}",
-        ])  # fmt: skip
+        chosen, fastest = rows[int(np.argmin(predicted))], min(rows, key=lambda row: row.ms)
+        error = f"{fit.percentage_error(rows, predicted):.1f} %"
+        lines.append([name, str(len(rows)), error, chosen.codec, fastest.codec, f"{chosen.ms / fastest.ms - 1:+.1%}"])
     return table(
         ("cut and link left out", "steps", "mean absolute error", "planner's codec", "fastest", "slower by"), lines
     )

@@ -1,9 +1,10 @@
-"""The planner held against measured steps of the main job: CPU ranks on two hosts (docs/compression_study.md), on one."""
+"""The planner held against steps of the main job: CPU ranks on two hosts (docs/compression_study.md), and on one."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ class Measured:
     codec: str
     seconds: float
 
-    @property
+    @cached_property
     def cluster(self) -> Cluster:
         tp, dp = CUTS[self.layout]
         return cluster("cpu", tp * dp, self.link, tp * dp // 2)
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """The study's codec packs gradients where there are replicas, sums otherwise; no micro-batches."""
         tp, dp = CUTS[self.layout]

@@ -104,7 +104,7 @@ class Search:
             fits = False
             for recipe in self._recipes(tp, pp, dp, micro_batch):
                 if why := refuse(self.job, recipe):
-                    if not best.why:
+                    if best.recipe is None and not best.why:
                         best = replace(best, why=why)
                     continue
                 need = memory_of(self.cluster, self.job, recipe, self.arena_bytes)
