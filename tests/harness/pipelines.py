@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tests.harness.parallelize import part_of
 from tpkernels import checkpoint, ops, parallelize
-from tpkernels.comm.group import Group
 from tpkernels.comm.mesh import Mesh, rows_of
 from tpkernels.data_parallel import GradAggregator, clip_grad_norm_, replicas_agree
 from tpkernels.pipeline import HeldStages, Pipeline, split_by_layer, take_stages
@@ -79,7 +78,7 @@ class Uncut:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(torch.stack(losses).double().mean())
+        return float(torch.stack(losses).detach().double().mean())
 
 
 class Divided:
@@ -161,7 +160,8 @@ def compare(divided: Divided, uncut: Uncut, label: str, tolerance: float) -> Non
         want = others[name].detach()
         change = float((want - starts[name]).abs().max())
         error = float((parameter.detach() - part_of(parameter, want)).abs().max()) if parameter.numel() else 0.0
-        assert error <= tolerance * change, f"{label}: {name} is off by {error} of a change of {change}"
+        rounding = 4 * STEPS * 2.0**-24 * float(want.abs().max())  # of the values themselves, twice a step
+        assert error <= tolerance * change + rounding, f"{label}: {name} is off by {error} of a change of {change}"
 
 
 def check_shape(shape: Shape, other: Shape, folder: str, *, first: str = "parallelize") -> None:
@@ -186,7 +186,3 @@ def check_shape(shape: Shape, other: Shape, folder: str, *, first: str = "parall
             if part == 0:
                 checkpoint.save(divided.model, where, optimizer=divided.optimizer, step=STEPS, **divided.groups)
             divided.close()
-
-
-def whole_world() -> Group:
-    return Group.open()
