@@ -51,4 +51,4 @@ def test_a_choice_of_compositions_trains_as_the_uncut_model(tmp_path: Path) -> N
 @pytest.mark.nightly
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_every_composition_trains_as_the_uncut_model(tmp_path: Path, ranks: int) -> None:
-    run_ranks(check_every, ranks, str(tmp_path), ranks, timeout_s=600)
+    run_ranks(check_every, ranks, str(tmp_path), ranks, timeout=600)
