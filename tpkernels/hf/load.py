@@ -102,6 +102,7 @@ def load_pretrained(
             gather_logits=gather_logits,
         )  # fmt: skip
     state, fresh = _state(model), list[str]()
+    supply: Callable[[Mapping[str, Tensor]], Supply]
     with place.together(doing):
         if _is_gguf(path):
             supply = partial(_from_gguf, model, state, path)

@@ -34,7 +34,7 @@ def order_of(schedule: str, group: Group, num_stages: int, micro_batches: int) -
     if schedule == "interleaved" and ranks > 1 and num_stages > ranks:
         return _of_torch(group, num_stages, micro_batches)
     own = range(rank, num_stages, ranks)
-    if schedule == "gpipe" or ranks == 1:
+    if schedule == "gpipe" or (ranks == 1 and len(own) > 1):
         forward = [Action(True, stage, micro) for stage in own for micro in range(micro_batches)]
         return forward + [Action(False, stage, micro) for stage in reversed(own) for micro in range(micro_batches)]
     if len(own) > 1:

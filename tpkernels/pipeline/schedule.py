@@ -65,8 +65,8 @@ class Pipeline:
 
     Args:
         stages: of the model, as `take_stages` gives them: this rank's are rank, rank + p, ... of p ranks.
-        group: the ranks of the pipeline. Its timeout_s bounds the wait for another stage, which has to compute
-            meanwhile.
+        group: the ranks of the pipeline, on the CPU. Its timeout_s bounds the wait for another stage, which has to
+            compute meanwhile.
         schedule: "gpipe", "1f1b", or "interleaved" for several stages a rank.
         micro_batches: of a batch; it need not divide by them. A batch of fewer rows has one for each row.
         codec: how hidden states are packed between stages. grad_codec: how their gradients are; None: as `codec`.
@@ -97,6 +97,10 @@ class Pipeline:
         aggregator: Aggregator | None = None,
     ) -> None:
         grad_codec = codec if grad_codec is None else grad_codec
+        if not group.is_cpu:
+            raise ValueError(
+                f"Pipeline: group must work on the CPU, got {group.device}: stages on GPUs do not exist yet"
+            )
         _check_choices(schedule, micro_batches, codec, grad_codec)
         self.stages, self.group, self.schedule, self.micro_batches = stages, group, schedule, micro_batches
         self.model, self.aggregator = stages.model, aggregator
@@ -240,11 +244,11 @@ class Pipeline:
         if self._broken:
             raise RuntimeError("Pipeline: a step has failed, and its messages are lost: make a new Pipeline")
         micros = split_batch(batch, self.micro_batches)
+        self._check_batch(batch)
         counts = [float(self._weigh(self.model, micro)) for micro in micros]
         if not sum(counts) > 0:
             raise ValueError("Pipeline: the batch has no label that counts, so its loss is undefined")
         divisor = sum(counts) if batch.get("num_items_in_batch") is None else 1.0
-        self._check_batch(batch)
         begin, self._broken = time.perf_counter(), True
         passes = _Passes(self, micros, [count / divisor for count in counts], scale)
         order = [action for action in self._order(len(micros)) if backward or action.forward]

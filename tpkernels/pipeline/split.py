@@ -113,17 +113,20 @@ def _split(model: nn.Module, found: Record, sizes: list[int], scale: float) -> S
     names = _all_names(model)
     needed = _needed(model, found, stage_of, names)
     kept = _subtrees(model, found, needed)
-    tied = {}
+    tied, nbytes = {}, [0] * len(sizes)
     for first, every in names.items():
-        where = {stage: name for name in every for stage in _stages_with(name, found, kept, stage_of)}
+        where = {stage: name for name in reversed(every) for stage in _stages_with(name, found, kept, stage_of)}
         if len(where) > 1:
-            tied[first] = where
-    costs, memory = _costs(model, found, scale), _nbytes(model, found)
+            tied[first] = dict(sorted(where.items()))
+        parameter = model.get_parameter(first)
+        for stage in where:
+            nbytes[stage] += parameter.numel() * parameter.element_size()
+    costs = _costs(model, found, scale)
     stages = []
     for index, own in enumerate(layers):
         segments = [0] * (index == 0) + [i + 1 for i in own] + [len(costs) - 1] * (index == len(sizes) - 1)
         modules = tuple(name for name, stages_of in kept.items() if index in stages_of)
-        stages.append(Stage(index, own, modules, sum(costs[s] for s in segments), sum(memory[s] for s in segments)))
+        stages.append(Stage(index, own, modules, sum(costs[s] for s in segments), nbytes[index]))
     return Split(tuple(stages), tuple(found.layers), kept, tied, found.key, tuple(found.tuples))
 
 

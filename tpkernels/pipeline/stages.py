@@ -98,12 +98,14 @@ class _Skipped(_Delegate):
     """A layer ahead of the stage's own: returns the hidden states that the stage received."""
 
     received: Tensor | None = None
+    was_called = False
 
     def __init__(self, layer: nn.Module, key: Key, length: int) -> None:
         super().__init__(layer, key)
         self.length = length
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_called = True
         return self.received if self.length == 0 else (self.received, *[None] * (self.length - 1))
 
 
@@ -165,26 +167,26 @@ class HeldStages:
         if stage not in self._parts:
             self._parts[stage] = self._make(stage)
         parts, before = self._parts[stage], list[tuple[nn.Module, str, nn.Module]]()
+        skipped = [part for _, _, part in parts if isinstance(part, _Skipped)]
+        for layer in skipped:
+            layer.received, layer.was_called = received, False
         for parent, key, part in parts:
-            if isinstance(part, _Skipped):
-                part.received = received
             before.append((parent, key, parent._modules[key]))  # type: ignore[arg-type]
             parent._modules[key] = part
-        last = stage + 1 == len(self.split.stages)
+        ended = stage + 1 == len(self.split.stages)
         try:
             output = forward()
         except _StageEnd as end:
-            return end.hidden
+            output, ended = end.hidden, True
         finally:
             for parent, key, module in before:
                 parent._modules[key] = module
-            for _, _, part in parts:
-                if isinstance(part, _Skipped):
-                    part.received = None
-        if not last:
+            for layer in skipped:
+                layer.received = None
+        if not ended or not all(layer.was_called for layer in skipped):
             raise PlanError(
-                f"{type(self.model).__name__}: stage {stage} ran to the end of the model without a call of "
-                f"{self.split.layers[self.split.stages[stage].layers.stop]}: call the model itself, not a part of it"
+                f"{type(self.model).__name__}: stage {stage} did not call all layers in order: call the model itself, "
+                f"not a part of it, and let it skip no layers at random (layerdrop = 0)"
             )
         return output
 
@@ -246,4 +248,19 @@ def take_stages(model: nn.Module, split: Split, *stages: int) -> HeldStages:
         parent, key, module = found._place(name)
         parent._modules[key] = Absent(module, name, is_layer=is_layer)
     model.tpk_stages = found  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _RefusedSave(held)  # type: ignore[assignment]
     return found
+
+
+class _RefusedSave:
+    """In the place of save_pretrained, which would write the stages of this rank as the model."""
+
+    def __init__(self, held: tuple[int, ...]) -> None:
+        self.held = held
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise PlanError(
+            f"save_pretrained: the model has pipeline stages {list(self.held)} only: save it by "
+            f"tpkernels.checkpoint.save, and load that into the whole model"
+        )

@@ -234,7 +234,12 @@ def _guard(model: nn.Module, group: Group) -> None:
     if hasattr(model, "_get_static_cache_init_shape"):  # it would count the heads of the full model
         model._get_static_cache_init_shape = _no_static_shape  # type: ignore[assignment]
     for module in model.modules():  # the models in a model, too
-        if hasattr(type(module), "save_pretrained") and any(isinstance(m, ConvertedModule) for m in module.modules()):
+        refused = getattr(module, "tpk_stages", None) is not None  # by take_stages already
+        if (
+            hasattr(type(module), "save_pretrained")
+            and not refused
+            and any(isinstance(m, ConvertedModule) for m in module.modules())
+        ):
             module.save_pretrained = SavePretrained(module, group)  # type: ignore[assignment]
             refuse_methods(module)
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpkernels import checkpoint, data_parallel, ops
 from tpkernels.checkpoint.staging import refuse_later
@@ -22,14 +22,16 @@ from tpkernels.comm.mesh import LANE_MIB, Mesh, enough_memory
 from tpkernels.comm.objects import gather, raise_together
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError, UserError
-from tpkernels.pipeline import Pipeline, Split, split_by_layer, take_stages
+from tpkernels.pipeline import Pipeline, take_stages
 from tpkernels.train import settings as settings_file
+from tpkernels.train.clock import Clock
 from tpkernels.train.data import Corpus, check_size, open_corpus, train_batch, validation_batches
-from tpkernels.train.gpt import GPT, GPTConfig, Parts, sharded_parts, whole_parts
+from tpkernels.train.gpt import GPT, Parts, sharded_parts
 from tpkernels.train.progress import Screen
 from tpkernels.train.replicas import Replicas
 from tpkernels.train.runlog import RunLog
 from tpkernels.train.settings import Settings
+from tpkernels.train.stages import config_of, precision, rows_in, stage_loss, stages_of
 
 CALIBRATION_STEPS = 20  # after so many, the number of steps that fit into --minutes is estimated
 DEFAULT_MINUTES = 2.0
@@ -161,59 +163,6 @@ class Trainer:
         return sum(losses) / len(losses)
 
 
-class Clock:
-    """Splits the time of a step into its phases, without their collectives, and the collectives."""
-
-    def __init__(self, group: Group | None) -> None:
-        self.group = group
-        self.start = self.last = time.perf_counter()
-        self.moved, self.waited = self._communication()
-        self.seconds = {"communication": 0.0, "waiting": 0.0}
-
-    def _communication(self) -> tuple[float, float]:
-        if self.group is None:
-            return 0.0, 0.0
-        stats = self.group.stats()
-        return stats["seconds"], stats["wait_seconds"]
-
-    def lap(self, phase: str) -> None:
-        """End a phase; "communication" is the time spent waiting for other replicas, which no other phase hides."""
-        now, (moved, waited) = time.perf_counter(), self._communication()
-        took, inside = now - self.last, moved - self.moved
-        if phase != "communication":
-            self.seconds[phase] = took - inside
-            took = inside
-        self.seconds["communication"] += took
-        self.seconds["waiting"] += waited - self.waited
-        self.last, self.moved, self.waited = now, moved, waited
-        self.seconds["seconds"] = now - self.start
-
-
-def config_of(settings: Settings) -> GPTConfig:
-    """The sizes of the model."""
-    return GPTConfig(settings.layers, settings.d_model, settings.heads, settings.context)
-
-
-def stages_of(settings: Settings) -> Split:
-    """The stages of the model, balanced by cost for micro-batches of these settings."""
-    with torch.device("meta"):
-        model = GPT(config_of(settings), whole_parts())
-    rows = max(1, settings.batch // settings.dp // settings.micro_batches)
-    ids = torch.zeros(rows, settings.context, dtype=torch.int64)
-    return split_by_layer(model, settings.pp, inputs=((ids,), {}))
-
-
-def stage_loss(settings: Settings, model: GPT, ids: Tensor, target: Tensor) -> Tensor:
-    """The loss of a micro-batch, for the stages of a pipeline."""
-    with precision(settings):
-        return model.loss(ids, target)
-
-
-def rows_in(model: nn.Module, batch: dict[str, Any]) -> float:
-    """Sequences of a micro-batch, all of one length, over which its loss is a mean."""
-    return float(len(batch["ids"]))
-
-
 def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; decay for matrices, none for norms and biases."""
     parameters = list(model.parameters())
@@ -231,11 +180,6 @@ def learning_rate(settings: Settings, step: int, total: int | None) -> float:
         return settings.lr * min(1.0, (step + 1) / max(1, warmup))
     share = (step - warmup) / (total - warmup)
     return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
-def precision(settings: Settings) -> contextlib.AbstractContextManager[None]:
-    """bf16 means autocast: parameters and optimizer stay fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bf16")
 
 
 @dataclass
