@@ -115,7 +115,7 @@ def _targets(
 def _open_files(source: Source, ranks: CheckpointRanks, wanted: Mapping[str, tuple[int | None, Runs]]) -> None:
     """Open and check the files from which these tensors are read."""
     read_from = {ranks.rank} if ranks.tp == source.tp else set(range(source.tp))
-    first = ranks.rank if ranks.tp == source.tp else 0
+    first = source.first_rank(ranks.rank, ranks.tp)
     for key, (dim, runs) in wanted.items():
         read_from |= ranks_read(source.entries[key], source.tp, dim, runs, first)
     for rank in sorted(read_from):
@@ -206,7 +206,7 @@ def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
 
 def _fill(source: Source, ranks: CheckpointRanks, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
     """Read this rank's part; from its own file where several hold the same indices."""
-    first = ranks.rank if ranks.tp == source.tp else 0
+    first = source.first_rank(ranks.rank, ranks.tp)
     read_part(source.entries[key], source.tp, source.reader(key), *cut, tensor, first)
 
 
