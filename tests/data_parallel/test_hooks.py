@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.harness.ops import raised
+from tests.harness.ranks import Run, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.compress import CODECS, wire_bytes
@@ -97,8 +98,9 @@ def wrapped(
     return ddp, hook
 
 
-def check_ddp_averages() -> None:
-    R, rank = dist.get_world_size(), dist.get_rank()
+@on_ranks(2, 3)
+def check_ddp_averages(group: Group) -> None:
+    R, rank = group.world_size, group.rank
     plain = DistributedDataParallel(net(), bucket_cap_mb=SMALL_MB)
     for codec, error_feedback in itertools.product(CODECS, (True, False)):
         ddp, hook = wrapped(codec, error_feedback)
@@ -116,7 +118,8 @@ def check_ddp_averages() -> None:
         hook.close()
 
 
-def check_ddp_bytes_and_residuals_by_parameter() -> None:
+@on_ranks(2)
+def check_ddp_bytes_and_residuals_by_parameter(group: Group) -> None:
     numels = [p.numel() for p in net().parameters()]
     sent = {}
     for codec in CODECS:
@@ -126,9 +129,9 @@ def check_ddp_bytes_and_residuals_by_parameter() -> None:
             ddp.zero_grad()
             hook.reset_stats()
             with ddp.no_sync():
-                ddp(data(step, dist.get_rank())).backward()
+                ddp(data(step, group.rank)).backward()
             assert hook.stats()["calls"] == 0, "no_sync sends nothing"
-            ddp(data(step, dist.get_rank())).backward()
+            ddp(data(step, group.rank)).backward()
             buckets.append(hook.stats()["calls"])
             sent[codec] = hook.stats()["wire_bytes"]
         assert buckets[0] != buckets[1], "DDP lays out its buckets anew after the first step"
@@ -170,9 +173,10 @@ def steps(model: nn.Module, gradients: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def check_error_feedback_loses_nothing() -> None:
+@on_ranks(2, 3)
+def check_error_feedback_loses_nothing(group: Group) -> None:
     """A large value in the block hides small ones from codecs of one scale a block, for ever without error feedback."""
-    R, count = dist.get_world_size(), 64
+    R, count = group.world_size, 64
     gradient = torch.full((32,), 2.0**-27)
     gradient[0] = 1.0
     for codec in CODECS:
@@ -201,12 +205,13 @@ def gathered(mine: Tensor) -> list[Tensor]:
     return [tensor.double() for tensor in every]
 
 
-def check_sign_like_compression_learns_only_with_error_feedback() -> None:
+@on_ranks(2)
+def check_sign_like_compression_learns_only_with_error_feedback(group: Group) -> None:
     """min slope |x_1| behind a noise of both signs on x_0, so large that the packing drops the slope: x_1 stays at 1.
 
     The counterexample 1 of arXiv:1901.09847, for codecs in the place of the sign.
     """
-    slope, alone = 0.01, dist.get_rank() == 0  # one rank alone has the slope: half a step of the sum must not vanish
+    slope, alone = 0.01, group.rank == 0  # one rank alone has the slope: half a step of the sum must not vanish
     for codec in [codec for codec in CODECS if CODEC_FLOOR[codec] > 0]:
         moved = {}
         for error_feedback in (True, False):
@@ -214,7 +219,7 @@ def check_sign_like_compression_learns_only_with_error_feedback() -> None:
             nn.init.ones_(model.weight)
             ddp, hook = wrapped(codec, error_feedback, model)
             optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
-            for step in range(120 * dist.get_world_size()):
+            for step in range(120 * group.world_size):
                 gradient = torch.zeros(32)
                 gradient[0] = (-1.0) ** step * 4 * slope / CODEC_FLOOR[codec]
                 gradient[1] = slope * float(model.weight[1].detach().sign()) if alone else 0.0
@@ -227,8 +232,9 @@ def check_sign_like_compression_learns_only_with_error_feedback() -> None:
         assert abs(moved[True]) < 0.3, f"{codec}: {moved}"
 
 
-def check_extreme_values_survive() -> None:
-    R, rank = dist.get_world_size(), dist.get_rank()
+@on_ranks(2, 3)
+def check_extreme_values_survive(group: Group) -> None:
+    R, rank = group.world_size, group.rank
     for codec, error_feedback in itertools.product(CODECS, (True, False)):
         ddp, hook = wrapped(codec, error_feedback, Values(40))
         for large, small in ((8e4, 0.0), (3e38, 0.0), (1e-7, 1e-7), (1e-30, 1e-30)):
@@ -247,8 +253,9 @@ def check_extreme_values_survive() -> None:
         hook.close()
 
 
-def check_state_goes_on_with_the_same_bits() -> None:
-    rank = dist.get_rank()
+@on_ranks(2, 3)
+def check_state_goes_on_with_the_same_bits(group: Group) -> None:
+    rank = group.rank
     first, hook = wrapped("fp16")
     for step in range(2):
         first.zero_grad()
@@ -278,7 +285,8 @@ def check_state_goes_on_with_the_same_bits() -> None:
         used.close()
 
 
-def check_arguments() -> None:
+@on_ranks(2)
+def check_arguments(group: Group) -> None:
     assert "comm_hook: codec must be one of 'none', " in raised(lambda: comm_hook("zip"), ValueError)
     hook = comm_hook("fp16")
     assert "got Linear" in raised(lambda: hook.register(nn.Linear(2, 2)), TypeError)
@@ -289,7 +297,7 @@ def check_arguments() -> None:
     low.register_comm_hook(None, hook)  # in torch's own words; the state is the hook's
     low(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     assert torch.equal(low.module.bias.grad, torch.ones(2, dtype=torch.bfloat16))
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    alone = dist.new_group([group.rank], use_local_synchronization=True)
     text = raised(lambda: hook.register(DistributedDataParallel(nn.Linear(2, 2), process_group=alone)), ValueError)
     assert text.startswith("comm_hook: group must have the ranks of the model, ["), text
     hook.close()
@@ -322,8 +330,9 @@ def sharded(codec: str, error_feedback: bool = True) -> tuple[Net, CommHook]:
     return model, hook
 
 
-def check_fully_sharded_averages() -> None:
-    R, rank = dist.get_world_size(), dist.get_rank()
+@on_ranks(2)
+def check_fully_sharded_averages(group: Group) -> None:
+    R, rank = group.world_size, group.rank
     sent = {}
     for codec, error_feedback in itertools.product(CODECS, (True, False)):
         model, hook = sharded(codec, error_feedback)
@@ -359,7 +368,8 @@ def part_numels(R: int) -> list[int]:
     return [sum(-(-s[0] // R) * math.prod(s[1:]) for s in found) for found in shapes.values()]
 
 
-def check_fully_sharded_trouble() -> None:
+@on_ranks(2)
+def check_fully_sharded_trouble(group: Group) -> None:
     model, hook = sharded("fp16")
     model.set_gradient_divide_factor(3.0)  # type: ignore[operator]
     text = raised(lambda: model(data(0, 0)).backward(), (ValueError, RuntimeError))
@@ -367,33 +377,9 @@ def check_fully_sharded_trouble() -> None:
     hook.close()
 
 
-def check_two_ranks() -> None:
-    for check in (check_fully_sharded_averages, check_ddp_bytes_and_residuals_by_parameter, *DDP_CHECKS):
-        check()
-    check_arguments()
-    check_fully_sharded_trouble()
-
-
-DDP_CHECKS: tuple[Callable[[], None], ...] = (
-    check_ddp_averages,
-    check_error_feedback_loses_nothing,
-    check_extreme_values_survive,
-    check_state_goes_on_with_the_same_bits,
-    check_sign_like_compression_learns_only_with_error_feedback,
-)
-
-
-def check_three_ranks() -> None:
-    for check in DDP_CHECKS[:-1]:
-        check()
-
-
-def test_two_ranks_average_through_the_hook() -> None:
-    run_ranks(check_two_ranks, 2)
-
-
-def test_three_ranks_average_through_the_hook() -> None:
-    run_ranks(check_three_ranks, 3)
+@on_processes(globals())
+def test_ranks_average_through_the_hook(run: Run) -> None:
+    run()
 
 
 def test_a_rank_that_skips_backward_is_named() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.harness.layers import F64, assert_equal, assert_same_step, integers, leaf, make_integer, mine
+from tests.harness.ranks import Run, on_processes, on_ranks
 from tpkernels import layers
 from tpkernels.comm.group import Group
 from tpkernels.layers.base import ParallelModule
@@ -51,8 +52,8 @@ def marks(module: nn.Module) -> dict[str, object]:
     return {name: shard_info(parameter) for name, parameter in module.named_parameters()}
 
 
-def check_from_linear_keeps_what_the_module_was() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_from_linear_keeps_what_the_module_was(group: Group) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         linear, table = nn.Linear(6, 7, dtype=dtype).eval(), nn.Embedding(11, 6, dtype=dtype)
         linear.weight.requires_grad_(False)
@@ -79,8 +80,8 @@ def check_from_linear_keeps_what_the_module_was() -> None:
         assert (copied.eps, copied.training, copied.weight is norm.weight) == (0.5, False, False)
 
 
-def check_state_dicts_have_the_unsharded_keys() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_state_dicts_have_the_unsharded_keys(group: Group) -> None:
     model = an_mlp(group)
     assert list(model.state_dict()) == list(the_same_mlp_unsharded().state_dict())
     expected = marks(model)
@@ -96,8 +97,8 @@ def check_state_dicts_have_the_unsharded_keys() -> None:
             model.load_state_dict(the_same_mlp_unsharded().state_dict())
 
 
-def check_copies_and_pickles_share_the_group_and_keep_the_marks() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_copies_and_pickles_share_the_group_and_keep_the_marks(group: Group) -> None:
     torch.manual_seed(0)
     for layer in every_layer(group):
         layer.eval()
@@ -124,8 +125,9 @@ def check_copies_and_pickles_share_the_group_and_keep_the_marks() -> None:
     assert_equal(model(x), the_same_mlp_unsharded()(x), "a copied model computes")
 
 
-def check_set_group_moves_a_layer() -> None:
-    first, second = Group.open(), Group.open()
+@on_ranks(1, 2, 3)
+def check_set_group_moves_a_layer(group: Group) -> None:
+    first, second = group, Group.open()
     model = an_mlp(first)
     for layer in (model[0], model[2]):
         layer.set_group(second)
@@ -137,8 +139,8 @@ def check_set_group_moves_a_layer() -> None:
     assert info.group_name == second.name
 
 
-def check_meta_to_empty_and_casts() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_meta_to_empty_and_casts(group: Group) -> None:
     torch.manual_seed(3)
     real = every_layer(group)
     torch.manual_seed(3)
@@ -160,8 +162,8 @@ def check_meta_to_empty_and_casts() -> None:
     assert (y.shape, y.device.type) == ((2, 5, 7), "meta")
 
 
-def check_autocast() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_autocast(group: Group) -> None:
     reference, model = the_same_mlp_unsharded().float(), an_mlp(group).float()
     reference[0].weight.data.clamp_(-1, 1)  # sums stay below 256, which bf16 holds exactly
     reference[2].weight.data.clamp_(-1, 1)
@@ -182,8 +184,8 @@ def check_autocast() -> None:
     assert_same_step(model, reference, exact=True)
 
 
-def check_frozen_weights() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_frozen_weights(group: Group) -> None:
     model, reference = an_mlp(group), the_same_mlp_unsharded()
     for parameter in (*model.parameters(), *reference.parameters()):
         parameter.requires_grad_(False)
@@ -197,8 +199,8 @@ def check_frozen_weights() -> None:
     assert norm.weight.grad is None
 
 
-def check_activation_checkpointing() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_activation_checkpointing(group: Group) -> None:
     for cut in (False, True):
         model, reference = an_mlp(group, sequence_parallel=cut), the_same_mlp_unsharded()
         x = integers(5, 6, seed=1)
@@ -211,8 +213,8 @@ def check_activation_checkpointing() -> None:
         assert_same_step(model, reference, exact=True)
 
 
-def check_tied_weights() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_tied_weights(group: Group) -> None:
     table = make_integer(nn.Embedding(11, 6, dtype=F64))
     head = nn.Linear(6, 11, bias=False, dtype=F64)
     head.weight = table.weight
@@ -227,8 +229,8 @@ def check_tied_weights() -> None:
     assert_same_step(nn.Sequential(embedding), nn.Sequential(table), exact=True)
 
 
-def check_wire_codecs_reach_the_ops() -> None:
-    group = Group.open()
+@on_ranks(1, 2, 3)
+def check_wire_codecs_reach_the_ops(group: Group) -> None:
     torch.manual_seed(0)
     reference = nn.Linear(64, 32)
     x = torch.randn(8, 64)
@@ -241,24 +243,9 @@ def check_wire_codecs_reach_the_ops() -> None:
         assert f"codec='{codec}'" in repr(layer)
 
 
-CHECKS = [
-    check_from_linear_keeps_what_the_module_was,
-    check_state_dicts_have_the_unsharded_keys,
-    check_copies_and_pickles_share_the_group_and_keep_the_marks,
-    check_set_group_moves_a_layer,
-    check_meta_to_empty_and_casts,
-    check_autocast,
-    check_frozen_weights,
-    check_activation_checkpointing,
-    check_tied_weights,
-    check_wire_codecs_reach_the_ops,
-]
-
-
-@pytest.mark.parametrize("R", [1, 2, 3])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_layers_over_the_ranks(check: Callable[[], None], R: int) -> None:
-    run_ranks(check, R)
+@on_processes(globals())
+def test_layers_over_the_ranks(run: Run) -> None:
+    run()
 
 
 # Pickles between processes.

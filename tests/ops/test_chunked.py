@@ -175,13 +175,13 @@ def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, s
     if group.rank == victim and fault == "dead":
         kill_myself(0.3)
     if group.rank == victim and fault == "stopped":
-        stop_myself(0.3, for_s=6.0)
+        stop_myself(0.3)
     start = time.monotonic()
     try:
         while True:
             getattr(ops, op)(x, w, group=group, **options)
             if group.rank == victim and fault == "late":
-                come_late(4.0)
+                come_late(3.0)
     except (RuntimeError, TimeoutError) as error:
         took = time.monotonic() - start
         return type(error).__name__, str(error), took, raised(group.barrier, RuntimeError)
@@ -190,7 +190,7 @@ def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, s
 @pytest.mark.parametrize("fault", ["dead", "stopped", "late"])
 @pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"])
 def test_a_rank_that_is_lost_during_a_chunk_is_named_in_bounded_time(op: str, fault: str) -> None:
-    outcomes = run_ranks_outcomes(fail_in_chunks, 3, op, fault, 1, timeout=60.0)
+    outcomes = run_ranks_outcomes(fail_in_chunks, 3, op, fault, 1, timeout=60.0, stopped_for_good=True)
     for outcome in (outcomes[0], outcomes[2]):
         assert outcome.finished, outcome.error
         kind, text, took, later = outcome.value

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.harness.ranks import Run, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.ops.gradients import copy_to
@@ -147,135 +148,110 @@ def variants(case: Case, R: int) -> list[Sizes]:
     return found
 
 
-def check_first_derivatives() -> None:
-    with Group.open() as group:
-        for case in (*CASES, ALL_GATHER_REDUCE):
-            for s in variants(case, group.world_size):
-                f = Function(case, s, group)
-                mine = f.mine(f.whole, grad=True)
-                gradients: Tensors = {**f.gradients(mine, again=False)}
-                assert_gradient(f, f.value, gradients, list(gradients))
+@on_ranks(1, 2, 3)
+def check_first_derivatives(group: Group) -> None:
+    for case in (*CASES, ALL_GATHER_REDUCE):
+        for s in variants(case, group.world_size):
+            f = Function(case, s, group)
+            mine = f.mine(f.whole, grad=True)
+            gradients: Tensors = {**f.gradients(mine, again=False)}
+            assert_gradient(f, f.value, gradients, list(gradients))
 
 
-def check_second_derivatives() -> None:
-    with Group.open() as group:
-        for case in (*CASES, ALL_GATHER_REDUCE):
-            for s in variants(case, group.world_size):
-                f = Function(case, s, group)
-                assert_gradient(f, f.slope, f.second_gradients(), f.names)
+@on_ranks(1, 2, 3)
+def check_second_derivatives(group: Group) -> None:
+    for case in (*CASES, ALL_GATHER_REDUCE):
+        for s in variants(case, group.world_size):
+            f = Function(case, s, group)
+            assert_gradient(f, f.slope, f.second_gradients(), f.names)
 
 
-def check_torch_gradcheck_on_one_rank() -> None:
+@on_ranks(1)
+def check_torch_gradcheck_on_one_rank(group: Group) -> None:
     """With one rank torch's own check applies, of first and second derivatives."""
-    with Group.open() as group:
-        for case in CASES:
-            for s in variants(case, 1):
-                arguments = case.arguments(s, 0)
-                floats = [x.requires_grad_() for x in arguments if x is not None and x.is_floating_point()]
+    for case in CASES:
+        for s in variants(case, 1):
+            arguments = case.arguments(s, 0)
+            floats = [x.requires_grad_() for x in arguments if x is not None and x.is_floating_point()]
 
-                def call(
-                    *_: Tensor, case: Case = case, s: Sizes = s, arguments: list[Tensor | None] = arguments
-                ) -> Tensor:
-                    return case.call(s, arguments, group)
+            def call(*_: Tensor, case: Case = case, s: Sizes = s, arguments: list[Tensor | None] = arguments) -> Tensor:
+                return case.call(s, arguments, group)
 
-                assert torch.autograd.gradcheck(call, floats)
-                assert torch.autograd.gradgradcheck(call, floats)
+            assert torch.autograd.gradcheck(call, floats)
+            assert torch.autograd.gradgradcheck(call, floats)
 
 
-CHECKS = [check_first_derivatives, check_second_derivatives]
+@on_ranks(3)
+def check_ties_share_the_gradient(group: Group) -> None:
+    R, rank = group.world_size, group.rank
+    for op in ("max", "min"):
+        x = torch.tensor([1.0, float(rank), float(rank // 2)], requires_grad=True)
+        ops.all_reduce(x, group=group, op=op).backward(torch.tensor([6.0, 6.0, 6.0]))
+        extreme = R - 1 if op == "max" else 0
+        ties = [r for r in range(R) if r // 2 == extreme // 2]
+        want = [6.0 / R, 6.0 * (rank == extreme), 6.0 / len(ties) * (rank in ties)]
+        assert x.grad.tolist() == want, (op, x.grad, want)
+        x = torch.full((2 * R,), float("nan") if rank == 1 else 0.0, requires_grad=True)
+        ops.reduce_scatter(x, group=group, op=op).sum().backward()
+        assert x.grad.tolist() == [float(rank == 1)] * 2 * R, "the NaN is what came out"
 
 
-@pytest.mark.parametrize("R", [1, 2, 3])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_derivatives_equal_differences_over_all_ranks(check: Callable[[], None], R: int) -> None:
-    run_ranks(check, R)
+@on_ranks(3)
+def check_backwards_keep_the_codec(group: Group) -> None:
+    for case in (REDUCE_SCATTER, ALL_GATHER_REDUCE, *GEMMS):
+        sent = {}
+        for codec in ("none", "fp16"):
+            s = Sizes(R=group.world_size, M=256, N=256, K=256, codec=codec)
+            arguments = [x if x is None else x.requires_grad_() for x in case.arguments(s, group.rank)]
+            y = case.call(s, arguments, group)
+            group.reset_stats()
+            y.sum().backward()
+            sent[codec] = group.stats()["wire_bytes"]
+        if case is GEMM_ALL_REDUCE:
+            assert sent == {"none": 0, "fp16": 0}, "the backward is local"
+        else:
+            assert 0 < sent["fp16"] < 0.55 * sent["none"], (case.name, sent)
 
 
-def test_gradcheck_and_gradgradcheck_pass_on_one_rank() -> None:
-    run_ranks(check_torch_gradcheck_on_one_rank, 1)
+@on_ranks(3)
+def check_gradients_accumulate_and_graphs_are_reusable(group: Group) -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    y = ops.all_reduce(x * 2, group=group)
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 4.0))
+    with torch.no_grad():
+        assert not ops.all_reduce(x, group=group).requires_grad
+    with torch.inference_mode():
+        assert ops.all_reduce(x, group=group).is_inference()
+        assert ops.all_reduce_(torch.ones(3), group=group).is_inference()
 
 
-def check_ties_share_the_gradient() -> None:
-    with Group.open() as group:
-        R, rank = group.world_size, group.rank
-        for op in ("max", "min"):
-            x = torch.tensor([1.0, float(rank), float(rank // 2)], requires_grad=True)
-            ops.all_reduce(x, group=group, op=op).backward(torch.tensor([6.0, 6.0, 6.0]))
-            extreme = R - 1 if op == "max" else 0
-            ties = [r for r in range(R) if r // 2 == extreme // 2]
-            want = [6.0 / R, 6.0 * (rank == extreme), 6.0 / len(ties) * (rank in ties)]
-            assert x.grad.tolist() == want, (op, x.grad, want)
-            x = torch.full((2 * R,), float("nan") if rank == 1 else 0.0, requires_grad=True)
-            ops.reduce_scatter(x, group=group, op=op).sum().backward()
-            assert x.grad.tolist() == [float(rank == 1)] * 2 * R, "the NaN is what came out"
-
-
-def check_backwards_keep_the_codec() -> None:
-    with Group.open() as group:
-        for case in (REDUCE_SCATTER, ALL_GATHER_REDUCE, *GEMMS):
-            sent = {}
-            for codec in ("none", "fp16"):
-                s = Sizes(R=group.world_size, M=256, N=256, K=256, codec=codec)
-                arguments = [x if x is None else x.requires_grad_() for x in case.arguments(s, group.rank)]
-                y = case.call(s, arguments, group)
-                group.reset_stats()
-                y.sum().backward()
-                sent[codec] = group.stats()["wire_bytes"]
-            if case is GEMM_ALL_REDUCE:
-                assert sent == {"none": 0, "fp16": 0}, "the backward is local"
-            else:
-                assert 0 < sent["fp16"] < 0.55 * sent["none"], (case.name, sent)
-
-
-def check_gradients_accumulate_and_graphs_are_reusable() -> None:
-    with Group.open() as group:
-        x = torch.randn(4, 3, requires_grad=True)
-        y = ops.all_reduce(x * 2, group=group)
-        y.sum().backward(retain_graph=True)
-        y.sum().backward()
-        assert torch.equal(x.grad, torch.full_like(x, 4.0))
-        with torch.no_grad():
-            assert not ops.all_reduce(x, group=group).requires_grad
-        with torch.inference_mode():
-            assert ops.all_reduce(x, group=group).is_inference()
-            assert ops.all_reduce_(torch.ones(3), group=group).is_inference()
-
-
-def check_replicated() -> None:
+@on_ranks(3)
+def check_replicated(group: Group) -> None:
     """The identity whose gradient is summed over the ranks."""
-    with Group.open() as group:
-        R, rank = group.world_size, group.rank
-        x = torch.ones(3, requires_grad=True)
-        y = copy_to(x, group.name, R)
-        assert torch.equal(y, x)
-        (y * (rank + 1)).sum().backward()
-        assert torch.equal(x.grad, torch.full((3,), R * (R + 1) / 2))
+    R, rank = group.world_size, group.rank
+    x = torch.ones(3, requires_grad=True)
+    y = copy_to(x, group.name, R)
+    assert torch.equal(y, x)
+    (y * (rank + 1)).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), R * (R + 1) / 2))
 
 
-def check_uneven_cuts_that_no_gradient_has() -> None:
+@on_ranks(3)
+def check_uneven_cuts_that_no_gradient_has(group: Group) -> None:
     """Sizes that are not the cut of the rule gather, but with a gradient every rank raises the same error."""
-    with Group.open() as group:
-        R, rank = group.world_size, group.rank
-        part = torch.ones(1 + 3 * rank, 2)
-        assert ops.all_gather(part, group=group).shape == (R + 3 * R * (R - 1) // 2, 2)
-        for op, arguments in ((ops.all_gather, ()), (ops.all_gather_gemm, (torch.ones(4, 2),))):
-            with pytest.raises(ValueError, match=r"the sizes of dim 0 must be \[.*\] over the ranks, got \[1, 4"):
-                op(part.clone().requires_grad_(), *arguments, group=group)
+    R, rank = group.world_size, group.rank
+    part = torch.ones(1 + 3 * rank, 2)
+    assert ops.all_gather(part, group=group).shape == (R + 3 * R * (R - 1) // 2, 2)
+    for op, arguments in ((ops.all_gather, ()), (ops.all_gather_gemm, (torch.ones(4, 2),))):
+        with pytest.raises(ValueError, match=r"the sizes of dim 0 must be \[.*\] over the ranks, got \[1, 4"):
+            op(part.clone().requires_grad_(), *arguments, group=group)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        check_ties_share_the_gradient,
-        check_backwards_keep_the_codec,
-        check_gradients_accumulate_and_graphs_are_reusable,
-        check_replicated,
-        check_uneven_cuts_that_no_gradient_has,
-    ],
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
-def test_gradients_on_three_ranks(check: Callable[[], None]) -> None:
-    run_ranks(check, 3)
+@on_processes(globals())
+def test_derivatives_over_the_ranks(run: Run) -> None:
+    run()
 
 
 def check_a_saved_tensor_changed_in_place_is_noticed() -> None:

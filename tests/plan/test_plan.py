@@ -261,6 +261,16 @@ def test_the_table_counts_the_bias_of_a_row_layer_whole() -> None:
     assert table.totals == (8 * 16 + 16 + 16 * 8 + 8, 64 + 8 + 64 + 8)
 
 
+def test_the_table_counts_the_parameters_of_attention_blocks_by_heads() -> None:
+    sizes = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 68}
+    model = tiny("gpt_oss", attention="eager", **sizes)
+    replicated = ("norm.weight", "router.", "o_proj.bias")
+    local = {n: p.numel() if any(r in n for r in replicated) else p.numel() // 2 for n, p in model.named_parameters()}
+    assert any(n.endswith("sinks") for n in local)
+    table = plan_table(model, Plan.resolve(model), 2)
+    assert table.totals == (sum(p.numel() for p in model.parameters()), sum(local.values()))
+
+
 def test_the_table_counts_tied_parameters_once() -> None:
     model = llama(tie_word_embeddings=True)
     table = plan_table(model, Plan.resolve(model), 2)

@@ -300,3 +300,33 @@ def test_a_readme_command_that_fails_or_is_missing_fails_ci(tmp_path: Path, capf
 def test_a_readme_note_or_fence_that_is_not_understood_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="readme_commands"):
         readme_commands.blocks(markdown(text))
+
+
+# ---- objects for an instruction set ----------------------------------------------------------------------------------
+
+
+def weak_functions(objects: Path) -> list[str]:
+    """Functions of an object file that the linker may take in place of those of another file."""
+    listed = subprocess.run(["nm", "-C", "--defined-only", objects], capture_output=True, text=True, check=True).stdout
+    return [line.partition(" W ")[2] for line in listed.splitlines() if " W " in line]
+
+
+def test_no_function_of_an_instruction_set_is_taken_where_the_cpu_lacks_it() -> None:
+    """The linker keeps one copy of a weak function: it must not come from a file compiled for AVX2 or AVX-512."""
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    sources = re.findall(r"set_source_files_properties\((csrc/\S+) PROPERTIES COMPILE_OPTIONS\s+\"?-m", cmake)
+    assert {"csrc/core/moves_v3.cpp", "csrc/core/moves_v4.cpp"} < set(sources)
+    built = [path for name in sources for path in ROOT.glob(f"build/*/CMakeFiles/torch_free.dir/{name}.o")]
+    if not built:
+        pytest.skip("needs the objects of a build in build/")
+    assert {path.name.removesuffix(".o") for path in built} == {Path(name).name for name in sources}
+    for path in built:
+        assert not weak_functions(path), path
+
+
+def test_weak_functions_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "two.cpp"
+    source.write_text("inline int shared() { return 1; }\nstatic int own() { return 2; }\n"
+                      "int (*both[])() = {shared, own};\n")  # fmt: skip
+    subprocess.run(["g++", "-c", source, "-o", tmp_path / "two.o"], check=True)
+    assert weak_functions(tmp_path / "two.o") == ["shared()"]

@@ -220,6 +220,10 @@ class Source:
         for name in sorted(self.manifest["files"])[number::of]:
             check_file(self.folder, name, self.manifest)
 
+    def first_rank(self, rank: int, tp: int) -> int:
+        """The rank whose file is read first by rank `rank` of `tp`: the same where as many ranks wrote it, else 0."""
+        return rank if tp == self.tp else 0
+
     def file(self, rank: int, replica: int = 0, stage: int = 0) -> TensorFile:
         """The file of a rank, checked to hold the tensors of the manifest.
 

@@ -136,6 +136,6 @@ class _Target:
         entry = self.entries[name]
         out = torch.empty(entry.part_shape(rank, self.tp), dtype=entry.dtype)
         runs = () if entry.dim is None else entry.runs_of(rank, self.tp)
-        first = rank if self.tp == self.source.tp else 0
+        first = self.source.first_rank(rank, self.tp)
         read_part(self.source.entries[name], self.source.tp, self.source.reader(name), entry.dim, runs, out, first)
         return out

@@ -87,7 +87,7 @@ class Residuals:
     def tensor(self, name: str) -> Tensor:
         """One of the tensors; besides it, memory holds at most another of its size and a slice."""
         entry, (dim, runs, shape) = self._entry(name), self._cut(name)
-        first = self.rank if self.tp == self.source.tp else 0
+        first = self.source.first_rank(self.rank, self.tp)
         total = torch.zeros(shape, dtype=self.layout()[name][0])
         old = [0] if name.partition(".")[0] not in OWN else list(range(self.replica, self.source.dp, self.dp))
         if self.dp == self.source.dp:

@@ -132,7 +132,7 @@ def _open_files(source: Source, ranks: CheckpointRanks, wanted: Mapping[str, tup
     read_from = {(stage, ranks.rank) for stage in stages}
     if ranks.tp != source.tp:
         read_from = {(stage, rank) for stage in stages for rank in range(source.tp)}
-    first = ranks.rank if ranks.tp == source.tp else 0
+    first = source.first_rank(ranks.rank, ranks.tp)
     for key, (dim, runs) in wanted.items():
         entry = source.entries[key]
         read_from |= {(entry.stage, rank) for rank in ranks_read(entry, source.tp, dim, runs, first)}
@@ -237,7 +237,7 @@ def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
 
 def _fill(source: Source, ranks: CheckpointRanks, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
     """Read this rank's part; from its own file where several hold the same indices."""
-    first = ranks.rank if ranks.tp == source.tp else 0
+    first = source.first_rank(ranks.rank, ranks.tp)
     read_part(source.entries[key], source.tp, source.reader(key), *cut, tensor, first)
 
 

@@ -57,9 +57,11 @@ class Resolved:
         return cls(modules, styles, blocks, cuts, R)
 
     def parameter_cuts(self) -> dict[str, dict[str, Cut]]:
-        """Return how the parameters of modules with a style are sharded: {module: {name: Cut}}."""
-        found = self.styles.items()
-        return {n: s.parameter_cuts(self.modules[n], self.cuts.get(n), self.world_size) for n, s in found}
+        """Return how the parameters of modules are sharded, those of attention blocks too: {module: {name: Cut}}."""
+        R, styles = self.world_size, self.styles
+        own = {block.name: block.own_cuts(R) for block in self.blocks if block.name not in styles}
+        rows = {name: {"weight": cut} for name, cut in self.cuts.items() if name not in styles}
+        return own | rows | {n: s.parameter_cuts(self.modules[n], self.cuts.get(n), R) for n, s in styles.items()}
 
     def local_attributes(self, rank: int) -> dict[str, dict[str, Any]]:
         """Return the attributes that count sharded features, with the values of a rank: {module: {name: value}}."""

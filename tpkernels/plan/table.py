@@ -63,32 +63,31 @@ def plan_table(model: nn.Module, plan: Plan, R: int) -> PlanTable:
     resolved = Resolved.of(model, plan.styles(model), R)
     table = PlanTable(plan.source, heads=resolved.heads())
     rows: dict[tuple[str, ...], PlanRow] = {}
+    parameter_cuts = resolved.parameter_cuts()
     seen: set[int] = set()
     for name, module in resolved.modules.items():
+        _count(table, module, seen, parameter_cuts.get(name, {}), R)
         own = list(module.parameters(recurse=False))
         if not own or (name not in resolved.styles and not is_linear(module) and not isinstance(module, nn.Embedding)):
-            _count(table, module, seen, None, 1.0)
             continue
         style, cut = resolved.styles.get(name), resolved.cuts.get(name)
         sizes = [0] if cut is None else cut.info(R).sizes
-        share = 1.0 if cut is None else max(sizes) / cut.full_size
         parts = "" if cut is None else f"{('out', 'in')[cut.dim]} {'+'.join(map(str, sizes))}"
         shape = " x ".join(map(str, own[0].shape))
         key = (re.sub(r"\d+", "*", name), style.name if style else "row" if cut else "whole", shape, parts)
         row = rows.setdefault(key, PlanRow(*key))
         row.count += 1
-        _count(table, module, seen, cut, share)
     table.rows = list(rows.values())
     return table
 
 
-def _count(table: PlanTable, module: nn.Module, seen: set[int], cut: Cut | None, share: float) -> None:
-    """Add a module's parameters to the totals, tied ones once; the bias of a row layer is replicated."""
+def _count(table: PlanTable, module: nn.Module, seen: set[int], cuts: dict[str, Cut], R: int) -> None:
+    """Add a module's parameters to the totals, tied ones once; those without a cut are replicated."""
     full, local = table.totals
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            replicated = cut is None or (name == "bias" and cut.dim == 1)
-            full += parameter.numel()
-            local += parameter.numel() if replicated else round(parameter.numel() * share)
+            cut, numel = cuts.get(name), parameter.numel()
+            full += numel
+            local += numel if cut is None else numel // cut.full_size * max(cut.info(R).sizes)
     table.totals = (full, local)
