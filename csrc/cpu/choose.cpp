@@ -130,15 +130,21 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};
 }
 
-// The number of chunks of a GEMM; of one that gathers or scatters, chunks of the other ranks' rows and all own rows.
+// The number of chunks of a GEMM; of one that gathers, or scatters chunks of rows, chunks of the other ranks' rows and
+// all own rows.
 size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape) {
   if (call.dim != 0) return 1;
-  const bool gathers = call.op == "all_gather_gemm";
-  const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(gathers ? shape.K : shape.N);
-  const size_t chunks = chunk_ends(comm, wire, rows, values).size();
-  if (chunks == 1 || call.op == "gemm_all_reduce") return chunks;
-  const size_t others = static_cast<size_t>(comm.world_size()) - 1;
-  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), values).size() + 1;
+  const size_t rows = static_cast<size_t>(shape.M), others = static_cast<size_t>(comm.world_size()) - 1;
+  const size_t part = Cut::even(rows, comm.world_size()).largest();
+  const auto of_parts = [&](size_t values) { return others * chunk_ends(comm, wire, part, values).size() + 1; };
+  if (call.op == "all_gather_gemm") {
+    const size_t values = static_cast<size_t>(shape.K);
+    return chunk_ends(comm, wire, rows, values).size() == 1 ? 1 : of_parts(values);
+  }
+  const size_t columns = static_cast<size_t>(shape.N);
+  const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns);
+  const bool of_all = cut.ends.size() == 1 || cut.of_columns || call.op == "gemm_all_reduce";
+  return of_all ? cut.ends.size() : of_parts(columns);
 }
 
 Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,

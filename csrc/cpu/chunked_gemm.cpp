@@ -1,5 +1,7 @@
 #include "chunked_gemm.h"
 
+#include <cstring>
+
 #include "core/bytes.h"
 #include "core/specs.h"
 #include "torch_side/collectives.h"
@@ -39,6 +41,24 @@ void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Ten
   });
 }
 
+// The columns [begin, end) of x @ w.T + bias, as a tensor of their own.
+Tensor multiply_columns(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                        size_t begin, size_t end) {
+  const Tensor y = fresh_output(x, {x.size(0), static_cast<int64_t>(end - begin)});
+  const auto own = [&](const Tensor& of) { return rows_of(of, begin, end); };
+  multiply_into(comm, engine, x, own(w), bias.has_value() ? OptionalTensor(own(*bias)) : bias, y);
+  return y;
+}
+
+// Chunks of columns lie behind one another, each with its rows dense: `dense` is the one that begins at `begin`.
+void copy_columns(const void* dense, void* y, size_t rows, size_t begin, size_t end, size_t columns,
+                  size_t value_bytes) {
+  const size_t width = (end - begin) * value_bytes;
+  for (size_t i = 0; i < rows; ++i) {
+    std::memcpy(at(y, (i * columns + begin) * value_bytes), at(dense, i * width), width);
+  }
+}
+
 // A tensor whose dimension `dim` is cut over the ranks, as rows of a matrix.
 struct RowCut {
   Shape shape;        // with `dim` first
@@ -60,7 +80,8 @@ Shape with_items(Shape shape, int64_t dim, size_t items) {
   return shape;
 }
 
-// The chunks of each rank's rows, those of this rank in one chunk and last.
+// The chunks of each rank's rows, those of this rank in one chunk and last: its product takes the time in which the
+// last rows of others arrive.
 std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire& wire, const RowCut& cut) {
   std::vector<Chunks::Chunk> list;
   for (int i = 1; i <= comm.world_size(); ++i) {
@@ -75,20 +96,45 @@ std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire&
   return list;
 }
 
+// The same of columns: of each chunk the rows of every rank, as they lie behind one another in `copy_columns`.
+std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const std::vector<size_t>& ends,
+                                           const RowCut& cut) {
+  std::vector<Chunks::Chunk> list;
+  size_t begin = 0;
+  for (size_t end : ends) {
+    for (int i = 1; i <= comm.world_size(); ++i) {
+      const int part = (comm.rank() + i) % comm.world_size();
+      const size_t rows = cut.rows.size(part);
+      list.push_back({begin * rows, end * rows, part});
+    }
+    begin = end;
+  }
+  return list;
+}
+
+struct Scattered {
+  RowCut cut;
+  CutCall call;
+  Tensor out;
+  Scattered(Op op, const Communicator& comm, const Wire& wire, const Tensor& like, const Shape& whole, int64_t dim)
+      : cut(comm, whole, dim),
+        call(reduce_scatter_call(op, wire, cut.shape.data(), cut.shape.size(), dim, comm)),
+        out(fresh_output(like, with_items(whole, dim, static_cast<size_t>(call.rows)))) {}
+};
+
+// make(begin, end): rows of the matrix.
 Tensor reduce_scatter_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& like, const Shape& whole,
-                           int64_t dim, const std::function<const void*(size_t begin, size_t end)>& make,
+                           int64_t dim, const std::function<void*(size_t begin, size_t end)>& make,
                            const Work& meanwhile) {
-  const RowCut cut(comm, whole, dim);
-  const CutCall call = reduce_scatter_call(op, wire, cut.shape.data(), cut.shape.size(), dim, comm);
-  Tensor out = fresh_output(like, with_items(whole, dim, static_cast<size_t>(call.rows)));
-  Chunks chunks{chunks_of_parts(comm, wire, cut), {}};
+  Scattered to(op, comm, wire, like, whole, dim);
+  Chunks chunks{chunks_of_parts(comm, wire, to.cut), {}};
   chunks.make = [&](size_t c) {
     const Chunks::Chunk& chunk = chunks.list[c];
-    const size_t first = cut.rows.start(chunk.part);
-    return make(first + chunk.begin / cut.row_values, first + chunk.end / cut.row_values);
+    const size_t first = to.cut.rows.start(chunk.part);
+    return make(first + chunk.begin / to.cut.row_values, first + chunk.end / to.cut.row_values);
   };
-  comm.reduce_scatter_chunks(call.spec, wire, chunks, out.mutable_data_ptr(), call.cut, meanwhile);
-  return out;
+  comm.reduce_scatter_chunks(to.call.spec, wire, chunks, to.out.mutable_data_ptr(), to.call.cut, meanwhile);
+  return to.out;
 }
 
 Tensor gather_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim, int64_t dim_size,
@@ -138,7 +184,7 @@ Tensor grad_weight_in_steps(Communicator& comm, const Tensor& dy, const Tensor& 
 }
 
 Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
-                          const OptionalTensor& bias, const std::vector<size_t>& ends, const Work& meanwhile) {
+                          const OptionalTensor& bias, const ChunkCut& cut, const Work& meanwhile) {
   Shape shape = shape_of(x);
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
@@ -146,20 +192,30 @@ Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Ten
   const size_t row = static_cast<size_t>(w.size(0));
   Tensor y = fresh_output(x, shape);
   Chunks chunks;
-  size_t begin = 0;
-  for (size_t end : ends) {
-    chunks.list.push_back({begin * row, end * row});
-    begin = end;
+  std::vector<size_t> starts{0};
+  const size_t across = cut.of_columns ? static_cast<size_t>(num_rows(x)) : row;  // values of a column or row
+  for (size_t end : cut.ends) {
+    chunks.list.push_back({starts.back() * across, end * across});
+    starts.push_back(end);
   }
   const Tensor y_rows = as_rows(y);
+  std::vector<Tensor> made(cut.ends.size(), y);
   chunks.make = [&](size_t c) {
-    const size_t first = chunks.list[c].begin / row, last = chunks.list[c].end / row;
-    const Tensor part = rows_of(y_rows, first, last);
-    multiply_into(comm, engine, rows_of(rows, first, last), w, bias, part);
-    return part.const_data_ptr();
+    if (cut.of_columns) {
+      made[c] = multiply_columns(comm, engine, rows, w, bias, starts[c], starts[c + 1]);
+    } else {
+      made[c] = rows_of(y_rows, starts[c], starts[c + 1]);
+      multiply_into(comm, engine, rows_of(rows, starts[c], starts[c + 1]), w, bias, made[c]);
+    }
+    return made[c].mutable_data_ptr();
   };
-  comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, y.mutable_data_ptr(), numel_of(y),
-                         meanwhile);
+  if (cut.of_columns) {
+    chunks.use = [&](size_t c) {
+      copy_columns(made[c].const_data_ptr(), y.mutable_data_ptr(), across, starts[c], starts[c + 1], row,
+                   wire.value_bytes);
+    };
+  }
+  comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, meanwhile);
   return y;
 }
 
@@ -169,20 +225,42 @@ Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
-  const Tensor y = as_rows(fresh_output(x, shape));
-  const auto make = [&](size_t begin, size_t end) {
-    const Tensor part = rows_of(y, begin, end);
-    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
-    return part.const_data_ptr();
+  const size_t num_columns = static_cast<size_t>(w.size(0));
+  const ChunkCut columns = chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), num_columns);
+  if (!columns.of_columns) {
+    const Tensor y = as_rows(fresh_output(x, shape));
+    const auto make = [&](size_t begin, size_t end) {
+      const Tensor part = rows_of(y, begin, end);
+      multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
+      return part.mutable_data_ptr();
+    };
+    return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
+  }
+  Scattered to(op, comm, wire, x, shape, dim);
+  const size_t ranks = static_cast<size_t>(comm.world_size()), mine = to.cut.rows.size(comm.rank());
+  const Tensor summed = fresh_output(x, {static_cast<int64_t>(mine), static_cast<int64_t>(num_columns)});
+  std::vector<Tensor> made;
+  Chunks chunks{chunks_of_parts(comm, columns.ends, to.cut), {}};
+  const auto start_of = [&](size_t i) { return i == 0 ? 0 : columns.ends[i - 1]; };
+  chunks.make = [&](size_t c) {
+    const size_t i = c / ranks, begin = start_of(i), end = columns.ends[i];
+    if (made.size() == i) made.push_back(multiply_columns(comm, engine, rows, w, bias, begin, end));
+    return at(made[i].mutable_data_ptr(), to.cut.rows.start(chunks.list[c].part) * (end - begin) * wire.value_bytes);
   };
-  return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
+  chunks.use = [&](size_t c) {
+    const size_t begin = start_of(c / ranks), end = columns.ends[c / ranks];
+    copy_columns(at(summed.const_data_ptr(), begin * mine * wire.value_bytes), to.out.mutable_data_ptr(), mine, begin,
+                 end, num_columns, wire.value_bytes);
+  };
+  comm.reduce_scatter_chunks(to.call.spec, wire, chunks, summed.mutable_data_ptr(), to.call.cut, [] {});
+  return to.out;
 }
 
 Tensor reduce_scatter_beside(Op op, Communicator& comm, const Wire& wire, const Tensor& y, int64_t dim,
                              const Work& meanwhile) {
   const Tensor whole = dense(y);
   const size_t row = static_cast<size_t>(y.size(y.dim() - 1)) * y.element_size();
-  const auto make = [&](size_t begin, size_t) -> const void* { return at(whole.const_data_ptr(), begin * row); };
+  const auto make = [&](size_t begin, size_t) { return const_cast<char*>(at(whole.const_data_ptr(), begin * row)); };
   return reduce_scatter_rows(op, comm, wire, whole, shape_of(y), dim, make, meanwhile);
 }
 
