@@ -16,7 +16,7 @@ Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
 
 // Columns of a product of which one costs `flops`, for a part of about a millisecond.
 int64_t columns_of_step(int64_t num_columns, int64_t flops) {
-  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 64;
+  static const int64_t kStepFlops = int64_t{1} << (getenv("STEP") ? atoi(getenv("STEP")) : 27), kLeast = 64;
   return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
 }
 
@@ -44,8 +44,9 @@ void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Ten
 // The columns [begin, end) of x @ w.T + bias, as a tensor of their own.
 Tensor multiply_columns(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                         size_t begin, size_t end) {
-  const Tensor y = fresh_output(x, {x.size(0), static_cast<int64_t>(end - begin)});
   const auto own = [&](const Tensor& of) { return rows_of(of, begin, end); };
+  if (columns_of_step(static_cast<int64_t>(end - begin), 2 * x.size(0) * x.size(1)) >= static_cast<int64_t>(end - begin)) return product_by(engine, x, own(w), bias.has_value() ? OptionalTensor(own(*bias)) : bias);
+  const Tensor y = fresh_output(x, {x.size(0), static_cast<int64_t>(end - begin)});
   multiply_into(comm, engine, x, own(w), bias.has_value() ? OptionalTensor(own(*bias)) : bias, y);
   return y;
 }

@@ -100,6 +100,8 @@ class AllReduce {
     ++summed_;
   }
 
+  size_t begun() const { return begun_; }
+  size_t summed() const { return summed_; }
   void end_what_has_arrived() {
     while (ended_ < summed_ && stream_.link.is_received(states_[ended_ % kSlots].mark)) end();
   }
@@ -181,18 +183,21 @@ void stream_all_reduce(Stream& stream, const Source& source, const std::function
   for (size_t c = 0; c < source.list.size(); ++c) {
     const Chunks::Chunk& chunk = source.list[c];
     const Source::Made made = source.wait_for(c, [&] { run.end_what_has_arrived(); });
-    const std::vector<Piece> pieces = pieces_of(chunk.begin, chunk.end, piece);
-    for (size_t i = 0; i < pieces.size() + kAhead; ++i) {
-      if (i < pieces.size()) {
-        const size_t start = pieces[i].start - chunk.begin;
-        run.begin(made.in.from(wire, start), at(made.out, start * wire.value_bytes), pieces[i],
-                  i + 1 == pieces.size() ? c : AllReduce::kNone);
-      }
+    const size_t before = run.begun();
+    for (const Piece& each : pieces_of(chunk.begin, chunk.end, piece)) {
+      const size_t start = each.start - chunk.begin;
+      const bool is_last = each.start + each.values == chunk.end;
+      run.begin(made.in.from(wire, start), at(made.out, start * wire.value_bytes), each,
+                is_last ? c : AllReduce::kNone);
       if (std::exchange(first, false)) begun();
-      if (i >= kAhead) run.sum();
+      if (run.begun() - run.summed() > kAhead) run.sum();
     }
+    // The sums of the chunk before go behind the contributions of this one, which are there: while a rank waits for
+    // the last contributions of the others, the link is busy.
+    while (run.summed() < before) run.sum();
     run.end_what_has_arrived();
   }
+  while (run.summed() < run.begun()) run.sum();
   run.end_all();
   stream.wait_until_done();
 }
