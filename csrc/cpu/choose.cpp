@@ -136,15 +136,17 @@ size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& w
   if (call.dim != 0) return 1;
   const size_t rows = static_cast<size_t>(shape.M), others = static_cast<size_t>(comm.world_size()) - 1;
   const size_t part = Cut::even(rows, comm.world_size()).largest();
-  const auto of_parts = [&](size_t values) { return others * chunk_ends(comm, wire, part, values).size() + 1; };
+  const auto of_parts = [&](size_t values) { return others * chunk_ends(comm, wire, part, values, 1).size() + 1; };
   if (call.op == "all_gather_gemm") {
     const size_t values = static_cast<size_t>(shape.K);
-    return chunk_ends(comm, wire, rows, values).size() == 1 ? 1 : of_parts(values);
+    return chunk_ends(comm, wire, rows, values, 1).size() == 1 ? 1 : of_parts(values);
   }
   const size_t columns = static_cast<size_t>(shape.N);
-  const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns);
-  const bool of_all = cut.ends.size() == 1 || cut.of_columns || call.op == "gemm_all_reduce";
-  return of_all ? cut.ends.size() : of_parts(columns);
+  const bool sums_all = call.op == "gemm_all_reduce";
+  const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns, sums_all ? 2 : 1);
+  if (cut.ends.size() == 1) return 1;
+  if (sums_all) return blocks_of_sum(comm, wire, cut, rows, columns).size();
+  return cut.of_columns ? cut.ends.size() : of_parts(columns);
 }
 
 Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,

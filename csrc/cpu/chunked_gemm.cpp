@@ -16,7 +16,7 @@ Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
 
 // Columns of a product of which one costs `flops`, for a part of about a millisecond.
 int64_t columns_of_step(int64_t num_columns, int64_t flops) {
-  static const int64_t kStepFlops = int64_t{1} << (getenv("STEP") ? atoi(getenv("STEP")) : 27), kLeast = 64;
+  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 64;
   return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
 }
 
@@ -41,22 +41,21 @@ void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Ten
   });
 }
 
-// The columns [begin, end) of x @ w.T + bias, as a tensor of their own.
-Tensor multiply_columns(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
-                        size_t begin, size_t end) {
-  const auto own = [&](const Tensor& of) { return rows_of(of, begin, end); };
-  if (columns_of_step(static_cast<int64_t>(end - begin), 2 * x.size(0) * x.size(1)) >= static_cast<int64_t>(end - begin)) return product_by(engine, x, own(w), bias.has_value() ? OptionalTensor(own(*bias)) : bias);
-  const Tensor y = fresh_output(x, {x.size(0), static_cast<int64_t>(end - begin)});
-  multiply_into(comm, engine, x, own(w), bias.has_value() ? OptionalTensor(own(*bias)) : bias, y);
+// A block of x @ w.T + bias, as a tensor of its own.
+Tensor multiply_block(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                      const Block& block) {
+  const Tensor rows = rows_of(x, block.row, block.last_row);
+  const auto columns = [&](const Tensor& of) { return rows_of(of, block.column, block.last_column); };
+  const Tensor y = fresh_output(x, {rows.size(0), static_cast<int64_t>(block.last_column - block.column)});
+  multiply_into(comm, engine, rows, columns(w), bias.has_value() ? OptionalTensor(columns(*bias)) : bias, y);
   return y;
 }
 
-// Chunks of columns lie behind one another, each with its rows dense: `dense` is the one that begins at `begin`.
-void copy_columns(const void* dense, void* y, size_t rows, size_t begin, size_t end, size_t columns,
-                  size_t value_bytes) {
-  const size_t width = (end - begin) * value_bytes;
-  for (size_t i = 0; i < rows; ++i) {
-    std::memcpy(at(y, (i * columns + begin) * value_bytes), at(dense, i * width), width);
+// Into rows of `num_columns` values, of which y is the first.
+void copy_block(const void* values, void* y, const Block& block, size_t num_columns, size_t value_bytes) {
+  const size_t width = (block.last_column - block.column) * value_bytes;
+  for (size_t row = block.row; row < block.last_row; ++row) {
+    std::memcpy(at(y, (row * num_columns + block.column) * value_bytes), at(values, (row - block.row) * width), width);
   }
 }
 
@@ -88,8 +87,9 @@ std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire&
   for (int i = 1; i <= comm.world_size(); ++i) {
     const int part = (comm.rank() + i) % comm.world_size();
     const size_t rows = cut.rows.size(part);
+    const bool is_own = part == comm.rank();
     size_t begin = 0;
-    for (size_t end : part == comm.rank() ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values)) {
+    for (size_t end : is_own ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values, 1)) {
       if (end > begin) list.push_back({begin * cut.row_values, end * cut.row_values, part});
       begin = end;
     }
@@ -97,16 +97,15 @@ std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire&
   return list;
 }
 
-// The same of columns: of each chunk the rows of every rank, as they lie behind one another in `copy_columns`.
-std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const std::vector<size_t>& ends,
-                                           const RowCut& cut) {
+// The same of panels of columns: of each the rows of every rank, those of this rank last.
+std::vector<Chunks::Chunk> chunks_of_panels(const Communicator& comm, const std::vector<size_t>& ends,
+                                            const RowCut& cut) {
   std::vector<Chunks::Chunk> list;
   size_t begin = 0;
   for (size_t end : ends) {
     for (int i = 1; i <= comm.world_size(); ++i) {
       const int part = (comm.rank() + i) % comm.world_size();
-      const size_t rows = cut.rows.size(part);
-      list.push_back({begin * rows, end * rows, part});
+      list.push_back({begin * cut.rows.size(part), end * cut.rows.size(part), part});
     }
     begin = end;
   }
@@ -190,30 +189,27 @@ Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Ten
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
-  const size_t row = static_cast<size_t>(w.size(0));
+  const size_t num_columns = static_cast<size_t>(w.size(0)), num_rows_of_y = static_cast<size_t>(num_rows(x));
+  const std::vector<Block> blocks = blocks_of_sum(comm, wire, cut, num_rows_of_y, num_columns);
   Tensor y = fresh_output(x, shape);
-  Chunks chunks;
-  std::vector<size_t> starts{0};
-  const size_t across = cut.of_columns ? static_cast<size_t>(num_rows(x)) : row;  // values of a column or row
-  for (size_t end : cut.ends) {
-    chunks.list.push_back({starts.back() * across, end * across});
-    starts.push_back(end);
-  }
   const Tensor y_rows = as_rows(y);
-  std::vector<Tensor> made(cut.ends.size(), y);
+  std::vector<Tensor> made;
+  Chunks chunks;
+  for (const Block& block : blocks) chunks.list.push_back({block.begin, block.end});
   chunks.make = [&](size_t c) {
+    const Block& block = blocks[c];
     if (cut.of_columns) {
-      made[c] = multiply_columns(comm, engine, rows, w, bias, starts[c], starts[c + 1]);
+      made.push_back(multiply_block(comm, engine, rows, w, bias, block));
     } else {
-      made[c] = rows_of(y_rows, starts[c], starts[c + 1]);
-      multiply_into(comm, engine, rows_of(rows, starts[c], starts[c + 1]), w, bias, made[c]);
+      made.push_back(rows_of(y_rows, block.row, block.last_row));
+      multiply_into(comm, engine, rows_of(rows, block.row, block.last_row), w, bias, made.back());
     }
-    return made[c].mutable_data_ptr();
+    return made.back().mutable_data_ptr();
   };
   if (cut.of_columns) {
+    made.reserve(blocks.size());  // read by the thread of the group meanwhile
     chunks.use = [&](size_t c) {
-      copy_columns(made[c].const_data_ptr(), y.mutable_data_ptr(), across, starts[c], starts[c + 1], row,
-                   wire.value_bytes);
+      copy_block(made[c].const_data_ptr(), y.mutable_data_ptr(), blocks[c], num_columns, wire.value_bytes);
     };
   }
   comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, meanwhile);
@@ -227,8 +223,9 @@ Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
   const size_t num_columns = static_cast<size_t>(w.size(0));
-  const ChunkCut columns = chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), num_columns);
-  if (!columns.of_columns) {
+  const size_t num_rows_of_y = static_cast<size_t>(num_rows(x));
+  const ChunkCut panels = chunks_of_sum(comm, wire, num_rows_of_y, num_columns, 1);
+  if (!panels.of_columns) {
     const Tensor y = as_rows(fresh_output(x, shape));
     const auto make = [&](size_t begin, size_t end) {
       const Tensor part = rows_of(y, begin, end);
@@ -241,17 +238,25 @@ Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const
   const size_t ranks = static_cast<size_t>(comm.world_size()), mine = to.cut.rows.size(comm.rank());
   const Tensor summed = fresh_output(x, {static_cast<int64_t>(mine), static_cast<int64_t>(num_columns)});
   std::vector<Tensor> made;
-  Chunks chunks{chunks_of_parts(comm, columns.ends, to.cut), {}};
-  const auto start_of = [&](size_t i) { return i == 0 ? 0 : columns.ends[i - 1]; };
-  chunks.make = [&](size_t c) {
-    const size_t i = c / ranks, begin = start_of(i), end = columns.ends[i];
-    if (made.size() == i) made.push_back(multiply_columns(comm, engine, rows, w, bias, begin, end));
-    return at(made[i].mutable_data_ptr(), to.cut.rows.start(chunks.list[c].part) * (end - begin) * wire.value_bytes);
+  Chunks chunks{chunks_of_panels(comm, panels.ends, to.cut), {}};
+  const auto block_of = [&](size_t c, size_t row, size_t last_row) {
+    const size_t i = c / ranks, begin = i == 0 ? 0 : panels.ends[i - 1];
+    return Block{row, last_row, begin, panels.ends[i], chunks.list[c].begin, chunks.list[c].end};
+  };
+  chunks.make = [&](size_t c) -> void* {
+    const size_t first = to.cut.rows.start(chunks.list[c].part), end = first + to.cut.rows.size(chunks.list[c].part);
+    const bool is_last = c / ranks + 1 == panels.ends.size();  // whose other rows are under way beside this rank's
+    if (is_last ? end > first : c % ranks == 0) {
+      const Block block = is_last ? block_of(c, first, end) : block_of(c, 0, num_rows_of_y);
+      made.push_back(multiply_block(comm, engine, rows, w, bias, block));
+    }
+    const Block block = block_of(c, first, end);
+    const size_t skipped = is_last ? 0 : first * (block.last_column - block.column);
+    return at(made.back().mutable_data_ptr(), skipped * wire.value_bytes);
   };
   chunks.use = [&](size_t c) {
-    const size_t begin = start_of(c / ranks), end = columns.ends[c / ranks];
-    copy_columns(at(summed.const_data_ptr(), begin * mine * wire.value_bytes), to.out.mutable_data_ptr(), mine, begin,
-                 end, num_columns, wire.value_bytes);
+    copy_block(at(summed.const_data_ptr(), chunks.list[c].begin * wire.value_bytes), to.out.mutable_data_ptr(),
+               block_of(c, 0, mine), num_columns, wire.value_bytes);
   };
   comm.reduce_scatter_chunks(to.call.spec, wire, chunks, summed.mutable_data_ptr(), to.call.cut, [] {});
   return to.out;
@@ -280,7 +285,7 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
     if (end == begin) return;
     multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
   };
-  const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values);
+  const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values, 1);
   std::vector<size_t> value_ends;
   for (size_t end : ends) value_ends.push_back(end * cut.row_values);
   const auto use = [&](size_t i) {

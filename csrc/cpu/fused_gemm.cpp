@@ -11,8 +11,8 @@ namespace tpk {
 namespace {
 
 // The chunks of y = x @ w.T.
-ChunkCut chunks_of_product(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w) {
-  return chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)));
+ChunkCut chunks_of_product(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w, int shares) {
+  return chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)), shares);
 }
 
 // Whether the shards of all ranks are gathered in chunks; where they exchange their sizes first, they are not.
@@ -20,7 +20,8 @@ bool is_chunked_gather(const Communicator& comm, const Wire& wire, const Tensor&
   const int64_t items = shard.size(dim);
   if (dim_size < 0 || items == 0 || !cuts_rows(shard, dim)) return false;
   const int64_t rows = num_rows(shard) / items * dim_size;
-  return chunk_ends(comm, wire, static_cast<size_t>(rows), static_cast<size_t>(shard.size(shard.dim() - 1))).size() > 1;
+  return chunk_ends(comm, wire, static_cast<size_t>(rows), static_cast<size_t>(shard.size(shard.dim() - 1)), 1).size() >
+         1;
 }
 
 Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x,
@@ -37,7 +38,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  const ChunkCut cut = chunks_of_product(*comm, wire, x_shard, w_shard);
+  const ChunkCut cut = chunks_of_product(*comm, wire, x_shard, w_shard, 2);
   if (cut.ends.size() > 1) {
     return all_reduce_product(Op::GemmAllReduce, *comm, wire, x_shard, w_shard, rank_bias, cut, [] {});
   }
@@ -54,7 +55,7 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  if (cuts_rows(x_shard, dim) && chunks_of_product(*comm, wire, x_shard, w_shard).ends.size() > 1) {
+  if (cuts_rows(x_shard, dim) && chunks_of_product(*comm, wire, x_shard, w_shard, 1).ends.size() > 1) {
     return reduce_scatter_product(Op::GemmReduceScatter, *comm, wire, x_shard, w_shard, rank_bias, dim);
   }
   const Tensor partial = linear(*comm, x_shard, w_shard, rank_bias);
@@ -100,7 +101,7 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
     meanwhile();
     return {nothing(dy), dw, db};
   }
-  const ChunkCut cut = chunks_of_product(*comm, wire, dy, transpose(w_shard));
+  const ChunkCut cut = chunks_of_product(*comm, wire, dy, transpose(w_shard), 2);
   if (cut.ends.size() > 1) {
     Tensor dx = all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, cut, meanwhile);
     return {dx, dw, db};
