@@ -4,6 +4,7 @@
 
 #include "core/bytes.h"
 #include "core/specs.h"
+#include "cpu/choose.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
@@ -270,8 +271,16 @@ Tensor reduce_scatter_beside(Op op, Communicator& comm, const Wire& wire, const 
   return reduce_scatter_rows(op, comm, wire, whole, shape_of(y), dim, make, meanwhile);
 }
 
+std::vector<size_t> gathered_ends_of(const Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
+                                     int64_t dim, int64_t dim_size) {
+  const int64_t items = x_shard.size(dim);
+  if (dim_size < 0 || items == 0 || !cuts_rows(x_shard, dim)) return {};
+  return gathered_ends(comm, wire, {wire.dtype, num_rows(x_shard) / items * dim_size, w.size(0), w.size(1)});
+}
+
 GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
-                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size) {
+                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size,
+                                    const std::vector<size_t>& ends) {
   const Shape x_shape = with_items(shape_of(x_shard), dim, static_cast<size_t>(dim_size));
   Shape y_shape = x_shape;
   y_shape.back() = w.size(0);
@@ -279,22 +288,25 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
   const Tensor rows = as_rows(x), y_rows = as_rows(y);
   const Engine engine = engine_for(comm, rows, w);
   const RowCut cut(comm, x_shape, dim);
-  const auto multiply = [&](int part, size_t begin, size_t end) {
-    begin = cut.rows.start(part) + std::min(begin, cut.rows.size(part));
-    end = cut.rows.start(part) + std::min(end, cut.rows.size(part));
+  const auto multiply = [&](size_t begin, size_t end) {
     if (end == begin) return;
     multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
   };
-  const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values, 1);
+  const size_t own = cut.rows.start(comm.rank()), own_end = own + cut.rows.size(comm.rank());
   std::vector<size_t> value_ends;
   for (size_t end : ends) value_ends.push_back(end * cut.row_values);
   const auto use = [&](size_t i) {
+    if (ends.size() == 1) {
+      multiply(0, own);
+      multiply(own_end, cut.rows.total());
+      return;
+    }
     for (int r = 0; r < comm.world_size(); ++r) {
-      if (r != comm.rank()) multiply(r, i == 0 ? 0 : ends[i - 1], ends[i]);
+      const auto row = [&](size_t end) { return cut.rows.start(r) + std::min(end, cut.rows.size(r)); };
+      if (r != comm.rank()) multiply(row(i == 0 ? 0 : ends[i - 1]), row(ends[i]));
     }
   };
-  const auto own = [&] { multiply(comm.rank(), 0, cut.rows.size(comm.rank())); };
-  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, own, use, x);
+  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, [&] { multiply(own, own_end); }, use, x);
   return {x, y};
 }
 

@@ -34,8 +34,13 @@ Tensor reduce_scatter_beside(Op op, Communicator& comm, const Wire& wire, const 
 struct GatheredProduct {
   Tensor x, y;  // x of all ranks; x @ w.T + bias
 };
+// The ends of its chunks (choose.h); none where the rows are not gathered in chunks, for example because the ranks
+// exchange their sizes first.
+std::vector<size_t> gathered_ends_of(const Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
+                                     int64_t dim, int64_t dim_size);
 GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
-                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size);
+                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size,
+                                    const std::vector<size_t>& ends);
 // x of all ranks, gathered while `meanwhile` runs.
 Tensor all_gather_beside(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim,
                          int64_t dim_size, const Work& meanwhile);

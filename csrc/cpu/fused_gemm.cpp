@@ -15,15 +15,6 @@ ChunkCut chunks_of_product(const Communicator& comm, const Wire& wire, const Ten
   return chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)), shares);
 }
 
-// Whether the shards of all ranks are gathered in chunks; where they exchange their sizes first, they are not.
-bool is_chunked_gather(const Communicator& comm, const Wire& wire, const Tensor& shard, int64_t dim, int64_t dim_size) {
-  const int64_t items = shard.size(dim);
-  if (dim_size < 0 || items == 0 || !cuts_rows(shard, dim)) return false;
-  const int64_t rows = num_rows(shard) / items * dim_size;
-  return chunk_ends(comm, wire, static_cast<size_t>(rows), static_cast<size_t>(shard.size(shard.dim() - 1)), 1).size() >
-         1;
-}
-
 Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x,
                           bool need_w, bool need_b) {
   return {need_x ? grad_input(comm, dy, w) : nothing(dy), need_w ? grad_weight(dy, x) : nothing(dy),
@@ -69,8 +60,9 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
   check_token_dim("all_gather_gemm", shape_of(x_shard), dim);
   const Wire& wire = wire_for(Op::AllGatherGemm, x_shard, codec);
-  if (is_chunked_gather(*comm, wire, x_shard, dim, dim_size)) {
-    return product_of_gathered(Op::AllGatherGemm, *comm, wire, x_shard, w_shard, bias, dim, dim_size).y;
+  const std::vector<size_t> ends = gathered_ends_of(*comm, wire, x_shard, w_shard, dim, dim_size);
+  if (!ends.empty()) {
+    return product_of_gathered(Op::AllGatherGemm, *comm, wire, x_shard, w_shard, bias, dim, dim_size, ends).y;
   }
   const Tensor x = all_gather_dim(Op::AllGatherGemm, *comm, wire, x_shard, dim, dim_size);
   return linear(*comm, x, w_shard, bias);
@@ -117,9 +109,11 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
                                        int64_t dim, int64_t dim_size, Text codec) {
   const auto comm = communicator_of(Op::GemmReduceScatterBackward, group, world_size);
   const Wire& wire = wire_for(Op::GemmReduceScatterBackward, dy_shard, codec);
-  if (need_x && is_chunked_gather(*comm, wire, dy_shard, dim, dim_size)) {
-    const auto [dy, dx] = product_of_gathered(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, transpose(w_shard),
-                                              {}, dim, dim_size);
+  const Tensor w = transpose(w_shard);
+  const std::vector<size_t> ends = gathered_ends_of(*comm, wire, dy_shard, w, dim, dim_size);
+  if (need_x && !ends.empty()) {
+    const auto [dy, dx] =
+        product_of_gathered(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, w, {}, dim, dim_size, ends);
     const auto [none, dw, db] = local_gradients(*comm, dy, x_shard, w_shard, false, need_w, need_b);
     return {dx, dw, db};
   }
