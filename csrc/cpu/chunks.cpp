@@ -29,7 +29,7 @@ size_t num_chunks(const Communicator& comm, const Wire& wire, size_t n, int shar
   if (seconds < kLeastSecondsOfValue * values) return 1;
   const auto best = static_cast<size_t>(std::sqrt(seconds / kSecondsOfChunk));
   const size_t chunks = std::min({best, wire.bytes(n) / kSmallestForThread, kMostChunks});
-  return std::max<size_t>(chunks, 1);
+  return chunks < 3 ? 1 : chunks;  // two would hide less than they cost
 }
 
 // Of chunk i of n, in quarters of a full one.
