@@ -288,9 +288,10 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
   const Tensor rows = as_rows(x), y_rows = as_rows(y);
   const Engine engine = engine_for(comm, rows, w);
   const RowCut cut(comm, x_shape, dim);
+  const Tensor weights = engine == Engine::OneDnn ? dense(w) : w;  // columns of a transposed one would be packed anew
   const auto multiply = [&](size_t begin, size_t end) {
     if (end == begin) return;
-    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
+    multiply_into(comm, engine, rows_of(rows, begin, end), weights, bias, rows_of(y_rows, begin, end));
   };
   const size_t own = cut.rows.start(comm.rank()), own_end = own + cut.rows.size(comm.rank());
   std::vector<size_t> value_ends;

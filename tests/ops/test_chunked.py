@@ -25,6 +25,7 @@ CHUNKS = (1, 2, 3, 7)
 SIZES = [
     Sizes(R=0, M=301, N=96, K=70),
     Sizes(R=0, M=83, N=1536, K=40),  # panels of columns, of whole blocks of every codec
+    Sizes(R=0, M=60, N=24, K=512),  # the same in the backward, whose weights are transposed
     Sizes(R=0, M=137, N=250, K=48, batch=(1,), dim=1, bias=False),
     Sizes(R=0, M=11, N=40, K=24, batch=(30,), dim=0),
     Sizes(R=0, M=40, N=64, K=24, batch=(9,), dim=1),  # cut across the rows: never in chunks
