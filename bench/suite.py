@@ -37,6 +37,10 @@ RUNS = [
     "few_rows --ranks 1 --dtype bf16",
     "few_rows --ranks 1 --dtype fp16",
     "dispatch",
+    "overheads",
+    "overheads --dtype bf16",
+    "overheads_training",
+    "overheads_training --dtype bf16",
     "train_step",
 ]
 
