@@ -2,6 +2,7 @@
 
 `codecs` and `codecs_group` run one in-place all_reduce for each codec, over shared memory and over gloo (the `group`
 transport), against the same without a codec. `dispatch` reduces one element, so that only the way down is left.
+`overheads` and `overheads_training` run small fused GEMMs against the program that each equals.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import baselines
 from bench.cell import CODEC_ROUNDING, Cell, Setting, compare, sum_tolerance
 from bench.collectives import numel_of, sums, taking
+from bench.gemms import Problem
+from bench.shapes import Gemm
 from bench.timing import Candidate
 from tpkernels import ops
 
@@ -92,3 +96,44 @@ def dispatch(setting: Setting, nbytes: int) -> Cell:
         gloo_barrier=lambda: Candidate("gloo_barrier", call=dist.barrier, error=lambda _: 0.0),
     )
     return Cell("dispatch", setting.dtype_name, world, {"bytes": nbytes}, candidates, "gloo")
+
+
+def overheads(setting: Setting, gemm: Gemm) -> Cell:
+    """In inference: gemm_all_reduce against F.linear and all_reduce_, replicated_gemm against F.linear."""
+    return _overheads(setting, gemm, "overheads", trains=False)
+
+
+def overheads_training(setting: Setting, gemm: Gemm) -> Cell:
+    """Forward and backward, the gradients of x and w: the same, and the gradient of a replicated x summed."""
+    return _overheads(setting, gemm, "overheads_training", trains=True)
+
+
+def _overheads(setting: Setting, gemm: Gemm, op: str, *, trains: bool) -> Cell:
+    job, group = Problem.make(setting, gemm), setting.group()
+    x, w = (job.part(whole, 1).requires_grad_(trains) for whole in (job.x, job.w))
+    dy = setting.values(3, gemm.M, gemm.N)
+    summed, local = job.check(job.x, job.w), job.check(x.detach(), w.detach())
+
+    def make(name: str, product: Callable[[], Tensor], check: Callable[[Tensor], float], sums_dx: bool) -> Candidate:
+        def step() -> Tensor:
+            y = product()
+            torch.autograd.backward(y, dy)
+            if sums_dx and x.grad is not None:
+                ops.all_reduce_(x.grad, group=group)
+            x.grad = w.grad = None
+            return y.detach()
+
+        return Candidate(name, step if trains else product, check, label=setting.ours())
+
+    def two_lines() -> Tensor:
+        y = F.linear(x, w)
+        ops.all_reduce_(y.detach(), group=group)
+        return y
+
+    candidates = setting.pick(
+        two_lines=lambda: make("two_lines", two_lines, summed, False),
+        gemm_all_reduce=lambda: make("gemm_all_reduce", lambda: ops.gemm_all_reduce(x, w, group=group), summed, False),
+        linear=lambda: make("linear", lambda: F.linear(x, w), local, True),
+        replicated_gemm=lambda: make("replicated_gemm", lambda: ops.replicated_gemm(x, w, group=group), local, False),
+    )
+    return Cell(op, setting.dtype_name, setting.world_size, gemm._asdict(), candidates, "two_lines")

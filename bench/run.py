@@ -66,6 +66,8 @@ BENCHES = {
     "codecs": Bench("bench.overheads:codecs", shapes.parse_bytes, BYTES),
     "codecs_group": Bench("bench.overheads:codecs_group", shapes.parse_bytes, BYTES),
     "codec_moves": Bench("bench.codecs:moves", shapes.parse_bytes, (256 << 10, 4 << 20, 64 << 20)),
+    "overheads": Bench("bench.overheads:overheads", shapes.parse_gemm, tuple(shapes.SMALL_GEMMS)),
+    "overheads_training": Bench("bench.overheads:overheads_training", shapes.parse_gemm, tuple(shapes.SMALL_GEMMS)),
     "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
 }
 

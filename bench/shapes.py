@@ -36,6 +36,7 @@ class Rows(NamedTuple):
 
 
 GEMMS = [Gemm(m, 4096, 4096) for m in (1, 16, 128, 512)]
+SMALL_GEMMS = [Gemm(1, 64, 128), Gemm(4, 256, 512), Gemm(16, 512, 1024)]  # of two ranks half of K each
 FEW_ROWS = [Gemm(m, n, k) for n, k in ((4096, 4096), (768, 576)) for m in (1, 2, 4, 8)]
 
 # Published shapes with M, N and K cut to the sizes of a rank of 8, so that two cores finish.

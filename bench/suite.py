@@ -61,6 +61,10 @@ OTHERS = [
     "vocab_cross_entropy",
     "codecs_group",
     "dispatch",
+    "overheads",
+    "overheads --dtype bf16",
+    "overheads_training",
+    "overheads_training --dtype bf16",
 ]
 
 

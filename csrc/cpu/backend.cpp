@@ -17,16 +17,6 @@ Tensor fresh_output(const Tensor& like, const Shape& shape) {
 
 torch::stable::Device device_of(const Communicator&) { return {torch::headeronly::DeviceType::CPU}; }
 
-namespace {
-
-template <auto op>
-struct Unscoped;
-template <class Result, class... Args, Result (*op)(Args...)>
-struct Unscoped<op> {
-  static Result call(Args... args) { return op(std::forward<Args>(args)...); }
-};
-
-}  // namespace
 }  // namespace tpk
 
 STABLE_TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { tpk::register_kernels<tpk::Unscoped>(m); }

@@ -9,6 +9,11 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(  // NOLINT: the name is torch's
     AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t num_scalars, const char** algorithm, AtenTensorHandle* y);
+// ATen's CPU kernels for compiled programs: past the dispatcher, which finds an op by its name in 2 us.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(  // NOLINT
+    AtenTensorHandle y, AtenTensorHandle x, AtenTensorHandle w);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(  // NOLINT
+    AtenTensorHandle y, AtenTensorHandle bias, AtenTensorHandle x, AtenTensorHandle w, double beta, double alpha);
 
 namespace tpk {
 namespace {
@@ -79,13 +84,48 @@ Tensor gemv_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias)
   return y;
 }
 
+// Memory for y[M, N].
+Tensor empty_matrix(const Tensor& like, int64_t M, int64_t N) {
+  const std::array<int64_t, 2> sizes{M, N}, strides{std::max<int64_t>(N, 1), 1};
+  int32_t dtype = 0;
+  AtenTensorHandle y = nullptr;
+  check_torch("dtype", aoti_torch_get_dtype(like.get(), &dtype));
+  check_torch("empty_strided",
+              aoti_torch_empty_strided(2, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
+// x[M, K] @ w[K, N]
+Tensor product(const Tensor& x, const Tensor& w) {
+  if (&aoti_torch_cpu_mm_out == nullptr) return call("aten::mm", "", x, w);
+  const Tensor y = empty_matrix(x, x.size(0), w.size(1));
+  check_torch("aten::mm", aoti_torch_cpu_mm_out(y.get(), in_memory(x).get(), in_memory(w).get()));
+  return y;
+}
+
+Tensor aten_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  if (x.dim() != 2 || &aoti_torch_cpu_addmm_out == nullptr) return call("aten::linear", "", x, w, bias);
+  if (!bias.has_value()) return product(x, transpose(w));
+  const Tensor y = empty_matrix(x, x.size(0), w.size(0));
+  check_torch("aten::addmm", aoti_torch_cpu_addmm_out(y.get(), in_memory(*bias).get(), in_memory(x).get(),
+                                                      transpose(in_memory(w)).get(), 1, 1));
+  return y;
+}
+
 Tensor linear_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   if (engine == Engine::OneDnn) return onednn_linear(x, w, bias);
   if (engine == Engine::Gemv) return gemv_linear(x, w, bias);
-  return call("aten::linear", "", x, w, bias);
+  return aten_linear(x, w, bias);
 }
 
 }  // namespace
+
+Tensor transpose(const Tensor& x) {
+  const std::array<int64_t, 2> sizes{x.size(1), x.size(0)}, strides{x.stride(1), x.stride(0)};
+  AtenTensorHandle y = nullptr;
+  check_torch("transpose", aoti_torch__reinterpret_tensor(x.get(), 2, sizes.data(), strides.data(), 0, &y));
+  return Tensor(y);
+}
 
 bool has_onednn_linear() { return &aoti_torch_cpu__linear_pointwise != nullptr; }
 
@@ -113,19 +153,13 @@ Tensor product_by(Engine engine, const Tensor& x, const Tensor& w, const Optiona
   return dense(linear_by(engine, x, w, bias));
 }
 
-void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y) {
-  if (engine == Engine::Gemv) return gemv_into(x, w, std::nullopt, y);
-  Tensor rows = as_rows(y);
-  call("aten::mm", "out", as_rows(x), transpose(w), rows);
-}
-
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w) {
   return linear(comm, dy, transpose(w), std::nullopt);
 }
 
 Tensor grad_weight(const Tensor& dy, const Tensor& x) {
   const Tensor rows = as_rows(dy), inputs = as_rows(x);
-  return dense(call("aten::mm", "", transpose(rows), inputs));
+  return product(transpose(rows), inputs);
 }
 
 Tensor grad_bias(const Tensor& dy) {

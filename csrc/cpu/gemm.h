@@ -8,7 +8,8 @@
 
 namespace tpk {
 
-inline Tensor transpose(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+// x[N, M] of the same memory as x[M, N]
+Tensor transpose(const Tensor& x);
 
 // Whether this torch has oneDNN's linear.
 bool has_onednn_linear();
@@ -22,8 +23,6 @@ Tensor linear(const Communicator& comm, const Tensor& x, const Tensor& w, const 
 void multiply_few_rows(DType dtype, const Gemv& product);
 // The same of rows x[M, K] by this engine; the result is contiguous.
 Tensor product_by(Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias);
-// The same into y, which must be contiguous. Not by oneDNN, which has no such form.
-void linear_into(Engine engine, const Tensor& x, const Tensor& w, Tensor& y);
 // dx[..., K] = dy[..., N] @ w[N, K]
 Tensor grad_input(const Communicator& comm, const Tensor& dy, const Tensor& w);
 // dw[N, K] = sum over tokens of dy[..., N] x[..., K]

@@ -33,7 +33,10 @@ Translate translate_error = nullptr;
   X(tracing_state)            \
   X(forward_ad)               \
   X(increment_version)        \
-  X(linear)
+  X(handle_of_tensor)         \
+  X(tensors_of_handles)       \
+  X(linear)                   \
+  X(mm)
 
 struct TorchState {
 #define TPK_TORCH_STATE_FIELD(name) PyObject* name = nullptr;
@@ -57,10 +60,6 @@ const Names& names() {
   return *instance;
 }
 
-py::object steal(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
 bool method_is(PyObject* of, PyObject* name, PyObject* what) {
   return steal(PyObject_CallMethodNoArgs(of, name)).ptr() == what;
 }
@@ -72,13 +71,17 @@ int64_t integer(const py::object& value) {
   return found;
 }
 
-// Nothing to record, no mode, no transform, no profiler, no tracing.
-bool is_unobserved(PyObject* x) {
-  return !records_gradient(x) && integer(steal(PyObject_CallNoArgs(torch_state.len_dispatch_modes))) == 0 &&
+}  // namespace
+
+// No mode, no transform, no profiler, no tracing.
+bool is_unobserved() {
+  return integer(steal(PyObject_CallNoArgs(torch_state.len_dispatch_modes))) == 0 &&
          call_is(torch_state.is_function_mode_enabled, Py_False) && call_is(torch_state.peek_transforms, Py_None) &&
          call_is(torch_state.is_profiler_enabled, Py_False) && call_is(torch_state.tracing_state, Py_None) &&
          integer(steal(PyObject_GetAttr(torch_state.forward_ad, names().current_level))) < 0;
 }
+
+namespace {
 
 // A ZeroTensor (such as the gradient of torch.sgn) has values and no memory: the dispatcher makes it one of zeros.
 bool has_memory(const dlpack::View& view) {
@@ -127,11 +130,22 @@ CallSpec reduction_spec(const FastCall& call, Op op) {
 constexpr size_t kMostBytes = size_t{1} << 18;
 bool is_large(size_t numel, const Wire& wire) { return numel * wire.value_bytes > kMostBytes; }
 
-PyObject* is_plain(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 1, [&] {
+enum Plainness : long { kObserved, kRecorded, kPlain };
+
+// Of a call with these tensors, the first of which must be one; None among the others is left out.
+Plainness plainness_of(Arguments args, Py_ssize_t count) {
+  Plainness found = kPlain;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i > 0 && args[i] == Py_None) continue;
     dlpack::View view;
-    return PyBool_FromLong(plain_view_of(args[0], &view));
-  });
+    if (!view_of(args[i], &view) || (i == 0 && !is_unobserved())) return kObserved;
+    if (records_gradient(args[i])) found = kRecorded;
+  }
+  return count > 0 ? found : kObserved;
+}
+
+PyObject* plainness(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, count, [&] { return PyLong_FromLong(plainness_of(args, count)); });
 }
 
 // (x, address, op, codec) -> whether it was done
@@ -202,7 +216,7 @@ PyObject* fast_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
 }
 
 PyMethodDef methods[] = {
-    {"is_plain", fast(is_plain), METH_FASTCALL, "Whether a call with x alone may go straight to its CPU kernel."},
+    {"plainness", fast(plainness), METH_FASTCALL, "Who observes a call with tensors: see tpkernels/ops/_op.py."},
     {"fast_all_reduce_", fast(fast_all_reduce_inplace), METH_FASTCALL, "all_reduce_ of a plain tensor, if it is one."},
     {"fast_all_reduce", fast(fast_all_reduce), METH_FASTCALL, "all_reduce of a small plain tensor, or None."},
     {"fast_reduce_scatter", fast(fast_reduce_scatter), METH_FASTCALL, "reduce_scatter likewise, along dim 0."},
@@ -235,16 +249,42 @@ DType dtype_of(const dlpack::DataType& type) {
 }
 
 bool records_gradient(PyObject* x) {
-  return steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True &&
-         call_is(torch_state.is_grad_enabled, Py_True);
+  return steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True && grad_is_enabled();
 }
 
-bool plain_view_of(PyObject* x, dlpack::View* view) { return view_of(x, view) && is_unobserved(x); }
+bool plain_view_of(PyObject* x, dlpack::View* view) {
+  return view_of(x, view) && !records_gradient(x) && is_unobserved();
+}
 
 PyObject* object_of(dlpack::Managed* tensor) {
   void* object = nullptr;
   if (torch_state.exchange->to_object(tensor, &object) != 0) throw py::error_already_set();
   return static_cast<PyObject*>(object);
+}
+
+Tensor tensor_of(PyObject* x) {
+  const py::object handle = steal(PyObject_CallOneArg(torch_state.handle_of_tensor, x));
+  void* const tensor = PyCapsule_GetPointer(handle.ptr(), nullptr);
+  if (tensor == nullptr) throw py::error_already_set();
+  return Tensor(static_cast<AtenTensorHandle>(tensor));
+}
+
+py::list objects_of(std::initializer_list<Tensor> tensors) {
+  py::list handles(tensors.size());
+  size_t i = 0;
+  for (const Tensor& x : tensors) {
+    AtenTensorHandle own = nullptr;  // which the call takes over
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(x.get(), &own));
+    handles[i++] = steal(PyCapsule_New(own, nullptr, nullptr));
+  }
+  return steal(PyObject_CallOneArg(torch_state.tensors_of_handles, handles.ptr()));
+}
+
+bool grad_is_enabled() { return call_is(torch_state.is_grad_enabled, Py_True); }
+
+py::object torch_mm(PyObject* x, PyObject* w) {
+  PyObject* const args[] = {x, w};
+  return steal(PyObject_Vectorcall(torch_state.mm, args, 2, nullptr));
 }
 
 PyObject* torch_linear(PyObject* x, PyObject* w, PyObject* bias) {

@@ -2,29 +2,48 @@
 // right.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+
 #include "core/types.h"
 #include "dlpack_exchange.h"
 #include "pybind.h"
 
 namespace tpk {
 
-// Adds is_plain and fast_* to the module, and set_fast_path, which gives them the state of torch that decides.
+using torch::stable::Tensor;
+
+// Adds plainness and fast_* to the module, and set_fast_path, which gives them the state of torch that decides.
 void add_fast_path(pybind11::module_& m, void (*translate)(std::exception_ptr));
 
 // Fills view and returns true for an ordinary dense tensor on the CPU that no layer of torch observes: no gradient to
 // record, no mode, transform, profiler or tracing.
 bool plain_view_of(PyObject* x, dlpack::View* view);
 // Fills view and returns true for an ordinary dense tensor on the CPU, which some layer of torch may observe
-// (gradients, modes): that is a property of the thread, which one tensor of a call shows (is_plain).
+// (gradients, modes).
 bool view_of(PyObject* x, dlpack::View* view);
 bool records_gradient(PyObject* x);
+bool grad_is_enabled();
+// No mode, no transform, no profiler, no tracing in this thread.
+bool is_unobserved();
 bool is_contiguous(const dlpack::View& x);
 DType dtype_of(const dlpack::DataType& type);  // DType::Count where there is none
 
 // Takes the tensor over.
 PyObject* object_of(dlpack::Managed* tensor);
+// The tensor of an object of Python, in a tenth of a microsecond, and objects of tensors.
+Tensor tensor_of(PyObject* x);
+pybind11::list objects_of(std::initializer_list<Tensor> tensors);
 // torch.nn.functional.linear, a new reference; bias may be None.
 PyObject* torch_linear(PyObject* x, PyObject* w, PyObject* bias);
+pybind11::object torch_mm(PyObject* x, PyObject* w);
+
+// A new reference that a function of Python has returned, or its error.
+inline pybind11::object steal(PyObject* result) {
+  if (result == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(result);
+}
 
 // Sets the Python error of the C++ exception that is being handled.
 void raise_in_python();

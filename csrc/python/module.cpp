@@ -8,6 +8,7 @@
 #include "decode_step.h"
 #include "fast_gemm.h"
 #include "fast_path.h"
+#include "kernels.h"
 
 namespace tpk {
 namespace {
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   add_engines(m);
   add_fast_path(m, &translate_errors);
   add_fast_gemm(m);
+  add_kernels<Unscoped>(m);
   add_decode_step(m);
   add_communicator<Communicator>(m)
       .def_property_readonly("address", [](Communicator& comm) { return reinterpret_cast<uintptr_t>(&comm); })

@@ -9,6 +9,13 @@
 
 namespace tpk {
 
+template <auto op>
+struct Unscoped;
+template <class Result, class... Args, Result (*op)(Args...)>
+struct Unscoped<op> {
+  static Result call(Args... args) { return op(std::forward<Args>(args)...); }
+};
+
 // Scoped<&op>::call calls the op; a backend may do something around it.
 template <template <auto> class Scoped>
 void register_kernels(torch::stable::detail::StableLibrary& library) {

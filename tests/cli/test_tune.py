@@ -98,3 +98,14 @@ def test_one_line_counts_the_engines_of_a_model(kept: Path) -> None:
     with Group.open() as group:
         line = engines_line(ColumnParallelLinear(16, 32, group=group), 2)
         assert line == f"linears of 2 rows: 1 by aten, chosen by the machine's profile {kept}"
+
+
+def test_points_are_measured_once_on_a_new_machine(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with profile.switched_off():
+        assert profile.mode() == "off" and not profile._can_measure(cores=2, ranks=2, transport="shm")
+        assert profile.read("local") is None
+    assert profile.mode() == "auto" and profile._can_measure(cores=2, ranks=2, transport="shm")
+    monkeypatch.setenv("TPKERNELS_PROFILE", "a/path")
+    with profile.switched_off():
+        assert profile.mode() == "off"
+    assert profile.mode() == "a/path"

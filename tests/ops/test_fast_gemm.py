@@ -16,6 +16,7 @@ from tests.harness.ops import on_cpu
 from tpkernels import ops
 from tpkernels._native import _C
 from tpkernels.comm.group import Group
+from tpkernels.testing.case import present
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,14 +61,67 @@ def _fast_or_op(group: Group, x: Tensor, w: Tensor, bias: Tensor | None) -> Tens
     return by_op(group, x, w, bias) if y is None else y
 
 
+def replicated_by_op(group: Group, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.tpkernels.replicated_gemm(x, w, bias, group.name, group.world_size, "none")
+    return y
+
+
+def check_gradients(group: Group) -> None:
+    """Of calls that autograd records: forward and backward by either way, on every rank another."""
+    ways: list[tuple[Callable[..., Tensor], Callable[..., Tensor], str]] = [
+        (ops.gemm_all_reduce, by_op, "gemm_all_reduceBackward"),
+        (ops.replicated_gemm, replicated_by_op, "replicated_gemmBackward"),
+    ]
+    for dtype, M, has_bias, (public, op, name) in product(DTYPES, ((1,), (5,), (2, 3), (40,)), (False, True), ways):
+        for variables in ((0, 1, 2), (0,), (1,)):
+            found = []
+            for way in ("public", "op", "mixed"):
+                x, w, b = operands(M, 7, 9, dtype)
+                leaves = [t.requires_grad_() for i, t in enumerate((x, w, b)) if i in variables and (i < 2 or has_bias)]
+                fast = way == "public" or (way == "mixed" and group.rank == 0)
+                arguments = (x, w, b if has_bias else None)
+                y = public(*arguments, group=group) if fast else op(group, *arguments)
+                assert present(y.grad_fn).name() == (name if fast else present(y.grad_fn).name())
+                dy = torch.ones_like(y).cumsum(0)
+                found.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+            for other in found[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), (dtype, M, name, variables)
+
+
+def check(group: Group) -> None:
+    check_bits(group)
+    check_gradients(group)
+
+
 @pytest.mark.parametrize(("R", "transport"), [(1, "auto"), (3, "shm"), (2, "group")])
 def test_it_has_the_bits_of_the_op_and_makes_the_same_call(R: int, transport: str) -> None:
-    on_cpu(check_bits, R, transport)
+    on_cpu(check, R, transport)
+
+
+def test_a_recorded_call_keeps_hooks_saved_tensors_and_the_error_of_a_changed_one(group: Group) -> None:
+    x, w, _ = operands((5,), 7, 9, torch.float32)
+    seen: list[str] = []
+    w.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append("packed") or t, lambda t: t):
+        y = ops.gemm_all_reduce(x, w, group=group)
+    assert seen == ["packed"], "x alone is needed for the gradient of w"
+    present(y.grad_fn).register_hook(lambda *_: seen.append("hook"))
+    y.sum().backward()
+    assert seen == ["packed", "hook"]
+    torch.testing.assert_close(w.grad, x.sum(0).expand(7, 9))
+    y = ops.replicated_gemm(x, w, group=group)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = ops.replicated_gemm(x, w, group=group)
+    (first,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), w)
+    torch.testing.assert_close(second, 2 * (x.T @ x).sum(0).expand(7, 9))
 
 
 def both(group: Group, x: Any, w: Any, bias: Any = None) -> list[Any]:
     return [
-        _C.fast_linear(x, w, bias, group._address),
+        _C.fast_linear(x, w, bias, group._address, "none"),
         _C.fast_gemm_all_reduce(x, w, bias, group._address, "none"),
     ]
 
@@ -108,7 +162,7 @@ def test_layers_of_torch_that_observe_a_call_see_the_op(group: Group, op: Callab
         assert op(x, w, b, group=group).requires_grad
         with torch.no_grad():
             assert not op(x, w, b, group=group).requires_grad
-            assert _C.fast_linear(x, w, b, group._address) is not None
+            assert _C.fast_linear(x, w, b, group._address, "none") is not None
         tensor.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert op(x, w, b, group=group).dtype == torch.bfloat16

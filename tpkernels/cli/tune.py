@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from itertools import product
 from typing import Annotated
@@ -98,8 +99,9 @@ def products_of(model: str, tp: int, rows: list[int], dtypes: list[str]) -> list
 
 
 def _measure(shapes: list[Product], tp: int, timeout_s: float) -> None:
-    with torchrun.open_ranks(timeout_s, 16, tp=tp) as layout:
-        ranks = layout.tp
+    with contextlib.ExitStack() as stack:
+        with profile.switched_off():  # else the group of a new machine measures the points when it opens
+            ranks = stack.enter_context(torchrun.open_ranks(timeout_s, 16, tp=tp)).tp
         points = list(profile.points())
         with typer.progressbar(length=len(points) + len(shapes), label="products", hidden=ranks.rank > 0) as bar:
             found = [ranks.measure_engines(products, lambda: bar.update(1)) for products in (points, shapes)]

@@ -34,6 +34,7 @@ import torch
 from tpkernels._build import build_info
 from tpkernels._native import _C
 
+_VARIABLE = "TPKERNELS_PROFILE"
 _ROUNDS = 5
 _SECONDS = 5.0  # that measuring the points may take
 _MOST_FLOPS = 2.5e9  # of a point: about 40 ms of a core
@@ -104,7 +105,20 @@ def _times(us: dict[str, Any]) -> Times:
 
 def mode() -> str:
     """Return TPKERNELS_PROFILE: "auto", "off", or a path."""
-    return os.environ.get("TPKERNELS_PROFILE") or "auto"
+    return os.environ.get(_VARIABLE) or "auto"
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Groups that open inside neither read nor measure a profile."""
+    given = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = "off"
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+        if given is not None:
+            os.environ[_VARIABLE] = given
 
 
 def profile_file(transport: str) -> Path:
@@ -324,8 +338,8 @@ class _Engines:
             self._local[engine] = _C.open_local(f"engine/{engine}/{id(self)}", engine)
         local = self._local[engine]
         local.add_measured(*product, {engine: 0.0})
-        if _C.fast_linear(x, w, None, local.address) is not None:
-            return lambda: _C.fast_linear(x, w, None, local.address)
+        if _C.fast_linear(x, w, None, local.address, "none") is not None:
+            return lambda: _C.fast_linear(x, w, None, local.address, "none")
         return lambda: self._kernel(self._cpu, x, w, None, local.name, 1, "none")
 
 

@@ -29,6 +29,7 @@ has_any_global_hook: Callable[[], bool] = module_of_torch._has_any_global_hook
 # What parallelize has registered, which changes no logits in inference.
 HOOKS = (AdapterGuard, BlockRandom, BlockWatch, CacheCheck, GatheredAttentions, SameInputs, SharedInput)
 MOST_ROWS = 8  # of a step: kMostGemvRows in csrc/cpu/loops/gemv.h
+_PLAIN = 2  # of _C.plainness
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 ATTENTIONS = ("sdpa", "eager")
 ACTIVATIONS = ("SiLUActivation", "SiLU")
@@ -163,7 +164,7 @@ class Stack:
 
     def takes(self, ids: Tensor) -> bool:
         """Whether a step for these tokens [rows, 1] computes what the modules would."""
-        if ids.shape[0] > MOST_ROWS or self._model.training or not _C.is_plain(ids):
+        if ids.shape[0] > MOST_ROWS or self._model.training or _C.plainness(ids) != _PLAIN:
             return False
         if torch.is_autocast_enabled("cpu") or has_any_global_hook():
             return False

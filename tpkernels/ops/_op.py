@@ -1,11 +1,12 @@
 """The ways into an op, and its registrations with torch, in one object for each op.
 
 A call through the dispatcher of an op whose autograd is registered in Python costs about 22 us even when no gradient is
-needed; straight to the CPU kernel it costs about 4 us, and a small collective from C, by pointers, about 1 us. For
-plain tensors nothing between Python and the kernel has work to do, so that all ways give the same bits.
+needed; straight to the CPU kernel it costs 1 to 2 us, and a small collective from C, by pointers, about 1 us. For plain
+tensors nothing between Python and the kernel has work to do, so that all ways give the same bits.
 
-Plain means: no gradient to record, no tracing, no mode, no transform, no profiler (which would not see the op).
-csrc/python/fast_path.cpp finds out in a quarter of a microsecond.
+Plain means: no gradient to record, no tracing, no mode, no transform, no profiler (which would not see the op). Where
+autograd records the call and nothing else observes it, one autograd.Function takes the place of the three that torch
+puts around a gradient registered in Python. csrc/python/fast_path.cpp finds out in a quarter of a microsecond.
 """
 
 from __future__ import annotations
@@ -15,26 +16,27 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch._C._aoti
 import torch._C._autograd
 import torch._C._functorch
 import torch.autograd.forward_ad
-from torch import Tensor, is_grad_enabled, strided
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from tpkernels._native import _C
+from tpkernels.comm.group import Group
 
 from ._order import keep_in_order
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_is_plain = _C.is_plain  # bound once: an attribute takes 25 ns
+_plainness = _C.plainness  # bound once: an attribute takes 25 ns
 
 _C.set_fast_path(
     {
         "tensor_type": Tensor,
         "parameter_type": torch.nn.Parameter,
-        "is_grad_enabled": is_grad_enabled,
+        "is_grad_enabled": torch.is_grad_enabled,
         "len_dispatch_modes": torch._C._len_torch_dispatch_stack,
         "is_function_mode_enabled": torch._C._is_torch_function_mode_enabled,
         "peek_transforms": torch._C._functorch.peek_interpreter_stack,
@@ -42,7 +44,10 @@ _C.set_fast_path(
         "tracing_state": torch._C._get_tracing_state,
         "forward_ad": torch.autograd.forward_ad,
         "increment_version": torch._C._increment_version,
+        "handle_of_tensor": torch._C._aoti.unsafe_alloc_void_ptr_from_tensor,
+        "tensors_of_handles": torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs,
         "linear": torch._C._nn.linear,
+        "mm": torch.mm,
     },
     Tensor.__dlpack_c_exchange_api__,
 )
@@ -61,6 +66,7 @@ class Op:
 
     Attributes:
         dispatch: the op through torch's dispatcher, right for every tensor.
+        recorded: the same where autograd records the call and nothing else observes it.
         kernel: its CPU kernel, right for plain tensors.
     """
 
@@ -68,13 +74,28 @@ class Op:
         self._qualified = f"tpkernels::{name}"
         self.dispatch: Any = getattr(torch.ops.tpkernels, name)
         cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        self.kernel: Callable[..., Any] = partial(self.dispatch.default._handle.redispatch_boxed, cpu)
+        redispatch = partial(self.dispatch.default._handle.redispatch_boxed, cpu)
+        self.kernel: Callable[..., Any] = getattr(_C, f"kernel_{name}", redispatch)
+        self.recorded: Callable[..., Any] = self.dispatch
+        self._ways = (self.dispatch, self.recorded, self.kernel)
         if communicates:
             keep_in_order(self._qualified)
 
     def __call__(self, *args: Any) -> Any:
-        plain = are_plain(*(a for a in args if isinstance(a, Tensor)))
-        return (self.kernel if plain else self.dispatch)(*args)
+        return self._way(*(a for a in args if isinstance(a, Tensor)))(*args)
+
+    def way(self, group: Group, *tensors: Any) -> Callable[..., Any]:
+        """Return the quickest of the three that is right for a call on these tensors.
+
+        Args:
+            group: where the op works.
+            tensors: arguments of the op, the first of which is not None. What is no Tensor goes to the dispatcher.
+        """
+        return self._way(*tensors) if group.is_cpu else self.dispatch
+
+    def _way(self, *tensors: Any) -> Callable[..., Any]:
+        # is_compiling is a constant in a traced graph, where the rest vanishes.
+        return self.dispatch if is_compiling() else self._ways[_plainness(*tensors)]
 
     def fake(self, function: Function) -> Function:
         """Register the decorated function for tensors without data: shapes and dtypes only."""
@@ -84,27 +105,26 @@ class Op:
     def gradient(self, backward: Callable[..., Any], context: Callable[..., None]) -> None:
         """Register `backward` as the gradient; `context` saves in the forward what it needs."""
         torch.library.register_autograd(self._qualified, backward, setup_context=context)
+        kernel = self.kernel
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = kernel(*args)
+            context(ctx, args, output)
+            return output
+
+        self.recorded = recorder(self._qualified, forward, backward)
+        self._ways = (self.dispatch, self.recorded, self.kernel)
 
 
-def are_plain(first: Any, *others: Any) -> bool:
-    """Return whether a call with all of these tensors on a CPU group may go straight to the kernel.
+def recorder(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `apply` of an autograd.Function, for calls that nothing but autograd observes.
 
     Args:
-        first, others: arguments of the op; what is no Tensor is not plain.
+        name: of the Function.
+        forward: (ctx, *arguments) -> the outputs.
+        backward: (ctx, *gradients of the outputs) -> those of the arguments.
     """
-    # is_compiling is a constant in a traced graph, where the rest vanishes.
-    if is_compiling() or not _is_plain(first):
-        return False
-    if others:
-        grad = is_grad_enabled()  # the modes that _is_plain has read hold for all tensors of a call
-        for x in others:
-            if (
-                type(x) not in _TYPES
-                or (grad and x.requires_grad)
-                or not x.is_cpu
-                or x.layout is not strided
-                or x.is_neg()
-                or x._is_zerotensor()
-            ):
-                return False
-    return True
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name.replace("::", "_"), (torch.autograd.Function,), methods)
+    # Not Function.apply, which looks for transforms of torch.func.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc,no-any-return]

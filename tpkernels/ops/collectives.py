@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from tpkernels._native import _C
 from tpkernels.comm.group import Group, resolve
 
-from ._op import Op, are_plain
+from ._op import Op
 from .checks import (
     check_codec,
     check_dim,
@@ -72,9 +72,9 @@ def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec:
         group = resolve(group)
     if not is_dynamo_compiling() and (y := _fast_all_reduce(x, group._address, op, codec)) is not None:
         return y
-    plain = group.is_cpu and are_plain(x)
-    check_reduction("all_reduce", x, op, codec, group, plain=plain)
-    return (ALL_REDUCE.kernel if plain else ALL_REDUCE.dispatch)(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
+    call = ALL_REDUCE.way(group, x)
+    check_reduction("all_reduce", x, op, codec, group, plain=call is not ALL_REDUCE.dispatch)
+    return call(x, group.name, group.world_size, op, codec)  # type: ignore[no-any-return]
 
 
 @ALL_REDUCE.fake
@@ -195,11 +195,11 @@ def reduce_scatter(
         y = _fast_reduce_scatter(x, group._address, op, codec)
         if y is not None:
             return y
-    plain = group.is_cpu and are_plain(x)
-    check_reduction("reduce_scatter", x, op, codec, group, plain=plain)
+    call = REDUCE_SCATTER.way(group, x)
+    check_reduction("reduce_scatter", x, op, codec, group, plain=call is not REDUCE_SCATTER.dispatch)
     dim = check_dim("reduce_scatter", x, dim)
     place = (group.name, group.world_size, group.rank)
-    return (REDUCE_SCATTER.kernel if plain else REDUCE_SCATTER.dispatch)(x, *place, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
+    return call(x, *place, dim, op, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @REDUCE_SCATTER.fake
@@ -272,8 +272,9 @@ def all_gather(
         y = _fast_all_gather(x_shard, group._address, dim_size, codec)
         if y is not None:
             return y
-    plain = group.is_cpu and are_plain(x_shard)
-    if not plain:
+    call = ALL_GATHER.way(group, x_shard)
+    plain = call is ALL_GATHER.kernel
+    if call is ALL_GATHER.dispatch:
         check_tensor("all_gather", "x_shard", x_shard, group, by_function=grad == "split")
     if codec != "none":
         check_codec("all_gather", codec, x_shard.dtype)
@@ -287,7 +288,7 @@ def all_gather(
     place = (group.name, group.world_size, group.rank, dim, size)
     if wants_grad and grad == "split":
         return gather_from(x_shard, *place, codec)
-    return (ALL_GATHER.kernel if plain else ALL_GATHER.dispatch)(x_shard, *place, codec, grad_codec)  # type: ignore[no-any-return]
+    return call(x_shard, *place, codec, grad_codec)  # type: ignore[no-any-return]
 
 
 @ALL_GATHER.fake

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from tpkernels._native import _C
 from tpkernels.comm.group import Group, resolve
 
-from ._op import Op, are_plain
+from ._op import Op, recorder
 from .checks import check_dim, check_linear, check_size
 from .collectives import ALL_GATHER, ALL_REDUCE
 from .gradients import backward_codec, copy_to
@@ -73,9 +73,9 @@ def gemm_all_reduce(
         and (y := _fast_gemm_all_reduce(x_shard, w_shard, bias, group._address, codec)) is not None
     ):
         return y
-    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
+    call = GEMM_ALL_REDUCE.way(group, x_shard, w_shard, bias)
+    plain = call is not GEMM_ALL_REDUCE.dispatch
     check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group, plain=plain)
-    call = GEMM_ALL_REDUCE.kernel if plain else GEMM_ALL_REDUCE.dispatch
     return call(x_shard, w_shard, bias, group.name, group.world_size, codec)  # type: ignore[no-any-return]
 
 
@@ -139,10 +139,10 @@ def gemm_reduce_scatter(
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
-    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
+    call = GEMM_REDUCE_SCATTER.way(group, x_shard, w_shard, bias)
+    plain = call is not GEMM_REDUCE_SCATTER.dispatch
     check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
-    call = GEMM_REDUCE_SCATTER.kernel if plain else GEMM_REDUCE_SCATTER.dispatch
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, codec, grad_codec)  # type: ignore[no-any-return]
 
@@ -228,13 +228,13 @@ def all_gather_gemm(
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
-    plain = group.is_cpu and (are_plain(x_shard, w_shard) if bias is None else are_plain(x_shard, w_shard, bias))
+    call = ALL_GATHER_GEMM.way(group, x_shard, w_shard, bias)
+    plain = call is not ALL_GATHER_GEMM.dispatch
     check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
     check_size("all_gather_gemm", "dim_size", dim_size)
     wants_grad = torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad)
     size = full_size("all_gather_gemm", x_shard, dim, dim_size, group, wants_grad)
-    call = ALL_GATHER_GEMM.kernel if plain else ALL_GATHER_GEMM.dispatch
     place = (group.name, group.world_size, group.rank)
     return call(x_shard, w_shard, bias, *place, dim, size, codec, grad_codec)  # type: ignore[no-any-return]
 
@@ -317,16 +317,15 @@ def replicated_gemm(
     if is_autocast_enabled(group.device.type):
         x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
     elif (
-        codec == "none"
-        and grad_codec is None
+        grad_codec is None
         and not is_dynamo_compiling()
-        and (y := _fast_linear(x, w_shard, bias, group._address)) is not None
+        and (y := _fast_linear(x, w_shard, bias, group._address, codec)) is not None
     ):
         return y
     grad_codec = backward_codec("replicated_gemm", codec, grad_codec, x)
-    plain = group.is_cpu and (are_plain(x, w_shard) if bias is None else are_plain(x, w_shard, bias))
+    call = REPLICATED_GEMM.way(group, x, w_shard, bias)
+    plain = call is not REPLICATED_GEMM.dispatch
     check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x", plain=plain)
-    call = REPLICATED_GEMM.kernel if plain else REPLICATED_GEMM.dispatch
     return call(x, w_shard, bias, group.name, group.world_size, grad_codec)  # type: ignore[no-any-return]
 
 
@@ -347,6 +346,14 @@ def _replicated_gemm_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
 
 
 REPLICATED_GEMM.gradient(_replicated_gemm_gradient, save_linear)
+
+
+_C.set_recorders(
+    recorder("replicated_gemm", _C.forward_linear, _C.backward_linear),
+    _replicated_gemm_gradient,
+    recorder("gemm_all_reduce", _C.forward_gemm_all_reduce, _C.backward_gemm_all_reduce),
+    _gemm_all_reduce_gradient,
+)
 
 
 def _fake_backward(op: Op, tokens: Callable[..., Sequence[Any]]) -> None:

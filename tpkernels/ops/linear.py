@@ -36,7 +36,6 @@ def save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, _, *ctx.call = inputs
     need_x, need_w, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if need_w else None, w if need_x else None)
-    ctx.num_args = len(inputs)
 
 
 def saved_linear(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Needs]:
@@ -49,7 +48,7 @@ def saved_linear(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Needs]:
 def wanted(ctx: Any, needs: Needs, gradients: Gradients) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of the op: x, w and bias where wanted, else None."""
     found = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-    return *found, *(None for _ in range(ctx.num_args - 3))
+    return *found, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def rows(x: Tensor) -> Tensor:

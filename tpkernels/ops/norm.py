@@ -15,7 +15,7 @@ from torch import Tensor, is_autocast_enabled
 from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import FLOATS
 
-from ._op import Op, are_plain
+from ._op import Op
 from .checks import check_codec, check_one_device, check_tensor, names, sums_dtype
 from .gradients import copy_to
 
@@ -67,10 +67,10 @@ def all_reduce_add_rms_norm(
     group = resolve(group)
     if isinstance(x, Tensor) and x.device.type != "meta" and is_autocast_enabled(x.device.type):
         x, residual, weight = _to_the_widest(x, residual, weight)
-    plain = group.is_cpu and are_plain(x, residual, weight)
+    call = ALL_REDUCE_ADD_RMS_NORM.way(group, x, residual, weight)
+    plain = call is not ALL_REDUCE_ADD_RMS_NORM.dispatch
     _check_add_norm(x, residual, weight, codec, group, plain=plain)
     step = _check_eps(x.dtype, eps)
-    call = ALL_REDUCE_ADD_RMS_NORM.kernel if plain else ALL_REDUCE_ADD_RMS_NORM.dispatch
     y, residual_out, _ = call(x, residual, weight, group.name, group.world_size, step, codec)
     return y, residual_out
 

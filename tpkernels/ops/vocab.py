@@ -14,7 +14,7 @@ from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import FLOATS
 from tpkernels.shard import part_size, part_start
 
-from ._op import Op, are_plain
+from ._op import Op
 from .checks import check_size, check_tensor, names, sums_dtype
 from .gradients import copy_to
 from .sizes import sizes_of_ranks
@@ -79,8 +79,8 @@ def vocab_embedding(
     Source: vocabulary-parallel embedding of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    plain = group.is_cpu and are_plain(ids, table_shard)
-    if not plain:
+    call = VOCAB_EMBEDDING.way(group, ids, table_shard)
+    if call is VOCAB_EMBEDDING.dispatch:
         check_tensor("vocab_embedding", "ids", ids, group)
         check_tensor("vocab_embedding", "table_shard", table_shard, group)
     if ids.dtype not in _IDS:
@@ -95,7 +95,6 @@ def vocab_embedding(
             f"(shape {list(table_shard.shape)})"
         )
     start, size = _start_and_size("vocab_embedding", table_shard.shape[0], vocab_size, group)
-    call = VOCAB_EMBEDDING.kernel if plain else VOCAB_EMBEDDING.dispatch
     return call(ids, table_shard, group.name, group.world_size, start, size)  # type: ignore[no-any-return]
 
 
@@ -178,10 +177,11 @@ def vocab_cross_entropy(
     Source: vocabulary-parallel cross entropy of Shoeybi et al. 2019 (arXiv:1909.08053).
     """
     group = resolve(group)
-    plain = group.is_cpu and are_plain(logits_shard, target)
+    call = VOCAB_CROSS_ENTROPY.way(group, logits_shard, target)
+    plain = call is not VOCAB_CROSS_ENTROPY.dispatch
     _check_loss(logits_shard, target, ignore_index, label_smoothing, group, plain=plain)
     start, size = _start_and_size("vocab_cross_entropy", logits_shard.shape[-1], vocab_size, group)
-    call, smoothing = (VOCAB_CROSS_ENTROPY.kernel if plain else VOCAB_CROSS_ENTROPY.dispatch), float(label_smoothing)
+    smoothing = float(label_smoothing)
     loss, _ = call(logits_shard, target, group.name, group.world_size, start, size, ignore_index, smoothing)
     return loss  # type: ignore[no-any-return]
 

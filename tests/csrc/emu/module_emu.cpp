@@ -6,7 +6,7 @@
 #include "cuda/scoped_op.h"
 #include "python/fast_gemm.h"
 #include "python/fast_path.h"
-#include "torch_side/kernels.h"
+#include "python/kernels.h"
 
 STABLE_TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { tpk::register_kernels<tpk::cuda::ScopedOp>(m); }
 
@@ -123,6 +123,7 @@ PYBIND11_MODULE(_C_emu, m) {
   add_engines(m);
   add_fast_path(m, &translate_errors);
   add_fast_gemm(m);
+  add_kernels<cuda::ScopedOp>(m);
   cuda::add_device_groups(m);
   m.def("limits", [] {
     py::dict limits;
