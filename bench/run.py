@@ -67,7 +67,19 @@ BENCHES = {
     "codecs_group": Bench("bench.overheads:codecs_group", shapes.parse_bytes, BYTES),
     "codec_moves": Bench("bench.codecs:moves", shapes.parse_bytes, (256 << 10, 4 << 20, 64 << 20)),
     "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
-}
+    **{
+        f"c10d_{call}": Bench(f"bench.c10d:{call}", shapes.parse_bytes, BYTES)
+        for call in (
+            "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "reduce",
+            "all_gather", "gather", "scatter", "send_recv", "neighbour",
+        )
+    },
+    "c10d_barrier": Bench("bench.c10d:barrier", shapes.parse_bytes, (4,)),
+    **{
+        f"c10d_{program}": Bench(f"bench.c10d_programs:{program}", shapes.parse_bytes, (0,))
+        for program in ("ddp", "fsdp", "tensor_parallel", "decode")
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
