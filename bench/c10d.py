@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +26,8 @@ from bench.cell import Cell, Setting, compare, sum_tolerance
 from bench.collectives import NO_ERROR, numel_of, sums, taking
 from bench.ranks import cores
 from bench.rows import KEEP_HELP, circumstances, destination, save
-from bench.run import BENCHES, Spec, complete, named, parse_sizes, run
+from bench.run import BYTES, Bench, Spec, complete, named, parse_sizes, run
+from bench.shapes import parse_bytes
 from bench.timing import Candidate
 
 GLOO, OURS, OTHER = "gloo", "tpk", "commux"
@@ -247,6 +248,25 @@ def barrier(setting: Setting, nbytes: int) -> Cell:
     return cell(setting, "barrier", nbytes, source, run, compare(source.double(), NO_ERROR), 0.0)
 
 
+PROGRAMS = ("ddp", "fsdp", "tensor_parallel")
+SIZED = {
+    f"c10d_{call}": Bench(f"bench.c10d:{call}", parse_bytes, BYTES)
+    for call in (
+        "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "reduce",
+        "all_gather", "gather", "scatter", "send_recv", "neighbour",
+    )
+}  # fmt: skip
+BENCHES = {
+    **SIZED,
+    "c10d_barrier": Bench("bench.c10d:barrier", parse_bytes, (4,)),
+    **{
+        f"c10d_{name}": Bench(f"bench.c10d_programs:{name}", parse_bytes, (40 << 20,))
+        for name in ("ddp", "fsdp", "tensor_parallel")
+    },
+    "c10d_decode": Bench("bench.c10d_programs:decode", parse_bytes, (12 * 14 << 20,)),
+}
+
+
 def main(
     ops: Annotated[list[str] | None, typer.Argument(help="Names without c10d_; default all.")] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "2,4",
@@ -260,10 +280,11 @@ def main(
     """Measure collectives and programs on gloo and tpk, all of them in the same processes."""
     console, wrong = Console(width=max(160, Console().width)), False
     setting = {"only": tuple(only.split(",")) if only else ()}
-    jobs = list(jobs_of(ops or (), sizes))
+    names = [named(f"c10d_{op}", BENCHES, "OPS") for op in ops] if ops else list(BENCHES)
+    jobs = [(name, size) for name in names for size in parse_sizes(BENCHES[name], sizes if name in SIZED else None)]
     for R in (int(number) for number in ranks.split(",")):
         pinned = len(cores()) >= R
-        spec = Spec(tuple(jobs), setting, rounds, BLOCK_S, most_lost, circumstances(pinned), wait)
+        spec = Spec(tuple(jobs), setting, rounds, BLOCK_S, most_lost, circumstances(pinned), wait, BENCHES)
         for found in run(spec, R, pin=pinned):
             if isinstance(found, str):
                 console.print(found)
@@ -275,15 +296,6 @@ def main(
             else:
                 console.print("something else had the cores: not kept", style="yellow")
     sys.exit(1 if wrong else 0)
-
-
-def jobs_of(ops: Sequence[str], sizes: str | None) -> Iterator[tuple[str, int]]:
-    """(op, size) of these ops, or of all of this file and of bench/c10d_programs.py."""
-    known = {name.removeprefix("c10d_"): name for name in BENCHES if name.startswith("c10d_")}
-    for op in ops or known:
-        name = known[named(op, known, "OPS")]
-        several = len(BENCHES[name].sizes) > 1
-        yield from ((name, size) for size in parse_sizes(name, sizes if several else None))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class Goal:
         return f"{self.op} {self.variant}, {size}"
 
 
+C10D = {4 * KIB: 30, 64 * KIB: 15, MIB: 5, 16 * MIB: 3}
+C10D_CALLS = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 PLAIN = {4 * KIB: 80, 64 * KIB: 30, MIB: 7, 16 * MIB: 3, 64 * MIB: 4}
 GOALS = [
     *(Goal("all_reduce", "plain", size, ratio) for size, ratio in PLAIN.items()),
@@ -85,6 +87,10 @@ GOALS = [
         for variant, at_least in (("tpkernels_static", 1.0), ("tpkernels_compiled", 1.3))
     ),
     Goal("decode_llama_8_heads", "tpkernels_static", 0, 1.0, "tp_plan_gloo"),
+    *(Goal(f"c10d_{call}", "tpk", size, ratio) for call in C10D_CALLS for size, ratio in C10D.items()),
+    *(Goal(f"c10d_{call}", "tpk", size, 1.0, R=4) for call in C10D_CALLS for size in C10D),
+    *(Goal("c10d_neighbour", "tpk", size, 1.0) for size in C10D),
+    *(Goal(f"c10d_{program}", "tpk", 0, ratio) for program, ratio in (("ddp", 1.3), ("fsdp", 1.5), ("decode", 2.0))),
 ]
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,19 +67,7 @@ BENCHES = {
     "codecs_group": Bench("bench.overheads:codecs_group", shapes.parse_bytes, BYTES),
     "codec_moves": Bench("bench.codecs:moves", shapes.parse_bytes, (256 << 10, 4 << 20, 64 << 20)),
     "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
-    **{
-        f"c10d_{call}": Bench(f"bench.c10d:{call}", shapes.parse_bytes, BYTES)
-        for call in (
-            "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "reduce",
-            "all_gather", "gather", "scatter", "send_recv", "neighbour",
-        )
-    },
-    "c10d_barrier": Bench("bench.c10d:barrier", shapes.parse_bytes, (4,)),
-    **{
-        f"c10d_{program}": Bench(f"bench.c10d_programs:{program}", shapes.parse_bytes, (0,))
-        for program in ("ddp", "fsdp", "tensor_parallel", "decode")
-    },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,7 @@ class Spec:
     most_lost: float
     where: Row
     wait_s: float = 0.0
+    benches: Mapping[str, Bench] = field(default_factory=lambda: BENCHES)
 
 
 def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
@@ -132,7 +121,7 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     until = time.monotonic() + spec.wait_s
     for op, size in spec.jobs:
         try:
-            cell = BENCHES[op].make(setting, size)
+            cell = spec.benches[op].make(setting, size)
         except ValueError as error:  # the same on every rank
             if team.rank == 0:
                 send(f"left out: {error}")
@@ -167,9 +156,8 @@ def overlaps(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
+def parse_sizes(bench: Bench, text: str | None) -> tuple[Any, ...]:
     """The sizes of --sizes, or the op's own."""
-    bench = BENCHES[op]
     if text is None:
         return bench.sizes
     if text == "models" and bench.parse is shapes.parse_gemm:
@@ -212,7 +200,7 @@ def main(
         raise typer.BadParameter(f"--pin gives every rank a core of its own; {ranks} ranks, {len(cores())} cores")
     pinned = ranks <= len(cores()) if pin is None else pin
     try:
-        wanted = parse_sizes(op, sizes)
+        wanted = parse_sizes(bench, sizes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
