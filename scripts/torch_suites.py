@@ -7,7 +7,7 @@ torch/testing/_internal/distributed/distributed_test.py takes its back end by na
 for that name to decide what is supported, so tpk has two columns: as it is, and with the checks of BACKEND answered as
 for gloo. Exit code 1 when a test that gloo passes fails in another column.
 
-Ranks are forked from a process that has imported torch: 0.5 s a test instead of 2.4 s.
+Processes are forked from one that has imported torch, and ranks from those: 0.5 s a test instead of 2.4 s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from tpkernels.testing.spawn import fork_server
+from tpkernels.testing.worker import die_with_parent
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "torch-suites"
 REFERENCE = "gloo"
@@ -96,8 +99,6 @@ def load(column: Column) -> type[unittest.TestCase]:
     os.environ.update(DISTRIBUTED_TESTS_DEFAULT_TIMEOUT=str(LIMIT_S))
     import torch
     import torch.distributed as dist
-
-    from tpkernels.testing.worker import die_with_parent
 
     if not dist.is_backend_available(column.backend):
         raise ValueError(f"torch.distributed has no back end {column.backend!r}")
@@ -171,8 +172,7 @@ def run(column: Column, filters: Sequence[str], jobs: int, log: Path) -> Iterato
     """Run a column's tests, as many side by side as `jobs`; the results as they come."""
     for old in log.parent.glob(f"{log.name}-*.log"):
         old.unlink()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, functools.partial(_open, column, log)) as pool:
+    with ProcessPoolExecutor(jobs, fork_server(), functools.partial(_open, column, log)) as pool:
         names = pool.submit(_names).result()
         chosen = [name for name in names if not filters or any(text in name for text in filters)]
         waiting: dict[Future[Result], str] = {pool.submit(_run, name): name for name in chosen}
@@ -202,11 +202,12 @@ def table(results: dict[str, dict[str, Result]]) -> str:
     return "\n".join(lines)
 
 
-def last_line(text: str) -> str:
-    """The line of an error that says what it is."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line.partition(":")[0] and not line.startswith("File")]
-    return (named[0] if len(named) == 1 else named[-2] if named else lines[-1] if lines else "")[:240]
+def reason(text: str) -> str:
+    """The line of an error that says what it is: of the first rank that reported one."""
+    _, _, ours = text.partition("and exception:\n")
+    lines = [line.strip() for line in (ours.split("\nProcess ")[0] or text).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Skip)\b", line)]
+    return (named or lines or [""])[-1][:240]
 
 
 def main(
@@ -227,7 +228,7 @@ def main(
         log.with_name(f"{log.name}.json").write_text(json.dumps([asdict(r) for r in found.values()], indent=1))
         for result in found.values():
             if result.outcome == "failed":
-                print(f"{title}: {result.test} failed: {last_line(result.detail)}", flush=True)
+                print(f"{title}: {result.test} failed: {reason(result.detail)}", flush=True)
     print(table(results))
     for title, result in worse(results, "skipped"):
         print(f"{title}: {result.test} skipped: {result.detail}")

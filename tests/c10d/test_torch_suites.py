@@ -20,8 +20,8 @@ CHOICE = (
 )  # fmt: skip
 
 
-def compare(*arguments: str, timeout: float) -> None:
-    """Run scripts/torch_suites.py; it must find nothing."""
+def compare(*arguments: str, timeout: float) -> tuple[int, str]:
+    """Exit code and output of scripts/torch_suites.py."""
     done = subprocess.run(
         [sys.executable, "scripts/torch_suites.py", *arguments],
         cwd=ROOT,
@@ -31,16 +31,24 @@ def compare(*arguments: str, timeout: float) -> None:
         timeout=timeout,
         check=False,
     )
-    print(done.stdout)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.returncode, f"{done.stdout}\n{done.stderr}"
 
 
 def test_a_choice_of_them(tmp_path: Path) -> None:
     filters = [word for name in CHOICE for word in ("-k", name)]
-    compare("--columns", "tpk-as-gloo", *filters, "--passes", str(len(CHOICE) - 1), "--out", str(tmp_path), timeout=200)
+    passes = ("--passes", str(len(CHOICE)), "--out", str(tmp_path))
+    code, output = compare("--columns", "tpk-as-gloo", *filters, *passes, timeout=200)
+    assert code == 0, output
+
+
+def test_a_back_end_that_does_nothing_is_told_from_gloo(tmp_path: Path) -> None:
+    code, output = compare("--columns", "fake", "-k", "test_gather_checks", "--out", str(tmp_path), timeout=200)
+    assert code == 1, output
+    assert "gloo passes, fake fails: test_gather_checks" in output
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("ranks, passes", [(2, 75), (3, 75)])
 def test_all_of_them(ranks: int, passes: int, tmp_path: Path) -> None:
-    compare("-R", str(ranks), "--passes", str(passes), "--out", str(tmp_path), timeout=600)
+    code, output = compare("-R", str(ranks), "--passes", str(passes), "--out", str(tmp_path), timeout=600)
+    assert code == 0, output
