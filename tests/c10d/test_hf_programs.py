@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.harness.c10d import BACKEND, REFERENCE, on_backend
+from tests.harness.backends import BACKEND, REFERENCE, on_backend
 
 pytest.importorskip("transformers")
 

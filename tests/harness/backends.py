@@ -7,7 +7,7 @@ from typing import Any
 
 from tpkernels.testing.spawn import RankError, call_ranks, report
 
-BACKEND = "gloo"
+BACKEND = "tpk"
 REFERENCE = "gloo"
 
 
