@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.harness.backends import BACKEND, REFERENCE, on_backend
+from tests.harness.backends import BACKEND, REFERENCE, needs_backend, on_backend
 
 pytest.importorskip("transformers")
+pytestmark = needs_backend
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -28,8 +28,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.harness.backends import BACKEND, REFERENCE, on_backend
+from tests.harness.backends import BACKEND, REFERENCE, needs_backend, on_backend
 
+pytestmark = needs_backend
 Values = dict[str, Tensor]
 WIDTH, ROWS, STEPS = 24, 8, 4
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.backends import needs_backend
+
 ROOT = Path(__file__).resolve().parents[2]
 # One of every kind: collectives, dtypes, groups, point to point, objects, timeouts, DDP.
 CHOICE = (
@@ -34,6 +36,7 @@ def compare(*arguments: str, timeout: float) -> tuple[int, str]:
     return done.returncode, f"{done.stdout}\n{done.stderr}"
 
 
+@needs_backend
 def test_a_choice_of_them(tmp_path: Path) -> None:
     filters = [word for name in CHOICE for word in ("-k", name)]
     passes = ("--passes", str(len(CHOICE)), "--out", str(tmp_path))
@@ -47,6 +50,7 @@ def test_a_back_end_that_does_nothing_is_told_from_gloo(tmp_path: Path) -> None:
     assert "gloo passes, fake fails: test_gather_checks" in output
 
 
+@needs_backend
 @pytest.mark.nightly
 @pytest.mark.parametrize("ranks, passes", [(2, 75), (3, 75)])
 def test_all_of_them(ranks: int, passes: int, tmp_path: Path) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch.distributed as dist
+
 from tpkernels.testing.spawn import RankError, call_ranks, report
 
 BACKEND = "tpk"
 REFERENCE = "gloo"
+needs_backend = pytest.mark.skipif(
+    not dist.is_backend_available(BACKEND), reason=f"needs tpkernels with the back end {BACKEND!r}"
+)
 
 
 def on_backend(backend: str, fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
