@@ -106,9 +106,6 @@ def load(column: Column) -> type[unittest.TestCase]:
         _answer_as_gloo(Named(column.backend))
     from torch.testing._internal.distributed import distributed_test as suite
 
-    if column.as_gloo:
-        for names in (suite.PROFILING_SUPPORTED_BACKENDS, suite.SEND_RECV_PROFILING_SUPPORTED_BACKENDS):
-            names.append(column.backend)
     die_with_parent()
     torch.set_num_threads(1)
 
@@ -126,13 +123,16 @@ def load(column: Column) -> type[unittest.TestCase]:
 
 
 def _answer_as_gloo(name: Named) -> None:
-    """Let os.environ["BACKEND"], which the tests read once, be a name that is equal to gloo."""
+    """Let os.environ["BACKEND"], which the tests read once, and get_backend return names that are equal to gloo."""
+    import torch.distributed as dist
 
     class Environ(type(os.environ)):  # type: ignore[misc]
         def __getitem__(self, key: str) -> str:
             return name if key == "BACKEND" else super().__getitem__(key)
 
+    get_backend = dist.get_backend
     os.environ.__class__ = Environ
+    dist.get_backend = dist.distributed_c10d.get_backend = lambda *group: Named(get_backend(*group))
 
 
 _tests: type[unittest.TestCase]  # of this process
