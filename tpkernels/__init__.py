@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tpkernels import checkpoint, compress, data_parallel, generate, guards, hf, layers, ops, optimizers, plan, shard
+from tpkernels import (
+    c10d,
+    checkpoint,
+    compress,
+    data_parallel,
+    generate,
+    guards,
+    hf,
+    layers,
+    ops,
+    optimizers,
+    plan,
+    shard,
+)
 from tpkernels._build import build_info
 from tpkernels.comm.explain import Explanation
 from tpkernels.comm.group import Group
@@ -34,6 +47,7 @@ __all__ = [
     "UnequalGroupsError",
     "UserError",
     "build_info",
+    "c10d",
     "check_replicas",
     "checkpoint",
     "compress",
