@@ -17,7 +17,7 @@ CHOICE = (
     "test_all_reduce_full_group_product", "test_all_reduce_sum_async", "test_all_reduce_complex_unsupported_ops",
     "test_all_gather_coalesced_complex", "test_all_gather_object_default_pg", "test_broadcast_full_group",
     "test_gather_checks", "test_scatter_complex", "test_reduce_min", "test_send_recv_any_source_torch_profiler",
-    "test_batch_isend_irecv_gloo_tags", "test_get_future", "test_sparse_all_reduce_sum", "test_ddp_logging_data_cpu",
+    "test_batch_isend_irecv_gloo_tags", "test_get_future", "test_sparse_all_reduce_sum", "test_all_reduce_max",
     "test_DistributedDataParallelCPU_grad_is_view", "test_accumulate_gradients_no_sync_allreduce_with_then_hook",
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_a_back_end_that_does_nothing_is_told_from_gloo(tmp_path: Path) -> None:
 
 @needs_backend
 @pytest.mark.nightly
-@pytest.mark.parametrize("ranks, passes", [(2, 75), (3, 75)])
+@pytest.mark.parametrize("ranks, passes", [(2, 60), (3, 60)])
 def test_all_of_them(ranks: int, passes: int, tmp_path: Path) -> None:
     code, output = compare("-R", str(ranks), "--passes", str(passes), "--out", str(tmp_path), timeout=600)
     assert code == 0, output
