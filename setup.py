@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = "_build_info.json"
-CPU_MODULE, CUDA_MODULE = "tpkernels._C", "tpkernels._C_cuda"
+CPU_MODULE, C10D_MODULE, CUDA_MODULE = "tpkernels._C", "tpkernels._C_c10d", "tpkernels._C_cuda"
 
 
 class Torch(NamedTuple):
@@ -49,6 +49,11 @@ def find_torch() -> Torch:
     root = Path(spec.origin).parent
     version = runpy.run_path(str(root / "version.py"))
     return Torch(root, str(version["__version__"]), version.get("cuda"))
+
+
+def has_c10d(torch: Torch) -> bool:
+    """Whether a back end for torch.distributed can be compiled: a torch without it has no such headers."""
+    return (torch.root / "include/torch/csrc/distributed/c10d/Backend.hpp").exists()
 
 
 def find_nvcc() -> str | None:
@@ -111,13 +116,16 @@ def decide() -> tuple[Torch, str | None, Decision]:
 
 
 class CMakeBuild(build_ext):
-    """Build the modules by CMakeLists.txt instead of compiling here: `_C`, and `_C_cuda` where CUDA is on."""
+    """Build the modules by CMakeLists.txt: `_C`, `_C_c10d` where torch has c10d, and `_C_cuda` where CUDA is on."""
 
     def finalize_options(self) -> None:
-        """Add the CUDA module where there will be one. Asked for metadata alone, there need not even be a torch."""
+        """Add the modules that there will be. Asked for metadata alone, there need not even be a torch."""
         with contextlib.suppress(ValueError):  # build_extension says what is wrong
-            if find_spec("torch") is not None and decide()[2].cuda:
-                self.distribution.ext_modules = [Extension(name, sources=[]) for name in (CPU_MODULE, CUDA_MODULE)]
+            if find_spec("torch") is not None:
+                torch, _, cuda = decide()
+                more = {C10D_MODULE: has_c10d(torch), CUDA_MODULE: cuda.cuda}
+                names = [CPU_MODULE, *(name for name, built in more.items() if built)]
+                self.distribution.ext_modules = [Extension(name, sources=[]) for name in names]
         super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
@@ -138,6 +146,11 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.version}"
         module.parent.mkdir(parents=True, exist_ok=True)
         options, targets = [f"-DTPKERNELS_CUDA={'ON' if cuda.cuda else 'OFF'}"], ["_C"]
+        if has_c10d(torch):
+            options += [f"-DTPKERNELS_C10D_MODULE_FILE={Path(self.get_ext_fullpath(C10D_MODULE)).resolve()}"]
+            targets += ["_C_c10d"]
+        else:
+            print(f"tpkernels: no back end for torch.distributed: torch {torch.version} has no headers of c10d")
         if cuda.cuda:
             cuda_module = Path(self.get_ext_fullpath(CUDA_MODULE)).resolve()
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DTPKERNELS_CUDA_MODULE_FILE={cuda_module}"]
@@ -156,7 +169,7 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install the build info belongs next to the modules, too."""
-        for name in (CPU_MODULE, CUDA_MODULE):
+        for name in (C10D_MODULE, CUDA_MODULE, CPU_MODULE):
             module = Path(self.get_ext_fullpath(name))  # in the checkout: setuptools asks in place
             module.unlink(missing_ok=True)  # a new file: processes that run now keep the old one mapped
         super().copy_extensions_to_source()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The same two functions; torch 2.13 renamed them and warns at each call of the old names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def gloo_all_reduce(x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def gloo_all_reduce(x: Tensor) -> Tensor:
 
 def gloo_reduce_scatter(out: Tensor, x: Tensor) -> Tensor:
     """Into a kept output."""
-    _reduce_scatter(out, x)
+    reduce_scatter(out, x)
     return out
 
 
@@ -32,7 +32,7 @@ def gloo_all_reduce_slice(x: Tensor, start: int, length: int) -> Tensor:
 
 def gloo_all_gather(out: Tensor, x_shard: Tensor) -> Tensor:
     """Into a kept output."""
-    _all_gather(out, x_shard)
+    all_gather(out, x_shard)
     return out
 
 
@@ -97,6 +97,6 @@ def cross_entropy_gloo(logits_shard: Tensor, target: Tensor, start: int) -> Tens
 
 def gathered_cross_entropy_gloo(parts: Tensor, logits_shard: Tensor, target: Tensor) -> Tensor:
     """All logits to every rank (parts is [R, tokens, words / R]), then torch's own loss."""
-    _all_gather(parts.flatten(0, 1), logits_shard)
+    all_gather(parts.flatten(0, 1), logits_shard)
     whole = parts.transpose(0, 1).reshape(logits_shard.shape[0], -1)
     return F.cross_entropy(whole.float(), target, reduction="none")

@@ -80,6 +80,8 @@ class Goal:
         return f" {TOKENS}" if self.against == TOKENS else "x"
 
 
+C10D = {4 * KIB: 30, 64 * KIB: 15, MIB: 5, 16 * MIB: 3}
+C10D_CALLS = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 PLAIN = {4 * KIB: 80, 64 * KIB: 30, MIB: 7, 16 * MIB: 3, 64 * MIB: 4}
 LINKS = {
     "300mbit": {"none": 1.2, "fp16": 2.2, "int8": 3.6},
@@ -131,6 +133,10 @@ GOALS = [
         Goal("serve_smollm2", "tpkernels", clients, least, TOKENS, machine=ZEN_4)
         for clients, least in ((1, 32), (8, 174))
     ),
+    *(Goal(f"c10d_{call}", "tpk", size, ratio) for call in C10D_CALLS for size, ratio in C10D.items()),
+    *(Goal(f"c10d_{call}", "tpk", size, 1.0, R=4) for call in C10D_CALLS for size in C10D),
+    *(Goal("c10d_neighbour", "tpk", size, 1.0) for size in C10D),
+    *(Goal(f"c10d_{program}", "tpk", 0, ratio) for program, ratio in (("ddp", 1.3), ("fsdp", 1.5), ("decode", 2.0))),
 ]
 
 

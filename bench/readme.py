@@ -24,14 +24,17 @@ from bench.table import digits, markdown, ratio, size, times_faster, under
 from tpkernels.compress import CODECS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md", "docs/c10d.md")
 MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 OURS = ("plain", "functional", "sym", "tpkernels", "op_only", *CODECS[1:])
+# What a program or a call without a size takes.
+C10D_ALONE = ("c10d_barrier", "c10d_ddp", "c10d_fsdp", "c10d_tensor_parallel", "c10d_decode")
 # The goals that README.md shows: title, and what they are measured against.
 SUMMARY = {
     *((f"all_reduce plain, {size}", "gloo") for size in ("4 KiB", "1 MiB", "64 MiB")),
     *((f"gemm_all_reduce tpkernels, M = {m}", "linear_gloo") for m in (16, 512)),
     ("train_step tpkernels", "gloo"),
+    ("c10d_all_reduce tpk, 4 KiB", "gloo"),
     *((f"decode_smollm2 tpkernels_{cache}", "transformers") for cache in ("static", "compiled")),
     ("decode_smollm2 tpkernels_compiled", "transformers_compiled"),
     *((f"serve_smollm2 tpkernels, {clients}", TOKENS) for clients in ("1 client", "8 clients")),
@@ -157,6 +160,36 @@ def of_goals(found: Sequence[Verdict], foot: str = "") -> str:
     return markdown(["goal", "dtype", "R", "against", "at least", *machines], lines, foot)
 
 
+def c10d(rows: Sequence[Row]) -> str:
+    """One line for each call and number of ranks, a column for each size: the ratio, us of gloo and of tpk."""
+    rows = [row for row in rows if row["verified"] and row["variant"] in ("gloo", "tpk") and row["bytes"] is not None]
+    sizes = sorted({row["bytes"] for row in rows if row["op"] not in C10D_ALONE})
+    lines = []
+    for (op, R), same in grouped(rows, "op", "R").items():
+        if op in C10D_ALONE:
+            continue
+        pairs = [{row["variant"]: row for row in same if row["bytes"] == size} for size in sizes]
+        lines.append([op.removeprefix("c10d_"), str(R), *(against_gloo(pair) for pair in pairs)])
+    head = ["call", "R", *map(format_bytes, sizes)]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def c10d_programs(rows: Sequence[Row]) -> str:
+    """One line for each program and number of ranks."""
+    rows = [row for row in rows if row["verified"] and row["op"] in C10D_ALONE]
+    pairs = [(op, R, {row["variant"]: row for row in same}) for (op, R), same in grouped(rows, "op", "R").items()]
+    lines = [[op.removeprefix("c10d_"), str(R), against_gloo(pair)] for op, R, pair in pairs]
+    return markdown(["program", "R", "times as fast as gloo (us of gloo, us of tpk)"], lines) if rows else ""
+
+
+def against_gloo(pair: dict[str, Row]) -> str:
+    """The ratio of two rows of a run, and their microseconds."""
+    if len(pair) < 2 or pair["tpk"]["ratio"] is None:
+        return "-"
+    times = ", ".join(digits(pair[name]["median_us"]) for name in ("gloo", "tpk"))
+    return f"{digits(pair['tpk']['ratio'])}x ({times})"
+
+
 def goals(rows: Sequence[Row]) -> str:
     """All goals, and how many of them each machine class reaches."""
     found = list(verdicts(GOALS, rows))
@@ -232,6 +265,8 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "codec_moves": (only(OP), each_class(moves)),
     "decode": (only("decode_smollm2", "decode_llama_8_heads"), each_class(decode)),
     "serve": (only("serve_smollm2"), each_class(serving)),
+    "c10d": (lambda rows: [row for row in rows if str(row["op"]).startswith("c10d_")], each_class(c10d)),
+    "c10d_programs": (lambda rows: [row for row in rows if row["op"] in C10D_ALONE], each_class(c10d_programs)),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
 }

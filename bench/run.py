@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +83,7 @@ class Spec:
     most_lost: float
     where: Row
     wait_s: float = 0.0
+    benches: Mapping[str, Bench] = field(default_factory=lambda: BENCHES)
 
 
 def measure_cell(cell: Cell, team: RankTeam, spec: Spec) -> list[Row]:
@@ -122,7 +123,7 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     until = time.monotonic() + spec.wait_s
     for op, size in spec.jobs:
         try:
-            cell = BENCHES[op].make(setting, size)
+            cell = spec.benches[op].make(setting, size)
         except ValueError as error:  # the same on every rank
             if team.rank == 0:
                 send(f"left out: {error}")
@@ -157,9 +158,8 @@ def overlaps(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def parse_sizes(op: str, text: str | None) -> tuple[Any, ...]:
+def parse_sizes(bench: Bench, text: str | None) -> tuple[Any, ...]:
     """The sizes of --sizes, or the op's own."""
-    bench = BENCHES[op]
     if text is None:
         return bench.sizes
     if text == "models" and bench.parse is shapes.parse_gemm:
@@ -203,7 +203,7 @@ def main(
         raise typer.BadParameter(f"--pin gives every rank a core of its own; {ranks} ranks, {len(cores())} cores")
     pinned = ranks <= len(cores()) if pin is None else pin
     try:
-        wanted = parse_sizes(op, sizes)
+        wanted = parse_sizes(bench, sizes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tpkernels import (
+    c10d,
     checkpoint,
     compress,
     data_parallel,
@@ -50,6 +51,7 @@ __all__ = [
     "UnequalGroupsError",
     "UserError",
     "build_info",
+    "c10d",
     "check_replicas",
     "checkpoint",
     "compress",

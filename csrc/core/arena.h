@@ -46,7 +46,7 @@ struct Control {
 
 // The version of the protocol between ranks: layout of the arena, order of signals, fingerprints and openings of calls.
 // It grows with every change of these; Group.open compares it.
-constexpr int kArenaLayout = 1;
+constexpr int kArenaLayout = 2;
 // Messages up to this size are summed by every rank (one wait instead of two).
 constexpr size_t kOneShotBytes = 1024;
 // Larger ones are sent in pieces of this size, which stay in the second-level cache.

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <map>
 #include <new>
@@ -23,10 +22,6 @@ std::atomic<uint64_t> process_generation{0};
     pthread_atfork(nullptr, nullptr, [] { process_generation.fetch_add(1, std::memory_order_relaxed); });
 
 }  // namespace
-
-uint64_t now_nanoseconds() {
-  return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
-}
 
 Cut Cut::even(size_t n, int world_size, size_t item) {
   Cut cut;
@@ -151,6 +146,13 @@ void Communicator::all_gather(const CallSpec& spec, const Wire& wire, const void
   Turn(*this, spec.op).run([&] { do_all_gather(spec, wire, in, out, cut); });
 }
 
+void Communicator::all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
+                              const Cut& receive) {
+  Turn(*this, spec.op).run([&] { do_all_to_all(spec, wire, in, out, send, receive); });
+}
+
+const Wire* Communicator::wire(DType dtype, Codec codec, ReduceOp op) const { return find_wire(dtype, codec, op); }
+
 std::vector<int64_t> Communicator::exchange(Op op, int64_t mine) {
   std::vector<int64_t> all;
   Turn(*this, op).run([&] { all = do_exchange({op, DType::I64, ReduceOp::None, Codec::None, 0, 0, mine}); });
@@ -213,6 +215,10 @@ void Communicator::do_all_gather_chunks(const CallSpec&, const Wire&, const void
   no_thread();
 }
 
+void Communicator::do_all_to_all(const CallSpec& spec, const Wire&, const void*, void*, const Cut&, const Cut&) {
+  throw std::logic_error(concat("transport ", transport(), " has no ", name_of(spec.op)));
+}
+
 void Communicator::do_all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                                         const std::function<void()>& meanwhile) {
   do_all_reduce(spec, wire, data, data, n);
@@ -225,6 +231,13 @@ void Communicator::close(const std::string& why) {
   if (closed_.empty()) do_close();
   if (closed_.empty()) closed_ = why;
   is_closed_ = true;
+}
+
+void Communicator::abort(const std::string& why) {
+  if (!is_of_this_process()) return;
+  is_aborted_ = true;
+  if (!is_closed_) do_abort();
+  close(why);
 }
 
 std::array<OpStats, kOps> Communicator::stats() {
@@ -299,6 +312,21 @@ void Communicator::check_parts(const CallSpec& mine, const std::vector<CallSpec>
   }
 }
 
+uint64_t Communicator::check_pairs(const CallSpec& mine, const std::vector<const uint64_t*>& sends,
+                                   const std::vector<const uint64_t*>& receives) const {
+  uint64_t largest = 0;
+  for (size_t s = 0; s < sends.size(); ++s) {
+    for (size_t r = 0; r < receives.size(); ++r) {
+      const uint64_t sent = sends[s][r], expected = receives[r][s];
+      largest = std::max(largest, sent);
+      if (sent == expected) continue;
+      throw RankMismatch(concat(describe_call(mine.op), ": the ranks disagree: rank ", s, " sends ", sent,
+                                " values to rank ", r, ", which expects ", expected, ". Nothing was read."));
+    }
+  }
+  return largest;
+}
+
 namespace {
 
 struct Registry {
@@ -335,6 +363,12 @@ class LocalCommunicator final : public Communicator {
   void do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
     check_parts(spec, {spec}, cut);
     copy(in, out, cut.total() * wire.value_bytes);
+  }
+  void do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
+                     const Cut& receive) override {
+    const uint64_t sent = send.total(), expected = receive.total();
+    check_pairs(spec, {&sent}, {&expected});
+    copy(in, out, send.total() * wire.value_bytes);
   }
   std::vector<int64_t> do_exchange(const CallSpec& spec) override { return {spec.mine}; }
   void do_close() override {}

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -82,21 +83,30 @@ class Communicator {
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
+  // Virtual functions that no transport overrides: the module of the back end for torch.distributed calls them by
+  // pointer, and links nothing of this one.
   const std::string& name() const { return name_; }
   const std::string& label() const { return label_; }
   int rank() const { return rank_; }
   int world_size() const { return world_size_; }
-  double timeout_s() const { return timeout_s_; }
+  double timeout_s() const { return timeout_s_.load(std::memory_order_relaxed); }
+  virtual void set_timeout(double timeout_s) { timeout_s_.store(timeout_s, std::memory_order_relaxed); }
   virtual const char* transport() const = 0;
 
   // out[n] = reduction over the ranks of in[n]. in == out is allowed. Only with a codec is an input packed.
-  void all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n);
+  virtual void all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n);
   // out = this rank's part of the reduction of in, cut as in `cut`.
-  void reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut);
+  virtual void reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut);
   // out = the parts of all ranks, in rank order; in is this rank's.
-  void all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
+  virtual void all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut);
+  // Part r of in, cut as in `send`, goes to rank r; out = what the ranks send to this one, cut as in `receive`. The
+  // cuts of the ranks must agree with each other; spec.numel need not be their total. The wire is plain.
+  virtual void all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
+                          const Cut& receive);
   // `mine` of every rank, in rank order.
-  std::vector<int64_t> exchange(Op op, int64_t mine);
+  virtual std::vector<int64_t> exchange(Op op, int64_t mine);
+  // find_wire of wire.h.
+  virtual const Wire* wire(DType dtype, Codec codec, ReduceOp op) const;
   // An all_reduce in place whose waiting happens after `meanwhile` has run.
   void all_reduce_beside(const CallSpec& spec, const Wire& wire, void* data, size_t n,
                          const std::function<void()>& meanwhile);
@@ -123,6 +133,16 @@ class Communicator {
   // Measured when the group was opened, the same on all ranks; 0: not measured.
   double link_bytes_per_s = 0;
 
+  // The heap of every rank as one stretch, in rank order, which the heap's own blocks no longer use: all ranks call it
+  // before any has allocated. Empty where the transport has none.
+  struct Stretch {
+    std::vector<char*> of_rank;
+    size_t bytes = 0;
+  };
+  virtual Stretch take_heaps() { return {}; }
+  // Why no more bytes come from that rank ("died (process 7)"); empty while there is no reason.
+  virtual std::string loss_of(int) const { return ""; }
+
   // Memory that the other ranks can read directly; nullptr when this transport has none or it is full.
   virtual void* heap_allocate(size_t bytes) = 0;
   virtual void heap_free(void* pointer) = 0;
@@ -135,14 +155,16 @@ class Communicator {
   // Raises errors of a device, where calls return before they have run. Nothing to do on the CPU.
   void check();
   // `why`: the error text of later calls on this rank.
-  void close(const std::string& why = "this rank closed the group");
+  virtual void close(const std::string& why = "this rank closed the group");
+  // The same while another thread of this rank is in a call, which throws PeerLost soon.
+  virtual void abort(const std::string& why);
   // Whether this is the process that opened the group. One that was forked since has the parent's memory, locks that
   // threads of the parent held, and none of those threads: it must not touch the rest of this object.
-  bool is_of_this_process() const;
+  virtual bool is_of_this_process() const;
   // Whether this process opened the group and has not closed it; takes no lock.
   bool is_open() const { return is_of_this_process() && !is_closed_; }
   // Throws std::invalid_argument unless it is; `what`: the op that was called.
-  void check_process(const char* what) const;
+  virtual void check_process(const char* what) const;
   std::array<OpStats, kOps> stats();
   void reset_stats();
 
@@ -150,6 +172,8 @@ class Communicator {
   virtual void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) = 0;
   virtual void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) = 0;
   virtual void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
+  virtual void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
+                             const Cut& receive);
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);
@@ -161,6 +185,9 @@ class Communicator {
                                     const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                                     const std::function<void(size_t)>& use);
   virtual void do_check() {}
+  // From another thread than that of the call in progress.
+  virtual void do_abort() {}
+  bool is_aborted() const { return is_aborted_.load(std::memory_order_acquire); }
   virtual void do_close() = 0;
 
   // Everything that `body` sends counts as one call.
@@ -175,6 +202,10 @@ class Communicator {
   void check_agreement(const CallSpec& mine, const std::vector<CallSpec>& all) const;
   // Of a gather: each rank's `mine` must be its size in the cut.
   void check_parts(const CallSpec& mine, const std::vector<CallSpec>& all, const Cut& cut) const;
+  // The sizes of an all_to_all, in values: row s of `sends` are those that rank s sends, row r of `receives` those that
+  // rank r expects. The same on every rank; throws RankMismatch. Returns the largest.
+  uint64_t check_pairs(const CallSpec& mine, const std::vector<const uint64_t*>& sends,
+                       const std::vector<const uint64_t*>& receives) const;
   // Lets every later call fail with this text.
   void break_off(const std::string& why) { broken_ = why; }
   void count(uint64_t wire_bytes) { current_->wire_bytes += wire_bytes; }
@@ -190,11 +221,11 @@ class Communicator {
 
   const std::string name_, label_;
   const int rank_, world_size_;
-  const double timeout_s_;
+  std::atomic<double> timeout_s_;
   const uint64_t owner_;  // which process: see process_generation
   std::mutex mutex_;
   std::string closed_;  // why; empty while the group is open
-  std::atomic<bool> is_closed_{false};
+  std::atomic<bool> is_closed_{false}, is_aborted_{false};
   std::string broken_;  // the first fatal error
   std::array<OpStats, kOps> stats_{};
   OpStats* current_ = nullptr;

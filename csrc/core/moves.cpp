@@ -51,6 +51,22 @@ void to_floats(const void* from, float* values, size_t n) {
 
 // ---- plain wires ----------------------------------------------------------------------------------------------------
 
+// What kernels of devices do not have (codec/sum.h) is here.
+template <class T, ReduceOp op>
+TPK_ALWAYS_INLINE auto step(typename Sum<T>::type left, typename Sum<T>::type right) -> typename Sum<T>::type {
+  using S = typename Sum<T>::type;
+  if constexpr (op <= ReduceOp::Min) {
+    return combine<T>(op, left, right);
+  } else if constexpr (op == ReduceOp::Product) {
+    // Integers of 16 bits would be multiplied as int, which must not overflow.
+    if constexpr (std::is_integral_v<S>) return static_cast<S>(uint64_t{left} * uint64_t{right});
+    return static_cast<S>(left * right);
+  } else {
+    static_assert(std::is_integral_v<S>);
+    return static_cast<S>(op == ReduceOp::BitAnd ? left & right : op == ReduceOp::BitOr ? left | right : left ^ right);
+  }
+}
+
 template <class T, ReduceOp op>
 void reduce_two(const T* const* inputs, T* const* outputs, int num_outputs, size_t n) {
   const T* first = inputs[0];
@@ -59,7 +75,7 @@ void reduce_two(const T* const* inputs, T* const* outputs, int num_outputs, size
   T* copy = outputs[num_outputs - 1];
 #pragma GCC ivdep
   for (size_t i = 0; i < n; ++i) {
-    const T value = finish<T>(op, combine<T>(op, Sum<T>::in(first[i]), Sum<T>::in(second[i])), 2);
+    const T value = finish<T>(op, step<T, op>(Sum<T>::in(first[i]), Sum<T>::in(second[i])), 2);
     out[i] = value;
     copy[i] = value;
   }
@@ -73,7 +89,7 @@ void reduce_tile(const T* const* inputs, int num_inputs, T* __restrict result, s
   for (size_t i = 0; i < n; ++i) sums[i] = Sum<T>::in(inputs[0][start + i]);
   for (int r = 1; r < num_inputs; ++r) {
     const T* input = inputs[r] + start;
-    for (size_t i = 0; i < n; ++i) sums[i] = combine<T>(op, sums[i], Sum<T>::in(input[i]));
+    for (size_t i = 0; i < n; ++i) sums[i] = step<T, op>(sums[i], Sum<T>::in(input[i]));
   }
   for (size_t i = 0; i < n; ++i) result[i] = finish<T>(op, sums[i], num_inputs);
 }
@@ -88,7 +104,7 @@ void reduce_widened(const void* const* inputs, int num_inputs, void* const* outp
     to_floats<T>(static_cast<const T*>(inputs[0]) + start, sums, count);
     for (int r = 1; r < num_inputs; ++r) {
       to_floats<T>(static_cast<const T*>(inputs[r]) + start, next, count);
-      for (size_t i = 0; i < count; ++i) sums[i] = combine<float>(op, sums[i], next[i]);
+      for (size_t i = 0; i < count; ++i) sums[i] = step<float, op>(sums[i], next[i]);
     }
     for (size_t i = 0; i < count; ++i) sums[i] = finish<float>(op, sums[i], num_inputs);
     from_floats<T>(sums, result, count);
@@ -266,9 +282,14 @@ constexpr DTypeMoves kOfDType = {from_floats<T>, to_floats<T>};
 
 }  // namespace
 
-#define TPK_FLOATING(reduce, T) \
-  {reduce<T, ReduceOp::Sum>, reduce<T, ReduceOp::Avg>, reduce<T, ReduceOp::Max>, reduce<T, ReduceOp::Min>}
-#define TPK_INTEGER(T) {reduce<T, ReduceOp::Sum>, nullptr, reduce<T, ReduceOp::Max>, reduce<T, ReduceOp::Min>}
+#define TPK_FLOATING(reduce, T)                                                                            \
+  {reduce<T, ReduceOp::Sum>, reduce<T, ReduceOp::Avg>, reduce<T, ReduceOp::Max>, reduce<T, ReduceOp::Min>, \
+   reduce<T, ReduceOp::Product>}
+#define TPK_INTEGER(T)                                        \
+  {reduce<T, ReduceOp::Sum>,     nullptr,                     \
+   reduce<T, ReduceOp::Max>,     reduce<T, ReduceOp::Min>,    \
+   reduce<T, ReduceOp::Product>, reduce<T, ReduceOp::BitAnd>, \
+   reduce<T, ReduceOp::BitOr>,   reduce<T, ReduceOp::BitXor>}
 #define TPK_OF_CODEC(name, id, C) kOfCodec<C>,
 
 const Moves TPK_MOVES = {

@@ -7,7 +7,8 @@
 namespace tpk {
 
 enum class DType : uint8_t { F32, F64, BF16, F16, I8, U8, I16, I32, I64, Raw1, Raw2, Raw4, Raw8, Raw16, Count };
-enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, None };
+// From Product on: on the CPU only. Bitwise ones are of integers.
+enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, Product, BitAnd, BitOr, BitXor, None };
 
 // The ops in which ranks take part. Each call carries its op in its fingerprint, so that ranks in different calls find
 // out. Their numbers are part of the fingerprint (kArenaLayout of arena.h).
@@ -27,7 +28,12 @@ enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, None };
   X(VocabCrossEntropy, "vocab_cross_entropy")                  \
   X(AllReduceAddRmsNorm, "all_reduce_add_rms_norm")            \
   X(Sizes, "sizes")                                            \
-  X(Barrier, "barrier")
+  X(Barrier, "barrier")                                        \
+  X(Broadcast, "broadcast")                                    \
+  X(Reduce, "reduce")                                          \
+  X(Gather, "gather")                                          \
+  X(Scatter, "scatter")                                        \
+  X(AllToAll, "all_to_all")
 
 enum class Op : uint8_t {
 #define TPK_OP_ENUMERATOR(id, name) id,
@@ -55,7 +61,8 @@ inline const char* name_of(DType dtype) {
 }
 
 inline const char* name_of(ReduceOp op) {
-  constexpr const char* names[] = {"sum", "avg", "max", "min", "none"};
+  constexpr const char* names[] = {"sum",         "avg",        "max",         "min", "product",
+                                   "bitwise and", "bitwise or", "bitwise xor", "none"};
   return op <= ReduceOp::None ? names[static_cast<size_t>(op)] : "unknown reduction";
 }
 

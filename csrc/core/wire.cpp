@@ -17,9 +17,9 @@ bool is_packable(DType dtype) { return is_float(dtype) && dtype != DType::F64; }
 bool exists(DType dtype, Codec codec, ReduceOp op) {
   if (dtype >= DType::Raw1) return dtype < DType::Count && codec == Codec::None && op == ReduceOp::None;
   if (codec != Codec::None) {
-    return codec < Codec::Count && is_packable(dtype) && op != ReduceOp::Max && op != ReduceOp::Min;
+    return codec < Codec::Count && is_packable(dtype) && (op <= ReduceOp::Avg || op == ReduceOp::None);
   }
-  return is_float(dtype) || op != ReduceOp::Avg;
+  return is_float(dtype) ? op <= ReduceOp::Product || op == ReduceOp::None : op != ReduceOp::Avg;
 }
 
 std::string why_not(DType dtype, Codec codec, ReduceOp op) {

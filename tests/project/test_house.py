@@ -19,7 +19,7 @@ LONGEST_FILE = 400
 
 # Imports point down: a package imports itself and those in front of it.
 ORDER = [
-    "_C", "errors", "_build", "_native", "shard", "comm", "compress", "ops", "optimizers", "layers", "launch",
+    "_C", "errors", "_build", "_native", "shard", "comm", "c10d", "compress", "ops", "optimizers", "layers", "launch",
     "data_parallel", "checkpoint", "plan", "pipeline", "planner", "guards", "hf", "generate", "serve", "train", "cli",
     "testing", "__init__", "__main__",
 ]  # fmt: skip

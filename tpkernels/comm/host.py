@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tpkernels._native import _C
 from tpkernels.comm.bootstrap import Bootstrap
+from tpkernels.comm.process_groups import NewGroup
 
 _SHM_FOLDER = "/dev/shm"
 _PAGE = 4096
@@ -119,7 +120,7 @@ class Opening:
         ranks: all of them, in rank order.
     """
 
-    process_group: dist.ProcessGroup
+    process_group: dist.ProcessGroup | NewGroup
     bootstrap: Bootstrap
     name: str
     label: str
@@ -130,6 +131,12 @@ class Opening:
     def rank(self) -> int:
         """This rank."""
         return self.bootstrap.rank
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the ranks of this host have fewer cores than they are."""
+        here = [info for info in self.ranks if info.host == self.ranks[self.rank].host]
+        return len(here) > len(frozenset.union(*(info.cores for info in here)))
 
     @property
     def pids(self) -> list[int | None]:

@@ -28,6 +28,7 @@ from tpkernels.comm.host import (
     rounded_to_pages,
 )
 from tpkernels.comm.peer import check_gpus, obstacle_to_peers, open_peer
+from tpkernels.comm.process_groups import NewGroup
 from tpkernels.comm.profile import open_with_profile
 from tpkernels.comm.sockets import connect, measured_link
 from tpkernels.comm.watch import Watch
@@ -35,6 +36,7 @@ from tpkernels.comm.watch import Watch
 TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
 TIMEOUT_S = {"cpu": 30.0, "cuda": 600.0}
 ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+BACKEND_ARENA_BYTES = 4 << 20  # slots of a whole piece, and 256 KiB for the messages of each of up to 11 other ranks
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 _log = logging.getLogger("tpkernels")
@@ -110,8 +112,44 @@ def open_communicator(
             raise RuntimeError(f"Group.open: cannot use {device}: {obstacle}")
         return _profiled(Opened(_open_local(kernels, _names.next("local", 0), label, device), "one process"), device)
     wanted = Wanted(timeout_s, arena_bytes, transport, device.type, multicast)
-    gpu, base = Gpu.of(device) if kernels is not None else None, process_group.group_name
-    bootstrap = Bootstrap(process_group, label, timeout_s)
+    gpu = Gpu.of(device) if kernels is not None else None
+    opening = _begin(process_group, label, wanted, gpu, obstacle)
+    ranks = opening.ranks
+    if len(ranks) == 1:
+        return _profiled(Opened(_open_local(kernels, opening.name, label, device), "one rank"), device)
+    if kernels is None:
+        here = [info for info in ranks if info.host == ranks[opening.rank].host]
+        return _profiled(_open_cpu(opening), device, len(frozenset.union(*(r.cores for r in here))), len(here))
+    return _open_cuda(opening, device, kernels)
+
+
+def open_for_backend(group: NewGroup, label: str, timeout_s: float, transport: str) -> tuple[Any, bool]:
+    """Open the communicator of a back end for torch.distributed, on the CPU; every rank of the group calls this.
+
+    It moves tensors and multiplies none, so that it needs no profile and a small arena.
+
+    Returns:
+        the communicator, and whether the ranks of this host have fewer cores than they are.
+
+    Raises:
+        As open_communicator does.
+    """
+    if group.size() == 1:
+        return _open_local(None, _names.next(group.group_name, 0), label, torch.device("cpu")), False
+    opening = _begin(group, label, Wanted(timeout_s, None, transport, "cpu", False))
+    return _open_cpu(opening, BACKEND_ARENA_BYTES).communicator, opening.is_crowded
+
+
+def _begin(
+    process_group: dist.ProcessGroup | NewGroup,
+    label: str,
+    wanted: Wanted,
+    gpu: Gpu | None = None,
+    obstacle: str | None = None,
+) -> Opening:
+    """Wait for all ranks, and check that they can and want the same."""
+    base = process_group.group_name
+    bootstrap = Bootstrap(process_group, label, wanted.timeout_s)
     ranks, warning = bootstrap.begin(RankInfo.here(wanted, gpu, obstacle, _names.count(base)))
     check_same(ranks)
     name = _names.next(base, max(info.opened for info in ranks))
@@ -119,12 +157,7 @@ def open_communicator(
     bootstrap.watch(opening.pids)
     if warning is not None and process_group.rank() == 0:
         _log.warning("group '%s': %s", label, warning)
-    if len(ranks) == 1:
-        return _profiled(Opened(_open_local(kernels, name, label, device), "one rank"), device)
-    if kernels is None:
-        here = [info for info in ranks if info.host == ranks[opening.rank].host]
-        return _profiled(_open_cpu(opening), device, len(frozenset.union(*(r.cores for r in here))), len(here))
-    return _open_cuda(opening, device, kernels)
+    return opening
 
 
 def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int = 1) -> Opened:
@@ -155,11 +188,11 @@ def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> An
     return _C.open_local(name, label) if kernels is None else kernels.open_local(name, label, device.index)
 
 
-def _open_cpu(opening: Opening) -> Opened:
+def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
     process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
     obstacle = "transport='group' was asked for" if wanted.transport == "group" else obstacle_to_one_host(ranks)
     if obstacle is None:
-        communicator, found = open_shm(opening, _arena_bytes(wanted))
+        communicator, found = open_shm(opening, arena_bytes or _arena_bytes(wanted))
         if communicator is not None:
             return Opened(communicator, found)
         obstacle = found

@@ -1,10 +1,14 @@
-"""Process groups of torch: those of a mesh, whether one can be used in this process, and when it is destroyed."""
+"""Process groups of torch: those of a mesh, those that are being made, and when one is destroyed."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,6 +22,52 @@ DESTROYED = (
 # Those of the parent of a forked process. Kept, because their destructors wait for threads of the parent.
 _inherited: list[dist.ProcessGroup] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(dist.distributed_c10d._world.pg_map))
+
+
+@dataclass(eq=False)
+class NewGroup:
+    """A process group while it is made: a back end opens its communicator before torch has the group.
+
+    It has the methods of a ProcessGroup that opening needs.
+
+    Attributes:
+        store: of the group; None would mean that there is none.
+        group_rank, group_size: this rank, and how many.
+        group_name: the same on all ranks.
+        timeout: of torch's back end gloo, where that is needed.
+    """
+
+    store: Any
+    group_rank: int
+    group_size: int
+    group_name: str
+    timeout: timedelta
+
+    def rank(self) -> int:
+        """This rank."""
+        return self.group_rank
+
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.group_size
+
+    @cached_property
+    def gloo(self) -> Any:
+        """Torch's back end gloo over the same ranks, which all of them must want."""
+        store = dist.distributed_c10d.PrefixStore("gloo", self.store)
+        return dist.ProcessGroupGloo(store, self.group_rank, self.group_size, self.timeout)
+
+    def alltoall_base(self, *arguments: Any) -> dist.Work:
+        """That of gloo."""
+        work: dist.Work = self.gloo.alltoall_base(*arguments)
+        return work
+
+
+def store_of(process_group: dist.ProcessGroup | NewGroup) -> Any:
+    """The store of a process group; None where its back end has none (MPI)."""
+    if isinstance(process_group, NewGroup):
+        return process_group.store
+    return dist.distributed_c10d._get_process_group_store(process_group)
 
 
 def process_group_of(
@@ -72,7 +122,7 @@ def when_destroyed(process_group: dist.ProcessGroup, do: Callable[[], None]) -> 
     Returns:
         a function that cancels the call.
     """
-    store = dist.distributed_c10d._get_process_group_store(process_group)
+    store = store_of(process_group)
     if store is None:  # of MPI
         return lambda: None
     found = weakref.finalize(store, do)

@@ -221,6 +221,47 @@ void GroupCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, 
   }
 }
 
+void GroupCommunicator::do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                      const Cut& send, const Cut& receive) {
+  open_call(spec);
+  const size_t ranks = static_cast<size_t>(world_size());
+  const size_t table = 2 * ranks * sizeof(uint64_t);
+  std::vector<uint64_t> sizes;
+  for (const Cut* cut : {&send, &receive}) {
+    for (int r = 0; r < world_size(); ++r) sizes.push_back(cut->size(r));
+  }
+  for (size_t r = 0; r < ranks; ++r) std::memcpy(exchange_->send_buffer() + r * table, sizes.data(), table);
+  run(spec.op, Sizes(ranks, table), Sizes(ranks, table));
+  std::vector<uint64_t> all(2 * ranks * ranks);
+  std::memcpy(all.data(), exchange_->receive_buffer(), ranks * table);
+  std::vector<const uint64_t*> sends, receives;
+  for (size_t r = 0; r < ranks; ++r) {
+    sends.push_back(all.data() + 2 * ranks * r);
+    receives.push_back(sends.back() + ranks);
+  }
+  const uint64_t largest = check_pairs(spec, sends, receives);
+  const size_t piece = piece_values(wire, ranks);
+  for (size_t start = 0; start < largest; start += piece) {
+    const auto part = [&](const Cut& cut, int r) {
+      return start < cut.size(r) ? std::min(piece, cut.size(r) - start) : 0;
+    };
+    Sizes out_bytes, in_bytes;
+    char* to = exchange_->send_buffer();
+    for (int r = 0; r < world_size(); ++r) {
+      wire.encode(at(in, (send.start(r) + start) * wire.value_bytes), to, part(send, r));
+      out_bytes.push_back(wire.bytes(part(send, r)));
+      in_bytes.push_back(wire.bytes(part(receive, r)));
+      to += out_bytes.back();
+    }
+    run(spec.op, out_bytes, in_bytes);
+    const Sizes starts = starts_of(in_bytes);
+    for (int r = 0; r < world_size(); ++r) {
+      wire.decode(exchange_->receive_buffer() + starts[static_cast<size_t>(r)],
+                  at(out, (receive.start(r) + start) * wire.value_bytes), part(receive, r));
+    }
+  }
+}
+
 std::vector<int64_t> GroupCommunicator::do_exchange(const CallSpec& spec) {
   std::vector<int64_t> all;
   for (const CallSpec& theirs : open_call(spec)) all.push_back(theirs.mine);

@@ -26,6 +26,8 @@ class GroupCommunicator : public Communicator {
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
   void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) override;
   void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
+                     const Cut& receive) override;
   std::vector<int64_t> do_exchange(const CallSpec&) override;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                             const std::function<void()>& meanwhile) override;

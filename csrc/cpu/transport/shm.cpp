@@ -111,6 +111,24 @@ void ShmCommunicator::heap_free(void* pointer) {
   if (--heap_blocks_ == 0 && left_) unmap();
 }
 
+Communicator::Stretch ShmCommunicator::take_heaps() {
+  std::lock_guard<std::mutex> lock(mapping_mutex_);
+  Stretch all;
+  for (int r = 0; r < world_size(); ++r) all.of_rank.push_back(arena(r) + layout_.heap_offset());
+  all.bytes = layout_.heap_bytes();
+  heap_.reset(nullptr, 0);
+  return all;
+}
+
+// A process that ended, or a rank that left; its `state` is read last, so that what it wrote before is seen.
+std::string ShmCommunicator::loss_of(int r) const {
+  pollfd process{pidfds_[static_cast<size_t>(r)], POLLIN, 0};
+  const int pid = pids_[static_cast<size_t>(r)];
+  if (process.fd >= 0 ? poll(&process, 1, 0) > 0 : is_gone(pid)) return concat("died (process ", pid, ")");
+  const uint32_t state = control(r).state.load(std::memory_order_acquire);
+  return state == static_cast<uint32_t>(RankState::Closed) ? "closed the group" : "";
+}
+
 void ShmCommunicator::announce(const CallSpec& spec, const void* input_in_heap) {
   CallRecord& mine = control(rank()).records[call_ & 1];
   mine.numel = spec.numel;
@@ -282,17 +300,13 @@ uint64_t ShmCommunicator::last_call(int r) const {
 // after it had done its part of this call is no trouble.
 void ShmCommunicator::look_for_trouble(Op op, int other, const std::atomic<uint64_t>& word, uint64_t target,
                                        uint64_t started) {
+  if (is_aborted()) throw PeerLost(concat(describe_call(op), ": this rank aborted the group."));
   for (int r = 0; r < world_size(); ++r) {
     if (r == rank()) continue;
-    pollfd process{pidfds_[static_cast<size_t>(r)], POLLIN, 0};
-    const int pid = pids_[static_cast<size_t>(r)];
-    const bool gone = process.fd >= 0 ? poll(&process, 1, 0) > 0 : is_gone(pid);
-    const bool closed = control(r).state.load(std::memory_order_acquire) == static_cast<uint32_t>(RankState::Closed);
-    if (!gone && !closed) continue;
+    const std::string how = loss_of(r);
+    if (how.empty()) continue;
     const bool owes = r == other ? word.load(std::memory_order_acquire) < target : last_call(r) < call_;
-    if (!owes) continue;
-    const std::string seen = concat("; it was last seen at call ", last_call(r));
-    fail_lost(op, r, gone ? concat("died (process ", pid, ")", seen) : concat("closed the group", seen));
+    if (owes) fail_lost(op, r, concat(how, "; it was last seen at call ", last_call(r)));
   }
   if (word.load(std::memory_order_acquire) >= target) return;
   for (int r = 0; r < world_size(); ++r) {

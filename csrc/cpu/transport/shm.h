@@ -22,6 +22,8 @@ class ShmCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override;
   void heap_free(void* pointer) override;
   size_t heap_bytes() const override { return heap_.bytes(); }
+  Stretch take_heaps() override;
+  std::string loss_of(int rank) const override;
   // Whether an all_reduce of n values is summed by every rank (one wait) instead of in parts (two waits).
   static bool is_one_shot(const Wire& wire, size_t n) { return wire.bytes(n) <= kOneShotBytes; }
 
@@ -29,6 +31,8 @@ class ShmCommunicator final : public Communicator {
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
   void do_reduce_scatter(const CallSpec&, const Wire&, Input in, void* out, const Cut&) override;
   void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
+                     const Cut& receive) override;
   std::vector<int64_t> do_exchange(const CallSpec&) override;
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                             const std::function<void()>& meanwhile) override;

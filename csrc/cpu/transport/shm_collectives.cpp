@@ -315,6 +315,64 @@ void ShmCommunicator::touch_back(const Wire& wire, int r, const char* values, ch
   std::memcpy(lines, values, n * wire.value_bytes);
 }
 
+// A slot has the sizes that this rank sends and expects, then a stripe for each rank. So every rank compares the sizes
+// of all before any data is read.
+void ShmCommunicator::do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
+                                    const Cut& receive) {
+  const size_t ranks = static_cast<size_t>(world_size());
+  const size_t header = (2 * ranks * sizeof(uint64_t) + 63) / 64 * 64;
+  const size_t room = std::min(layout_.slot_bytes, kPieceBytes);
+  TPK_CHECK(room >= header + ranks * wire.value_bytes, "group '", label(), "' of ", ranks,
+            " ranks: the sizes of an all_to_all do not fit into a slot of ", layout_.slot_bytes, " bytes");
+  const size_t piece = wire.values_in((room - header) / ranks), stride = wire.bytes(piece);
+  const auto part = [&](const Cut& cut, int r, size_t p) {
+    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
+  };
+  const auto stripe = [&](int of, int to, size_t p) { return slot(of, p) + header + static_cast<size_t>(to) * stride; };
+  const auto fill = [&](size_t p) {
+    for (int r = 0; r < world_size(); ++r) {
+      const size_t n = r == rank() ? 0 : part(send, r, p);
+      wire.encode(at(in, (send.start(r) + p * piece) * wire.value_bytes), stripe(rank(), r, p), n);
+      count(wire.bytes(n));
+    }
+  };
+  uint64_t* const sizes = reinterpret_cast<uint64_t*>(slot(rank(), 0));
+  for (int r = 0; r < world_size(); ++r) {
+    sizes[r] = send.size(r);
+    sizes[ranks + static_cast<size_t>(r)] = receive.size(r);
+  }
+  fill(0);
+  announce(spec, nullptr);
+  hear_all(spec);
+  uint64_t largest = 0;
+  refuse_as_one_piece([&] {
+    std::vector<const uint64_t*> sends, receives;
+    for (int r = 0; r < world_size(); ++r) {
+      sends.push_back(reinterpret_cast<const uint64_t*>(slot(r, 0)));
+      receives.push_back(sends.back() + ranks);
+    }
+    largest = check_pairs(spec, sends, receives);
+  });
+  const size_t pieces = std::max<size_t>(1, (largest + piece - 1) / piece);
+  for (size_t p = 0; p < pieces; ++p) {
+    if (p > 0) {
+      fill(p);
+      signal(1 + p);
+    }
+    const auto place = [&](int r) { return at(out, (receive.start(r) + p * piece) * wire.value_bytes); };
+    const size_t own = (send.start(rank()) + p * piece) * wire.value_bytes;
+    wire.encode(at(in, own), place(rank()), part(send, rank(), p));
+    if (p > 0) wait_all(spec.op, 1 + p);
+    for (int r = 0; r < world_size(); ++r) {
+      const size_t n = part(receive, r, p);
+      if (r == rank() || n == 0) continue;
+      wire.decode(stripe(r, rank(), p), place(r), n);
+      std::memcpy(stripe(r, rank(), p), place(r), n * wire.value_bytes);  // as touch_back
+    }
+  }
+  turn_ += pieces;
+}
+
 std::vector<int64_t> ShmCommunicator::do_exchange(const CallSpec& spec) {
   announce(spec, nullptr);
   hear_all(spec);

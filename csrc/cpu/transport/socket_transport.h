@@ -37,6 +37,7 @@ class SocketCommunicator final : public GroupCommunicator {
                             const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                             const std::function<void(size_t)>& use) override;
   void do_close() override;
+  void do_abort() override { link_.abandon(); }
   void send_all_reduce(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                        const std::function<void()>* meanwhile) override;
   void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&) override;

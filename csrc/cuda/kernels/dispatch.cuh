@@ -66,7 +66,7 @@ cudaError_t with_reduction(DType dtype, Codec codec, ReduceOp op, Action action)
     if (op != ReduceOp::Sum && op != ReduceOp::Avg) return cudaErrorInvalidValue;
     return with_coded(dtype, codec, action);
   }
-  if (op >= ReduceOp::None || (op == ReduceOp::Avg && dtype > DType::F16)) return cudaErrorInvalidValue;
+  if (op > ReduceOp::Min || (op == ReduceOp::Avg && dtype > DType::F16)) return cudaErrorInvalidValue;
   switch (dtype) {
     case DType::F32: return action(Plain<float>{});
     case DType::F64: return action(Plain<double>{});

@@ -1,0 +1,218 @@
+#include "backend.h"
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <utility>
+
+#include "core/check.h"
+#include "core/errors.h"
+#include "run.h"
+#include "tensors.h"
+
+namespace tpk {
+namespace {
+
+using c10d::OpType;
+
+// Threads of the group may need the GIL before they end.
+class WithoutGil {
+ public:
+  WithoutGil() {
+    if (Py_IsInitialized() && PyGILState_Check()) released_.emplace();
+  }
+
+ private:
+  std::optional<pybind11::gil_scoped_release> released_;
+};
+
+}  // namespace
+
+Backend::Backend(Communicator& comm, std::shared_ptr<void> owner, c10::intrusive_ptr<c10d::Store> store,
+                 bool is_crowded, MakeGloo make_gloo)
+    : c10d::Backend(comm.rank(), comm.world_size()),
+      owner_(std::move(owner)),
+      comm_(comm),
+      store_(std::move(store)),
+      make_gloo_(std::move(make_gloo)) {
+  Communicator::Stretch heaps = comm_.take_heaps();
+  if (heaps.bytes > 0) mailboxes_ = std::make_shared<Mailboxes>(comm_, owner_, std::move(heaps), is_crowded);
+  init();
+}
+
+Backend::~Backend() {
+  if (comm_.is_of_this_process()) {
+    shutdown();
+  } else {
+    queue_.forget();
+  }
+}
+
+c10::intrusive_ptr<c10d::Backend::Options> Backend::getBackendOptions() {
+  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(comm_.timeout_s() * 1e3));
+  return c10::make_intrusive<Options>("tpk", timeout);
+}
+
+void Backend::setTimeout(std::chrono::milliseconds timeout) {
+  comm_.set_timeout(static_cast<double>(timeout.count()) * 1e-3);
+}
+
+void Backend::abort() {
+  const WithoutGil no_gil;
+  if (mailboxes_ != nullptr) mailboxes_->close("this rank aborted the process group");  // before its memory goes
+  comm_.abort("this rank aborted the process group");
+  shutdown();
+}
+
+void Backend::shutdown() {
+  if (is_shut_.exchange(true)) return;
+  const WithoutGil no_gil;
+  queue_.close();
+  if (mailboxes_ != nullptr) mailboxes_->close("this rank destroyed the process group");
+  comm_.close("the process group was destroyed on this rank");
+}
+
+c10d::ErrorType Backend::getError() { return c10d::ErrorType::SUCCESS; }
+
+std::string Backend::set_codec(const std::string& name) {
+  const Codec codec = codec_of(name);
+  TPK_CHECK(codec != Codec::Count, "codec: there is no codec '", name, "'");
+  return name_of(codec_.exchange(codec));
+}
+
+const std::string Backend::where() const {
+  return concat(" on group '", comm_.label(), "' (rank ", rank_, " of ", size_, ")");
+}
+
+void Backend::check_rank(const char* op, const char* argument, int64_t rank) const {
+  TORCH_CHECK(rank >= 0 && rank < size_, op, where(), ": ", argument, " must be a rank of 0 to ", size_ - 1, ", got ",
+              rank);
+}
+
+const at::Tensor& Backend::only(const char* op, const char* argument, const Tensors& tensors) const {
+  TORCH_CHECK(tensors.size() == 1, op, where(), ": ", argument, " must be one tensor, got ", tensors.size());
+  check_tensor(op, tensors[0]);
+  return tensors[0];
+}
+
+Backend::Works Backend::kept(Works work) {
+  if (coalesces_) coalesced_.push_back(work);
+  return work;
+}
+
+CallSpec Backend::spec_of(Op op, const at::Tensor& like, const Wire& wire, size_t numel, int64_t mine,
+                          int64_t root) const {
+  const int64_t must_agree[] = {static_cast<int64_t>(like.scalar_type()), root};
+  const bool moves = wire.dtype >= DType::Raw1;
+  return {op,
+          moves ? value_type_of(like).dtype : wire.dtype,
+          moves ? ReduceOp::None : wire.op,
+          wire.codec,
+          numel,
+          hash_of(must_agree, 2),
+          mine};
+}
+
+Backend::Works Backend::barrier(const c10d::BarrierOptions& options) {
+  return run(OpType::BARRIER, "tpk:barrier", options.asyncOp, {}, {}, [this] { comm_.exchange(Op::Barrier, 0); });
+}
+
+// Through the store: rank 0 waits for a key of each rank, and the others for the key with its verdict.
+void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
+  const auto own = std::chrono::milliseconds(static_cast<int64_t>(comm_.timeout_s() * 1e3));
+  const auto timeout = options.timeout == c10d::kUnsetTimeout ? own : options.timeout;
+  const std::string prefix = concat("monitored_barrier/", num_barriers_++, "/"), verdict = prefix + "verdict";
+  const auto key = [&](int rank) { return prefix + std::to_string(rank); };
+  const auto comes = [&](const std::string& name, std::chrono::milliseconds limit) {
+    try {
+      store_->wait({name}, std::max(limit, std::chrono::milliseconds(1)));
+      return true;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  };
+  const auto refuse = [&](const std::string& text) {
+    TORCH_CHECK(text.empty(), "monitored_barrier", where(), ": ", text, " failed to pass monitoredBarrier in ",
+                timeout.count(), " ms");
+  };
+  if (rank_ != 0) {
+    store_->set(key(rank_), std::vector<uint8_t>{1});
+    if (!comes(verdict, 2 * timeout)) return refuse("rank 0");
+    const std::vector<uint8_t> text = store_->get(verdict);
+    return refuse(std::string(text.begin() + 1, text.end()));
+  }
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  std::string missing;
+  for (int r = 1; r < size_ && (missing.empty() || wait_all_ranks); ++r) {
+    const auto left = deadline - std::chrono::steady_clock::now();
+    if (comes(key(r), std::chrono::duration_cast<std::chrono::milliseconds>(left))) continue;
+    missing += concat(missing.empty() ? "Rank " : ", ", r);
+  }
+  const std::string text = " " + missing;  // not empty: some stores have no empty values
+  store_->set(verdict, std::vector<uint8_t>(text.begin(), text.end()));
+  refuse(missing);
+}
+
+// ---- messages -------------------------------------------------------------------------------------------------------
+
+Backend::Works Backend::message(OpType type, const char* title, Tensors& tensors, int peer, int tag) {
+  const bool sends = type == OpType::SEND;
+  const at::Tensor& tensor = only(sends ? "send" : "recv", "tensors", tensors);
+  TORCH_CHECK(!is_shut_, title, where(), ": the process group was destroyed");
+  if (type != OpType::RECVANYSOURCE) {
+    check_rank(sends ? "send" : "recv", "the other rank", peer);
+    TORCH_CHECK(peer != rank_, sends ? "send" : "recv", where(), ": the other rank must not be this one");
+  }
+  if (mailboxes_ == nullptr) {
+    const auto& other = gloo();
+    return kept(sends                           ? other->send(tensors, peer, tag)
+                : type == OpType::RECVANYSOURCE ? other->recvAnysource(tensors, tag)
+                                                : other->recv(tensors, peer, tag));
+  }
+  const WithoutAutograd guard;
+  const Values values(tensor, sends);
+  const auto work = c10::make_intrusive<MessageWork>(rank_, type, title, tensors, mailboxes_);
+  const auto done = [work, values, sends](std::exception_ptr error, int source) {
+    if (!error && !sends) {
+      const WithoutAutograd guard;
+      values.write_back();
+    }
+    work->complete(error ? as_error_of_torch(error) : nullptr, source);
+  };
+  Mailboxes::Message message{
+      peer, tag, static_cast<uint32_t>(tensor.scalar_type()), values.data(), values.numel() * tensor.element_size(),
+      done};
+  if (sends) {
+    mailboxes_->send(std::move(message));
+  } else {
+    mailboxes_->receive(std::move(message));
+  }
+  return kept(work);
+}
+
+Backend::Works Backend::send(Tensors& tensors, int to, int tag) {
+  return message(OpType::SEND, "tpk:send", tensors, to, tag);
+}
+
+Backend::Works Backend::recv(Tensors& tensors, int from, int tag) {
+  return message(OpType::RECV, "tpk:recv", tensors, from, tag);
+}
+
+Backend::Works Backend::recvAnysource(Tensors& tensors, int tag) {
+  return message(OpType::RECVANYSOURCE, "tpk:recvAnySource", tensors, Mailboxes::kAnyRank, tag);
+}
+
+void Backend::startCoalescing() { coalesces_ = true; }
+
+Backend::Works Backend::endCoalescing() {
+  coalesces_ = false;
+  return c10::make_intrusive<CoalescedWork>(std::exchange(coalesced_, {}));
+}
+
+const c10::intrusive_ptr<c10d::Backend>& Backend::gloo() {
+  std::lock_guard<std::mutex> lock(gloo_mutex_);
+  if (gloo_ == nullptr) gloo_ = make_gloo_();
+  return gloo_;
+}
+
+}  // namespace tpk

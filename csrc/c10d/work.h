@@ -1,0 +1,113 @@
+// The Works of the back end for torch.distributed, and the queue that runs collectives.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+#include <vector>
+
+#include "cpu/transport/communication_thread.h"
+#include "cpu/transport/mailboxes.h"
+
+namespace tpk {
+
+using Tensors = std::vector<at::Tensor>;
+
+// What programs of torch.distributed catch: a passed deadline is a RuntimeError there (DistBackendError).
+std::exception_ptr as_error_of_torch(std::exception_ptr error);
+
+// One operation of one rank. Its future has the outputs; a future is made when somebody wants it.
+class Work : public c10d::Work {
+ public:
+  Work(int rank, c10d::OpType type, const char* title, const Tensors& inputs, Tensors outputs);
+
+  std::vector<at::Tensor> result() override { return outputs_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  int sourceRank() const override { return source_; }
+  // Ends it; runs what waits for the future.
+  void complete(std::exception_ptr error, int source = -1);
+
+ private:
+  static void settle(c10::ivalue::Future& future, const Tensors& outputs, const std::exception_ptr& error);
+
+  const Tensors outputs_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // under mutex_
+  int source_ = -1;
+};
+
+// Of a message: whoever waits for it moves bytes.
+class MessageWork final : public Work {
+ public:
+  MessageWork(int rank, c10d::OpType type, const char* title, const Tensors& tensors,
+              std::shared_ptr<Mailboxes> mailboxes)
+      : Work(rank, type, title, tensors, tensors), mailboxes_(std::move(mailboxes)) {}
+  bool wait(std::chrono::milliseconds timeout) override;
+
+ private:
+  const std::shared_ptr<Mailboxes> mailboxes_;
+};
+
+// Several Works as one (startCoalescing).
+class CoalescedWork final : public c10d::Work {
+ public:
+  explicit CoalescedWork(std::vector<c10::intrusive_ptr<c10d::Work>> works)
+      : c10d::Work(-1, c10d::OpType::COALESCED), works_(std::move(works)) {}
+  bool isCompleted() override;
+  bool wait(std::chrono::milliseconds timeout) override;
+
+ private:
+  const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+};
+
+// Runs collectives one after the other in the order of their calls. One that its caller waits for runs on the caller's
+// thread when nothing is before it; the others run on a thread of the group, which sleeps in between.
+class Queue {
+ public:
+  Queue() : thread_(std::make_unique<CommunicationThread>()) {}
+  // is_here: whether the caller waits. Then the work has ended when this returns, and its error is thrown.
+  template <class Body>
+  void run(const c10::intrusive_ptr<Work>& work, bool is_here, Body&& body) {
+    if (is_here && length_ == 0) return run_now(*work, body);
+    add(work, std::forward<Body>(body));
+    if (is_here) work->wait(kNoTimeout);
+  }
+  // Ends when what has been added has ended.
+  void close();
+  // In a forked child, which has no such thread.
+  void forget() { static_cast<void>(thread_.release()); }
+
+ private:
+  struct Entry {
+    c10::intrusive_ptr<Work> work;
+    std::function<void()> body;
+  };
+  template <class Body>
+  static std::exception_ptr error_of(Body&& body) {
+    try {
+      body();
+    } catch (...) {
+      return as_error_of_torch(std::current_exception());
+    }
+    return nullptr;
+  }
+  template <class Body>
+  static void run_now(Work& work, Body&& body) {
+    const std::exception_ptr error = error_of(body);
+    work.complete(error);
+    if (error) std::rethrow_exception(error);
+  }
+  void add(const c10::intrusive_ptr<Work>& work, std::function<void()> body);
+  void serve();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Entry> entries_;
+  std::atomic<size_t> length_{0};  // with the one that runs
+  bool leaves_ = false, has_thread_ = false;
+  std::unique_ptr<CommunicationThread> thread_;
+};
+
+}  // namespace tpk

@@ -1,0 +1,145 @@
+"""Works: several in flight end in order, their futures, their errors; and what torch builds on them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import nn
+
+from tests.harness.c10d import new_group
+from tests.harness.ops import raised
+from tpkernels import RankMismatchError
+from tpkernels.testing import run_ranks
+from tpkernels.testing.faults import come_late
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_in_shared_memory")
+
+
+def check_works_in_flight_end_in_order() -> None:
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        come_late(0.2)
+    x, ended = torch.ones(100_000), []
+    started = time.monotonic()
+    works = [dist.all_reduce(x, group=group, async_op=True) for _ in range(5)]
+    assert rank == 0 or R == 1 or time.monotonic() - started < 0.15  # they return at once: rank 0 is not here yet
+    for i, work in enumerate(works):
+        work.get_future().then(lambda _, i=i: ended.append(i))
+    # A call that waits comes after those that do not.
+    y = x.clone()
+    dist.all_reduce(x, group=group)
+    assert all(work.is_completed() and work.wait() for work in works)
+    assert ended == sorted(ended)
+    assert torch.equal(x, torch.full_like(x, float(R**6))), y
+
+
+def check_futures_have_the_outputs() -> None:
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    x = torch.full((3,), float(rank))
+    work = dist.all_reduce(x, group=group, async_op=True)
+    doubled = work.get_future().then(lambda future: future.value()[0] * 2)
+    assert torch.equal(doubled.wait(), torch.full((3,), float(R * (R - 1))))
+    assert work.get_future().wait()[0].data_ptr() == x.data_ptr()
+    assert work.result()[0].data_ptr() == x.data_ptr()
+
+
+def check_an_error_is_that_of_its_work() -> None:
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    if R == 1:
+        return
+    x, y = torch.ones(4 + (rank == 1)), torch.ones(3)
+    wrong, right = (dist.all_reduce(t, group=group, async_op=True) for t in (x, y))
+    assert "the ranks disagree" in raised(wrong.wait, RankMismatchError)
+    assert "the ranks disagree" in raised(lambda: wrong.get_future().wait(), RuntimeError)
+    right.wait()
+    assert torch.equal(y, torch.full((3,), float(R)))
+
+
+def check_functional_collectives() -> None:
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    x = torch.full((2 * R, 3), float(rank + 1))
+    total = R * (R + 1) / 2
+    assert torch.equal(functional.all_reduce(x, "sum", group) + 0, torch.full_like(x, total))
+    assert torch.equal(functional.all_gather_tensor(x[:1], 0, group)[:, 0] + 0, torch.arange(1.0, R + 1))
+    assert torch.equal(functional.reduce_scatter_tensor(x, "avg", 0, group) + 0, torch.full((2, 3), total / R))
+    every = functional.all_to_all_single(x, None, None, group) + 0
+    assert torch.equal(every[::2, 0], torch.arange(1.0, R + 1))
+
+
+def check_data_parallel_training() -> None:
+    """DistributedDataParallel has the gradients of the whole batch, on all ranks alike."""
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(3)
+    model, whole = nn.Linear(40, 30), nn.Linear(40, 30)
+    whole.load_state_dict(model.state_dict())
+    x = torch.randn(R, 5, 40)
+    parallel = nn.parallel.DistributedDataParallel(model, process_group=group)
+    parallel(x[rank]).square().mean().backward()
+    whole(x.flatten(0, 1)).square().mean().backward()
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad)
+    every = [torch.empty_like(model.weight) for _ in range(R)]
+    dist.all_gather(every, model.weight.grad, group)
+    assert all(torch.equal(one, every[0]) for one in every)
+
+
+def check_objects_and_barriers() -> None:
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    found: list[object] = [None] * R
+    dist.all_gather_object(found, {"rank": rank, "text": "x" * rank}, group)
+    assert found == [{"rank": r, "text": "x" * r} for r in range(R)]
+    box = [rank * 7]
+    dist.broadcast_object_list(box, R - 1, group)
+    assert box == [(R - 1) * 7]
+    assert dist.barrier(group, async_op=True).wait()
+    dist.barrier(group)
+
+
+def check_a_thread_calls_while_another_does() -> None:
+    """Calls of two threads on two groups do not disturb each other."""
+    group, other, R = new_group(), new_group(timeout_s=31.0), dist.get_world_size()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for i in range(100):
+                x = torch.full((1000,), float(i))
+                dist.all_reduce(x, group=other)
+                assert torch.equal(x, torch.full_like(x, float(i * R)))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for i in range(100):
+        x = torch.full((10_000,), float(i))
+        dist.all_reduce(x, group=group, async_op=bool(i % 2) or None)
+        dist.barrier(group)
+        assert torch.equal(x, torch.full_like(x, float(i * R)))
+    thread.join()
+    assert not failed, failed
+
+
+CHECKS = [
+    check_works_in_flight_end_in_order,
+    check_futures_have_the_outputs,
+    check_an_error_is_that_of_its_work,
+    check_functional_collectives,
+    check_data_parallel_training,
+    check_objects_and_barriers,
+    check_a_thread_calls_while_another_does,
+]
+
+
+def check_all() -> None:
+    for check in CHECKS:
+        check()
+
+
+@pytest.mark.parametrize("R", [1, 2, 3])
+def test_works(R: int) -> None:
+    run_ranks(check_all, R)
