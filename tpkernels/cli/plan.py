@@ -135,7 +135,9 @@ def _print(report: Report, rows: int) -> None:
     for line in report.texts():
         console.print(line, highlight=False)
     refused = [c for c in report.candidates if c.recipe is None]
-    console.print(f"{len(report.runnable)} cuts can run, {len(refused)} cannot:", highlight=False)
+    console.print(
+        f"{len(report.runnable)} cuts can run, {len(refused)} cannot{':' if refused else '.'}", highlight=False
+    )
     for c in refused[:rows]:
         console.print(f"  tp {c.tp}, pp {c.pp}, dp {c.dp}: {c.why}", highlight=False)
     if len(refused) > rows:

@@ -151,7 +151,7 @@ class Search:
         if candidate.time is None or best.time is None:
             return candidate
         names = {
-            "compute": "computes less efficiently", "tensor": "sums over tp", "pipeline": "sends between stages",
+            "compute": "computes longer", "tensor": "sums over tp", "pipeline": "sends between stages",
             "data": "exchanges gradients", "bubble": "waits in the pipeline", "optimizer": "updates parameters",
         }  # fmt: skip
         more = {text: getattr(candidate.time, key) - getattr(best.time, key) for key, text in names.items()}
