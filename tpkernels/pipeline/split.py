@@ -112,7 +112,7 @@ def _split(model: nn.Module, found: Record, sizes: list[int], scale: float) -> S
     stage_of |= {0: 0, len(found.layers) + 1: len(sizes) - 1}
     names = _all_names(model)
     needed = _needed(model, found, stage_of, names)
-    kept = _subtrees(model, found, needed)
+    kept = _subtrees(model, found, needed, set(stage_of.values()))
     tied, nbytes = {}, [0] * len(sizes)
     for first, every in names.items():
         where = {stage: name for name in reversed(every) for stage in _stages_with(name, found, kept, stage_of)}
@@ -186,7 +186,9 @@ def _place(model: nn.Module, module: str, found: Record, stage_of: dict[int, int
     return stage_of[0] if order.index(module) < order.index(found.layers[0]) else stage_of[len(found.layers) + 1]
 
 
-def _subtrees(model: nn.Module, found: Record, needed: dict[str, set[int]]) -> dict[str, frozenset[int]]:
+def _subtrees(
+    model: nn.Module, found: Record, needed: dict[str, set[int]], every: set[int]
+) -> dict[str, frozenset[int]]:
     """The largest modules outside of the layers whose parts are needed by the same stages: {name: stages}."""
     result: dict[str, frozenset[int]] = {}
 
@@ -197,7 +199,7 @@ def _subtrees(model: nn.Module, found: Record, needed: dict[str, set[int]]) -> d
             result[name] = frozenset(needed[own[0]])
             return
         stages = needed.get(name)
-        if stages is not None and stages != set(range(max(map(max, needed.values())) + 1)):
+        if stages is not None and stages != every:
             names = [n for n, _ in module.named_parameters(recurse=False)]
             raise PlanError(
                 f"split_by_layer: parameters {shorten(names)} of {name or type(model).__name__} itself, which holds "
