@@ -19,6 +19,7 @@ from bench.codecs import OP, share
 from bench.goals import GOALS, TOKENS, Goal, Verdict, split, verdicts
 from bench.rows import Row
 from bench.shapes import format_bytes
+from bench.study.links import rate_of
 from bench.table import digits, markdown, ratio, size, times_faster, under
 from tpkernels.compress import CODECS
 
@@ -98,20 +99,24 @@ def gemm(rows: Sequence[Row]) -> str:
 
 
 def between_hosts(rows: Sequence[Row]) -> str:
-    """One line for each op, link and codec: exposed communication of the plain program, of one chunk, and of the op."""
-    rows = [row for row in rows if row["verified"] and row["exposed_us"] is not None]
+    """One line for each of our candidates over a link: milliseconds, what of them is exposed, and the ratio."""
     lines = []
-    for key, same in grouped(rows, "op", "link", "dtype", "M", "N", "K").items():
-        by_way = {(row["variant"], row["codec"]): row for row in same}
-        for (variant, codec), row in by_way.items():
-            if variant == "tpkernels":
-                others = (by_way.get(("linear_gloo", "none")), by_way.get(("one_chunk", codec)))
-                exposed = [digits(r["exposed_us"] / 1e3) if r else "-" for r in (*others, row)]
-                lines.append([key[0], size(row), key[1], key[2], codec, digits(row["median_us"] / 1e3), *exposed,
-                              times_faster(row["ratios"].get("linear_gloo"))])  # fmt: skip
-    head = ["op", "M x N x K", "link", "dtype", "codec", "ms", "exposed ms: F.linear + gloo", "one chunk", "the op",
-            "vs F.linear + gloo"]  # fmt: skip
+    for row in sorted(rows, key=lambda r: rate_of(r["link"])):
+        if not row["verified"] or row["variant"] not in ("tpkernels", *CODECS[1:]):
+            continue
+        alone = next((r for r in rows if r["variant"] == "one_chunk" and same_call(r, row)), None)
+        exposed = [None if r is None or r["exposed_us"] is None else r["exposed_us"] / 1e3 for r in (row, alone)]
+        took = digits(row["median_us"] / 1e3)
+        lines.append([row["link"], row["op"], size(row), row["dtype"], row["codec"], row["path"] or "-", took,
+                      *map(digits, exposed), ratio(row)])  # fmt: skip
+    head = ["link", "op", "M x N x K", "dtype", "codec", "path", "ms", "exposed", "exposed in one chunk",
+            "times as fast as torch over gloo"]  # fmt: skip
     return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def same_call(a: Row, b: Row) -> bool:
+    """Whether two candidates were timed in one call of the bench, at one size."""
+    return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
 
 
 def few_rows(rows: Sequence[Row]) -> str:
