@@ -72,7 +72,7 @@ class Goal:
             size = f"{self.size} client{'s' * (self.size > 1)}"
         else:
             size = f"M = {self.size}" if "gemm" in self.op or self.op == "few_rows" else format_bytes(self.size)
-        between = f", {self.codec} over {self.link}" if self.link else ""
+        between = f", codec {self.codec} over {self.link}" if self.link else ""
         return f"{self.op} {self.variant}, {size}{between}"
 
     @property
@@ -86,7 +86,7 @@ PLAIN = {4 * KIB: 80, 64 * KIB: 30, MIB: 7, 16 * MIB: 3, 64 * MIB: 4}
 LINKS = {
     "300mbit": {"none": 1.2, "fp16": 2.2, "int8": 3.6},
     "1gbit": {"none": 1.5, "fp16": 1.9, "int8": 2.0},
-    "10gbit": {"none": 1.05, "fp16": 1.0, "int8": 1.0},
+    "10gbit": {"none": 1.05, "fp16": 1.05, "int8": 1.05},
 }
 GOALS = [
     *(Goal("all_reduce", "plain", size, ratio) for size, ratio in PLAIN.items()),
