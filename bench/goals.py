@@ -36,6 +36,7 @@ class Goal:
         size: bytes of a collective, M of a GEMM with N = K = 4096, 0: any.
         against: a candidate of the same run, or GEMM_ALONE: the faster GEMM by itself.
         codec: of the row.
+        link: between the hosts of the ranks; None: one host.
     """
 
     op: str
@@ -46,20 +47,24 @@ class Goal:
     dtype: str = "fp32"
     R: int = 2
     codec: str = "none"
+    link: str | None = None
 
     def fits(self, row: Row) -> bool:
         size = row["bytes"] if row["M"] is None else row["M"] if (row["N"], row["K"]) == (4096, 4096) else None
-        row_of_goal = (self.op, self.variant, self.dtype, self.R, self.codec)
-        return row_of_goal == tuple(row[k] for k in ("op", "variant", "dtype", "R", "codec")) and self.size in (0, size)
+        row_of_goal = (self.op, self.variant, self.dtype, self.R, self.codec, self.link)
+        found = (*(row[k] for k in ("op", "variant", "dtype", "R", "codec")), row.get("link"))
+        return row_of_goal == found and self.size in (0, size)
 
     @property
     def title(self) -> str:
         if not self.size:
             return f"{self.op} {self.variant}"
         size = f"M = {self.size}" if "gemm" in self.op else format_bytes(self.size)
-        return f"{self.op} {self.variant}, {size}"
+        over = f", codec {self.codec} over {self.link}" if self.link else ""
+        return f"{self.op} {self.variant}, {size}{over}"
 
 
+LINKS = {"300mbit": (1.2, 2.2, 3.6), "1gbit": (1.5, 1.9, 2.0), "10gbit": (1.05, 1.05, 1.05)}  # none, fp16, int8
 PLAIN = {4 * KIB: 80, 64 * KIB: 30, MIB: 7, 16 * MIB: 3, 64 * MIB: 4}
 GOALS = [
     *(Goal("all_reduce", "plain", size, ratio) for size, ratio in PLAIN.items()),
@@ -77,6 +82,11 @@ GOALS = [
         for move in codecs.MOVES
         for codec in CODECS
         if codec != "none"
+    ),
+    *(
+        Goal("gemm_all_reduce", "tpkernels", 512, at_least, "linear_gloo", codec=codec, link=link)
+        for link, ratios in LINKS.items()
+        for codec, at_least in zip(("none", "fp16", "int8"), ratios, strict=True)
     ),
     Goal("train_step", "tpkernels", 0, 1.2),
     *(

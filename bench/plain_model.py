@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpkernels.shard import ShardInfo, mark_shard, part
-from tpkernels.train.gpt import Parts
+from tpkernels.train.gpt import GPT, Parts
 
 
 def plain_parts() -> Parts:
@@ -99,6 +99,17 @@ class Embedding(nn.Module):
         outside = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(outside, 0), self.weight)
         return SumOverRanks.apply(rows.masked_fill(outside.unsqueeze(-1), 0.0))
+
+
+class Loss(nn.Module):
+    """The loss of a model as a forward, which is what DDP takes."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, target: Tensor) -> Tensor:
+        return self.model.loss(ids, target)
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""Draw latency and ratio over size from rows: `python -m bench.plot all_reduce.png --op all_reduce`."""
+"""Draw latency and ratio over size from rows: `python -m bench.plot all_reduce.png --op all_reduce`.
+
+Over a link between two hosts, what of the fused GEMMs' communication is exposed: `--link 1gbit`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from matplotlib.figure import Figure
 from bench import rows as kept
 from bench.rows import Row
 from bench.shapes import format_bytes
-from bench.table import under
+from bench.table import size, under
 
 COLORS = ["#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"]  # baseline first, in grey
 
@@ -80,19 +83,61 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     sheet.savefig(path, dpi=130)
 
 
+EXPOSED = {"linear_gloo": "F.linear, then gloo", "one_chunk": "one chunk", "tpkernels": "chunks"}
+
+
+def exposed_figure(rows: Sequence[Row], path: Path) -> None:
+    """For each op, size, dtype and codec three bars: milliseconds beyond the faster GEMM alone.
+
+    Raises:
+        ValueError: no verified row of a fused GEMM.
+    """
+    latest: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in sorted((r for r in rows if r["verified"] and r["exposed_us"] is not None), key=lambda r: r["date"]):
+        latest.setdefault((f"{row['op']}\n{size(row)} {row['dtype']}", row["codec"], row["date"]), {})[
+            row["variant"]
+        ] = row
+    groups = {(op, codec): found for (op, codec, _), found in latest.items() if "tpkernels" in found}
+    if not groups:
+        raise ValueError("plot: there is no verified row of a fused GEMM over this link")
+    plain = {op: found["linear_gloo"] for (op, _, _), found in latest.items() if "linear_gloo" in found}
+    sheet = Figure(figsize=(3 + 1.7 * len(groups), 5), layout="constrained")
+    axes = sheet.subplots()
+    for i, (variant, label) in enumerate(EXPOSED.items()):
+        for at, ((op, _), found) in enumerate(groups.items()):
+            row = plain.get(op) if variant == "linear_gloo" else found.get(variant)
+            if row is None:
+                continue
+            value = max(row["exposed_us"], 0.0) / 1e3
+            bar = axes.bar(at + 0.28 * (i - 1), value, 0.26, color=COLORS[i], label=label if at == 0 else None)
+            axes.bar_label(bar, [f"{value:.1f}"], fontsize=8)
+    axes.set_xticks(range(len(groups)), [f"{op}\ncodec {codec}" for op, codec in groups], fontsize=8)
+    axes.set(ylabel="exposed milliseconds")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, ncols=len(EXPOSED), loc="upper right")
+    first = next(iter(next(iter(groups.values())).values()))
+    sheet.suptitle(f"Time beyond the GEMM alone, {first['R']} ranks on two hosts, link of {first['link']}")
+    sheet.supxlabel(under(first), fontsize=7, color="gray", wrap=True)
+    sheet.savefig(path, dpi=130)
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="The PNG to write.")],
     op: Annotated[str, typer.Option()] = "all_reduce",
     ranks: Annotated[int, typer.Option()] = 2,
     dtype: Annotated[str, typer.Option()] = "fp32",
-    link: Annotated[str | None, typer.Option(help="Of runs with --hosts 2; default: those on one host.")] = None,
+    link: Annotated[str | None, typer.Option(help="All fused GEMMs of runs with --hosts 2 over this link.")] = None,
     results: Annotated[Path, typer.Option(help="A file or a folder of JSON lines.")] = kept.RESULTS,
 ) -> None:
-    """Draw one op."""
-    wanted = (op, ranks, dtype, link)
-    rows = [r for r in kept.load(results) if (r["op"], r["R"], r["dtype"], r.get("link")) == wanted]
+    """Draw one op, or all fused GEMMs over a link."""
+    found = [r for r in kept.load(results) if "kind" not in r and r["R"] == ranks and r.get("link") == link]
     try:
-        figure(rows, out)
+        if link is None:
+            figure([r for r in found if (r["op"], r["dtype"]) == (op, dtype)], out)
+        else:
+            exposed_figure(found, out)
     except ValueError as error:
         sys.exit(str(error))
 

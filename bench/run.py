@@ -193,6 +193,7 @@ def main(
     wait: Annotated[float, typer.Option(help="Seconds to wait, in all, for a quiet machine; then keep nothing.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 7,
     out: Annotated[Path | None, typer.Option(help="Add the rows to this file of JSON lines.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this PNG (bench.plot).")] = None,
 ) -> None:
     """Measure one op against its baselines and verify every candidate in the same run."""
     console, bench = Console(width=max(160, Console().width)), BENCHES[named(op, BENCHES, "OP")]
@@ -227,6 +228,10 @@ def main(
         console.print(line)
     if out is not None:
         save(out, keep)
+    if plot is not None:
+        from bench.plot import exposed_figure, figure  # matplotlib takes a second
+
+        (exposed_figure if between else figure)(rows, plot)
     if len(keep) < len(rows):
         console.print("something else had the cores: sizes without enough rounds were not kept", style="yellow")
     if not all(row["verified"] for row in rows):

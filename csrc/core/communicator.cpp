@@ -170,17 +170,17 @@ void Communicator::all_reduce_beside(const CallSpec& spec, const Wire& wire, voi
   if (!ran) once();
 }
 
-void Communicator::all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, size_t n,
+void Communicator::all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
                                      const std::function<void()>& meanwhile) {
   Turn turn(*this, spec.op);
-  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make)};
-  turn.run([&] { do_all_reduce_chunks(spec, wire, uncounted, out, n, turn.uncounted(meanwhile)); });
+  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make), chunks.use};
+  turn.run([&] { do_all_reduce_chunks(spec, wire, uncounted, turn.uncounted(meanwhile)); });
 }
 
 void Communicator::reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out,
                                          const Cut& cut, const std::function<void()>& meanwhile) {
   Turn turn(*this, spec.op);
-  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make)};
+  const Chunks uncounted{chunks.list, turn.uncounted(chunks.make), chunks.use};
   turn.run([&] { do_reduce_scatter_chunks(spec, wire, uncounted, out, cut, turn.uncounted(meanwhile)); });
 }
 
@@ -198,8 +198,7 @@ namespace {
 
 }  // namespace
 
-void Communicator::do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void*, size_t,
-                                        const std::function<void()>&) {
+void Communicator::do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, const std::function<void()>&) {
   no_thread();
 }
 

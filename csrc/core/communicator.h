@@ -60,8 +60,11 @@ struct Chunks {
     int part = 0;
   };
   std::vector<Chunk> list;  // in the order in which they are computed
-  // Computes one; returns where its values are until the call has ended.
-  std::function<const void*(size_t chunk)> make;
+  // Computes one; returns where its values are until the call has ended. An all_reduce writes the sums there, a
+  // reduce_scatter only reads.
+  std::function<void*(size_t chunk)> make;
+  // Runs on the thread of the group when the sums of a chunk (of a reduce_scatter: one of this rank's) are there.
+  std::function<void(size_t chunk)> use = [](size_t) {};
 };
 
 struct OpStats {
@@ -101,10 +104,10 @@ class Communicator {
   // Whether the calls below move bytes by a thread of the group while the calling thread computes; otherwise none of
   // them may be used.
   virtual bool has_thread() const { return false; }
-  // An all_reduce of `chunks`, which cover n values in order; `meanwhile` runs when the last one is made.
-  void all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, size_t n,
+  // An all_reduce in place of `chunks`, which cover all values in order; `meanwhile` runs when the last one is made.
+  void all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
                          const std::function<void()>& meanwhile);
-  // A reduce_scatter of `chunks`: those of each part are in order, and those of this rank are the last ones.
+  // A reduce_scatter of `chunks`; those of each part are in order.
   void reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, const Cut& cut,
                              const std::function<void()>& meanwhile);
   // An all_gather in which use(i) runs when values [0, ends[i]) of every part are in out, or the whole of smaller
@@ -150,7 +153,7 @@ class Communicator {
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);
-  virtual void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, size_t n,
+  virtual void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&,
                                     const std::function<void()>& meanwhile);
   virtual void do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, const Cut&,
                                         const std::function<void()>& meanwhile);

@@ -82,15 +82,29 @@ EngineChoice choose_engine(const MeasuredEngines& measured, const GemmShape& sha
   return {Engine::Aten, "rule: many rows of 16 bits; aten calls oneDNN itself where it can", {}};
 }
 
+namespace {
+
+double operations(const GemmShape& shape) {
+  return 2.0 * static_cast<double>(shape.M) * static_cast<double>(shape.N) * static_cast<double>(shape.K);
+}
+
+}  // namespace
+
+double expected_seconds(const MeasuredEngines& measured, const GemmShape& shape) {
+  const EngineChoice choice = choose_engine(measured, shape);
+  if (choice.measured.has_value()) {
+    const MeasuredProduct& at = *choice.measured;
+    return at.times[choice.engine] * 1e-6 * operations(shape) / operations(at.shape);
+  }
+  return operations(shape) / (size_of(shape.dtype) == 2 ? 2e11 : 1e11);
+}
+
 // "measured at 16x4096x4096: onednn 3357 us, aten 4498 us", the fastest first; for another shape, from its nearest
 // point, "about 1700 us by onednn, 2200 us by aten, from 16x4096x4096": times in proportion to the operations.
 std::string EngineChoice::reason(const GemmShape& shape) const {
   if (!measured.has_value()) return rule;
   const GemmShape& at = measured->shape;
   const bool own = at.M == shape.M && at.N == shape.N && at.K == shape.K;
-  const auto operations = [](const GemmShape& s) {
-    return static_cast<double>(s.M) * static_cast<double>(s.N) * static_cast<double>(s.K);
-  };
   auto engines = kAllEngines;
   std::stable_sort(engines.begin(), engines.end(),
                    [&](Engine a, Engine b) { return measured->times[a] < measured->times[b]; });
@@ -107,6 +121,23 @@ std::string EngineChoice::reason(const GemmShape& shape) const {
     separator = ", ";
   }
   return own ? text : text + ", from " + point;
+}
+
+std::vector<size_t> gathered_ends(const Communicator& comm, const Wire& wire, const GemmShape& shape) {
+  // Rows of this rank and of the others apart: what that costs beside all rows at once (512 rows in two halves, fp32,
+  // one core of Zen 4).
+  constexpr double kSlower = 0.08;
+  const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(shape.K);
+  if (!is_for_thread(comm, wire, rows * values)) return {};
+  const size_t part = Cut::even(rows, comm.world_size()).largest();
+  if (comm.forced_chunks == 1) return {};
+  if (comm.forced_chunks == 0) {
+    const double link = seconds_on_link(comm, wire, rows * values, 1);
+    const double product = expected_seconds(comm.measured_engines(), shape), own = product / comm.world_size();
+    if (std::min(link, own) < kSlower * product) return {};
+    if (link <= own) return {part};
+  }
+  return chunk_ends(comm, wire, part, values, 1);
 }
 
 namespace {
@@ -130,15 +161,22 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};
 }
 
-// The number of chunks of a GEMM; of one that gathers or scatters, chunks of the other ranks' rows and all own rows.
+// The number of chunks of a GEMM; of one that gathers, or scatters chunks of rows, chunks of the other ranks' rows and
+// all own rows.
 size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape) {
   if (call.dim != 0) return 1;
-  const bool gathers = call.op == "all_gather_gemm";
-  const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(gathers ? shape.K : shape.N);
-  const size_t chunks = chunk_ends(comm, wire, rows, values).size();
-  if (chunks == 1 || call.op == "gemm_all_reduce") return chunks;
-  const size_t others = static_cast<size_t>(comm.world_size()) - 1;
-  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), values).size() + 1;
+  const size_t rows = static_cast<size_t>(shape.M), others = static_cast<size_t>(comm.world_size()) - 1;
+  if (call.op == "all_gather_gemm") {
+    const size_t chunks = gathered_ends(comm, wire, shape).size();
+    return chunks == 0 ? 1 : others * chunks + 1;
+  }
+  const size_t columns = static_cast<size_t>(shape.N);
+  const bool sums_all = call.op == "gemm_all_reduce";
+  const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns, sums_all ? 2 : 1);
+  if (cut.ends.size() == 1) return 1;
+  if (sums_all) return blocks_of_sum(comm, wire, cut, rows, columns).size();
+  if (cut.of_columns) return cut.ends.size();
+  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), columns, 1).size() + 1;
 }
 
 Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/communicator.h"
 #include "core/engines.h"
@@ -31,6 +32,12 @@ struct EngineChoice {
 };
 bool can_multiply(Engine engine, const GemmShape& shape);
 EngineChoice choose_engine(const MeasuredEngines& measured, const GemmShape& shape);
+// Of the product by that engine: in proportion to what was measured, else as a core of Zen 4 computes.
+double expected_seconds(const MeasuredEngines& measured, const GemmShape& shape);
+
+// Between hosts, of x @ w.T whose x is gathered: where chunks of each other rank's rows end, which are multiplied when
+// they are there, after this rank's own rows; none where all are gathered first. Ranks may differ in it.
+std::vector<size_t> gathered_ends(const Communicator& comm, const Wire& wire, const GemmShape& shape);
 
 // What Group.explain returns: the name of the path, one sentence, and the engine of a product.
 struct Explained {

@@ -1,7 +1,10 @@
 #include "chunked_gemm.h"
 
+#include <cstring>
+
 #include "core/bytes.h"
 #include "core/specs.h"
+#include "cpu/choose.h"
 #include "torch_side/collectives.h"
 
 namespace tpk {
@@ -39,6 +42,24 @@ void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Ten
   });
 }
 
+// A block of x @ w.T + bias, as a tensor of its own.
+Tensor multiply_block(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                      const Block& block) {
+  const Tensor rows = rows_of(x, block.row, block.last_row);
+  const auto columns = [&](const Tensor& of) { return rows_of(of, block.column, block.last_column); };
+  const Tensor y = fresh_output(x, {rows.size(0), static_cast<int64_t>(block.last_column - block.column)});
+  multiply_into(comm, engine, rows, columns(w), bias.has_value() ? OptionalTensor(columns(*bias)) : bias, y);
+  return y;
+}
+
+// Into rows of `num_columns` values, of which y is the first.
+void copy_block(const void* values, void* y, const Block& block, size_t num_columns, size_t value_bytes) {
+  const size_t width = (block.last_column - block.column) * value_bytes;
+  for (size_t row = block.row; row < block.last_row; ++row) {
+    std::memcpy(at(y, (row * num_columns + block.column) * value_bytes), at(values, (row - block.row) * width), width);
+  }
+}
+
 // A tensor whose dimension `dim` is cut over the ranks, as rows of a matrix.
 struct RowCut {
   Shape shape;        // with `dim` first
@@ -60,14 +81,16 @@ Shape with_items(Shape shape, int64_t dim, size_t items) {
   return shape;
 }
 
-// The chunks of each rank's rows, those of this rank in one chunk and last.
+// The chunks of each rank's rows, those of this rank in one chunk and last: its product takes the time in which the
+// last rows of others arrive.
 std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire& wire, const RowCut& cut) {
   std::vector<Chunks::Chunk> list;
   for (int i = 1; i <= comm.world_size(); ++i) {
     const int part = (comm.rank() + i) % comm.world_size();
     const size_t rows = cut.rows.size(part);
+    const bool is_own = part == comm.rank();
     size_t begin = 0;
-    for (size_t end : part == comm.rank() ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values)) {
+    for (size_t end : is_own ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values, 1)) {
       if (end > begin) list.push_back({begin * cut.row_values, end * cut.row_values, part});
       begin = end;
     }
@@ -75,20 +98,44 @@ std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire&
   return list;
 }
 
+// The same of panels of columns: of each the rows of every rank, those of this rank last.
+std::vector<Chunks::Chunk> chunks_of_panels(const Communicator& comm, const std::vector<size_t>& ends,
+                                            const RowCut& cut) {
+  std::vector<Chunks::Chunk> list;
+  size_t begin = 0;
+  for (size_t end : ends) {
+    for (int i = 1; i <= comm.world_size(); ++i) {
+      const int part = (comm.rank() + i) % comm.world_size();
+      list.push_back({begin * cut.rows.size(part), end * cut.rows.size(part), part});
+    }
+    begin = end;
+  }
+  return list;
+}
+
+struct Scattered {
+  RowCut cut;
+  CutCall call;
+  Tensor out;
+  Scattered(Op op, const Communicator& comm, const Wire& wire, const Tensor& like, const Shape& whole, int64_t dim)
+      : cut(comm, whole, dim),
+        call(reduce_scatter_call(op, wire, cut.shape.data(), cut.shape.size(), dim, comm)),
+        out(fresh_output(like, with_items(whole, dim, static_cast<size_t>(call.rows)))) {}
+};
+
+// make(begin, end): rows of the matrix.
 Tensor reduce_scatter_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& like, const Shape& whole,
-                           int64_t dim, const std::function<const void*(size_t begin, size_t end)>& make,
+                           int64_t dim, const std::function<void*(size_t begin, size_t end)>& make,
                            const Work& meanwhile) {
-  const RowCut cut(comm, whole, dim);
-  const CutCall call = reduce_scatter_call(op, wire, cut.shape.data(), cut.shape.size(), dim, comm);
-  Tensor out = fresh_output(like, with_items(whole, dim, static_cast<size_t>(call.rows)));
-  Chunks chunks{chunks_of_parts(comm, wire, cut), {}};
+  Scattered to(op, comm, wire, like, whole, dim);
+  Chunks chunks{chunks_of_parts(comm, wire, to.cut), {}};
   chunks.make = [&](size_t c) {
     const Chunks::Chunk& chunk = chunks.list[c];
-    const size_t first = cut.rows.start(chunk.part);
-    return make(first + chunk.begin / cut.row_values, first + chunk.end / cut.row_values);
+    const size_t first = to.cut.rows.start(chunk.part);
+    return make(first + chunk.begin / to.cut.row_values, first + chunk.end / to.cut.row_values);
   };
-  comm.reduce_scatter_chunks(call.spec, wire, chunks, out.mutable_data_ptr(), call.cut, meanwhile);
-  return out;
+  comm.reduce_scatter_chunks(to.call.spec, wire, chunks, to.out.mutable_data_ptr(), to.call.cut, meanwhile);
+  return to.out;
 }
 
 Tensor gather_rows(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, int64_t dim, int64_t dim_size,
@@ -138,28 +185,35 @@ Tensor grad_weight_in_steps(Communicator& comm, const Tensor& dy, const Tensor& 
 }
 
 Tensor all_reduce_product(Op op, Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w,
-                          const OptionalTensor& bias, const std::vector<size_t>& ends, const Work& meanwhile) {
+                          const OptionalTensor& bias, const ChunkCut& cut, const Work& meanwhile) {
   Shape shape = shape_of(x);
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
-  const size_t row = static_cast<size_t>(w.size(0));
+  const size_t num_columns = static_cast<size_t>(w.size(0)), num_rows_of_y = static_cast<size_t>(num_rows(x));
+  const std::vector<Block> blocks = blocks_of_sum(comm, wire, cut, num_rows_of_y, num_columns);
   Tensor y = fresh_output(x, shape);
-  Chunks chunks;
-  size_t begin = 0;
-  for (size_t end : ends) {
-    chunks.list.push_back({begin * row, end * row});
-    begin = end;
-  }
   const Tensor y_rows = as_rows(y);
+  std::vector<Tensor> made;
+  Chunks chunks;
+  for (const Block& block : blocks) chunks.list.push_back({block.begin, block.end});
   chunks.make = [&](size_t c) {
-    const size_t first = chunks.list[c].begin / row, last = chunks.list[c].end / row;
-    const Tensor part = rows_of(y_rows, first, last);
-    multiply_into(comm, engine, rows_of(rows, first, last), w, bias, part);
-    return part.const_data_ptr();
+    const Block& block = blocks[c];
+    if (cut.of_columns) {
+      made.push_back(multiply_block(comm, engine, rows, w, bias, block));
+    } else {
+      made.push_back(rows_of(y_rows, block.row, block.last_row));
+      multiply_into(comm, engine, rows_of(rows, block.row, block.last_row), w, bias, made.back());
+    }
+    return made.back().mutable_data_ptr();
   };
-  comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, y.mutable_data_ptr(), numel_of(y),
-                         meanwhile);
+  if (cut.of_columns) {
+    made.reserve(blocks.size());  // read by the thread of the group meanwhile
+    chunks.use = [&](size_t c) {
+      copy_block(made[c].const_data_ptr(), y.mutable_data_ptr(), blocks[c], num_columns, wire.value_bytes);
+    };
+  }
+  comm.all_reduce_chunks(spec_of(op, wire, numel_of(y), shape), wire, chunks, meanwhile);
   return y;
 }
 
@@ -169,25 +223,64 @@ Tensor reduce_scatter_product(Op op, Communicator& comm, const Wire& wire, const
   shape.back() = w.size(0);
   const Tensor rows = as_rows(x);
   const Engine engine = engine_for(comm, rows, w);
-  const Tensor y = as_rows(fresh_output(x, shape));
-  const auto make = [&](size_t begin, size_t end) {
-    const Tensor part = rows_of(y, begin, end);
-    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
-    return part.const_data_ptr();
+  const size_t num_columns = static_cast<size_t>(w.size(0));
+  const size_t num_rows_of_y = static_cast<size_t>(num_rows(x));
+  const ChunkCut panels = chunks_of_sum(comm, wire, num_rows_of_y, num_columns, 1);
+  if (!panels.of_columns) {
+    const Tensor y = as_rows(fresh_output(x, shape));
+    const auto make = [&](size_t begin, size_t end) {
+      const Tensor part = rows_of(y, begin, end);
+      multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, part);
+      return part.mutable_data_ptr();
+    };
+    return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
+  }
+  Scattered to(op, comm, wire, x, shape, dim);
+  const size_t ranks = static_cast<size_t>(comm.world_size()), mine = to.cut.rows.size(comm.rank());
+  const Tensor summed = fresh_output(x, {static_cast<int64_t>(mine), static_cast<int64_t>(num_columns)});
+  std::vector<Tensor> made;
+  Chunks chunks{chunks_of_panels(comm, panels.ends, to.cut), {}};
+  const auto block_of = [&](size_t c, size_t row, size_t last_row) {
+    const size_t i = c / ranks, begin = i == 0 ? 0 : panels.ends[i - 1];
+    return Block{row, last_row, begin, panels.ends[i], chunks.list[c].begin, chunks.list[c].end};
   };
-  return reduce_scatter_rows(op, comm, wire, x, shape, dim, make, [] {});
+  chunks.make = [&](size_t c) -> void* {
+    const size_t first = to.cut.rows.start(chunks.list[c].part), end = first + to.cut.rows.size(chunks.list[c].part);
+    const bool is_last = c / ranks + 1 == panels.ends.size();  // whose other rows are under way beside this rank's
+    if (is_last ? end > first : c % ranks == 0) {
+      const Block block = is_last ? block_of(c, first, end) : block_of(c, 0, num_rows_of_y);
+      made.push_back(multiply_block(comm, engine, rows, w, bias, block));
+    }
+    const Block block = block_of(c, first, end);
+    const size_t skipped = is_last ? 0 : first * (block.last_column - block.column);
+    return at(made.back().mutable_data_ptr(), skipped * wire.value_bytes);
+  };
+  chunks.use = [&](size_t c) {
+    copy_block(at(summed.const_data_ptr(), chunks.list[c].begin * wire.value_bytes), to.out.mutable_data_ptr(),
+               block_of(c, 0, mine), num_columns, wire.value_bytes);
+  };
+  comm.reduce_scatter_chunks(to.call.spec, wire, chunks, summed.mutable_data_ptr(), to.call.cut, [] {});
+  return to.out;
 }
 
 Tensor reduce_scatter_beside(Op op, Communicator& comm, const Wire& wire, const Tensor& y, int64_t dim,
                              const Work& meanwhile) {
   const Tensor whole = dense(y);
   const size_t row = static_cast<size_t>(y.size(y.dim() - 1)) * y.element_size();
-  const auto make = [&](size_t begin, size_t) -> const void* { return at(whole.const_data_ptr(), begin * row); };
+  const auto make = [&](size_t begin, size_t) { return const_cast<char*>(at(whole.const_data_ptr(), begin * row)); };
   return reduce_scatter_rows(op, comm, wire, whole, shape_of(y), dim, make, meanwhile);
 }
 
+std::vector<size_t> gathered_ends_of(const Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
+                                     int64_t dim, int64_t dim_size) {
+  const int64_t items = x_shard.size(dim);
+  if (dim_size < 0 || items == 0 || !cuts_rows(x_shard, dim)) return {};
+  return gathered_ends(comm, wire, {wire.dtype, num_rows(x_shard) / items * dim_size, w.size(0), w.size(1)});
+}
+
 GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire, const Tensor& x_shard, const Tensor& w,
-                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size) {
+                                    const OptionalTensor& bias, int64_t dim, int64_t dim_size,
+                                    const std::vector<size_t>& ends) {
   const Shape x_shape = with_items(shape_of(x_shard), dim, static_cast<size_t>(dim_size));
   Shape y_shape = x_shape;
   y_shape.back() = w.size(0);
@@ -195,22 +288,26 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
   const Tensor rows = as_rows(x), y_rows = as_rows(y);
   const Engine engine = engine_for(comm, rows, w);
   const RowCut cut(comm, x_shape, dim);
-  const auto multiply = [&](int part, size_t begin, size_t end) {
-    begin = cut.rows.start(part) + std::min(begin, cut.rows.size(part));
-    end = cut.rows.start(part) + std::min(end, cut.rows.size(part));
+  const Tensor weights = engine == Engine::OneDnn ? dense(w) : w;  // columns of a transposed one would be packed anew
+  const auto multiply = [&](size_t begin, size_t end) {
     if (end == begin) return;
-    multiply_into(comm, engine, rows_of(rows, begin, end), w, bias, rows_of(y_rows, begin, end));
+    multiply_into(comm, engine, rows_of(rows, begin, end), weights, bias, rows_of(y_rows, begin, end));
   };
-  const std::vector<size_t> ends = chunk_ends(comm, wire, cut.rows.largest(), cut.row_values);
+  const size_t own = cut.rows.start(comm.rank()), own_end = own + cut.rows.size(comm.rank());
   std::vector<size_t> value_ends;
   for (size_t end : ends) value_ends.push_back(end * cut.row_values);
   const auto use = [&](size_t i) {
+    if (ends.size() == 1) {
+      multiply(0, own);
+      multiply(own_end, cut.rows.total());
+      return;
+    }
     for (int r = 0; r < comm.world_size(); ++r) {
-      if (r != comm.rank()) multiply(r, i == 0 ? 0 : ends[i - 1], ends[i]);
+      const auto row = [&](size_t end) { return cut.rows.start(r) + std::min(end, cut.rows.size(r)); };
+      if (r != comm.rank()) multiply(row(i == 0 ? 0 : ends[i - 1]), row(ends[i]));
     }
   };
-  const auto own = [&] { multiply(comm.rank(), 0, cut.rows.size(comm.rank())); };
-  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, own, use, x);
+  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, [&] { multiply(own, own_end); }, use, x);
   return {x, y};
 }
 

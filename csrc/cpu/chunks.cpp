@@ -1,28 +1,35 @@
 #include "chunks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace tpk {
 namespace {
 
-// A product reads all weights for each chunk. Of weights that the caches do not hold, 128 rows at a time cost 1.07 to
-// 1.1 times all 512 at once, 64 rows 1.2 to 1.3 times (fp32 and bf16, one core of Zen 5, MKL and oneDNN).
+// A product of chunks of rows reads all weights for each. Of weights that the caches do not hold, 128 rows at a time
+// cost 1.07 to 1.1 times all 512 at once, 64 rows 1.2 to 1.3 times (fp32 and bf16, one core of Zen 5, MKL and oneDNN).
 constexpr size_t kRows = 128;
-constexpr size_t kMostChunks = 18;
-// Engines give every row the bits it has in a product of all rows, but for the last rows of an odd number of them.
-constexpr size_t kUnit = 16;
+constexpr size_t kMostChunks = 24;
+// Engines give every value the bits it has in the whole product, but for the last rows of an odd number of them.
+constexpr size_t kUnit = 16, kColumnUnit = 64;
 
-// Over a faster link product and collective in turn take less time: 43 ms against 66 in chunks at 10 Gbit, 105 against
-// 75 at 1 Gbit (512x4096x2048 in fp32, one core of Zen 5).
-constexpr double kFastLink = 2.5e8;
+// n chunks of a message that takes `seconds` on the link leave seconds / n of it exposed, and cost n times this.
+constexpr double kSecondsOfChunk = 2.5e-4;
+// Chunks make a product slower by about 5 %, and the core that multiplies handles packets, too. A value of a product
+// with K = 2048 in fp32 takes one core of Zen 4 40 ns; on links that take less than an eighth of that, product and
+// collective in turn take no longer. K is not looked at: ranks may have different shards of it.
+constexpr double kLeastSecondsOfValue = 5e-9;
+constexpr double kAssumedLink = 1.25e8;  // bytes a second where none was measured
 
-size_t num_chunks(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values) {
+size_t num_chunks(const Communicator& comm, const Wire& wire, size_t n, int shares) {
   if (comm.forced_chunks > 0) return static_cast<size_t>(comm.forced_chunks);
-  if (comm.link_bytes_per_s > kFastLink) return 1;
-  const size_t by_rows = rows / kRows, by_bytes = wire.bytes(rows * row_values) / kSmallestForThread;
-  const size_t whole = std::min({by_rows, by_bytes, kMostChunks - 2});
-  return whole < 2 ? 1 : whole + 2;
+  const double seconds = seconds_on_link(comm, wire, n, shares);
+  const double values = static_cast<double>(n) * static_cast<double>(wire.value_bytes) / sizeof(float);
+  if (seconds < kLeastSecondsOfValue * values) return 1;
+  const auto best = static_cast<size_t>(std::sqrt(seconds / kSecondsOfChunk));
+  const size_t chunks = std::min({best, wire.bytes(n) / kSmallestForThread, kMostChunks});
+  return chunks < 3 ? 1 : chunks;  // two would hide less than they cost
 }
 
 // Of chunk i of n, in quarters of a full one.
@@ -32,22 +39,71 @@ size_t weight(size_t i, size_t n) {
   return i + 2 < n ? 4 : n - i;
 }
 
-}  // namespace
-
-std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values) {
-  if (!comm.has_thread() || rows == 0 || row_values == 0) return {rows};
-  const size_t unit = std::lcm(kUnit, wire.block_values / std::gcd(wire.block_values, row_values));
-  const size_t units = rows / unit, n = std::min(num_chunks(comm, wire, rows, row_values), units);
+// Ends of n chunks of `items` items, at multiples of `unit`.
+template <class Weight>
+std::vector<size_t> ends_of(size_t n, size_t items, size_t unit, Weight&& weight_of) {
+  n = std::min(n, items / unit);
   size_t all = 0, before = 0;
-  for (size_t i = 0; i < n; ++i) all += weight(i, n);
+  for (size_t i = 0; i < n; ++i) all += weight_of(i, n);
   std::vector<size_t> ends;
   for (size_t i = 0; i + 1 < n; ++i) {
-    before += weight(i, n);
-    const size_t end = before * units / all * unit;
+    before += weight_of(i, n);
+    const size_t end = before * (items / unit) / all * unit;
     if (end > (ends.empty() ? 0 : ends.back())) ends.push_back(end);
   }
-  ends.push_back(rows);
+  ends.push_back(items);
   return ends;
+}
+
+}  // namespace
+
+double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int shares) {
+  const double link = comm.link_bytes_per_s > 0 ? comm.link_bytes_per_s : kAssumedLink;
+  const double ranks = comm.world_size();
+  return static_cast<double>(wire.bytes(n)) * shares * (ranks - 1) / ranks / link;
+}
+
+std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values, int shares) {
+  if (!comm.has_thread() || rows == 0 || row_values == 0) return {rows};
+  const size_t unit = std::lcm(kUnit, wire.block_values / std::gcd(wire.block_values, row_values));
+  size_t n = num_chunks(comm, wire, rows * row_values, shares);
+  if (comm.forced_chunks == 0 && n > 1) n = std::min(n, rows / kRows + 2);
+  if (comm.forced_chunks == 0 && rows < 2 * kRows) n = 1;
+  return ends_of(n, rows, unit, weight);
+}
+
+ChunkCut chunks_of_sum(const Communicator& comm, const Wire& wire, size_t rows, size_t columns, int shares) {
+  if (rows == 0 || columns < rows || columns % wire.block_values != 0) {
+    return {false, chunk_ends(comm, wire, rows, columns, shares)};
+  }
+  if (!comm.has_thread()) return {true, {columns}};
+  const size_t unit = std::lcm(kColumnUnit, wire.block_values);
+  return {true,
+          ends_of(num_chunks(comm, wire, rows * columns, shares), columns, unit, [](size_t, size_t) { return 1; })};
+}
+
+std::vector<Block> blocks_of_sum(const Communicator& comm, const Wire& wire, const ChunkCut& cut, size_t rows,
+                                 size_t columns) {
+  std::vector<Block> blocks;
+  size_t start = 0;
+  for (size_t end : cut.ends) {
+    const size_t column = cut.of_columns ? start : 0, last_column = cut.of_columns ? end : columns;
+    std::vector<size_t> row_ends{cut.of_columns ? rows : end};
+    if (cut.of_columns && cut.ends.size() > 1 && (start == 0 || end == columns)) {
+      const bool has_bytes = wire.bytes(rows * (end - start)) >= 4 * kSmallestForThread && rows >= 2 * kRows;
+      const size_t n = comm.forced_chunks > 0 || has_bytes ? 3 : 1;
+      // A half and two quarters, the small ones outside.
+      row_ends = ends_of(n, rows, kUnit, [&](size_t i, size_t) { return i == (start == 0 ? n - 1 : 0) ? 2 : 1; });
+    }
+    size_t row = cut.of_columns ? 0 : start;
+    for (size_t row_end : row_ends) {
+      const size_t width = last_column - column, panel = column * rows;
+      blocks.push_back({row, row_end, column, last_column, panel + row * width, panel + row_end * width});
+      row = row_end;
+    }
+    start = end;
+  }
+  return blocks;
 }
 
 }  // namespace tpk

@@ -1,5 +1,5 @@
-// In which chunks of rows a GEMM between hosts is multiplied and sent. A rule of sizes alone, so that all ranks and all
-// runs have the same chunks. Torch-free.
+// In which chunks a GEMM between hosts is multiplied and sent. A rule of sizes and of the link alone, both the same on
+// all ranks, so that all ranks have the same chunks. Torch-free.
 #pragma once
 
 #include <vector>
@@ -15,9 +15,29 @@ inline bool is_for_thread(const Communicator& comm, const Wire& wire, size_t n) 
   return comm.has_thread() && wire.bytes(n) >= kSmallestForThread;
 }
 
+// Seconds that the link needs for a message of which each rank sends wire.bytes(n) times `shares` / world_size to each
+// other one: 1 to gather or scatter n values, 2 to sum them.
+double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int shares);
+
 // Where chunks of `rows` rows of `row_values` values end, in rows; one chunk where that is as fast. The first ones are
 // smaller, because nothing is sent beside the product of the first and the second should be there when that has been
 // sent; so are the last ones, because nothing is multiplied beside the bytes of the last.
-std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values);
+std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values, int shares);
+
+// The chunks of a product y[rows, columns] that the ranks sum: panels of columns where those are as many as rows and of
+// whole blocks of the codec, because each chunk reads the other factor again; else rows.
+struct ChunkCut {
+  bool of_columns;
+  std::vector<size_t> ends;  // in columns or rows
+};
+ChunkCut chunks_of_sum(const Communicator& comm, const Wire& wire, size_t rows, size_t columns, int shares);
+
+// A chunk of y. Panels of columns lie behind one another, each with its rows dense; there its values are [begin, end).
+struct Block {
+  size_t row, last_row, column, last_column, begin, end;
+};
+// Of an all_reduce: the first and the last panel are sent in blocks of rows, for the reasons above.
+std::vector<Block> blocks_of_sum(const Communicator& comm, const Wire& wire, const ChunkCut& cut, size_t rows,
+                                 size_t columns);
 
 }  // namespace tpk

@@ -10,22 +10,9 @@
 namespace tpk {
 namespace {
 
-// The chunks of the rows of y = x @ w.T, and whether a tensor of rows that is cut or gathered along dim has several.
-std::vector<size_t> chunks_of_product(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w) {
-  return chunk_ends(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)));
-}
-
-bool is_chunked(const Communicator& comm, const Wire& wire, const Tensor& like, int64_t rows, int64_t row_values,
-                int64_t dim) {
-  return cuts_rows(like, dim) &&
-         chunk_ends(comm, wire, static_cast<size_t>(rows), static_cast<size_t>(row_values)).size() > 1;
-}
-
-// The same of the shards of all ranks; where they exchange their sizes first, there are no chunks.
-bool is_chunked_gather(const Communicator& comm, const Wire& wire, const Tensor& shard, int64_t dim, int64_t dim_size) {
-  const int64_t items = shard.size(dim);
-  if (dim_size < 0 || items == 0) return false;
-  return is_chunked(comm, wire, shard, num_rows(shard) / items * dim_size, shard.size(shard.dim() - 1), dim);
+// The chunks of y = x @ w.T.
+ChunkCut chunks_of_product(const Communicator& comm, const Wire& wire, const Tensor& x, const Tensor& w, int shares) {
+  return chunks_of_sum(comm, wire, static_cast<size_t>(num_rows(x)), static_cast<size_t>(w.size(0)), shares);
 }
 
 Gradients local_gradients(const Communicator& comm, const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x,
@@ -42,9 +29,9 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::GemmAllReduce, x_shard, w_shard, bias);
   const Wire& wire = wire_for(Op::GemmAllReduce, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  const std::vector<size_t> ends = chunks_of_product(*comm, wire, x_shard, w_shard);
-  if (ends.size() > 1) {
-    return all_reduce_product(Op::GemmAllReduce, *comm, wire, x_shard, w_shard, rank_bias, ends, [] {});
+  const ChunkCut cut = chunks_of_product(*comm, wire, x_shard, w_shard, 2);
+  if (cut.ends.size() > 1) {
+    return all_reduce_product(Op::GemmAllReduce, *comm, wire, x_shard, w_shard, rank_bias, cut, [] {});
   }
   Tensor y = linear(*comm, x_shard, w_shard, rank_bias);
   all_reduce_into(Op::GemmAllReduce, *comm, wire, y, y);
@@ -59,7 +46,7 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  if (is_chunked(*comm, wire, x_shard, num_rows(x_shard), w_shard.size(0), dim)) {
+  if (cuts_rows(x_shard, dim) && chunks_of_product(*comm, wire, x_shard, w_shard, 1).ends.size() > 1) {
     return reduce_scatter_product(Op::GemmReduceScatter, *comm, wire, x_shard, w_shard, rank_bias, dim);
   }
   const Tensor partial = linear(*comm, x_shard, w_shard, rank_bias);
@@ -73,8 +60,9 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   check_linear(Op::AllGatherGemm, x_shard, w_shard, bias);
   check_token_dim("all_gather_gemm", shape_of(x_shard), dim);
   const Wire& wire = wire_for(Op::AllGatherGemm, x_shard, codec);
-  if (is_chunked_gather(*comm, wire, x_shard, dim, dim_size)) {
-    return product_of_gathered(Op::AllGatherGemm, *comm, wire, x_shard, w_shard, bias, dim, dim_size).y;
+  const std::vector<size_t> ends = gathered_ends_of(*comm, wire, x_shard, w_shard, dim, dim_size);
+  if (!ends.empty()) {
+    return product_of_gathered(Op::AllGatherGemm, *comm, wire, x_shard, w_shard, bias, dim, dim_size, ends).y;
   }
   const Tensor x = all_gather_dim(Op::AllGatherGemm, *comm, wire, x_shard, dim, dim_size);
   return linear(*comm, x, w_shard, bias);
@@ -105,10 +93,9 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
     meanwhile();
     return {nothing(dy), dw, db};
   }
-  const std::vector<size_t> ends = chunks_of_product(*comm, wire, dy, transpose(w_shard));
-  if (ends.size() > 1) {
-    Tensor dx =
-        all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, ends, meanwhile);
+  const ChunkCut cut = chunks_of_product(*comm, wire, dy, transpose(w_shard), 2);
+  if (cut.ends.size() > 1) {
+    Tensor dx = all_reduce_product(Op::ReplicatedGemmBackward, *comm, wire, dy, transpose(w_shard), {}, cut, meanwhile);
     return {dx, dw, db};
   }
   Tensor dx = grad_input(*comm, dy, w_shard);
@@ -122,9 +109,11 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
                                        int64_t dim, int64_t dim_size, Text codec) {
   const auto comm = communicator_of(Op::GemmReduceScatterBackward, group, world_size);
   const Wire& wire = wire_for(Op::GemmReduceScatterBackward, dy_shard, codec);
-  if (need_x && is_chunked_gather(*comm, wire, dy_shard, dim, dim_size)) {
-    const auto [dy, dx] = product_of_gathered(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, transpose(w_shard),
-                                              {}, dim, dim_size);
+  const Tensor w = transpose(w_shard);
+  const std::vector<size_t> ends = gathered_ends_of(*comm, wire, dy_shard, w, dim, dim_size);
+  if (need_x && !ends.empty()) {
+    const auto [dy, dx] =
+        product_of_gathered(Op::GemmReduceScatterBackward, *comm, wire, dy_shard, w, {}, dim, dim_size, ends);
     const auto [none, dw, db] = local_gradients(*comm, dy, x_shard, w_shard, false, need_w, need_b);
     return {dx, dw, db};
   }

@@ -47,7 +47,7 @@ struct Operands {
 
 // Between hosts the op sends large products in chunks.
 bool is_chunked(const Communicator& comm, const Wire& wire, const GemmShape& y) {
-  return chunk_ends(comm, wire, static_cast<size_t>(y.M), static_cast<size_t>(y.N)).size() > 1;
+  return chunks_of_sum(comm, wire, static_cast<size_t>(y.M), static_cast<size_t>(y.N), 2).ends.size() > 1;
 }
 
 // y[..., N]: memory of its own, or an object of torch; and where its values are.

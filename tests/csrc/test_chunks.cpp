@@ -20,7 +20,7 @@ struct Made {
   Made(Communicator& comm, const Wire& wire, const std::vector<float>& mine, int num_chunks) : mine(mine) {
     comm.forced_chunks = num_chunks;
     size_t begin = 0;
-    for (size_t end : chunk_ends(comm, wire, mine.size() / kRow, kRow)) {
+    for (size_t end : chunk_ends(comm, wire, mine.size() / kRow, kRow, 2)) {
       chunks.list.push_back({begin * kRow, end * kRow});
       begin = end;
     }
@@ -28,12 +28,20 @@ struct Made {
       const Chunks::Chunk& chunk = chunks.list[c];
       const auto at = [this](size_t i) { return this->mine.begin() + static_cast<ptrdiff_t>(i); };
       made.emplace_back(at(chunk.begin), at(chunk.end));
-      return static_cast<const void*>(made.back().data());
+      return static_cast<void*>(made.back().data());
     };
+    chunks.use = [this](size_t c) { used.push_back(c); };
+  }
+  // What the chunks hold now.
+  std::vector<float> all() const {
+    std::vector<float> values;
+    for (const std::vector<float>& chunk : made) values.insert(values.end(), chunk.begin(), chunk.end());
+    return values;
   }
   const std::vector<float>& mine;
   Chunks chunks;
   std::vector<std::vector<float>> made;
+  std::vector<size_t> used;  // by the thread of the group
 };
 
 void sums_of_chunks_are_those_of_the_whole(int world_size, Codec codec) {
@@ -47,11 +55,11 @@ void sums_of_chunks_are_those_of_the_whole(int world_size, Codec codec) {
       comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, mine.data(), want.data(), n);
       for (int num_chunks : {1, 2, 3, 7}) {
         Made made(comm, wire, mine, num_chunks);
-        std::vector<float> out(n, -1.0f);
         int ran = 0;
-        comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, out.data(), n, [&] { ++ran; });
-        EXPECT(out == want && ran == 1, rows, " rows in ", made.chunks.list.size(), " chunks");
-        EXPECT(made.made.size() == made.chunks.list.size());
+        comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, [&] { ++ran; });
+        EXPECT(made.all() == want && ran == 1, rows, " rows in ", made.chunks.list.size(), " chunks");
+        EXPECT(made.made.size() == made.chunks.list.size() && made.used.size() == made.made.size());
+        EXPECT(std::is_sorted(made.used.begin(), made.used.end()));
       }
     }
     const OpStats whole = comm.stats()[static_cast<size_t>(Op::AllReduce)];
@@ -83,15 +91,25 @@ void parts_of_chunks_are_those_of_the_whole(int world_size, Codec codec) {
         for (int i = 1; i <= world_size; ++i) {
           const int part = (comm.rank() + i) % world_size;
           size_t begin = 0;
-          for (size_t end : chunk_ends(comm, wire, cut.size(part) / kRow, kRow)) {
+          for (size_t end : chunk_ends(comm, wire, cut.size(part) / kRow, kRow, 1)) {
             if (end > begin) chunks.list.push_back({begin * kRow, end * kRow, part});
             begin = end;
           }
         }
-        chunks.make = [&](size_t c) { return mine.data() + cut.start(chunks.list[c].part) + chunks.list[c].begin; };
+        // Also in the order of panels: every part's first chunk before the second of any.
+        if (num_chunks == 3) {
+          std::stable_sort(chunks.list.begin(), chunks.list.end(),
+                           [](const auto& a, const auto& b) { return (a.begin > 0) < (b.begin > 0); });
+        }
+        chunks.make = [&](size_t c) {
+          return const_cast<float*>(mine.data()) + cut.start(chunks.list[c].part) + chunks.list[c].begin;
+        };
+        size_t used = 0, own = 0;
+        for (const Chunks::Chunk& chunk : chunks.list) own += chunk.part == comm.rank();
+        chunks.use = [&](size_t c) { used += chunks.list[c].part == comm.rank(); };
         std::vector<float> out(want.size(), -1.0f);
         comm.reduce_scatter_chunks(spec_for(Op::GemmReduceScatter, wire, n), wire, chunks, out.data(), cut, [] {});
-        EXPECT(out == want, rows, " rows");
+        EXPECT(out == want && used == own, rows, " rows");
       }
       const int64_t brings = static_cast<int64_t>(want.size());
       comm.all_gather(spec_for(Op::AllGather, wire, n, brings), wire, want.data(), whole.data(), cut);
@@ -132,8 +150,8 @@ CASE(chunks_are_whole_blocks_and_cover_all_rows) {
         for (size_t rows : {0, 1, 100, 256, 511, 5000}) {
           for (int num_chunks : {0, 1, 2, 3, 7}) {
             comm.forced_chunks = num_chunks;
-            const std::vector<size_t> ends = chunk_ends(comm, wire, rows, row_values);
-            EXPECT(ends.back() == rows && ends.size() <= static_cast<size_t>(num_chunks > 0 ? num_chunks : 18));
+            const std::vector<size_t> ends = chunk_ends(comm, wire, rows, row_values, 2);
+            EXPECT(ends.back() == rows && ends.size() <= static_cast<size_t>(num_chunks > 0 ? num_chunks : 24));
             for (size_t i = 0; i + 1 < ends.size(); ++i) {
               EXPECT(ends[i] < ends[i + 1] && ends[i] * row_values % wire.block_values == 0, rows, " x ", row_values);
             }
@@ -142,9 +160,59 @@ CASE(chunks_are_whole_blocks_and_cover_all_rows) {
       }
     }
     comm.forced_chunks = 0;
-    EXPECT(chunk_ends(comm, wire_of(Codec::None), 255, 4096).size() == 1, "few rows");
-    EXPECT(chunk_ends(comm, wire_of(Codec::None), 512, 4096) == std::vector<size_t>({64, 160, 288, 416, 480, 512}));
-    EXPECT(chunk_ends(comm, wire_of(Codec::Int8), 512, 64).size() == 1, "few bytes");
+  });
+}
+
+// Every value of y is in one block, which ends at blocks of the codec; values of panels lie behind one another.
+CASE(blocks_cover_a_product_once) {
+  std::vector<Asked> asked(2);
+  with_ranks(2, asked, [&](Communicator& comm) {
+    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Int8}) {
+      const Wire& wire = wire_of(codec);
+      for (size_t rows : {1, 3, 100, 301, 512}) {
+        for (size_t columns : {1, 63, 640, 1024, 4100}) {
+          for (int num_chunks : {0, 1, 2, 3, 7}) {
+            comm.forced_chunks = num_chunks;
+            const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns, 2);
+            std::vector<int> covered(rows * columns);
+            size_t end = 0;
+            for (const Block& block : blocks_of_sum(comm, wire, cut, rows, columns)) {
+              EXPECT(block.begin == end && block.end > end && block.begin % wire.block_values == 0);
+              const size_t width = block.last_column - block.column;
+              EXPECT(cut.of_columns || width == columns);
+              EXPECT(block.end - block.begin == (block.last_row - block.row) * width);
+              EXPECT(!cut.of_columns || width % wire.block_values == 0, "blocks of the codec begin with a row");
+              for (size_t row = block.row; row < block.last_row; ++row) {
+                for (size_t column = block.column; column < block.last_column; ++column)
+                  ++covered[row * columns + column];
+              }
+              end = block.end;
+            }
+            EXPECT(end == rows * columns && std::count(covered.begin(), covered.end(), 1) == std::ptrdiff_t(end));
+          }
+        }
+      }
+    }
+  });
+}
+
+CASE(the_number_of_chunks_follows_the_link) {
+  std::vector<Asked> asked(2);
+  with_ranks(2, asked, [&](Communicator& comm) {
+    const auto chunks = [&](Codec codec, double link, size_t rows, size_t columns) {
+      comm.link_bytes_per_s = link;
+      return chunks_of_sum(comm, wire_of(codec), rows, columns, 2).ends.size();
+    };
+    const double gbit = 1.25e8;
+    EXPECT(chunks(Codec::None, gbit, 512, 4096) == 16);
+    EXPECT(chunks(Codec::Int8, gbit, 512, 4096) == 8);
+    EXPECT(chunks(Codec::None, gbit / 10, 512, 4096) == 24, "the most");
+    EXPECT(chunks(Codec::Fp16, gbit / 10, 512, 4096) == 8, "as many as the row has blocks");
+    EXPECT(chunks(Codec::None, 10 * gbit, 512, 4096) == 1, "a link that takes no time beside the product");
+    EXPECT(chunks(Codec::None, gbit, 16, 1024) == 1, "few bytes");
+    EXPECT(chunks(Codec::None, gbit, 255, 200) == 1, "few rows of few columns");
+    comm.link_bytes_per_s = gbit;
+    EXPECT(chunk_ends(comm, wire_of(Codec::None), 512, 4096, 2) == std::vector<size_t>({64, 160, 288, 416, 480, 512}));
   });
 }
 
@@ -155,14 +223,13 @@ CASE(ranks_that_disagree_about_chunks_all_hear_of_it_and_go_on) {
     const Wire& wire = wire_of(Codec::None);
     const size_t n = (comm.rank() == 1 ? 400 : 300) * kRow;
     const std::vector<float> mine(n, 1.0f);
-    std::vector<float> out(n, -1.0f);
     Made made(comm, wire, mine, 3);
     try {
-      comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, out.data(), n, [] {});
+      comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, [] {});
     } catch (const RankMismatch&) {
       ++refused;
     }
-    EXPECT(out == std::vector<float>(n, -1.0f));
+    for (const std::vector<float>& chunk : made.made) EXPECT(chunk == std::vector<float>(chunk.size(), 1.0f));
     std::vector<float> x(5000, 1.0f);
     comm.all_reduce(spec_for(Op::AllReduce, wire, x.size()), wire, x.data(), x.data(), x.size());
     EXPECT(x == std::vector<float>(5000, 3.0f));
@@ -178,7 +245,6 @@ CASE(a_product_that_fails_ends_the_call_on_every_rank) {
     const Wire& wire = wire_of(Codec::Fp16);
     const size_t n = 600 * kRow;
     const std::vector<float> mine(n, 1.0f);
-    std::vector<float> out(n);
     Made made(comm, wire, mine, 3);
     const auto make = made.chunks.make;
     made.chunks.make = [&](size_t c) {
@@ -186,7 +252,7 @@ CASE(a_product_that_fails_ends_the_call_on_every_rank) {
       return make(c);
     };
     try {
-      comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, out.data(), n, [] {});
+      comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, [] {});
     } catch (const PeerLost&) {
       ++lost;
     } catch (const std::runtime_error& error) {
@@ -212,7 +278,6 @@ CASE(a_rank_that_is_late_with_its_product_is_waited_for_until_the_deadline) {
         const Wire& wire = wire_of(Codec::None);
         const size_t n = 600 * kRow;
         const std::vector<float> mine(n, 1.0f);
-        std::vector<float> out(n);
         Made made(comm, wire, mine, 3);
         const auto make = made.chunks.make;
         made.chunks.make = [&](size_t c) {
@@ -221,7 +286,7 @@ CASE(a_rank_that_is_late_with_its_product_is_waited_for_until_the_deadline) {
         };
         bool late = false;
         try {
-          comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, out.data(), n, [] {});
+          comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, made.chunks, [] {});
         } catch (const TimeoutFailure&) {
           late = true;
         } catch (const PeerLost&) {  // at rank 1, of the rank that gave up

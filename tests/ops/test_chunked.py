@@ -1,4 +1,4 @@
-"""Fused GEMMs between hosts, in chunks of rows: the same bits in any number of chunks, and errors on every rank."""
+"""Fused GEMMs between hosts, in chunks: the same bits in any number of chunks, and errors on every rank."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from tpkernels.testing.faults import come_late, kill_myself, stop_myself
 CHUNKS = (1, 2, 3, 7)
 SIZES = [
     Sizes(R=0, M=301, N=96, K=70),
+    Sizes(R=0, M=83, N=1536, K=40),  # panels of columns, of whole blocks of every codec
+    Sizes(R=0, M=60, N=24, K=512),  # the same in the backward, whose weights are transposed
     Sizes(R=0, M=137, N=250, K=48, batch=(1,), dim=1, bias=False),
     Sizes(R=0, M=11, N=40, K=24, batch=(30,), dim=0),
     Sizes(R=0, M=40, N=64, K=24, batch=(9,), dim=1),  # cut across the rows: never in chunks
@@ -96,14 +98,15 @@ def test_chunks_give_the_product_of_the_unsharded_program() -> None:
 def check_rule(group: Group) -> None:
     """By the rule: large products in chunks, as explain reports; small ones, and those over a slow dim, in one."""
     R = group.world_size
-    group._communicator.set_link(1e9)
-    assert group.explain("gemm_all_reduce", M=512, N=512, K=16).path == "unfused"
+    group._communicator.set_link(1e10)
+    for op in ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"):
+        assert group.explain(op, M=512, N=512, K=512).path == "unfused", op
     group._communicator.set_link(1e8)
     assert " over a link of 100 MB/s;" in group.explain("gemm_all_reduce", M=512, N=512, K=16).reason
-    big, small = Sizes(R=R, M=512, N=512, K=16), Sizes(R=R, M=64, N=512, K=16)
-    for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM):
+    big, small = Sizes(R=R, M=512, N=1024, K=16), Sizes(R=R, M=16, N=512, K=16)
+    for case, chunks in ((GEMM_ALL_REDUCE, 11), (GEMM_REDUCE_SCATTER, 6), (ALL_GATHER_GEMM, 5)):
         gathers = case is ALL_GATHER_GEMM
-        for s, count in ((big, 6 if case is GEMM_ALL_REDUCE else 5), (small, 1)):
+        for s, count in ((big, chunks), (small, 1)):
             sized = replace(s, N=s.K, K=s.N) if gathers else s
             sizes = {"M": s.M // R if gathers else s.M, "N": sized.N, "K": sized.K}
             path = group.explain(case.name, **sizes).path

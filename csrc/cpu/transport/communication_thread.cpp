@@ -1,6 +1,7 @@
 #include "communication_thread.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -13,17 +14,21 @@ namespace {
 
 // Asks the scheduler to let this thread run as soon as it wakes up, for short moments, beside a thread of the same core
 // that always computes: Linux from 6.12 on lets a thread with a short slice preempt one with a long slice, where it
-// would otherwise wait for its end (up to 100 ms). Elsewhere nothing changes.
+// would otherwise wait for its end (up to 100 ms). Elsewhere nothing changes; policy and priority are those of the
+// process in any case.
 void prefer_short_slices() {
-#ifdef SYS_sched_setattr
+#if defined(SYS_sched_setattr) && defined(SYS_sched_getattr)
   struct {
-    uint32_t size = 48, policy = 0;  // SCHED_OTHER
+    uint32_t size = 48, policy = 0;
     uint64_t flags = 0;
     int32_t nice = 0;
     uint32_t priority = 0;
-    uint64_t slice_ns = 100'000, deadline = 0, period = 0;
+    uint64_t slice_ns = 0, deadline = 0, period = 0;
   } attributes;
   static_assert(sizeof attributes == 48, "struct sched_attr in its first version");
+  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
+  if (attributes.policy != SCHED_OTHER) return;
+  attributes.slice_ns = 100'000;
   syscall(SYS_sched_setattr, 0, &attributes, 0);
 #endif
 }

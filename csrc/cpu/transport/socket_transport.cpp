@@ -43,8 +43,8 @@ class Ready {
   bool ended_ = false;
 };
 
-Source whole(const Input& in, size_t n) {
-  return {{{0, n}}, [in](size_t, const std::function<void()>&) { return in; }};
+Source whole(const Input& in, void* out, size_t n) {
+  return {{{0, n}}, [in, out](size_t, const std::function<void()>&) { return Source::Made{in, out}; }};
 }
 
 }  // namespace
@@ -74,7 +74,7 @@ void SocketCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire,
                                          const std::function<void()>* meanwhile) {
   uint64_t started = now_nanoseconds();
   stream(spec.op, wire, [&](Stream& stream) {
-    stream_all_reduce(stream, whole(in, n), out, [&] {
+    stream_all_reduce(stream, whole(in, out, n), [&] {
       if (meanwhile == nullptr) return;
       (*meanwhile)();
       started = now_nanoseconds();
@@ -126,15 +126,16 @@ void SocketCommunicator::overlap(Op op, const std::function<void()>& call, const
 void SocketCommunicator::sum_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
                                     const std::function<void(Stream&, const Source&)>& move,
                                     const std::function<void()>& meanwhile) {
-  std::vector<const void*> made(chunks.list.size());
+  std::vector<void*> made(chunks.list.size());
   std::atomic<size_t> num_made{0};
-  const Source source{chunks.list, [&](size_t c, const std::function<void()>& idle) {
-                        link_.wait_for_thread(call_, [&] {
-                          idle();
-                          return num_made.load(std::memory_order_acquire) > c;
-                        });
-                        return Input(made[c]);
-                      }};
+  const auto wait_for = [&](size_t c, const std::function<void()>& idle) {
+    link_.wait_for_thread(call_, [&] {
+      idle();
+      return num_made.load(std::memory_order_acquire) > c;
+    });
+    return Source::Made{Input(made[c]), made[c]};
+  };
+  const Source source{chunks.list, wait_for, chunks.use};
   const auto call = [&] {
     open_call(spec);
     stream(spec.op, wire, [&](Stream& stream) { move(stream, source); });
@@ -154,12 +155,12 @@ void SocketCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& 
                                               const std::function<void()>& meanwhile) {
   if (wire.bytes(n) < kSmallestForThread)
     return GroupCommunicator::do_all_reduce_beside(spec, wire, data, n, meanwhile);
-  do_all_reduce_chunks(spec, wire, {{{0, n}}, [&](size_t) { return data; }}, data, n, meanwhile);
+  do_all_reduce_chunks(spec, wire, {{{0, n}}, [&](size_t) { return data; }}, meanwhile);
 }
 
-void SocketCommunicator::do_all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out,
-                                              size_t, const std::function<void()>& meanwhile) {
-  const auto move = [&](Stream& stream, const Source& source) { stream_all_reduce(stream, source, out, [] {}); };
+void SocketCommunicator::do_all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
+                                              const std::function<void()>& meanwhile) {
+  const auto move = [&](Stream& stream, const Source& source) { stream_all_reduce(stream, source, [] {}); };
   sum_chunks(spec, wire, chunks, move, meanwhile);
 }
 

@@ -29,7 +29,7 @@ class SocketCommunicator final : public GroupCommunicator {
  protected:
   void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                             const std::function<void()>& meanwhile) override;
-  void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, size_t n,
+  void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&,
                             const std::function<void()>& meanwhile) override;
   void do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, const Cut&,
                                 const std::function<void()>& meanwhile) override;

@@ -43,19 +43,23 @@ std::vector<Piece> pieces_of(size_t begin, size_t end, size_t piece) {
 // Rank r gets part r of each piece of everyone, sums it, and sends the sum to everyone.
 class AllReduce {
  public:
-  AllReduce(Stream& stream, void* out, size_t piece)
+  static constexpr size_t kNone = SIZE_MAX;
+
+  AllReduce(Stream& stream, const std::function<void(size_t)>& use, size_t piece)
       : stream_(stream),
         wire_(stream.wire),
-        out_(out),
+        use_(use),
         bytes_((wire_.bytes(piece) + stream.ranks() * wire_.bytes(wire_.block_values) + 63) / 64 * 64),
         memory_(kSlots * (wire_.is_plain() ? 1 : 3) * bytes_) {}
 
-  // `in` begins where the piece does.
-  void begin(const Input& in, const Piece& piece) {
+  // `in` and `out` begin where the piece does, of which `chunk` is the one that it ends, or kNone.
+  void begin(const Input& in, void* out, const Piece& piece, size_t chunk) {
     if (begun_ - ended_ == kSlots) end();
     State& slot = states_[begun_ % kSlots];
     if (begun_ >= kSlots && !wire_.is_plain()) stream_.wait_until_sent(slot.mark);
     slot.piece = piece;
+    slot.out = out;
+    slot.chunk = chunk;
     slot.cut =
         Cut::even((piece.values + wire_.block_values - 1) / wire_.block_values, stream_.world_size, wire_.block_values);
     for (size_t& start : slot.cut.starts) start = std::min(start, piece.values);
@@ -96,6 +100,8 @@ class AllReduce {
     ++summed_;
   }
 
+  size_t begun() const { return begun_; }
+  size_t summed() const { return summed_; }
   void end_what_has_arrived() {
     while (ended_ < summed_ && stream_.link.is_received(states_[ended_ % kSlots].mark)) end();
   }
@@ -106,6 +112,8 @@ class AllReduce {
  private:
   struct State {
     Piece piece{};
+    void* out = nullptr;
+    size_t chunk = kNone;
     Cut cut;  // over the ranks
     const char* contribution = nullptr;
     Mark mark;  // of its last messages
@@ -115,8 +123,9 @@ class AllReduce {
     State& slot = states_[ended_ % kSlots];
     stream_.wait_until_received(slot.mark);
     if (!wire_.is_plain()) {
-      wire_.decode(memory(ended_, 2), at(out_, slot.piece.start * wire_.value_bytes), slot.piece.values);
+      wire_.decode(memory(ended_, 2), slot.out, slot.piece.values);
     }
+    if (slot.chunk != kNone) use_(slot.chunk);
     ++ended_;
   }
   // Of piece i: 0 the contributions of others, 1 its own, 2 the sums.
@@ -126,14 +135,14 @@ class AllReduce {
   // Where the sum of part r of piece i is.
   char* sum_of(size_t i, size_t r) const {
     const State& slot = states_[i % kSlots];
-    if (wire_.is_plain()) return at(out_, (slot.piece.start + slot.cut.starts[r]) * wire_.value_bytes);
+    if (wire_.is_plain()) return at(slot.out, slot.cut.starts[r] * wire_.value_bytes);
     return memory(i, 2) + wire_.offset(slot.cut.starts[r]);
   }
   size_t part_bytes(const State& slot, size_t r) const { return wire_.bytes(slot.cut.size(static_cast<int>(r))); }
 
   Stream& stream_;
   const Wire& wire_;
-  void* const out_;
+  const std::function<void(size_t)>& use_;
   const size_t bytes_;  // of each of a slot's memories
   Scratch memory_;
   State states_[kSlots];
@@ -166,21 +175,29 @@ void Stream::wait_until_sent(const Mark& mark) {
 
 void Stream::wait_until_done() { link.wait(call); }
 
-void stream_all_reduce(Stream& stream, const Source& source, void* out, const std::function<void()>& begun) {
+void stream_all_reduce(Stream& stream, const Source& source, const std::function<void()>& begun) {
+  const Wire& wire = stream.wire;
   const size_t n = source.list.back().end, piece = stream.piece_of_all();
-  AllReduce run(stream, out, std::min(piece, std::max(n, stream.wire.block_values)));
+  AllReduce run(stream, source.use, std::min(piece, std::max(n, wire.block_values)));
   bool first = true;
   for (size_t c = 0; c < source.list.size(); ++c) {
     const Chunks::Chunk& chunk = source.list[c];
-    const Input in = source.wait_for(c, [&] { run.end_what_has_arrived(); });
-    const std::vector<Piece> pieces = pieces_of(chunk.begin, chunk.end, piece);
-    for (size_t i = 0; i < pieces.size() + kAhead; ++i) {
-      if (i < pieces.size()) run.begin(in.from(stream.wire, pieces[i].start - chunk.begin), pieces[i]);
+    const Source::Made made = source.wait_for(c, [&] { run.end_what_has_arrived(); });
+    const size_t before = run.begun();
+    for (const Piece& each : pieces_of(chunk.begin, chunk.end, piece)) {
+      const size_t start = each.start - chunk.begin;
+      const bool is_last = each.start + each.values == chunk.end;
+      run.begin(made.in.from(wire, start), at(made.out, start * wire.value_bytes), each,
+                is_last ? c : AllReduce::kNone);
       if (std::exchange(first, false)) begun();
-      if (i >= kAhead) run.sum();
+      if (run.begun() - run.summed() > kAhead) run.sum();
     }
+    // The sums of the chunk before go behind the contributions of this one, which are there: while a rank waits for
+    // the last contributions of the others, the link is busy.
+    while (run.summed() < before) run.sum();
     run.end_what_has_arrived();
   }
+  while (run.summed() < run.begun()) run.sum();
   run.end_all();
   stream.wait_until_done();
 }
@@ -229,47 +246,57 @@ void stream_reduce_scatter(Stream& stream, const Source& source, void* out, cons
   const Wire& wire = stream.wire;
   const size_t ranks = stream.ranks(), me = stream.me(), mine = cut.size(stream.rank), part = wire.bytes(mine);
   const Scratch received(ranks * part);
-  std::vector<Piece> pieces;
-  std::vector<Mark> marks;
-  for (const Chunks::Chunk& chunk : source.list) {
+  struct Expected {
+    Piece piece;
+    size_t chunk;
+    Mark mark;
+  };
+  std::vector<Expected> expected;  // of this rank's part
+  for (size_t c = 0; c < source.list.size(); ++c) {
+    const Chunks::Chunk& chunk = source.list[c];
     if (chunk.part != stream.rank) continue;
     for (const Piece& piece : pieces_of(chunk.begin, chunk.end, stream.piece_of_part())) {
       for (size_t r = 0; r < ranks; ++r) {
         char* const to = received.at(r * part + wire.offset(piece.start));
         if (r != me) stream.link.receive(r, to, wire.bytes(piece.values));
       }
-      pieces.push_back(piece);
-      marks.push_back(stream.link.everything_posted());
+      expected.push_back({piece, c, stream.link.everything_posted()});
     }
   }
-  std::vector<Scratch> packed;  // one for each chunk
+  std::vector<const void*> made(source.list.size());  // on the wire
+  std::vector<Scratch> packed;                        // one for each chunk
   packed.reserve(source.list.size());
-  size_t next = 0;
+  size_t next = 0;  // that is summed
+  const auto can_sum = [&] { return next < expected.size() && made[expected[next].chunk] != nullptr; };
+  const auto sum = [&] {
+    const auto& [piece, c, mark] = expected[next];
+    stream.wait_until_received(mark);
+    std::vector<const void*> inputs;
+    for (size_t r = 0; r < ranks; ++r) {
+      inputs.push_back(r == me ? at(made[c], wire.offset(piece.start - source.list[c].begin))
+                               : received.at(r * part + wire.offset(piece.start)));
+    }
+    wire.reduce_to_values(inputs.data(), stream.world_size, at(out, piece.start * wire.value_bytes), piece.values);
+    if (piece.start + piece.values == source.list[c].end) source.use(c);
+    ++next;
+  };
+  const auto sum_what_has_arrived = [&] {
+    while (can_sum() && stream.link.is_received(expected[next].mark)) sum();
+  };
   for (size_t c = 0; c < source.list.size(); ++c) {
     const Chunks::Chunk& chunk = source.list[c];
     const size_t to = static_cast<size_t>(chunk.part), n = chunk.end - chunk.begin;
-    const void* from = source.wait_for(c, [] {}).values();
+    made[c] = source.wait_for(c, sum_what_has_arrived).in.values();
     if (!wire.is_plain()) {
       packed.emplace_back(wire.bytes(n));
-      wire.encode(from, packed.back().at(0), n);
-      from = packed.back().at(0);
+      wire.encode(made[c], packed.back().at(0), n);
+      made[c] = packed.back().at(0);
     }
-    if (to != me) {
-      stream.send(to, from, wire.bytes(n));
-      stream.link.move();
-      continue;
-    }
-    for (; next < pieces.size() && pieces[next].start < chunk.end; ++next) {
-      stream.wait_until_received(marks[next]);
-      std::vector<const void*> inputs;
-      for (size_t r = 0; r < ranks; ++r) {
-        inputs.push_back(r == me ? at(from, wire.offset(pieces[next].start - chunk.begin))
-                                 : received.at(r * part + wire.offset(pieces[next].start)));
-      }
-      wire.reduce_to_values(inputs.data(), stream.world_size, at(out, pieces[next].start * wire.value_bytes),
-                            pieces[next].values);
-    }
+    if (to == me) continue;
+    stream.send(to, made[c], wire.bytes(n));
+    stream.link.move();
   }
+  while (can_sum()) sum();
   stream.wait_until_done();
 }
 

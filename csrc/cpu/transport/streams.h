@@ -39,12 +39,18 @@ struct Stream {
 // The chunks of a sum, in the order of Chunks.
 struct Source {
   std::vector<Chunks::Chunk> list;
-  // Waits for a chunk and returns what begins at its first value; `idle` does what arriving bytes allow meanwhile.
-  std::function<Input(size_t chunk, const std::function<void()>& idle)> wait_for;
+  // Of a chunk, from its first value on: the values, and of an all_reduce where the sums are written.
+  struct Made {
+    Input in;
+    void* out;
+  };
+  // Waits for a chunk; `idle` does what arriving bytes allow meanwhile.
+  std::function<Made(size_t chunk, const std::function<void()>& idle)> wait_for;
+  std::function<void(size_t chunk)> use = [](size_t) {};  // as in Chunks
 };
 
-// out[n] = the sum over the ranks. `begun` runs once, when the first bytes are under way.
-void stream_all_reduce(Stream& stream, const Source& source, void* out, const std::function<void()>& begun);
+// The sum over the ranks. `begun` runs once, when the first bytes are under way.
+void stream_all_reduce(Stream& stream, const Source& source, const std::function<void()>& begun);
 
 // out = this rank's part of the sum; the whole input is there.
 void stream_reduce_scatter(Stream& stream, const Input& in, void* out, const Cut& cut);
