@@ -236,28 +236,6 @@ def same_call(a: Row, b: Row) -> bool:
     return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
 
 
-def between_hosts(rows: Sequence[Row]) -> str:
-    """One line for each of our candidates over a link: milliseconds, what of them is exposed, and the ratio."""
-    lines = []
-    for row in sorted(rows, key=lambda r: rate_of(r["link"])):
-        if not row["verified"] or row["variant"] not in ("tpkernels", *CODECS[1:]):
-            continue
-        alone = next((r for r in rows if r["variant"] == "one_chunk" and same_call(r, row)), None)
-        exposed = [None if r is None or r["exposed_us"] is None else r["exposed_us"] / 1e3 for r in (row, alone)]
-        took = digits(row["median_us"] / 1e3)
-        against = ratio((row["ratio"], row["ratio_min"], row["ratio_max"]))
-        lines.append([row["link"], row["op"], size(row) if row["M"] else "-", row["dtype"], row["codec"],
-                      row["path"] or "-", took, *map(digits, exposed), against])  # fmt: skip
-    head = ["link", "op", "M x N x K", "dtype", "codec", "path", "ms", "exposed", "exposed in one chunk",
-            "times as fast as torch over gloo"]  # fmt: skip
-    return markdown(head, lines, under(rows[-1])) if rows else ""
-
-
-def same_call(a: Row, b: Row) -> bool:
-    """Whether two candidates were timed in one call of the bench, at one size."""
-    return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
-
-
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
     """Rows of these ops, measured on one host."""
     return lambda rows: [row for row in rows if row["op"] in ops and row.get("link") is None]

@@ -132,25 +132,30 @@ void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_al
     }
   };
   const auto refuse = [&](const std::string& text) {
-    TORCH_CHECK(text.empty(), "monitored_barrier", where(), ": ", text, " failed to pass monitoredBarrier in ",
-                timeout.count(), " ms");
+    TORCH_CHECK(text.empty(), "monitored_barrier", where(), ": ", text, " in ", timeout.count(), " ms");
   };
   if (rank_ != 0) {
     store_->set(key(rank_), std::vector<uint8_t>{1});
-    if (!comes(verdict, 2 * timeout)) return refuse("rank 0");
+    // Rank 0 may wait as long before it answers.
+    if (!comes(verdict, 2 * timeout)) return refuse("Rank 0 failed to pass monitoredBarrier");
     const std::vector<uint8_t> text = store_->get(verdict);
     return refuse(std::string(text.begin() + 1, text.end()));
   }
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   std::string missing;
+  bool is_late = false;  // before it could wait for anybody
   for (int r = 1; r < size_ && (missing.empty() || wait_all_ranks); ++r) {
     const auto left = deadline - std::chrono::steady_clock::now();
-    if (comes(key(r), std::chrono::duration_cast<std::chrono::milliseconds>(left))) continue;
+    is_late |= missing.empty() && left.count() <= 0;
+    if (comes(key(r), std::chrono::duration_cast<std::chrono::milliseconds>(left)) && !is_late) continue;
     missing += concat(missing.empty() ? "Rank " : ", ", r);
   }
-  const std::string text = " " + missing;  // not empty: some stores have no empty values
-  store_->set(verdict, std::vector<uint8_t>(text.begin(), text.end()));
-  refuse(missing);
+  const std::string text = is_late           ? "Rank 0 timed out in monitoredBarrier"
+                           : missing.empty() ? ""
+                                             : missing + " failed to pass monitoredBarrier";
+  const std::string stored = " " + text;  // some stores have no empty values
+  store_->set(verdict, std::vector<uint8_t>(stored.begin(), stored.end()));
+  refuse(text);
 }
 
 // ---- messages -------------------------------------------------------------------------------------------------------

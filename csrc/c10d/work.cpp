@@ -1,5 +1,7 @@
 #include "work.h"
 
+#include <algorithm>
+#include <string>
 #include <utility>
 
 #include "core/communicator.h"
@@ -11,8 +13,11 @@ std::exception_ptr as_error_of_torch(std::exception_ptr error) {
   try {
     std::rethrow_exception(error);
   } catch (const TimeoutFailure& late) {
+    std::string text = late.what();
+    text.erase(std::min(text.size(), text.find(" If it is only slow")));  // the advice to who opens a Group
+    text += " The timeout is that of init_process_group or new_group.";
     return std::make_exception_ptr(
-        c10::DistBackendError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, late.what()));
+        c10::DistBackendError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, std::move(text)));
   } catch (...) {
     return error;
   }

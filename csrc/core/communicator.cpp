@@ -4,9 +4,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <map>
-#include <new>
-#include <shared_mutex>
 
 #include "check.h"
 #include "errors.h"
@@ -329,22 +326,6 @@ uint64_t Communicator::check_pairs(const CallSpec& mine, const std::vector<const
 
 namespace {
 
-struct Registry {
-  std::shared_mutex mutex;
-  std::map<std::string, std::shared_ptr<Communicator>, std::less<>> by_name;
-};
-
-// Never destroyed: tensors in an arena may be freed while the interpreter shuts down.
-Registry& registry() {
-  static Registry* instance = new Registry;
-  return *instance;
-}
-// A fork waits for who holds it, so that the child finds it whole; there the lock is a new one, because who holds a
-// shared_mutex is a thread of the parent.
-[[maybe_unused]] const int registry_at_fork =
-    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
-                   [] { new (&registry().mutex) std::shared_mutex; });
-
 class LocalCommunicator final : public Communicator {
  public:
   LocalCommunicator(std::string name, std::string label) : Communicator(std::move(name), std::move(label), 0, 1, 0.0) {}
@@ -384,30 +365,6 @@ class LocalCommunicator final : public Communicator {
 };
 
 }  // namespace
-
-void register_communicator(const std::shared_ptr<Communicator>& communicator) {
-  std::unique_lock lock(registry().mutex);
-  const bool added = registry().by_name.emplace(communicator->name(), communicator).second;
-  TPK_CHECK(added, "group '", communicator->name(), "' is open already in this process");
-}
-
-void unregister_communicator(const std::string& name) {
-  std::unique_lock lock(registry().mutex);
-  registry().by_name.erase(name);
-}
-
-std::shared_ptr<Communicator> find_communicator(const std::string& name, const char* op) {
-  std::shared_lock lock(registry().mutex);
-  const auto found = registry().by_name.find(name);
-  if (found == registry().by_name.end()) {
-    throw PeerLost(
-        concat(op, ": group '", name,
-               "' is not open in this process (it was closed, its process group was destroyed, or it was never opened "
-               "here)"));
-  }
-  found->second->check_process(op);
-  return found->second;
-}
 
 std::shared_ptr<Communicator> make_local(std::string name, std::string label) {
   return std::make_shared<LocalCommunicator>(std::move(name), std::move(label));

@@ -111,6 +111,7 @@ TORCH_FREE_LISTS = [
     "TEST_SOURCES", "EMU_SOURCES", "EMU_RACE_SOURCES",
 ]  # fmt: skip
 MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
+C10D = [source for source in cmake_list("C10D_MODULE_SOURCES") if source.startswith("csrc/c10d/")]  # for one torch
 TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]
 MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
 # Where headers are looked for that do not lie beside who includes them.
@@ -123,6 +124,8 @@ SPEAKS_PYTHON = {
     "csrc/python/bindings.cpp",
     "csrc/python/decode_step.cpp",
     "csrc/python/fast_path.cpp",
+    "csrc/c10d/backend.cpp",
+    "csrc/c10d/module.cpp",
     "csrc/cuda/module.cpp",
     "csrc/cuda/python_device.cpp",
     "tests/csrc/emu/module_emu.cpp",
@@ -232,7 +235,7 @@ def test_cmake_builds_every_source_file_and_lists_none_that_is_gone() -> None:
         for path in (ROOT / folder).rglob("*.c*")
         if path.suffix in (".cpp", ".cu")
     }
-    assert set(TORCH_FREE) | set(MODULES) == there
+    assert set(TORCH_FREE) | set(MODULES) | set(C10D) == there
 
 
 def test_sources_and_flags_are_listed_in_cmake_alone() -> None:
@@ -248,9 +251,9 @@ def test_torch_free_code_includes_neither_torch_nor_python(source: str) -> None:
 
 
 def test_only_module_files_and_the_fast_path_include_python() -> None:
-    for source in MODULES:
+    for source in (*MODULES, *C10D):
         _, foreign = includes(ROOT / source)
-        speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h", name)}
+        speaks = {name for name in foreign if re.match(r"pybind11/|Python\.h|torch/csrc/utils/pybind", name)}
         assert bool(speaks) == (source in SPEAKS_PYTHON), source
 
 
