@@ -70,8 +70,9 @@ def check_messages_of_one_tag_keep_their_order(transport: str) -> None:
 def check_any_source(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if rank > 0:
-        dist.send(torch.full((rank,), float(rank)), 0, group, tag=rank)
+        first = dist.isend(torch.full((rank,), float(rank)), 0, group, tag=rank)
         dist.send(torch.tensor([rank]), 0, group, tag=9)
+        first.wait()
         return
     senders = []
     for _ in range(1, R):
