@@ -31,7 +31,7 @@ from bench.study import links
 from bench.table import digits, under
 from bench.timing import Candidate, measure, slowest
 from tpkernels import Group
-from tpkernels.comm.layout import rows_of
+from tpkernels.comm.mesh import rows_of
 from tpkernels.compress import CODECS
 from tpkernels.train.data import Corpus, open_corpus
 from tpkernels.train.gpt import sharded_parts, whole_parts

@@ -232,7 +232,8 @@ class Bootstrap:
     def _decide(self, verdict: bytes) -> bytes:
         """Of all verdicts of a round the first one counts."""
         with self._reachable():
-            return self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode())
+            first: bytes = self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode())
+            return first
 
     # --- which group a rank is opening, for the messages of ranks that wait for it in another one
 
@@ -248,7 +249,9 @@ class Bootstrap:
 
     def _elsewhere(self, missing: Sequence[int]) -> list[tuple[int, str]]:
         """Which groups these ranks are opening."""
-        found = []
+        found: list[tuple[int, str]] = []
+        if isinstance(self._process_group, NewGroup):  # torch does not know its ranks yet
+            return found
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             for r in missing:
@@ -269,7 +272,7 @@ class Bootstrap:
 
     def _set(self, key: str, value: bytes) -> None:
         with self._reachable():
-            self._store.set(key, value)  # type: ignore[arg-type]  # bytes are missing in the stub
+            self._store.set(key, value)
 
     def _get(self, key: str) -> bytes:
         with self._reachable():

@@ -158,6 +158,7 @@ class DeviceExchange(ProcessGroupExchange):
         return torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     def _abort(self) -> None:
+        assert isinstance(self._group, dist.ProcessGroup)  # torch has made it: GPUs have no back end of ours
         self._group._get_backend(self.device).abort()
 
     def _watch_once(self, seen: tuple[int, int], since: float) -> bool:

@@ -201,6 +201,7 @@ def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
     if wanted.transport == "shm":
         raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
     if backend_of(process_group, "cpu") is None:
+        assert isinstance(process_group, dist.ProcessGroup)
         raise ValueError(
             f"Group.open: tensors on the cpu need shared memory or a backend of the process group that carries them. "
             f"There is no shared memory, because {obstacle}, and the group has {dist.get_backend_config(process_group)}"
@@ -221,6 +222,7 @@ def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
 
 def _open_cuda(opening: Opening, device: torch.device, kernels: Any) -> Opened:
     process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
+    assert isinstance(process_group, dist.ProcessGroup)  # a back end of ours is opened on the CPU alone
     check_gpus(ranks)
     obstacle: str | None = "transport='group' was asked for"
     if wanted.transport != "group":

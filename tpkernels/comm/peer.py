@@ -107,6 +107,7 @@ def open_peer(opening: Opening, nbytes: int, device: torch.device, kernels: Any)
         )
     with problems.of(f"rank {rank} could not map the GPU memory of the others"):
         _rendezvous.count += 1
+        assert isinstance(opening.process_group, dist.ProcessGroup)
         arenas = _map(arena, opening.process_group)
         if wanted.multicast and not arenas.multicast:
             raise RuntimeError("the switch between the GPUs offers no multicast")
