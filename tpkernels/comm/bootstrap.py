@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from tpkernels._build import build_info
 from tpkernels._native import _C
-from tpkernels.comm.process_groups import NewGroup, store_of
+from tpkernels.comm.process_groups import store_of
 from tpkernels.comm.watch import is_dead
 from tpkernels.errors import PeerLostError
 
@@ -84,9 +84,9 @@ class Bootstrap:
         timeout_s: seconds that a wait for the others may take.
     """
 
-    _next: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup | NewGroup, int]] = weakref.WeakKeyDictionary()  # round
+    _next: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, int]] = weakref.WeakKeyDictionary()  # round
 
-    def __init__(self, process_group: dist.ProcessGroup | NewGroup, label: str, timeout_s: float) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, label: str, timeout_s: float) -> None:
         self.rank, self.world_size = process_group.rank(), process_group.size()
         self._process_group, self._label, self._timeout_s = process_group, label, timeout_s
         self._store = store_of(process_group)

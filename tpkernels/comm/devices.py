@@ -147,9 +147,10 @@ def device_of(process_group: dist.ProcessGroup | None, asked: torch.device | str
     return torch.device("cuda", index)
 
 
-def backend_of(process_group: dist.ProcessGroup | NewGroup, device_type: str) -> str | None:
+def backend_of(process_group: dist.ProcessGroup, device_type: str) -> str | None:
     """The c10d backend that carries tensors of a kind of device ("gloo", "nccl"), None when there is none."""
-    if isinstance(process_group, NewGroup):
+    made: Any = process_group
+    if isinstance(made, NewGroup):
         return "gloo" if device_type == "cpu" else None
     config: str = dist.get_backend_config(process_group)
     pairs = dict(part.split(":", 1) for part in config.split(",") if ":" in part)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpkernels.comm.process_groups import NewGroup
 from tpkernels.comm.watch import SLICE_SECONDS, Watch
 
 _CPU = torch.device("cpu")
@@ -40,7 +39,7 @@ class ProcessGroupExchange:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup | NewGroup, watch: Watch, capacity: int, device: torch.device = _CPU
+        self, process_group: dist.ProcessGroup, watch: Watch, capacity: int, device: torch.device = _CPU
     ) -> None:
         self._group, self.watch, self.capacity = process_group, watch, capacity
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
@@ -52,7 +51,7 @@ class ProcessGroupExchange:
         self._works: list[dist.Work] = []
 
     @classmethod
-    def open(cls, process_group: dist.ProcessGroup | NewGroup, watch: Watch, capacity: int) -> Self:
+    def open(cls, process_group: dist.ProcessGroup, watch: Watch, capacity: int) -> Self:
         """Make the exchange, and time the link of two ranks to set `in_pieces`; collective.
 
         Raises:

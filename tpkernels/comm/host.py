@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from tpkernels._native import _C
 from tpkernels.comm.bootstrap import Bootstrap
-from tpkernels.comm.process_groups import NewGroup
 
 _SHM_FOLDER = "/dev/shm"
 _PAGE = 4096
@@ -120,7 +119,7 @@ class Opening:
         ranks: all of them, in rank order.
     """
 
-    process_group: dist.ProcessGroup | NewGroup
+    process_group: dist.ProcessGroup
     bootstrap: Bootstrap
     name: str
     label: str

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -136,12 +136,12 @@ def open_for_backend(group: NewGroup, label: str, timeout_s: float, transport: s
     """
     if group.size() == 1:
         return _open_local(None, _names.next(group.group_name, 0), label, torch.device("cpu")), False
-    opening = _begin(group, label, Wanted(timeout_s, None, transport, "cpu", False))
+    opening = _begin(cast(dist.ProcessGroup, group), label, Wanted(timeout_s, None, transport, "cpu", False))
     return _open_cpu(opening, BACKEND_ARENA_BYTES).communicator, opening.is_crowded
 
 
 def _begin(
-    process_group: dist.ProcessGroup | NewGroup,
+    process_group: dist.ProcessGroup,
     label: str,
     wanted: Wanted,
     gpu: Gpu | None = None,

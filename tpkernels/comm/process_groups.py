@@ -37,7 +37,7 @@ class NewGroup:
         timeout: of torch's back end gloo, where that is needed.
     """
 
-    store: Any
+    store: dist.distributed_c10d.Store
     group_rank: int
     group_size: int
     group_name: str
@@ -63,10 +63,11 @@ class NewGroup:
         return work
 
 
-def store_of(process_group: dist.ProcessGroup | NewGroup) -> Any:
+def store_of(process_group: dist.ProcessGroup) -> dist.distributed_c10d.Store:
     """The store of a process group; None where its back end has none (MPI)."""
-    if isinstance(process_group, NewGroup):
-        return process_group.store
+    made: Any = process_group
+    if isinstance(made, NewGroup):
+        return made.store
     return dist.distributed_c10d._get_process_group_store(process_group)
 
 

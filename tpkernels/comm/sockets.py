@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from tpkernels.comm.bootstrap import Bootstrap
 from tpkernels.comm.devices import backend_of
-from tpkernels.comm.process_groups import NewGroup
 
 _DEADLINE_S = 10.0  # until all connections are open
 _LOOK_S = 0.2  # between two checks whether another rank has given up
@@ -66,7 +65,7 @@ def measured_link(communicator: Any) -> float:
     return rate
 
 
-def connect(process_group: dist.ProcessGroup | NewGroup, bootstrap: Bootstrap) -> tuple[list[int], str | None]:
+def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[list[int], str | None]:
     """Connect every rank with every other one; all ranks of the bootstrap call this.
 
     Returns:
@@ -103,7 +102,7 @@ def connect(process_group: dist.ProcessGroup | NewGroup, bootstrap: Bootstrap) -
         return [found[r].detach() if r in found else -1 for r in range(len(offers))], None
 
 
-def _obstacle(process_group: dist.ProcessGroup | NewGroup) -> str | None:
+def _obstacle(process_group: dist.ProcessGroup) -> str | None:
     backend, wanted = backend_of(process_group, "cpu"), os.environ.get("GLOO_DEVICE_TRANSPORT", "TCP")
     if backend not in ("gloo", "tpk"):
         return f"tensors on the cpu go through {backend}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tpkernels.comm.process_groups import NewGroup, store_of
+from tpkernels.comm.process_groups import store_of
 from tpkernels.errors import PeerLostError
 
 SLICE_SECONDS = 0.2  # of a wait, between two checks of the other ranks
@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup | NewGroup, label: str, timeout_s: float, pids: Sequence[int | None]
+        self, process_group: dist.ProcessGroup, label: str, timeout_s: float, pids: Sequence[int | None]
     ) -> None:
         self.label, self.timeout_s, self._pids = label, timeout_s, list(pids)
         self.rank, self.world_size = process_group.rank(), process_group.size()
