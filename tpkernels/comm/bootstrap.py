@@ -249,9 +249,7 @@ class Bootstrap:
 
     def _elsewhere(self, missing: Sequence[int]) -> list[tuple[int, str]]:
         """Which groups these ranks are opening."""
-        found: list[tuple[int, str]] = []
-        if isinstance(self._process_group, NewGroup):  # torch does not know its ranks yet
-            return found
+        found = []
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             for r in missing:
@@ -272,7 +270,7 @@ class Bootstrap:
 
     def _set(self, key: str, value: bytes) -> None:
         with self._reachable():
-            self._store.set(key, value)
+            self._store.set(key, value)  # type: ignore[arg-type]  # bytes are missing in the stub
 
     def _get(self, key: str) -> bytes:
         with self._reachable():
