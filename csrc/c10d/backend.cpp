@@ -35,7 +35,7 @@ Backend::Backend(Communicator& comm, std::shared_ptr<void> owner, c10::intrusive
       comm_(comm),
       store_(std::move(store)),
       make_gloo_(std::move(make_gloo)) {
-  Communicator::Stretch heaps = comm_.take_heaps();
+  Communicator::Heaps heaps = comm_.take_heaps();
   if (heaps.bytes > 0) mailboxes_ = std::make_shared<Mailboxes>(comm_, owner_, std::move(heaps), is_crowded);
   init();
 }

@@ -135,11 +135,11 @@ class Communicator {
 
   // The heap of every rank as one stretch, in rank order, which the heap's own blocks no longer use: all ranks call it
   // before any has allocated. Empty where the transport has none.
-  struct Stretch {
+  struct Heaps {
     std::vector<char*> of_rank;
     size_t bytes = 0;
   };
-  virtual Stretch take_heaps() { return {}; }
+  virtual Heaps take_heaps() { return {}; }
   // Why no more bytes come from that rank ("died (process 7)"); empty while there is no reason.
   virtual std::string loss_of(int) const { return ""; }
 

@@ -36,7 +36,7 @@ struct alignas(64) Mailboxes::Ring {
   alignas(64) std::atomic<uint64_t> read;
 };
 
-Mailboxes::Mailboxes(Communicator& comm, std::shared_ptr<void> owner, Communicator::Stretch heaps, bool is_crowded)
+Mailboxes::Mailboxes(Communicator& comm, std::shared_ptr<void> owner, Communicator::Heaps heaps, bool is_crowded)
     : owner_(std::move(owner)),
       comm_(comm),
       heaps_(std::move(heaps)),

@@ -46,7 +46,7 @@ class Mailboxes {
   };
 
   // owner: of comm, whose heaps are zero at first. is_crowded: there are more ranks than cores.
-  Mailboxes(Communicator& comm, std::shared_ptr<void> owner, Communicator::Stretch heaps, bool is_crowded);
+  Mailboxes(Communicator& comm, std::shared_ptr<void> owner, Communicator::Heaps heaps, bool is_crowded);
   ~Mailboxes();
   Mailboxes(const Mailboxes&) = delete;
   Mailboxes& operator=(const Mailboxes&) = delete;
@@ -120,7 +120,7 @@ class Mailboxes {
 
   const std::shared_ptr<void> owner_;
   Communicator& comm_;
-  const Communicator::Stretch heaps_;
+  const Communicator::Heaps heaps_;
   const size_t capacity_;
   const bool is_crowded_;
   std::mutex mutex_;  // of what follows

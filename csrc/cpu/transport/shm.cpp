@@ -111,9 +111,9 @@ void ShmCommunicator::heap_free(void* pointer) {
   if (--heap_blocks_ == 0 && left_) unmap();
 }
 
-Communicator::Stretch ShmCommunicator::take_heaps() {
+Communicator::Heaps ShmCommunicator::take_heaps() {
   std::lock_guard<std::mutex> lock(mapping_mutex_);
-  Stretch all;
+  Heaps all;
   for (int r = 0; r < world_size(); ++r) all.of_rank.push_back(arena(r) + layout_.heap_offset());
   all.bytes = layout_.heap_bytes();
   heap_.reset(nullptr, 0);

@@ -22,7 +22,7 @@ class ShmCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override;
   void heap_free(void* pointer) override;
   size_t heap_bytes() const override { return heap_.bytes(); }
-  Stretch take_heaps() override;
+  Heaps take_heaps() override;
   std::string loss_of(int rank) const override;
   // Whether an all_reduce of n values is summed by every rank (one wait) instead of in parts (two waits).
   static bool is_one_shot(const Wire& wire, size_t n) { return wire.bytes(n) <= kOneShotBytes; }
