@@ -158,8 +158,8 @@ size_t PeerCommunicator::tokens_at_once(const Wire& wire, const AddNorm& args) c
 
 bool PeerCommunicator::fuses_norm(const Wire& wire, const AddNorm& args) const {
   if (args.width == 0 || tokens_at_once(wire, args) == 0) return false;
-  // The fused kernel moves what one-shot moves. Where another way moves less, the pass over memory that fusing saves does
-  // not pay for it.
+  // The fused kernel moves what one-shot moves. Where another way moves less, the pass over memory that fusing saves
+  // does not pay for it.
   const size_t bytes = wire.bytes(args.tokens * args.width);
   return choose_all_reduce(machine(), forced(), wire.dtype, ReduceOp::Sum, wire.codec, bytes).path == Path::OneShot;
 }
