@@ -64,7 +64,7 @@ double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int
 }
 
 std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values, int shares) {
-  if (!comm.has_thread() || rows == 0 || row_values == 0) return {rows};
+  if (!may_cut(comm, wire) || rows == 0 || row_values == 0) return {rows};
   const size_t unit = std::lcm(kUnit, wire.block_values / std::gcd(wire.block_values, row_values));
   size_t n = num_chunks(comm, wire, rows * row_values, shares);
   if (comm.forced_chunks == 0 && n > 1) n = std::min(n, rows / kRows + 2);
@@ -76,7 +76,7 @@ ChunkCut chunks_of_sum(const Communicator& comm, const Wire& wire, size_t rows, 
   if (rows == 0 || columns < rows || columns % wire.block_values != 0) {
     return {false, chunk_ends(comm, wire, rows, columns, shares)};
   }
-  if (!comm.has_thread()) return {true, {columns}};
+  if (!may_cut(comm, wire)) return {true, {columns}};
   const size_t unit = std::lcm(kColumnUnit, wire.block_values);
   return {true,
           ends_of(num_chunks(comm, wire, rows * columns, shares), columns, unit, [](size_t, size_t) { return 1; })};

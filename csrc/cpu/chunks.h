@@ -11,8 +11,14 @@ namespace tpk {
 // Messages below this have been sent before a thread has woken up.
 constexpr size_t kSmallestForThread = size_t{64} << 10;
 
+// Whether a thread of the group sends parts of a product while others are made. Not in fp64, where MKL gives values
+// other bits in a part of the rows or columns than in the whole product.
+inline bool may_cut(const Communicator& comm, const Wire& wire) {
+  return comm.has_thread() && wire.dtype != DType::F64;
+}
+
 inline bool is_for_thread(const Communicator& comm, const Wire& wire, size_t n) {
-  return comm.has_thread() && wire.bytes(n) >= kSmallestForThread;
+  return may_cut(comm, wire) && wire.bytes(n) >= kSmallestForThread;
 }
 
 // Seconds that the link needs for a message of which each rank sends wire.bytes(n) times `shares` / world_size to each

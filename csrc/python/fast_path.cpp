@@ -132,11 +132,10 @@ bool is_large(size_t numel, const Wire& wire) { return numel * wire.value_bytes 
 
 enum Plainness : long { kObserved, kRecorded, kPlain };
 
-// Of a call with these tensors, the first of which must be one; None among the others is left out.
+// Of a call with these tensors.
 Plainness plainness_of(Arguments args, Py_ssize_t count) {
   Plainness found = kPlain;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (i > 0 && args[i] == Py_None) continue;
     dlpack::View view;
     if (!view_of(args[i], &view) || (i == 0 && !is_unobserved())) return kObserved;
     if (records_gradient(args[i])) found = kRecorded;

@@ -267,5 +267,11 @@ def test_optimizers_keep_numbers_missing_state_and_their_groups(tmp_path: Path) 
     assert torch.equal(other.state[model[0].weight]["momentum_buffer"], sgd.state[model[0].weight]["momentum_buffer"])
     assert not other.state.get(model[1].weight)
     swapped = torch.optim.SGD(reversed(list(model.parameters())), lr=1.0, momentum=0.9)
-    with pytest.raises(CheckpointError, match=r"other parameter groups .* 1\.bias in place of 0\.weight"):
-        checkpoint.load(model, tmp_path / "x", optimizer=swapped)
+    checkpoint.load(model, tmp_path / "x", optimizer=swapped)  # state belongs to names, not to places in a group
+    for parameter in model.parameters():
+        assert swapped.state.get(parameter, {}).keys() == sgd.state.get(parameter, {}).keys()
+        for field, value in sgd.state.get(parameter, {}).items():
+            torch.testing.assert_close(swapped.state[parameter][field], value, rtol=0, atol=0)
+    parted = [{"params": [*model[1].parameters()]}, {"params": [*model[0].parameters()]}]
+    with pytest.raises(CheckpointError, match=r"other parameter groups .* 1\.weight in place of 0\.weight"):
+        checkpoint.load(model, tmp_path / "x", optimizer=torch.optim.SGD(parted, lr=1.0, momentum=0.9))

@@ -89,7 +89,7 @@ class Op:
 
         Args:
             group: where the op works.
-            tensors: arguments of the op, the first of which is not None. What is no Tensor goes to the dispatcher.
+            tensors: arguments of the op that are not left out. What is no Tensor goes to the dispatcher.
         """
         return self._way(*tensors) if group.is_cpu else self.dispatch
 

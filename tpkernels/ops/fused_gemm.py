@@ -73,7 +73,8 @@ def gemm_all_reduce(
         and (y := _fast_gemm_all_reduce(x_shard, w_shard, bias, group._address, codec)) is not None
     ):
         return y
-    call = GEMM_ALL_REDUCE.way(group, x_shard, w_shard, bias)
+    tensors = (x_shard, w_shard) if bias is None else (x_shard, w_shard, bias)
+    call = GEMM_ALL_REDUCE.way(group, *tensors)
     plain = call is not GEMM_ALL_REDUCE.dispatch
     check_linear("gemm_all_reduce", x_shard, w_shard, bias, codec, group, plain=plain)
     return call(x_shard, w_shard, bias, group.name, group.world_size, codec)  # type: ignore[no-any-return]
@@ -139,7 +140,8 @@ def gemm_reduce_scatter(
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
-    call = GEMM_REDUCE_SCATTER.way(group, x_shard, w_shard, bias)
+    tensors = (x_shard, w_shard) if bias is None else (x_shard, w_shard, bias)
+    call = GEMM_REDUCE_SCATTER.way(group, *tensors)
     plain = call is not GEMM_REDUCE_SCATTER.dispatch
     check_linear("gemm_reduce_scatter", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("gemm_reduce_scatter", x_shard, dim, tokens=True)
@@ -228,7 +230,8 @@ def all_gather_gemm(
     if is_autocast_enabled(group.device.type):
         x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
-    call = ALL_GATHER_GEMM.way(group, x_shard, w_shard, bias)
+    tensors = (x_shard, w_shard) if bias is None else (x_shard, w_shard, bias)
+    call = ALL_GATHER_GEMM.way(group, *tensors)
     plain = call is not ALL_GATHER_GEMM.dispatch
     check_linear("all_gather_gemm", x_shard, w_shard, bias, codec, group, plain=plain)
     dim = check_dim("all_gather_gemm", x_shard, dim, tokens=True)
@@ -323,7 +326,8 @@ def replicated_gemm(
     ):
         return y
     grad_codec = backward_codec("replicated_gemm", codec, grad_codec, x)
-    call = REPLICATED_GEMM.way(group, x, w_shard, bias)
+    tensors = (x, w_shard) if bias is None else (x, w_shard, bias)
+    call = REPLICATED_GEMM.way(group, *tensors)
     plain = call is not REPLICATED_GEMM.dispatch
     check_linear("replicated_gemm", x, w_shard, bias, codec, group, x_name="x", plain=plain)
     return call(x, w_shard, bias, group.name, group.world_size, grad_codec)  # type: ignore[no-any-return]
