@@ -237,7 +237,8 @@ CASE(counters_wrap_around) {
       gemms.push_back({.kind = kind, .rows = {5, 9}, .N = 16, .K = 16});
     }
     run_gemms(group, gemms);
-    EXPECT(group.signals(0).epoch == start + 5);
+    const uint32_t end = start + 5;
+    EXPECT(group.signals(0).epoch == (end < start ? end + 2 : end));  // 0 and 1 are left out
   }
   emu::reset();
 }
