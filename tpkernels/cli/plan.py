@@ -105,8 +105,15 @@ def _cpus(ranks: int, hosts: int, link: str) -> Cluster:
     return cluster("cpu", ranks, link, ranks // hosts)
 
 
-def _print(report: Report, rows: int) -> None:
+def _console() -> Any:
+    """One in which a row of a table is one line also where the output is no terminal."""
     from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 150))
+
+
+def _print(report: Report, rows: int) -> None:
     from rich.table import Table
 
     job, machine = report.job, report.cluster
@@ -125,7 +132,7 @@ def _print(report: Report, rows: int) -> None:
             f"{1e3 * c.time.communication:,.1f}", f"{1e3 * c.time.bubble:,.1f}", f"{report.tokens_per_s(c):,.0f}",
             f"{report.mfu(c):.1%}", f"{c.memory.total / 2**30:.1f}", c.why or "it is the best",
         )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(shown)
     if report.best and (m := report.best.memory):
         parts = {"parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer,
@@ -145,7 +152,6 @@ def _print(report: Report, rows: int) -> None:
 
 
 def _serve(found: list[Serving], machine: Cluster, as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     if as_json:
@@ -162,7 +168,7 @@ def _serve(found: list[Serving], machine: Cluster, as_json: bool) -> None:
             str(s.tp), str(s.copies), f"{1e3 * s.first_s:,.1f}", f"{1e3 * s.next_s:,.2f}", f"{s.tokens_per_s:,.0f}",
             f"{s.weights / 2**30:.1f}", f"{s.cache / 2**30:.1f}", s.why,
         )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(shown)
     console.print("Error: unknown; no serving time was held against this model of time.", highlight=False)
 
