@@ -138,8 +138,14 @@ void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_al
     store_->set(key(rank_), std::vector<uint8_t>{1});
     // Rank 0 may wait as long before it answers.
     if (!comes(verdict, 2 * timeout)) return refuse("Rank 0 failed to pass monitoredBarrier");
-    const std::vector<uint8_t> text = store_->get(verdict);
-    return refuse(std::string(text.begin() + 1, text.end()));
+    const std::vector<uint8_t> stored = store_->get(verdict);
+    const std::string text(stored.begin() + 1, stored.end());
+    // The first words are gloo's, which programs may look for.
+    return refuse(text.empty() ? ""
+                               : concat("Rank ", rank_,
+                                        " successfully reached monitoredBarrier, but received errors while "
+                                        "waiting for send/recv from rank 0: ",
+                                        text));
   }
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   std::string missing;

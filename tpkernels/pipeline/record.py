@@ -120,16 +120,20 @@ def stand_ins(model: nn.Module, device: str) -> dict[str, Tensor]:
 
 
 def run(model: nn.Module, call: Call, device: str, state: dict[str, Tensor]) -> Any:
-    """Call the model with `stand_ins` in the place of its tensors."""
+    """Call the model with `stand_ins` in the place of its tensors; what the call sets on modules is taken back."""
     place = "meta" if device == "meta" else next((str(t.device) for t in model.parameters()), "cpu")
     args, kwargs = tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, call)
     fast = torch.backends.mha.get_fastpath_enabled()
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return functional_call(model, state, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
 
 
 def _find_layers(model: nn.Module, call: Call, device: str) -> Record:
