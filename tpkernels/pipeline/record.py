@@ -9,6 +9,7 @@ computed from.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def record(model: nn.Module, inputs: Call | None) -> Record:
     """
     real = not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     problems: list[str] = []
-    with evaluating(model):
+    with evaluating(model), untouched(model):
         for device in ["meta", *(["real"] if real else [])]:
             for call in [inputs] if inputs is not None else candidates(model):
                 try:
@@ -119,21 +120,29 @@ def stand_ins(model: nn.Module, device: str) -> dict[str, Tensor]:
     return state
 
 
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Take back what forward passes inside the context set on the modules of the model."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
+
+
 def run(model: nn.Module, call: Call, device: str, state: dict[str, Tensor]) -> Any:
-    """Call the model with `stand_ins` in the place of its tensors; what the call sets on modules is taken back."""
+    """Call the model with `stand_ins` in the place of its tensors."""
     place = "meta" if device == "meta" else next((str(t.device) for t in model.parameters()), "cpu")
     args, kwargs = tree_map(lambda x: x.to(place) if isinstance(x, Tensor) else x, call)
     fast = torch.backends.mha.get_fastpath_enabled()
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             return functional_call(model, state, args, kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
 
 
 def _find_layers(model: nn.Module, call: Call, device: str) -> Record:

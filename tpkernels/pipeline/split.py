@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpkernels.errors import PlanError, shorten
 from tpkernels.pipeline.balance import balanced
-from tpkernels.pipeline.record import Record, record, run, stand_ins
+from tpkernels.pipeline.record import Record, record, run, stand_ins, untouched
 from tpkernels.pipeline.stages import HeldStages, Split, Stage
 from tpkernels.plan.derive.inputs import Call, check_inputs
 from tpkernels.plan.derive.record import evaluating
@@ -236,7 +236,7 @@ def _check_stages(model: nn.Module, split: Split, found: Record) -> None:
         there = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
         return run(model, found.call, found.device, {name: t for name, t in state.items() if name in there})
 
-    with evaluating(model):
+    with evaluating(model), untouched(model):
         for stage in split.stages:
             try:
                 output = views.call(stage.index, output, forward)
