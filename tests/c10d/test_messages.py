@@ -47,7 +47,7 @@ def check_everybody_with_everybody_at_once(transport: str) -> None:
             found[r, tag] = x = torch.zeros(n, dtype=torch.uint8)
             works.append(dist.irecv(x, r, group, tag))
     while transport == "shm" and not all(work.is_completed() for work in works):
-        time.sleep(0.001)  # nobody waits: the thread of the group moves them
+        time.sleep(0.001)  # between two looks: no call waits, so that the thread of the group must move them
     for work in works:
         work.wait()
     assert all(torch.equal(x, message(r, tag, SIZES[tag])) for (r, tag), x in found.items())
