@@ -66,7 +66,9 @@ def decode_step(
     last_eps: float,
     cos: Tensor,
     sin: Tensor,
+    row_slots: Tensor,
     positions: Tensor,
+    slots: int,
     max_length: int,
     address: int,
 ) -> bool: ...

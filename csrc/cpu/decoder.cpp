@@ -14,6 +14,7 @@ namespace tpk {
 namespace {
 
 constexpr size_t kGrain = size_t{1} << 16;  // weights, or values of a cache, that are worth a thread of their own
+constexpr size_t kCachedBlock = 32;         // rows of weights that several groups of rows of x multiply in turn
 
 // Uninitialised memory of one type, aligned for vectors.
 template <class T>
@@ -84,7 +85,7 @@ class Decoding {
         v_(step.rows * sizes.kv),
         gate_(step.rows * sizes.inner),
         up_(step.rows * sizes.inner),
-        packed_(gemv_packed_bytes(step.rows, std::max({step.width, sizes.query, sizes.inner}))) {}
+        packed_(num_groups() * gemv_packed_bytes(kMostGemvRows, std::max({step.width, sizes.query, sizes.inner}))) {}
 
   struct Product {
     const void *w, *bias;
@@ -92,16 +93,29 @@ class Decoding {
     size_t N;
   };
 
-  // Every product of one x[rows, K], which is packed once.
+  size_t num_groups() const { return (step_.rows + kMostGemvRows - 1) / kMostGemvRows; }
+
+  // Every product of one x[rows, K], which is packed once. Each block of weights multiplies all groups of rows before
+  // the next one is read.
   void multiply(const T* x, size_t K, std::initializer_list<Product> products) {
     const GemvPath& path = gemv_paths(step_.dtype).front();
-    bool is_packed = false;
+    const size_t groups = num_groups(), packed_bytes = gemv_packed_bytes(kMostGemvRows, K);
+    const auto group_of = [&](const Product& product, size_t g) {
+      const size_t first = g * kMostGemvRows, count = std::min(kMostGemvRows, step_.rows - first);
+      return Gemv{
+          x + first * K, product.w, static_cast<ptrdiff_t>(K), product.bias, product.y + first * product.N, count,
+          product.N,     K};
+    };
+    for (size_t g = 0; g < groups; ++g) path.pack(group_of(*products.begin(), g), packed_.data() + g * packed_bytes);
     for (const Product& product : products) {
-      const Gemv gemv{x, product.w, static_cast<ptrdiff_t>(K), product.bias, product.y, step_.rows, product.N, K};
-      if (!is_packed) path.pack(gemv, packed_.data());
-      is_packed = true;
-      parallel_for_(product.N, std::max<size_t>(kGrain / std::max<size_t>(K, 1), 1),
-                    [&](size_t begin, size_t end) { path.multiply(gemv, packed_.data(), begin, end); });
+      parallel_for_(product.N, kGrain / (groups * std::max<size_t>(K, 1)) + 1, [&](size_t begin, size_t end) {
+        const size_t block = groups == 1 ? end - begin : kCachedBlock;
+        for (size_t n = begin; n < end; n += block) {
+          for (size_t g = 0; g < groups; ++g) {
+            path.multiply(group_of(product, g), packed_.data() + g * packed_bytes, n, std::min(n + block, end));
+          }
+        }
+      });
     }
   }
 
@@ -116,7 +130,7 @@ class Decoding {
       rotate_heads<T>(q_.row(m, queries), layer.query_heads, d, cos, sin);
       rotate_heads<T>(k_.row(m, kvs), layer.kv_heads, d, cos, sin);
       for (size_t h = 0; h < layer.kv_heads; ++h) {
-        const size_t at = head_start(layer, m, h) + static_cast<size_t>(step_.positions[m]) * d;
+        const size_t at = head_start(layer, slot_of(m), h) + static_cast<size_t>(step_.positions[m]) * d;
         std::memcpy(static_cast<T*>(layer.keys) + at, k_.row(m, kvs) + h * d, d * sizeof(T));
         std::memcpy(static_cast<T*>(layer.values) + at, v_.row(m, kvs) + h * d, d * sizeof(T));
       }
@@ -126,7 +140,7 @@ class Decoding {
       Scratch<float> scores(longest), sums(d);
       for (size_t i = begin; i < end; ++i) {
         const size_t m = i / layer.query_heads, h = i % layer.query_heads;
-        const size_t at = head_start(layer, m, h / (layer.query_heads / layer.kv_heads));
+        const size_t at = head_start(layer, slot_of(m), h / (layer.query_heads / layer.kv_heads));
         const CachedHead<T> head{static_cast<const T*>(layer.keys) + at, static_cast<const T*>(layer.values) + at,
                                  static_cast<size_t>(step_.positions[m]) + 1, d};
         attend<T>(q_.data() + i * d, head, layer.scale, scores.data(), sums.data(), attended_.data() + i * d);
@@ -165,6 +179,8 @@ class Decoding {
     }
   }
 
+  size_t slot_of(size_t row) const { return static_cast<size_t>(step_.row_slots[row]); }
+
   size_t head_start(const DecoderLayer& layer, size_t slot, size_t head) const {
     return (slot * layer.kv_heads + head) * step_.max_length * step_.head_dim;
   }
@@ -181,11 +197,12 @@ class Decoding {
 
 void decode_step(Communicator& comm, const DecoderStep& step, const std::vector<DecoderLayer>& layers,
                  const ParallelFor& parallel_for) {
-  TPK_CHECK(step.rows >= 1 && step.rows <= kMostGemvRows, "decode_step: x must have 1 to ", kMostGemvRows,
-            " rows, got ", step.rows);
+  TPK_CHECK(step.rows >= 1, "decode_step: x must have one row or more, got 0");
   for (size_t m = 0; m < step.rows; ++m) {
     TPK_CHECK(step.positions[m] >= 0 && static_cast<size_t>(step.positions[m]) < step.max_length,
               "decode_step: positions must be in [0, ", step.max_length, "), got ", step.positions[m]);
+    TPK_CHECK(step.row_slots[m] >= 0 && static_cast<size_t>(step.row_slots[m]) < step.slots,
+              "decode_step: slots must be in [0, ", step.slots, "), got ", step.row_slots[m]);
   }
   switch (step.dtype) {
     case DType::F32: Decoding<float>(comm, step, layers, parallel_for); return;

@@ -73,11 +73,11 @@ DecoderLayer layer_of(const py::tuple& parts, const DecoderStep& step, Tensors& 
   layer.down = tensors.of(parts[11], {width, size(layer.inner)});
   layer.query_heads = queries / step.head_dim;
   layer.kv_heads = kvs / step.head_dim;
-  layer.keys = const_cast<void*>(tensors.of(parts[12], {any, size(layer.kv_heads), length, d}, &queries));
-  layer.values = const_cast<void*>(tensors.of(parts[13], {size(queries), size(layer.kv_heads), length, d}));
-  TPK_CHECK(!tensors.fit() || (queries >= step.rows && layer.kv_heads > 0 && layer.query_heads % layer.kv_heads == 0),
-            "decode_step: needs a slot for each of ", step.rows, " rows and query heads in groups, got ", queries,
-            " slots, ", layer.query_heads, " heads and ", layer.kv_heads, " of keys");
+  layer.keys = const_cast<void*>(tensors.of(parts[12], {size(step.slots), size(layer.kv_heads), length, d}));
+  layer.values = const_cast<void*>(tensors.of(parts[13], {size(step.slots), size(layer.kv_heads), length, d}));
+  TPK_CHECK(!tensors.fit() || (layer.kv_heads > 0 && layer.query_heads % layer.kv_heads == 0),
+            "decode_step: needs query heads in groups, got ", layer.query_heads, " heads and ", layer.kv_heads,
+            " of keys");
   layer.input_eps = parts[14].cast<float>();
   layer.post_eps = parts[15].cast<float>();
   layer.scale = parts[16].cast<float>();
@@ -86,8 +86,8 @@ DecoderLayer layer_of(const py::tuple& parts, const DecoderStep& step, Tensors& 
 
 // Whether the step was made: y[rows, width] then holds its result. Otherwise nothing was changed or sent.
 bool decode_step_of(const py::object& y, const py::object& x, const py::list& layers, const py::object& last_norm,
-                    double last_eps, const py::object& cos, const py::object& sin, const py::object& positions,
-                    size_t max_length, const py::object& address) {
+                    double last_eps, const py::object& cos, const py::object& sin, const py::object& row_slots,
+                    const py::object& positions, size_t slots, size_t max_length, const py::object& address) {
   auto* const comm = static_cast<Communicator*>(PyLong_AsVoidPtr(address.ptr()));
   dlpack::View view;
   if (comm == nullptr || !view_of(x.ptr(), &view) || view.ndim != 2) return false;
@@ -99,11 +99,13 @@ bool decode_step_of(const py::object& y, const py::object& x, const py::list& la
   step.dtype = dtype;
   step.rows = static_cast<size_t>(rows);
   step.width = static_cast<size_t>(width);
+  step.slots = slots;
   step.max_length = max_length;
   step.x = tensors.of(x, {rows, width});
   step.y = const_cast<void*>(tensors.of(y, {rows, width}));
   step.cos = tensors.of(cos, {rows, Tensors::kAny}, &step.head_dim);
   step.sin = tensors.of(sin, {rows, static_cast<int64_t>(step.head_dim)});
+  step.row_slots = static_cast<const int64_t*>(tensors.of(row_slots, {rows}, DType::I64));
   step.positions = static_cast<const int64_t*>(tensors.of(positions, {rows}, DType::I64));
   step.last_norm = tensors.of(last_norm, {width});
   step.last_eps = static_cast<float>(last_eps);
@@ -123,8 +125,8 @@ bool decode_step_of(const py::object& y, const py::object& x, const py::list& la
 
 void add_decode_step(py::module_& m) {
   m.def("decode_step", &decode_step_of, py::arg("y"), py::arg("x"), py::arg("layers"), py::arg("last_norm"),
-        py::arg("last_eps"), py::arg("cos"), py::arg("sin"), py::arg("positions"), py::arg("max_length"),
-        py::arg("address"));
+        py::arg("last_eps"), py::arg("cos"), py::arg("sin"), py::arg("row_slots"), py::arg("positions"),
+        py::arg("slots"), py::arg("max_length"), py::arg("address"));
 }
 
 }  // namespace tpk

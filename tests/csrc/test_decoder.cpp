@@ -1,4 +1,4 @@
-// A decoding step of whole layers against the same in double, token by token, on one rank.
+// Steps of whole layers against the same in double, token by token, and prompts against their tokens, on one rank.
 #include "cpu/decoder.h"
 
 #include <cmath>
@@ -7,7 +7,6 @@
 #include <random>
 
 #include "core/codec/half.h"
-#include "cpu/loops/gemv.h"
 #include "expect.h"
 
 using namespace tpk;
@@ -142,6 +141,49 @@ void in_pieces(size_t n, size_t, const std::function<void(size_t, size_t)>& body
   }
 }
 
+// Tokens of one step: of which slot, where, what, and their embeddings.
+struct Tokens {
+  std::vector<int64_t> slots, positions;
+  std::vector<float> x, cos, sin;
+
+  // At random, but the same for the same place.
+  void add(int64_t slot, int64_t position) {
+    slots.push_back(slot);
+    positions.push_back(position);
+    const unsigned seed = static_cast<unsigned>(1000 * slot + 10 * position);
+    const auto append = [](std::vector<float>& to, const Doubles& values) {
+      to.insert(to.end(), values.begin(), values.end());
+    };
+    append(x, random_values(kWidth, seed + 1));
+    append(cos, random_values(kHeadDim, seed + 2));
+    append(sin, random_values(kHeadDim, seed + 3));
+  }
+};
+
+std::vector<float> run(Communicator& comm, const Tokens& tokens, const std::vector<Stored>& stored,
+                       const std::vector<float>& last_norm, const ParallelFor& parallel_for) {
+  std::vector<float> y(tokens.slots.size() * kWidth);
+  std::vector<DecoderLayer> layers;
+  for (const Stored& s : stored) layers.push_back(s.layer);
+  const size_t slots = stored[0].keys.size() / (kKvHeads * kMaxLength * kHeadDim);
+  const DecoderStep step{DType::F32,
+                         tokens.slots.size(),
+                         kWidth,
+                         kHeadDim,
+                         slots,
+                         kMaxLength,
+                         tokens.slots.data(),
+                         tokens.positions.data(),
+                         tokens.cos.data(),
+                         tokens.sin.data(),
+                         last_norm.data(),
+                         kEps,
+                         tokens.x.data(),
+                         y.data()};
+  decode_step(comm, step, layers, parallel_for);
+  return y;
+}
+
 // Sequences of different lengths, each token against double; what is behind a sequence in the cache is NaN.
 void check(size_t rows, const ParallelFor& parallel_for) {
   const auto comm = make_local("decoder", "decoder");
@@ -153,25 +195,16 @@ void check(size_t rows, const ParallelFor& parallel_for) {
   const std::vector<float> last = floats(last_norm);
   for (size_t turn = 0; turn < kMaxLength; ++turn) {
     const size_t going = turn < 4 ? rows : (rows + 1) / 2;  // the others have ended
-    const unsigned seed = static_cast<unsigned>(1000 * turn);
-    const Doubles x = random_values(going * kWidth, seed + 1);
-    const Doubles cos = random_values(going * kHeadDim, seed + 2), sin = random_values(going * kHeadDim, seed + 3);
-    const std::vector<float> x_floats = floats(x), cos_floats = floats(cos), sin_floats = floats(sin);
-    std::vector<float> y(going * kWidth);
-    const std::vector<int64_t> positions(going, static_cast<int64_t>(turn));
-    std::vector<DecoderLayer> given;
-    for (Stored& s : stored) given.push_back(s.layer);
-    const DecoderStep step{
-        DType::F32,        going,       kWidth, kHeadDim,        kMaxLength, positions.data(), cos_floats.data(),
-        sin_floats.data(), last.data(), kEps,   x_floats.data(), y.data()};
-    decode_step(*comm, step, given, parallel_for);
+    Tokens tokens;
+    for (size_t m = 0; m < going; ++m) tokens.add(static_cast<int64_t>(m), static_cast<int64_t>(turn));
+    const std::vector<float> y = run(*comm, tokens, stored, last, parallel_for);
     for (size_t m = 0; m < going; ++m) {
-      const auto part = [&](const Doubles& of, size_t n) {
+      const auto part = [&](const std::vector<float>& of, size_t n) {
         return Doubles(of.begin() + static_cast<ptrdiff_t>(m * n), of.begin() + static_cast<ptrdiff_t>((m + 1) * n));
       };
-      Doubles want = part(x, kWidth);
+      Doubles want = part(tokens.x, kWidth);
       for (size_t i = 0; i < layers.size(); ++i) {
-        want = step_in_double(layers[i], want, part(cos, kHeadDim), part(sin, kHeadDim), past[i][m]);
+        want = step_in_double(layers[i], want, part(tokens.cos, kHeadDim), part(tokens.sin, kHeadDim), past[i][m]);
       }
       want = normalise(want, last_norm);
       double largest = 0.0;
@@ -188,20 +221,52 @@ void check(size_t rows, const ParallelFor& parallel_for) {
 }  // namespace
 
 CASE(steps_are_those_in_double_whatever_the_rows_and_the_threads) {
-  for (size_t rows : {1, 2, 5, 8}) {
+  for (size_t rows : {1, 2, 5, 8, 19}) {
     check(rows, serially);
     check(rows, in_pieces);
   }
 }
 
-CASE(rows_and_positions_out_of_range_are_refused) {
+CASE(prompts_have_the_bits_of_their_tokens_one_by_one_whatever_is_beside_them) {
+  const auto comm = make_local("decoder", "decoder");
+  const std::vector<Layer> layers{Layer(100), Layer(200)};
+  const std::vector<float> last = floats(random_values(kWidth, 7));
+  const std::vector<int64_t> lengths{5, 1, static_cast<int64_t>(kMaxLength), 3};
+  const auto fresh = [&] {
+    std::vector<Stored> stored;
+    for (const Layer& layer : layers) stored.emplace_back(layer, lengths.size());
+    return stored;
+  };
+  std::vector<Stored> one_by_one = fresh(), together = fresh();
+  Tokens all;
+  std::vector<float> want;
+  for (size_t slot = 0; slot < lengths.size(); ++slot) {
+    for (int64_t position = 0; position < lengths[slot]; ++position) {
+      Tokens one;
+      one.add(static_cast<int64_t>(slot), position);
+      all.add(static_cast<int64_t>(slot), position);
+      const std::vector<float> y = run(*comm, one, one_by_one, last, serially);
+      want.insert(want.end(), y.begin(), y.end());
+    }
+  }
+  EXPECT(want.size() == 18 * kWidth);
+  for (const ParallelFor& parallel_for : {ParallelFor(serially), ParallelFor(in_pieces)}) {
+    const std::vector<float> got = run(*comm, all, together, last, parallel_for);
+    EXPECT(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) == 0);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      EXPECT(std::memcmp(together[i].keys.data(), one_by_one[i].keys.data(), together[i].keys.size() * sizeof(float)) ==
+             0);
+    }
+  }
+}
+
+CASE(rows_slots_and_positions_out_of_range_are_refused) {
   const auto comm = make_local("decoder", "decoder");
   const float values[kWidth] = {};
   float y[kWidth];
-  const auto refused = [&](size_t rows, int64_t position, const char* text) {
-    const std::vector<int64_t> positions(rows, position);
-    const DecoderStep step{DType::F32, rows,   kWidth, kHeadDim, kMaxLength, positions.data(),
-                           values,     values, values, kEps,     values,     y};
+  const auto refused = [&](size_t rows, int64_t slot, int64_t position, const char* text) {
+    const DecoderStep step{DType::F32, rows,   kWidth, kHeadDim, 2,    kMaxLength, &slot,
+                           &position,  values, values, values,   kEps, values,     y};
     try {
       decode_step(*comm, step, {}, serially);
     } catch (const std::invalid_argument& error) {
@@ -209,8 +274,9 @@ CASE(rows_and_positions_out_of_range_are_refused) {
     }
     return false;
   };
-  EXPECT(refused(0, 0, "1 to 8 rows, got 0"));
-  EXPECT(refused(kMostGemvRows + 1, 0, "1 to 8 rows, got 9"));
-  EXPECT(refused(1, -1, "positions must be in [0, 9), got -1"));
-  EXPECT(refused(1, kMaxLength, "positions must be in [0, 9), got 9"));
+  EXPECT(refused(0, 0, 0, "one row or more, got 0"));
+  EXPECT(refused(1, 0, -1, "positions must be in [0, 9), got -1"));
+  EXPECT(refused(1, 0, kMaxLength, "positions must be in [0, 9), got 9"));
+  EXPECT(refused(1, -1, 0, "slots must be in [0, 2), got -1"));
+  EXPECT(refused(1, 2, 0, "slots must be in [0, 2), got 2"));
 }

@@ -21,8 +21,8 @@ from tpkernels.testing import run_ranks
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers", allow_module_level=True)
 
-from tpkernels.generate.decoders import DynamicDecoder, SlotDecoder
-from tpkernels.generate.stack import Stack
+from tpkernels.generate.decoders import MOST_TOGETHER, DynamicDecoder, SlotDecoder
+from tpkernels.generate.stack import MOST_ROWS, Stack
 
 STEPS = 6
 PROMPTS = [[1, 2, 3], [70, 80, 90, 100, 110], [5]]
@@ -122,6 +122,42 @@ def test_a_sequence_has_the_same_bits_beside_others_and_on_several_threads(threa
                 assert torch.equal(alone.step({0: token})[0], all_logits[0])
         finally:
             torch.set_num_threads(before)
+
+
+# Of one token, of so many that a pass ends inside one, and one that runs by itself.
+TOGETHER = {
+    slot: [(31 * slot + 7 * i) % 258 for i in range(length)]
+    for slot, length in ((0, 50), (2, MOST_TOGETHER), (3, 1), (4, 60), (5, MOST_TOGETHER + 1))
+}
+
+
+def check_prompts_together(_: int) -> bool:
+    """Against fp64, each with the bits that it has by itself, and the step behind them."""
+    with Group.open() as group, pytest.MonkeyPatch.context() as patch:
+        made = count_runs(patch)
+        for dtype in DTYPES:
+            whole = tiny_llama().to(dtype)
+            exact = copy.deepcopy(whole).double()
+            model = parallelize(whole, group=group)
+            together, alone = SlotDecoder(model, 6, 128), SlotDecoder(model, 6, 128)
+            got = together.fill(TOGETHER, together=True)
+            assert got.keys() == TOGETHER.keys()
+            sequences = [[*prompt, 9] for prompt in TOGETHER.values()]
+            want, behind = (logits_of(exact, ids) for ids in (list(TOGETHER.values()), sequences))
+            step = together.step(dict.fromkeys(TOGETHER, 9))
+            for i, (slot, prompt) in enumerate(TOGETHER.items()):
+                assert torch.equal(got[slot], alone.fill({slot: prompt}, together=True)[slot])
+                assert torch.equal(step[slot], alone.step({slot: 9})[slot])
+                for found, expected in ((got[slot], want[i]), (step[slot], behind[i])):
+                    error = (found.double() - expected).abs().max()
+                    assert error <= ROUNDINGS * DTYPES[dtype] * expected.abs().max(), (dtype, slot)
+    return made == [True] * len(DTYPES) * (2 + 1 + 4 + 5)
+
+
+@pytest.mark.parametrize("R", [1, 2])
+def test_prompts_together_have_the_bits_that_each_has_alone(R: int) -> None:
+    assert sum(map(len, TOGETHER.values())) > MOST_ROWS
+    assert run_ranks(check_prompts_together, R, 0) == [True] * R
 
 
 def step_of(decoder: SlotDecoder, token: int) -> Tensor:
@@ -233,9 +269,10 @@ def check_mixed(rank: int) -> bool:
         model = parallelize(tiny_llama(), group=group)
         if dist.get_rank() == 1:
             model.model.layers[0].register_forward_hook(lambda *_: None)
-        decoder = SlotDecoder(model, 1, 64)
+        decoder = SlotDecoder(model, 3, 64)
         assert (decoder._stack is None) == (dist.get_rank() == 1)
-        decoder.insert(0, PROMPTS[0])
+        first = decoder.fill({0: PROMPTS[0], 2: PROMPTS[1]}, together=True)
+        torch.testing.assert_close(torch.stack([first[0], first[2]]), logits_of(tiny_llama(), PROMPTS[:2]))
         for token, expected in zip(tokens, want, strict=True):
             torch.testing.assert_close(step_of(decoder, token), expected)
     return True
@@ -301,7 +338,7 @@ def test_other_models_and_modes_are_left_to_the_modules(monkeypatch: pytest.Monk
         ):
             with pytest.raises(ValueError, match=why):
                 Stack(model)
-        decoder = SlotDecoder(parallelize(tiny_llama(), group=group), 9, 64)
+        decoder = SlotDecoder(parallelize(tiny_llama(), group=group), MOST_ROWS + 1, 64)
         decoder.insert(0, PROMPTS[0])
         modes: list[Any] = [torch.autocast("cpu", torch.bfloat16), torch.profiler.profile(), torch.device("meta")]
         for mode in modes:
@@ -310,8 +347,8 @@ def test_other_models_and_modes_are_left_to_the_modules(monkeypatch: pytest.Monk
             with mode:
                 assert not decoder._stack.takes(ids)
             assert decoder._stack.takes(ids)
-        decoder.start([PROMPTS[0]] * 9)
-        decoder.step(dict.fromkeys(range(9), 9))
+        decoder.start([PROMPTS[0]] * (MOST_ROWS + 1))
+        decoder.step(dict.fromkeys(range(MOST_ROWS + 1), 9))
         assert made == []
         decoder.step({0: 9})
         assert made == [True]

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .stack import Stack
+from .stack import MOST_ROWS, Stack
 
+MOST_TOGETHER = 64  # tokens of a prompt that is computed beside others; longer ones are for a real GEMM
 GRAIN = 64  # tokens; the sizes of caches and the spans of steps are multiples: few sizes to compile, aligned rows
 
 
@@ -129,13 +130,16 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one token of each of the first rows at their positions; the keys and values of those rows."""
-        positions = self._slots.positions
+        """Write one token of each row at its position; the keys and values of the rows' slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        positions, slots, span = self._slots.positions, self._slots.row_slots, self._slots.span
         rows = positions.shape[0]
-        index = torch.arange(rows)
+        index = torch.arange(rows) if slots is None else slots
         self.keys[index, :, positions] = key_states[:, :, 0]
         self.values[index, :, positions] = value_states[:, :, 0]
-        span = self._slots.span
+        if slots is not None:
+            return self.keys[slots, :, :span], self.values[slots, :, :span]
         return self.keys[:rows, :, :span], self.values[:rows, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -154,12 +158,16 @@ class _SlotLayer(CacheLayerMixin):
 class _Slots(Cache):
     """The memory of all slots.
 
-    `positions` [rows] are those of the next tokens of the first rows, `span` the most tokens that one attends to.
+    Attributes:
+        positions: [rows], of the next tokens.
+        row_slots: [rows], their slots; None: the first ones.
+        span: the most tokens that a token attends to.
     """
 
     def __init__(self, layers: int, count: int, max_length: int) -> None:
         self.count, self.max_length, self.span = count, max_length, max_length
         self.positions = torch.zeros(1, dtype=torch.long)
+        self.row_slots: Tensor | None = None
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
     def grow(self, max_length: int) -> None:
@@ -236,6 +244,60 @@ class SlotDecoder(_Decoder):
         self._take(slot, cache, 0, len(prompt))
         return logits[0]
 
+    @property
+    def fills_together(self) -> bool:
+        """Whether `fill` computes tokens of several prompts in one pass."""
+        return self._stack is not None
+
+    @torch.inference_mode()
+    def fill(self, prompts: Mapping[int, Sequence[int]], *, together: bool) -> dict[int, Tensor]:
+        """Begin sequences of one token or more: {slot: prompt}; {slot: the logits [V] after it}.
+
+        Args:
+            prompts: those of more than MOST_TOGETHER tokens run by themselves.
+            together: compute the tokens of the others in common passes, the same on all ranks. One call of C++ makes a
+                pass (stack.py), and a prompt has the same bits whatever prompts are beside it.
+        """
+        packed = {slot: p for slot, p in prompts.items() if together and len(p) <= MOST_TOGETHER}
+        logits = {slot: self.insert(slot, prompt) for slot, prompt in prompts.items() if slot not in packed}
+        tokens = [(slot, at, token) for slot, prompt in packed.items() for at, token in enumerate(prompt)]
+        for begin in range(0, len(tokens), MOST_ROWS):
+            logits |= self._pass(tokens[begin : begin + MOST_ROWS], {slot: len(p) for slot, p in packed.items()})
+        return logits
+
+    def _pass(self, tokens: Sequence[tuple[int, int, int]], lengths: Mapping[int, int]) -> dict[int, Tensor]:
+        """Append tokens (slot, position, token); the logits [V] after each sequence whose last token is among them."""
+        slots, positions, ids = torch.tensor(tokens).T.contiguous()
+        last = {slot: row for row, (slot, at, _) in enumerate(tokens) if at + 1 == lengths[slot]}
+        for slot in dict.fromkeys(slots.tolist()):
+            if lengths[slot] >= self.max_length:
+                self._refuse(lengths[slot])
+            self._lengths[slot] = lengths[slot]
+        hidden = self._hidden(ids[:, None], slots, positions)
+        if not last:
+            return {}
+        logits = self.model.lm_head(hidden[list(last.values())])[:, -1]
+        return dict(zip(last, logits, strict=True))
+
+    def _hidden(self, ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        decoder = self.model.model
+        embedded = decoder.embed_tokens(ids)
+        hidden: Tensor | None = None
+        if self._stack is not None and self._stack.takes(ids):
+            hidden = self._stack.run(embedded, slots, positions, self._cache)
+        if hidden is None:  # the same calls of collectives
+            span, self._cache.span = self._cache.span, min(self.max_length, rounded_up(int(positions.max()) + 1))
+            self._cache.row_slots, self._cache.positions = slots, positions
+            hidden = decoder(
+                inputs_embeds=embedded,
+                attention_mask=self._mask(positions),
+                position_ids=positions[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )[0]
+            self._cache.row_slots, self._cache.span = None, span
+        return hidden
+
     @torch.inference_mode()
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         """Append a token to the sequence of every slot named; the logits [rows, V], a row for each slot.
@@ -262,7 +324,7 @@ class SlotDecoder(_Decoder):
             logits = self._step(ids, positions, self._cache)
             return logits
         embedded = self.model.model.embed_tokens(ids)
-        hidden = self._stack.run(embedded, positions, self._cache)
+        hidden = self._stack.run(embedded, torch.arange(len(positions)), positions, self._cache)
         if hidden is None:  # the embedding is a collective, which is not repeated
             return self._slot_step(None, positions, self._cache, embedded)
         logits = self.model.lm_head(hidden)[:, -1]
@@ -276,18 +338,22 @@ class SlotDecoder(_Decoder):
 
     def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
         if length >= self.max_length:
-            raise ValueError(
-                f"generate: a prompt must be shorter than max_length {self.max_length}, got {length} tokens"
-            )
+            self._refuse(length)
         self._cache.fill(slot, cache, row, length)
         self._lengths[slot] = length
 
+    def _refuse(self, length: int) -> NoReturn:
+        raise ValueError(f"generate: a prompt must be shorter than max_length {self.max_length}, got {length} tokens")
+
     def _slot_step(self, ids: Tensor | None, positions: Tensor, cache: Cache, embedded: Tensor | None = None) -> Tensor:
+        return self._forward(ids, self._mask(positions), positions[:, None], cache, embedded)
+
+    def _mask(self, positions: Tensor) -> Tensor:
         mask = (torch.arange(self._cache.span) <= positions[:, None])[:, None, None]
         if not self._bool_mask:
             dtype = self.model.dtype
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return self._forward(ids, mask, positions[:, None], cache, embedded)
+        return mask
 
 
 def _stack_of(model: nn.Module) -> Stack | None:

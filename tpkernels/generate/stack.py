@@ -1,4 +1,4 @@
-"""A decoding step of all decoder layers in one call (csrc/cpu/decoder.h), past their modules.
+"""A step of all decoder layers in one call (csrc/cpu/decoder.h), past their modules.
 
 The modules of a Llama-like decoder make about forty calls of torch a layer, which take longer than the reading of the
 weights of a small model. Here the parameters that the modules hold are passed to one function, anew in every step and
@@ -28,7 +28,7 @@ from tpkernels.plan.same_inputs import SameInputs
 has_any_global_hook: Callable[[], bool] = module_of_torch._has_any_global_hook
 # What parallelize has registered, which changes no logits in inference.
 HOOKS = (AdapterGuard, BlockRandom, BlockWatch, CacheCheck, GatheredAttentions, SameInputs, SharedInput)
-MOST_ROWS = 8  # of a step: kMostGemvRows in csrc/cpu/loops/gemv.h
+MOST_ROWS = 128  # of a step; with more, modules take no longer beside their products
 _PLAIN = 2  # of _C.plainness
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 ATTENTIONS = ("sdpa", "eager")
@@ -88,6 +88,13 @@ class _Layer:
             parent.get(name) is module and type(module) is kind and "forward" not in module.__dict__
             for parent, name, module, kind in self._children
         )
+
+    def reserve(self, memory: Any) -> None:
+        """Allocate the layer's keys and values where that was not done."""
+        if not memory.is_initialized:
+            weight, head_dim = self._modules["self_attn.k_proj"].weight, self._modules["self_attn"].head_dim
+            states = weight.new_empty(1, weight.shape[0] // head_dim, 1, head_dim)
+            memory.lazy_initialization(states, states)
 
     def parts(self, memory: Any) -> tuple[Any, ...]:
         """What `_C.decode_step` takes of a layer.
@@ -163,7 +170,7 @@ class Stack:
         self.group = self._layers[0].group
 
     def takes(self, ids: Tensor) -> bool:
-        """Whether a step for these tokens [rows, 1] computes what the modules would."""
+        """Whether a step for these tokens [rows, 1] computes what the modules would, on rows of their own."""
         if ids.shape[0] > MOST_ROWS or self._model.training or _C.plainness(ids) != _PLAIN:
             return False
         if torch.is_autocast_enabled("cpu") or has_any_global_hook():
@@ -179,17 +186,19 @@ class Stack:
     def _are_unchanged(self) -> Iterator[bool]:
         return (layer.is_unchanged() for layer in self._layers)
 
-    def run(self, embedded: Tensor, positions: Tensor, cache: Any) -> Tensor | None:
+    def run(self, embedded: Tensor, slots: Tensor, positions: Tensor, cache: Any) -> Tensor | None:
         """Return the hidden states [rows, 1, D] behind the last norm, or None where a tensor does not fit.
 
         Args:
-            embedded: [rows, 1, D], of one token for each of the first slots.
-            positions: [rows], of the tokens.
+            embedded: [rows, 1, D], of one token each.
+            slots, positions: [rows], of the tokens: several of one slot are next to each other in its sequence.
             cache: its layers have keys and values [slots, heads, max_length, head_dim]; the tokens' own are added.
         """
         decoder = self._model.model
         cos, sin = decoder.rotary_emb(embedded, positions[:, None])
         y = torch.empty_like(embedded)
+        for layer, memory in zip(self._layers, cache.layers, strict=True):
+            layer.reserve(memory)
         parts = [layer.parts(memory) for layer, memory in zip(self._layers, cache.layers, strict=True)]
         norm = decoder.norm
         made = _C.decode_step(
@@ -200,7 +209,9 @@ class Stack:
             norm.variance_epsilon,
             cos[:, 0],
             sin[:, 0],
+            slots,
             positions,
+            cache.count,
             cache.max_length,
             self.group._address,
         )

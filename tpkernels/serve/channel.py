@@ -1,8 +1,8 @@
 """Sends each step from rank 0 to the other ranks, and carries it out on every rank.
 
-A message is one small all_reduce to which only rank 0 contributes: a command, the last token of every slot, and the
-size of the second message, a JSON text of prompts that begin. So a step costs one more collective than its forward has,
-and only rank 0 draws tokens and has a tokenizer.
+A message is one small all_reduce to which only rank 0 contributes: a command, how to compute prompts, the last token of
+every slot, and the size of the second message, a JSON text of prompts that begin. So a step costs one more collective
+than its forward has, and only rank 0 draws tokens and has a tokenizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 
 STEP, STOP = 1, 2
-HEAD = 2  # numbers before the tokens: command, bytes of the text
+HEAD = 3  # numbers before the tokens: command, whether prompts are computed together, bytes of the text
 NO_TOKEN = -1
 
 
@@ -30,11 +30,13 @@ class Step:
     Attributes:
         tokens: {slot: the last token of its sequence}, of the sequences that continue.
         begin: {slot: prompt}, of those that begin; they replace the sequence in the slot.
+        together: compute them in common passes.
         stop: end `follow` instead.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     begin: Mapping[int, list[int]] = field(default_factory=dict)
+    together: bool = False
     stop: bool = False
 
 
@@ -53,7 +55,7 @@ class Channel:
         if self._group.world_size == 1:
             return
         text = json.dumps({str(slot): ids for slot, ids in step.begin.items()}).encode() if step.begin else b""
-        head = [STOP if step.stop else STEP, len(text)]
+        head = [STOP if step.stop else STEP, step.together, len(text)]
         head += [step.tokens.get(slot, NO_TOKEN) for slot in range(self._slots)]
         self._carry(torch.tensor(head))
         if text:
@@ -61,12 +63,13 @@ class Channel:
 
     def receive(self) -> Step:
         """The next step of rank 0; called on the other ranks."""
-        command, size, *tokens = self._carry(torch.zeros(HEAD + self._slots, dtype=torch.int64)).tolist()
+        command, together, size, *tokens = self._carry(torch.zeros(HEAD + self._slots, dtype=torch.int64)).tolist()
         begin: dict[str, list[int]] = {}
         if size:
             begin = json.loads(bytes(self._carry(torch.zeros(size, dtype=torch.uint8)).numpy()))
         going_on = {slot: token for slot, token in enumerate(tokens) if token != NO_TOKEN}
-        return Step(going_on, {int(slot): ids for slot, ids in begin.items()}, command == STOP)
+        prompts = {int(slot): ids for slot, ids in begin.items()}
+        return Step(going_on, prompts, bool(together), command == STOP)
 
     def _carry(self, mine: Tensor) -> Tensor:
         return ops.all_reduce(mine, group=self._group)
@@ -78,8 +81,7 @@ def carry_out(decoder: Any, step: Step) -> dict[int, Tensor]:
     if step.tokens:
         logits = decoder.step(step.tokens)
         found |= {slot: logits[slot] for slot in step.tokens}
-    for slot, prompt in step.begin.items():
-        found[slot] = decoder.insert(slot, prompt)
+    found |= decoder.fill(step.begin, together=step.together)
     return found
 
 

@@ -1,7 +1,8 @@
 """The engine of rank 0: a queue of requests, and a thread that generates one token of all active sequences a step.
 
-A waiting request takes a slot as soon as one is free, between two steps of the others. Its prompt runs by itself,
-without padding, so that its answer does not depend on other requests.
+A waiting request takes a slot as soon as one is free, between two steps of the others, which wait for MOST_TOKENS of
+prompts at most, or for one prompt. Short prompts are computed together where that changes no bit of them
+(SlotDecoder.fill), else each by itself, without padding, so that its answer does not depend on other requests.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .metrics import Metrics
 
 STOPPING = "the server is stopping"
 NAN = "the model's logits hold NaN"
+MOST_TOKENS = 256  # of prompts that begin in one step
 HEARTBEAT_S = 0.5  # between empty steps; a dead rank is noticed at the next one
 
 
@@ -194,7 +196,8 @@ class Engine:
             begin = self._admit()
             going_on = {slot: r.token for slot, r in self._active.items() if slot not in begin}
             probe = self._probing and not self._active
-        step = Step(going_on, {0: [0]} if probe else {slot: r.prompt for slot, r in begin.items()})
+        prompts = {0: [0]} if probe else {slot: r.prompt for slot, r in begin.items()}
+        step = Step(going_on, prompts, together=self._decoder.fills_together)
         self._channel.send(step)
         found = carry_out(self._decoder, step)
         if probe:
@@ -212,10 +215,14 @@ class Engine:
         """Free the slots of cancelled requests, and give free slots to waiting ones."""
         for request in [r for r in self._active.values() if r.cancelled]:
             self._release(request)
-        begin = dict[int, SequenceRequest]()
+        begin, tokens = dict[int, SequenceRequest](), 0
         while self._waiting and self._free:
+            tokens += len(self._waiting[0].prompt)
+            if begin and tokens > MOST_TOKENS:
+                break
             request = self._waiting.popleft()
             if request.cancelled:
+                tokens -= len(request.prompt)
                 continue
             slot = request.slot = heapq.heappop(self._free)  # the lowest: the fewer rows, the faster the step
             request.running = Continuation(request.prompt, request.sampling, self.tokenizer)

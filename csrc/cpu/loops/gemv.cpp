@@ -6,8 +6,9 @@
 namespace tpk {
 namespace {
 
-// Registers of any machine, of sixteen values each; the compiler makes several of one where they are narrower.
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+struct Lanes {
+  float values[kLanes];
+};
 
 template <class T>
 struct Portable {
@@ -17,27 +18,29 @@ struct Portable {
   using Weights = Lanes;
   static constexpr const char* kName = "portable";
   static constexpr size_t kStep = kLanes;
-  static constexpr int kMostRows = 4;
-  static constexpr int rows_with(int) { return 1; }
+  static constexpr int kParts = 1, kMostRows = 4, kMostWeights = 1, kMostSums = 4;
+  static constexpr int rows_with(size_t) { return 1; }
 
-  TPK_INLINE static void pack(const T* x, size_t count, float* to) {
-    for (size_t i = 0; i < count; ++i) to[i] = to_float(x[i]);
+  TPK_INLINE static void pack(const T* x, float* to) {
+    for (size_t l = 0; l < kLanes; ++l) to[l] = to_float(x[l]);
   }
-  TPK_INLINE static void clear(Lanes& sums) { sums = Lanes{}; }
-  TPK_INLINE static void load(const T* w, Lanes& to) {
-    float values[kLanes];
-    pack(w, kLanes, values);
-    std::memcpy(&to, values, sizeof to);
+  TPK_INLINE static Lanes zeros() { return {}; }
+  TPK_INLINE static Lanes load(const T* w, int) {
+    Lanes to;
+    pack(w, to.values);
+    return to;
   }
-  TPK_INLINE static void add(Lanes& sums, const Lanes& w, const float* x) {
-    Lanes values;
-    std::memcpy(&values, x, sizeof values);
-    sums += w * values;
+  TPK_INLINE static Lanes inputs(const float* x, int) {
+    Lanes to;
+    std::memcpy(to.values, x, sizeof to.values);
+    return to;
   }
-  TPK_INLINE static float total(const Lanes& sums) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &sums, sizeof lanes);
-    return sum_of_lanes(lanes);
+  TPK_INLINE static void add(Lanes& sums, const Lanes& w, const Lanes& x) {
+    for (size_t l = 0; l < kLanes; ++l) sums.values[l] += w.values[l] * x.values[l];
+  }
+  TPK_INLINE static float total(const Lanes* sums) {
+    Lanes copy = *sums;
+    return sum_of_lanes(copy.values);
   }
 };
 

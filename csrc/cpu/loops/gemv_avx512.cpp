@@ -19,14 +19,14 @@ TPK_INLINE __m512 sixteen(const Bfloat16* from) {
 
 struct Avx512Sums {
   using Sums = __m512;
-  static constexpr int kMostRows = 8;
+  static constexpr int kParts = 1, kMostRows = 8, kMostWeights = 4, kMostSums = 16;
   // Rows of weights that share the loads of x, as far as the registers go.
-  static constexpr int rows_with(int rows) { return rows == 1 ? 1 : rows <= 2 || rows > 4 ? 2 : 4; }
+  static constexpr int rows_with(size_t rows) { return rows == 1 ? 1 : rows <= 2 || rows > 4 ? 2 : 4; }
 
-  TPK_INLINE static void clear(__m512& sums) { sums = _mm512_setzero_ps(); }
-  TPK_INLINE static float total(const __m512& sums) {
-    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1));
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sums), upper);
+  TPK_INLINE static __m512 zeros() { return _mm512_setzero_ps(); }
+  TPK_INLINE static float total(const __m512* sums) {
+    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(*sums), 1));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(*sums), upper);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
@@ -41,13 +41,10 @@ struct Avx512 : Avx512Sums {
   static constexpr const char* kName = "avx512";
   static constexpr size_t kStep = 16;
 
-  TPK_INLINE static void pack(const T* x, size_t count, float* to) {
-    for (size_t i = 0; i < count; ++i) to[i] = to_float(x[i]);
-  }
-  TPK_INLINE static void load(const T* w, __m512& to) { to = sixteen(w); }
-  TPK_INLINE static void add(__m512& sums, const __m512& w, const float* x) {
-    sums = _mm512_fmadd_ps(w, _mm512_load_ps(x), sums);
-  }
+  TPK_INLINE static void pack(const T* x, float* to) { _mm512_store_ps(to, sixteen(x)); }
+  TPK_INLINE static __m512 load(const T* w, int) { return sixteen(w); }
+  TPK_INLINE static __m512 inputs(const float* x, int) { return _mm512_load_ps(x); }
+  TPK_INLINE static void add(__m512& sums, __m512 w, __m512 x) { sums = _mm512_fmadd_ps(w, x, sums); }
 };
 
 // Two products for each lane and instruction, each rounded once more by its sum; subnormal values count as zero.
@@ -58,14 +55,10 @@ struct Avx512Bf16 : Avx512Sums {
   static constexpr const char* kName = "avx512_bf16";
   static constexpr size_t kStep = 32;
 
-  TPK_INLINE static void pack(const Bfloat16* x, size_t count, Bfloat16* to) { std::memcpy(to, x, count * sizeof *x); }
-  TPK_INLINE static __m512bh pairs(const Bfloat16* from) {
-    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
-  }
-  TPK_INLINE static void load(const Bfloat16* w, __m512bh& to) { to = pairs(w); }
-  TPK_INLINE static void add(__m512& sums, const __m512bh& w, const Bfloat16* x) {
-    sums = _mm512_dpbf16_ps(sums, w, pairs(x));
-  }
+  TPK_INLINE static void pack(const Bfloat16* x, Bfloat16* to) { std::memcpy(to, x, kStep * sizeof *x); }
+  TPK_INLINE static __m512bh load(const Bfloat16* w, int) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(w)); }
+  TPK_INLINE static __m512bh inputs(const Bfloat16* x, int) { return load(x, 0); }
+  TPK_INLINE static void add(__m512& sums, __m512bh w, __m512bh x) { sums = _mm512_dpbf16_ps(sums, w, x); }
 };
 
 }  // namespace

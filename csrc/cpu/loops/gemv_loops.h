@@ -3,6 +3,7 @@
 // Order   Sixteen partial sums, lane by lane in the order of k, then the lanes in halves: the same for every number of
 //         rows of x, and of weights that are read at a time.
 // Layout  packed[K / kStep][M][kStep]: one stream, too, and no two rows at one place of the cache. Zeros to the end.
+// Reading Each group of rows of x requests its share of the weights of a tile to come, so that memory is never idle.
 #pragma once
 
 #include <cstring>
@@ -15,154 +16,172 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 constexpr size_t kGemvBlock = 16;       // rows of weights whose results are written together
-constexpr size_t kGemvStretch = 16384;  // bytes of x, of four rows or less twice, that are used while they are cached
+constexpr size_t kGemvStretch = 20480;  // bytes of x that are used while they are cached
 constexpr size_t kGemvUnit = 64;        // values; a stretch is a multiple of it, so of every step
-constexpr size_t kGemvAhead = 16384;    // bytes of weights that are requested before their turn, about
+constexpr size_t kGemvAhead = 16384;    // bytes of weights that are requested before their turn, at least
 
 template <class Kernel>
 void gemv_pack(const Gemv& p, void* packed) {
+  using Value = typename Kernel::Value;
   constexpr size_t kStep = Kernel::kStep;
-  const auto* x = static_cast<const typename Kernel::Value*>(p.x);
+  const auto* x = static_cast<const Value*>(p.x);
   auto* to = static_cast<typename Kernel::Packed*>(packed);
   for (size_t k = 0; k < p.K; k += kStep) {
-    const size_t count = p.K - k < kStep ? p.K - k : kStep;
     for (size_t m = 0; m < p.M; ++m, to += kStep) {
-      Kernel::pack(x + m * p.K + k, count, to);
-      std::memset(to + count, 0, (kStep - count) * sizeof *to);
-    }
-  }
-}
-
-// The addresses of weights that are requested before their turn, in one stream: hardware follows that best.
-struct Ahead {
-  const char* at;
-  const char* row_end;  // nullptr: rows follow each other without gaps
-  ptrdiff_t to_next_row, stride;
-
-  template <size_t kBytes>
-  TPK_INLINE void request() {
-#pragma GCC unroll 8
-    for (size_t b = 0; b < kBytes; b += kCacheLine) {
-      __builtin_prefetch(at);
-      at += kBytes < kCacheLine ? kBytes : kCacheLine;
-      if (at == row_end) {
-        at += to_next_row;
-        row_end += stride;
+      if (k + kStep <= p.K) {
+        Kernel::pack(x + m * p.K + k, to);
+      } else {
+        Value rest[kStep] = {};
+        std::memcpy(rest, x + m * p.K + k, (p.K - k) * sizeof(Value));
+        Kernel::pack(rest, to);
       }
     }
   }
-};
+}
 
-// A stretch of k of a product: weights and x from its begin on.
+// Rows of weights and all rows of x, in a stretch of k.
 template <class Kernel>
-struct Stretch {
+struct Tile {
   const typename Kernel::Value* w;
   const typename Kernel::Packed* x;
-  size_t count;  // values of k
-  bool first, last;
+  typename Kernel::Sums* sums;  // [M][kGemvBlock][kParts], from the tile's first row of weights on
+  size_t count;                 // values of k
+  bool first;                   // of the stretches
+  const char* next;             // the weights to request
+  ptrdiff_t spread;             // between those that are requested together: a cache line where rows follow each other
+                                // without gaps, because hardware follows one stream best, else a row
+
+  bool is_dense() const { return spread == kCacheLine; }
 };
 
-// A step of k for R rows of weights and G rows of x.
+// A step of k for R rows of weights and G rows of x, one part of its lanes after the other, so that sums, weights and x
+// fit into the registers.
 template <class Kernel, int R, int G>
-TPK_INLINE void gemv_step(typename Kernel::Sums* sums, const typename Kernel::Weights* weights,
-                          const typename Kernel::Packed* x) {
+TPK_INLINE void gemv_step(typename Kernel::Sums (&sums)[Kernel::kParts][R * G], const typename Kernel::Value* w,
+                          ptrdiff_t stride, const typename Kernel::Packed* x) {
+#pragma GCC unroll 2
+  for (int part = 0; part < Kernel::kParts; ++part) {
+    typename Kernel::Weights weights[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) weights[r] = Kernel::load(w + r * stride, part);
 #pragma GCC unroll 8
-  for (int m = 0; m < G; ++m) {
+    for (int m = 0; m < G; ++m) {
+      const auto inputs = Kernel::inputs(x + m * Kernel::kStep, part);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) Kernel::add(sums[m * R + r], weights[r], x + m * Kernel::kStep);
-  }
-}
-
-// R rows of weights and G rows of x: sums go on from `carried`, and end there or in totals[m * kGemvBlock + r].
-template <class Kernel, int R, int G>
-TPK_INLINE void gemv_tile(const Gemv& p, const Stretch<Kernel>& part, Ahead& ahead, typename Kernel::Sums* carried,
-                          float* totals) {
-  using Value = typename Kernel::Value;
-  constexpr size_t kStep = Kernel::kStep;
-  typename Kernel::Sums sums[R * G];
-  typename Kernel::Weights weights[R];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * G; ++i) part.first ? Kernel::clear(sums[i]) : void(sums[i] = carried[i]);
-  const typename Kernel::Packed* x = part.x;
-  size_t k = 0;
-  for (; k + kStep <= part.count; k += kStep, x += p.M * kStep) {
-    ahead.request<R * kStep * sizeof(Value)>();
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) Kernel::load(part.w + r * p.w_stride + k, weights[r]);
-    gemv_step<Kernel, R, G>(sums, weights, x);
-  }
-  if (!part.last) {
-#pragma GCC unroll 16
-    for (int i = 0; i < R * G; ++i) carried[i] = sums[i];
-    return;
-  }
-  if (k < part.count) {
-    for (int r = 0; r < R; ++r) {
-      Value rest[kStep] = {};
-      std::memcpy(rest, part.w + r * p.w_stride + k, (part.count - k) * sizeof(Value));
-      Kernel::load(rest, weights[r]);
+      for (int r = 0; r < R; ++r) Kernel::add(sums[part][m * R + r], weights[r], inputs);
     }
-    gemv_step<Kernel, R, G>(sums, weights, x);
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < G; ++m) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) totals[m * kGemvBlock + r] = Kernel::total(sums[m * R + r]);
   }
 }
 
-// `rows` rows of weights, at most kGemvBlock, and G rows of x.
-template <class Kernel, int G>
-TPK_INLINE void gemv_rows(const Gemv& p, Stretch<Kernel> part, Ahead& ahead, size_t rows,
-                          typename Kernel::Sums* carried, float* totals) {
-  constexpr int R = Kernel::rows_with(G);
-  size_t i = 0;
-  for (; i + R <= rows; i += R, part.w += R * p.w_stride) {
-    gemv_tile<Kernel, R, G>(p, part, ahead, carried + i * G, totals + i);
+// R rows of weights and G rows of x; `advance`: bytes that are requested of a row while a cache line of it is used.
+template <class Kernel, int R, int G>
+TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advance) {
+  using Value = typename Kernel::Value;
+  constexpr size_t kStep = Kernel::kStep, kUnroll = kCacheLine / (kStep * sizeof(Value));
+  constexpr int kParts = Kernel::kParts;
+  typename Kernel::Sums sums[kParts][R * G];
+  const auto kept = [&](int part, int i) { return &tile.sums[(i / R * kGemvBlock + i % R) * kParts + part]; };
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * G; ++i) sums[part][i] = tile.first ? Kernel::zeros() : *kept(part, i);
   }
-  for (; i < rows; ++i, part.w += p.w_stride) gemv_tile<Kernel, 1, G>(p, part, ahead, carried + i * G, totals + i);
+  const Value* w = tile.w;
+  const typename Kernel::Packed* x = tile.x;
+  const char* next = tile.next;
+  const size_t x_step = p.M * kStep;
+  size_t left = tile.count;
+  for (; left >= kUnroll * kStep; left -= kUnroll * kStep, next += advance) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * tile.spread);
+#pragma GCC unroll 2
+    for (size_t u = 0; u < kUnroll; ++u, w += kStep, x += x_step) gemv_step<Kernel, R, G>(sums, w, p.w_stride, x);
+  }
+  for (; left >= kStep; left -= kStep, w += kStep, x += x_step) gemv_step<Kernel, R, G>(sums, w, p.w_stride, x);
+  if (left > 0) {
+    Value rest[R][kStep] = {};
+    for (int r = 0; r < R; ++r) std::memcpy(rest[r], w + r * p.w_stride, left * sizeof(Value));
+    gemv_step<Kernel, R, G>(sums, rest[0], kStep, x);
+  }
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * G; ++i) *kept(part, i) = sums[part][i];
+  }
 }
 
 // The same for `count` rows of x, at most G.
-template <class Kernel, int G>
-TPK_INLINE void gemv_group(const Gemv& p, const Stretch<Kernel>& part, Ahead& ahead, size_t rows, size_t count,
-                           typename Kernel::Sums* carried, float* totals) {
-  if constexpr (G > 1) {
-    if (count < G) return gemv_group<Kernel, G - 1>(p, part, ahead, rows, count, carried, totals);
+template <class Kernel, int R, int G>
+TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advance, size_t count) {
+  if constexpr (R * G > Kernel::kMostSums) {
+    gemv_group<Kernel, R, G - 1>(p, tile, advance, count);
+  } else {
+    if constexpr (G > 1) {
+      if (count < G) return gemv_group<Kernel, R, G - 1>(p, tile, advance, count);
+    }
+    gemv_group<Kernel, R, G>(p, tile, advance);
   }
-  gemv_rows<Kernel, G>(p, part, ahead, rows, carried, totals);
 }
 
-// The sums of `rows` rows of weights, at most kGemvBlock, one stretch of k after the other.
-template <class Kernel>
-TPK_INLINE void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename Kernel::Packed* x,
-                           size_t rows, float* totals) {
-  constexpr size_t kStep = Kernel::kStep;
-  constexpr int kRows = Kernel::kMostRows;
-  typename Kernel::Sums carried[kMostGemvRows * kGemvBlock];
-  const size_t most = (p.M <= 4 ? 2 : 1) * kGemvStretch / (p.M * sizeof(typename Kernel::Packed));
-  const size_t stretches = (p.K + most - 1) / most;
+// R rows of weights and all rows of x, in groups of nearly the same size.
+template <class Kernel, int R>
+TPK_INLINE void gemv_tile(const Gemv& p, Tile<Kernel> tile) {
+  const size_t groups = (p.M + Kernel::kMostRows - 1) / Kernel::kMostRows;
+  const size_t rows_together = tile.is_dense() ? R : 1;  // that `next` goes through
+  for (size_t i = 0, m = 0; i < groups; ++i) {
+    const size_t count = p.M * (i + 1) / groups - m;
+    gemv_group<Kernel, R, Kernel::kMostRows>(p, tile, rows_together * kCacheLine / groups, count);
+    tile.next += rows_together * tile.count * sizeof *tile.w / groups;
+    tile.x += count * Kernel::kStep;
+    tile.sums += count * kGemvBlock * Kernel::kParts;
+    m += count;
+  }
+}
+
+// The sums of `rows` rows of weights, at most kGemvBlock, one stretch of k after the other, R rows at a time.
+template <class Kernel, int R>
+void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename Kernel::Packed* x, ptrdiff_t rows,
+                typename Kernel::Sums* sums) {
+  const size_t most = kGemvStretch / (p.M * sizeof *x), stretches = (p.K + most - 1) / most;
   const size_t length = (p.K / stretches + kGemvUnit) / kGemvUnit * kGemvUnit;
+  const size_t tile_bytes = R * (length < p.K ? length : p.K) * sizeof *w;
+  const ptrdiff_t ahead = static_cast<ptrdiff_t>((kGemvAhead + tile_bytes - 1) / tile_bytes * R);
+  const bool dense = length >= p.K && p.w_stride == static_cast<ptrdiff_t>(p.K);
   const ptrdiff_t stride = p.w_stride * static_cast<ptrdiff_t>(sizeof *w);
+  const ptrdiff_t block = kGemvBlock;
   for (size_t k = 0; k < p.K; k += length) {
-    const bool first = k == 0, last = k + length >= p.K;
-    // The next stretch of these rows, or the first one of those behind them.
-    Ahead ahead{reinterpret_cast<const char*>(last ? w + kGemvBlock * p.w_stride : w + k + length), nullptr,
-                stride - static_cast<ptrdiff_t>(length * sizeof *w), stride};
-    if (first && last) {
-      // Past the rows that are read at a time, however long they are.
-      const ptrdiff_t rows_at_a_time = Kernel::rows_with(p.M < kRows ? static_cast<int>(p.M) : kRows);
-      const ptrdiff_t tile = rows_at_a_time * stride, least = kGemvAhead;
-      ahead.at = reinterpret_cast<const char*>(w) + (tile > least ? tile : least);
-    } else {
-      ahead.row_end = ahead.at + length * sizeof *w;
-    }
-    for (size_t m = 0; m < p.M; m += kRows) {
-      const Stretch<Kernel> part{w + k, x + k * p.M + m * kStep, last ? p.K - k : length, first, last};
-      Ahead of_group = ahead;
-      gemv_group<Kernel, kRows>(p, part, of_group, rows, p.M - m, carried + m * kGemvBlock, totals + m * kGemvBlock);
+    const bool last = k + length >= p.K;
+    const auto* const after = last ? w + block * p.w_stride : w + k + length;  // the first weights of the next stretch
+    for (ptrdiff_t i = 0; i < rows;) {
+      const ptrdiff_t j = i + ahead;
+      const auto* const next = length < p.K && j >= block ? after + (j - block) * p.w_stride : w + k + j * p.w_stride;
+      const Tile<Kernel> tile{w + k + i * p.w_stride,
+                              x + k * p.M,
+                              sums + i * Kernel::kParts,
+                              last ? p.K - k : length,
+                              k == 0,
+                              reinterpret_cast<const char*>(next),
+                              dense ? static_cast<ptrdiff_t>(kCacheLine) : stride};
+      if (i + R <= rows) {
+        gemv_tile<Kernel, R>(p, tile);
+        i += R;
+      } else {
+        gemv_tile<Kernel, 1>(p, tile);
+        ++i;
+      }
     }
   }
+}
+
+// Calls the block for as many rows of weights at a time as fit beside M rows of x.
+template <class Kernel, int R>
+TPK_INLINE void gemv_block(const Gemv& p, size_t n, const typename Kernel::Packed* x, size_t rows,
+                           typename Kernel::Sums* sums) {
+  if constexpr (R > 1) {
+    if (Kernel::rows_with(p.M) < R) return gemv_block<Kernel, R / 2>(p, n, x, rows, sums);
+  }
+  const auto* const w = static_cast<const typename Kernel::Value*>(p.w) + static_cast<ptrdiff_t>(n) * p.w_stride;
+  gemv_block<Kernel, R>(p, w, x, static_cast<ptrdiff_t>(rows), sums);
 }
 
 template <class Kernel>
@@ -170,16 +189,16 @@ void gemv_multiply(const Gemv& p, const void* packed, size_t begin, size_t end) 
   using Value = typename Kernel::Value;
   const auto* x = static_cast<const typename Kernel::Packed*>(packed);
   const auto* bias = static_cast<const Value*>(p.bias);
-  float totals[kMostGemvRows * kGemvBlock];
+  typename Kernel::Sums sums[kMostGemvRows * kGemvBlock * Kernel::kParts];
   for (size_t n = begin; n < end; n += kGemvBlock) {
     const size_t rows = end - n < kGemvBlock ? end - n : kGemvBlock;
-    gemv_block<Kernel>(p, static_cast<const Value*>(p.w) + static_cast<ptrdiff_t>(n) * p.w_stride, x, rows, totals);
+    gemv_block<Kernel, Kernel::kMostWeights>(p, n, x, rows, sums);
     for (size_t m = 0; m < p.M; ++m) {
       Value* const y = static_cast<Value*>(p.y) + m * p.N + n;
-      const float* const from = totals + m * kGemvBlock;
+      const typename Kernel::Sums* const from = sums + m * kGemvBlock * Kernel::kParts;
       for (size_t i = 0; i < rows; ++i) {
-        const float sum = bias == nullptr ? from[i] : from[i] + to_float(bias[n + i]);
-        store(sum, &y[i]);
+        const float total = Kernel::total(from + i * Kernel::kParts);
+        store(bias == nullptr ? total : total + to_float(bias[n + i]), &y[i]);
       }
     }
   }
