@@ -1,8 +1,8 @@
 """Products of few rows on one core, beside torch's linear and the mere reading of the weights.
 
 One rank: `python -m bench.run few_rows --ranks 1 --dtype bf16`. Weights are taken from so many copies that no cache
-holds them; "read" is torch's sum over their bytes as integers of eight bytes, so K must be even, in 16 bits a multiple
-of four.
+holds them; of `few_rows_cached` there is one copy. "read" is torch's sum over their bytes as integers of eight bytes,
+so K must be even, in 16 bits a multiple of four.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ MOST_COPIES = 64
 
 
 def few_rows(setting: Setting, size: Gemm) -> Cell:
-    """y[M, N] = x[M, K] @ w[N, K].T by each of them."""
+    """y[M, N] = x[M, K] @ w[N, K].T by each of them, w in memory."""
+    return _few_rows(setting, size, "few_rows", MEMORY)
+
+
+def few_rows_cached(setting: Setting, size: Gemm) -> Cell:
+    """The same, w where the last product left it: in a cache that it fits into."""
+    return _few_rows(setting, size, "few_rows_cached", 0)
+
+
+def _few_rows(setting: Setting, size: Gemm, op: str, memory: int) -> Cell:
     M, N, K = size
     x, w, group = setting.values(0, M, K), setting.values(1, N, K), setting.group()
-    copies = min(MOST_COPIES, -(-MEMORY // w.nbytes))
+    copies = max(1, min(MOST_COPIES, -(-memory // w.nbytes)))
     weights = cycle([w.clone() for _ in range(copies)])
     words = cycle([w.clone().view(torch.int64) for _ in range(copies)])
     exact = x.double() @ w.double().T
@@ -44,4 +53,4 @@ def few_rows(setting: Setting, size: Gemm) -> Cell:
         Candidate("tpkernels", lambda: ops.replicated_gemm(x, next(weights), group=group), right, label=label),
     ]
     wanted = [c for c in candidates if not setting.only or c.name in ("read", *setting.only)]
-    return Cell("few_rows", setting.dtype_name, setting.world_size, size._asdict(), wanted, "read", flops=2 * M * N * K)
+    return Cell(op, setting.dtype_name, setting.world_size, size._asdict(), wanted, "read", flops=2 * M * N * K)

@@ -60,6 +60,7 @@ BENCHES = {
     "gemm_reduce_scatter": Bench("bench.gemms:gemm_reduce_scatter", shapes.parse_gemm, GEMMS[1:]),  # M = 1 has no rows
     "all_gather_gemm": Bench("bench.gemms:all_gather_gemm", shapes.parse_gemm, GEMMS[1:]),
     "few_rows": Bench("bench.few_rows:few_rows", shapes.parse_gemm, tuple(shapes.FEW_ROWS)),
+    "few_rows_cached": Bench("bench.few_rows:few_rows_cached", shapes.parse_gemm, tuple(shapes.FEW_ROWS)),
     "all_reduce_add_rms_norm": Bench("bench.norms:all_reduce_add_rms_norm", shapes.parse_rows, tuple(shapes.NORMS)),
     "vocab_embedding": Bench("bench.vocab:vocab_embedding", shapes.parse_vocab, VOCABS),
     "vocab_cross_entropy": Bench("bench.vocab:vocab_cross_entropy", shapes.parse_vocab, VOCABS),

@@ -221,7 +221,8 @@ TINY: dict[str, Any] = {
     "all_reduce": 4096, "all_reduce_sym": 4096, "reduce_scatter": 4096, "all_gather": 4096, "codecs": 4096,
     "codecs_group": 4096, "codec_moves": 4096, "dispatch": 4, "gemm_all_reduce": shapes.Gemm(8, 32, 64),
     "gemm_reduce_scatter": shapes.Gemm(8, 32, 64), "all_gather_gemm": shapes.Gemm(8, 32, 64),
-    "few_rows": shapes.Gemm(3, 32, 64), "all_reduce_add_rms_norm": shapes.Rows(5, 48),
+    "few_rows": shapes.Gemm(3, 32, 64), "few_rows_cached": shapes.Gemm(3, 32, 64),
+    "all_reduce_add_rms_norm": shapes.Rows(5, 48),
     "overheads": shapes.Gemm(4, 32, 64), "overheads_training": shapes.Gemm(4, 32, 64),
     "vocab_embedding": shapes.Vocab(16, 64, 8), "vocab_cross_entropy": shapes.Vocab(16, 64, 8),
 }  # fmt: skip
