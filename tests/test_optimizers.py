@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness.ops import raised
-from tpkernels import optimizers
+from tpkernels import checkpoint, optimizers
 from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
 from tpkernels.layers import ColumnParallelLinear, RowParallelLinear
@@ -336,6 +338,40 @@ def declared_elementwise_steps_on_parts() -> None:
     finally:
         optimizers.ELEMENTWISE.remove(SignSGD)
     group.close()
+
+
+def muon_is_that_of_whole_matrices(folder: str) -> None:
+    """Bit for bit for the same gradients, with its state as shards, which go through state dicts and checkpoints."""
+    group = Group.open()
+    cut, whole = Block(group).float(), Block().float()
+    wholes = dict(whole.named_parameters())
+    pairs = [(p, wholes[name]) for name, p in cut.named_parameters() if p.dim() == 2]
+    muons = [torch.optim.Muon([pair[i] for pair in pairs], lr=0.05) for i in range(2)]
+    for step in range(4):
+        for i, (p, w) in enumerate(pairs):
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad = part_of(p, w.grad).clone()
+        for muon in muons:
+            muon.step()
+        for p, w in pairs:
+            momentum, want = muons[0].state[p]["momentum_buffer"], muons[1].state[w]["momentum_buffer"]
+            assert p.shape == momentum.shape and torch.equal(momentum, part_of(p, want))
+            assert torch.equal(p, part_of(p, w)), f"step {step}"
+        if step == 1:
+            torch.save(muons[0].state_dict(), stored := io.BytesIO())
+            stored.seek(0)
+            muons[0] = torch.optim.Muon([p for p, _ in pairs], lr=0.01)
+            muons[0].load_state_dict(torch.load(stored))
+        if step == 2:
+            checkpoint.save(cut, f"{folder}/muon", group=group, optimizer=muons[0])
+            muons[0] = torch.optim.Muon([p for p, _ in pairs], lr=0.01)
+            checkpoint.load(cut, f"{folder}/muon", group=group, optimizer=muons[0])
+    group.close()
+
+
+@pytest.mark.parametrize("R", [2, 3, 4])
+def test_muon_has_the_bits_of_whole_matrices(tmp_path: Path, R: int) -> None:
+    run_ranks(muon_is_that_of_whole_matrices, R, str(tmp_path))
 
 
 @pytest.mark.parametrize("R", [2, 3])

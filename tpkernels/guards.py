@@ -305,7 +305,10 @@ def _skip_together() -> None:
     @functools.wraps(plain)
     def unscale_together(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         found: dict[torch.device, Tensor] = plain(self, optimizer, *args, **kwargs)
-        groups = _groups_of(shard_info(p) for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = [name for p in parameters for name in getattr(p, "tpk_groups", ())]  # of parts, over their replicas too
+        parts = {name: group for name in names if (group := find(name=name)) is not None}
+        groups = list(({g.name: g for g in _groups_of(map(shard_info, parameters))} | parts).values())
         if groups:
             agree_on_overflow(found, groups)
         return found

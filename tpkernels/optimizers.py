@@ -4,8 +4,9 @@ Adam treats every value by itself, so a step on a shard is the shard of a step. 
 (means of rows and columns), LAMB and LARS (a norm of each tensor), Prodigy (sums over all parameters) do not, and their
 steps on shards would be wrong without an error. So every optimizer that gets a cut parameter is checked: the step of a
 class that is not in ELEMENTWISE, and its other methods (the two steps of SAM, `eval` of schedule-free ones), run on the
-gathered parameters and gradients, the same on all ranks, and each rank keeps its shard. That costs each rank the memory
-of the full model during the step.
+gathered parameters, gradients and states, the same on all ranks, and each rank keeps its shards. That costs each rank
+the memory of the full model during the step. The result has the same bits for every number of ranks whose gradients
+have.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _wrap(kind: type[optim.Optimizer]) -> None:
         setattr(kind, method, _on_full_tensors(getattr(kind, method)))
     warnings.warn(
         f"{kind.__name__} is not known to treat every value by itself, so each step gathers the cut parameters and "
-        f"their gradients on every rank, and its state is that of the whole model. If it does, add it before: "
+        f"their gradients on every rank, and the state that has their shape. If it does, add it before: "
         f"tpkernels.optimizers.ELEMENTWISE.add({kind.__name__})",
         stacklevel=5,
     )
@@ -103,8 +104,8 @@ def _on_full_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
                 f"tensors, where a closure that runs the model cannot be called: take one that needs none or, if "
                 f"{name} treats every value by itself, add it once: tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
-        _check_same_gradients(f"{name}.{method.__name__}", cut)
-        with _full_tensors(cut):
+        _check_same_gradients(f"{name}.{method.__name__}", self, cut)
+        with _full_tensors(self, cut):
             return method(self, *args, **kwargs)
 
     return on_full_tensors
@@ -127,32 +128,49 @@ def _cut_parameters(optimizer: optim.Optimizer) -> list[_Cut]:
     return list(found.values())
 
 
-def _check_same_gradients(name: str, cut: list[_Cut]) -> None:
-    """Raise on all ranks unless they step the same parameters, each with a gradient on all ranks or on none."""
+def mark_part(state: Tensor) -> None:
+    """Let a tensor of an optimizer's state, of this rank's shard of a parameter, be gathered for a step."""
+    state.tpk_part = True  # type: ignore[attr-defined]
+
+
+def _parts(optimizer: optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors of the state of a parameter of which this rank keeps its shard."""
+    return {name: v for name, v in optimizer.state.get(parameter, {}).items() if getattr(v, "tpk_part", False)}
+
+
+def _check_same_gradients(name: str, optimizer: optim.Optimizer, cut: list[_Cut]) -> None:
+    """Raise on all ranks unless they step the same parameters, with the same state and gradients on all or on none."""
     for over in {group.name: group for *_, group in cut}.values():
-        mine = [(info.full_shape(p), p.grad is not None) for p, info, group in cut if group is over]
+        mine = [
+            (info.full_shape(p), p.grad is not None, sorted(_parts(optimizer, p)))
+            for p, info, group in cut if group is over
+        ]  # fmt: skip
         digest = hashlib.sha256(repr(mine).encode()).digest()
         if len(set(over.all_gather_ints(int.from_bytes(digest[:6], "big")))) > 1:
             raise RankMismatchError(
                 f"{name} on group {over.label!r} (rank {over.rank} of {over.world_size}): the ranks must step the "
-                f"same cut parameters, each with a gradient on all ranks or on none, got {len(mine)} parameters here, "
-                f"{sum(has for _, has in mine)} with a gradient; nothing has changed"
+                f"same cut parameters, each with a gradient on all ranks or on none, and with the same state, got "
+                f"{len(mine)} parameters here, {sum(has for _, has, _ in mine)} with a gradient; nothing has changed"
             )
 
 
 @contextmanager
 @torch.no_grad()
-def _full_tensors(cut: list[_Cut]) -> Iterator[None]:
-    """Inside, parameters and gradients are the full tensors, without marks; after it this rank's shards again.
+def _full_tensors(optimizer: optim.Optimizer, cut: list[_Cut]) -> Iterator[None]:
+    """Inside, parameters, gradients and state are the full tensors, without marks; after it this rank's shards again.
 
-    So the functions that the method calls (a norm of gradients, another optimizer, its base class) find no shards.
+    So the functions that the method calls (a norm of gradients, another optimizer, its base class) find no shards. Of
+    the state tensors of the full shape become shards; all others, such as Shampoo's preconditioners, stay full.
     """
+    states = [{name: _gather(v, i, g) for name, v in _parts(optimizer, p).items()} for p, i, g in cut]
     full = [(_gather(p.detach(), i, g), None if p.grad is None else _gather(p.grad, i, g)) for p, i, g in cut]
     shards = [(p.data, p.grad) for p, *_ in cut]
     try:
-        for (p, *_), (values, gradient) in zip(cut, full, strict=True):
+        for (p, *_), (values, gradient), state in zip(cut, full, states, strict=True):
             vars(p).pop("tpk_shard", None)
             _put(p, values, gradient)
+            if state:
+                optimizer.state[p].update(state)
         yield
     finally:
         for (p, info, _), (values, gradient) in zip(cut, shards, strict=True):
@@ -160,6 +178,10 @@ def _full_tensors(cut: list[_Cut]) -> Iterator[None]:
                 values.copy_(info.part(p.data))
             _put(p, values, _gradient_after(p.grad, gradient, info))
             mark_shard(p, info)
+            for name, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.shape == info.full_shape(values):
+                    optimizer.state[p][name] = info.part(value).clone()
+                    mark_part(optimizer.state[p][name])
 
 
 def _put(parameter: Tensor, values: Tensor, gradient: Tensor | None) -> None:

@@ -334,7 +334,13 @@ def full_shape(tensor: Tensor) -> torch.Size:
 def mark_shard(parameter: Tensor, info: ShardInfo) -> None:
     """Set the place of a parameter in the full tensor."""
     parameter.tpk_shard = info  # type: ignore[attr-defined]
-    while _at_first_mark and info.world_size > 1:
+    if info.world_size > 1:
+        begin_to_check()
+
+
+def begin_to_check() -> None:
+    """Call the actions of `at_first_mark` that have not been called."""
+    while _at_first_mark:
         _at_first_mark.pop()()
 
 

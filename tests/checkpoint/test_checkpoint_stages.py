@@ -44,7 +44,11 @@ def check_any_shape_reads_any_other(folder: str) -> None:
     names = {f"model/{name}" for name, _ in tiny_llama().named_parameters()}
     first: tuple[nn.Module, dict[str, Tensor]] | None = None
     before = None
-    for number, shape in enumerate((Shape(tp=2, pp=2), Shape(pp=4), Shape(pp=2, dp=2), Shape(tp=2, dp=2))):
+    shapes = (
+        Shape(tp=2, pp=2), Shape(pp=4), Shape(pp=2, dp=2, zero=1), Shape(tp=2, dp=2), Shape(tp=2, dp=2, zero=2),
+        Shape(dp=4, zero=1), Shape(pp=2, dp=2), Shape(tp=4),
+    )  # fmt: skip
+    for number, shape in enumerate(shapes):
         here = root / str(number)
         saved_by(shape, here, before)
         manifest = checkpoint.peek(here)

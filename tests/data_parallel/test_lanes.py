@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tests.harness.ops import raised
 from tpkernels.comm import group as groups
 from tpkernels.comm.group import Group
-from tpkernels.data_parallel import GradAggregator, clip_grad_norm_, comm_hook
+from tpkernels.data_parallel import GradAggregator, comm_hook
 from tpkernels.testing import run_ranks
 
 DEADLINE_S = 60.0
@@ -160,20 +158,11 @@ def what_cannot_be_copied_says_what_to_copy() -> None:
         aggregator.close()
 
 
-def gradients_that_fully_shard_has_cut_are_refused_by_the_norm() -> None:
-    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
-    model(torch.ones(1, 4)).sum().backward()
-    with Group.open() as group:
-        text = raised(lambda: clip_grad_norm_(model, 1.0, groups=group), TypeError)
-        assert "must be plain tensors, got a DTensor" in text and "torch.nn.utils.clip_grad_norm_" in text
-
-
 @pytest.mark.parametrize(
     "check",
     [
         a_model_that_changes_under_an_aggregator_is_named,
         what_cannot_be_copied_says_what_to_copy,
-        gradients_that_fully_shard_has_cut_are_refused_by_the_norm,
     ],
 )
 def test_what_does_not_go_together_is_an_error_that_helps(check: Callable[[], None]) -> None:

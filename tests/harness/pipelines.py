@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tests.harness.parallelize import part_of
 from tpkernels import checkpoint, ops, parallelize
 from tpkernels.comm.mesh import Mesh, rows_of
-from tpkernels.data_parallel import GradAggregator, clip_grad_norm_, replicas_agree
+from tpkernels.data_parallel import GradAggregator, clip_grad_norm_, replicas_agree, zero_optimizer
 from tpkernels.pipeline import HeldStages, Pipeline, split_by_layer, take_stages
 from tpkernels.pipeline.batches import labels_that_count
 
@@ -54,6 +55,7 @@ class Shape:
     dp: int = 1
     codec: str = "none"
     accumulate: int = 1
+    zero: int = 0
 
     @property
     def ranks(self) -> int:
@@ -61,7 +63,7 @@ class Shape:
 
     @property
     def id(self) -> str:
-        return f"tp{self.tp}{'s' * self.sequence}-pp{self.pp}-dp{self.dp}-{self.codec}-x{self.accumulate}"
+        return f"tp{self.tp}{'s' * self.sequence}-pp{self.pp}-dp{self.dp}-{self.codec}-x{self.accumulate}-z{self.zero}"
 
 
 class Uncut:
@@ -96,16 +98,19 @@ class Divided:
             stages = take_stages(self.model, split, mesh.stage)
         if first != "parallelize":
             parallelize(self.model, **options)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5, momentum=0.9)
+        self.aggregator: GradAggregator | None = None
+        if mesh.dp is not None:
+            self.aggregator = GradAggregator(self.model, group=mesh.dp, codec=shape.codec, zero=shape.zero)
+        if self.aggregator is not None and shape.zero:
+            self.optimizer = zero_optimizer(torch.optim.SGD, self.aggregator, lr=0.5, momentum=0.9)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5, momentum=0.9)
         self.groups: dict[str, Any] = {"group": mesh.tp, "dp_group": mesh.dp, "pp_group": mesh.pp}
         self._stages = stages
         self.pipe: Pipeline | None = None
-        self.aggregator: GradAggregator | None = None
 
     def begin(self) -> None:
         """Once the parameters have their values."""
-        if self.mesh.dp is not None:
-            self.aggregator = GradAggregator(self.model, group=self.mesh.dp, codec=self.shape.codec)
         if self._stages is not None and self.mesh.pp is not None:
             self.pipe = Pipeline(
                 self._stages, group=self.mesh.pp, micro_batches=3, codec=self.shape.codec, aggregator=self.aggregator
@@ -147,14 +152,12 @@ class Divided:
         """Replicas and copies of tied parameters must still be equal."""
         if self.aggregator is not None:
             self.aggregator.close()
-        if self.mesh.dp is not None:
-            replicas_agree(self.model, group=self.mesh.dp).check()
-        if self.pipe is not None:
-            self.pipe.check_tied()
+        replicas_agree(self.model, mesh=self.mesh).check()
 
 
-def compare(divided: Divided, uncut: Uncut, label: str, tolerance: float) -> None:
-    """Every parameter of this rank, against the change that the uncut model has made."""
+def compare(divided: Divided, uncut: Uncut, label: str, tolerance: float) -> float:
+    """Every parameter of this rank, against the change that the uncut model has made; the largest share of that."""
+    worst = 0.0
     others, starts = (dict(m.named_parameters(remove_duplicate=False)) for m in (uncut.model, uncut.start))
     for name, parameter in divided.model.named_parameters():
         want = others[name].detach()
@@ -162,15 +165,36 @@ def compare(divided: Divided, uncut: Uncut, label: str, tolerance: float) -> Non
         error = float((parameter.detach() - part_of(parameter, want)).abs().max()) if parameter.numel() else 0.0
         rounding = 4 * STEPS * 2.0**-24 * float(want.abs().max())  # of the values themselves, twice a step
         assert error <= tolerance * change + rounding, f"{label}: {name} is off by {error} of a change of {change}"
+        worst = max(worst, error / change if change else 0.0)
+    return worst
 
 
-def check_shape(shape: Shape, other: Shape, folder: str, *, first: str = "parallelize") -> None:
+EVERY = [
+    Shape(tp, sequence, pp, dp, codec, accumulate, zero)
+    for (tp, sequence), pp, (dp, zero), codec, accumulate in product(
+        [(1, False), (2, False), (2, True)], [1, 2], [(1, 0), (2, 0), (2, 1)], ["none", "fp16"], [1, 2]
+    )
+]
+
+
+def other_of(shape: Shape) -> Shape:
+    """Another shape of as many ranks, where there is one."""
+    tp, pp, dp = shape.pp, shape.dp, shape.tp
+    zero = int(dp > 1 and shape.zero == 0)
+    return Shape(tp, tp > 1 and not shape.sequence, pp, dp, shape.codec, shape.accumulate, zero)
+
+
+def check_shape(shape: Shape, other: Shape, folder: str, *, first: str = "parallelize") -> tuple[float, float]:
     """Some steps in one shape, and some more in another that reads the checkpoint of the first.
+
+    Returns:
+        how far they were from the uncut model, the most of both shapes on this rank: losses, as a share of the loss,
+        and parameters, as a share of the largest change that each has made.
 
     A gradient is the sum of products in fp32, each with a relative error of 2^-24 that adds up over some hundred
     terms; fp16 packs values with 2^-11, in some tens of messages a step. Momentum and later steps carry errors on.
     """
-    uncut, where = Uncut(), Path(folder, shape.id)
+    uncut, where, off = Uncut(), Path(folder, shape.id), [0.0, 0.0]
     for part, now in enumerate((shape, other)):
         tolerance = 2e-2 if shape.codec != "none" else 1e-4
         with Mesh.open(tp=now.tp, dp=now.dp, pp=now.pp) as mesh:
@@ -182,7 +206,9 @@ def check_shape(shape: Shape, other: Shape, folder: str, *, first: str = "parall
             for step in range(part * STEPS, (part + 1) * STEPS):
                 want, got = uncut.step(step, shape.accumulate), divided.step(step)
                 assert abs(got - want) <= tolerance * want, f"{now.id}: loss {got} at step {step}, expected {want}"
-            compare(divided, uncut, now.id, tolerance)
+                off[0] = max(off[0], abs(got - want) / want)
+            off[1] = max(off[1], compare(divided, uncut, now.id, tolerance))
             if part == 0:
                 checkpoint.save(divided.model, where, optimizer=divided.optimizer, step=STEPS, **divided.groups)
             divided.close()
+    return off[0], off[1]

@@ -10,6 +10,7 @@ import torch
 
 from tpkernels.comm.group import Group
 from tpkernels.comm.mesh import Mesh
+from tpkernels.data_parallel.flat import stepped
 from tpkernels.train.settings import Settings
 from tpkernels.train.trainer import Run, open_run
 
@@ -30,7 +31,7 @@ def finished(settings: Settings, folder: str | Path, *, resume: bool = False) ->
         opened.loop()
         trainer = opened.trainer
         parameters, state = list(trainer.model.parameters()), trainer.optimizer.state
-        moments = [v for p in parameters for _, v in sorted(state[p].items())]
+        moments = [v for p in parameters for _, v in sorted(state[stepped(p)].items())]
         kept = [] if trainer.replicas is None else trainer.replicas.aggregator.state_dict()["tensors"].items()
         tensors = [t.detach().clone() for t in (*parameters, *moments, *(t for _, t in sorted(kept)))]
         return tensors, [r["loss"] for r in opened.log.records]

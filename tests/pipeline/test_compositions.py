@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.harness.pipelines import Shape, check_shape
+from tests.harness.pipelines import EVERY, Shape, check_shape, other_of
 from tpkernels.testing import run_ranks
 
 # Each with the shape that reads its checkpoint and goes on, and what is called first where there are stages.
@@ -16,20 +15,9 @@ CHOICE = [
     (Shape(tp=2, pp=2), Shape(pp=2, dp=2), "take_stages"),
     (Shape(tp=2, sequence=True, pp=2, accumulate=2), Shape(pp=4, accumulate=2), "parallelize"),
     (Shape(pp=2, dp=2, codec="fp16", accumulate=2), Shape(tp=2, sequence=True, dp=2, accumulate=2), "parallelize"),
+    (Shape(pp=2, dp=2, zero=1), Shape(tp=2, sequence=True, dp=2, zero=2), "parallelize"),
     (Shape(pp=4), Shape(tp=2, sequence=True, pp=2), "parallelize"),
 ]
-EVERY = [
-    Shape(tp, sequence, pp, dp, codec, accumulate)
-    for (tp, sequence), pp, dp, codec, accumulate in product(
-        [(1, False), (2, False), (2, True)], [1, 2], [1, 2], ["none", "fp16"], [1, 2]
-    )
-]
-
-
-def other_of(shape: Shape) -> Shape:
-    """Another shape of as many ranks, where there is one."""
-    tp, pp, dp = shape.pp, shape.dp, shape.tp
-    return Shape(tp, tp > 1 and not shape.sequence, pp, dp, shape.codec, shape.accumulate)
 
 
 def check_choice(folder: str) -> None:

@@ -20,7 +20,7 @@ from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.pipeline import Pipeline, split_by_layer, take_stages
 from tpkernels.pipeline.batches import labels_that_count, split_batch
-from tpkernels.pipeline.orders import bubble_of, order_of
+from tpkernels.pipeline.orders import FORWARD, bubble_of, order_of
 from tpkernels.testing import run_ranks
 from tpkernels.testing.spawn import run_ranks_outcomes
 
@@ -40,7 +40,7 @@ def check_training(group: Group, schedule: str, each: int, micro_batches: int) -
     pipe = pipeline(model, group, each, schedule=schedule, micro_batches=micro_batches)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
     others = dict(whole.named_parameters(remove_duplicate=False))
-    for rows, length in ((7, 5), (4, 8), (7, 5)) if schedule != "interleaved" else ((8, 5), (4, 7)):
+    for rows, length in ((7, 5), (4, 8), (7, 5)) if schedule in ("gpipe", "1f1b") else ((8, 5), (4, 7)):
         x = ids(rows, length)
         y = x.clone()
         y[0], y[1, :2] = -100, -100
@@ -57,7 +57,7 @@ def check_training(group: Group, schedule: str, each: int, micro_batches: int) -
         pipe.check_tied()
         close(pipe.evaluate(input_ids=x, labels=y), whole(input_ids=x, labels=y).loss.double(), "evaluation")
     assert 0.0 <= pipe.bubble() < 1.0
-    assert pipe.expected_bubble == bubble_of(group.world_size, each, micro_batches)
+    assert pipe.expected_bubble == bubble_of(group.world_size, each, micro_batches, schedule)
 
 
 def check_two_ranks() -> None:
@@ -65,6 +65,8 @@ def check_two_ranks() -> None:
         check_training(group, "gpipe", 1, 3)
         check_training(group, "1f1b", 1, 3)
         check_training(group, "interleaved", 2, 4)
+        check_training(group, "zb1p", 1, 4)
+        check_training(group, "zb1p", 2, 4)
         check_disagreement(group)
         check_codecs(group)
         check_frozen_layers(group)
@@ -157,7 +159,8 @@ def test_an_order_has_every_pass_once_and_never_waits_for_itself(schedule: str) 
             before = list(at)
             for r in range(ranks):
                 while at[r] < len(orders[r]):
-                    forward, stage, micro = orders[r][at[r]]
+                    kind, stage, micro = orders[r][at[r]]
+                    forward = kind == FORWARD
                     source = stage - 1 if forward else stage + 1
                     if 0 <= source < ranks and (forward, source, micro) not in done:
                         break

@@ -21,7 +21,8 @@ from tpkernels.train.data import check_size, open_corpus, train_batch, validatio
 from tpkernels.train.gpt import whole_parts
 from tpkernels.train.runlog import RunLog, read
 from tpkernels.train.settings import Settings
-from tpkernels.train.trainer import Run, Trainer, learning_rate
+from tpkernels.train.trainer import Run, Trainer
+from tpkernels.train.update import learning_rate
 
 TINY = Settings(
     tp=2, layers=1, d_model=24, heads=3, context=16, batch=4,

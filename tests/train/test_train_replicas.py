@@ -14,8 +14,10 @@ from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError
 from tpkernels.testing import run_ranks
 from tpkernels.train import parity, report
+from tpkernels.train.gpt import GPT, whole_parts
 from tpkernels.train.runlog import read
 from tpkernels.train.settings import Settings
+from tpkernels.train.stages import config_of
 
 TINY = Settings(
     tp=1, dp=2, layers=1, d_model=24, heads=3, context=16, batch=4,
@@ -59,6 +61,31 @@ def test_replicas_train_as_one_process_would_within_rounding(tmp_path: Path, tex
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_resumed_run_with_replicas_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, text: str, tp: int) -> None:
     run_ranks(check_resume, 2 * tp, str(tmp_path), replace(TINY, tp=tp, data=text))
+
+
+def check_zero(folder: str, settings: Settings) -> None:
+    """The losses and parameters of a run that is not cut over the replicas, interrupted or not."""
+    count = 2 * len(list(GPT(config_of(settings), whole_parts()).parameters()))
+    whole, losses = finished(settings, f"{folder}/0")
+    for zero in (1, 2):
+        s = replace(settings, zero=zero, checkpoint_every=5)
+        finished(replace(s, stop_at=5), f"{folder}/{zero}")
+        parts, late = finished(s, f"{folder}/{zero}", resume=True)
+        assert late[-3:] == losses[-3:]
+        for a, b in zip(whole[: count // 2], parts[: count // 2], strict=True):
+            assert torch.equal(a, b)
+        assert sum(t.numel() for t in parts) < 0.7 * sum(t.numel() for t in whole)
+    packed = replace(settings, zero=1, grad_codec="fp16", checkpoint_every=5)
+    uninterrupted = finished(packed, f"{folder}/packed")
+    finished(replace(packed, stop_at=5), f"{folder}/parts")
+    parts, late = finished(packed, f"{folder}/parts", resume=True)
+    assert late[-3:] == uninterrupted[1][-3:]
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted[0], parts, strict=True))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_zero_gives_the_bits_of_a_whole_optimizer(tmp_path: Path, text: str, tp: int) -> None:
+    run_ranks(check_zero, 2 * tp, str(tmp_path), replace(TINY, tp=tp, data=text))
 
 
 def check_a_difference_stops_the_run(folder: str, settings: Settings) -> None:

@@ -50,13 +50,27 @@ def test_stages_train_as_one_process_would_and_resume_exactly(
     run_ranks(check_parity_and_resume, settings.ranks, str(tmp_path), settings)
 
 
+def check_halves_of_backward_passes(folder: str, settings: Settings) -> None:
+    """Gradients of weights that no backward pass of autograd reports are sent to the replicas."""
+    with run(settings, folder) as opened:
+        opened.loop()
+        if opened.group.rank == 0:
+            compared = parity.compare(opened.trainer, opened.log.records, opened.total)
+            assert compared.holds, compared
+
+
+def test_zero_bubble_stages_of_replicas_train_as_one_process_would(tmp_path: Path, text: str) -> None:
+    settings = replace(TINY, dp=2, zero=1, schedule="zb1p", batch=8, check_replicas=3, data=text)
+    run_ranks(check_halves_of_backward_passes, settings.ranks, str(tmp_path / "run"), settings)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"pp": 4}, "3 layers cannot be divided over 4 stages"),
         ({"pp": 1}, "--micro-batches needs several stages"),
         ({"pp": 1, "micro_batches": 4, "stage_codec": "fp16"}, "--stage-codec needs several stages"),
-        ({"schedule": "zigzag"}, "--schedule is one of 1f1b, gpipe, got zigzag"),
+        ({"schedule": "zigzag"}, "--schedule is one of 1f1b, gpipe, zb1p, got zigzag"),
     ],
 )
 def test_stages_that_do_not_fit_are_named_before_anything_starts(changes: dict[str, object], text: str) -> None:

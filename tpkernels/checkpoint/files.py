@@ -153,8 +153,6 @@ def _not_plain(tensor: Tensor) -> str | None:
     kind = type(tensor).__name__
     if torch.nn.parameter.is_lazy(tensor):
         return f"is a {kind}: run the model once, so that it has a shape"
-    if kind == "DTensor":
-        return "is a DTensor, of which this rank has a part: save such a model with torch.distributed.checkpoint"
     if any(getattr(tensor, field, None) is not None for field in ("quant_state", "SCB")):
         return f"is quantised ({kind}), and its scales are not in the tensor: dequantise it first"
     if type(tensor.data) is not Tensor:

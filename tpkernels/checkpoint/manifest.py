@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def common(snapshot: Snapshot) -> dict[str, Any]:
         "optimizer": snapshot.optimizer,
         "aggregator": snapshot.aggregator is not None,
         "own_parameters": has_own_parameters(snapshot.aggregator or {}),
-        "tensors": {name: entry.to_json() for name, entry in snapshot.entries.items()},
+        # Where replicas cut the values differs between ranks whose parts have other sizes.
+        "tensors": {n: e.to_json() | {"flat": e.flat is not None} for n, e in snapshot.entries.items()},
     }
 
 
@@ -124,7 +126,9 @@ def join(parts: list[dict[str, Any]], snapshot: Snapshot, ranks: CheckpointRanks
     stages = [parts[stage * ranks.dp * ranks.tp :][: ranks.tp] for stage in range(ranks.pp)]
     for stage, own in enumerate(stages):  # what several stages hold, such as buffers, is taken from the first
         for name, entry in own[0]["entries"].items():
-            entries.setdefault(name, replace(_marked(name, entry, own), stage=stage))
+            bounds = [part["entries"][name].flat for part in own]
+            flat = None if entry.flat is None else tuple(cut for each in bounds for cut in each)
+            entries.setdefault(name, replace(_marked(name, entry, own), stage=stage, flat=flat))
     aliases = {second: first for own in stages for second, first in own[0]["aliases"].items()}
     return {
         "version": VERSION,
@@ -195,6 +199,12 @@ class Source:
         layout = self.manifest["layout"]
         self.tp, self.dp, self.pp = int(layout["tp"]), int(layout["dp"]), int(layout.get("pp", 1))
         self.entries = {name: Entry.from_json(name, fields) for name, fields in self.manifest["tensors"].items()}
+        wrong = [n for n, e in self.entries.items() if {len(b) for b in e.flat or ()} - {self.dp + 1}]
+        wrong += [n for n, e in self.entries.items() if e.flat is not None and len(e.flat) != self.tp]
+        if wrong:
+            raise CheckpointError(
+                f"the manifest lists the parts of other ranks than {self.tp} of {self.dp}: {wrong[0]}"
+            )
         self._open: dict[str, TensorFile] = {}
         names = set()
         if self.tp * self.dp * self.pp == len(self.manifest["files"]):
@@ -234,12 +244,9 @@ class Source:
         if name not in self._open:
             file = TensorFile(self.folder / name)
             expected = {key: (t["dtype"], tuple(t["shape"])) for key, t in self.own(rank, replica, stage).items()}
-            if replica == 0:
-                for key, entry in self.entries.items():
-                    if entry.stage != stage:
-                        continue
-                    dtype = str(entry.dtype).removeprefix("torch.")
-                    expected[key] = (dtype, entry.part_shape(rank, self.tp))
+            for key, entry in self.entries.items():
+                if entry.stage == stage and (shape := entry.held_shape(rank, self.tp, replica)) is not None:
+                    expected[key] = (str(entry.dtype).removeprefix("torch."), shape)
             differ = sorted(expected.keys() ^ set(file.names))
             if stage > 0:  # it may have what an earlier stage has, too
                 differ = [key for key in differ if key not in self.entries or key in expected]
@@ -258,9 +265,23 @@ class Source:
         return found
 
     def reader(self, key: str) -> Read:
-        """A function that reads ranges of a tensor out of the file of a rank."""
-        stage = self.entries[key].stage
-        return lambda rank, *ranges: self.file(rank, 0, stage).read(key, *ranges)
+        """A function that reads ranges of a tensor out of the file of a rank; of what replicas have parts, of all."""
+        entry = self.entries[key]
+        if entry.flat is None:
+            return lambda rank, *ranges: self.file(rank, 0, entry.stage).read(key, *ranges)
+
+        @cache
+        def whole(rank: int) -> Tensor:
+            parts = [self.file(rank, replica, entry.stage).read(key) for replica in range(self.dp)]
+            return torch.cat(parts).view(entry.part_shape(rank, self.tp))
+
+        def read(rank: int, *ranges: tuple[int, int, int]) -> Tensor:
+            found = whole(rank)
+            for dim, start, stop in ranges:
+                found = found.narrow(dim, start, stop - start)
+            return found
+
+        return read
 
     def own_tensors(self, rank: int, replica: int, kind: str, stage: int = 0) -> dict[str, Tensor]:
         """Copies of the tensors of a kind ("rng", "aggregator") that belong to a rank alone, without the kind."""

@@ -9,7 +9,9 @@ An entry of the manifest:
 `runs` is null where each rank holds what the rule of shard.py gives it; else the (start, size) of each run of indices,
 rank by rank: for projections packed into one weight, and for heads that several ranks share. `replicas_differ` is true,
 else absent, where ranks that hold the same indices had other bits. `stage` is the stage whose files have the tensor,
-absent for stage 0.
+absent for stage 0. `flat`, absent where the files of replica 0 have all values, lists for each rank where the replicas
+cut the values of its part, as one row: the number of replicas and one, from 0 to the number of values. The file of a
+replica has those from its number to the next.
 
 Any cut can be read as any other: along another dimension, with other units, over another number of ranks.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +54,7 @@ class Entry:
     runs: tuple[Runs, ...] | None = None
     replicas_differ: bool = False
     stage: int = 0
+    flat: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor, info: ShardInfo | None, style: str) -> Entry:
@@ -87,17 +91,24 @@ class Entry:
         runs = None if table is None else tuple(tuple((start, size) for start, size in rank) for rank in table)
         if not is_whole(stage := fields.get("stage", 0)):
             raise ValueError("stage")
-        entry = cls(getattr(torch, dtype), tuple(shape), style, dim, unit, runs, differ, stage)
+        flat = None if fields.get("flat") is None else tuple(map(tuple, fields["flat"]))
+        entry = cls(getattr(torch, dtype), tuple(shape), style, dim, unit, runs, differ, stage, flat)
         if runs is not None:
             numbers = [run for rank in runs for run in rank]
             if dim is None or not all(is_whole(a) and is_whole(n) and a + n <= shape[dim] for a, n in numbers):
                 raise ValueError("runs")
             stretches(entry, len(runs))
+        for rank, bounds in enumerate(flat or ()):
+            values = prod(entry.part_shape(rank, len(flat or ())))
+            if not all(map(is_whole, bounds)) or sorted(bounds) != list(bounds) or {*bounds[:1], *bounds[-1:]} != {
+                0, values,
+            }:  # fmt: skip
+                raise ValueError("flat")
         return entry
 
     def to_json(self) -> dict[str, Any]:
         """The entry as the manifest holds it."""
-        fields = {
+        fields: dict[str, Any] = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
             "style": self.style,
@@ -106,6 +117,7 @@ class Entry:
             "runs": self.runs,
         }
         fields |= {"replicas_differ": True} if self.replicas_differ else {}
+        fields |= {"flat": self.flat} if self.flat is not None else {}
         return fields | ({"stage": self.stage} if self.stage else {})
 
     def runs_of(self, rank: int, world_size: int) -> Runs:
@@ -130,6 +142,13 @@ class Entry:
             return self.shape
         size = run_size(self.runs_of(rank, world_size))
         return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+    def held_shape(self, rank: int, world_size: int, replica: int) -> tuple[int, ...] | None:
+        """The shape of what the file of a rank of a replica has of it; None where it has nothing."""
+        if self.flat is None:
+            return self.part_shape(rank, world_size) if replica == 0 else None
+        start, stop = self.flat[rank][replica : replica + 2]
+        return (stop - start,)
 
 
 def stretches(entry: Entry, world_size: int, first: int = 0) -> list[Stretch]:

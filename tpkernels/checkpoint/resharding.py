@@ -65,7 +65,7 @@ def _reshard(source_folder: Path, final: Path, tp: int | None, dp: int | None, p
         raise CheckpointError(f"pp must be 1 or that of the checkpoint, {source.pp}, got {pp}: `load` reads into any")
     refuse_existing(final)
     source.check_files()
-    entries = source.entries
+    entries = {name: replace(e, flat=None) for name, e in source.entries.items()}  # the first replica has all of it
     if tp != source.tp:
         source.warn_of_replicas()
         entries = {name: replace(e, runs=None, replicas_differ=False) for name, e in entries.items()}

@@ -19,9 +19,11 @@ from tpkernels.checkpoint.regions import ranks_read, read_part
 from tpkernels.checkpoint.replicas import check_own, fill_own, without_own_parameters
 from tpkernels.checkpoint.residuals import Residuals
 from tpkernels.checkpoint.snapshot import Aggregator, aliases_of, copies_of
+from tpkernels.data_parallel.flat import flat_shard, local_of, stepped
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.errors import CheckpointError, shorten
 from tpkernels.layers.base import mark_shards
+from tpkernels.optimizers import mark_part, needs_whole_tensors
 from tpkernels.shard import Runs, full_shape, shard_info
 
 
@@ -102,7 +104,7 @@ def _targets(
     saved = {key.removeprefix("model/") for key in source.entries if key.startswith("model/")}
     tied_here = aliases_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in tied_here}
-    check_tensors(state)
+    check_tensors({name: local_of(tensor) for name, tensor in state.items()})
     for name, first in (tied_here | copies_of(model)).items():
         if name in saved and name != first:
             raise CheckpointError(f"it holds {name} apart from {first}, and the model ties the two")
@@ -136,8 +138,10 @@ def _open_files(source: Source, ranks: CheckpointRanks, wanted: Mapping[str, tup
     for key, (dim, runs) in wanted.items():
         entry = source.entries[key]
         read_from |= {(entry.stage, rank) for rank in ranks_read(entry, source.tp, dim, runs, first)}
+    cut = {source.entries[key].stage for key in wanted if source.entries[key].flat is not None}
     for stage, rank in sorted(read_from):
-        source.file(rank, 0, stage)
+        for replica in range(source.dp if stage in cut else 1):
+            source.file(rank, replica, stage)
 
 
 def _check_rng(rng: dict[str, Tensor]) -> None:
@@ -160,7 +164,7 @@ def _check_optimizer(
         raise CheckpointError(
             f"it holds the state of {saved['class']}: load it into that, not into {type(optimizer).__name__}"
         )
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {stepped(parameter): name for name, parameter in model.named_parameters()}
     groups = [[names.get(p, "a parameter that the model lacks") for p in g["params"]] for g in optimizer.param_groups]
     there = [g["params"] for g in saved["groups"]]
     if getattr(model, "tpk_stages", None) is not None:  # of the saved parameters those of this stage, and its copies
@@ -237,6 +241,12 @@ def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
 
 def _fill(source: Source, ranks: CheckpointRanks, key: str, tensor: Tensor, cut: tuple[int | None, Runs]) -> None:
     """Read this rank's part; from its own file where several hold the same indices."""
+    flat = flat_shard(tensor) if hasattr(tensor, "placements") else None
+    if flat is not None:
+        part = torch.empty(tensor.shape, dtype=tensor.dtype)
+        _fill(source, ranks, key, part, cut)
+        local_of(tensor).view(-1).copy_(flat.part(part))
+        return
     first = source.first_rank(ranks.rank, ranks.tp)
     read_part(source.entries[key], source.tp, source.reader(key), *cut, tensor, first)
 
@@ -257,16 +267,23 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, source: 
     optimizer.state.clear()
     for name, fields in saved.get("state", {}).items():
         if name in parameters:
-            optimizer.state[parameters[name]].update(fields)
+            optimizer.state[stepped(parameters[name])].update(fields)
     aliases = source.manifest["aliases"]
     for key, entry in source.entries.items():
         if key.startswith("optimizer/") and _parameter_of(key) in parameters:
             name, field = _parameter_of(key), key.rpartition("/")[2]
             parameter, was = parameters[name], source.entries.get(f"model/{aliases.get(name, name)}")
             like = entry.shape == tuple(full_shape(parameter))
-            device = parameter.device if like or on_device.get(parameter) or entry.shape else torch.device("cpu")
+            flat, stepped_one = flat_shard(parameter), stepped(parameter)
+            device = parameter.device if like or on_device.get(stepped_one) or entry.shape else torch.device("cpu")
             shape = parameter.shape if like else torch.Size(entry.shape)
             converted = like and was is not None and was.dtype == entry.dtype  # as optimizer.load_state_dict does
             value = torch.empty(shape, dtype=parameter.dtype if converted else entry.dtype, device=device)
             _fill(source, ranks, key, value, _cut(parameter) if like else (None, ()))
-            optimizer.state[parameter][field] = value
+            if like and flat is not None:
+                part = torch.empty_like(stepped_one, dtype=value.dtype)
+                local_of(part).view(-1).copy_(flat.part(value))
+                value = part
+            elif like and needs_whole_tensors(type(optimizer)) and shard_info(parameter) is not None:
+                mark_part(value)
+            optimizer.state[stepped_one][field] = value

@@ -17,6 +17,7 @@ from tpkernels.checkpoint.files import bytes_of, check_tensors
 from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.regions import Entry
 from tpkernels.checkpoint.replicas import has_own_parameters, with_own_parameters
+from tpkernels.data_parallel.flat import FlatShard, flat_shard, local_of, stepped
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.errors import CheckpointError
 from tpkernels.layers.base import mark_shards
@@ -73,7 +74,7 @@ class Snapshot:
         return {
             name: _digest(self.tensors[name])
             for name, entry in self.entries.items()
-            if name in self.tensors and (entry.dim is None or entry.runs is not None)
+            if name in self.tensors and (entry.dim is None or entry.runs is not None) and entry.flat is None
         }
 
 
@@ -94,19 +95,22 @@ def take(
     mark_shards(model)
     aliases = aliases_of(model) | copies_of(model)
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
-    check_tensors({f"model/{name}": tensor for name, tensor in state.items()})
+    check_tensors({f"model/{name}": local_of(tensor) for name, tensor in state.items()})
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     styles = _styles(model)
     for name, tensor in state.items():
-        entries[f"model/{name}"] = _entry(tensor, shard_info(tensor), styles.get(name))
-        tensors[f"model/{name}"] = tensor
-    for name, field, value, info in _optimizer_tensors(model, optimizer):
-        check_tensors({f"optimizer/{name}/{field}": value})
-        entries[f"optimizer/{name}/{field}"] = _entry(value, info, styles.get(name) if info else None)
-        tensors[f"optimizer/{name}/{field}"] = value
+        entry = _entry(tensor, shard_info(tensor), styles.get(name))
+        flat = flat_shard(tensor) if hasattr(tensor, "placements") else None
+        entries[f"model/{name}"] = entry if flat is None else replace(entry, flat=_bounds(flat, ranks, name))
+        tensors[f"model/{name}"] = tensor if flat is None else local_of(tensor).reshape(-1)
+    for name, field, value, parameter in _optimizer_tensors(model, optimizer):
+        key = f"optimizer/{name}/{field}"
+        check_tensors({key: local_of(value)})
+        entries[key] = _optimizer_entry(value, parameter, styles.get(name), ranks)
+        tensors[key] = value if entries[key].flat is None else local_of(value).reshape(-1)
     if ranks.replica > 0:
-        tensors = {}
+        tensors = {key: value for key, value in tensors.items() if entries[key].flat is not None}
     own = {f"rng/{key}": value for key, value in layers.rng_state().items()}
     mine = aggregator.state_dict() if aggregator is not None else None
     if own_parameters:
@@ -179,7 +183,7 @@ def optimizer_numbers(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     """
     if optimizer is None:
         return None
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {stepped(parameter): name for name, parameter in model.named_parameters()}
     copies = copies_of(model)
     groups = []
     for group in optimizer.param_groups:
@@ -214,24 +218,46 @@ def _check_aggregator(numbers: dict[str, Any], ranks: CheckpointRanks) -> None:
 
 def _optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> list[tuple[str, str, Tensor, ShardInfo | None]]:
-    """Parameter, field, value and cut of each tensor of the optimizer's state. It is cut like its parameter."""
+) -> list[tuple[str, str, Tensor, nn.Parameter]]:
+    """Name of the parameter, field, value and parameter of each tensor of the optimizer's state."""
     found, copies = [], copies_of(model)
     for name, parameter in model.named_parameters():
         if name in copies:
             continue
-        fields = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        info = shard_info(parameter)
+        fields = optimizer.state.get(stepped(parameter), {}) if optimizer is not None else {}
+        own = stepped(parameter).shape
+        is_cut = shard_info(parameter) is not None or flat_shard(parameter) is not None
         for field, value in fields.items():
             if not isinstance(value, Tensor):
                 continue
-            if info is not None and value.shape != parameter.shape and value.numel() != 1:
+            if is_cut and value.shape != own and value.numel() != 1:
                 raise CheckpointError(
                     f"{field} of {name} in the optimizer has shape {list(value.shape)}: of a parameter that is cut, "
-                    f"only numbers and tensors of its own shape {list(parameter.shape)} can be saved"
+                    f"only numbers and tensors of its own shape {list(own)} can be saved"
                 )
-            found.append((name, field, value, info if value.shape == parameter.shape else None))
+            found.append((name, field, value, parameter))
     return found
+
+
+def _optimizer_entry(value: Tensor, parameter: nn.Parameter, style: str | None, ranks: CheckpointRanks) -> Entry:
+    """The entry of a tensor of an optimizer's state: cut like its parameter where it has the shape of that."""
+    flat, info = flat_shard(parameter), shard_info(parameter)
+    if value.shape != stepped(parameter).shape:
+        return _entry(value, None, None)
+    if flat is None:
+        return _entry(value, info, style if info else None)
+    entry = _entry(parameter, info, style if info else None)
+    return replace(entry, dtype=value.dtype, flat=_bounds(flat, ranks, "the optimizer's state"))
+
+
+def _bounds(flat: FlatShard, ranks: CheckpointRanks, what: str) -> tuple[tuple[int, ...], ...]:
+    """Where the replicas cut this rank's part."""
+    if (flat.group.rank, flat.group.world_size) != (ranks.replica, ranks.dp):
+        raise CheckpointError(
+            f"{what} is cut over {flat.group.world_size} ranks of group {flat.group.label!r}, of which this is rank "
+            f"{flat.group.rank}, and this is replica {ranks.replica} of {ranks.dp}: pass these ranks as dp_group"
+        )
+    return (flat.bounds,)
 
 
 def _entry(tensor: Tensor, info: ShardInfo | None, style: str | None) -> Entry:

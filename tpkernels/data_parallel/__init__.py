@@ -9,6 +9,7 @@ from .replica_check import check_replicas, replicas_callback
 from .scaling import unscale_
 from .sparse import TopK
 from .state import AggregatorState, reshard_state
+from .zero import zero_optimizer
 
 __all__ = [
     "AggregatorState",
@@ -24,4 +25,5 @@ __all__ = [
     "replicas_callback",
     "reshard_state",
     "unscale_",
+    "zero_optimizer",
 ]

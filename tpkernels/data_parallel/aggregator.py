@@ -14,10 +14,12 @@ from tpkernels.comm.group import Group, resolve
 
 from . import checks
 from .dense import DenseAverage
+from .flat import flat_shard, mark_flat, unmark_flat
 from .lane import open_lane
 from .modes import Delayed, Local, Mode, Synchronous
 from .outer import OuterSGD
 from .rounds import Average, Traffic
+from .scattered import ScatteredAverage, gather_parameters
 from .sender import Sender
 from .sparse import TopK, TopKAverage
 from .state import VERSION, AggregatorState, check_loadable
@@ -65,6 +67,12 @@ class GradAggregator:
     Loss scaling: a NaN or infinity on one rank shows on all ranks of the group (see `unscale_` for other groups), and
     `set_loss_scale` keeps residuals right when the scale changes.
 
+    Optimizer state cut over the ranks (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054): with `zero` each rank gets its
+    part of the averages only, of even size, and updates that part of the parameters; the loop is the same, with
+
+        aggregator = GradAggregator(model, group=dp, zero=1)
+        optimizer = zero_optimizer(torch.optim.AdamW, aggregator, lr=1e-3)
+
     Messages go over a communicator of the aggregator's own, so that `group` may be used meanwhile. Their order is fixed
     after the first step: that in which gradients became ready on rank 0. Should a rank die or be later than the timeout
     of the group, all others raise PeerLostError or TimeoutError, which name it, from the next backward pass or `wait`;
@@ -89,6 +97,10 @@ class GradAggregator:
         local_steps: of mode "local", between two averages.
         outer: the outer optimizer of mode "local".
         topk: settings of codec "topk".
+        zero: 0: every rank gets all averages. 1: its part of them, for `zero_optimizer`; gradients are scattered while
+            the backward pass still runs, and p.grad is None after `wait`. 2: so, and each gradient is freed as soon as
+            it is in its message, and that when it has arrived; an accumulation keeps gradients up to its last pass. 1
+            and 2 are of mode "sync", not of codec "topk". The codec packs each contribution once.
 
     Raises:
         TypeError, ValueError: an argument; a parameter that cannot be aggregated; settings, parameters or values that
@@ -112,11 +124,13 @@ class GradAggregator:
         local_steps: int = 16,
         outer: OuterSGD | None = None,
         topk: TopK | None = None,
+        zero: int = 0,
     ) -> None:
         group = resolve(group)
         bucket_bytes = BUCKET_BYTES[group.device.type] if bucket_bytes is None else bucket_bytes
         outer, topk = outer or OuterSGD(), topk or TopK()
         checks.check_choice(codec, mode, topk)
+        checks.check_zero(zero, codec, mode)
         weights = Weights(checks.WHO, reduce)
         if reduce != "mean" and mode == "local":
             raise ValueError(f"{checks.WHO}: reduce must be 'mean' in mode 'local', got {reduce!r}")
@@ -126,19 +140,29 @@ class GradAggregator:
             "reduce": reduce, "codec": codec, "error_feedback": error_feedback, "mode": mode,
             "bucket_bytes": bucket_bytes, "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters,
             "check_parameters": check_parameters, "warmup_steps": warmup_steps,
-            "local_steps": local_steps, "outer": outer, "topk": topk,
+            "local_steps": local_steps, "outer": outer, "topk": topk, "zero": zero,
         }  # fmt: skip
         checks.check_ranks(members, settings, group)
         if sync_parameters:
             checks.copy_from_first(model, group)
         elif check_parameters:
             checks.check_same_values(model, group)
-        self.group, self.mode, self.codec = group, mode, codec
+        self.group, self.mode, self.codec, self.zero = group, mode, codec, zero
         self._model, self._members = model, members
+        self.parameters = [member.parameter for member in members]
         self._lane = open_lane(group)
         average: Average = TopKAverage(topk) if codec == "topk" else DenseAverage(codec, error_feedback)
-        self._traffic = Traffic(self._lane, average, sets=2 if mode == "delayed" else 1, weights=weights)
-        self._sender = Sender(members, self._traffic, bucket_bytes)
+        alone: frozenset[int] | None = None
+        if zero:
+            average, alone = ScatteredAverage(codec, error_feedback), checks.copied_over_stages(model, members)
+        sets = 2 if mode == "delayed" else 1
+        self._traffic = Traffic(self._lane, average, sets, weights, drop=zero == 2)
+        self._sender = Sender(members, self._traffic, bucket_bytes, alone)
+        for bucket in self._traffic.buckets:
+            for i, member in enumerate(bucket.members):
+                unmark_flat(member.parameter)
+                if zero:
+                    mark_flat(member.parameter, bucket.bounds(i, group.world_size), group, member.dtype)
         self._loss_scale = 1.0
         self._mode: Mode
         if mode == "local":
@@ -148,11 +172,20 @@ class GradAggregator:
         else:
             self._mode = Synchronous(group, self._sender)
 
+    def gather_parameters(self) -> None:
+        """With zero=1 or 2: put the parts that the ranks have updated into the parameters; a collective."""
+        if self.zero:
+            gather_parameters(self._lane, self._traffic.buckets)
+
     # -- the training loop ----------------------------------------------------------------------------------------
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward passes inside only add to p.grad; nothing is sent. All ranks must use it alike."""
         return self._sender.quiet()
+
+    def accumulated(self) -> None:
+        """Count the gradients that were added to p.grad by hand, and not by a backward pass: `wait` sends them."""
+        self._sender.accumulated()
 
     def weigh(self, weight: float | Tensor) -> None:
         """Set the weight of this rank's gradients from the next backward pass on, such as its number of tokens.
@@ -299,6 +332,9 @@ class GradAggregator:
         """Remove the hooks from the model and close the communicator; closing twice does nothing."""
         self._sender.stop()
         self._lane.close()
+        for member in self._members:
+            if (flat := flat_shard(member.parameter)) is not None and flat.group is self.group:
+                unmark_flat(member.parameter)
 
     def __enter__(self) -> GradAggregator:
         return self

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels.comm.group import Group, find, resolve
+from tpkernels.comm.mesh import Mesh
 from tpkernels.comm.objects import gather, global_ranks
 from tpkernels.data_parallel.digest import digest
 from tpkernels.errors import RankMismatchError
@@ -46,7 +47,9 @@ class Agreement:
             raise RankMismatchError(self.text)
 
 
-def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: bool = True) -> Agreement:
+def replicas_agree(
+    model: nn.Module, *, group: Group | None = None, mesh: Mesh | None = None, buffers: bool = True
+) -> Agreement:
     """Compare the bits of all parameters and buffers over the ranks of a group.
 
     Equal to, with a digest of 64 bits in the place of every tensor:
@@ -58,24 +61,67 @@ def replicas_agree(model: nn.Module, *, group: Group | None = None, buffers: boo
     that group do. Over the group over which a parameter is cut its parts differ by design: of those only name, dtype
     and the unsharded shape are compared, so that the replicated parameters remain.
 
+    Over a mesh it is all of that: over its dp, over its tp, and over its pp the copies of parameters that several
+    stages have.
+
     Costs a pass over the model (2 GB/s and more on one core) and one small collective. Where the ranks differ they also
     gather the digests of all tensors.
 
     Args:
         model: any module, on any device. A tied parameter counts once, under its first name.
         group: the ranks; None means all ranks of the default process group. All of them must call this.
+        mesh: in the place of a group: of a run. All ranks of it must call this.
         buffers: compare buffers, too. Running statistics, as of nn.BatchNorm, differ between replicas that train.
 
     Returns:
         an Agreement. A rank with other names, shapes or dtypes is named like one with other bits.
 
     Raises:
-        ValueError: a parameter or buffer without bits of its own: on the meta device, sparse, a DTensor.
+        ValueError: a parameter or buffer without bits of its own: on the meta device, sparse, a DTensor; both a group
+            and a mesh.
         TimeoutError, PeerLostError: a rank was later than `group.timeout_s`, or died; the text names it.
     """
-    group = resolve(group)
-    mine = entries_of("replicas_agree", model, group, buffers)
-    return agreement("replicas_agree", mine, group, "parameters and buffers" if buffers else "parameters")
+    what = "parameters and buffers" if buffers else "parameters"
+    if mesh is None:
+        group = resolve(group)
+        return agreement("replicas_agree", entries_of("replicas_agree", model, group, buffers), group, what)
+    if group is not None:
+        raise ValueError("replicas_agree: give a group or a mesh, got both")
+    over = [g for g in (mesh.dp, mesh.tp) if g is not None]
+    found = [agreement("replicas_agree", entries_of("replicas_agree", model, g, buffers), g, what) for g in over]
+    if mesh.pp is not None:
+        found.append(copies_agree(model, mesh.pp))
+    every = gather(next((one for one in found if not one), None), mesh.world)
+    text = f"all {mesh.world.world_size} ranks hold the same {what} where they hold the same of the model"
+    return next((one for one in every if one is not None), Agreement(True, None, (), text))
+
+
+def copies_agree(model: nn.Module, pipeline: Group) -> Agreement:
+    """Compare the parameters that several stages of a pipeline have a copy of; a collective over its ranks.
+
+    Args:
+        model: of which `pipeline.take_stages` has left some stages; of another nothing is compared.
+        pipeline: the ranks that hold the stages.
+    """
+    stages = getattr(model, "tpk_stages", None)
+    mine: dict[str, tuple[list[int], int]] = {}
+    if stages is not None:
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for first, where in stages.split.tied.items():
+            own = next((named[name] for stage, name in where.items() if stage in stages.held), None)
+            if own is not None and not own.is_meta:
+                mine[first] = list(own.shape), int(digest(own))
+    every = gather(mine, pipeline)
+    for first in dict.fromkeys(name for there in every for name in there):
+        found = {rank: there[first] for rank, there in enumerate(every) if first in there}
+        usual = Counter(map(repr, found.values())).most_common(1)[0][0]
+        if ranks := tuple(rank for rank, value in found.items() if repr(value) != usual):
+            text = (
+                f"group {pipeline.label!r}: the copies of {first} must hold the same values on the ranks "
+                f"{list(found)}, got (shape, digest) {list(found.values())}"
+            )
+            return Agreement(False, first, ranks, text)
+    return Agreement(True, None, (), f"the copies of {len(mine)} parameters hold the same values")
 
 
 def agreement(who: str, mine: list[Entry], group: Group, what: str) -> Agreement:

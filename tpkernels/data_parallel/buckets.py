@@ -5,12 +5,17 @@ A bucket is filled in the order in which a backward pass finishes gradients, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tpkernels.shard import part_start
+
+ALIGNED = 64
+"""Values. The loops of optimizers round the last values of a tensor, which fill no vector, in another way: a part that
+begins and ends at a multiple of the vectors' width has the bits of the whole tensor."""
 Kind = tuple[torch.dtype, torch.Size, torch.device]
 
 
@@ -46,23 +51,31 @@ class Member:
 class Bucket:
     """Members whose gradients are one flat message, of one dtype on one device.
 
-    Attributes:
+    Args:
         members: in their order in the message.
-        numel: values of all of them.
+        ranks: the message is scattered over so many: members begin, and even parts end, at multiples of ALIGNED, with
+            zeros in between. 0: members follow each other.
+
+    Attributes:
+        members: as given.
+        numel: values of the message.
         dtype, device: of the message.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], ranks: int = 0) -> None:
         self.members = list(members)
         self.dtype = members[0].dtype
         self.device = members[0].parameter.device
-        sizes = [member.numel for member in members]
+        unit = ALIGNED if ranks else 1
+        sizes = [-(-member.numel // unit) * unit for member in members]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.numel = sum(sizes)
+        whole = unit * max(1, ranks)
+        self.numel = -(-sum(sizes) // whole) * whole
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A flat tensor of its size, uninitialised."""
-        return torch.empty(self.numel, dtype=dtype or self.dtype, device=self.device)
+        """A flat tensor of its size: what belongs to no member is zero, the members are uninitialised."""
+        make = torch.empty if self.numel == sum(member.numel for member in self.members) else torch.zeros
+        return make(self.numel, dtype=dtype or self.dtype, device=self.device)
 
     def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
         """A flat tensor of its size, zero."""
@@ -73,35 +86,60 @@ class Bucket:
         member = self.members[position]
         return flat.narrow(0, self._starts[position], member.numel).view(member.parameter.shape)
 
+    def bounds(self, position: int, R: int) -> tuple[int, ...]:
+        """Where the even parts of R ranks cut the values of a member: R + 1 numbers from 0 to its numel."""
+        start, size = self._starts[position], self.members[position].numel
+        cuts = [*(part_start(self.numel, R, rank) for rank in range(R)), self.numel]
+        return tuple(min(max(cut - start, 0), size) for cut in cuts)
+
+    def piece(self, part: Tensor, position: int, R: int, rank: int) -> Tensor:
+        """The values of the member at this position in the even part of a rank, one dim: a view."""
+        begin, end = self.bounds(position, R)[rank : rank + 2]
+        at = self._starts[position] + begin - part_start(self.numel, R, rank) if end > begin else 0
+        return part.narrow(0, at, end - begin)
+
     def parts(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of all members by name: views."""
         return {member.name: self.part(flat, i) for i, member in enumerate(self.members)}
 
 
-def cut_into_buckets(members: Sequence[Member], order: Sequence[int], bucket_bytes: int) -> list[Bucket]:
+def cut_into_buckets(
+    members: Sequence[Member],
+    order: Sequence[int],
+    bucket_bytes: int,
+    alone: frozenset[int] = frozenset(),
+    ranks: int = 0,
+) -> list[Bucket]:
     """Cut the members into buckets, in this order.
 
-    Members of different dtypes never share a bucket. A bucket ends with the member that brings it to bucket_bytes or
-    beyond, so that none waits for a large one behind it. Buckets are in the order in which they become full.
+    Members of different dtypes, or with gradients of different dtypes, never share a bucket. A bucket ends with the
+    member that brings it to bucket_bytes or beyond, so that none waits for a large one behind it. Buckets are in the
+    order in which they become full.
 
     Args:
         members: all of them.
         order: their indices, in the order in which they become ready.
         bucket_bytes: about the size of a bucket.
+        alone: indices of members that have a bucket of their own.
+        ranks: over which messages are scattered; see Bucket.
     """
-    open_ones: dict[torch.dtype, list[Member]] = {}
-    sizes: dict[torch.dtype, int] = {}
+    open_ones: dict[Hashable, list[Member]] = {}
+    sizes: dict[Hashable, int] = {}
     buckets: list[list[Member]] = []
     for index in order:
         member = members[index]
-        open_ones.setdefault(member.dtype, []).append(member)
-        sizes[member.dtype] = sizes.get(member.dtype, 0) + member.numel * member.dtype.itemsize
-        if sizes[member.dtype] >= bucket_bytes:
-            buckets.append(open_ones.pop(member.dtype))
-            sizes[member.dtype] = 0
+        if index in alone:
+            buckets.append([member])
+            continue
+        kind = (member.dtype, member.parameter.dtype)
+        open_ones.setdefault(kind, []).append(member)
+        sizes[kind] = sizes.get(kind, 0) + member.numel * member.dtype.itemsize
+        if sizes[kind] >= bucket_bytes:
+            buckets.append(open_ones.pop(kind))
+            sizes[kind] = 0
     place = {index: i for i, index in enumerate(order)}
     rest = sorted(open_ones.values(), key=lambda waiting: place[waiting[-1].index])
-    return [Bucket(found) for found in [*buckets, *rest]]
+    return [Bucket(found, ranks) for found in [*buckets, *rest]]
 
 
 def move_state(

@@ -19,6 +19,7 @@ from .buckets import Member, kind_of
 from .sparse import TopK
 
 GRAD_CODECS = (*CODECS, "topk")
+LEVELS = (0, 1, 2)  # of zero
 MODES = ("sync", "delayed", "local")
 WHO = "GradAggregator"
 
@@ -33,6 +34,26 @@ def check_choice(codec: Any, mode: Any, topk: TopK) -> None:
         raise ValueError(
             f"{WHO}: topk must have momentum 0 in mode 'local', whose outer optimizer has its own, got {topk.momentum}"
         )
+
+
+def check_zero(zero: Any, codec: str, mode: str) -> None:
+    """Raise ValueError unless there is such a level, and codec and mode go with it."""
+    if isinstance(zero, bool) or zero not in LEVELS:
+        raise ValueError(f"{WHO}: zero must be one of {', '.join(map(str, LEVELS))}, got {zero!r}")
+    if zero and (mode != "sync" or codec == "topk"):
+        raise ValueError(
+            f"{WHO}: with zero={zero} mode must be 'sync' and codec not 'topk', got {mode!r} and {codec!r}"
+        )
+
+
+def copied_over_stages(model: nn.Module, members: list[Member]) -> frozenset[int]:
+    """Indices of the parameters of which other stages of a pipeline have copies: all stages must cut them alike."""
+    stages = getattr(model, "tpk_stages", None)
+    if stages is None:
+        return frozenset()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied = {id(named[n]) for there in stages.split.tied.values() for n in there.values() if n in named}
+    return frozenset(member.index for member in members if id(member.parameter) in tied)
 
 
 def check_counts(**counts: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tpkernels import ops
@@ -13,8 +15,37 @@ from tpkernels.comm.group import Group, resolve
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, shard_info
 
+from .flat import FlatShard, MeshRanks, flat_shard, local_of, stepped
+
 RUN = 1024  # elements that are summed in fp32; see _norm
-_Gradient = tuple[Tensor, ShardInfo | None]
+
+
+class _Gradient(NamedTuple):
+    """A gradient that counts: how its parameter is cut over a group and over the replicas, and the shape of that."""
+
+    values: Tensor
+    info: ShardInfo | None
+    flat: FlatShard | None
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, gradient: Tensor, info: ShardInfo | None, parameter: Tensor) -> _Gradient:
+        """That of a parameter, or of the gradient itself where that is all there is."""
+        return cls(local_of(gradient), info, flat_shard(parameter), parameter.shape)
+
+    def owned(self) -> list[Tensor]:
+        """The values that this rank counts: of indices that several ranks hold the first of them counts each."""
+        if self.info is None:
+            return [self.values]
+        stretches = self.info.owned_by(self.info.rank)
+        if self.flat is None:
+            return [self.values.narrow(self.info.dim, *stretch) for stretch in stretches]
+        if not self.info.shared:
+            return [self.values]
+        mine = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        for stretch in stretches:
+            mine.narrow(self.info.dim, *stretch).fill_(True)
+        return [self.values.reshape(-1)[self.flat.part(mine)]]
 
 
 @torch.no_grad()
@@ -31,7 +62,9 @@ def clip_grad_norm_(
     """Scale all gradients so that their norm, taken over the unsharded parameters, is max_norm at most.
 
     Equal to torch.nn.utils.clip_grad_norm_ on the unsharded model: a cut parameter counts with the parts of all ranks,
-    a replicated one once, not once for every rank, and a parameter that occurs twice (tied weights) once.
+    a replicated one once, not once for every rank, and a parameter that occurs twice (tied weights) once. Of an
+    aggregator with zero=1 or 2, and of torch's fully_shard, the parts of all replicas count; their group need not be
+    given.
 
         stage = sum over cut p of all_reduce(|grad|^n) + sum over replicated p of |grad|^n
         total = (sum of stage over the pipeline) ^ (1 / n)               # stage itself without a pipeline
@@ -70,9 +103,11 @@ def clip_grad_norm_(
         raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
     over = [] if groups is None and pipeline is not None else _as_groups(groups)
     parameters, copies = _split_tied(_parameters(model_or_params), list(tied), pipeline)
-    total = _root(*_counted(_with_cuts(parameters), _with_cuts(copies), over, pipeline, norm_type), norm_type)
+    replicas = _replicas_of(flat_shard(p) for p in (*parameters, *copies))
+    cuts = _with_cuts(parameters), _with_cuts(copies)
+    total = _root(*_counted(*cuts, over, pipeline, norm_type, replicas), norm_type)
     _check_finite(total, norm_type, error_if_nonfinite)
-    gradients = [p.grad for p in (*parameters, *copies) if p.grad is not None]
+    gradients = [gradient.values for some in cuts for gradient in some]
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     if scale.device.type != "cpu" or float(scale) != 1.0:  # NaN is not 1: it multiplies the gradients
         for gradient in gradients:
@@ -97,7 +132,9 @@ def total_norm(
         ValueError, RuntimeError: as `clip_grad_norm_`.
     """
     norm_type = float(norm_type)
-    total = _root(*_counted(list(gradients), [], list(groups), None, norm_type), norm_type)
+    counting = [_Gradient.of(gradient, info, gradient) for gradient, info in gradients]
+    replicas = _replicas_of(gradient.flat for gradient in counting)
+    total = _root(*_counted(counting, [], list(groups), None, norm_type, replicas), norm_type)
     _check_finite(total, norm_type, error_if_nonfinite)
     return total
 
@@ -116,7 +153,7 @@ def _root(total: Tensor, wide: bool, norm_type: float) -> Tensor:
 
 
 def _with_cuts(parameters: list[Tensor]) -> list[_Gradient]:
-    return [(p.grad, shard_info(p)) for p in parameters if p.grad is not None]
+    return [_Gradient.of(gradient, shard_info(p), p) for p in parameters if (gradient := stepped(p).grad) is not None]
 
 
 def _counted(
@@ -125,19 +162,20 @@ def _counted(
     groups: list[Group],
     pipeline: Group | None,
     norm_type: float,
+    replicas: Sequence[Group | MeshRanks],
 ) -> tuple[Tensor, bool]:
     """Return the sum of powers (the maximum for inf) over everything, and whether any gradient is fp64."""
-    for gradient, _ in (*counting, *uncounted):
+    for gradient in (one.values for one in (*counting, *uncounted)):
         if gradient.layout != torch.strided:
             raise ValueError(f"clip_grad_norm_: gradients must be dense, got one of layout {gradient.layout}")
         if type(gradient) not in (Tensor, nn.Parameter):
             raise TypeError(
-                f"clip_grad_norm_: gradients must be plain tensors, got a {type(gradient).__name__}: of a model that "
-                f"fully_shard alone has sharded, torch.nn.utils.clip_grad_norm_ takes the norm"
+                f"clip_grad_norm_: gradients must be plain tensors or those of fully_shard, got a "
+                f"{type(gradient).__name__}"
             )
     replicated, cut = _sort(counting, groups)
-    total = _combine(replicated, cut, [gradient for gradient, _ in uncounted], groups, norm_type)
-    wide = any(gradient.dtype == torch.float64 for gradient, _ in (*counting, *uncounted))
+    total = _combine(replicated, cut, [gradient.values for gradient in uncounted], groups, norm_type, replicas)
+    wide = any(gradient.values.dtype == torch.float64 for gradient in (*counting, *uncounted))
     return (total, wide) if pipeline is None else _over_stages(total, wide, pipeline, groups, norm_type)
 
 
@@ -171,18 +209,12 @@ def _split_tied(
 
 
 def _sort(gradients: list[_Gradient], groups: list[Group]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Return the gradients that this rank counts: of replicated parameters and, by group name, of cut ones.
-
-    Of indices that several ranks hold the first of them counts each.
-    """
+    """Return the gradients that this rank counts: of replicated parameters and, by group name, of cut ones."""
     replicated: list[Tensor] = []
     cut: dict[str, list[Tensor]] = {g.name: [] for g in groups}
-    for gradient, info in gradients:
-        if info is None:
-            replicated.append(gradient)
-        else:
-            counted = cut[_group_of(info, groups).name]
-            counted += [gradient.narrow(info.dim, *stretch) for stretch in info.owned_by(info.rank)]
+    for gradient in gradients:
+        counted = replicated if gradient.info is None else cut[_group_of(gradient.info, groups).name]
+        counted += gradient.owned()
     return replicated, cut
 
 
@@ -204,25 +236,38 @@ def _combine(
     uncounted: list[Tensor],
     groups: list[Group],
     norm_type: float,
+    replicas: Sequence[Group | MeshRanks],
 ) -> Tensor:
     """Return the sum of powers over everything (the maximum for inf) in fp64, the same bits on all ranks of all groups.
 
-    The message of each group is [own parts, total so far]. The second number should be the same on all its ranks
-    already; that of rank 0 is taken. A rank whose total is NaN or infinite sends it too, so that it shows in the
-    result, as do copies that are not finite and count on another stage.
+    Over replicas that have parts of the gradients all sums are added up first. The message of each group is [own parts,
+    total so far]. The second number should be the same on all its ranks already; that of rank 0 is taken. A rank whose
+    total is NaN or infinite sends it too, so that it shows in the result, as do copies that are not finite and count
+    on another stage.
     """
     is_max = math.isinf(norm_type)
-    total = _power_sum(replicated, norm_type)
-    if uncounted:
-        copies = _power_sum(uncounted, norm_type).to(total.device)
-        total = torch.where(copies.isfinite(), total, total + copies)
-    for group in groups:
-        parts = _power_sum(cut[group.name], norm_type)
+    sums = [_power_sum(some, norm_type) for some in (replicated, uncounted, *cut.values())]
+    for group in replicas:
+        sums = list(_over_replicas(torch.stack([s.to(sums[0].device) for s in sums]), group, is_max=is_max))
+    total, copies, *of_cuts = sums
+    total = torch.where(copies.to(total.device).isfinite(), total, total + copies.to(total.device))
+    for group, parts in zip(groups, of_cuts, strict=True):
         counted = total if group.rank == 0 else torch.where(total.isfinite(), 0.0, total)
         message = torch.stack([parts, counted.to(parts.device)]).to(group.device)
         message = ops.all_reduce(message, group=group, op="max" if is_max else "sum")
         total = message.max() if is_max else message.sum()
     return total
+
+
+def _replicas_of(flats: Iterable[FlatShard | None]) -> list[Group | MeshRanks]:
+    return list({flat.group.name: flat.group for flat in flats if flat is not None}.values())
+
+
+def _over_replicas(sums: Tensor, group: Group | MeshRanks, *, is_max: bool) -> Tensor:
+    if isinstance(group, Group):
+        return ops.all_reduce(sums.to(group.device), group=group, op="max" if is_max else "sum")
+    dist.all_reduce(sums, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group.process_group)
+    return sums
 
 
 def _over_stages(

@@ -56,3 +56,7 @@ class DenseAverage:
         if not self.kinds:
             return ops.all_reduce(flat, group=group, op="avg", codec=self.codec)
         return average_with_feedback(flat, state["residual"], self.codec, group)
+
+    def part(self, bucket: Bucket, mean: Tensor, position: int, group: Group) -> Tensor:
+        """The average of one member, in its shape: a view."""
+        return bucket.part(mean, position)

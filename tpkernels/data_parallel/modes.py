@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tpkernels.comm.group import Group
 
 from .buckets import fill_state, state_by_name
 from .checks import WHO, set_gradient_dtype
+from .flat import stepped
 from .outer import OuterLoop, OuterSGD
 from .rounds import Averages, Round
 from .sender import Sender
@@ -134,8 +136,14 @@ class Synchronous:
     def _deliver(self, averages: Averages) -> None:
         factor = self._traffic.weights.factor(self._group.world_size)
         for member in self._sender.members:
-            average = averages.get(member.index)
-            member.parameter.grad = average if average is None or factor == 1.0 else average.mul_(factor)
+            average, target = averages.get(member.index), stepped(member.parameter)
+            if average is not None and factor != 1.0:
+                average.mul_(factor)
+            if average is not None and average.stride() != target.stride():
+                # Fused optimizers take the strides of a parameter for those of its gradient, too.
+                average = torch.empty_like(target, dtype=average.dtype).copy_(average)
+            member.parameter.grad = None  # where it is not stepped itself, this rank's own gradient would be left
+            target.grad = average
 
 
 class Delayed(Synchronous):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,12 +73,11 @@ class OuterLoop:
         self._check_finite()
         traffic, futures = self._traffic, []
         for k, (bucket, kept) in enumerate(zip(traffic.buckets, self.state, strict=True)):
-            delta = traffic.flats[0][k]
+            delta = traffic.flat(self.rounds, k)
             for i, member in enumerate(bucket.members):
                 torch.sub(bucket.part(kept["anchor"], i), member.parameter, out=bucket.part(delta, i))
             traffic.note("launch", k)
-            job = partial(traffic.average.average, bucket, delta, traffic.state[k], self.rounds, traffic.lane.group)
-            futures.append(traffic.lane.submit(job))
+            futures.append(traffic.lane.submit(traffic.job(self.rounds, k)))
         deltas = [traffic.wait(future) for future in futures]  # all of them, before anything is changed
         for bucket, kept, mean in zip(traffic.buckets, self.state, deltas, strict=True):
             self._apply(bucket, kept, mean)

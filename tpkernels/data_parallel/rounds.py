@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +39,12 @@ class Average(Protocol):
             group: the ranks.
 
         Returns:
-            [bucket.numel], the dtype of the bucket, the same bits on all ranks.
+            [bucket.numel], the dtype of the bucket, the same bits on all ranks; or this rank's even part of it.
         """
+        ...
+
+    def part(self, bucket: Bucket, mean: Tensor, position: int, group: Group) -> Tensor:
+        """The values of one member in what `average` has returned: a view."""
         ...
 
 
@@ -52,18 +56,18 @@ class Traffic:
         average: of a bucket.
         sets: rounds that can be in flight at once.
         weights: of this rank's gradients.
+        drop: free each gradient once it is in its message, and each message once it has arrived.
 
     Attributes:
         buckets: in the order of their messages.
-        flats: the messages, a set for each round that can be in flight at once.
         state: of the average, for each bucket.
         exposed_s: seconds that the training thread has waited for averages.
         events: when it is a list, ("ready", parameter index) and ("launch", bucket) are appended as they happen.
         place: of each parameter by index: (bucket, position in it).
     """
 
-    def __init__(self, lane: Lane, average: Average, sets: int, weights: Weights) -> None:
-        self.lane, self.average, self._sets, self.weights = lane, average, sets, weights
+    def __init__(self, lane: Lane, average: Average, sets: int, weights: Weights, *, drop: bool = False) -> None:
+        self.lane, self.average, self._sets, self.weights, self.drop = lane, average, sets, weights, drop
         self.buckets: list[Bucket] = []
         self.state: list[State] = []
         self.exposed_s = 0.0
@@ -78,8 +82,24 @@ class Traffic:
     def lay_out(self, buckets: Sequence[Bucket], state: list[State]) -> None:
         """Use these buckets, with their state, from now on; no round may be in flight."""
         self.buckets, self.state = list(buckets), state
-        self.flats = [[bucket.empty() for bucket in buckets] for _ in range(self._sets)]
+        self._flats: list[dict[int, Tensor]] = [{} for _ in range(self._sets)]
         self.place = {m.index: (k, i) for k, bucket in enumerate(buckets) for i, m in enumerate(bucket.members)}
+
+    def flat(self, step: int, k: int) -> Tensor:
+        """The memory of the message of bucket k in a round, made when it is first needed."""
+        flats = self._flats[step % self._sets]
+        if k not in flats:
+            flats[k] = self.buckets[k].empty()
+        return flats[k]
+
+    def job(self, step: int, k: int) -> Callable[[], Tensor]:
+        """The average of a message, for the lane."""
+        average, bucket, state, group = self.average.average, self.buckets[k], self.state[k], self.lane.group
+        flat = self.flat(step, k)
+        if not self.drop:
+            return partial(average, bucket, flat, state, step, group)
+        del self._flats[step % self._sets][k]
+        return partial(_freed_later, average, bucket, flat, state, step, group)
 
     def wait(self, future: Future[Tensor]) -> Tensor:
         """The result of a job on the lane, for the training thread; its wait is counted."""
@@ -107,7 +127,7 @@ class Round:
         traffic.lane.check()
         self._traffic, self.step = traffic, step
         self._scale = traffic.weights.scale(traffic.lane.group.world_size)
-        self._buckets, self._flats = traffic.buckets, traffic.flats[step % len(traffic.flats)]
+        self._buckets = traffic.buckets
         self._missing = [len(bucket.members) for bucket in self._buckets]
         self._reported: dict[int, None] = {}  # indices of the gradients, in their order
         self._futures: list[Future[Tensor]] = []
@@ -166,8 +186,9 @@ class Round:
             means = [self._traffic.wait(future) for future in self._futures]
             has = self._traffic.wait(self._control).tolist()
             self._has = None
+            average, group = self._traffic.average, self._traffic.lane.group
             self._averages = {
-                member.index: bucket.part(mean, i) if has[member.index] else None
+                member.index: average.part(bucket, mean, i, group) if has[member.index] else None
                 for bucket, mean in zip(self._buckets, means, strict=True)
                 for i, member in enumerate(bucket.members)
             }
@@ -176,7 +197,7 @@ class Round:
 
     def _put(self, index: int, gradient: Tensor | None) -> None:
         k, position = self._traffic.place[index]
-        part = self._buckets[k].part(self._flats[k], position)
+        part = self._buckets[k].part(self._traffic.flat(self.step, k), position)
         if gradient is None:
             part.zero_()
         else:
@@ -190,6 +211,11 @@ class Round:
     def _launch(self, k: int) -> None:
         traffic = self._traffic
         traffic.note("launch", k)
-        average, state = traffic.average.average, traffic.state[k]
-        job = partial(average, self._buckets[k], self._flats[k], state, self.step, traffic.lane.group)
-        self._futures.append(traffic.lane.submit(job))
+        self._futures.append(traffic.lane.submit(traffic.job(self.step, k)))
+
+
+def _freed_later(average: Callable[..., Tensor], bucket: Bucket, flat: Tensor, *rest: Any) -> Tensor:
+    """Average a message that nothing else refers to: its memory is free when the lane's stream has read it."""
+    if flat.is_cuda:
+        flat.record_stream(torch.cuda.current_stream(flat.device))
+    return average(bucket, flat, *rest)

@@ -25,6 +25,8 @@ class Sender:
         members: the trained parameters.
         traffic: the messages; the sender lays out its buckets.
         bucket_bytes: about the size of a message.
+        alone: indices of parameters that have a message of their own. With them, or none of them, given the order of
+            messages is the reverse order of registration for good, and they are scattered; None: neither.
 
     Attributes:
         members, traffic: as given.
@@ -33,12 +35,15 @@ class Sender:
         step: number of the next round.
     """
 
-    def __init__(self, members: Sequence[Member], traffic: Traffic, bucket_bytes: int) -> None:
+    def __init__(
+        self, members: Sequence[Member], traffic: Traffic, bucket_bytes: int, alone: frozenset[int] | None = None
+    ) -> None:
         self.members, self.traffic, self._bucket_bytes = list(members), traffic, bucket_bytes
+        self._alone, self._fixed = alone or frozenset[int](), alone is not None
         self._quiet = self._accumulated = False  # inside no_sync; whether there were gradients in it
         self._round: Round | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.order_is_final, self.step = False, 0
+        self.order_is_final, self.step = self._fixed, 0
         self.lay_out([member.index for member in reversed(members)])
 
     @property
@@ -53,7 +58,9 @@ class Sender:
 
     def lay_out(self, order: Sequence[int]) -> None:
         """Cut the parameters, named by index, into buckets in this order; their state is moved to the new buckets."""
-        traffic, buckets = self.traffic, cut_into_buckets(self.members, order, self._bucket_bytes)
+        traffic = self.traffic
+        ranks = traffic.lane.group.world_size if self._fixed else 0
+        buckets = cut_into_buckets(self.members, order, self._bucket_bytes, self._alone, ranks)
         traffic.lay_out(buckets, move_state(traffic.buckets, traffic.state, buckets, traffic.kinds))
 
     def numbers(self) -> dict[str, Any]:
@@ -63,8 +70,10 @@ class Sender:
     def load(self, state: AggregatorState) -> None:
         """Continue from a state that was checked: order and number of the next round, and residuals."""
         index, numbers = {member.name: member.index for member in self.members}, state["numbers"]
-        self.lay_out([index[name] for name in numbers["order"]])
-        self.step, self.order_is_final = numbers["step"], numbers["settled"]
+        self.step = numbers["step"]
+        if not self._fixed:
+            self.lay_out([index[name] for name in numbers["order"]])
+            self.order_is_final = numbers["settled"]
         fill_state(self.traffic.buckets, self.traffic.state, state["tensors"])
 
     def listen(self) -> None:
@@ -97,6 +106,10 @@ class Sender:
             yield
         finally:
             self._quiet = before
+
+    def accumulated(self) -> None:
+        """There are gradients that no hook has reported."""
+        self._accumulated = True
 
     def complete(self) -> Round | None:
         """Send the gradients of this round that are left; later ones belong to the next round.
@@ -137,6 +150,8 @@ class Sender:
         if self._round is None:
             self._round = Round(self.traffic, self.step)
         self._round.ready(index, gradient)
+        if self.traffic.drop:
+            parameter.grad = None
 
     def _gradient(self, index: int) -> Tensor | None:
         return self.members[index].parameter.grad

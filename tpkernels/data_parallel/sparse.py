@@ -121,6 +121,10 @@ class TopKAverage:
         gathered = ops.all_gather(message, group=group, dim_size=group.world_size * message.numel())
         return _add_up(gathered.view(group.world_size, -1), k, bucket).to(bucket.dtype)
 
+    def part(self, bucket: Bucket, mean: Tensor, position: int, group: Group) -> Tensor:
+        """The average of one member, in its shape: a view."""
+        return bucket.part(mean, position)
+
     def _pack(self, flat: Tensor, state: State, k: int, world_size: int) -> Tensor:
         residual, velocity = state["residual"], state.get("velocity")
         update = flat.float() / world_size

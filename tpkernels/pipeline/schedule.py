@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,15 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
 from tpkernels.compress import CODECS
+from tpkernels.data_parallel.agree import copies_agree
 from tpkernels.data_parallel.digest import digest
+from tpkernels.data_parallel.flat import stepped
 from tpkernels.errors import PlanError, RankMismatchError
 from tpkernels.pipeline.batches import Batch, labels_that_count, signature_of, split_batch
-from tpkernels.pipeline.messages import Kind, Messages
-from tpkernels.pipeline.orders import SCHEDULES, Action, bubble_of, order_of
+from tpkernels.pipeline.messages import Messages
+from tpkernels.pipeline.orders import BACKWARD, INPUT, SCHEDULES, WEIGHT, Action, bubble_of, order_of
+from tpkernels.pipeline.passes import Aggregator, Passes
 from tpkernels.pipeline.stages import HeldStages
-
-
-class Aggregator(Protocol):
-    """The part of a GradAggregator that a pipeline needs."""
-
-    def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which gradients are accumulated and not sent."""
 
 
 @dataclass
@@ -67,7 +62,9 @@ class Pipeline:
         stages: of the model, as `take_stages` gives them: this rank's are rank, rank + p, ... of p ranks.
         group: the ranks of the pipeline, on the CPU. Its timeout_s bounds the wait for another stage, which has to
             compute meanwhile.
-        schedule: "gpipe", "1f1b", or "interleaved" for several stages a rank.
+        schedule: "gpipe", "1f1b", "interleaved" for several stages a rank, or "zb1p" for one or several: gradients of
+            weights are computed where a rank would wait, and sent to replicas after the step. Layers whose backward is
+            one op, as those of `parallelize`, run it for each half: only stages that are not sharded gain by it.
         micro_batches: of a batch; it need not divide by them. A batch of fewer rows has one for each row.
         codec: how hidden states are packed between stages. grad_codec: how their gradients are; None: as `codec`.
             fp64 is never packed.
@@ -152,7 +149,7 @@ class Pipeline:
     @property
     def expected_bubble(self) -> float:
         """That of stages which all take equally long and messages that take no time."""
-        return bubble_of(self.group.world_size, self._count // self.group.world_size, self.micro_batches)
+        return bubble_of(self.group.world_size, self._count // self.group.world_size, self.micro_batches, self.schedule)
 
     @torch.no_grad()
     def sum_tied(self) -> None:
@@ -164,14 +161,15 @@ class Pipeline:
         for parameter, ranks in self._tied().values():
             if not parameter.requires_grad:
                 continue
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            gradient = parameter.grad
-            mine = torch.zeros_like(parameter, dtype=wide) if gradient is None else gradient.to(wide).contiguous()
+            part = stepped(parameter)  # of equal sizes on all stages
+            wide = torch.promote_types(part.dtype, torch.float32)
+            gradient = part.grad
+            mine = torch.zeros_like(part, dtype=wide) if gradient is None else gradient.to(wide).contiguous()
             every = self._messages.exchange(mine, ranks)
             total = every[0].clone()
             for other in every[1:]:
                 total += other
-            parameter.grad = total.to(parameter.dtype if gradient is None else gradient.dtype)
+            part.grad = torch.empty_like(part, dtype=part.dtype if gradient is None else gradient.dtype).copy_(total)
 
     def check_tied(self) -> None:
         """Check that all copies of tied parameters hold the same bits; a collective over the group.
@@ -179,15 +177,7 @@ class Pipeline:
         Raises:
             RankMismatchError: they do not; names the first, on all ranks.
         """
-        mine = {first: (list(p.shape), int(digest(p))) for first, (p, _) in self._tied().items() if not p.is_meta}
-        every = gather(mine, self.group)
-        for first in self.stages.split.tied:
-            found = {rank: there[first] for rank, there in enumerate(every) if first in there}
-            if len({str(value) for value in found.values()}) > 1:
-                raise RankMismatchError(
-                    f"Pipeline on group {self.group.label!r}: the copies of {first} must hold the same values on the "
-                    f"ranks {list(found)}, got (shape, digest) {list(found.values())}"
-                )
+        copies_agree(self.model, self.group).check()
 
     def _tied(self) -> dict[str, tuple[nn.Parameter, list[int]]]:
         """The parameters here of which other ranks have copies, with all their ranks in order of stages."""
@@ -250,16 +240,23 @@ class Pipeline:
             raise ValueError("Pipeline: the batch has no label that counts, so its loss is undefined")
         divisor = sum(counts) if batch.get("num_items_in_batch") is None else 1.0
         begin, self._broken = time.perf_counter(), True
-        passes = _Passes(self, micros, [count / divisor for count in counts], scale)
+        passes = Passes(self, micros, [count / divisor for count in counts], scale)
         order = [action for action in self._order(len(micros)) if backward or action.forward]
-        final = max((i for i, action in enumerate(order) if not action.forward), default=-1)
+        split = any(action.kind == WEIGHT for action in order)
+        final = max((i for i, action in enumerate(order) if action.kind == BACKWARD and not split), default=-1)
         for i, action in enumerate(order):
             for coming in order[i : i + 2]:
                 passes.expect(coming)
             if action.forward:
                 passes.forward(action)
+            elif action.kind == INPUT:
+                passes.backward_of_input(action)
+            elif action.kind == WEIGHT:
+                passes.backward_of_weights(action)
             else:
                 passes.backward(action, last=i == final)
+        if split and self.aggregator is not None:
+            self.aggregator.accumulated()
         self._messages.flush()
         loss = ops.all_reduce(passes.loss.to(self.group.device), group=self.group, op="sum")[0]
         self._broken = False
@@ -267,75 +264,6 @@ class Pipeline:
             self.timing.steps_s += time.perf_counter() - begin
             self.timing.busy_s += passes.busy_s
         return loss
-
-
-class _Passes:
-    """The passes of one step on one rank."""
-
-    def __init__(self, pipe: Pipeline, micros: list[Batch], shares: list[float], scale: float) -> None:
-        self._pipe, self._micros, self._shares, self._scale = pipe, micros, shares, scale
-        self._messages, self._last = pipe._messages, pipe._count - 1
-        self._signatures = [signature_of(micro) for micro in micros]
-        self._received: dict[tuple[int, int], Tensor | None] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}
-        self._kinds: dict[tuple[int, int], Kind] = {}
-        self.loss = torch.zeros(1, dtype=torch.float64)
-        self.busy_s = 0.0
-
-    def expect(self, action: Action) -> None:
-        """Let the input of an action arrive."""
-        _, stage, micro = action
-        if action.forward and stage > 0:
-            if (stage, micro) not in self._received:
-                self._messages.expect(stage, micro, self._signatures[micro])
-        elif not action.forward and (stage, micro) in self._kinds:
-            self._messages.expect_gradient(stage, micro, self._kinds[stage, micro])
-
-    def forward(self, action: Action) -> None:
-        """The forward pass of an action; its output is on its way to the next stage."""
-        _, stage, micro = action
-        pipe = self._pipe
-        received = self._messages.receive(stage, micro, self._signatures[micro]) if stage > 0 else None
-        begin = time.perf_counter()
-        output = pipe.stages.call(stage, received, lambda: pipe._forward(pipe.model, **self._micros[micro]))
-        if stage == self._last:
-            output = self._weighted(output, self._shares[micro])
-        self.busy_s += time.perf_counter() - begin
-        if stage < self._last:
-            self._kinds[stage, micro] = Kind.of(output)
-            self._messages.send(stage + 1, micro, output, self._signatures[micro])
-        if torch.is_grad_enabled():
-            self._received[stage, micro], self._outputs[stage, micro] = received, output
-
-    def _weighted(self, loss: Any, share: float) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"Pipeline: forward must return a loss, a tensor of one value, got {got}")
-        if share == 0.0:  # no label counts: a mean over nothing is NaN, and has no part in the loss
-            return torch.zeros(())
-        self.loss += loss.detach().double().cpu().reshape(1) * share
-        return loss * (share * self._scale)
-
-    def backward(self, action: Action, *, last: bool) -> None:
-        """The backward pass of an action; the gradient of its input is on its way to the stage before.
-
-        Args:
-            last: of this rank in the step: gradients are then sent to the replicas.
-        """
-        _, stage, micro = action
-        received, output = self._received.pop((stage, micro)), self._outputs.pop((stage, micro))
-        gradient = None
-        if stage < self._last and output.requires_grad:
-            gradient = self._messages.receive_gradient(stage, micro, self._kinds[stage, micro])
-        aggregator = self._pipe.aggregator
-        begin = time.perf_counter()
-        with contextlib.nullcontext() if last or aggregator is None else aggregator.no_sync():
-            if output.requires_grad:
-                torch.autograd.backward(output, gradient)
-        self.busy_s += time.perf_counter() - begin
-        if received is not None and received.requires_grad:
-            found = received.grad
-            self._messages.send_gradient(stage - 1, micro, torch.zeros_like(received) if found is None else found)
 
 
 def _check_choices(schedule: str, micro_batches: int, codec: str, grad_codec: str) -> None:

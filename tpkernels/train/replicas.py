@@ -9,7 +9,6 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.comm.mesh import rows_of
 from tpkernels.data_parallel import GradAggregator, OuterSGD, TopK
-from tpkernels.data_parallel.agree import replicas_agree
 from tpkernels.train.settings import Settings
 
 TOPK_RATIO = 0.0195  # a value and its index take 6.1 bytes: 3 % of all values in fp32
@@ -41,20 +40,13 @@ class Replicas:
             local_steps=settings.local_steps,
             outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # after so short rounds the plain mean
             topk=_topk(settings),
+            zero=settings.zero,
         )
 
     def mean(self, value: float) -> float:
         """The mean over the replicas, the same bits on all of them."""
         one = torch.tensor([value], dtype=torch.float64)
         return float(ops.all_reduce(one, group=self.group, op="avg").item())
-
-    def check_same(self) -> None:
-        """Raise on all ranks of the group when a parameter has other bits here than in another replica.
-
-        Raises:
-            RankMismatchError: names the first such parameter.
-        """
-        replicas_agree(self.model, group=self.group).check()
 
     def wait(self) -> bool:
         """Put the averages into the gradients; whether there are any to apply (see GradAggregator.wait)."""

@@ -28,7 +28,7 @@ def _setting(
     *,
     least: float | None = None,
     above: float | None = None,
-    choices: Sequence[str] = (),
+    choices: Sequence[Any] = (),
     changeable: bool = False,
     shown: str | None = None,
 ) -> Any:
@@ -56,7 +56,7 @@ class Settings:
     dp: int = _setting(1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1)
     pp: int = _setting(1, "Pipeline stages that the layers are divided over.", PARALLEL, least=1)
     micro_batches: int = _setting(4, "Parts of a replica's batch, one behind another in --pp.", PARALLEL, least=1)
-    schedule: str = _setting("1f1b", "Their order: 1f1b, gpipe.", PARALLEL, choices=("1f1b", "gpipe"))
+    schedule: str = _setting("1f1b", "Their order: 1f1b, gpipe, zb1p.", PARALLEL, choices=("1f1b", "gpipe", "zb1p"))
     stage_codec: str = _setting(
         "none", "How activations and their gradients are packed between stages.", PARALLEL, choices=tuple(CODECS)
     )
@@ -70,6 +70,9 @@ class Settings:
         "When replicas average: sync (each step), delayed (a step late), local (every --local-steps).",
         PARALLEL,
         choices=GRAD_MODES,
+    )
+    zero: int = _setting(
+        0, "Cut over replicas: 1 optimizer state and update, 2 gradients, too.", PARALLEL, choices=(0, 1, 2)
     )
     local_steps: int = _setting(8, "Steps between averages, with --grad-mode local.", PARALLEL, least=1)
     check_replicas: int = _setting(
@@ -152,11 +155,11 @@ def check(settings: Settings) -> None:
 
 
 def _check_value(
-    name: str, value: Any, *, least: float | None, above: float | None, choices: Sequence[str], **_: Any
+    name: str, value: Any, *, least: float | None, above: float | None, choices: Sequence[Any], **_: Any
 ) -> None:
     """Check one setting against its range and its choices; NaN is in no range."""
     if choices and value not in choices:
-        raise UserError(f"{name} is one of {', '.join(choices)}, got {value}.")
+        raise UserError(f"{name} is one of {', '.join(map(str, choices))}, got {value}.")
     if value is not None and least is not None and not least <= value < math.inf:
         raise UserError(f"{name} must be {least} or more, got {value}.")
     if value is not None and above is not None and not above < value < math.inf:
@@ -169,13 +172,18 @@ def _check_replicas(s: Settings) -> None:
             f"replicas are the same after every --local-steps {s.local_steps} steps only: "
             f"make --check-replicas a multiple of it, got {s.check_replicas}."
         )
+    if s.zero and (s.grad_mode != "sync" or s.grad_codec == "topk"):
+        raise UserError(
+            f"--zero {s.zero} needs the average of each step: take --grad-mode sync and a --grad-codec other than "
+            f"topk, got {s.grad_mode} and {s.grad_codec}."
+        )
     if s.batch < s.dp:
         raise UserError(
             f"a batch of {s.batch} cannot be cut over {s.dp} replicas, because each needs a sequence: "
             f"take --batch {s.dp} or more, or --dp {s.batch} or less."
         )
     alone = Settings()
-    for name in ("grad_codec", "grad_mode", "check_replicas"):
+    for name in ("grad_codec", "grad_mode", "zero", "check_replicas"):
         if s.dp == 1 and getattr(s, name) != getattr(alone, name):
             raise UserError(f"{option(name)} needs several replicas: take --dp 2 or more, or leave it out.")
 

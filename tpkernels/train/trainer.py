@@ -32,6 +32,7 @@ from tpkernels.train.replicas import Replicas
 from tpkernels.train.runlog import RunLog
 from tpkernels.train.settings import Settings
 from tpkernels.train.stages import config_of, precision, rows_in, stage_loss, stages_of
+from tpkernels.train.update import learning_rate, make_optimizer
 
 CALIBRATION_STEPS = 20  # after so many, the number of steps that fit into --minutes is estimated
 DEFAULT_MINUTES = 2.0
@@ -78,14 +79,15 @@ class Trainer:
         model = GPT(config_of(settings), parts)
         stages = None if pp is None else take_stages(model, stages_of(settings), pp.rank)
         replicas = None if dp is None else Replicas(model, dp, settings)
+        aggregator = None if replicas is None else replicas.aggregator
         pipe = None
         if stages is not None and pp is not None:
             pipe = Pipeline(
                 stages, group=pp, schedule=settings.schedule, micro_batches=settings.micro_batches,
                 codec=settings.stage_codec, forward=partial(stage_loss, settings), weigh=rows_in,
-                aggregator=None if replicas is None else replicas.aggregator,
+                aggregator=aggregator,
             )  # fmt: skip
-        return cls(settings, corpus, model, make_optimizer(model, settings), group, replicas, pipe)
+        return cls(settings, corpus, model, make_optimizer(model, settings, aggregator), group, replicas, pipe)
 
     def step(self, step: int, total: int | None, clock: Clock | None = None) -> dict[str, float]:
         """Learn from the batch of this step; the numbers of the step for the log."""
@@ -163,25 +165,6 @@ class Trainer:
         return sum(losses) / len(losses)
 
 
-def make_optimizer(model: GPT, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW; decay for matrices, none for norms and biases."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(settings: Settings, step: int, total: int | None) -> float:
-    """Linear warm-up, which does not depend on `total`, then half a cosine down to a tenth."""
-    warmup = settings.effective_warmup
-    if step < warmup or total is None or total <= warmup:
-        return settings.lr * min(1.0, (step + 1) / max(1, warmup))
-    share = (step - warmup) / (total - warmup)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
 @dataclass
 class Run:
     """One call of `tpkernels train`."""
@@ -251,12 +234,10 @@ class Run:
 
     def check_replicas(self) -> None:
         """Every so many steps, stop all ranks when replicas differ that must not."""
-        replicas, every = self.trainer.replicas, self.settings.check_replicas
-        if replicas is not None and every and self.step % every == 0:
+        every = self.settings.check_replicas
+        if self.trainer.replicas is not None and every and self.step % every == 0:
             with raise_together(self.group, RankMismatchError, f"after step {self.step}"):
-                replicas.check_same()
-                if self.trainer.pipe is not None:
-                    self.trainer.pipe.check_tied()
+                data_parallel.replicas_agree(self.trainer.model, mesh=self.layout).check()
 
     def replica_bytes(self) -> float:
         """Bytes that this rank has sent to other replicas, a step of this call."""

@@ -1,0 +1,128 @@
+"""Flat shards: the values of a parameter that one of several replicas updates, and keeps optimizer state of.
+
+Two make them: an aggregator with zero=1 or 2, and torch's fully_shard, whose parameters are DTensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tpkernels.comm.group import Group
+from tpkernels.shard import begin_to_check, shard_info
+
+
+@dataclass(frozen=True)
+class MeshRanks:
+    """The ranks of one dimension of a DeviceMesh, as far as checkpoints and norms need them."""
+
+    rank: int
+    world_size: int
+    process_group: dist.ProcessGroup
+
+    @property
+    def name(self) -> str:
+        """That of the process group."""
+        return self.process_group.group_name
+
+    @property
+    def label(self) -> str:
+        """The name for messages."""
+        return f"fully_shard {self.process_group.group_desc}"
+
+
+@dataclass(frozen=True, eq=False)
+class FlatShard:
+    """This rank's part of a parameter: the attribute `tpk_flat` of the parameter, or what fully_shard has left of it.
+
+        values = parameter.reshape(-1)[bounds[rank] : bounds[rank + 1]]
+
+    Attributes:
+        values: what the optimizer steps, and whose .grad is that part of the average: one dim, or the DTensor.
+        bounds: the first index of each rank's part, and the end of the last one: world_size + 1 numbers.
+        group: the replicas.
+    """
+
+    values: Tensor
+    bounds: tuple[int, ...]
+    group: Group | MeshRanks
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The first index of the part, and that behind its last."""
+        return self.bounds[self.group.rank], self.bounds[self.group.rank + 1]
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of the parameter's shape: a view, or a copy where it is not contiguous."""
+        start, stop = self.range
+        return whole.reshape(-1)[start:stop]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a parameter that is copied or pickled is whole
+
+
+def flat_shard(parameter: Tensor) -> FlatShard | None:
+    """The flat shard of a parameter, or of a DTensor; None where every replica updates all of it.
+
+    Raises:
+        TypeError: a DTensor that is not cut along its first dim alone.
+    """
+    if hasattr(parameter, "placements"):
+        return _of_dtensor(parameter)
+    return getattr(parameter, "tpk_flat", None)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The plain tensor of a DTensor on this rank; a plain tensor itself."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def _of_dtensor(tensor: Any) -> FlatShard | None:
+    cut = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if not cut:
+        return None
+    if len(cut) > 1 or not tensor.placements[cut[0]].is_shard(0):
+        raise TypeError(
+            f"a DTensor must be cut along its first dim over one dim of its mesh, as fully_shard does, got placements "
+            f"{tensor.placements}"
+        )
+    mesh, rows = tensor.device_mesh, tensor.size(0)
+    R, inner = mesh.size(cut[0]), prod(tensor.shape[1:])
+    chunk = -(-rows // R)  # that of torch.chunk
+    bounds = tuple(min(rank * chunk, rows) * inner for rank in range(R + 1))
+    return FlatShard(tensor, bounds, MeshRanks(mesh.get_local_rank(cut[0]), R, mesh.get_group(cut[0])))
+
+
+def stepped(parameter: Tensor) -> Tensor:
+    """The tensor that an optimizer steps for a parameter, and whose .grad is its gradient: its part, or itself."""
+    flat = flat_shard(parameter)
+    return parameter if flat is None else flat.values
+
+
+def mark_flat(parameter: nn.Parameter, bounds: tuple[int, ...], group: Group, dtype: torch.dtype) -> None:
+    """Make this rank's flat shard of a parameter.
+
+    Args:
+        parameter: trained, of a model that its layers have marked.
+        bounds, group: of the shard.
+        dtype: of its gradient.
+    """
+    begin_to_check()
+    start, stop = bounds[group.rank], bounds[group.rank + 1]
+    values = nn.Parameter(parameter.detach().reshape(-1)[start:stop])
+    if dtype != values.dtype:
+        values.grad_dtype = dtype
+    info = shard_info(parameter)
+    values.tpk_groups = (group.name, *([] if info is None else [info.group_name]))  # type: ignore[attr-defined]
+    parameter.tpk_flat = FlatShard(values, bounds, group)  # type: ignore[attr-defined]
+
+
+def unmark_flat(parameter: nn.Parameter) -> None:
+    """Let every replica update all of a parameter again."""
+    vars(parameter).pop("tpk_flat", None)
