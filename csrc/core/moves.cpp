@@ -24,9 +24,9 @@ void from_floats(const float* values, void* to, size_t n) {
 #if defined(TPK_VECTORS)
   if constexpr (sizeof(T) == 2) {
     for (; i + kFour <= n; i += kFour) {
-      Floats four[4];
+      Floats four[4], sent[4];
       for (size_t v = 0; v < 4; ++v) four[v] = load(values + i + v * kWidth);
-      store_payloads(four, out + i);
+      store_payloads(four, out + i, sent);
     }
   }
 #endif
@@ -148,27 +148,59 @@ __attribute__((noinline)) void add_plain(const char* wire, float* sums, size_t n
   if (n > 0) add_block<C>(wire, sums, n);
 }
 
+// residual = sum - sent, where that is finite.
+void keep_rest(const float* sum, const float* sent, float* __restrict residual, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const float rest = sum[i] - sent[i];
+    residual[i] = magnitude_bits(rest) < 0x7f800000u ? rest : residual[i];
+  }
+}
+
 template <class C>
-void encode(const float* values, char* wire, size_t n) {
+__attribute__((noinline)) void keep_plain(const float* sum, const char* wire, float* residual, size_t n) {
+  float sent[C::kBlockValues];
+  for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
+    const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
+    decode_block<C>(wire, sent, count);
+    keep_rest(sum + start, sent, residual + start, count);
+  }
+}
+
+template <class C, Kept kind>
+void encode_and_keep_plain(const float* values, char* wire, float* kept, size_t n) {
+  encode_plain<C>(values, wire, n);
+  if (kind == Kept::Sent) decode_plain<C>(wire, kept, n);
+  if (kind == Kept::Rest) keep_plain<C>(values, wire, kept, n);
+}
+
+template <class C, Kept kind>
+void encode_and_keep(const float* values, char* wire, float* kept, size_t n) {
   if constexpr (kHasVectors<C>) {
     // The scales of a block take their time: those of the next are computed while this one is packed.
-    float factors[2][kScales<C>];
+    float factors[2][kScales<C>], inverse[kScales<C>];
     bool is_fit = n >= C::kBlockValues && VectorCodec<C>::write_scales(values, wire, factors[0]);
-    for (size_t b = 0; n >= C::kBlockValues;
-         ++b, n -= C::kBlockValues, values += C::kBlockValues, wire += C::kBlockBytes) {
+    for (size_t b = 0; n >= C::kBlockValues; ++b, n -= C::kBlockValues) {
       bool is_next_fit = false;
       if (n >= 2 * C::kBlockValues)
         is_next_fit =
             VectorCodec<C>::write_scales(values + C::kBlockValues, wire + C::kBlockBytes, factors[(b + 1) % 2]);
-      if (is_fit) {
-        pack_whole<C>(values, factors[b % 2], wire);
+      if (is_fit && (kind == Kept::Nothing || VectorCodec<C>::read_scales(wire, inverse))) {
+        pack_whole<C, kind>(values, factors[b % 2], inverse, wire, kept);
       } else {
-        encode_plain<C>(values, wire, C::kBlockValues);
+        encode_and_keep_plain<C, kind>(values, wire, kept, C::kBlockValues);
       }
       is_fit = is_next_fit;
+      values += C::kBlockValues;
+      wire += C::kBlockBytes;
+      if (kind != Kept::Nothing) kept += C::kBlockValues;
     }
   }
-  encode_plain<C>(values, wire, n);
+  encode_and_keep_plain<C, kind>(values, wire, kept, n);
+}
+
+template <class C>
+void encode(const float* values, char* wire, size_t n) {
+  encode_and_keep<C, Kept::Nothing>(values, wire, nullptr, n);
 }
 
 template <class C>
@@ -228,39 +260,6 @@ void sum(const char* const* wires, int num_wires, size_t offset, float* sums, si
   for (int r = 2; r < num_wires; ++r) add<C>(wires[r] + offset, sums, n);
 }
 
-void keep_rest(const float* sum, const float* sent, float* __restrict residual, size_t n) {
-  for (size_t i = 0; i < n; ++i) {
-    const float rest = sum[i] - sent[i];
-    residual[i] = magnitude_bits(rest) < 0x7f800000u ? rest : residual[i];
-  }
-}
-
-template <class C>
-__attribute__((noinline)) void keep_plain(const float* sum, const char* wire, float* residual, size_t n) {
-  float sent[C::kBlockValues];
-  for (size_t start = 0; start < n; start += C::kBlockValues, wire += C::kBlockBytes) {
-    const size_t count = n - start < C::kBlockValues ? n - start : C::kBlockValues;
-    decode_block<C>(wire, sent, count);
-    keep_rest(sum + start, sent, residual + start, count);
-  }
-}
-
-template <class C>
-void keep(const float* sum, const char* wire, float* residual, size_t n) {
-  if constexpr (kHasVectors<C>) {
-    float factors[kScales<C>];
-    for (; n >= C::kBlockValues;
-         n -= C::kBlockValues, sum += C::kBlockValues, residual += C::kBlockValues, wire += C::kBlockBytes) {
-      if (VectorCodec<C>::read_scales(wire, factors)) {
-        subtract_whole<C>(wire, factors, sum, residual);
-      } else {
-        keep_plain<C>(sum, wire, residual, C::kBlockValues);
-      }
-    }
-  }
-  keep_plain<C>(sum, wire, residual, n);
-}
-
 // Multiplying by the inverse of a power of two rounds as dividing by it does.
 void divide(float* values, int by, size_t n) {
   const float divisor = static_cast<float>(by), inverse = 1.0f / divisor;
@@ -276,7 +275,8 @@ void add_residual(const float* values, float scale, const float* residual, float
 }
 
 template <class C>
-constexpr CodecMoves kOfCodec = {encode<C>, decode<C>, sum<C>, keep<C>};
+constexpr CodecMoves kOfCodec = {encode<C>, encode_and_keep<C, Kept::Sent>, encode_and_keep<C, Kept::Rest>, decode<C>,
+                                 sum<C>};
 template <class T>
 constexpr DTypeMoves kOfDType = {from_floats<T>, to_floats<T>};
 

@@ -14,11 +14,13 @@ namespace tpk {
 // Of one codec. An n that is not a multiple of a block ends the message.
 struct CodecMoves {
   void (*encode)(const float* values, char* wire, size_t n);
+  // The same in one pass with: sent = the wire unpacked (it may be `values`);
+  void (*encode_sent)(const float* values, char* wire, float* sent, size_t n);
+  // rest = values - the wire unpacked, where that is finite.
+  void (*encode_rest)(const float* values, char* wire, float* rest, size_t n);
   void (*decode)(const char* wire, float* values, size_t n);
   // sums = the wires, from `offset` bytes on, unpacked and added in order.
   void (*sum)(const char* const* wires, int num_wires, size_t offset, float* sums, size_t n);
-  // residual = sum - the wire unpacked, where that is finite.
-  void (*keep_rest)(const float* sum, const char* wire, float* residual, size_t n);
 };
 
 // Of one dtype that codecs pack: rounded once, and exact.

@@ -109,15 +109,33 @@ void Wire::decode(const void* wire, void* values, size_t n) const {
   });
 }
 
+void Wire::decode_around(size_t begin, size_t end, const void* wire, void* values, size_t n) const {
+  decode(wire, values, begin);
+  if (end < n) decode(static_cast<const char*>(wire) + offset(end), at(values, end * value_bytes), n - end);
+}
+
 void Wire::reduce(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) const {
+  if (!is_plain()) return reduce_and_decode(inputs, num_inputs, outputs, num_outputs, nullptr, n);
+  moves().reduce[index_of(dtype)][index_of(op)](inputs, num_inputs, outputs, num_outputs, n);
+}
+
+void Wire::reduce_and_decode(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs,
+                             void* values, size_t n) const {
   const Moves& m = moves();
-  if (is_plain()) return m.reduce[index_of(dtype)][index_of(op)](inputs, num_inputs, outputs, num_outputs, n);
+  const CodecMoves& packing = m.codecs[index_of(codec)];
   float sums[kTile];
   for_each_tile(n, [&](size_t start, size_t count) {
     sum_tile(*this, inputs, num_inputs, start, sums, count);
     const size_t from = offset(start);
     char* const first = static_cast<char*>(outputs[0]) + from;
-    m.codecs[index_of(codec)].encode(sums, first, count);
+    if (values == nullptr) {
+      packing.encode(sums, first, count);
+    } else if (dtype == DType::F32) {
+      packing.encode_sent(sums, first, static_cast<float*>(values) + start, count);
+    } else {
+      packing.encode_sent(sums, first, sums, count);
+      m.dtypes[index_of(dtype)].from_floats(sums, at(values, start * value_bytes), count);
+    }
     for (int k = 1; k < num_outputs; ++k) std::memcpy(static_cast<char*>(outputs[k]) + from, first, bytes(count));
   });
 }
@@ -151,8 +169,7 @@ void Wire::encode_with_feedback(const void* values, float* residual, void* wire,
       own.to_floats(to, sent, count);
       m.keep_rest(put_in, sent, residual + start, count);
     } else {
-      packing.encode(put_in, to, count);
-      packing.keep_rest(put_in, to, residual + start, count);
+      packing.encode_rest(put_in, to, residual + start, count);
     }
   });
 }

@@ -26,8 +26,14 @@ struct Wire {
   size_t bytes(size_t n) const { return (n + block_values - 1) / block_values * header_bytes + n * payload_bytes; }
   void encode(const void* values, void* wire, size_t n) const;
   void decode(const void* wire, void* values, size_t n) const;
+  // All but values [begin, end), which are whole blocks or end the message.
+  void decode_around(size_t begin, size_t end, const void* wire, void* values, size_t n) const;
   // Writes the same reduced wire to every output; an output may be one of the inputs.
   void reduce(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, size_t n) const;
+  // The same, and decodes that wire: what the owner of a part does, who keeps the sum as the others get it. With a
+  // codec.
+  void reduce_and_decode(const void* const* inputs, int num_inputs, void* const* outputs, int num_outputs, void* values,
+                         size_t n) const;
   // Reduces and decodes without packing the sum again.
   void reduce_to_values(const void* const* inputs, int num_inputs, void* values, size_t n) const;
   // With v = scale * values + residual in fp32:  wire = encode(v),  residual = v - decode(wire).

@@ -2,6 +2,7 @@
 // values of every kind in one block.
 #include "core/moves.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -89,6 +90,43 @@ CASE(every_block_is_packed_and_unpacked_to_the_bits_of_the_plain_loops) {
       ours.decode(reinterpret_cast<const char*>(wire.data()), back.data(), n);
       plain.decode(reinterpret_cast<const char*>(wire.data()), expected_back.data(), n);
       EXPECT(equal(back, expected_back), name_of(codec), ", message ", which, " of ", n);
+    }
+  });
+}
+
+CASE(what_was_sent_and_what_is_left_come_with_the_wire_to_the_bits_of_the_plain_loops) {
+  for_each_codec([](Codec codec, size_t, size_t (*bytes)(size_t)) {
+    const CodecMoves &ours = moves().codecs[static_cast<size_t>(codec)],
+                     &plain = kPlainMoves.codecs[static_cast<size_t>(codec)];
+    for (unsigned which = 0; which < 2500; ++which) {
+      const size_t n = kLengths[which % std::size(kLengths)], off = which % 4;  // values and wires at any address
+      const auto what = [&] { return concat(name_of(codec), ", message ", which, " of ", n); };
+      std::vector<float> values = message(n + off, which), expected(n);
+      values.erase(values.begin(), values.begin() + static_cast<long>(off));
+      values.insert(values.begin(), off, 0.0f);
+      Bytes packed(bytes(n)), wire(bytes(n) + 2 * off);
+      plain.encode(values.data() + off, reinterpret_cast<char*>(packed.data()), n);
+      plain.decode(reinterpret_cast<const char*>(packed.data()), expected.data(), n);
+      char* const to = reinterpret_cast<char*>(wire.data() + 2 * off);
+      const auto is_wire = [&] {
+        return std::equal(packed.begin(), packed.end(), wire.begin() + static_cast<long>(2 * off));
+      };
+
+      std::vector<float> sent(n + off), in_place = values;
+      ours.encode_sent(values.data() + off, to, sent.data() + off, n);
+      EXPECT(is_wire() && std::memcmp(sent.data() + off, expected.data(), n * sizeof(float)) == 0, what());
+      ours.encode_sent(in_place.data() + off, to, in_place.data() + off, n);
+      EXPECT(is_wire() && std::memcmp(in_place.data() + off, expected.data(), n * sizeof(float)) == 0, what(),
+             " in place");
+
+      std::vector<float> rest(n + off, 0.75f), expected_rest(n, 0.75f);
+      for (size_t i = 0; i < n; ++i) {
+        const float left = values[off + i] - expected[i];
+        if (std::isfinite(left)) expected_rest[i] = left;
+      }
+      ours.encode_rest(values.data() + off, to, rest.data() + off, n);
+      EXPECT(is_wire() && std::memcmp(rest.data() + off, expected_rest.data(), n * sizeof(float)) == 0, what(),
+             " rest");
     }
   });
 }

@@ -1,4 +1,5 @@
 // Sums over ranks: the order, the rounding, what overflows, what NaN does, for every dtype, count and size.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -183,6 +184,21 @@ CASE(packed_sums_are_the_float_sum_of_what_was_sent) {
           void* outputs[2] = {out_0.data(), out_1.data()};
           wire.reduce(inputs.data(), static_cast<int>(num_ranks), outputs, 2, n);
           EXPECT(out_0 == packed && out_1 == packed, name_of(codec), ", n = ", n);
+
+          // And the owner decodes, of every dtype and all but a part of it, what the others decode.
+          for (DType dtype : {DType::F32, DType::BF16, DType::F16}) {
+            const Wire& own = wire_of(dtype, codec, op);
+            std::vector<unsigned char> decoded(n * own.value_bytes), got(decoded), parts(decoded);
+            own.decode(packed.data(), decoded.data(), n);
+            out_0.assign(out_0.size(), 0);
+            own.reduce_and_decode(inputs.data(), static_cast<int>(num_ranks), outputs, 2, got.data(), n);
+            EXPECT(out_0 == packed && got == decoded, name_of(codec), " ", name_of(dtype), ", n = ", n);
+            const size_t begin = std::min(n, wire.block_values), end = std::min(n, 2 * wire.block_values);
+            own.decode_around(begin, end, packed.data(), parts.data(), n);
+            std::copy_n(decoded.data() + begin * own.value_bytes, (end - begin) * own.value_bytes,
+                        parts.data() + begin * own.value_bytes);
+            EXPECT(parts == decoded, name_of(codec), " ", name_of(dtype), ", n = ", n);
+          }
         }
       }
     }

@@ -72,26 +72,28 @@ TPK_ALWAYS_INLINE Ints larger(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
 TPK_ALWAYS_INLINE Floats load_halves(const void* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
-TPK_ALWAYS_INLINE void store_halves(void* to, Floats values) {
-  _mm256_storeu_si256(static_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+using Halves = __m256i;
+TPK_ALWAYS_INLINE Halves halves_of(Floats values) {
+  return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+TPK_ALWAYS_INLINE Floats floats_of(Halves halves) { return _mm512_cvtph_ps(halves); }
+TPK_ALWAYS_INLINE void store_halves(void* to, Halves halves) { _mm256_storeu_si256(static_cast<__m256i*>(to), halves); }
 
 TPK_ALWAYS_INLINE Floats load_bfloats(const void* from) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))), 16));
 }
-// to_bfloat16 in the upper half of each value.
-TPK_ALWAYS_INLINE Ints rounded_to_bfloat(Floats values) {
-  const Ints bits = bits_of(values), odd = both(_mm512_srli_epi32(bits, 16), all(1u));
-  const Ints rounded = _mm512_add_epi32(_mm512_add_epi32(bits, all(0x7fffu)), odd);
-  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), bits, all(0x400000u));
+TPK_ALWAYS_INLINE bool has_nan(Floats a, Floats b, Floats c, Floats d) {
+  return (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(c, d, _CMP_UNORD_Q)) != 0;
 }
-TPK_ALWAYS_INLINE void store_bfloats(void* to, Floats a, Floats b) {
+TPK_ALWAYS_INLINE Ints where_nan(Floats values, Ints if_nan, Ints otherwise) {
+  return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), if_nan);
+}
+// The upper halves of both.
+TPK_ALWAYS_INLINE void store_upper_words(void* to, Ints a, Ints b) {
   alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-  _mm512_storeu_si512(to,
-                      _mm512_permutex2var_epi16(rounded_to_bfloat(a), _mm512_load_si512(kUpper), rounded_to_bfloat(b)));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b));
 }
 
 TPK_ALWAYS_INLINE Ints load_scales(const uint16_t* from) {
@@ -111,6 +113,7 @@ TPK_ALWAYS_INLINE Floats load_bytes(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
 TPK_ALWAYS_INLINE Ints rounded_to_int(Floats values) { return _mm512_cvtps_epi32(values); }
+TPK_ALWAYS_INLINE Floats from_int(Ints values) { return _mm512_cvtepi32_ps(values); }
 TPK_ALWAYS_INLINE Ints words_of(Ints a, Ints b) { return _mm512_packs_epi32(a, b); }
 // Words as words_of leaves them, four vectors of values in two, become bytes in the order of the values.
 TPK_ALWAYS_INLINE void store_in_order(void* to, Ints bytes) {
@@ -207,24 +210,23 @@ TPK_ALWAYS_INLINE Ints larger(Ints a, Ints b) { return _mm256_max_epu32(a, b); }
 TPK_ALWAYS_INLINE Floats load_halves(const void* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
-TPK_ALWAYS_INLINE void store_halves(void* to, Floats values) {
-  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-}
+using Halves = __m128i;
+TPK_ALWAYS_INLINE Halves halves_of(Floats values) { return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT); }
+TPK_ALWAYS_INLINE Floats floats_of(Halves halves) { return _mm256_cvtph_ps(halves); }
+TPK_ALWAYS_INLINE void store_halves(void* to, Halves halves) { _mm_storeu_si128(static_cast<__m128i*>(to), halves); }
 
 TPK_ALWAYS_INLINE Floats load_bfloats(const void* from) {
   const Ints words = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
 }
-// to_bfloat16 of each value.
-TPK_ALWAYS_INLINE Ints rounded_to_bfloat(Floats values) {
-  const Ints bits = bits_of(values), odd = both(_mm256_srli_epi32(bits, 16), all(1u));
-  const Ints rounded = _mm256_add_epi32(_mm256_add_epi32(bits, all(0x7fffu)), odd);
-  const Floats nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
-  const Floats quiet = _mm256_or_ps(values, _mm256_castsi256_ps(all(0x400000u)));
-  return _mm256_srli_epi32(bits_of(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan)), 16);
+TPK_ALWAYS_INLINE bool has_nan(Floats a, Floats b, Floats c, Floats d) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q), _mm256_cmp_ps(c, d, _CMP_UNORD_Q))) != 0;
 }
-TPK_ALWAYS_INLINE void store_bfloats(void* to, Floats a, Floats b) {
-  const Ints words = _mm256_packus_epi32(rounded_to_bfloat(a), rounded_to_bfloat(b));
+TPK_ALWAYS_INLINE Ints where_nan(Floats values, Ints if_nan, Ints otherwise) {
+  return _mm256_blendv_epi8(otherwise, if_nan, bits_of(_mm256_cmp_ps(values, values, _CMP_UNORD_Q)));
+}
+TPK_ALWAYS_INLINE void store_upper_words(void* to, Ints a, Ints b) {
+  const Ints words = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permute4x64_epi64(words, 0xd8));
 }
 
@@ -248,6 +250,7 @@ TPK_ALWAYS_INLINE Floats load_bytes(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 TPK_ALWAYS_INLINE Ints rounded_to_int(Floats values) { return _mm256_cvtps_epi32(values); }
+TPK_ALWAYS_INLINE Floats from_int(Ints values) { return _mm256_cvtepi32_ps(values); }
 TPK_ALWAYS_INLINE Ints words_of(Ints a, Ints b) { return _mm256_packs_epi32(a, b); }
 TPK_ALWAYS_INLINE void store_in_order(void* to, Ints bytes) {
   const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

@@ -25,8 +25,12 @@ constexpr bool kHasVectors = false;
 template <class C>
 constexpr size_t kScales = C::kBlockValues / C::kScaleValues;
 
-template <class C>
-void pack_whole(const float* values, const float* factors, char* block);
+// What packing gives beside the wire: nothing, the values as the wire has them, or what of them it has not.
+enum class Kept { Nothing, Sent, Rest };
+
+// kept[i] = value i of the block, or values[i] - that, where it is finite. It may be values.
+template <class C, Kept kind>
+void pack_whole(const float* values, const float* factors, const float* inverse_factors, char* block, float* kept);
 
 // to[i] = value i of the block.
 template <class C>
@@ -37,53 +41,75 @@ void add_whole(const char* block, const float* factors, float* to);
 // to[i] = value i of one block + value i of the other.
 template <class C>
 void add_two_whole(const char* block, const float* factors, const char* other, const float* other_factors, float* to);
-// rest[i] = sum[i] - value i of the block, where that is finite.
-template <class C>
-void subtract_whole(const char* block, const float* factors, const float* sum, float* rest);
 
 #if defined(TPK_VECTORS)
 
 constexpr size_t kFour = 4 * kWidth;
+constexpr uint32_t kMostFit = 0x7f000000u;  // 2^127: no smaller value is rounded to infinity
 
-// Payloads of four vectors of values, which are scaled already.
+// Payloads of four vectors of values, which are scaled already; `sent` are the values that load_payloads gives for
+// them. Where it is not used, compilers leave it out.
 TPK_ALWAYS_INLINE void load_payloads(const Half* from, Floats* values) {
   for (size_t v = 0; v < 4; ++v) values[v] = load_halves(from + v * kWidth);
 }
-TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Half* to) {
-  for (size_t v = 0; v < 4; ++v) store_halves(to + v * kWidth, values[v]);
+TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Half* to, Floats* sent) {
+  for (size_t v = 0; v < 4; ++v) {
+    const Halves halves = halves_of(values[v]);
+    store_halves(to + v * kWidth, halves);
+    sent[v] = floats_of(halves);
+  }
 }
 
 TPK_ALWAYS_INLINE void load_payloads(const Bfloat16* from, Floats* values) {
   for (size_t v = 0; v < 4; ++v) values[v] = load_bfloats(from + v * kWidth);
 }
-TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Bfloat16* to) {
-  store_bfloats(to, values[0], values[1]);
-  store_bfloats(to + 2 * kWidth, values[2], values[3]);
+TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Bfloat16* to, Floats* sent) {
+  Ints rounded[4];  // to_bfloat16 in the upper halves
+  for (size_t v = 0; v < 4; ++v) {
+    const Ints bits = bits_of(values[v]);
+    rounded[v] = add(add(bits, all(0x7fffu)), both(right(bits, 16), all(1u)));
+  }
+  if (__builtin_expect(has_nan(values[0], values[1], values[2], values[3]), 0)) {
+    const Ints quiet = all(0x400000u);
+    for (size_t v = 0; v < 4; ++v)
+      rounded[v] = where_nan(values[v], merged(quiet, bits_of(values[v]), quiet), rounded[v]);
+  }
+  store_upper_words(to, rounded[0], rounded[1]);
+  store_upper_words(to + 2 * kWidth, rounded[2], rounded[3]);
+  for (size_t v = 0; v < 4; ++v) sent[v] = floats_of(both(rounded[v], all(0xffff0000u)));
 }
 
 TPK_ALWAYS_INLINE void load_payloads(const int8_t* from, Floats* values) {
   for (size_t v = 0; v < 4; ++v) values[v] = load_bytes(from + v * kWidth);
 }
-TPK_ALWAYS_INLINE void store_payloads(const Floats* values, int8_t* to) {
-  const Ints left = words_of(rounded_to_int(values[0]), rounded_to_int(values[1]));
-  const Ints right = words_of(rounded_to_int(values[2]), rounded_to_int(values[3]));
-  store_in_order(to, signed_bytes(left, right));
+TPK_ALWAYS_INLINE void store_payloads(const Floats* values, int8_t* to, Floats* sent) {
+  Ints rounded[4];
+  for (size_t v = 0; v < 4; ++v) {
+    rounded[v] = rounded_to_int(values[v]);
+    sent[v] = from_int(rounded[v]);
+  }
+  store_in_order(to, signed_bytes(words_of(rounded[0], rounded[1]), words_of(rounded[2], rounded[3])));
 }
 
 TPK_ALWAYS_INLINE void load_payloads(const Fp8* from, Floats* values) { load_e4m3(from, values); }
 // A power of two that is 2^20 times the exponent of a value rounds it to four bits, which are the lowest of the sum;
-// its own lowest bits add what is missing to 128 eighths of an exponent.
-TPK_ALWAYS_INLINE Ints e4m3_words(Floats a, Floats b) {
-  const auto rounded = [](Floats values) {
-    const Floats exponent = signed_exponent(values, from_bits(Fp8Codec::kSmallestNormal));
-    const Ints sum = bits_of(multiply_add(exponent, all(from_bits((147u << 23) + 80u)), values));
-    return multiply_words(sum, 1u << 16 | 16u);  // upper half, and 16 times the lower
+// its own lowest bits add what is missing to 128 eighths of an exponent. Without it the sum is the rounded value, but
+// for the sign of a zero.
+TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Fp8* to, Floats* sent) {
+  const Floats by = all(from_bits((147u << 23) + 80u));
+  Ints eighths[4];
+  for (size_t v = 0; v < 4; ++v) {
+    const Floats exponent = signed_exponent(values[v], from_bits(Fp8Codec::kSmallestNormal));
+    const Floats sum = multiply_add(exponent, by, values[v]);
+    eighths[v] = multiply_words(bits_of(sum), 1u << 16 | 16u);  // upper half, and 16 times the lower
+    const Floats rounded = multiply(subtract(sum, multiply(exponent, by)), all(0.5f));  // as load_e4m3 has it
+    sent[v] = floats_of(merged(bits_of(values[v]), bits_of(rounded), all(0x80000000u)));
+  }
+  const auto bytes = [](Ints a, Ints b) TPK_LAMBDA {
+    const Ints words = words_of(a, b);  // sign, 4 bits that are no part of it, 7 bits of e4m3, zeros
+    return merged(right_words(words, 8), right_words(words, 4), all(0xff80ff80u));
   };
-  const Ints words = words_of(rounded(a), rounded(b));  // sign, 4 bits that are no part of it, 7 bits of e4m3, zeros
-  return merged(right_words(words, 8), right_words(words, 4), all(0xff80ff80u));
-}
-TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Fp8* to) {
-  store_in_order(to, unsigned_bytes(e4m3_words(values[0], values[1]), e4m3_words(values[2], values[3])));
+  store_in_order(to, unsigned_bytes(bytes(eighths[0], eighths[1]), bytes(eighths[2], eighths[3])));
 }
 
 template <>
@@ -107,7 +133,7 @@ struct VectorCodec<Fp16Codec> {
     std::memset(block, 0, Fp16Codec::kHeaderBytes);
     std::memcpy(block, &shift, sizeof shift);
     *factor = power_of_two(shift);
-    return found == 0 || found - (14u << 23) < 0x7f800000u - (14u << 23);
+    return found == 0 || found - (14u << 23) < kMostFit - (14u << 23);
   }
   TPK_ALWAYS_INLINE static bool read_scales(const char* block, float* factor) {
     int16_t shift;
@@ -130,7 +156,7 @@ struct VectorCodec<Int8Codec> {
       const Ints upper = right(add(scale, all(0xffffu)), 16);
       store_scales(where_nonzero(largest, add(upper, all(kNormal))), reinterpret_cast<uint16_t*>(block) + g);
       store(factors + g, floats_of(where_nonzero(largest, bits_of(divide(all(1.0f), floats_of(left(upper, 16)))))));
-      is_fit = is_fit && all_zero_or_within(largest, 0x10000000u, 0x7f7fffffu);
+      is_fit = is_fit && all_zero_or_within(largest, 0x10000000u, kMostFit - 1);
     }
     return is_fit;
   }
@@ -156,7 +182,7 @@ struct VectorCodec<Fp8Codec> {
       const Ints exponent = larger(right(add(largest, all(0x1fffffu)), 23), all(1u));
       store_scales(add(exponent, all(~0u)), reinterpret_cast<uint8_t*>(block) + g);
       store(factors + g, floats_of(subtract(all(255u << 23), left(exponent, 23))));
-      is_fit = is_fit && all_zero_or_within(largest, 1, 0x7f600000u);
+      is_fit = is_fit && all_zero_or_within(largest, 1, kMostFit - 1);
     }
     return is_fit;
   }
@@ -183,18 +209,28 @@ TPK_ALWAYS_INLINE Floats scaled(Floats values, const float* factors, size_t i, s
   return multiply(values, all(factors[kScales<C> == 1 ? 0 : i / C::kScaleValues + v * kWidth / C::kScaleValues]));
 }
 
-template <class C>
-TPK_ALWAYS_INLINE void pack_whole(const float* values, const float* factors, char* block) {
+template <class C, Kept kind>
+TPK_ALWAYS_INLINE void pack_whole(const float* values, const float* factors, const float* inverse_factors, char* block,
+                                  float* kept) {
   auto* const payloads = reinterpret_cast<typename C::Payload*>(block + C::kHeaderBytes);
   TPK_ROLLED
   for (size_t i = 0; i < C::kBlockValues; i += kFour) {
-    Floats four[4];
+    Floats four[4], sent[4];
     for (size_t v = 0; v < 4; ++v) {
-      // The block after the next, which is read by then; with more scales there are no loads to spare for it.
-      if constexpr (C::kScaled && kScales<C> == 1) prefetch(values + i + v * kWidth + 2 * C::kBlockValues);
+      // Of a block that is read later; with more scales there are no loads to spare for it.
+      if constexpr (C::kScaled && kScales<C> == 1) prefetch(values + i + v * kWidth + 4 * C::kBlockValues);
       four[v] = scaled<C>(load(values + i + v * kWidth), factors, i, v);
     }
-    store_payloads(four, payloads + i);
+    store_payloads(four, payloads + i, sent);
+    if constexpr (kind == Kept::Nothing) continue;
+    for (size_t v = 0; v < 4; ++v) {
+      Floats result = scaled<C>(sent[v], inverse_factors, i, v);
+      if constexpr (kind == Kept::Rest) {
+        result = subtract(load(values + i + v * kWidth), result);
+        if constexpr (!C::kScaled) result = where_finite(result, load(kept + i + v * kWidth));
+      }
+      store(kept + i + v * kWidth, result);
+    }
   }
 }
 
@@ -233,13 +269,6 @@ TPK_ALWAYS_INLINE void add_two_whole(const char* block, const float* factors, co
     for (size_t v = 0; v < 4; ++v)
       store(to + i + v * kWidth, add(scaled<C>(a[v], factors, i, v), scaled<C>(b[v], other_factors, i, v)));
   }
-}
-
-template <class C>
-TPK_ALWAYS_INLINE void subtract_whole(const char* block, const float* factors, const float* sum, float* rest) {
-  for_each_vector<C>(block, factors, [=](size_t i, Floats value) TPK_LAMBDA {
-    store(rest + i, where_finite(subtract(load(sum + i), value), load(rest + i)));
-  });
 }
 
 #endif

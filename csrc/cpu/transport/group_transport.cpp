@@ -129,10 +129,10 @@ void GroupCommunicator::all_reduce_inline(const CallSpec& spec, const Wire& wire
   open_call(spec, &wire, &in, n);
   std::vector<const void*> inputs;
   for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
+  if (wire.is_plain()) return wire.reduce_to_values(inputs.data(), world_size(), out, n);
   std::vector<char> packed(wire.bytes(n) + 1);
   void* const result = packed.data();
-  wire.reduce(inputs.data(), world_size(), &result, 1, n);
-  wire.decode(result, out, n);
+  wire.reduce_and_decode(inputs.data(), world_size(), &result, 1, out, n);
 }
 
 void GroupCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,

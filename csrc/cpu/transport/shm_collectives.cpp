@@ -89,8 +89,7 @@ void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const Inp
     // Packed again as a two-shot's owner would, so that the size of a message does not change its bits.
     std::array<char, 2 * kOneShotBytes> packed;
     void* const result = packed.data();
-    wire.reduce(inputs_.data(), world_size(), &result, 1, n);
-    wire.decode(result, out, n);
+    wire.reduce_and_decode(inputs_.data(), world_size(), &result, 1, out, n);
   }
   count(static_cast<uint64_t>(world_size() - 1) * wire.bytes(n));
   turn_ += 1;
@@ -111,27 +110,31 @@ void ShmCommunicator::copy_in(const Wire& wire, const Input& in, size_t start, c
   wire.encode(at(from.values(), after), to + after, chunks.total() - after / wire.value_bytes);
 }
 
+// All but this rank's own chunk, which it has written already.
 void ShmCommunicator::copy_out(const Wire& wire, void* out, size_t start, const Cut& chunks, size_t piece) {
-  const char* from = slot(rank(), piece);
-  char* to = at(out, start * wire.value_bytes);
-  if (!wire.is_plain()) return wire.decode(from, to, chunks.total());
-  const size_t mine = chunks.start(rank()) * wire.value_bytes, after = mine + chunks.size(rank()) * wire.value_bytes;
-  wire.decode(from, to, chunks.start(rank()));
-  wire.decode(from + after, to + after, chunks.total() - after / wire.value_bytes);
+  const size_t mine = chunks.start(rank()), after = mine + chunks.size(rank());
+  wire.decode_around(mine, after, slot(rank(), piece), at(out, start * wire.value_bytes), chunks.total());
 }
 
 void ShmCommunicator::reduce_chunk(const Wire& wire, const Input& in, void* out, size_t start, const Cut& chunks,
                                    size_t piece) {
-  const size_t offset = wire.offset(chunks.start(rank()));
+  const size_t offset = wire.offset(chunks.start(rank())), n = chunks.size(rank());
   const size_t value_offset = (start + chunks.start(rank())) * wire.value_bytes;
+  void* const own = at(out, value_offset);
+  int num_outputs = 0;
   for (int r = 0; r < world_size(); ++r) {
     const bool direct = wire.is_plain() && r == rank();
     inputs_[static_cast<size_t>(r)] = direct ? at(in.values(), value_offset) : slot(r, piece) + offset;
-    outputs_[static_cast<size_t>(r)] = direct ? at(out, value_offset) : slot(r, piece) + offset;
+    const bool is_output = r != rank() || (world_size() == 1 && !direct);  // a wire has to go somewhere
+    if (is_output) outputs_[static_cast<size_t>(num_outputs++)] = slot(r, piece) + offset;
   }
-  wire.reduce(inputs_.data(), world_size(), outputs_.data(), world_size(), chunks.size(rank()));
-  const size_t others = static_cast<size_t>(world_size() - 1);
-  const size_t chunk_bytes = wire.bytes(chunks.size(rank()));
+  if (wire.is_plain()) {
+    outputs_[static_cast<size_t>(num_outputs++)] = own;
+    wire.reduce(inputs_.data(), world_size(), outputs_.data(), num_outputs, n);
+  } else {
+    wire.reduce_and_decode(inputs_.data(), world_size(), outputs_.data(), num_outputs, own, n);
+  }
+  const size_t others = static_cast<size_t>(world_size() - 1), chunk_bytes = wire.bytes(n);
   count(wire.bytes(chunks.total()) - chunk_bytes + others * chunk_bytes);
 }
 

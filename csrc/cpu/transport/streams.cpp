@@ -89,7 +89,12 @@ class AllReduce {
       inputs.push_back(r == me ? slot.contribution + wire_.offset(slot.cut.starts[me]) : memory(summed_, 0) + r * mine);
     }
     void* const total = sum_of(summed_, me);
-    wire_.reduce(inputs.data(), stream_.world_size, &total, 1, slot.cut.size(stream_.rank));
+    const size_t start = slot.cut.starts[me], n = slot.cut.size(stream_.rank);
+    if (wire_.is_plain()) {
+      wire_.reduce(inputs.data(), stream_.world_size, &total, 1, n);
+    } else {
+      wire_.reduce_and_decode(inputs.data(), stream_.world_size, &total, 1, at(slot.out, start * wire_.value_bytes), n);
+    }
     for (size_t r = 0; r < stream_.ranks(); ++r) {
       if (r == me) continue;
       stream_.send(r, total, mine);
@@ -122,8 +127,9 @@ class AllReduce {
   void end() {
     State& slot = states_[ended_ % kSlots];
     stream_.wait_until_received(slot.mark);
-    if (!wire_.is_plain()) {
-      wire_.decode(memory(ended_, 2), slot.out, slot.piece.values);
+    if (!wire_.is_plain()) {  // this rank's part is there
+      const size_t mine = slot.cut.starts[stream_.me()], after = mine + slot.cut.size(stream_.rank);
+      wire_.decode_around(mine, after, memory(ended_, 2), slot.out, slot.piece.values);
     }
     if (slot.chunk != kNone) use_(slot.chunk);
     ++ended_;
