@@ -3,10 +3,10 @@
 csrc/core/codec/codec.h has the codecs, csrc/core/wire.cpp decides which dtype, reduction and codec go together.
 
 When one pays: packing costs a core 0.3 to 0.7 ns a value of an all_reduce (1 MiB between two ranks, all of it: bf16
-0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. Where ranks share memory every codec
-loses: an fp32 all_reduce takes 1.4 to 4 times as long with one. Over links an average by itself is quicker with each of
-them, up to 10 Gbit, the fastest link that was measured; a whole training step need not be. Rows:
-bench/results/codecs.jsonl, codec_moves.jsonl, study/.
+0.30, int8 0.47, fp16 0.59, fp8 0.70 ns) and saves 2 to 3 of 4 bytes each way. Where ranks share memory no codec wins
+much: an fp32 all_reduce takes 0.95 to 1.6 times as long with one (AVX2; DESIGN.md, section 4). Over links an average by
+itself is quicker with each of them, up to 10 Gbit, the fastest link that was measured; a whole training step need not
+be. Rows: bench/results/codecs.jsonl, codec_moves.jsonl, study/.
 """
 
 from __future__ import annotations
