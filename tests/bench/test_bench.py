@@ -280,10 +280,10 @@ def test_the_efficiency_of_an_overlap_is_the_part_of_the_communication_that_it_h
 
 
 def test_a_link_is_named_by_its_rate() -> None:
-    assert [links.rate_of(name) for name in ("1gbit", "300mbit")] == [1e9, 300e6]
+    assert [links.parsed(name)[0] for name in ("1gbit", "300mbit")] == [1e9, 300e6]
     for name in ("fast", "0mbit", "1.5gbit", "loopback"):
         with pytest.raises(ValueError, match="a link is called like 1gbit"):
-            links.rate_of(name)
+            links.parsed(name)[0]
 
 
 def test_a_size_that_the_ranks_do_not_divide_is_left_out_with_its_reason() -> None:
