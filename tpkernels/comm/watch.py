@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tpkernels.errors import PeerLostError
 
 SLICE_SECONDS = 0.2  # of a wait, between two checks of the other ranks
 _REPORT_SECONDS = 1.0
+_STORE_SECONDS = 1.0  # for an answer of the store
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Watch:
         self.label, self.timeout_s, self._pids = label, timeout_s, list(pids)
         self.rank, self.world_size = process_group.rank(), process_group.size()
         store = store_of(process_group)
+        self._asking: threading.Thread | None = None  # the store, the last time
+        self._answered = True
         # A store object of its own: process_groups.when_destroyed waits until nothing holds that of the process group.
         self.store: Any = None if store is None else dist.distributed_c10d.PrefixStore("tpkernels", store)
 
@@ -91,11 +95,18 @@ class Watch:
         """The ranks at fault for a wait that failed: those that do not report the same within a second."""
         self._post("failed", call, [], late)
         deadline = time.monotonic() + _REPORT_SECONDS
-        while time.monotonic() < deadline and len(self._final_messages()) < len(self._others()):
+        while (
+            time.monotonic() < deadline
+            and not self._store_is_silent()
+            and len(self._final_messages()) < len(self._others())
+        ):
             if (known := self._trouble(call)) is not None:
                 return known  # a socket closes a moment before its process is gone
             time.sleep(0.02)
-        silent = [r for r in self._others() if r not in self._final_messages()]
+        reported = self._final_messages()
+        silent = [r for r in self._others() if r not in reported]
+        if not self._answered:  # then nothing is known but of the processes of this host
+            silent = [r for r in silent if self._pids[r] is None] or silent
         if late:
             hint = f"within {self.timeout_s:g} s. If they are only slow, raise Group.open(timeout_s=...)"
             return _Trouble(f"ranks {silent} did not come {hint}. The backend reported: {backend}", silent, True)
@@ -105,18 +116,39 @@ class Watch:
         return [r for r in range(self.world_size) if r != self.rank]
 
     def _post(self, what: str, call: int, culprits: list[int], late: bool) -> None:
-        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-            self.store.set(f"{self.label}/{self.rank}", json.dumps([what, call, culprits, late]))
+        message = json.dumps([what, call, culprits, late])
+        self._asked(lambda: self.store.set(f"{self.label}/{self.rank}", message))
 
     def _final_messages(self) -> dict[int, tuple[str, int, list[int], bool]]:
         """The final messages of other ranks, of those that have left one."""
         found: dict[int, tuple[str, int, list[int], bool]] = {}
-        with contextlib.suppress(Exception):
+
+        def read() -> None:
             for r in self._others():
                 key = f"{self.label}/{r}"
                 if self.store.check([key]):
                     found[r] = tuple(json.loads(self.store.get(key)))
-        return found
+
+        self._asked(read)
+        return dict(found)
+
+    def _asked(self, access: Callable[[], object]) -> None:
+        """Access the store, a second at most: where the link to its host is cut it answers never, time-out or not."""
+        if self._store_is_silent():
+            return
+        self._answered = False
+
+        def work() -> None:
+            with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
+                access()
+                self._answered = True
+
+        self._asking = threading.Thread(target=work, daemon=True)
+        self._asking.start()
+        self._asking.join(_STORE_SECONDS)
+
+    def _store_is_silent(self) -> bool:
+        return self._asking is not None and self._asking.is_alive()
 
 
 def is_dead(pid: int) -> bool:
