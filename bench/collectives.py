@@ -1,6 +1,7 @@
 """Cells of all_reduce, reduce_scatter and all_gather. A size is that of the whole tensor, in bytes.
 
-Variants: `plain` ordinary tensors, in place where gloo works in place; `functional` a new output each call; `sym`
+Variants: `plain` ordinary tensors, in place where gloo works in place; `flat` the same over connections between all
+ranks, where others go over transport hierarchical; `functional` a new output each call; `sym`
 tensors from group.empty; `copy` one private copy of as many bytes on every rank at once, the physical yardstick.
 """
 
@@ -61,8 +62,8 @@ def all_reduce(setting: Setting, nbytes: int) -> Cell:
     packed = compare(want, sum_tolerance(setting, magnitude, codec))
     spare = torch.empty_like(source)
 
-    def ours(name: str, *, functional: bool = False, symmetric: bool = False) -> Candidate:
-        group = setting.group()
+    def ours(name: str, *, functional: bool = False, symmetric: bool = False, transport: str = "auto") -> Candidate:
+        group = setting.group(transport)
 
         def reduce_(x: Tensor) -> Tensor:
             ops.all_reduce_(x, group=group, codec=codec)
@@ -73,12 +74,14 @@ def all_reduce(setting: Setting, nbytes: int) -> Cell:
 
         x = group.empty((numel,), setting.dtype) if symmetric else None
         run = reduce if functional else reduce_
-        label = setting.ours(path=setting.path("all_reduce_", numel=numel))
+        label = setting.ours(transport, path=setting.path("all_reduce_", transport, numel=numel))
         return taking(setting, source, name, run, packed, x=x, label=label)
 
+    flat = {"flat": lambda: ours("flat", transport="group")} if setting.transport == "hierarchical" else {}
     candidates = setting.pick(
         gloo=lambda: taking(setting, source, "gloo", baselines.gloo_all_reduce, exact),
         plain=lambda: ours("plain"),
+        **flat,
         functional=lambda: ours("functional", functional=True),
         sym=lambda: ours("sym", symmetric=True),
         copy=lambda: taking(setting, source, "copy", spare.copy_, compare(source.double(), NO_ERROR)),

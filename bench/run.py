@@ -141,10 +141,11 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
     setting.close()
 
 
-def run(spec: Spec, ranks: int, *, pin: bool, link: str | None = None) -> Iterator[list[Row] | str]:
-    """Rows of each cell as it is finished, and messages; over a link, each rank on a host of its own."""
-    with links.opened(link or links.LOOPBACK) as opened:
-        yield from launch(ranks, on_rank, spec, pin=pin, hosts=opened.hosts if link else ())
+def run(spec: Spec, ranks: int, *, pin: bool, link: str | None = None, hosts: int = 2) -> Iterator[list[Row] | str]:
+    """Rows of each cell as it is finished, and messages; over a link, the ranks on so many hosts."""
+    with links.opened(link or links.LOOPBACK, hosts, own_memory=ranks > hosts) as opened:
+        places = [opened.hosts[rank * hosts // ranks] for rank in range(ranks)] if link else []
+        yield from launch(ranks, on_rank, spec, pin=pin, hosts=places)
 
 
 def overlaps(rows: Sequence[Row]) -> Iterator[str]:
@@ -185,8 +186,8 @@ def main(
     ranks: Annotated[int, typer.Option(min=1, help="Rank processes, one thread each.")] = 2,
     sizes: Annotated[str | None, typer.Option(help="4KiB,1MiB | M | MxNxK | models | a model's name; commas.")] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "fp32",
-    hosts: Annotated[int, typer.Option(min=1, max=2, help="2: a host (network namespace) for each of 2 ranks.")] = 1,
-    link: Annotated[str, typer.Option(help="Between the hosts: 1gbit, 300mbit, ...; needs root, ip and tc.")] = "1gbit",
+    hosts: Annotated[int, typer.Option(min=1, max=8, help="Hosts (namespaces), with as many ranks each.")] = 1,
+    link: Annotated[str, typer.Option(help="Between them: 1gbit, 300mbit, 1gbit+20ms; needs root, ip, tc.")] = "1gbit",
     codec: Annotated[str, typer.Option(help=f"Of our candidates: {', '.join(CODEC_ROUNDING)}.")] = "none",
     only: Annotated[str | None, typer.Option(help="Candidates to run, with commas; default all.")] = None,
     pin: Annotated[bool | None, typer.Option(help="A core for each rank; default: if there are as many.")] = None,
@@ -210,15 +211,15 @@ def main(
     setting = {"dtype_name": named(dtype, DTYPES, "--dtype"), "codec": named(codec, CODEC_ROUNDING, "--codec"),
                "only": tuple(only.split(",")) if only else bench.only, "seed": seed,
                "arena_bytes": arena_for(wanted, DTYPES[dtype].itemsize),
-               "transport": "group" if hosts == 2 else "auto"}  # fmt: skip
-    if hosts == 2 and ranks != 2:
-        raise typer.BadParameter(f"--hosts 2 has one rank on each host, got --ranks {ranks}")
-    between = link if hosts == 2 else None
+               "transport": "auto" if hosts == 1 else "group" if hosts == ranks else "hierarchical"}  # fmt: skip
+    if ranks % hosts:
+        raise typer.BadParameter(f"--hosts {hosts} have as many ranks each, got --ranks {ranks}")
+    between = link if hosts > 1 else None
     jobs, where = tuple((op, size) for size in wanted), circumstances(pinned, between)
     spec = Spec(jobs, setting, rounds, block_ms / 1e3, most_lost, where, wait)
     rows: list[Row] = []
     keep: list[Row] = []
-    for found in run(spec, ranks, pin=pinned, link=between):
+    for found in run(spec, ranks, pin=pinned, link=between, hosts=hosts):
         if isinstance(found, str):
             console.print(found)
             continue

@@ -52,6 +52,17 @@ def open_sockets(
     sockets: list[int],
     watch: Any,
 ) -> Communicator: ...
+def open_hierarchical(
+    name: str,
+    label: str,
+    rank: int,
+    timeout_s: float,
+    hosts: list[list[int]],
+    inner: Communicator,
+    sockets: list[int],
+    capacity: int,
+    watch: Any,
+) -> Communicator: ...
 def open_local(name: str, label: str) -> Communicator: ...
 def plainness(*tensors: Any) -> int: ...
 def fast_all_reduce_(x: Any, address: int, op: str, codec: str, /) -> bool: ...

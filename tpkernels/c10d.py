@@ -30,8 +30,8 @@ class Options:
     """What `pg_options` of `dist.init_process_group` and `dist.new_group` may be; the same on all ranks.
 
     Attributes:
-        transport: "auto": shared memory where all ranks run on one host and can; "shm" demands that; "group" means
-            connections.
+        transport: "auto": shared memory where all ranks run on one host and can, "hierarchical" where some host of
+            several has several ranks; "shm" and "hierarchical" demand that; "group" means connections.
     """
 
     transport: str = "auto"

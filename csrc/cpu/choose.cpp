@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "cpu/chunks.h"
 #include "cpu/loops/gemv.h"
+#include "cpu/transport/hierarchical_transport.h"
 #include "cpu/transport/shm.h"
 
 namespace tpk {
@@ -157,7 +158,15 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   if (is_transport(comm, "group")) {
     return {"exchange", "all-to-all between the ranks, sums taken locally in rank order"};
   }
-  if (op == "all_reduce" || op == "all_reduce_") return explain_all_reduce(wire, numel);
+  const bool sums_all = op == "all_reduce" || op == "all_reduce_";
+  if (is_transport(comm, "hierarchical")) {
+    if (sums_all && HierarchicalCommunicator::is_inline(wire, numel)) {
+      return {"one_exchange", concat(numel * wire.value_bytes, " bytes: all inputs in one exchange between the hosts")};
+    }
+    return {"hierarchical", concat("inside the hosts over shared memory; between them each value once",
+                                   op == "all_gather" ? "" : ", as a host's sum")};
+  }
+  if (sums_all) return explain_all_reduce(wire, numel);
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};
 }
 

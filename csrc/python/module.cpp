@@ -3,6 +3,7 @@
 #include "bindings.h"
 #include "core/arena.h"
 #include "cpu/transport/group_transport.h"
+#include "cpu/transport/hierarchical_transport.h"
 #include "cpu/transport/shm.h"
 #include "cpu/transport/socket_transport.h"
 #include "decode_step.h"
@@ -57,6 +58,19 @@ std::shared_ptr<Communicator> open_sockets(const std::string& name, const std::s
   return registered(std::make_shared<SocketCommunicator>(name, label, rank, world_size, timeout_s, std::move(link)));
 }
 
+// inner: no op finds it by its name any more.
+std::shared_ptr<Communicator> open_hierarchical(const std::string& name, const std::string& label, int rank,
+                                                double timeout_s, HierarchicalCommunicator::Hosts hosts,
+                                                std::shared_ptr<Communicator> inner, const std::vector<int>& sockets,
+                                                size_t capacity, py::object watch) {
+  size_t world_size = 0;
+  for (const std::vector<int>& ranks : hosts) world_size += ranks.size();
+  unregister_communicator(inner->name());
+  return registered(std::make_shared<HierarchicalCommunicator>(
+      name, label, rank, static_cast<int>(world_size), timeout_s, std::move(hosts), std::move(inner), sockets, capacity,
+      std::make_unique<PythonWatch>(std::move(watch))));
+}
+
 std::shared_ptr<Communicator> open_local(const std::string& name, const std::string& label) {
   return registered(make_local(name, label));
 }
@@ -87,6 +101,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("timeout_s"), py::arg("exchange"));
   m.def("open_sockets", &open_sockets, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("capacity"), py::arg("sockets"), py::arg("watch"));
+  m.def("open_hierarchical", &open_hierarchical, py::arg("name"), py::arg("label"), py::arg("rank"),
+        py::arg("timeout_s"), py::arg("hosts"), py::arg("inner"), py::arg("sockets"), py::arg("capacity"),
+        py::arg("watch"));
   m.def("open_local", &open_local, py::arg("name"), py::arg("label"));
   m.def("limits", [] {
     py::dict limits;

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tpkernels as tpk
+from tests.harness.hosts import open_group
 from tests.harness.ops import raised
 from tpkernels import ops
 from tpkernels.comm.group import Group
@@ -22,6 +23,7 @@ from tpkernels.testing.faults import come_late, kill_myself, stop_myself
 pytestmark = pytest.mark.usefixtures("nothing_is_left_in_shared_memory")
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "group"])
+ALL_TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "group", "hierarchical"])
 NOTICED_S = 2.0  # after its death a rank must be named by the others
 
 
@@ -95,7 +97,7 @@ def test_a_buffer_can_be_written_again_as_soon_as_the_call_returns(R: int) -> No
 
 def die_waiting(transport: str, victim: int, n: int) -> tuple[float, tuple[str, str, float], tuple[str, str, float]]:
     """The victim is killed inside a collective, waiting for the last rank, which comes after that."""
-    group = Group.open(transport=transport, timeout_s=20.0)
+    group = open_group(transport=transport, timeout_s=20.0)
     ops.all_reduce(torch.ones(n), group=group)
     group.barrier()
     start = time.monotonic()
@@ -108,8 +110,14 @@ def die_waiting(transport: str, victim: int, n: int) -> tuple[float, tuple[str, 
     return start, first, report(lambda: ops.all_reduce(torch.ones(n), group=group))
 
 
-@TRANSPORTS
-@pytest.mark.parametrize(("R", "victim"), [(2, 1), (3, 0), (4, 2)])
+@pytest.mark.parametrize(
+    ("transport", "R", "victim"),
+    [
+        *((transport, R, victim) for transport in ("shm", "group") for R, victim in ((2, 1), (3, 0), (4, 2))),
+        ("hierarchical", 3, 1),
+        ("hierarchical", 4, 2),
+    ],
+)
 def test_a_rank_killed_inside_a_collective_is_named_within_two_seconds(transport: str, R: int, victim: int) -> None:
     outcomes = run_ranks_outcomes(die_waiting, R, transport, victim, 50_000, timeout=60.0)
     assert outcomes[victim].exitcode == -9
@@ -128,7 +136,7 @@ def test_a_rank_killed_inside_a_collective_is_named_within_two_seconds(transport
 
 def die_working(transport: str, victim: int) -> tuple[str, str, float, int]:
     """The victim is killed while all ranks move data without a pause."""
-    group = Group.open(transport=transport, timeout_s=20.0)
+    group = open_group(transport=transport, timeout_s=20.0)
     x = torch.ones(2_000_000)
     group.barrier()
     if group.rank == victim:
@@ -141,7 +149,7 @@ def die_working(transport: str, victim: int) -> tuple[str, str, float, int]:
         calls += 1
 
 
-@TRANSPORTS
+@ALL_TRANSPORTS
 def test_a_rank_killed_while_data_moves_is_named(transport: str) -> None:
     outcomes = run_ranks_outcomes(die_working, 3, transport, 1, timeout=60.0)
     assert outcomes[1].exitcode == -9
@@ -176,7 +184,7 @@ def test_a_rank_whose_program_ends_is_named() -> None:
 
 
 def stop_one(transport: str, victim: int) -> tuple[float, tuple[str, str, float], tuple[str, str, float]]:
-    group = Group.open(transport=transport, timeout_s=1.0)
+    group = open_group(transport=transport, timeout_s=1.0)
     for _ in range(4):
         ops.all_reduce(torch.ones(10), group=group)
     group.barrier()
@@ -187,8 +195,14 @@ def stop_one(transport: str, victim: int) -> tuple[float, tuple[str, str, float]
     return start, first, report(lambda: ops.all_gather(torch.ones(10), group=group))
 
 
-@TRANSPORTS
-@pytest.mark.parametrize(("R", "victim"), [(2, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("transport", "R", "victim"),
+    [
+        *((transport, R, victim) for transport in ("shm", "group") for R, victim in ((2, 0), (3, 2))),
+        ("hierarchical", 3, 2),
+        ("hierarchical", 4, 1),
+    ],
+)
 def test_a_stopped_rank_is_a_timeout_that_names_rank_op_and_call(transport: str, R: int, victim: int) -> None:
     outcomes = run_ranks_outcomes(stop_one, R, transport, victim, timeout=20.0, stopped_for_good=True)
     assert "stopped by a signal" in outcomes[victim].error
@@ -279,7 +293,7 @@ def test_too_little_shared_memory_is_an_error_with_both_sizes_on_every_rank() ->
 
 
 def check_closed_groups(transport: str) -> tuple[str, str, float, float]:
-    group = Group.open(dist.new_group(), transport=transport, timeout_s=10.0)  # gloo may be of no use afterwards
+    group = open_group(dist.new_group(), transport=transport, timeout_s=10.0)  # gloo may be of no use afterwards
     R = group.world_size
     ops.all_reduce(torch.ones(2), group=group)
     start = time.monotonic()
@@ -296,7 +310,7 @@ def check_closed_groups(transport: str) -> tuple[str, str, float, float]:
     return kind, text, start, when
 
 
-@TRANSPORTS
+@ALL_TRANSPORTS
 def test_a_closed_group_says_who_closed_it(transport: str) -> None:
     for rank, (kind, text, start, when) in enumerate(run_ranks(check_closed_groups, 3, transport, fresh=True)):
         assert kind == "PeerLostError", text

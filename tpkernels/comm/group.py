@@ -44,7 +44,8 @@ class Group:
         world_size: how many ranks.
         device: of the tensors of its ops: torch.device("cpu"), or this rank's GPU. is_cpu: which of the two.
         transport: how bytes are moved: "shm" (CPU, one host, shared memory), "peer" (CUDA, one host, the GPUs read each
-            other's memory), "group" (any c10d backend), "local" (one rank).
+            other's memory), "hierarchical" (CPU, several hosts: shared memory inside them, connections between them),
+            "group" (any c10d backend), "local" (one rank).
         timeout_s: seconds that a rank waits for another before it raises TimeoutError.
     """
 
@@ -96,8 +97,10 @@ class Group:
             arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
                 messages, the rest for `group.empty`. Default 16 MiB on the CPU, or what /dev/shm has room for if that
                 is less, down to 1 MiB; 128 MiB on a GPU.
-            transport: "auto", "shm", "peer" or "group". auto takes shared memory ("shm" on the CPU, "peer" on GPUs)
-                when all ranks run on one host and can; `explain()` says why it did not.
+            transport: "auto", "shm", "hierarchical", "peer" or "group". auto takes shared memory ("shm" on the CPU,
+                "peer" on GPUs) when all ranks run on one host and can, and "hierarchical" on the CPU when some host of
+                several has several ranks; `explain()` says why it did not. Over "hierarchical" sums are taken inside
+                the hosts first, so that their bits are not those of other transports.
             device: "cpu", "cuda" (the current GPU) or "cuda:1"; the same kind on all ranks. None means CUDA when the
                 process group carries tensors of GPUs by NCCL, else the CPU.
             multicast: let the switch between the GPUs take large sums (NVLink SHARP). All ranks still hold the same

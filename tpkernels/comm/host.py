@@ -100,9 +100,17 @@ def check_same(ranks: Sequence[RankInfo]) -> None:
             raise RuntimeError(f"Group.open: rank {r} cannot use {info.wanted.device}: {info.obstacle}")
 
 
+def hosts_of(ranks: Sequence[RankInfo]) -> list[list[int]]:
+    """The ranks of each host, ascending; the hosts by their first ranks."""
+    hosts: dict[str, list[int]] = {}
+    for r, info in enumerate(ranks):
+        hosts.setdefault(info.host, []).append(r)
+    return list(hosts.values())
+
+
 def obstacle_to_one_host(ranks: Sequence[RankInfo]) -> str | None:
     """Why these ranks cannot share memory, None when they can try."""
-    hosts = {r.host for r in ranks}
+    hosts = hosts_of(ranks)
     if len(hosts) > 1:
         return f"the ranks run on {len(hosts)} hosts (or in containers that do not share processes and memory)"
     return None
@@ -132,10 +140,24 @@ class Opening:
         return self.bootstrap.rank
 
     @property
+    def hosts(self) -> list[list[int]]:
+        """The ranks of each host, see `hosts_of`."""
+        return hosts_of(self.ranks)
+
+    @property
+    def here(self) -> list[int]:
+        """The ranks of this host."""
+        return next(ranks for ranks in self.hosts if self.rank in ranks)
+
+    @property
+    def cores(self) -> int:
+        """How many cores the ranks of this host have together."""
+        return len(frozenset[int]().union(*(self.ranks[r].cores for r in self.here)))
+
+    @property
     def is_crowded(self) -> bool:
         """Whether the ranks of this host have fewer cores than they are."""
-        here = [info for info in self.ranks if info.host == self.ranks[self.rank].host]
-        return len(here) > len(frozenset.union(*(info.cores for info in here)))
+        return len(self.here) > self.cores
 
     @property
     def pids(self) -> list[int | None]:
@@ -145,28 +167,30 @@ class Opening:
 
 
 def open_shm(opening: Opening, most: int) -> tuple[_C.Communicator | None, str]:
-    """Open over shared memory; collective.
+    """Open over the shared memory of each host, for its ranks; collective over the ranks of all hosts.
 
     Args:
-        opening: of ranks on one host.
+        opening: of all ranks.
         most: bytes for each rank; less where they do not fit and the caller of Group.open named no size.
 
     Returns:
-        the communicator and the reason for it; or None, and why shared memory cannot be used here.
+        the communicator of the ranks of this host, and what it has less than was asked for, if anything; or, on all
+        ranks, None, and why shared memory cannot be used.
 
     Raises:
-        OSError: rank 0 cannot reserve what was asked for, by arena_bytes or by transport="shm"; the same on all ranks.
+        OSError: a host cannot reserve what was asked for, by arena_bytes or by transport; the same on all ranks.
     """
-    bootstrap, wanted, ranks = opening.bootstrap, opening.wanted, opening.ranks
-    rank, world_size = opening.rank, len(ranks)
+    bootstrap, wanted, here = opening.bootstrap, opening.wanted, opening.here
+    first, rank = here[0], here.index(opening.rank)
     least = most if wanted.arena_bytes is not None else min(most, _LEAST_ARENA_BYTES)
     with contextlib.ExitStack() as opened:
-        made = _reserve(most, least, world_size) if rank == 0 else _Reserved()
+        made = _reserve(most, least, len(here)) if rank == 0 else _Reserved()
         if made.fd >= 0:
             opened.callback(os.close, made.fd)
-        offer = bootstrap.gather(replace(made, owner=os.getpid()))[0]
+        offers = bootstrap.gather(replace(made, owner=os.getpid()))
+        offer = next((found for found in offers if found.failure is not None), offers[first])
         if offer.failure is not None:
-            if wanted.arena_bytes is not None or wanted.transport == "shm":
+            if wanted.arena_bytes is not None or wanted.transport in ("shm", "hierarchical"):
                 raise OSError(offer.errno, f"Group.open: {offer.failure}")
             return None, offer.failure
         communicator: _C.Communicator | None = None
@@ -176,13 +200,13 @@ def open_shm(opening: Opening, most: int) -> tuple[_C.Communicator | None, str]:
             if rank != 0:
                 fd = os.open(f"/proc/{offer.owner}/fd/{offer.fd}", os.O_RDWR)
                 opened.callback(os.close, fd)
-            cores = len(frozenset().union(*(r.cores for r in ranks)))
-            pids = [r.pid for r in ranks]
+            name = opening.name if len(here) == len(opening.ranks) else f"{opening.name}/host"
+            pids = [opening.ranks[r].pid for r in here]
             communicator = _C.open_shm(
-                opening.name, opening.label, rank, world_size, wanted.timeout_s, fd, offer.nbytes, pids, cores
+                name, opening.label, rank, len(here), wanted.timeout_s, fd, offer.nbytes, pids, opening.cores
             )
         except (OSError, RuntimeError, ValueError) as error:
-            obstacle = f"rank {rank} could not map the shared memory of rank 0: {error}"
+            obstacle = f"rank {opening.rank} could not map the shared memory of rank {first}: {error}"
         with contextlib.ExitStack() as unless_all_have_it:
             if communicator is not None:
                 unless_all_have_it.callback(communicator.close)
@@ -190,7 +214,7 @@ def open_shm(opening: Opening, most: int) -> tuple[_C.Communicator | None, str]:
                 return None, obstacle
             unless_all_have_it.pop_all()
     less = f", in arenas of {offer.nbytes} bytes because {offer.note}" if offer.note else ""
-    return communicator, f"all ranks run on one host and share its memory{less}"
+    return communicator, less
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tpkernels.comm.profile import open_with_profile
 from tpkernels.comm.sockets import connect, measured_link
 from tpkernels.comm.watch import Watch
 
-TRANSPORTS = {"cpu": ("auto", "shm", "group"), "cuda": ("auto", "peer", "group")}
+TRANSPORTS = {"cpu": ("auto", "shm", "hierarchical", "group"), "cuda": ("auto", "peer", "group")}
 TIMEOUT_S = {"cpu": 30.0, "cuda": 600.0}
 ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 BACKEND_ARENA_BYTES = 4 << 20  # slots of a whole piece, and 256 KiB for the messages of each of up to 11 other ranks
@@ -118,8 +118,7 @@ def open_communicator(
     if len(ranks) == 1:
         return _profiled(Opened(_open_local(kernels, opening.name, label, device), "one rank"), device)
     if kernels is None:
-        here = [info for info in ranks if info.host == ranks[opening.rank].host]
-        return _profiled(_open_cpu(opening), device, len(frozenset.union(*(r.cores for r in here))), len(here))
+        return _profiled(_open_cpu(opening), device, opening.cores, len(opening.here))
     return _open_cuda(opening, device, kernels)
 
 
@@ -189,17 +188,65 @@ def _open_local(kernels: Any, name: str, label: str, device: torch.device) -> An
 
 
 def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
-    process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
-    obstacle = "transport='group' was asked for" if wanted.transport == "group" else obstacle_to_one_host(ranks)
-    if obstacle is None:
-        communicator, found = open_shm(opening, arena_bytes or _arena_bytes(wanted))
+    wanted, hosts = opening.wanted, opening.hosts
+    arena_bytes = arena_bytes or _arena_bytes(wanted)
+    several = obstacle_to_one_host(opening.ranks)
+    if wanted.transport == "group":
+        obstacle = "transport='group' was asked for"
+    elif several is None and wanted.transport != "hierarchical":
+        communicator, found = open_shm(opening, arena_bytes)
         if communicator is not None:
-            return Opened(communicator, found)
+            return Opened(communicator, f"all ranks run on one host and share its memory{found}")
         obstacle = found
-        if opening.rank == 0:
-            _log.warning("group '%s' of %d ranks does without shared memory: %s", label, len(ranks), obstacle)
-    if wanted.transport == "shm":
-        raise ValueError(f"Group.open: transport 'shm' cannot be used: {obstacle}")
+    elif several is None:
+        obstacle = "all ranks run on one host"
+    elif wanted.transport == "shm":
+        obstacle = several
+    elif len(hosts) == len(opening.ranks):
+        obstacle = f"{several}, one on each" if wanted.transport == "hierarchical" else several
+    else:
+        opened = _open_hierarchical(opening, arena_bytes)
+        if isinstance(opened, Opened):
+            return opened
+        obstacle = f"{several}, and each of them does without its own: {opened}"
+    if wanted.transport in ("shm", "hierarchical"):
+        raise ValueError(f"Group.open: transport {wanted.transport!r} cannot be used: {obstacle}")
+    if wanted.transport == "auto" and len(hosts) < len(opening.ranks) and opening.rank == 0:
+        _log.warning(
+            "group '%s' of %d ranks does without shared memory: %s", opening.label, len(opening.ranks), obstacle
+        )
+    return _open_connections(opening, obstacle)
+
+
+def _open_hierarchical(opening: Opening, arena_bytes: int) -> Opened | str:
+    """Between hosts, of which one has several ranks; or why that cannot be, the same on all ranks."""
+    hosts, here, rank = opening.hosts, opening.here, opening.rank
+    inner, found = open_shm(opening, arena_bytes)
+    if inner is None:
+        return found
+    with _closed_on_error(inner):
+        slices, mine = min(map(len, hosts)), here.index(rank)
+        leaders = [ranks[mine] for ranks in hosts] if mine < slices else []
+        sockets, obstacle = connect(opening.process_group, opening.bootstrap, leaders)
+        if obstacle is not None:
+            inner.close()
+            return obstacle
+        watch = _watch(opening)
+        timeout_s, capacity = opening.wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
+        communicator = _C.open_hierarchical(
+            opening.name, opening.label, rank, timeout_s, hosts, inner, sockets, capacity, watch
+        )
+    sizes = " + ".join(str(len(ranks)) for ranks in hosts)
+    reason = (
+        f"{len(hosts)} hosts have {sizes} ranks: over shared memory inside a host{found}, over connections between the "
+        f"hosts, of {slices} rank{'s' * (slices > 1)} of each"
+    )
+    return Opened(communicator, reason)
+
+
+def _open_connections(opening: Opening, obstacle: str) -> Opened:
+    """Between any ranks; `obstacle`: to shared memory."""
+    process_group, label, wanted, ranks = opening.process_group, opening.label, opening.wanted, opening.ranks
     if backend_of(process_group, "cpu") is None:
         assert isinstance(process_group, dist.ProcessGroup)
         raise ValueError(
@@ -208,8 +255,8 @@ def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
             f": call init_process_group('cpu:gloo,cuda:nccl')"
         )
     name, rank, timeout_s, capacity = opening.name, opening.rank, wanted.timeout_s, _EXCHANGE_BYTES["cpu"]
-    sockets, no_sockets = connect(process_group, opening.bootstrap)
-    watch = Watch(process_group, name, timeout_s, opening.pids)
+    sockets, no_sockets = connect(process_group, opening.bootstrap, range(len(ranks)))
+    watch = _watch(opening)
     if no_sockets is None:
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
         with _closed_on_error(communicator):
@@ -218,6 +265,10 @@ def _open_cpu(opening: Opening, arena_bytes: int | None = None) -> Opened:
     exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)
     return Opened(communicator, f"through the process group, because {obstacle}; {no_sockets}")
+
+
+def _watch(opening: Opening) -> Watch:
+    return Watch(opening.process_group, opening.name, opening.wanted.timeout_s, opening.pids)
 
 
 def _open_cuda(opening: Opening, device: torch.device, kernels: Any) -> Opened:

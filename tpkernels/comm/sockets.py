@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +66,25 @@ def measured_link(communicator: Any) -> float:
     return rate
 
 
-def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[list[int], str | None]:
-    """Connect every rank with every other one; all ranks of the bootstrap call this.
+def connect(
+    process_group: dist.ProcessGroup, bootstrap: Bootstrap, peers: Sequence[int]
+) -> tuple[list[int], str | None]:
+    """Connect ranks with each other; all ranks of the bootstrap call this.
+
+    Args:
+        process_group, bootstrap: of the ranks.
+        peers: the ranks that are connected with each other and with this one, itself included, the same on all of
+            them; none: this rank is connected with no other.
 
     Returns:
-        file descriptors in rank order (-1 for this rank), which are the caller's, and None; or, on all ranks, none and
-        the obstacle of the first rank that has one.
+        file descriptors in the order of peers (-1 for this rank), which are the caller's, and None; or, on all ranks,
+        none and the obstacle of the first rank that has one.
     """
     with contextlib.ExitStack() as opened:
         offer = _Offer(obstacle=_obstacle(process_group))
         if offer.obstacle is None:
             try:
-                _check_room(bootstrap.world_size)
+                _check_room(len(peers))
                 listener = opened.enter_context(_listen())
                 offer = _Offer(listener.getsockname()[:2], secrets.token_bytes(_TOKEN_BYTES))
             except OSError as error:
@@ -88,7 +96,7 @@ def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[lis
         found: dict[int, socket.socket] = {}
         problem = None
         try:
-            _connect_all(bootstrap, offers, listener, found)
+            _connect_all(bootstrap, peers, offers, listener, found)
         except OSError as error:
             problem = f"rank {bootstrap.rank} has not reached all others: {error}"
             bootstrap.post_obstacle(problem)
@@ -99,7 +107,7 @@ def connect(process_group: dist.ProcessGroup, bootstrap: Bootstrap) -> tuple[lis
             opened.enter_context(connection)
         if (problem := bootstrap.first_obstacle(problem, longer_s=_DEADLINE_S)) is not None:
             return [], problem
-        return [found[r].detach() if r in found else -1 for r in range(len(offers))], None
+        return [found[r].detach() if r in found else -1 for r in peers], None
 
 
 def _obstacle(process_group: dist.ProcessGroup) -> str | None:
@@ -130,36 +138,40 @@ def _address() -> str:
     return "127.0.0.1"
 
 
-def _check_room(world_size: int) -> None:
+def _check_room(num_ranks: int) -> None:
     """Raise OSError unless this process may open as many files as connections need: the others would wait in vain."""
     with contextlib.ExitStack() as opened:
         try:
-            for _ in range(world_size + 1):
+            for _ in range(num_ranks + 1):
                 opened.callback(os.close, os.eventfd(0))
         except OSError as error:
             most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             raise OSError(
                 error.errno,
-                f"{error.strerror}: connections of {world_size} ranks need {world_size + 1} more than this process has "
+                f"{error.strerror}: connections of {num_ranks} ranks need {num_ranks + 1} more than this process has "
                 f"open, of at most {most}; raise that (ulimit -n)",
             ) from None
 
 
 def _connect_all(
-    bootstrap: Bootstrap, offers: list[_Offer], listener: socket.socket, found: dict[int, socket.socket]
+    bootstrap: Bootstrap,
+    peers: Sequence[int],
+    offers: list[_Offer],
+    listener: socket.socket,
+    found: dict[int, socket.socket],
 ) -> None:
-    """Connect to all lower ranks, accept all higher ones; both sides send a token from the group's store."""
+    """Connect to all lower peers, accept all higher ones; both sides send a token from the group's store."""
     deadline = time.monotonic() + _DEADLINE_S
     rank = bootstrap.rank
     mine = offers[rank].token
-    for r in range(rank):
+    for r in (peer for peer in peers if peer < rank):
         found[r] = connection = socket.create_connection(offers[r].address, _left(deadline))
         connection.sendall(offers[r].token + struct.pack("!I", rank))
         connection.settimeout(_left(deadline))
         if not hmac.compare_digest(_receive(connection, _TOKEN_BYTES), mine):
             raise OSError(f"another program answers at the address of rank {r}")
         _prepare(connection)
-    while len(found) < len(offers) - 1:
+    while len(found) < len(peers) - 1:
         listener.settimeout(min(_left(deadline), _LOOK_S))
         try:
             connection, _ = listener.accept()
@@ -174,7 +186,7 @@ def _connect_all(
             connection.close()
             continue
         r = struct.unpack("!I", hello[_TOKEN_BYTES:])[0]
-        if not hmac.compare_digest(hello[:_TOKEN_BYTES], mine) or not rank < r < len(offers) or r in found:
+        if not hmac.compare_digest(hello[:_TOKEN_BYTES], mine) or r <= rank or r not in peers or r in found:
             connection.close()
             continue
         connection.sendall(offers[r].token)

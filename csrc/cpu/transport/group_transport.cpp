@@ -6,21 +6,15 @@
 #include "core/arena.h"
 #include "core/bytes.h"
 #include "core/check.h"
+#include "core/cuts.h"
 #include "core/errors.h"
+#include "opening.h"
 
 namespace tpk {
 namespace {
 
 constexpr size_t kInlineBytes = 1024;
-constexpr size_t kOpeningBytes = 64 + kInlineBytes;
-
-struct Opening {
-  uint64_t call, numel;
-  int64_t mine;
-  uint32_t shape_hash;
-  uint8_t op, dtype, reduce_op, codec;
-};
-static_assert(sizeof(Opening) <= 64, "the fingerprint fits in front of the payload");
+constexpr size_t kOpeningBytes = Opening::kBytes + kInlineBytes;
 
 std::vector<size_t> starts_of(const std::vector<size_t>& sizes) {
   std::vector<size_t> starts{0};
@@ -36,12 +30,6 @@ GroupCommunicator::GroupCommunicator(std::string name, std::string label, int ra
   TPK_CHECK(exchange_->capacity() >= static_cast<size_t>(world_size) * 8192,
             "Group.open: the exchange buffers must hold 8192 bytes for each of ", world_size, " ranks, got ",
             exchange_->capacity());
-}
-
-Cut GroupCommunicator::cut_of_piece(const Wire& wire, size_t n) const {
-  Cut chunks = Cut::even((n + wire.block_values - 1) / wire.block_values, world_size(), wire.block_values);
-  for (size_t& start : chunks.starts) start = std::min(start, n);
-  return chunks;
 }
 
 // A multiple of what gives every rank as much, so that the bytes of a call do not depend on its pieces.
@@ -76,24 +64,17 @@ void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, cons
 }
 
 const char* GroupCommunicator::inline_payload(int r) const {
-  return exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes + 64;
+  return exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes + Opening::kBytes;
 }
 
 std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const Input* payload,
                                                    size_t n) {
-  const Opening mine{call_,
-                     spec.numel,
-                     spec.mine,
-                     spec.shape_hash,
-                     static_cast<uint8_t>(spec.op),
-                     static_cast<uint8_t>(spec.dtype),
-                     static_cast<uint8_t>(spec.reduce_op),
-                     static_cast<uint8_t>(spec.codec)};
+  const Opening mine(call_, spec);
   for (int r = 0; r < world_size(); ++r) {
     char* to = exchange_->send_buffer() + static_cast<size_t>(r) * kOpeningBytes;
     std::memset(to, 0, kOpeningBytes);
     std::memcpy(to, &mine, sizeof mine);
-    if (wire != nullptr) payload->encode(*wire, to + 64, n);
+    if (wire != nullptr) payload->encode(*wire, to + Opening::kBytes, n);
   }
   const Sizes sizes(static_cast<size_t>(world_size()), kOpeningBytes);
   run(spec.op, sizes, sizes);
@@ -101,9 +82,7 @@ std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const W
   for (int r = 0; r < world_size(); ++r) {
     Opening theirs;
     std::memcpy(&theirs, exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes, sizeof theirs);
-    all.push_back({static_cast<Op>(theirs.op), static_cast<DType>(theirs.dtype),
-                   static_cast<ReduceOp>(theirs.reduce_op), static_cast<Codec>(theirs.codec), theirs.numel,
-                   theirs.shape_hash, theirs.mine});
+    all.push_back(theirs.spec());
   }
   check_agreement(spec, all);
   return all;
@@ -148,7 +127,7 @@ void GroupCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, 
 void GroupCommunicator::all_reduce_piece(const CallSpec& spec, const Wire& wire, const Input& in, void* out, size_t n,
                                          const std::function<void()>* meanwhile) {
   const size_t ranks = static_cast<size_t>(world_size());
-  const Cut chunks = cut_of_piece(wire, n);
+  const Cut chunks = cut_at_blocks(n, world_size(), wire.block_values);
   Sizes chunk_bytes;
   for (int r = 0; r < world_size(); ++r) chunk_bytes.push_back(wire.bytes(chunks.size(r)));
   const size_t mine = chunk_bytes[static_cast<size_t>(rank())];

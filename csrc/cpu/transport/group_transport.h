@@ -44,8 +44,6 @@ class GroupCommunicator : public Communicator {
   virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
   // Whether the opening carries the whole message.
   static bool is_inline(const Wire&, size_t n);
-  // Which rank sums which of n values, in whole blocks.
-  Cut cut_of_piece(const Wire&, size_t n) const;
   Exchange& exchange() { return *exchange_; }
   // Runs body, and adds the call to the text of its errors.
   void described(Op op, const std::function<void()>& body);

@@ -18,6 +18,7 @@
 
 #include "core/bytes.h"
 #include "core/check.h"
+#include "core/cuts.h"
 #include "core/errors.h"
 #include "shm.h"
 
@@ -29,9 +30,7 @@ constexpr size_t kGatherParts = 4;
 
 // The values of a piece cut over the ranks at block boundaries.
 Cut chunks_of(const Wire& wire, size_t count, int world_size) {
-  Cut cut = Cut::even((count + wire.block_values - 1) / wire.block_values, world_size, wire.block_values);
-  for (size_t& start : cut.starts) start = std::min(start, count);
-  return cut;
+  return cut_at_blocks(count, world_size, wire.block_values);
 }
 
 }  // namespace

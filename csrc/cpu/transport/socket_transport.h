@@ -15,7 +15,7 @@
 
 namespace tpk {
 
-class SocketCommunicator final : public GroupCommunicator {
+class SocketCommunicator : public GroupCommunicator {
  public:
   SocketCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
                      std::unique_ptr<SocketExchange> link);
@@ -42,6 +42,7 @@ class SocketCommunicator final : public GroupCommunicator {
                        const std::function<void()>* meanwhile) override;
   void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  SocketExchange& link() { return link_; }
 
  private:
   using Move = std::function<void(Stream&)>;

@@ -1,11 +1,10 @@
 #include "streams.h"
 
 #include <algorithm>
-#include <memory>
 #include <utility>
 
-#include "core/bytes.h"
-#include "cpu/output_pool.h"
+#include "core/cuts.h"
+#include "scratch.h"
 
 namespace tpk {
 namespace {
@@ -15,20 +14,6 @@ using Mark = SocketExchange::Mark;
 constexpr size_t kPieceWireBytes = size_t{256} << 10;  // some round trips of a link of 10 Gbit
 constexpr size_t kAhead = 4;                           // pieces
 constexpr size_t kSlots = 2 * kAhead;
-
-// Memory for a call, from the pool.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(bytes > 0 ? pool_allocate(bytes) : nullptr, Free{bytes}) {}
-  char* at(size_t bytes) const { return static_cast<char*>(memory_.get()) + bytes; }
-
- private:
-  struct Free {
-    size_t bytes;
-    void operator()(void* memory) const { pool_free(memory, bytes); }
-  };
-  std::unique_ptr<void, Free> memory_;
-};
 
 // Piece i of n values in pieces: [start, start + values).
 struct Piece {
@@ -60,9 +45,7 @@ class AllReduce {
     slot.piece = piece;
     slot.out = out;
     slot.chunk = chunk;
-    slot.cut =
-        Cut::even((piece.values + wire_.block_values - 1) / wire_.block_values, stream_.world_size, wire_.block_values);
-    for (size_t& start : slot.cut.starts) start = std::min(start, piece.values);
+    slot.cut = cut_at_blocks(piece.values, stream_.world_size, wire_.block_values);
     slot.contribution = static_cast<const char*>(in.values());
     if (!wire_.is_plain() && !in.is_packed()) {
       char* const packed = memory(begun_, 1);

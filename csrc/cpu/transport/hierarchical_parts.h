@@ -1,0 +1,19 @@
+// What the two files of transport `hierarchical` share. Torch-free.
+#pragma once
+
+#include "hierarchical_transport.h"
+#include "opening.h"
+
+namespace tpk {
+
+// What all ranks have sent to open a call, in rank order.
+struct HierarchicalCommunicator::Opened {
+  static constexpr size_t kRecordBytes = Opening::kBytes + kInlineBytes;
+  std::vector<char> records;
+  std::vector<CallSpec> specs;
+  bool is_packed;  // the input of any rank
+
+  const char* payload(int r) const { return records.data() + static_cast<size_t>(r) * kRecordBytes + Opening::kBytes; }
+};
+
+}  // namespace tpk

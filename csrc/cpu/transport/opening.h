@@ -1,0 +1,40 @@
+// What a rank sends at the beginning of a call over connections: its fingerprint. Torch-free.
+#pragma once
+
+#include "core/communicator.h"
+
+namespace tpk {
+
+struct Opening {
+  static constexpr size_t kBytes = 64;  // on the wire, where the small message follows that goes with it
+
+  uint64_t call, numel;
+  int64_t mine;
+  uint32_t shape_hash;
+  uint8_t op, dtype, reduce_op, codec;
+  uint8_t is_packed;  // the input, of transport `hierarchical`
+
+  Opening() = default;
+  Opening(uint64_t call, const CallSpec& spec, bool is_packed = false)
+      : call(call),
+        numel(spec.numel),
+        mine(spec.mine),
+        shape_hash(spec.shape_hash),
+        op(static_cast<uint8_t>(spec.op)),
+        dtype(static_cast<uint8_t>(spec.dtype)),
+        reduce_op(static_cast<uint8_t>(spec.reduce_op)),
+        codec(static_cast<uint8_t>(spec.codec)),
+        is_packed(is_packed) {}
+  CallSpec spec() const {
+    return {static_cast<Op>(op),
+            static_cast<DType>(dtype),
+            static_cast<ReduceOp>(reduce_op),
+            static_cast<Codec>(codec),
+            numel,
+            shape_hash,
+            mine};
+  }
+};
+static_assert(sizeof(Opening) <= Opening::kBytes, "the fingerprint fits in front of the message");
+
+}  // namespace tpk
