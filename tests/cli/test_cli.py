@@ -112,9 +112,8 @@ def saved_run(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--tp 4 --heads 4", "was cut over 2 ranks and this is 4: continue it with --tp 2"),
+        ("--heads 8", "has --heads 4, which a continuation cannot change to 8: leave --heads out"),
         ("--d-model 512", "has --d-model 256, which a continuation cannot change to 512: leave --d-model out"),
-        ("--dp 2", "has --dp 1, which a continuation cannot change to 2"),
         ("--seed 1", "has --seed 0, which a continuation cannot change to 1"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from tpkernels import checkpoint
 from tpkernels.cli.errors import plain_errors
 from tpkernels.cli.options import Arena, Timeout, given, options_of
 from tpkernels.cli.ranks import start_ranks
@@ -38,6 +39,14 @@ def train(
         Path | None, Option(help="Its path.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from its last checkpoint.", rich_help_panel=FOLDER)] = False,
+    resume_or_start: Annotated[
+        bool,
+        Option(
+            "--resume-or-start",
+            help="--resume where it has a checkpoint, else start: for launchers that restart.",
+            rich_help_panel=FOLDER,
+        ),
+    ] = False,
     **_: Any,
 ) -> None:
     """Train a byte-level GPT cut over several ranks of this machine.
@@ -46,6 +55,8 @@ def train(
     """
     with plain_errors(GO_ON):
         options = given(ctx, Settings)
+        if resume_or_start:
+            resume = resume or _has_checkpoint(folder)
         if torchrun.is_rank() and not resume:
             use_all_ranks(options, torchrun.world_size())
         settings, path = _resolve(options, folder, resume)
@@ -54,7 +65,13 @@ def train(
         elif settings.ranks > 1:
             arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
             raise typer.Exit(start_ranks(settings.ranks, arguments, GO_ON))
-        work(settings, path, resume=resume, timeout_s=timeout, arena_mib=arena_mib)
+        work(settings, path, resume=resume, anew=resume_or_start, timeout_s=timeout, arena_mib=arena_mib)
+
+
+def _has_checkpoint(folder: Path | None) -> bool:
+    if folder is None:
+        raise UserError("--resume-or-start needs the folder of the run, the same at each start: give --folder.")
+    return checkpoint.latest(folder / "checkpoints") is not None
 
 
 def use_all_ranks(options: dict[str, Any], ranks: int) -> None:
@@ -77,7 +94,7 @@ def _check_ranks(settings: Settings, ranks: int, resume: bool) -> None:
     if resume:
         raise UserError(
             f"torchrun started {ranks} ranks and the run has {_sizes(settings)}: "
-            f"continue it with torchrun --nproc-per-node {settings.ranks}, or start anew without --resume."
+            f"continue it with torchrun --nproc-per-node {settings.ranks}, or with other --tp, --dp and --pp."
         )
     each = "" if settings.dp == 1 else f" for each of --dp {settings.dp}"
     each += "" if settings.pp == 1 else f"{' and' if each else ' for each of'} --pp {settings.pp}"

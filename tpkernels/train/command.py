@@ -23,12 +23,12 @@ from tpkernels.train.trainer import Run, open_run
 PROMPT = b"def "
 
 
-def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, arena_mib: int) -> None:
+def work(settings: Settings, folder: Path, *, resume: bool, anew: bool, timeout_s: float, arena_mib: int) -> None:
     """Train, then report.
 
     Args:
         folder: of the run; that of rank 0 counts.
-        resume: continue from its last checkpoint.
+        resume, anew: as for `open_run`.
         timeout_s, arena_mib: as for `torchrun.open_ranks`.
 
     Raises:
@@ -37,7 +37,7 @@ def work(settings: Settings, folder: Path, *, resume: bool, timeout_s: float, ar
     """
     with torchrun.open_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp, pp=settings.pp) as layout:
         folder = gather(folder, layout.world)[0]  # the default name has the time in it, which may differ by a second
-        with open_run(settings, folder, layout, resume=resume) as run:
+        with open_run(settings, folder, layout, resume=resume, anew=anew) as run:
             _greet(run)
             run.loop()
         held = _conclude(run)

@@ -18,6 +18,8 @@ from tpkernels.data_parallel import checks
 from tpkernels.errors import UserError
 
 GRAD_CODECS, GRAD_MODES = checks.GRAD_CODECS, checks.MODES
+OF_STAGES = ("micro_batches", "schedule", "stage_codec")
+OF_REPLICAS = ("grad_codec", "grad_mode", "zero", "check_replicas")
 MODEL, TRAINING, PARALLEL, FOLDER = "Model", "Training", "Parallel", "Run folder"  # panels of the help
 
 
@@ -38,7 +40,8 @@ def _setting(
         help, panel: of its option.
         least, above: its range; numbers are finite, and None is in every range.
         choices: its values, where they are listed.
-        changeable: whether it may differ between a run and its continuation; the others decide the numbers.
+        changeable: whether it may differ between a run and its continuation; the others decide the numbers, of which
+            a number of ranks changes no more than the rounding.
         shown: the default in the help; None shows `default`.
     """
     metadata = {
@@ -52,9 +55,11 @@ def _setting(
 class Settings:
     """Every choice of a run. The defaults are about two minutes on two slow cores."""
 
-    tp: int = _setting(2, "Ranks to cut the model over.", PARALLEL, least=1)
-    dp: int = _setting(1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1)
-    pp: int = _setting(1, "Pipeline stages that the layers are divided over.", PARALLEL, least=1)
+    tp: int = _setting(2, "Ranks to cut the model over.", PARALLEL, least=1, changeable=True)
+    dp: int = _setting(
+        1, "Replicas of the cut model; each learns from its part of the batch.", PARALLEL, least=1, changeable=True
+    )
+    pp: int = _setting(1, "Pipeline stages that the layers are divided over.", PARALLEL, least=1, changeable=True)
     micro_batches: int = _setting(4, "Parts of a replica's batch, one behind another in --pp.", PARALLEL, least=1)
     schedule: str = _setting("1f1b", "Their order: 1f1b, gpipe, zb1p.", PARALLEL, choices=("1f1b", "gpipe", "zb1p"))
     stage_codec: str = _setting(
@@ -149,7 +154,7 @@ def check(settings: Settings) -> None:
         )
     _check_replicas(s)
     alone = Settings()
-    for name in ("micro_batches", "schedule", "stage_codec"):
+    for name in OF_STAGES:
         if s.pp == 1 and getattr(s, name) != getattr(alone, name):
             raise UserError(f"{option(name)} needs several stages: take --pp 2 or more, or leave it out.")
 
@@ -183,7 +188,7 @@ def _check_replicas(s: Settings) -> None:
             f"take --batch {s.dp} or more, or --dp {s.batch} or less."
         )
     alone = Settings()
-    for name in ("grad_codec", "grad_mode", "zero", "check_replicas"):
+    for name in OF_REPLICAS:
         if s.dp == 1 and getattr(s, name) != getattr(alone, name):
             raise UserError(f"{option(name)} needs several replicas: take --dp 2 or more, or leave it out.")
 
@@ -222,14 +227,10 @@ def resume(folder: Path, given: dict[str, Any]) -> Settings:
         raise UserError(f"{path} cannot be read ({error}): restore it, or start anew without --resume.") from None
     for name, value in given.items():
         if not changeable[name] and value != getattr(saved, name):
-            if name == "tp":
-                raise UserError(
-                    f"the run in {folder} was cut over {saved.tp} ranks and this is {value}: "
-                    f"continue it with --tp {saved.tp} (torchrun --nproc-per-node {saved.ranks}), "
-                    f"or start anew without --resume."
-                )
             raise UserError(
                 f"the run in {folder} has {option(name)} {getattr(saved, name)}, which a continuation cannot change "
                 f"to {value}: leave {option(name)} out, or start anew without --resume."
             )
-    return replace(saved, **{k: v for k, v in given.items() if changeable[k]})
+    changed = replace(saved, **{k: v for k, v in given.items() if changeable[k]})
+    unused = (OF_STAGES if changed.pp == 1 else ()) + (OF_REPLICAS if changed.dp == 1 else ())
+    return replace(changed, **{name: getattr(Settings(), name) for name in unused})

@@ -293,14 +293,15 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(settings: Settings, folder: Path, layout: Mesh, *, resume: bool) -> Iterator[Run]:
+def open_run(settings: Settings, folder: Path, layout: Mesh, *, resume: bool, anew: bool = False) -> Iterator[Run]:
     """A new run in `folder`, or the one that is there, at its last checkpoint. Collective over layout.world.
 
     Args:
         settings: the same on all ranks.
         folder: where log, settings and checkpoints are.
         layout: settings.tp * settings.dp * settings.pp ranks.
-        resume: continue from the last checkpoint in `folder`; else it must hold no run.
+        resume: continue from the last checkpoint in `folder`.
+        anew: without `resume`, begin again where it holds a run without checkpoints; else it must hold none.
 
     Raises:
         UserError: bad settings, data that cannot be read or is not the run's, a folder that holds a run, or none.
@@ -321,7 +322,7 @@ def open_run(settings: Settings, folder: Path, layout: Mesh, *, resume: bool) ->
         trainer = Trainer.new(settings, corpus, parts, layout.tp, layout.dp, layout.pp)
     step, total = _continue(trainer, folder, layout) if resume else (0, None)
     with raise_together(group, UserError, ""):
-        if group.rank == 0 and not resume:
+        if group.rank == 0 and not resume and not anew:
             _refuse_used(folder)
     with raise_together(group, checkpoint.CheckpointError, ""):
         if group.rank == 0:
