@@ -13,6 +13,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -63,7 +64,6 @@ def _module() -> Any:
 
 def _create(options: Any, wanted: Any) -> Any:
     """The back end of a new process group; every rank of the group calls this."""
-    module = _module()
     transport = wanted.transport if isinstance(wanted, Options) else "auto"  # "cuda:nccl" beside it has others
     if transport not in TRANSPORTS["cpu"]:
         raise ValueError(
@@ -71,11 +71,21 @@ def _create(options: Any, wanted: Any) -> Any:
         )
     label = options.group_id if dist.is_initialized() else "world"
     group = NewGroup(options.store, options.group_rank, options.group_size, options.group_id, options.timeout)
-    timeout_s = min(options.timeout.total_seconds(), _FOREVER_S)
+    return _open(group, label, transport)
+
+
+def _open(group: NewGroup, label: str, transport: str) -> Any:
+    module = _module()
+    timeout_s = min(group.timeout.total_seconds(), _FOREVER_S)
     communicator, is_crowded = open_for_backend(group, label, timeout_s, transport)
     if communicator.transport not in ("shm", "local"):
         group.gloo  # noqa: B018  # for messages, which two ranks alone exchange: made while all ranks are here
-    return module.open_backend(communicator, options.store, is_crowded, lambda: group.gloo)
+
+    def split(store: dist.Store, rank: int, size: int, name: str, timeout: timedelta) -> Any:
+        """The back end of some of the ranks."""
+        return _open(NewGroup(store, rank, size, name, timeout), name, transport)
+
+    return module.open_backend(communicator, group.store, is_crowded, lambda: group.gloo, split)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 #include "backend.h"
 
+#include <algorithm>
+#include <optional>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <utility>
 
 #include "core/check.h"
@@ -29,12 +31,14 @@ class WithoutGil {
 }  // namespace
 
 Backend::Backend(Communicator& comm, std::shared_ptr<void> owner, c10::intrusive_ptr<c10d::Store> store,
-                 bool is_crowded, MakeGloo make_gloo)
+                 bool is_crowded, MakeGloo make_gloo, Split split)
     : c10d::Backend(comm.rank(), comm.world_size()),
       owner_(std::move(owner)),
       comm_(comm),
       store_(std::move(store)),
-      make_gloo_(std::move(make_gloo)) {
+      make_gloo_(std::move(make_gloo)),
+      split_(std::move(split)),
+      queue_(std::make_shared<Queue>()) {
   Communicator::Heaps heaps = comm_.take_heaps();
   if (heaps.bytes > 0) mailboxes_ = std::make_shared<Mailboxes>(comm_, owner_, std::move(heaps), is_crowded);
   init();
@@ -43,9 +47,22 @@ Backend::Backend(Communicator& comm, std::shared_ptr<void> owner, c10::intrusive
 Backend::~Backend() {
   if (comm_.is_of_this_process()) {
     shutdown();
-  } else {
-    queue_.forget();
+    return;
   }
+  // A forked child: threads that do not exist here hold locks of these, which must not be destroyed.
+  new std::shared_ptr<Queue>(queue_);
+  new std::shared_ptr<Mailboxes>(mailboxes_);
+}
+
+// Every rank of the new back end calls it; others may.
+Backend::Base Backend::split(const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+                             const c10::intrusive_ptr<Options>& options) {
+  const auto found = std::find(ranks.begin(), ranks.end(), rank_);
+  if (found == ranks.end()) return nullptr;
+  // Groups of other ranks may be split off under the same name.
+  const auto own = c10::make_intrusive<c10d::PrefixStore>(concat("split_", ranks[0]), store);
+  return split_(own, static_cast<int>(found - ranks.begin()), static_cast<int>(ranks.size()), options->group_name,
+                options->timeout);
 }
 
 c10::intrusive_ptr<c10d::Backend::Options> Backend::getBackendOptions() {
@@ -67,7 +84,7 @@ void Backend::abort() {
 void Backend::shutdown() {
   if (is_shut_.exchange(true)) return;
   const WithoutGil no_gil;
-  queue_.close();
+  queue_->close();
   if (mailboxes_ != nullptr) mailboxes_->close("this rank destroyed the process group");
   comm_.close("the process group was destroyed on this rank");
 }
@@ -220,7 +237,7 @@ Backend::Works Backend::endCoalescing() {
   return c10::make_intrusive<CoalescedWork>(std::exchange(coalesced_, {}));
 }
 
-const c10::intrusive_ptr<c10d::Backend>& Backend::gloo() {
+const Backend::Base& Backend::gloo() {
   std::lock_guard<std::mutex> lock(gloo_mutex_);
   if (gloo_ == nullptr) gloo_ = make_gloo_();
   return gloo_;

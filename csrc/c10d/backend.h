@@ -25,11 +25,15 @@ namespace tpk {
 class Backend final : public c10d::Backend {
  public:
   using Works = c10::intrusive_ptr<c10d::Work>;
-  using MakeGloo = std::function<c10::intrusive_ptr<c10d::Backend>()>;
+  using Base = c10::intrusive_ptr<c10d::Backend>;
+  using MakeGloo = std::function<Base()>;
+  using Split = std::function<Base(c10::intrusive_ptr<c10d::Store>, int rank, int size, const std::string& name,
+                                   std::chrono::milliseconds timeout)>;
 
   // owner: of comm. is_crowded: there are more ranks than cores. make_gloo: makes its back end of the same ranks.
+  // split: makes a back end like this one of some of them.
   Backend(Communicator& comm, std::shared_ptr<void> owner, c10::intrusive_ptr<c10d::Store> store, bool is_crowded,
-          MakeGloo make_gloo);
+          MakeGloo make_gloo, Split split);
   ~Backend() override;
 
   const std::string getBackendName() const override { return "tpk"; }
@@ -37,6 +41,9 @@ class Backend final : public c10d::Backend {
   void setTimeout(std::chrono::milliseconds timeout) override;
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return num_collectives_; }
+  bool supportsSplitting() const override { return true; }
+  Base split(const c10::intrusive_ptr<c10d::Store>&, const std::vector<int>& ranks,
+             const c10::intrusive_ptr<Options>&) override;
   void abort() override;
   void shutdown() override;
   c10d::ErrorType getError() override;
@@ -82,7 +89,7 @@ class Backend final : public c10d::Backend {
   void scatter_sum(const Reduction& reduction, const Tensors& inputs, const at::Tensor& output);
   void exchange_all(Op op, const Tensors& inputs, const Tensors& outputs, int64_t root);
   Works message(c10d::OpType type, const char* title, Tensors& tensors, int peer, int tag);
-  const c10::intrusive_ptr<c10d::Backend>& gloo();
+  const Base& gloo();
   void check_rank(const char* op, const char* argument, int64_t rank) const;
   const at::Tensor& only(const char* op, const char* argument, const Tensors& tensors) const;
   Works kept(Works work);
@@ -91,9 +98,10 @@ class Backend final : public c10d::Backend {
   Communicator& comm_;
   const c10::intrusive_ptr<c10d::Store> store_;
   const MakeGloo make_gloo_;
+  const Split split_;
   std::mutex gloo_mutex_;
-  c10::intrusive_ptr<c10d::Backend> gloo_;
-  Queue queue_;
+  Base gloo_;
+  const std::shared_ptr<Queue> queue_;
   std::shared_ptr<Mailboxes> mailboxes_;
   std::atomic<Codec> codec_{Codec::None};
   std::atomic<uint64_t> num_collectives_{0};

@@ -1,4 +1,5 @@
 // The Python module _C_c10d. tpkernels/c10d.py loads it.
+#include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -18,15 +19,23 @@ std::shared_ptr<py::object> kept(py::object object) {
           }};
 }
 
-// communicator: of _C, kept as long as the back end. make_gloo: makes torch's back end `gloo` of the same ranks.
-c10::intrusive_ptr<Backend> open_backend(py::object communicator, const c10::intrusive_ptr<c10d::Store>& store,
-                                         bool is_crowded, py::object make_gloo) {
-  auto& comm = *reinterpret_cast<Communicator*>(communicator.attr("address").cast<uintptr_t>());
-  const auto factory = kept(std::move(make_gloo));
-  return c10::make_intrusive<Backend>(comm, kept(std::move(communicator)), store, is_crowded, [factory] {
+// A Python function that returns a back end, to be called without the GIL.
+template <class... Arguments>
+auto making(py::object function) {
+  return [function = kept(std::move(function))](const Arguments&... arguments) {
     py::gil_scoped_acquire gil;
-    return (*factory)().cast<c10::intrusive_ptr<c10d::Backend>>();
-  });
+    return (*function)(arguments...).template cast<Backend::Base>();
+  };
+}
+
+// communicator: of _C, kept as long as the back end. make_gloo: makes torch's back end `gloo` of the same ranks.
+// split(store, rank, size, name, timeout): makes a back end of some of them.
+c10::intrusive_ptr<Backend> open_backend(py::object communicator, const c10::intrusive_ptr<c10d::Store>& store,
+                                         bool is_crowded, py::object make_gloo, py::object split) {
+  auto& comm = *reinterpret_cast<Communicator*>(communicator.attr("address").cast<uintptr_t>());
+  return c10::make_intrusive<Backend>(
+      comm, kept(std::move(communicator)), store, is_crowded, making<>(std::move(make_gloo)),
+      making<c10::intrusive_ptr<c10d::Store>, int, int, std::string, std::chrono::milliseconds>(std::move(split)));
 }
 
 }  // namespace
@@ -40,5 +49,5 @@ PYBIND11_MODULE(_C_c10d, m) {
   py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend")
       .def("set_codec", &Backend::set_codec, py::arg("name"), "Returns the codec before.");
   m.def("open_backend", &open_backend, py::arg("communicator"), py::arg("store"), py::arg("is_crowded"),
-        py::arg("make_gloo"));
+        py::arg("make_gloo"), py::arg("split"));
 }

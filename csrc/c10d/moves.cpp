@@ -179,9 +179,9 @@ Backend::Works Backend::alltoall_base(at::Tensor& output, at::Tensor& input, std
                 ", dim 0 of ", name, ", got ", sum);
     return cut;
   };
-  const Cut send = cut_of("input", input, input_splits), receive = cut_of("output", output, output_splits);
+  Cut send = cut_of("input", input, input_splits), receive = cut_of("output", output, output_splits);
   return run(OpType::ALLTOALL_BASE, "tpk:all_to_all_single", options.asyncOp, {input}, {output},
-             [this, input, output, send, receive] {
+             [this, input, output, send = std::move(send), receive = std::move(receive)] {
                const Values in(input, true), out(output, false);
                const Wire& wire = *comm_.wire(raw_of(input.element_size()), Codec::None, ReduceOp::None);
                comm_.all_to_all(spec_of(Op::AllToAll, input, wire, 0, 0, -1), wire, in.data(), out.data(), send,

@@ -15,11 +15,22 @@ Backend::Works Backend::run(c10d::OpType type, const char* title, bool is_async,
   TORCH_CHECK(!is_shut_, title, where(), ": the process group was destroyed");
   comm_.check_process(title);
   ++num_collectives_;
-  const auto work = c10::make_intrusive<Work>(rank_, type, title, inputs, outputs);
-  queue_.run(work, !is_async, [body = std::forward<Body>(body)]() mutable {
+  auto guarded = [body = std::forward<Body>(body)]() mutable {
     const WithoutAutograd guard;
     body();
-  });
+  };
+  const bool is_here = !is_async && queue_->is_idle();
+  if (is_here && !coalesces_ && !is_profiled()) {
+    Queue::run_here(guarded);
+    return nullptr;  // which torch takes for ended
+  }
+  const auto work = c10::make_intrusive<CollectiveWork>(rank_, type, title, inputs, outputs, queue_);
+  if (is_here) {
+    Queue::run_now(*work, guarded);
+  } else {
+    queue_->add(work, std::move(guarded));
+    if (!is_async) work->wait(kNoTimeout);
+  }
   return kept(work);
 }
 

@@ -1,6 +1,9 @@
 #include "work.h"
 
+#include <ATen/record_function.h>
+
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -23,8 +26,20 @@ std::exception_ptr as_error_of_torch(std::exception_ptr error) {
   }
 }
 
+bool is_profiled() { return at::hasGlobalCallbacks() || at::hasThreadLocalCallbacks(); }
+
+namespace {
+
+// The inputs as the base class takes them: a copy, which without a profiler nobody reads.
+std::optional<Tensors> for_profiler(const Tensors& inputs) {
+  if (!is_profiled()) return std::nullopt;
+  return inputs;
+}
+
+}  // namespace
+
 Work::Work(int rank, c10d::OpType type, const char* title, const Tensors& inputs, Tensors outputs)
-    : c10d::Work(rank, type, title, inputs), outputs_(std::move(outputs)) {}
+    : c10d::Work(rank, type, is_profiled() ? title : nullptr, for_profiler(inputs)), outputs_(std::move(outputs)) {}
 
 c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   std::unique_lock<std::mutex> lock(mutex_);
@@ -68,6 +83,13 @@ bool MessageWork::wait(std::chrono::milliseconds timeout) {
   return Work::wait(timeout > kNoTimeout ? std::chrono::milliseconds(1) : timeout);
 }
 
+bool CollectiveWork::wait(std::chrono::milliseconds timeout) {
+  // With a limit only another thread may run it.
+  const std::shared_ptr<Queue> queue = timeout == kNoTimeout ? queue_.lock() : nullptr;
+  if (queue != nullptr) queue->run_until(*this);
+  return Work::wait(timeout);
+}
+
 bool CoalescedWork::isCompleted() {
   for (const auto& work : works_) {
     if (!work->isCompleted()) return false;
@@ -91,30 +113,47 @@ void Queue::add(const c10::intrusive_ptr<Work>& work, std::function<void()> body
   changed_.notify_one();
 }
 
+void Queue::run_first(std::unique_lock<std::mutex>& lock) {
+  Entry entry = std::move(entries_.front());
+  entries_.pop_front();
+  const std::thread::id before = std::exchange(runner_, std::this_thread::get_id());
+  lock.unlock();
+  const std::exception_ptr error = error_of(entry.body);
+  entry.body = nullptr;
+  // Before the work ends: who has waited for it calls the next one on its own thread.
+  --length_;
+  entry.work->complete(error);
+  lock.lock();
+  runner_ = before;
+  if (leaves_ || !entries_.empty()) changed_.notify_all();
+}
+
+// What waits for a future may call the next collective: then the running thread itself comes here.
+bool Queue::may_run() const {
+  return !entries_.empty() && (runner_ == std::thread::id() || runner_ == std::this_thread::get_id());
+}
+
+void Queue::run_until(Work& work) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (may_run() && !work.isCompleted()) run_first(lock);
+}
+
 void Queue::serve() {
+  std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    Entry entry;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [&] { return leaves_ || !entries_.empty(); });
-      if (entries_.empty()) return;
-      entry = std::move(entries_.front());
-      entries_.pop_front();
-    }
-    const std::exception_ptr error = error_of(entry.body);
-    // Before the work ends: who has waited for it calls the next one on its own thread.
-    entry.body = nullptr;
-    --length_;
-    entry.work->complete(error);
+    changed_.wait(lock, [&] { return may_run() || (leaves_ && entries_.empty()); });
+    if (entries_.empty()) return;
+    run_first(lock);
   }
 }
 
 void Queue::close() {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     leaves_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return entries_.empty() && runner_ == std::thread::id(); });
   }
-  changed_.notify_all();
   thread_.reset();
 }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
@@ -16,12 +17,16 @@ namespace tpk {
 
 using Tensors = std::vector<at::Tensor>;
 
+// Whether a profiler of torch records events.
+bool is_profiled();
+
 // What programs of torch.distributed catch: a passed deadline is a RuntimeError there (DistBackendError).
 std::exception_ptr as_error_of_torch(std::exception_ptr error);
 
 // One operation of one rank. Its future has the outputs; a future is made when somebody wants it.
 class Work : public c10d::Work {
  public:
+  // title, inputs: of the event that a profiler records.
   Work(int rank, c10d::OpType type, const char* title, const Tensors& inputs, Tensors outputs);
 
   std::vector<at::Tensor> result() override { return outputs_; }
@@ -62,22 +67,45 @@ class CoalescedWork final : public c10d::Work {
   const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
 
+class Queue;
+
+// Of a collective: who waits for it runs it, unless a thread has begun it.
+class CollectiveWork final : public Work {
+ public:
+  CollectiveWork(int rank, c10d::OpType type, const char* title, const Tensors& inputs, Tensors outputs,
+                 const std::shared_ptr<Queue>& queue)
+      : Work(rank, type, title, inputs, std::move(outputs)), queue_(queue) {}
+  bool wait(std::chrono::milliseconds timeout) override;
+
+ private:
+  const std::weak_ptr<Queue> queue_;  // whose entries have their works
+};
+
 // Runs collectives one after the other in the order of their calls. One that its caller waits for runs on the caller's
-// thread when nothing is before it; the others run on a thread of the group, which sleeps in between.
+// thread when nothing is before it; the others run on a thread of the group, which sleeps in between, or on a thread
+// that waits for one of them.
 class Queue {
  public:
   Queue() : thread_(std::make_unique<CommunicationThread>()) {}
-  // is_here: whether the caller waits. Then the work has ended when this returns, and its error is thrown.
+  // Whether nothing runs or waits.
+  bool is_idle() const { return length_ == 0; }
+  // On the calling thread; throws what it throws, as errors of torch.
   template <class Body>
-  void run(const c10::intrusive_ptr<Work>& work, bool is_here, Body&& body) {
-    if (is_here && length_ == 0) return run_now(*work, body);
-    add(work, std::forward<Body>(body));
-    if (is_here) work->wait(kNoTimeout);
+  static void run_here(Body&& body) {
+    if (const std::exception_ptr error = error_of(body)) std::rethrow_exception(error);
   }
+  // The same, and ends the work.
+  template <class Body>
+  static void run_now(Work& work, Body&& body) {
+    const std::exception_ptr error = error_of(body);
+    work.complete(error);
+    if (error) std::rethrow_exception(error);
+  }
+  void add(const c10::intrusive_ptr<Work>& work, std::function<void()> body);
+  // Runs what no thread has begun, up to that work; returns at once where another thread runs something.
+  void run_until(Work& work);
   // Ends when what has been added has ended.
   void close();
-  // In a forked child, which has no such thread.
-  void forget() { static_cast<void>(thread_.release()); }
 
  private:
   struct Entry {
@@ -93,19 +121,15 @@ class Queue {
     }
     return nullptr;
   }
-  template <class Body>
-  static void run_now(Work& work, Body&& body) {
-    const std::exception_ptr error = error_of(body);
-    work.complete(error);
-    if (error) std::rethrow_exception(error);
-  }
-  void add(const c10::intrusive_ptr<Work>& work, std::function<void()> body);
+  bool may_run() const;
+  void run_first(std::unique_lock<std::mutex>& lock);
   void serve();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Entry> entries_;
   std::atomic<size_t> length_{0};  // with the one that runs
+  std::thread::id runner_;  // none while nothing runs
   bool leaves_ = false, has_thread_ = false;
   std::unique_ptr<CommunicationThread> thread_;
 };

@@ -272,3 +272,56 @@ def check_all(transport: str) -> None:
 @pytest.mark.parametrize(("R", "transport"), [(1, "auto"), (2, "shm"), (3, "shm"), (3, "group")])
 def test_collectives(R: int, transport: str) -> None:
     run_ranks(check_all, R, transport)
+
+
+LARGE = 2**31 + 7  # of values that are bytes
+
+
+def check_more_values_than_an_int_has(transport: str) -> None:
+    group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
+
+    def filled(value: int, n: int = LARGE) -> Tensor:
+        x = torch.full((n,), value, dtype=torch.uint8)
+        x[0], x[-1] = x[0] + 10, x[-1] + 20
+        return x
+
+    def assert_filled(x: Tensor, value: int, ends: tuple[int, int] = (10, 20)) -> None:
+        assert (x[0].item(), x[-1].item()) == (value + ends[0], value + ends[1])
+        assert all(bool((part == value).all()) for part in x[1:-1].split(1 << 28))
+
+    x = filled(rank + 1)
+    dist.all_reduce(x, group=group)
+    assert_filled(x, R * (R + 1) // 2, (10 * R, 20 * R))
+    x = filled(rank + 1)
+    dist.broadcast(x, 1, group)
+    assert_filled(x, 2)
+    part = x.narrow(0, rank * (LARGE // R), LARGE // R)
+    part.fill_(rank + 3)
+    whole = x[: LARGE // R * R]
+    dist.all_gather_into_tensor(whole, part, group)
+    for r in range(R):
+        assert_filled(whole.chunk(R)[r], r + 3, (0, 0))
+    out = torch.empty(LARGE // R, dtype=torch.uint8)
+    dist.reduce_scatter_tensor(out, whole, group=group)
+    assert_filled(out, (rank + 3) * R, (0, 0))
+    del out
+    # Uneven: nearly all goes from rank 0 to rank 1.
+    sizes = [[1, LARGE - 1], [2, 3]]
+    send, receive = sizes[rank], [sizes[s][rank] for s in range(R)]
+    x = filled(rank + 5, sum(send))
+    out = torch.empty(sum(receive), dtype=torch.uint8)
+    dist.all_to_all_single(out, x, receive, send, group)
+    assert out[-1].item() == (26 if rank == 1 else 6)
+    if rank == 1:
+        assert bool((out[: LARGE - 2] == 5).all()) and out[LARGE - 2].item() == 25
+        del x
+        x = torch.empty(LARGE, dtype=torch.uint8)
+        dist.recv(x, 0, group, tag=4)
+        assert_filled(x, 5)
+    else:
+        dist.send(x, 1, group, tag=4)
+
+
+@pytest.mark.nightly
+def test_more_values_than_an_int_has() -> None:
+    run_ranks(check_more_values_than_an_int_has, 2, "shm", timeout=300)

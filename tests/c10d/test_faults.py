@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +21,12 @@ from tests.harness.c10d import new_group
 from tests.harness.ops import raised
 from tpkernels import PeerLostError, RankMismatchError, c10d
 from tpkernels.testing import run_ranks, run_ranks_outcomes
-from tpkernels.testing.faults import come_late, kill_myself
+from tpkernels.testing.faults import come_late, kill_myself, stop_myself
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_in_shared_memory")
 
 NOTICED_S = 2.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def disagreements(rank: int, R: int, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
@@ -169,6 +174,82 @@ def test_a_dead_rank_is_named_by_all_others(transport: str) -> None:
         assert "all_reduce" in outcomes[rank].value
 
 
+def check_a_stopped_rank(transport: str) -> str:
+    """All reduce again and again, until one of them stands still for longer than the timeout."""
+    group, rank = new_group(transport, 0.7), dist.get_rank()
+    dist.all_reduce(torch.ones(3), group=group)
+    if rank == 1:
+        stop_myself(after_s=0.1, for_s=2.5)
+
+    def go_on() -> None:
+        while True:
+            dist.all_reduce(torch.ones(3000), group=group)
+
+    started = time.monotonic()
+    text = raised(go_on, RuntimeError)
+    assert time.monotonic() - started < 10, text
+    return text
+
+
+@pytest.mark.parametrize("transport", ["shm", "group"])
+def test_a_stopped_rank_is_an_error_on_the_others_and_then_on_itself(transport: str) -> None:
+    first, stopped, third = run_ranks(check_a_stopped_rank, 3, transport, fresh=True)
+    for text in (first, third):
+        assert "all_reduce" in text and re.search(r"rank.? \[?1\]?", text), text
+    assert "all_reduce" in stopped, stopped
+
+
+def check_threads_on_one_group() -> None:
+    """Each call of a thread meets one of the same kind on the other ranks: all of them end."""
+    group, R = new_group(), dist.get_world_size()
+    failed: list[BaseException] = []
+
+    def work(is_async: bool) -> None:
+        try:
+            for _ in range(100):
+                x = torch.ones(5000)
+                done = dist.all_reduce(x, group=group, async_op=is_async)
+                if done is not None:
+                    done.wait()
+                assert torch.equal(x, torch.full_like(x, float(R)))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(bool(i % 2),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+
+
+def check_threads_that_disagree() -> int:
+    """Two threads make different calls in an order of chance: what does not fit is an error on all ranks."""
+    group, refused = new_group(), []
+
+    def work(n: int) -> None:
+        for _ in range(50):
+            try:
+                dist.all_reduce(torch.ones(n), group=group)
+            except RankMismatchError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (10, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    x = torch.ones(2)
+    dist.all_reduce(x, group=group)
+    assert torch.equal(x, torch.full((2,), float(dist.get_world_size())))
+    return len(refused)
+
+
+def test_calls_of_several_threads_on_one_group() -> None:
+    run_ranks(check_threads_on_one_group, 3)
+    assert len(set(run_ranks(check_threads_that_disagree, 2))) == 1
+
+
 def check_leaving() -> None:
     """destroy_process_group and abort free the memory at once, and end the calls of others."""
     rank = dist.get_rank()
@@ -217,3 +298,56 @@ def check_a_forked_child() -> None:
 
 def test_a_forked_child_is_refused_and_leaves_the_group_as_it_is() -> None:
     run_ranks(check_a_forked_child, 2, fresh=True)
+
+
+FORKING = """
+import os, signal, sys, torch, torch.distributed as dist, tpkernels
+dist.init_process_group("tpk", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(3), async_op=True).wait()  # begins the thread of the group
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    dist.distributed_c10d._world.pg_map.clear()
+    sys.exit(7)  # as any program ends: objects are destroyed
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_ends_as_any_process_does() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 7, done.stderr
+
+
+RESTARTING = """
+import os, signal, sys, torch, torch.distributed as dist, tpkernels
+dist.init_process_group("tpk")
+x = torch.ones(3)
+dist.all_reduce(x)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.all_reduce(x)
+    except tpkernels.PeerLostError as error:
+        print("lost:", error, flush=True)
+        raise
+print("done", x.tolist(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.nightly
+def test_torchrun_starts_anew_after_a_death(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RESTARTING)
+    arguments = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments, str(tmp_path / "program.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done [2.0, 2.0, 2.0]") == 2, done.stdout

@@ -86,6 +86,24 @@ def check_any_source(transport: str) -> None:
         assert torch.equal(x, torch.full((r,), float(r)))
 
 
+def check_any_source_with_several_tags_at_once(transport: str) -> None:
+    """Receives from any rank are posted ahead, with other tags than those that come first."""
+    group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
+    tags = (3, 1, 2)
+    if rank > 0:
+        for work in [dist.isend(torch.tensor([rank, tag]), 0, group, tag) for tag in tags]:
+            work.wait()
+        return
+    for tag in sorted(tags):
+        pending = [(torch.zeros(2, dtype=torch.int64), tag) for _ in range(1, R)]
+        works = [dist.irecv(x, None, group, tag) for x, tag in pending]
+        for work in works:
+            work.wait()
+        assert sorted(x.tolist() for x, _ in pending) == [[r, tag] for r in range(1, R)]
+        if transport == "shm":
+            assert [work._source_rank() for work in works] == [int(x[0]) for x, _ in pending]
+
+
 def check_a_ring_of_operations_with_strides(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if R == 1:
@@ -122,6 +140,7 @@ CHECKS = [
     check_everybody_with_everybody_at_once,
     check_messages_of_one_tag_keep_their_order,
     check_any_source,
+    check_any_source_with_several_tags_at_once,
     check_a_ring_of_operations_with_strides,
     check_messages_and_collectives_mix,
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -58,6 +59,46 @@ def check_an_error_is_that_of_its_work() -> None:
     assert "the ranks disagree" in raised(lambda: wrong.get_future().wait(), RuntimeError)
     right.wait()
     assert torch.equal(y, torch.full((3,), float(R)))
+
+
+def check_a_callback_calls_the_next_collective() -> None:
+    """While another one waits behind the one that it is of: what it calls comes after that."""
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    x, y = torch.ones(5), torch.ones(6)
+
+    def call_next(_: object = None) -> torch.Tensor:
+        dist.all_reduce(y, group=group)
+        return y
+
+    if rank == 0:
+        dist.barrier()  # gloo's: the others have made their calls, of which none can have ended
+        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, group=group)
+        call_next()
+    else:
+        first = dist.all_reduce(x, group=group, async_op=True)
+        following = first.get_future().then(call_next)
+        last = dist.all_reduce(x, group=group, async_op=True)
+        dist.barrier()
+        following.wait()
+        last.wait()
+    assert torch.equal(y, torch.full((6,), float(R)))
+    assert torch.equal(x, torch.full((5,), float(R * R)))
+
+
+def check_who_waits_runs_what_has_not_begun() -> None:
+    """Waiting for the last of several, for one with a limit, for one again."""
+    group, R = new_group(), dist.get_world_size()
+    for n in (1, 4000, 200_000):
+        x = torch.ones(n)
+        for _ in range(20):
+            works = [dist.all_reduce(x, group=group, async_op=True) for _ in range(3)]
+            works[2].wait()
+            assert works[0].is_completed() and works[1].is_completed()
+            works[0].wait(timedelta(seconds=20))
+            x /= R**3
+        dist.all_reduce(x, group=group, async_op=True).wait(timedelta(seconds=20))
+        assert torch.equal(x, torch.full((n,), float(R)))
 
 
 def check_functional_collectives() -> None:
@@ -128,6 +169,8 @@ CHECKS = [
     check_works_in_flight_end_in_order,
     check_futures_have_the_outputs,
     check_an_error_is_that_of_its_work,
+    check_a_callback_calls_the_next_collective,
+    check_who_waits_runs_what_has_not_begun,
     check_functional_collectives,
     check_data_parallel_training,
     check_objects_and_barriers,

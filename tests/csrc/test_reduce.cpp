@@ -69,8 +69,18 @@ template <class T>
 T combined(ReduceOp op, T left, T right) {
   if (op == ReduceOp::Max) return left > right ? left : right;
   if (op == ReduceOp::Min) return left < right ? left : right;
-  if constexpr (std::is_floating_point_v<T>) return left + right;
-  return static_cast<T>(static_cast<uint64_t>(left) + static_cast<uint64_t>(right));
+  if constexpr (std::is_floating_point_v<T>) {
+    return op == ReduceOp::Product ? left * right : left + right;
+  } else {
+    const uint64_t a = static_cast<uint64_t>(left), b = static_cast<uint64_t>(right);
+    switch (op) {
+      case ReduceOp::Product: return static_cast<T>(a * b);
+      case ReduceOp::BitAnd: return static_cast<T>(a & b);
+      case ReduceOp::BitOr: return static_cast<T>(a | b);
+      case ReduceOp::BitXor: return static_cast<T>(a ^ b);
+      default: return static_cast<T>(a + b);
+    }
+  }
 }
 
 template <class T>
@@ -97,6 +107,10 @@ void check_plain(ReduceOp op, int num_ranks, size_t n) {
   EXPECT(values == expected, name_of(wire.dtype), " ", name_of(op), " to values, n = ", n);
 }
 
+constexpr std::initializer_list<ReduceOp> kOfIntegers = {ReduceOp::Sum,     ReduceOp::Max,    ReduceOp::Min,
+                                                         ReduceOp::Product, ReduceOp::BitAnd, ReduceOp::BitOr,
+                                                         ReduceOp::BitXor};
+
 template <class T>
 void check_every_way(std::initializer_list<ReduceOp> ops) {
   for (ReduceOp op : ops) {
@@ -109,16 +123,16 @@ void check_every_way(std::initializer_list<ReduceOp> ops) {
 }  // namespace
 
 CASE(floats_are_summed_in_rank_order_and_divided_once) {
-  check_every_way<float>({ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min});
-  check_every_way<double>({ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min});
+  check_every_way<float>({ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min, ReduceOp::Product});
+  check_every_way<double>({ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min, ReduceOp::Product});
 }
 
 CASE(integers_are_exact_and_wrap_around) {
-  check_every_way<int8_t>({ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min});
-  check_every_way<uint8_t>({ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min});
-  check_every_way<int16_t>({ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min});
-  check_every_way<int32_t>({ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min});
-  check_every_way<int64_t>({ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min});
+  check_every_way<int8_t>(kOfIntegers);
+  check_every_way<uint8_t>(kOfIntegers);
+  check_every_way<int16_t>(kOfIntegers);
+  check_every_way<int32_t>(kOfIntegers);
+  check_every_way<int64_t>(kOfIntegers);
 }
 
 CASE(sixteen_bit_floats_are_summed_in_float_and_rounded_once) {
@@ -136,9 +150,67 @@ CASE(sixteen_bit_floats_are_summed_in_float_and_rounded_once) {
   EXPECT(half_sum == halves[0], to_float(half_sum));
 }
 
+namespace {
+
+template <class Float, class ToFloat, class FromFloat>
+void check_sixteen_bits(DType dtype, ToFloat to_floats, FromFloat from_floats) {
+  for (ReduceOp op : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min, ReduceOp::Product}) {
+    for (int num_ranks = 1; num_ranks <= 4; ++num_ranks) {
+      for (size_t n : kSizes) {
+        Ranks<Float> ranks;
+        for (const std::vector<float>& rank : random_ranks<float>(num_ranks, n, 23u)) {
+          std::vector<Float> packed;
+          for (float value : rank) packed.push_back(from_floats(value));
+          ranks.push_back(std::move(packed));
+        }
+        std::vector<Float> expected;
+        std::vector<const void*> inputs;
+        for (const auto& rank : ranks) inputs.push_back(rank.data());
+        for (size_t i = 0; i < n; ++i) {
+          float sum = to_floats(ranks[0][i]);
+          for (size_t r = 1; r < ranks.size(); ++r) sum = combined(op, sum, static_cast<float>(to_floats(ranks[r][i])));
+          expected.push_back(from_floats(op == ReduceOp::Avg ? sum / static_cast<float>(num_ranks) : sum));
+        }
+        std::vector<Float> values(n);
+        wire_of(dtype, Codec::None, op).reduce_to_values(inputs.data(), num_ranks, values.data(), n);
+        EXPECT(n == 0 || std::memcmp(values.data(), expected.data(), n * sizeof(Float)) == 0, name_of(dtype), " ",
+               name_of(op), ", n = ", n);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+CASE(every_reduction_of_sixteen_bit_floats_is_rounded_once) {
+  check_sixteen_bits<Bfloat16>(
+      DType::BF16, [](Bfloat16 value) { return to_float(value); }, [](float value) { return to_bfloat16(value); });
+  check_sixteen_bits<Half>(
+      DType::F16, [](Half value) { return to_float(value); }, [](float value) { return to_half(value); });
+}
+
+// Booleans are bytes of 0 and 1: the sum is the maximum, the product is the minimum.
+CASE(booleans_stay_booleans) {
+  const std::vector<uint8_t> a{0, 0, 1, 1}, b{0, 1, 0, 1};
+  const struct {
+    ReduceOp op;
+    std::vector<uint8_t> result;
+  } rows[] = {{ReduceOp::Max, {0, 1, 1, 1}},
+              {ReduceOp::Min, {0, 0, 0, 1}},
+              {ReduceOp::BitAnd, {0, 0, 0, 1}},
+              {ReduceOp::BitOr, {0, 1, 1, 1}},
+              {ReduceOp::BitXor, {0, 1, 1, 0}}};
+  for (const auto& [op, result] : rows) {
+    const void* inputs[2] = {a.data(), b.data()};
+    std::vector<uint8_t> values(4, 7);
+    wire_of(DType::U8, Codec::None, op).reduce_to_values(inputs, 2, values.data(), 4);
+    EXPECT(values == result, name_of(op));
+  }
+}
+
 CASE(a_nan_of_any_rank_is_in_every_result) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (ReduceOp op : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
+  for (ReduceOp op : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min, ReduceOp::Product}) {
     for (size_t num_ranks = 2; num_ranks <= 4; ++num_ranks) {
       for (size_t bad = 0; bad < num_ranks; ++bad) {
         Ranks<float> ranks(num_ranks, std::vector<float>(1030, 1.0f));
@@ -213,7 +285,11 @@ CASE(combinations_without_a_meaning_are_refused) {
   } refused[] = {{DType::I32, Codec::None, ReduceOp::Avg},
                  {DType::I32, Codec::Fp16, ReduceOp::Sum},
                  {DType::F64, Codec::Bf16, ReduceOp::Sum},
-                 {DType::F32, Codec::Fp16, ReduceOp::Max}};
+                 {DType::F32, Codec::Fp16, ReduceOp::Max},
+                 {DType::F32, Codec::Fp16, ReduceOp::Product},
+                 {DType::F32, Codec::None, ReduceOp::BitAnd},
+                 {DType::F16, Codec::None, ReduceOp::BitXor},
+                 {DType::Raw4, Codec::None, ReduceOp::Sum}};
   for (const auto& [dtype, codec, op] : refused) {
     bool threw = false;
     try {
