@@ -2,10 +2,14 @@
 
     python scripts/torch_suites.py                        # all that run without a GPU, on 2 ranks: two minutes
     python scripts/torch_suites.py -k all_reduce -R 4     # those whose name contains a text, on 4 ranks
+    python scripts/torch_suites.py --file ~/pytorch/test/distributed/tensor/parallel/test_tp_style.py
 
 torch/testing/_internal/distributed/distributed_test.py takes its back end by name and runs unmodified. Many tests ask
-for that name to decide what is supported, so tpk has two columns: as it is, and with the checks of BACKEND answered as
-for gloo. Exit code 1 when a test that gloo passes fails in another column.
+for that name to decide what is supported, so tpk has two columns: as it is, and in the place of gloo, under its name.
+Exit code 1 when a test that gloo passes fails in another column.
+
+It is the only file of tests in the wheel. Others (FSDP2, DTensor) are in torch's repository; --file runs one of them,
+which must be of the installed version. They ask for gloo on the CPU: tpk takes its place.
 
 Processes are forked from one that has imported torch, and ranks from those: 0.5 s a test instead of 2.4 s.
 """
@@ -13,6 +17,7 @@ Processes are forked from one that has imported torch, and ranks from those: 0.5
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -37,6 +42,8 @@ from tpkernels.testing.worker import die_with_parent
 OUT = Path(__file__).resolve().parent.parent / "build" / "torch-suites"
 REFERENCE = "gloo"
 AS_REFERENCE = f"-as-{REFERENCE}"
+AS_TPK = f"tpk{AS_REFERENCE}"
+COLUMNS = f"tpk,{AS_TPK}"
 LIMIT_S = 100  # of one test
 
 # Tests that gloo passes and no other back end can, and why.
@@ -45,39 +52,31 @@ EXPLAINED = {
 }
 
 
-class Named(str):
-    """The name of a back end that a comparison takes for gloo too; what torch opens is its own name."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) or other == REFERENCE
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(REFERENCE)
-
-
 @dataclass(frozen=True)
 class Column:
     """One way to run the tests.
 
     Attributes:
-        backend: that `init_process_group` gets.
-        as_gloo: checks of the back end's name are answered as for gloo.
-        world_size: how many ranks a test has.
+        backend: what carries out the collectives.
+        as_gloo: it does so where gloo is asked for.
+        world_size: how many ranks a test of distributed_test.py has.
+        file: of other tests, None for distributed_test.py.
     """
 
     backend: str
     as_gloo: bool
     world_size: int
+    file: Path | None
 
     @classmethod
-    def parse(cls, text: str, world_size: int) -> Column:
+    def parse(cls, text: str, world_size: int, file: Path | None) -> Column:
         """Of "tpk" or "tpk-as-gloo"."""
-        return cls(text.removesuffix(AS_REFERENCE), text.endswith(AS_REFERENCE), world_size)
+        return cls(text.removesuffix(AS_REFERENCE), text.endswith(AS_REFERENCE), world_size, file)
+
+    @property
+    def name(self) -> str:
+        """That tests give to `init_process_group`."""
+        return REFERENCE if self.as_gloo else self.backend
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,13 @@ class Result:
     seconds: float
 
 
-def load(column: Column) -> type[unittest.TestCase]:
-    """The tests of distributed_test.py for a column, in a process that has not imported it before."""
+def load(column: Column) -> unittest.TestSuite:
+    """The tests of a column, in a process that has not imported torch's testing before."""
     import tempfile
 
     folder = tempfile.mkdtemp(prefix="torch-suites-")  # of this process; every test has another one inside it
     tempfile.tempdir = folder
-    os.environ.update(WORLD_SIZE=str(column.world_size), TEMP_DIR=folder, BACKEND=column.backend)
+    os.environ.update(WORLD_SIZE=str(column.world_size), TEMP_DIR=folder, BACKEND=column.name)
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")
     os.environ.update(DISTRIBUTED_TESTS_DEFAULT_TIMEOUT=str(LIMIT_S))
     import torch
@@ -105,41 +104,67 @@ def load(column: Column) -> type[unittest.TestCase]:
     if not dist.is_backend_available(column.backend):
         raise ValueError(f"torch.distributed has no back end {column.backend!r}")
     if column.as_gloo:
-        _answer_as_gloo(Named(column.backend))
-    from torch.testing._internal.distributed import distributed_test as suite
-
+        _put_in_the_place_of_gloo(column.backend)
     die_with_parent()
     torch.set_num_threads(1)
+    fork = torch.multiprocessing.get_context("fork")
+    torch.multiprocessing.get_context = lambda method=None: fork
+    return _of_file(column.file) if column.file else _of_the_wheel()
+
+
+def _of_the_wheel() -> unittest.TestSuite:
+    import torch
+    from torch.testing._internal.distributed import distributed_test as suite
 
     class Forked(suite.TestDistBackend, suite.DistributedTest._DistTestBase):  # type: ignore[misc,name-defined]
         def setUp(self) -> None:
             super().setUp()
-            self._start_processes(torch.multiprocessing.get_context("fork").Process)
+            self._start_processes(torch.multiprocessing.get_context().Process)
 
         @classmethod
         def _run(cls, *arguments: Any, **options: Any) -> None:
             die_with_parent()
             super()._run(*arguments, **options)
 
-    return Forked
+    return unittest.TestLoader().loadTestsFromTestCase(Forked)
 
 
-def _answer_as_gloo(name: Named) -> None:
-    """Let os.environ["BACKEND"], which the tests read once, and get_backend return names that are equal to gloo."""
+def _of_file(file: Path) -> unittest.TestSuite:
+    sys.path.insert(0, str(file.parent))  # of what it shares with its neighbours
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return unittest.TestLoader().loadTestsFromModule(module)
+
+
+def _put_in_the_place_of_gloo(backend: str) -> None:
+    """Let torch open this back end under the name of gloo."""
     import torch.distributed as dist
-    from torch.testing._internal.common_distributed import DistTestCases
+    from torch._C._distributed_c10d import Backend
 
-    class Environ(type(os.environ)):  # type: ignore[misc]
-        def __getitem__(self, key: str) -> str:
-            return name if key == "BACKEND" else super().__getitem__(key)
+    create = dist.Backend._plugins[backend.upper()].creator_fn
 
-    DistTestCases.backend_feature["plugin"].add(str(name))
-    get_backend = dist.get_backend
-    os.environ.__class__ = Environ
-    dist.get_backend = dist.distributed_c10d.get_backend = lambda *group: Named(get_backend(*group))
+    class Kind(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, Backend)
+
+    class Substitute(metaclass=Kind):
+        def __new__(cls, store: Any, rank: int, size: int, timeout: Any) -> Any:
+            options: Any = dist.distributed_c10d._DistributedBackendOptions()
+            options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
+            options.group_id = "in place of gloo"
+            return create(options, None)
+
+    dist.distributed_c10d.ProcessGroupGloo = Substitute
 
 
-_tests: type[unittest.TestCase]  # of this process
+def _cases(suite: Any) -> Iterator[unittest.TestCase]:
+    for part in suite:
+        yield from _cases(part) if isinstance(part, unittest.TestSuite) else (part,)
+
+
+_tests: dict[str, unittest.TestCase]  # of this process, by name
 
 
 def _open(column: Column, log: Path) -> None:
@@ -150,20 +175,22 @@ def _open(column: Column, log: Path) -> None:
         os.dup2(file, descriptor)
     logging.basicConfig(level=logging.ERROR)
     try:
-        _tests = load(column)
+        found = list(_cases(load(column)))
     except BaseException:
         traceback.print_exc()
         raise
+    named = {f"{type(case).__name__}.{case._testMethodName}": case for case in found}
+    _tests = named if column.file else {name.partition(".")[2]: case for name, case in named.items()}
 
 
 def _names() -> list[str]:
-    return unittest.TestLoader().getTestCaseNames(_tests)
+    return list(_tests)
 
 
 def _run(name: str) -> Result:
     print(f"==== {name}", flush=True)
     start, found = time.monotonic(), unittest.TestResult()
-    unittest.TestSuite([_tests(name)]).run(found)
+    unittest.TestSuite([_tests[name]]).run(found)
     outcome, detail = "passed", ""
     if found.skipped:
         outcome, detail = "skipped", found.skipped[0][1]
@@ -216,18 +243,21 @@ def reason(text: str) -> str:
 
 def main(
     k: Annotated[list[str] | None, typer.Option("-k", help="Tests whose name contains this; may be repeated.")] = None,
-    columns: Annotated[str, typer.Option(help="Back ends, separated by commas.")] = f"tpk,tpk{AS_REFERENCE}",
+    columns: Annotated[str, typer.Option(help="Back ends, separated by commas.")] = COLUMNS,
     world_size: Annotated[int, typer.Option("-R", "--world-size", help="Ranks of a test.")] = 2,
     jobs: Annotated[int, typer.Option("-j", help="Tests that run side by side.")] = 2,
     passes: Annotated[int, typer.Option(help="Fewer passed tests in any column are a failure.")] = 1,
+    file: Annotated[Path | None, typer.Option(help="Other tests: a file of torch's repository.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results and what the tests print.")] = OUT,
 ) -> None:
     """Run torch's distributed tests for gloo and other back ends and compare."""
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Result]] = {}
-    for title in dict.fromkeys([REFERENCE, *columns.split(",")]):
-        log = out / f"{title}-{world_size}"
-        found = {result.test: result for result in run(Column.parse(title, world_size), k or (), jobs, log)}
+    titles = [AS_TPK] if file and columns == COLUMNS else columns.split(",")
+    for title in dict.fromkeys([REFERENCE, *titles]):
+        log = out / f"{title}-{file.stem if file else world_size}"
+        column = Column.parse(title, world_size, file)
+        found = {result.test: result for result in run(column, k or (), jobs, log)}
         results[title] = dict(sorted(found.items()))
         log.with_name(f"{log.name}.json").write_text(json.dumps([asdict(r) for r in found.values()], indent=1))
         for result in found.values():

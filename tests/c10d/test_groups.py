@@ -81,13 +81,14 @@ def test_meshes_of_several_dimensions() -> None:
 @contextmanager
 def an_accelerator() -> Iterator[None]:
     """dist.split_group asks the back end of the accelerator: here that of the CPU."""
-    cpu, world = torch.device("cpu", 0), dist.distributed_c10d._get_default_group()
-    world.bound_device_id = cpu
+    world = dist.distributed_c10d._get_default_group()
+    world.bound_device_id = torch.device("cpu", 0)
     with (
         mock.patch("torch.accelerator.is_available", lambda: True),
         mock.patch("torch.accelerator.current_accelerator", lambda: torch.device("cpu")),
     ):
         yield
+    world.bound_device_id = None
 
 
 def sums_of(group: Any, value: float) -> float:
