@@ -1,9 +1,9 @@
 #include "backend.h"
 
+#include <torch/csrc/utils/pybind.h>
 #include <algorithm>
 #include <optional>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/utils/pybind.h>
 
 #include <utility>
 

@@ -49,12 +49,12 @@ struct Backend::Reduction {
 Backend::Reduction Backend::reduction_of(Op op, const RedOp& reduce, const at::Tensor& tensor) const {
   const ValueType type = value_type_of(tensor);
   const ReduceOp ours = reduce_op_of(reduce, tensor.scalar_type() == at::kBool);
-  TORCH_CHECK(type.dtype < DType::Raw1 && ours != ReduceOp::None, name_of(op), where(), ": no sums of ", tensor.scalar_type(),
-              "; its values can only be moved");
+  TORCH_CHECK(type.dtype < DType::Raw1 && ours != ReduceOp::None, name_of(op), where(), ": no sums of ",
+              tensor.scalar_type(), "; its values can only be moved");
   TORCH_CHECK(type.has_order || !needs_order(ours), name_of(op), where(), ": ", name_of(ours), " has no meaning for ",
               tensor.scalar_type());
-  TORCH_CHECK(type.count == 1 || ours == ReduceOp::Sum || ours == ReduceOp::Avg, name_of(op), where(), ": ", name_of(ours),
-              " has no meaning for ", tensor.scalar_type());
+  TORCH_CHECK(type.count == 1 || ours == ReduceOp::Sum || ours == ReduceOp::Avg, name_of(op), where(), ": ",
+              name_of(ours), " has no meaning for ", tensor.scalar_type());
   const Wire* wire = type.count == 1 ? comm_.wire(type.dtype, codec_, ours) : nullptr;
   if (wire == nullptr) wire = comm_.wire(type.dtype, Codec::None, ours);
   TORCH_CHECK(wire != nullptr, name_of(op), where(), ": ", name_of(ours), " has no meaning for ", tensor.scalar_type());

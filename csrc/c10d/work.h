@@ -129,7 +129,7 @@ class Queue {
   std::condition_variable changed_;
   std::deque<Entry> entries_;
   std::atomic<size_t> length_{0};  // with the one that runs
-  std::thread::id runner_;  // none while nothing runs
+  std::thread::id runner_;         // none while nothing runs
   bool leaves_ = false, has_thread_ = false;
   std::unique_ptr<CommunicationThread> thread_;
 };

@@ -282,14 +282,10 @@ CASE(combinations_without_a_meaning_are_refused) {
     DType dtype;
     Codec codec;
     ReduceOp op;
-  } refused[] = {{DType::I32, Codec::None, ReduceOp::Avg},
-                 {DType::I32, Codec::Fp16, ReduceOp::Sum},
-                 {DType::F64, Codec::Bf16, ReduceOp::Sum},
-                 {DType::F32, Codec::Fp16, ReduceOp::Max},
-                 {DType::F32, Codec::Fp16, ReduceOp::Product},
-                 {DType::F32, Codec::None, ReduceOp::BitAnd},
-                 {DType::F16, Codec::None, ReduceOp::BitXor},
-                 {DType::Raw4, Codec::None, ReduceOp::Sum}};
+  } refused[] = {{DType::I32, Codec::None, ReduceOp::Avg},     {DType::I32, Codec::Fp16, ReduceOp::Sum},
+                 {DType::F64, Codec::Bf16, ReduceOp::Sum},     {DType::F32, Codec::Fp16, ReduceOp::Max},
+                 {DType::F32, Codec::Fp16, ReduceOp::Product}, {DType::F32, Codec::None, ReduceOp::BitAnd},
+                 {DType::F16, Codec::None, ReduceOp::BitXor},  {DType::Raw4, Codec::None, ReduceOp::Sum}};
   for (const auto& [dtype, codec, op] : refused) {
     bool threw = false;
     try {
