@@ -109,12 +109,16 @@ def load(column: Column) -> unittest.TestSuite:
     torch.set_num_threads(1)
     fork = torch.multiprocessing.get_context("fork")
     torch.multiprocessing.get_context = lambda method=None: fork
-    return _of_file(column.file) if column.file else _of_the_wheel()
+    return _of_file(column.file) if column.file else _of_the_wheel(column)
 
 
-def _of_the_wheel() -> unittest.TestSuite:
+def _of_the_wheel(column: Column) -> unittest.TestSuite:
     import torch
     from torch.testing._internal.distributed import distributed_test as suite
+
+    found = suite.get_profiling_event
+    own, other = f"{column.name}:", f"{column.backend}:"  # how names of events begin
+    suite.get_profiling_event = lambda name, *rest, **options: found(name.replace(own, other), *rest, **options)
 
     class Forked(suite.TestDistBackend, suite.DistributedTest._DistTestBase):  # type: ignore[misc,name-defined]
         def setUp(self) -> None:

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C_c10d, m) {
   m.attr("torch_version") = py::make_tuple(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR);
   py::module_::import("torch.distributed");  // has the base class
   py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend>(m, "Backend")
+      .def_property_readonly("options", &Backend::getBackendOptions)
       .def("set_codec", &Backend::set_codec, py::arg("name"), "Returns the codec before.");
   m.def("open_backend", &open_backend, py::arg("communicator"), py::arg("store"), py::arg("is_crowded"),
         py::arg("make_gloo"), py::arg("split"));
