@@ -81,9 +81,9 @@ def _open(group: NewGroup, label: str, transport: str) -> Any:
     if communicator.transport not in ("shm", "local"):
         group.gloo  # noqa: B018  # for messages, which two ranks alone exchange: made while all ranks are here
 
-    def split(store: dist.Store, rank: int, size: int, name: str, timeout: timedelta) -> Any:
+    def split(store: dist.Store, rank: int, size: int, name: str, timeout_s: float) -> Any:
         """The back end of some of the ranks."""
-        return _open(NewGroup(store, rank, size, name, timeout), name, transport)
+        return _open(NewGroup(store, rank, size, name, timedelta(seconds=timeout_s)), name, transport)
 
     return module.open_backend(communicator, group.store, is_crowded, lambda: group.gloo, split)
 

@@ -62,7 +62,7 @@ Backend::Base Backend::split(const c10::intrusive_ptr<c10d::Store>& store, const
   // Groups of other ranks may be split off under the same name.
   const auto own = c10::make_intrusive<c10d::PrefixStore>(concat("split_", ranks[0]), store);
   return split_(own, static_cast<int>(found - ranks.begin()), static_cast<int>(ranks.size()), options->group_name,
-                options->timeout);
+                static_cast<double>(options->timeout.count()) * 1e-3);
 }
 
 c10::intrusive_ptr<c10d::Backend::Options> Backend::getBackendOptions() {

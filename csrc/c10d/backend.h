@@ -28,7 +28,7 @@ class Backend final : public c10d::Backend {
   using Base = c10::intrusive_ptr<c10d::Backend>;
   using MakeGloo = std::function<Base()>;
   using Split = std::function<Base(c10::intrusive_ptr<c10d::Store>, int rank, int size, const std::string& name,
-                                   std::chrono::milliseconds timeout)>;
+                                   double timeout_s)>;
 
   // owner: of comm. is_crowded: there are more ranks than cores. make_gloo: makes its back end of the same ranks.
   // split: makes a back end like this one of some of them.

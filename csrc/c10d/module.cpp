@@ -1,5 +1,4 @@
 // The Python module _C_c10d. tpkernels/c10d.py loads it.
-#include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -29,13 +28,13 @@ auto making(py::object function) {
 }
 
 // communicator: of _C, kept as long as the back end. make_gloo: makes torch's back end `gloo` of the same ranks.
-// split(store, rank, size, name, timeout): makes a back end of some of them.
+// split(store, rank, size, name, timeout_s): makes a back end of some of them.
 c10::intrusive_ptr<Backend> open_backend(py::object communicator, const c10::intrusive_ptr<c10d::Store>& store,
                                          bool is_crowded, py::object make_gloo, py::object split) {
   auto& comm = *reinterpret_cast<Communicator*>(communicator.attr("address").cast<uintptr_t>());
   return c10::make_intrusive<Backend>(
       comm, kept(std::move(communicator)), store, is_crowded, making<>(std::move(make_gloo)),
-      making<c10::intrusive_ptr<c10d::Store>, int, int, std::string, std::chrono::milliseconds>(std::move(split)));
+      making<c10::intrusive_ptr<c10d::Store>, int, int, std::string, double>(std::move(split)));
 }
 
 }  // namespace

@@ -87,14 +87,10 @@ void Mailboxes::copy_in(Ring* ring, uint64_t position, const char* from, size_t 
   std::memcpy(memory(ring), from + first, bytes - first);
 }
 
-// Writes what it has read over itself: the sender rewrites lines that another core has written last faster than lines
-// that it has only read (see ShmCommunicator::touch_back).
 void Mailboxes::copy_out(Ring* ring, uint64_t position, char* to, size_t bytes) const {
   const size_t start = position % capacity_, first = std::min(bytes, capacity_ - start);
   std::memcpy(to, memory(ring) + start, first);
-  std::memcpy(memory(ring) + start, to, first);
   std::memcpy(to + first, memory(ring), bytes - first);
-  std::memcpy(memory(ring), to + first, bytes - first);
 }
 
 std::string Mailboxes::describe(const char* what, const Message& message) const {
