@@ -9,8 +9,10 @@ from tpkernels._C import Communicator
 torch_version: tuple[int, int]
 
 class Backend(_Backend):
+    @property
+    def options(self) -> _Backend.Options: ...
     def set_codec(self, name: str) -> str: ...
 
 def open_backend(
-    communicator: Communicator, store: Store, is_crowded: bool, make_gloo: Callable[[], Any]
+    communicator: Communicator, store: Store, is_crowded: bool, make_gloo: Callable[[], Any], split: Callable[..., Any]
 ) -> Backend: ...
