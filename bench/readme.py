@@ -19,12 +19,12 @@ from bench.codecs import OP, share
 from bench.goals import GOALS, TOKENS, Goal, Verdict, split, verdicts
 from bench.rows import Row
 from bench.shapes import format_bytes
-from bench.study.links import rate_of
+from bench.study.links import parsed
 from bench.table import digits, markdown, ratio, size, times_faster, under
 from tpkernels.compress import CODECS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md", "docs/c10d.md")
+DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/benchmarks.md", "docs/c10d.md", "docs/training.md")
 MARKED = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 OURS = ("plain", "functional", "sym", "tpkernels", "op_only", *CODECS[1:])
 # What a program or a call without a size takes.
@@ -218,7 +218,7 @@ def counts(found: Sequence[Verdict]) -> str:
 def between_hosts(rows: Sequence[Row]) -> str:
     """One line for each of our candidates over a link: milliseconds, what of them is exposed, and the ratio."""
     lines = []
-    for row in sorted(rows, key=lambda r: rate_of(r["link"])):
+    for row in sorted(rows, key=lambda r: parsed(r["link"])):
         if not row["verified"] or row["variant"] not in ("tpkernels", *CODECS[1:]):
             continue
         alone = next((r for r in rows if r["variant"] == "one_chunk" and same_call(r, row)), None)
@@ -234,6 +234,23 @@ def between_hosts(rows: Sequence[Row]) -> str:
 def same_call(a: Row, b: Row) -> bool:
     """Whether two candidates were timed in one call of the bench, at one size."""
     return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
+
+
+def compositions(rows: Sequence[Row]) -> str:
+    """One line for each cut of a model, with the most over its codecs' accumulations and over the cut that goes on."""
+    lines = []
+    for key, same in grouped(
+        [row | row["shape"] for row in rows], "ranks", "tp", "sequence", "pp", "dp", "zero"
+    ).items():
+        ranks, tp, sequence, pp, dp, zero = key
+        cells = [
+            f"{max(row[what] for row in same if row['codec'] == codec):.1e}"
+            for codec in ("none", "fp16") for what in ("loss", "parameters")
+        ]  # fmt: skip
+        lines.append([f"{tp}{', sequence' * sequence}", str(pp), str(dp), str(zero), str(ranks), *cells])
+    head = ["tp", "pp", "dp", "zero", "ranks", "losses", "parameters", "losses, fp16", "parameters, fp16"]
+    foot = f"{len(rows)} compositions of {rows[0]['steps']} steps, commit {rows[0]['commit']}." if rows else ""
+    return markdown(head, lines, foot) if rows else ""
 
 
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -267,6 +284,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "serve": (only("serve_smollm2"), each_class(serving)),
     "c10d": (lambda rows: [row for row in rows if str(row["op"]).startswith("c10d_")], each_class(c10d)),
     "c10d_programs": (lambda rows: [row for row in rows if row["op"] in C10D_ALONE], each_class(c10d_programs)),
+    "compositions": (lambda rows: kept.load(kept.RESULTS / kept.COMPOSITIONS), compositions),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
 }
