@@ -1,6 +1,6 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
-# make test-all the same and those marked nightly: what nvcc makes of the CUDA sources, mistakes planted in the fused kernel
+# make test-all the same and those marked nightly: C++ with sanitizers, what nvcc makes of the CUDA sources, planted mistakes
 # make bench    ten minutes: time what README shows, draw it;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
@@ -42,7 +42,12 @@ $(TORCH_STAMP):
 	$(BIN)/python -m pip install $(TORCH) 'setuptools>=77' cmake ninja
 	rm -f .venv/.torch-* && touch '$@'
 
-# Without isolation and in one build folder: a change compiles what it touches.
+# One folder for the modules, the C++ tests and the emulated module, that which setup.py takes: they share objects, and a
+# change compiles what it touches.
+FOLDER = build/$(shell $(BIN)/python -c '$(NAME_FOLDER)')
+NAME_FOLDER = import sys, importlib.metadata as m; print(sys.implementation.cache_tag + "-torch-" + m.version("torch"))
+
+# Without isolation, which would build from nothing.
 $(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py) $(CSRC)
 	$(BIN)/python -m pip install --no-build-isolation -e '.[dev,bench]'
 	touch $@
@@ -74,20 +79,19 @@ FIND_TORCH = import importlib.util as u; print(*u.find_spec("torch").submodule_s
 WITH_TORCH = -DTPKERNELS_TORCH="$$($(BIN)/python -c '$(FIND_TORCH)')" \
 	-DTPKERNELS_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 
-# One build folder for the C++ tests and the emulated module, which share most objects.
-configure-tests: $(TORCH_STAMP)
-	cmake -S . -B build/tests -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON $(WITH_TORCH) \
+configure-tests: install
+	cmake -S . -B $(FOLDER) -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_TESTS=ON -DTPKERNELS_EMU=ON $(WITH_TORCH) \
 		-DTPKERNELS_EMU_MODULE_FILE=$(CURDIR)/build/emu/_C_emu.so
 
-# With the sanitizers that find what a value check does not.
+# Of nightly tests: with the sanitizers that find what a value check does not.
 CPP_TESTS = all nightly_tests
 test-cpp: configure-tests
-	cmake --build build/tests --target $(CPP_TESTS)
-	ctest --test-dir build/tests $(CTEST_MARKED) --parallel $(JOBS) --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
+	cmake --build $(FOLDER) --target $(CPP_TESTS)
+	ctest --test-dir $(FOLDER) $(CTEST_MARKED) --parallel $(JOBS) --output-on-failure --no-tests=error --output-junit $(CURDIR)/build/ctest.xml
 
 # The CUDA backend on emulated devices, as a Python module that tests put in place of the CPU's.
 emu: configure-tests
-	cmake --build build/tests --target _C_emu
+	cmake --build $(FOLDER) --target _C_emu
 
 # The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH.
 cuda: $(TORCH_STAMP)

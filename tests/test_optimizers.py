@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness.ops import raised
+from tests.harness.ranks import nightly
 from tpkernels import checkpoint, optimizers
 from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
@@ -369,12 +370,12 @@ def muon_is_that_of_whole_matrices(folder: str) -> None:
     group.close()
 
 
-@pytest.mark.parametrize("R", [2, 3, 4])
+@pytest.mark.parametrize("R", [3, *nightly(2, 4)])
 def test_muon_has_the_bits_of_whole_matrices(tmp_path: Path, R: int) -> None:
     run_ranks(muon_is_that_of_whole_matrices, R, str(tmp_path))
 
 
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_every_step_is_the_part_of_the_whole_one(R: int) -> None:
     run_ranks(every_step_is_the_part_of_the_whole_one, R, fresh=True)
 

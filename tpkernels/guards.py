@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from tpkernels.comm.group import Group, find
 from tpkernels.comm.objects import is_cut_among
 from tpkernels.data_parallel.clip import total_norm
+from tpkernels.data_parallel.flat import parts_have_gradients
 from tpkernels.data_parallel.scaling import agree_on_overflow
 from tpkernels.layers.base import marked_shards
 from tpkernels.shard import ShardInfo, at_first_mark, shard_info
@@ -285,6 +286,11 @@ def _count_shards_in_norms() -> None:
         foreach: bool | None = None,
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if not tensors and parts_have_gradients():
+            raise ValueError(
+                "torch.nn.utils: the norm of no gradients was requested, and those of an aggregator with zero=1 or 2 "
+                "are in parts, of which torch does not know: take tpkernels.data_parallel.clip_grad_norm_"
+            )
         shards = {id(t): p for p in marked_shards() for t in (p, p.grad) if t is not None}
         if not any(id(t) in shards for t in tensors):
             norm: Tensor = plain(tensors, norm_type, error_if_nonfinite, foreach)

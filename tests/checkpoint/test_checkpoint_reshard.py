@@ -233,7 +233,7 @@ def test_a_reshard_holds_two_tensors_at_a_time(tmp_path: Path) -> None:
     for before, after, tp in (("1", "3", 3), ("3", "2", 2), ("2", "back", 1)):
         with PeakMemory() as peak:
             checkpoint.reshard(tmp_path / before, tmp_path / after, tp=tp)
-        assert peak.bytes < 2 * 4 * side * side + (1 << 20), (after, peak.bytes)
+        assert peak.bytes < 2 * 4 * side * side + (2 << 20), (after, peak.bytes)  # a third one would be 2.25 MiB
     assert_same(whole(tmp_path / "back"), whole(tmp_path / "1"))
 
 

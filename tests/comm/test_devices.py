@@ -187,8 +187,9 @@ def check_a_late_rank_is_named() -> None:
     else:
         text = raised(lambda: exchange.agree([rank]), TimeoutError)
         dist.barrier()
-        assert "ranks [1] did not come within 0.5 s" in text, text
-        assert "raise Group.open(timeout_s=...)" in text
+        late = "ranks [1] did not come"
+        told = f"gave up at call 1, because {late}" in text  # by the rank that gave up first
+        assert told or f"{late} within 0.5 s. If they are only slow, raise Group.open(timeout_s=...)" in text, text
 
 
 def check_a_stream_that_waits_for_a_rank_that_left() -> None:

@@ -52,5 +52,5 @@ tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
 add_library(emu_planted_fused_race OBJECT EXCLUDE_FROM_ALL ${planted_sources})
 target_include_directories(emu_planted_fused_race PRIVATE csrc/cuda/kernels)
 target_link_libraries(emu_planted_fused_race PRIVATE emu_race_flags)
-tpk_emu_test(planted_fused VARIANTS race SOURCES tests/csrc/planted_fused.cpp
+tpk_emu_test(planted_fused NIGHTLY race SOURCES tests/csrc/planted_fused.cpp
              LIBRARIES emu_planted_fused emu_driver emu_fused emu_cpu)

@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpkernels import layers
+from tests.harness.pipelines import tiny_llama
+from tpkernels import layers, parallelize
 from tpkernels.comm.group import Group
+from tpkernels.comm.mesh import Mesh
 from tpkernels.data_parallel import digest as digests
 from tpkernels.data_parallel import replicas_agree
 from tpkernels.data_parallel.agree import Agreement
 from tpkernels.data_parallel.digest import digest
 from tpkernels.errors import RankMismatchError
+from tpkernels.pipeline import split_by_layer, take_stages
 from tpkernels.testing import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -265,3 +268,30 @@ def test_the_digest_of_a_long_tensor_is_that_of_its_runs() -> None:
     a, b = x[: 2 * digests.RUN].clone(), x[2 * digests.RUN : 4 * digests.RUN].clone()
     x[: 2 * digests.RUN], x[2 * digests.RUN : 4 * digests.RUN] = b, a
     assert not torch.equal(digest(x), known), "whole runs that change places"
+
+
+def check_a_mesh() -> None:
+    """A bit of a parameter that both shards hold, of a shard of both replicas, and of a copy on another stage."""
+    norm, up = "model.layers.0.input_layernorm.weight", "model.layers.2.mlp.up_proj.weight"
+    for sizes, changed, on, first in (
+        ({"tp": 2, "pp": 2}, norm, 1, norm),
+        ({"tp": 2, "dp": 2}, up, 3, up),
+        ({"pp": 4}, "lm_head.weight", 3, "model.embed_tokens.weight"),
+    ):
+        with Mesh.open(**sizes) as mesh:
+            model = tiny_llama()
+            split = split_by_layer(model, sizes.get("pp", 1)) if mesh.pp is not None else None
+            parallelize(model, group=mesh.tp)
+            if split is not None:
+                take_stages(model, split, mesh.stage)
+            replicas_agree(model, mesh=mesh).check()
+            if mesh.world.rank == on:
+                flip(dict(model.named_parameters(remove_duplicate=False))[changed])
+            agreement = replicas_agree(model, mesh=mesh)
+            assert not agreement and agreement.first == first, (sizes, agreement.text)
+            with pytest.raises(ValueError, match="got both"):
+                replicas_agree(model, mesh=mesh, group=mesh.world)
+
+
+def test_all_ranks_of_a_mesh_see_what_differs_on_one() -> None:
+    run_ranks(check_a_mesh, 4)

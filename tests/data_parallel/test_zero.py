@@ -139,6 +139,9 @@ def check_memory() -> None:
                 assert bool(aggregator._traffic._flats[0]) == (zero == 1)
                 aggregator.wait()
                 assert all(p.grad is None for p in model.parameters())
+                with pytest.raises(ValueError, match=r"take tpkernels\.data_parallel\.clip_grad_norm_"):
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                assert float(clip_grad_norm_(model, 1.0, groups=group)) > 0.0
 
 
 def check_overflow() -> None:

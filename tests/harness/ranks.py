@@ -27,6 +27,11 @@ DEVICES = ("emu", "virtual", "real")
 BOTH_TRANSPORTS = ("shm", "group")
 
 
+def nightly(*cases: Any) -> list[Any]:
+    """Cases of a parametrised test that are part of `make test-all` alone."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
+
+
 @dataclass(frozen=True)
 class Run:
     """One check on R ranks of a place.

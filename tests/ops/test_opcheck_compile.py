@@ -286,6 +286,7 @@ def test_ops_compile_into_one_graph_with_the_same_result(backend: str, R: int) -
     run_ranks(check_compile, R, backend, timeout=300.0)
 
 
+@pytest.mark.nightly
 def test_ranks_that_share_a_compile_cache_do_not_get_each_others_backward(tmp_path: Path) -> None:
     run_ranks(check_a_shared_compile_cache, 2, str(tmp_path), timeout=300.0)
 

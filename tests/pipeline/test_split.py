@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.harness.parallelize import ids, tiny
 from tests.harness.pipelines import tiny_llama
+from tests.harness.ranks import nightly
 from tests.harness.zoo import Animal, make, tokens
 from tests.harness.zoo_decoders import ANIMALS as DECODERS
 from tests.harness.zoo_others import ANIMALS as OTHERS
@@ -81,10 +82,7 @@ def test_the_stages_of_our_gpt_are_the_whole_model_and_a_split_of_a_meta_model_f
 
 
 FEW = {"bert", "roformer", "gemma", "bloom", "mpt", "phimoe", "opt", "mistral", "vit"}
-ZOO = [
-    pytest.param(name, animal, marks=[] if name in FEW else pytest.mark.nightly)
-    for name, animal in itertools.chain(DECODERS.items(), OTHERS.items())
-]
+ZOO = [case if case[0] in FEW else nightly(case)[0] for case in itertools.chain(DECODERS.items(), OTHERS.items())]
 
 
 @pytest.mark.parametrize(("name", "animal"), ZOO)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.harness.families import build, inputs
 from tests.harness.parallelize import close, ids, tiny
+from tests.harness.ranks import nightly
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
@@ -172,6 +173,6 @@ def check(folder: str) -> None:
         of_generation(group)
 
 
-@pytest.mark.parametrize("R", [2, 4])
+@pytest.mark.parametrize("R", [2, *nightly(4)])
 def test_attention_weights_caches_and_methods_are_those_of_the_whole_model_or_refused(R: int, tmp_path: Path) -> None:
     run_ranks(check, R, str(tmp_path))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.harness.examples import in_ranks
 from tests.harness.generation import byte_tokenizer
 from tests.harness.parallelize import TINY, close, ids, part_of
+from tests.harness.ranks import nightly
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.plan.api import parallelize
@@ -115,7 +116,7 @@ def mixtures_are_right(families: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize("R", [2, *nightly(3)])
 def test_mixtures_are_right_in_every_implementation_while_memory_is_dirty(R: int) -> None:
     families = list(FAMILIES) if R == 2 else ["qwen3_moe", "gpt_oss"]
     families = [f for f in families if f != "deepseek_v3" or R == 2]

@@ -189,6 +189,7 @@ def uses(folder: str) -> None:
             assert all(torch.equal(value, want[name]) for name, value in state.items())
 
 
+@pytest.mark.nightly
 def test_models_of_torch_are_trained_used_and_saved_like_the_uncut_ones(tmp_path: Path) -> None:
     for R in (2, 3, 1):
         run_ranks(uses, R, str(tmp_path / "saved"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.harness.parallelize import check_training, tiny
+from tests.harness.ranks import nightly
 from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
 
@@ -60,7 +61,7 @@ def test_families_give_the_unsharded_logits_loss_gradients_and_step(R: int) -> N
         assert "cut 15 of 15 linears" in report[0]
 
 
-@pytest.mark.parametrize("R", [2, 3, 4])
+@pytest.mark.parametrize("R", [3, *nightly(2, 4)])
 def test_families_with_cut_tokens_give_the_same(R: int) -> None:
     names = {3: ["llama", "gpt2", "qwen2_moe"], 4: ["llama", "qwen3_moe", "gpt2"]}.get(R, SEQUENCE)
     reports = run_ranks(families_equal_the_unsharded_model, R, names, True)[0]

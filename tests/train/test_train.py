@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.harness.training import finished, run
 from tpkernels import checkpoint
 from tpkernels.errors import CheckpointError, UserError
 from tpkernels.testing import run_ranks
-from tpkernels.train import parity, report
+from tpkernels.train import clock, parity, report, trainer
 from tpkernels.train.data import check_size, open_corpus, train_batch, validation_batches
 from tpkernels.train.gpt import whole_parts
 from tpkernels.train.runlog import RunLog, read
@@ -81,8 +82,23 @@ def check_other_data(folder: str, settings: Settings, other: str) -> None:
     assert not Path(folder, "settings.json").exists(), "nothing was changed, and nothing trained in vain"
 
 
+class Ticking:
+    """A clock that goes on by 5 ms whenever it is read, on a machine of any load."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 0.005
+        return self.now
+
+
 def check_time_limit(folder: str, settings: Settings) -> None:
-    with run(replace(settings, steps=None, minutes=0.02), folder) as opened:
+    ticking = Ticking()
+    with (
+        patch.object(trainer, "time", ticking),
+        patch.object(clock, "time", ticking),
+        run(replace(settings, steps=None, minutes=0.02), folder) as opened,
+    ):
         opened.loop()
         totals = [None] * opened.group.world_size
         torch.distributed.all_gather_object(totals, (opened.total, opened.step))

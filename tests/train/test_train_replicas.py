@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.harness.ranks import nightly
 from tests.harness.training import finished, run
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator
@@ -58,7 +59,7 @@ def test_replicas_train_as_one_process_would_within_rounding(tmp_path: Path, tex
     run_ranks(check_parity, 2 * tp, str(tmp_path), replace(TINY, tp=tp, data=text))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [2, *nightly(1)])
 def test_a_resumed_run_with_replicas_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, text: str, tp: int) -> None:
     run_ranks(check_resume, 2 * tp, str(tmp_path), replace(TINY, tp=tp, data=text))
 

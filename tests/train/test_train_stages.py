@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.harness.ranks import nightly
 from tests.harness.training import finished, run
 from tpkernels.errors import UserError
 from tpkernels.testing import run_ranks
@@ -42,7 +43,7 @@ def check_parity_and_resume(folder: str, settings: Settings) -> None:
     assert late[-3:] == losses[-3:]
 
 
-@pytest.mark.parametrize(("tp", "sequence"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("tp", "sequence"), [(1, False), *nightly((2, True))])
 def test_stages_train_as_one_process_would_and_resume_exactly(
     tmp_path: Path, text: str, tp: int, sequence: bool
 ) -> None:

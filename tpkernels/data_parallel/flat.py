@@ -5,6 +5,7 @@ Two make them: an aggregator with zero=1 or 2, and torch's fully_shard, whose pa
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from tpkernels.comm.group import Group
 from tpkernels.shard import begin_to_check, shard_info
+
+_marked: weakref.WeakSet[FlatShard] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,13 @@ def mark_flat(parameter: nn.Parameter, bounds: tuple[int, ...], group: Group, dt
         values.grad_dtype = dtype
     info = shard_info(parameter)
     values.tpk_groups = (group.name, *([] if info is None else [info.group_name]))  # type: ignore[attr-defined]
-    parameter.tpk_flat = FlatShard(values, bounds, group)  # type: ignore[attr-defined]
+    parameter.tpk_flat = flat = FlatShard(values, bounds, group)  # type: ignore[attr-defined]
+    _marked.add(flat)
+
+
+def parts_have_gradients() -> bool:
+    """Whether a gradient is in the part of a parameter of this process, which then has none itself."""
+    return any(flat.values.grad is not None for flat in _marked)
 
 
 def unmark_flat(parameter: nn.Parameter) -> None:

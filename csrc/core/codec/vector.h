@@ -36,23 +36,40 @@ TPK_ALWAYS_INLINE void prefetch(const float* from) { _mm_prefetch(reinterpret_ca
 #endif
 
 #if defined(TPK_AVX512)
-
 using Floats = __m512;
 using Ints = __m512i;
-
 TPK_ALWAYS_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 TPK_ALWAYS_INLINE void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 TPK_ALWAYS_INLINE Floats all(float value) { return _mm512_set1_ps(value); }
 TPK_ALWAYS_INLINE Ints all(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
-TPK_ALWAYS_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-TPK_ALWAYS_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-TPK_ALWAYS_INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-TPK_ALWAYS_INLINE Ints bits_of(Floats values) { return _mm512_castps_si512(values); }
-TPK_ALWAYS_INLINE Floats floats_of(Ints bits) { return _mm512_castsi512_ps(bits); }
-TPK_ALWAYS_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-TPK_ALWAYS_INLINE Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
-TPK_ALWAYS_INLINE Ints left(Ints a, unsigned by) { return _mm512_slli_epi32(a, by); }
-TPK_ALWAYS_INLINE Ints right(Ints a, unsigned by) { return _mm512_srli_epi32(a, by); }
+#elif defined(TPK_AVX2)
+using Floats = __m256;
+using Ints = __m256i;
+TPK_ALWAYS_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
+TPK_ALWAYS_INLINE void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+TPK_ALWAYS_INLINE Floats all(float value) { return _mm256_set1_ps(value); }
+TPK_ALWAYS_INLINE Ints all(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
+#endif
+
+#if defined(TPK_VECTORS)
+// What compilers have operators for, of any width.
+using Words = uint32_t __attribute__((vector_size(sizeof(Ints))));
+
+TPK_ALWAYS_INLINE Floats add(Floats a, Floats b) { return a + b; }
+TPK_ALWAYS_INLINE Floats subtract(Floats a, Floats b) { return a - b; }
+TPK_ALWAYS_INLINE Floats multiply(Floats a, Floats b) { return a * b; }
+TPK_ALWAYS_INLINE Floats divide(Floats a, Floats b) { return a / b; }
+TPK_ALWAYS_INLINE Ints bits_of(Floats values) { return Ints(values); }
+TPK_ALWAYS_INLINE Floats floats_of(Ints bits) { return Floats(bits); }
+TPK_ALWAYS_INLINE Ints add(Ints a, Ints b) { return Ints(Words(a) + Words(b)); }
+TPK_ALWAYS_INLINE Ints subtract(Ints a, Ints b) { return Ints(Words(a) - Words(b)); }
+TPK_ALWAYS_INLINE Ints left(Ints a, unsigned by) { return Ints(Words(a) << by); }
+TPK_ALWAYS_INLINE Ints right(Ints a, unsigned by) { return Ints(Words(a) >> by); }
+TPK_ALWAYS_INLINE Ints both(Ints a, Ints b) { return a & b; }
+#endif
+
+#if defined(TPK_AVX512)
+
 TPK_ALWAYS_INLINE Ints where_nonzero(Ints key, Ints values) {
   return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(key, key), values);
 }
@@ -61,12 +78,10 @@ TPK_ALWAYS_INLINE bool all_zero_or_within(Ints values, uint32_t low, uint32_t hi
   const auto is_within = _mm512_cmple_epu32_mask(_mm512_sub_epi32(values, all(low)), all(high - low));
   return _mm512_mask_test_epi32_mask(static_cast<__mmask16>(~is_within), values, values) == 0;
 }
-TPK_ALWAYS_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 // values where they are finite, else the others.
 TPK_ALWAYS_INLINE Floats where_finite(Floats values, Floats others) {
   return _mm512_mask_mov_ps(values, _mm512_fpclass_ps_mask(values, 0x99), others);
 }
-TPK_ALWAYS_INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 TPK_ALWAYS_INLINE Ints larger(Ints a, Ints b) { return _mm512_max_epu32(a, b); }
 
 TPK_ALWAYS_INLINE Floats load_halves(const void* from) {
@@ -174,22 +189,6 @@ TPK_ALWAYS_INLINE uint32_t largest_lane(Ints values) { return _mm512_reduce_max_
 
 #elif defined(TPK_AVX2)
 
-using Floats = __m256;
-using Ints = __m256i;
-
-TPK_ALWAYS_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
-TPK_ALWAYS_INLINE void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
-TPK_ALWAYS_INLINE Floats all(float value) { return _mm256_set1_ps(value); }
-TPK_ALWAYS_INLINE Ints all(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
-TPK_ALWAYS_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-TPK_ALWAYS_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-TPK_ALWAYS_INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-TPK_ALWAYS_INLINE Ints bits_of(Floats values) { return _mm256_castps_si256(values); }
-TPK_ALWAYS_INLINE Floats floats_of(Ints bits) { return _mm256_castsi256_ps(bits); }
-TPK_ALWAYS_INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-TPK_ALWAYS_INLINE Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
-TPK_ALWAYS_INLINE Ints left(Ints a, int by) { return _mm256_slli_epi32(a, by); }
-TPK_ALWAYS_INLINE Ints right(Ints a, int by) { return _mm256_srli_epi32(a, by); }
 TPK_ALWAYS_INLINE Ints where_nonzero(Ints key, Ints values) {
   return _mm256_andnot_si256(_mm256_cmpeq_epi32(key, _mm256_setzero_si256()), values);
 }
@@ -199,12 +198,10 @@ TPK_ALWAYS_INLINE bool all_zero_or_within(Ints values, uint32_t low, uint32_t hi
   const Ints is_zero = _mm256_cmpeq_epi32(values, _mm256_setzero_si256());
   return _mm256_movemask_epi8(_mm256_or_si256(is_within, is_zero)) == -1;
 }
-TPK_ALWAYS_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 TPK_ALWAYS_INLINE Floats where_finite(Floats values, Floats others) {
   const Floats magnitude = _mm256_andnot_ps(all(-0.0f), values);
   return _mm256_blendv_ps(others, values, _mm256_cmp_ps(magnitude, all(3.402823466e38f), _CMP_LE_OQ));
 }
-TPK_ALWAYS_INLINE Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 TPK_ALWAYS_INLINE Ints larger(Ints a, Ints b) { return _mm256_max_epu32(a, b); }
 
 TPK_ALWAYS_INLINE Floats load_halves(const void* from) {
