@@ -60,6 +60,8 @@ OTHERS = [
     "vocab_embedding",
     "vocab_cross_entropy",
     "codecs_group",
+    "few_rows_cached --ranks 1",
+    "few_rows_cached --ranks 1 --dtype bf16",
     "dispatch",
     "overheads",
     "overheads --dtype bf16",
