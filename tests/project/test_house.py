@@ -111,7 +111,7 @@ TORCH_FREE_LISTS = [
     "TEST_SOURCES", "EMU_SOURCES", "EMU_RACE_SOURCES",
 ]  # fmt: skip
 MODULE_LISTS = ["MODULE_SOURCES", "CUDA_MODULE_SOURCES", "EMU_MODULE_SOURCES"]
-C10D = [source for source in cmake_list("C10D_MODULE_SOURCES") if source.startswith("csrc/c10d/")]  # for one torch
+C10D = cmake_list("C10D_MODULE_SOURCES")  # for one torch
 TORCH_FREE = [*(source for name in TORCH_FREE_LISTS for source in cmake_list(name)), *emulated_tests()]
 MODULES = [source for name in MODULE_LISTS for source in cmake_list(name)]
 # Where headers are looked for that do not lie beside who includes them.
