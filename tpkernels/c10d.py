@@ -81,7 +81,7 @@ def _open(group: NewGroup, label: str, transport: str) -> Any:
     if communicator.transport not in ("shm", "local"):
         group.gloo  # noqa: B018  # for messages, which two ranks alone exchange: made while all ranks are here
 
-    def split(store: dist.Store, rank: int, size: int, name: str, timeout_s: float) -> Any:
+    def split(store: dist.distributed_c10d.Store, rank: int, size: int, name: str, timeout_s: float) -> Any:
         """The back end of some of the ranks."""
         return _open(NewGroup(store, rank, size, name, timedelta(seconds=timeout_s)), name, transport)
 
