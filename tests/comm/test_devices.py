@@ -136,7 +136,7 @@ def test_the_device_follows_the_backend_of_the_process_group(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("transport", "device", "text"),
     [
-        ("peer", "cpu", "transport must be 'auto', 'shm', 'group' on cpu, got 'peer'"),
+        ("peer", "cpu", "transport must be 'auto', 'shm', 'hierarchical', 'group' on cpu, got 'peer'"),
         ("shm", "cuda", "transport must be 'auto', 'peer', 'group' on cuda, got 'shm'"),
     ],
 )
