@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.harness.ranks import nightly
 from tpkernels.train.runlog import read
 
 PROGRAM = Path(__file__).parents[1] / "harness" / "dying.py"
@@ -52,10 +51,9 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read(folder / "log.jsonl")]
 
 
-@pytest.mark.parametrize(
-    ("shape", "step"),
-    [("tp", 4), *nightly(*((name, step) for name in SHAPES for step in (1, 4) if (name, step) != ("tp", 4)))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_job_that_is_restarted_ends_as_the_undisturbed_one(tmp_path: Path, text: str, shape: str, step: int) -> None:
     """The last rank is killed in step 1, before the first checkpoint, or in step 4, before the second."""
     options = SHAPES[shape] | {"--data": text}
