@@ -50,6 +50,14 @@ LIMIT_S = 100  # of one test
 EXPLAINED = {
     "test_ddp_logging_data_cpu": "torch writes 'custom' for the name of every registered back end into the log of DDP",
 }
+OWN_EVENT = re.compile(r"'tpk:(\w+)' != 'gloo:\1'")
+
+
+def explained(result: Result) -> str | None:
+    """Why no other back end than gloo passes, where that is known."""
+    if OWN_EVENT.search(result.detail):
+        return "the events of a profiler have the name of the back end"
+    return EXPLAINED.get(result.test)
 
 
 @dataclass(frozen=True)
@@ -272,11 +280,11 @@ def main(
         print(f"{title}: {result.test} skipped: {result.detail}")
     bad = list(worse(results, "failed"))
     for title, result in bad:
-        print(f"{REFERENCE} passes, {title} fails: {result.test} ({EXPLAINED.get(result.test, 'not explained')})")
+        print(f"{REFERENCE} passes, {title} fails: {result.test} ({explained(result) or 'not explained'})")
     few = [title for title, column in results.items() if sum(r.outcome == "passed" for r in column.values()) < passes]
     for title in few:
         print(f"{title}: fewer than {passes} passed")
-    sys.exit(1 if few or any(result.test not in EXPLAINED for _, result in bad) else 0)
+    sys.exit(1 if few or any(explained(result) is None for _, result in bad) else 0)
 
 
 if __name__ == "__main__":
