@@ -12,28 +12,17 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 
 from .buckets import Bucket
-from .dense import State
+from .dense import DenseAverage, State
 from .flat import stepped
 from .lane import Lane
 
 
-class ScatteredAverage:
+class ScatteredAverage(DenseAverage):
     """This rank's part of mean = (x_0 + ... + x_{R-1}) / R, every contribution packed by a codec.
 
-    The sum of a part stays with its owner and is not packed again. With error feedback the rounding errors of a step
-    are added to the next one. With codec "none" the bits are those of DenseAverage.
-
-    Args:
-        codec: a name in `tpkernels.compress.CODECS`.
-        error_feedback: keep residuals; codec "none" has none.
-
-    Attributes:
-        kinds: of its state, for each bucket.
+    The sum of a part stays with its owner and is not packed again. With codec "none" the bits are those of
+    DenseAverage, and with error feedback the residual is that of this rank's contribution alone. Arguments are its.
     """
-
-    def __init__(self, codec: str, error_feedback: bool) -> None:
-        self.codec = codec
-        self.kinds: tuple[str, ...] = ("residual",) if error_feedback and codec != "none" else ()
 
     def average(self, bucket: Bucket, flat: Tensor, state: State, step: int, group: Group) -> Tensor:
         """This rank's even part of the average; a collective. Arguments and errors are those of DenseAverage.
