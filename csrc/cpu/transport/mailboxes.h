@@ -4,10 +4,10 @@
 // door: a counter that others raise when they have written to its rings or read from theirs. A message is a header of
 // 16 bytes and the values.
 //
-// Order      messages of one pair and tag arrive in the order in which they were sent; receives with a tag may be
-// posted
-//            in any order. What comes before the message that a receive waits for is kept in memory of this process.
-//            Where no receive waits, nothing is read: a sender of more than a ring holds waits, as over a socket.
+// Order      messages of one pair and tag arrive in the order in which they were sent; receives with different tags may
+//            be posted in any order. What comes before the message that a receive waits for is kept in memory of this
+//            process. Where no receive waits, nothing is read: a sender of more than a ring holds waits, as over a
+//            socket.
 // Progress   whoever waits for a message moves bytes. A thread does it for messages for which nobody waits; it sleeps
 //            while there are none.
 // Errors     a lost rank fails the messages to and from it, a deadline the message itself. A receive of another size or
