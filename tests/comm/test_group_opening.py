@@ -8,8 +8,9 @@ import math
 import os
 import re
 import resource
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from tests import USUAL_ARENA_BYTES
 from tests.harness.ops import raised
 from tpkernels import ops
-from tpkernels.comm import bootstrap, host
+from tpkernels.comm import bootstrap, host, process_groups
 from tpkernels.comm.group import Group
 from tpkernels.comm.open import ARENA_BYTES
 from tpkernels.errors import PeerLostError
@@ -64,6 +65,29 @@ def test_a_rank_that_does_not_come_is_named_in_time_and_disturbs_no_later_open()
     assert time.monotonic() - start < 60.0, "not the process group's time-out"
     for text in texts:
         assert re.search(r"Group.open\('world'\): rank 2 did not come within 1.5 s, ranks \[0, 1\] did", text), text
+
+
+class Silent:
+    """A store behind a cut link."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return lambda *args: threading.Event().wait()
+
+
+def check_a_silent_store() -> str:
+    with mock.patch.object(
+        bootstrap, "store_of", lambda pg: Silent() if pg.rank() == 1 else process_groups.store_of(pg)
+    ):
+        return raised(lambda: Group.open(timeout_s=1.0), TimeoutError)
+
+
+def test_a_store_that_never_answers_is_waited_for_no_longer_than_ranks() -> None:
+    at_the_store, behind = run_ranks(check_a_silent_store, 2, fresh=True)
+    assert "rank 1 did not come within 1 s" in at_the_store
+    assert behind.startswith(
+        "Group.open('world'), rank 1 of 2: the store of the process group did not answer within 1 s: the rank that "
+        "keeps it (rank 0 as a rule) is stopped, or the link to its host is cut"
+    )
 
 
 def check_another_order() -> tuple[str, str]:

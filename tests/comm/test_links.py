@@ -108,6 +108,39 @@ def test_three_hosts_and_uneven_ones() -> None:
         run_on([a, b, a, c, b], check_sums, [[0, 2], [1, 4], [3]])
 
 
+def cut(made: links.Links, begun: Path) -> None:
+    """Cut the link of the second host once there is a file."""
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)  # between two looks
+    links.run(links.program("ip"), "-n", str(made.hosts[1].namespace), "link", "set", "v1", "down")
+
+
+def open_behind_the_cut(begun: Path) -> tuple[str, float]:
+    """The error of a group that is opened when the link is cut, and the seconds until it came."""
+    dist.barrier()
+    begun.touch()
+    while Path(begun.parent, "cut").exists() is False:
+        time.sleep(0.01)  # between two looks
+    start = time.monotonic()
+    text = raised(lambda: Group.open(timeout_s=TIMEOUT_S), TimeoutError)
+    return text, time.monotonic() - start
+
+
+@pytest.mark.nightly
+def test_a_group_that_is_opened_behind_a_cut_link_fails_in_time(tmp_path: Path) -> None:
+    with links.shaped("1gbit", own_memory=True) as made:
+
+        def meanwhile() -> None:
+            cut(made, tmp_path / "begun")
+            (tmp_path / "cut").touch()
+
+        (near, _), (behind, seconds) = run_on(made.hosts, open_behind_the_cut, tmp_path / "begun", meanwhile=meanwhile)
+    assert "rank 1 did not come within 3 s" in near
+    assert "rank 1 of 2: the store of the process group did not answer within 3 s" in behind
+    assert seconds < TIMEOUT_S + 10
+
+
 def call_until_the_link_is_cut(begun: Path) -> tuple[str, float]:
     """The error, and the seconds from the last call before the cut."""
     group = Group.open(timeout_s=TIMEOUT_S)
@@ -127,15 +160,8 @@ def call_until_the_link_is_cut(begun: Path) -> tuple[str, float]:
 def test_where_a_link_is_cut_all_ranks_leave_and_name_those_behind_it(tmp_path: Path, hosts: tuple[int, ...]) -> None:
     """The store is behind the cut for the second host."""
     with links.shaped("1gbit", own_memory=True) as made:
-
-        def cut() -> None:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)  # between two looks
-            links.run(links.program("ip"), "-n", str(made.hosts[1].namespace), "link", "set", "v1", "down")
-
-        places = [made.hosts[h] for h in hosts]
-        found = run_on(places, call_until_the_link_is_cut, tmp_path / "begun", meanwhile=cut)
+        places, begun = [made.hosts[h] for h in hosts], tmp_path / "begun"
+        found = run_on(places, call_until_the_link_is_cut, begun, meanwhile=lambda: cut(made, begun))
     for rank, (text, seconds) in enumerate(found):
         behind = [r for r, host in enumerate(hosts) if host != hosts[rank]]
         assert f"ranks {behind} did not come" in text, text

@@ -11,22 +11,25 @@ import json
 import pickle
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from tpkernels._build import build_info
 from tpkernels._native import _C
+from tpkernels.comm.asking import Asking
 from tpkernels.comm.process_groups import store_of
 from tpkernels.comm.watch import is_dead
 from tpkernels.errors import PeerLostError
 
 _SLICE_S = 0.2  # between two checks of the other ranks
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02  # between two reads of the store
+_MESSAGE_S = 1.0  # for what is only part of a message
 _COMPLETE = b"complete"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Bootstrap:
     def __init__(self, process_group: dist.ProcessGroup, label: str, timeout_s: float) -> None:
         self.rank, self.world_size = process_group.rank(), process_group.size()
         self._process_group, self._label, self._timeout_s = process_group, label, timeout_s
-        self._store = store_of(process_group)
+        self._store, self._asking = store_of(process_group), Asking()
         self._number = self._step = 0
         self._pids: Sequence[int | None] = [None] * self.world_size
 
@@ -163,8 +166,8 @@ class Bootstrap:
         key = f"{self._prefix}/obstacle"
         if self._store is None:
             return None
-        with self._reachable():
-            return self._store.get(key).decode() if self._store.check([key]) else None
+        store = self._store
+        return self._ask(lambda: store.get(key).decode() if store.check([key]) else None)
 
     def _through_the_backend(self, mine: Any) -> list[Any]:
         """The same where there is no store (MPI), and so no deadline but that of the backend."""
@@ -202,13 +205,13 @@ class Bootstrap:
                 if missing and time.monotonic() >= deadline:
                     return self._decide(json.dumps([self.rank, missing, elsewhere]).encode())
             return self._decide(_COMPLETE)
-        except PeerLostError as error:
-            raise PeerLostError(f"{error}. Until then {_ranks(missing)} had not come{_where(elsewhere)}") from None
+        except (PeerLostError, TimeoutError) as error:
+            known = f". Until then {_ranks(missing)} had not come{_where(elsewhere)}" if missing else ""
+            raise type(error)(f"{error}{known}") from None
 
     def _has_been_here(self) -> bool:
         """Whether this rank took part in this round over another process group of the same name and store."""
-        with self._reachable():
-            return bool(self._store.check([self._keys(0)[self.rank]]))
+        return bool(self._ask(lambda: self._store.check([self._keys(0)[self.rank]])))
 
     def _absence(self, verdict: bytes, before: bytes | None) -> str:
         by, missing, elsewhere = json.loads(verdict)
@@ -226,14 +229,12 @@ class Bootstrap:
 
     def _verdict(self) -> bytes | None:
         key = f"{self._prefix}/verdict"
-        with self._reachable():
-            return self._store.get(key) if self._store.check([key]) else None
+        return self._ask(lambda: self._store.get(key) if self._store.check([key]) else None)
 
     def _decide(self, verdict: bytes) -> bytes:
         """Of all verdicts of a round the first one counts."""
-        with self._reachable():
-            first: bytes = self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode())
-            return first
+        first: bytes = self._ask(lambda: self._store.compare_set(f"{self._prefix}/verdict", "", verdict.decode()))
+        return first
 
     # --- which group a rank is opening, for the messages of ranks that wait for it in another one
 
@@ -244,20 +245,25 @@ class Bootstrap:
         self._announce("")  # not after an error: ranks that wait for this one elsewhere still read it
 
     def _announce(self, label: str) -> None:
+        key = f"tpkernels/opening/{dist.get_rank()}"
         with contextlib.suppress(Exception):  # for messages only
-            dist.distributed_c10d._get_default_store().set(f"tpkernels/opening/{dist.get_rank()}", label)
+            self._asking(lambda: dist.distributed_c10d._get_default_store().set(key, label), _MESSAGE_S)
 
     def _elsewhere(self, missing: Sequence[int]) -> list[tuple[int, str]]:
         """Which groups these ranks are opening."""
         found = []
-        with contextlib.suppress(Exception):
+
+        def read() -> None:
             store = dist.distributed_c10d._get_default_store()
             for r in missing:
                 key = f"tpkernels/opening/{dist.get_global_rank(self._process_group, r)}"
                 label = store.get(key).decode() if store.check([key]) else ""
                 if label:
                     found.append((r, label))
-        return found
+
+        with contextlib.suppress(Exception):
+            self._asking(read, _MESSAGE_S)
+        return list(found)
 
     # --- the store
 
@@ -269,36 +275,49 @@ class Bootstrap:
         return [f"{self._prefix}/{step}/{r}" for r in range(self.world_size)]
 
     def _set(self, key: str, value: bytes) -> None:
-        with self._reachable():
-            self._store.set(key, value)  # type: ignore[arg-type]  # bytes are missing in the stub
+        self._ask(lambda: self._store.set(key, value))  # type: ignore[arg-type]  # bytes are missing in the stub
 
     def _get(self, key: str) -> bytes:
-        with self._reachable():
-            return bytes(self._store.get(key))
+        return bytes(self._ask(lambda: self._store.get(key)))
 
     def _wait(self, keys: list[str]) -> bool:
         """Whether all keys are there within a slice of time. Polls, because torch logs a wait that fails."""
-        until, pause_s = time.monotonic() + _SLICE_S, _SHORTEST_PAUSE_S
-        with self._reachable():
+        until = time.monotonic() + _SLICE_S
+
+        def poll() -> bool:
+            pause_s = _SHORTEST_PAUSE_S
             while not self._store.check(keys):
                 if time.monotonic() >= until:
                     return False
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return True
+            return True
+
+        return self._ask(poll)
 
     def _missing(self, keys: list[str]) -> list[int]:
-        with self._reachable():
-            return [r for r, key in enumerate(keys) if not self._store.check([key])]
+        return self._ask(lambda: [r for r, key in enumerate(keys) if not self._store.check([key])])
 
-    @contextlib.contextmanager
-    def _reachable(self) -> Iterator[None]:
+    def _ask(self, access: Callable[[], T]) -> T:
+        """Access the store.
+
+        Raises:
+            TimeoutError: it did not answer within the timeout of the group.
+            PeerLostError: it is gone.
+        """
+        who = f"Group.open({self._label!r}), rank {self.rank} of {self.world_size}"
+        keeper = "the rank that keeps it (rank 0 as a rule)"
         try:
-            yield
+            return self._asking(access, self._timeout_s + _SLICE_S)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{who}: the store of the process group did not answer within {self._timeout_s:g} s: {keeper} is "
+                f"stopped, or the link to its host is cut"
+            ) from None
         except RuntimeError as error:
             raise PeerLostError(
-                f"Group.open({self._label!r}): the store of the process group does not answer; the rank that keeps it "
-                f"(rank 0 as a rule) may have ended: {str(error).strip().splitlines()[0]}"
+                f"{who}: the store of the process group does not answer; {keeper} may have ended: "
+                f"{str(error).strip().splitlines()[0]}"
             ) from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tpkernels.comm.asking import Asking
 from tpkernels.comm.process_groups import store_of
 from tpkernels.errors import PeerLostError
 
@@ -49,8 +49,7 @@ class Watch:
         self.label, self.timeout_s, self._pids = label, timeout_s, list(pids)
         self.rank, self.world_size = process_group.rank(), process_group.size()
         store = store_of(process_group)
-        self._asking: threading.Thread | None = None  # the store, the last time
-        self._answered = True
+        self._asking, self._answered = Asking(), True
         # A store object of its own: process_groups.when_destroyed waits until nothing holds that of the process group.
         self.store: Any = None if store is None else dist.distributed_c10d.PrefixStore("tpkernels", store)
 
@@ -97,7 +96,7 @@ class Watch:
         deadline = time.monotonic() + _REPORT_SECONDS
         while (
             time.monotonic() < deadline
-            and not self._store_is_silent()
+            and not self._asking.is_silent
             and len(self._final_messages()) < len(self._others())
         ):
             if (known := self._trouble(call)) is not None:
@@ -133,22 +132,13 @@ class Watch:
         return dict(found)
 
     def _asked(self, access: Callable[[], object]) -> None:
-        """Access the store, a second at most: where the link to its host is cut it answers never, time-out or not."""
-        if self._store_is_silent():
+        """Access the store, a second at most, and not again before it has answered."""
+        if self._asking.is_silent:
             return
         self._answered = False
-
-        def work() -> None:
-            with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
-                access()
-                self._answered = True
-
-        self._asking = threading.Thread(target=work, daemon=True)
-        self._asking.start()
-        self._asking.join(_STORE_SECONDS)
-
-    def _store_is_silent(self) -> bool:
-        return self._asking is not None and self._asking.is_alive()
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
+            self._asking(access, _STORE_SECONDS)
+            self._answered = True
 
 
 def is_dead(pid: int) -> bool:
