@@ -160,8 +160,9 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   }
   const bool sums_all = op == "all_reduce" || op == "all_reduce_";
   if (is_transport(comm, "hierarchical")) {
-    if (sums_all && HierarchicalCommunicator::is_inline(wire, numel)) {
-      return {"one_exchange", concat(numel * wire.value_bytes, " bytes: all inputs in one exchange between the hosts")};
+    const size_t bytes = numel * wire.value_bytes;
+    if (sums_all && static_cast<const HierarchicalCommunicator&>(comm).is_inline(bytes)) {
+      return {"one_exchange", concat(bytes, " bytes: all inputs in one exchange between the hosts")};
     }
     return {"hierarchical", concat("inside the hosts over shared memory; between them each value once",
                                    op == "all_gather" ? "" : ", as a host's sum")};
@@ -191,8 +192,13 @@ size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& w
 Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,
                           const EngineChoice& choice) {
   const bool gathers = call.op == "all_gather_gemm";
-  const std::string gemm = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
-  if (call.op == "replicated_gemm") return {"unfused", concat(gemm, "; the forward sends nothing")};
+  const std::string engine = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
+  if (call.op == "replicated_gemm") return {"unfused", concat(engine, "; the forward sends nothing")};
+  const char* const whole =
+      is_transport(comm, "hierarchical")
+          ? ", not in chunks, each of which would also pass through shared memory on the cores that multiply"
+          : "";
+  const std::string gemm = concat(engine, whole);
   const size_t chunks = num_chunks(comm, call, wire, shape);
   if (chunks > 1) {
     const char* const order = gathers ? "multiplied while others arrive" : "sent while others are multiplied";

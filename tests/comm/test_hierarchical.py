@@ -27,7 +27,7 @@ LAYOUTS: dict[str, Hosts] = {
     "2+2+2": [[0, 1], [2, 3], [4, 5]],
 }
 CODECS = tuple(codec for codec in ALL_CODECS if codec != "none")
-LENGTHS = (0, 1, 255, 257, 5_003, 150_001)
+LENGTHS = (0, 1, 511, 1_025, 5_003, 150_001)
 ON_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -188,8 +188,10 @@ def check_choice() -> None:
             "of each"
         )
         assert group.explain("all_reduce", numel=4).path == "one_exchange"
-        assert group.explain("all_reduce", numel=1000).path == "hierarchical"
-        assert group.explain("gemm_all_reduce", M=64, N=64, K=64).path == "unfused"
+        assert group.explain("all_reduce", numel=1024).path == "one_exchange"
+        assert group.explain("all_reduce", numel=1025).path == "hierarchical"
+        found = group.explain("gemm_all_reduce", M=64, N=64, K=64)
+        assert found.path == "unfused" and "not in chunks, each of which would also pass" in found.reason
         group.reset_stats()
         ops.all_reduce(torch.ones(1000), group=group)
         assert sum(group.all_gather_ints(int(group.stats()["wire_bytes"]))) > 0

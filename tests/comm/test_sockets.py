@@ -73,7 +73,7 @@ def check_both_ways(patch: MonkeyPatch) -> None:
             model(torch.full((1, 40), rank + 1.0)).sum().backward()
             assert aggregator.wait()
             assert torch.equal(model.weight.grad, torch.full((40, 40), (R + 1) / 2))
-    assert counted[0] == counted[1], "the same bytes are counted either way"
+    assert counted[0] < counted[1], "over connections the openings of calls bring no unused room"
     patch.undo()
 
 

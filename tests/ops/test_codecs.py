@@ -91,11 +91,11 @@ def chunks(n: int, R: int, block: int) -> list[int]:
 def expected_bytes(op: str, transport: str, codec: str, n: int, group: Group) -> int:
     """Of one rank: its contributions to the others' chunks, and its own sum or part to each of the others."""
     R, rank = group.world_size, group.rank
-    opening = (R - 1) * (64 + 1024) if transport == "group" else 0  # fingerprints
+    opening = (R - 1) * 64 if transport == "group" else 0  # fingerprints
     if op == "all_reduce":
-        small = wire_bytes(codec, n) <= 1024  # goes along with the opening, or is summed by everybody
-        if small:
-            return opening if transport == "group" else (R - 1) * wire_bytes(codec, n)
+        most = min(4096, 16384 // max(1, R - 1)) if transport == "group" else 1024
+        if wire_bytes(codec, n) <= most:  # goes along with the opening, or is summed by everybody
+            return opening + (R - 1) * wire_bytes(codec, n)
         mine = wire_bytes(codec, chunks(n, R, 512 if codec != "none" else 1)[rank])
         return opening + wire_bytes(codec, n) - mine + (R - 1) * mine
     parts = [wire_bytes(codec, size) for size in part_sizes(n, R)]

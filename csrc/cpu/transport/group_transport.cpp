@@ -13,9 +13,6 @@
 namespace tpk {
 namespace {
 
-constexpr size_t kInlineBytes = 1024;
-constexpr size_t kOpeningBytes = Opening::kBytes + kInlineBytes;
-
 std::vector<size_t> starts_of(const std::vector<size_t>& sizes) {
   std::vector<size_t> starts{0};
   for (size_t size : sizes) starts.push_back(starts.back() + size);
@@ -63,29 +60,31 @@ void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, cons
   }
 }
 
-const char* GroupCommunicator::inline_payload(int r) const {
-  return exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes + Opening::kBytes;
-}
-
 std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const Input* payload,
                                                    size_t n) {
-  const Opening mine(call_, spec);
-  for (int r = 0; r < world_size(); ++r) {
-    char* to = exchange_->send_buffer() + static_cast<size_t>(r) * kOpeningBytes;
-    std::memset(to, 0, kOpeningBytes);
-    std::memcpy(to, &mine, sizeof mine);
-    if (wire != nullptr) payload->encode(*wire, to + Opening::kBytes, n);
-  }
-  const Sizes sizes(static_cast<size_t>(world_size()), kOpeningBytes);
-  run(spec.op, sizes, sizes);
+  const size_t record = Opening::kBytes + inline_bytes(), ranks = static_cast<size_t>(world_size());
+  std::vector<char> mine(record);
+  const Opening opening(call_, spec, false, wire == nullptr ? 0 : wire->bytes(n));
+  std::memcpy(mine.data(), &opening, sizeof opening);
+  if (wire != nullptr) payload->encode(*wire, mine.data() + Opening::kBytes, n);
+  records_.resize(ranks * record);
+  gather_records(spec.op, mine.data(), record, records_.data());
   std::vector<CallSpec> all;
-  for (int r = 0; r < world_size(); ++r) {
+  for (size_t r = 0; r < ranks; ++r) {
     Opening theirs;
-    std::memcpy(&theirs, exchange_->receive_buffer() + static_cast<size_t>(r) * kOpeningBytes, sizeof theirs);
+    std::memcpy(&theirs, records_.data() + r * record, sizeof theirs);
     all.push_back(theirs.spec());
   }
   check_agreement(spec, all);
   return all;
+}
+
+void GroupCommunicator::gather_records(Op op, const char* mine, size_t record_bytes, char* all) {
+  const size_t ranks = static_cast<size_t>(world_size());
+  for (size_t r = 0; r < ranks; ++r) std::memcpy(exchange_->send_buffer() + r * record_bytes, mine, record_bytes);
+  const Sizes sizes(ranks, record_bytes);
+  run(op, sizes, sizes);
+  std::memcpy(all, exchange_->receive_buffer(), ranks * record_bytes);
 }
 
 void GroupCommunicator::do_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
@@ -101,13 +100,14 @@ void GroupCommunicator::do_all_reduce_beside(const CallSpec& spec, const Wire& w
   send_all_reduce(spec, wire, data, data, n, &meanwhile);
 }
 
-bool GroupCommunicator::is_inline(const Wire& wire, size_t n) { return wire.bytes(n) <= kInlineBytes; }
-
 void GroupCommunicator::all_reduce_inline(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
                                           size_t n) {
   open_call(spec, &wire, &in, n);
   std::vector<const void*> inputs;
-  for (int r = 0; r < world_size(); ++r) inputs.push_back(inline_payload(r));
+  const size_t record = Opening::kBytes + inline_bytes();
+  for (size_t r = 0; r < static_cast<size_t>(world_size()); ++r) {
+    inputs.push_back(records_.data() + r * record + Opening::kBytes);
+  }
   if (wire.is_plain()) return wire.reduce_to_values(inputs.data(), world_size(), out, n);
   std::vector<char> packed(wire.bytes(n) + 1);
   void* const result = packed.data();

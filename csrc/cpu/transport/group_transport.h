@@ -7,6 +7,9 @@
 // hang when the sizes disagree, so nothing else may be sent before the ranks have agreed.
 #pragma once
 
+#include <memory>
+#include <vector>
+
 #include "core/communicator.h"
 #include "core/exchange.h"
 
@@ -34,7 +37,7 @@ class GroupCommunicator : public Communicator {
   void do_close() override { exchange_->close(call_); }
 
   using Sizes = std::vector<size_t>;
-  // The opening exchange: fingerprints, and a payload of up to kInlineBytes; returns the specs of all ranks.
+  // The opening exchange: fingerprints, and a payload of up to inline_bytes(); returns the specs of all ranks.
   std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
                                   size_t n = 0);
   // What follows the opening; `meanwhile` runs while bytes are under way.
@@ -42,14 +45,16 @@ class GroupCommunicator : public Communicator {
                                const std::function<void()>* meanwhile);
   virtual void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
   virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
-  // Whether the opening carries the whole message.
-  static bool is_inline(const Wire&, size_t n);
+  // Of a message that goes with the opening.
+  virtual size_t inline_bytes() const { return 1024; }
+  bool is_inline(const Wire& wire, size_t n) const { return wire.bytes(n) <= inline_bytes(); }
+  // The records of all ranks, each an opening with room for a payload.
+  virtual void gather_records(Op op, const char* mine, size_t record_bytes, char* all);
   Exchange& exchange() { return *exchange_; }
   // Runs body, and adds the call to the text of its errors.
   void described(Op op, const std::function<void()>& body);
 
  private:
-  const char* inline_payload(int rank) const;
   void all_reduce_inline(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void run(Op op, const Sizes& send, const Sizes& receive, const std::function<void()>* meanwhile = nullptr);
   void all_reduce_piece(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
@@ -57,6 +62,7 @@ class GroupCommunicator : public Communicator {
   size_t piece_values(const Wire&, size_t parts) const;
 
   std::unique_ptr<Exchange> exchange_;
+  std::vector<char> records_;  // of this call
 };
 
 }  // namespace tpk

@@ -47,11 +47,12 @@ struct HierarchicalCommunicator::Forms {
 
 void HierarchicalCommunicator::all_reduce_now(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
                                               size_t n) {
-  const bool sends = is_inline(wire, n) && !in.is_packed();
-  const Opened opened = open_call(spec, in.is_packed(), sends ? in.values() : nullptr, n * wire.value_bytes);
+  const size_t bytes = n * wire.value_bytes;
+  const bool sends = is_inline(bytes) && !in.is_packed();
+  const Opened opened = open_call(spec, in.is_packed(), sends ? in.values() : nullptr, bytes);
   if (opened.is_packed) return sum_packed(spec, wire, in, out, n);
   const Forms forms(wire, world_size());
-  is_inline(wire, n) ? sum_inline(forms, opened, out, n) : sum_slices(spec, forms, in.values(), out, n);
+  sends ? sum_inline(forms, opened, out, n) : sum_slices(spec, forms, in.values(), out, n);
 }
 
 void HierarchicalCommunicator::reduce_scatter_now(const CallSpec& spec, const Wire& wire, const Input& in, void* out,

@@ -20,32 +20,6 @@ const Wire& bytes_wire() { return *find_wire(DType::Raw1, Codec::None, ReduceOp:
 
 size_t sum_of(const std::vector<size_t>& sizes) { return std::accumulate(sizes.begin(), sizes.end(), size_t{0}); }
 
-// The leaders of a slice. Their calls are parts of calls in which all ranks have agreed, and need no opening.
-class Leaders final : public SocketCommunicator {
- public:
-  using SocketCommunicator::SocketCommunicator;
-
- protected:
-  void do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) override {
-    send_reduce_scatter(spec, wire, in, out, cut);
-  }
-  void do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut) override {
-    send_all_gather(spec, wire, in, out, cut);
-  }
-  void do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
-                     const Cut& receive) override {
-    for (int r = 0; r < world_size(); ++r) {
-      if (r == rank()) continue;
-      link().send(static_cast<size_t>(r), at(in, send.start(r) * wire.value_bytes), wire.bytes(send.size(r)));
-      link().receive(static_cast<size_t>(r), at(out, receive.start(r) * wire.value_bytes), wire.bytes(receive.size(r)));
-      count(wire.bytes(send.size(r)));
-    }
-    const uint64_t started = now_nanoseconds();
-    described(spec.op, [&] { link().wait(call_); });
-    count_wait(now_nanoseconds() - started);
-  }
-};
-
 }  // namespace
 
 // Passes what the connections show to the watch of all ranks, which knows these by their numbers.
@@ -75,6 +49,7 @@ HierarchicalCommunicator::HierarchicalCommunicator(std::string name, std::string
       inner_(std::move(inner)),
       watch_(std::move(watch)) {
   slices_ = hosts_[0].size();
+  inline_bytes_ = std::clamp(kMostRecords / static_cast<size_t>(world_size), kLeastInline, kMostInline);
   for (const std::vector<int>& ranks : hosts_) slices_ = std::min(slices_, ranks.size());
   for (size_t h = 0; h < hosts_.size(); ++h) {
     in_slice_.emplace_back(slices_);
@@ -188,16 +163,21 @@ Cut HierarchicalCommunicator::over_leaders(const Sizes& sizes) const {
 
 HierarchicalCommunicator::Opened HierarchicalCommunicator::open_call(const CallSpec& spec, bool is_packed,
                                                                      const void* payload, size_t bytes) {
-  char mine[Opened::kRecordBytes] = {};
-  const Opening opening(call_, spec, is_packed);
-  std::memcpy(mine, &opening, sizeof opening);
-  if (payload != nullptr && bytes > 0) std::memcpy(mine + Opening::kBytes, payload, bytes);
-  const size_t ranks = static_cast<size_t>(world_size());
-  Opened opened{std::vector<char>(ranks * Opened::kRecordBytes), {}, false};
-  gather(spec, mine, Sizes(ranks, Opened::kRecordBytes), opened.records.data());
+  const size_t ranks = static_cast<size_t>(world_size()), record = Opening::kBytes + inline_bytes_;
+  std::vector<char> mine(record);
+  const Opening opening(call_, spec, is_packed, payload == nullptr ? 0 : bytes);
+  std::memcpy(mine.data(), &opening, sizeof opening);
+  if (opening.payload_bytes > 0) std::memcpy(mine.data() + Opening::kBytes, payload, bytes);
+  Opened opened{std::vector<char>(ranks * record), record, {}, false};
+  gather(spec, mine.data(), Sizes(ranks, record), opened.records.data(),
+         [&](const char* block, const Sizes& from_hosts, char* received) {
+           Sizes counts;
+           for (size_t n : from_hosts) counts.push_back(n / record);
+           counted(*outer_, [&] { outer_->gather_records_of(spec.op, block, counts, record, received); });
+         });
   for (size_t r = 0; r < ranks; ++r) {
     Opening theirs;
-    std::memcpy(&theirs, opened.records.data() + r * Opened::kRecordBytes, sizeof theirs);
+    std::memcpy(&theirs, opened.records.data() + r * record, sizeof theirs);
     opened.specs.push_back(theirs.spec());
     opened.is_packed |= theirs.is_packed != 0;
   }
@@ -205,8 +185,15 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_call(const CallS
   return opened;
 }
 
-// Inside hosts to the leaders, between hosts, and inside hosts to all.
 void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, const Sizes& bytes, char* out) {
+  gather(spec, mine, bytes, out, [&](const char* block, const Sizes& from_hosts, char* received) {
+    gather_from(*outer_, spec, bytes_wire(), block, received, cut_of(from_hosts));
+  });
+}
+
+// Inside hosts to the leaders, between hosts, and inside hosts to all.
+void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, const Sizes& bytes, char* out,
+                                      const Between& between) {
   const Cut starts = cut_of(bytes);
   if (starts.total() == 0) return;
   const auto bytes_of = [&](const std::vector<int>& ranks) {
@@ -216,7 +203,7 @@ void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, co
   Sizes from_hosts;  // of this rank's slice
   for (const auto& slices : in_slice_) from_hosts.push_back(bytes_of(slices[local_ % slices_]));
 
-  const void* block = mine;
+  const char* block = static_cast<const char*>(mine);
   const Scratch host_parts(has_led() ? bytes_of(here()) : 0), slice(has_led() ? from_hosts[host_] : 0);
   if (has_led()) {
     Sizes parts;
@@ -232,7 +219,7 @@ void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, co
   }
 
   const Scratch received(leads() ? sum_of(from_hosts) : 0), all(starts.total());
-  if (leads()) gather_from(*outer_, spec, bytes_wire(), block, received.at(0), cut_of(from_hosts));
+  if (leads()) between(block, from_hosts, received.at(0));
 
   Sizes of_slices;
   for (size_t l = 0; l < slices_; ++l) {
@@ -353,16 +340,22 @@ void HierarchicalCommunicator::do_reduce_scatter(const CallSpec& spec, const Wir
 void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                              const Cut& cut) {
   guarded(spec.op, [&] {
-    check_parts(spec, open_call(spec).specs, cut);
     Sizes bytes;
     for (int r = 0; r < world_size(); ++r) bytes.push_back(wire.bytes(cut.size(r)));
-    if (wire.is_plain()) return gather(spec, in, bytes, static_cast<char*>(out));
-    const Scratch mine(bytes[me()]), all(sum_of(bytes));
-    wire.encode(in, mine.at(0), cut.size(rank()));
-    gather(spec, mine.at(0), bytes, all.at(0));
+    const Scratch packed(wire.is_plain() ? 0 : bytes[me()]);
+    if (!wire.is_plain()) wire.encode(in, packed.at(0), cut.size(rank()));
+    const void* const mine = wire.is_plain() ? in : packed.at(0);
+    const bool sends = wire.bytes(cut.largest()) <= inline_bytes_;
+    const Opened opened = open_call(spec, false, sends ? mine : nullptr, bytes[me()]);
+    check_parts(spec, opened.specs, cut);
     const Cut starts = cut_of(bytes);
+    const Scratch wires(wire.is_plain() ? 0 : starts.total());
+    char* const all = wire.is_plain() ? static_cast<char*>(out) : wires.at(0);
+    if (!sends) gather(spec, mine, bytes, all);
     for (int r = 0; r < world_size(); ++r) {
-      wire.decode(all.at(starts.start(r)), at(out, cut.start(r) * wire.value_bytes), cut.size(r));
+      char* const part = at(all, starts.start(r));
+      if (sends && starts.size(r) > 0) std::memcpy(part, opened.payload(r), starts.size(r));
+      if (!wire.is_plain()) wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
     }
   });
 }

@@ -19,8 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "leaders.h"
 #include "scratch.h"
-#include "socket_transport.h"
 
 namespace tpk {
 
@@ -39,9 +39,8 @@ class HierarchicalCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override { return inner_->heap_allocate(bytes); }
   void heap_free(void* pointer) override { inner_->heap_free(pointer); }
   size_t heap_bytes() const override { return inner_->heap_bytes(); }
-  // Whether the values of a sum of n go with the opening.
-  static bool is_inline(const Wire& wire, size_t n) { return n * wire.value_bytes <= kInlineBytes; }
-  static constexpr size_t kInlineBytes = 1024;
+  // Whether messages of so many bytes a rank go with the opening: then a call is one exchange between the hosts.
+  bool is_inline(size_t bytes) const { return bytes <= inline_bytes_; }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
@@ -59,12 +58,17 @@ class HierarchicalCommunicator final : public Communicator {
   struct Forms;
   using Sizes = std::vector<size_t>;
   using SizeOfPair = std::function<size_t(int source, int destination)>;
+  // A gather of this rank's `block` between the hosts, of which each sends so many bytes.
+  using Between = std::function<void(const char* block, const Sizes& from_hosts, char* received)>;
+  // Every call copies the records of all ranks, with room for that many bytes of each.
+  static constexpr size_t kMostRecords = size_t{64} << 10, kLeastInline = 1024, kMostInline = 4096;
 
   // --- between all ranks (hierarchical_transport.cpp)
-  // The fingerprints of all ranks; `payload`, of up to kInlineBytes, where it is not null.
+  // The fingerprints of all ranks; `payload`, of up to inline_bytes_, where it is not null.
   Opened open_call(const CallSpec&, bool is_packed = false, const void* payload = nullptr, size_t bytes = 0);
   // out = bytes[r] bytes of each rank r, in rank order; `mine` are this rank's.
   void gather(const CallSpec&, const void* mine, const Sizes& bytes, char* out);
+  void gather(const CallSpec&, const void* mine, const Sizes& bytes, char* out, const Between&);
   // size(s, d) bytes of rank s go to rank d. in: by destination, out: by source, in rank order.
   void route(const CallSpec&, const char* in, const SizeOfPair& size, char* out);
   template <class Body>
@@ -98,12 +102,13 @@ class HierarchicalCommunicator final : public Communicator {
   Cut over_leaders(const Sizes& sizes) const;
 
   const Hosts hosts_;
-  size_t host_ = 0, local_ = 0, slices_ = 0;             // of this rank; how many slices
+  size_t host_ = 0, local_ = 0, slices_ = 0;  // of this rank; how many slices
+  size_t inline_bytes_ = 0;
   std::vector<std::vector<std::vector<int>>> in_slice_;  // [host][slice]: ranks
   const std::shared_ptr<Communicator> inner_;
   const std::unique_ptr<SocketExchange::Watch> watch_;
-  std::unique_ptr<Communicator> outer_;  // of the leaders of a slice, a rank is a host; else none
-  std::exception_ptr found_;             // by the watch, in this call
+  std::unique_ptr<Leaders> outer_;  // of the leaders of a slice, a rank is a host; else none
+  std::exception_ptr found_;        // by the watch, in this call
 };
 
 }  // namespace tpk

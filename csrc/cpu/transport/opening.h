@@ -12,10 +12,12 @@ struct Opening {
   int64_t mine;
   uint32_t shape_hash;
   uint8_t op, dtype, reduce_op, codec;
-  uint8_t is_packed;  // the input, of transport `hierarchical`
+  // Of transport `hierarchical`: whether the input is packed, and the bytes of the small message.
+  uint8_t is_packed;
+  uint32_t payload_bytes;
 
   Opening() = default;
-  Opening(uint64_t call, const CallSpec& spec, bool is_packed = false)
+  Opening(uint64_t call, const CallSpec& spec, bool is_packed = false, size_t payload_bytes = 0)
       : call(call),
         numel(spec.numel),
         mine(spec.mine),
@@ -24,7 +26,8 @@ struct Opening {
         dtype(static_cast<uint8_t>(spec.dtype)),
         reduce_op(static_cast<uint8_t>(spec.reduce_op)),
         codec(static_cast<uint8_t>(spec.codec)),
-        is_packed(is_packed) {}
+        is_packed(is_packed),
+        payload_bytes(static_cast<uint32_t>(payload_bytes)) {}
   CallSpec spec() const {
     return {static_cast<Op>(op),
             static_cast<DType>(dtype),

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "core/bytes.h"
 #include "core/check.h"
 #include "cpu/chunks.h"
+#include "opening.h"
 
 namespace tpk {
 namespace {
@@ -47,6 +49,12 @@ Source whole(const Input& in, void* out, size_t n) {
   return {{{0, n}}, [in, out](size_t, const std::function<void()>&) { return Source::Made{in, out}; }};
 }
 
+size_t payload_of(const char* record) {
+  Opening opening;
+  std::memcpy(&opening, record, sizeof opening);
+  return opening.payload_bytes;
+}
+
 }  // namespace
 
 SocketCommunicator::SocketCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
@@ -62,6 +70,58 @@ SocketCommunicator::~SocketCommunicator() {
 void SocketCommunicator::do_close() {
   GroupCommunicator::do_close();
   thread_.reset();
+}
+
+size_t SocketCommunicator::inline_bytes() const {
+  constexpr size_t kToAll = size_t{16} << 10, kLeast = 1024, kMost = 4096;
+  return std::clamp(kToAll / static_cast<size_t>(std::max(1, world_size() - 1)), kLeast, kMost);
+}
+
+void SocketCommunicator::gather_records(Op op, const char* mine, size_t record_bytes, char* all) {
+  send_records(op, mine, std::vector<size_t>(static_cast<size_t>(world_size()), 1), record_bytes, all);
+}
+
+void SocketCommunicator::send_records(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes,
+                                      char* all) {
+  const size_t own = counts[static_cast<size_t>(rank())];
+  std::vector<char> message;  // the openings, then the values that go with them
+  for (size_t i = 0; i < own; ++i) {
+    const char* const record = mine + i * record_bytes;
+    message.insert(message.end(), record, record + Opening::kBytes);
+  }
+  for (size_t i = 0; i < own; ++i) {
+    const char* const values = mine + i * record_bytes + Opening::kBytes;
+    message.insert(message.end(), values, values + payload_of(mine + i * record_bytes));
+  }
+  std::vector<size_t> starts{0};
+  for (size_t n : counts) starts.push_back(starts.back() + n);
+  std::vector<std::vector<char>> theirs(counts.size());
+  const auto others = [&](const auto& body) {
+    for (size_t h = 0; h < counts.size(); ++h) {
+      if (static_cast<int>(h) != rank()) body(h);
+    }
+  };
+  others([&](size_t h) {
+    theirs[h].resize(counts[h] * Opening::kBytes);
+    link_.send(h, message.data(), message.size());
+    link_.receive(h, theirs[h].data(), theirs[h].size());
+    count(message.size());
+  });
+  const uint64_t started = now_nanoseconds();
+  described(op, [&] {
+    link_.wait(call_);
+    others([&](size_t h) {
+      for (size_t i = 0; i < counts[h]; ++i) {
+        char* const record = all + (starts[h] + i) * record_bytes;
+        std::memcpy(record, theirs[h].data() + i * Opening::kBytes, Opening::kBytes);
+        TPK_CHECK(Opening::kBytes + payload_of(record) <= record_bytes, "a record that is too large");
+        link_.receive(h, record + Opening::kBytes, payload_of(record));
+      }
+    });
+    link_.wait(call_);
+  });
+  count_wait(now_nanoseconds() - started);
+  std::memcpy(all + starts[static_cast<size_t>(rank())] * record_bytes, mine, own * record_bytes);
 }
 
 void SocketCommunicator::stream(Op op, const Wire& wire, const Move& move) {

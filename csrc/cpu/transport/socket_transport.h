@@ -42,6 +42,11 @@ class SocketCommunicator : public GroupCommunicator {
                        const std::function<void()>* meanwhile) override;
   void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
+  // More than over any exchange: a message of its own size takes one way over the link where it would take three.
+  size_t inline_bytes() const override;
+  void gather_records(Op op, const char* mine, size_t record_bytes, char* all) override;
+  // counts[r] records of each rank r, each without unused room: one message to each other rank.
+  void send_records(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes, char* all);
   SocketExchange& link() { return link_; }
 
  private:

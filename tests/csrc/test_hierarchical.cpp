@@ -1,0 +1,179 @@
+// Transport `hierarchical`, with threads for ranks and pairs of sockets inside the hosts and between them.
+#include "cpu/transport/hierarchical_transport.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "socket_ranks.h"
+
+using namespace tpk;
+
+namespace {
+
+using Hosts = HierarchicalCommunicator::Hosts;
+const std::vector<Hosts> kLayouts{{{0, 1}, {2, 3}}, {{0, 1, 2}, {3}}, {{0, 2}, {1, 3}}, {{0, 4}, {1}, {2, 3}}};
+
+int ranks_of(const Hosts& hosts) {
+  size_t ranks = 0;
+  for (const std::vector<int>& host : hosts) ranks += host.size();
+  return static_cast<int>(ranks);
+}
+
+std::unique_ptr<SocketExchange> exchange(const std::vector<int>& sockets, size_t rank, Asked& asked) {
+  return std::make_unique<SocketExchange>(sockets, static_cast<int>(rank), kCapacity, 20.0,
+                                          std::make_unique<TestWatch>(asked));
+}
+
+// Runs body(communicator) once for each rank, each in a thread; a rank whose body has ended leaves the group.
+void with_hosts(const Hosts& hosts, std::vector<Asked>& asked, const std::function<void(Communicator&)>& body) {
+  size_t slices = hosts[0].size();
+  for (const std::vector<int>& host : hosts) slices = std::min(slices, host.size());
+  std::vector<std::vector<std::vector<int>>> inside, between;
+  for (const std::vector<int>& host : hosts) inside.push_back(connected(host.size()));
+  for (size_t l = 0; l < slices; ++l) between.push_back(connected(hosts.size()));
+  each_in_a_thread(asked.size(), [&](size_t r) {
+    const int rank = static_cast<int>(r);
+    for (size_t h = 0; h < hosts.size(); ++h) {
+      for (size_t k = 0; k < hosts[h].size(); ++k) {
+        if (hosts[h][k] != rank) continue;
+        const auto inner = std::make_shared<SocketCommunicator>("inner", "inner", static_cast<int>(k),
+                                                                static_cast<int>(hosts[h].size()), 20.0,
+                                                                exchange(inside[h][k], k, asked[r]));
+        HierarchicalCommunicator comm("test", "test", rank, ranks_of(hosts), 20.0, hosts, inner,
+                                      k < slices ? between[k][h] : std::vector<int>{}, kCapacity,
+                                      std::make_unique<TestWatch>(asked[r]));
+        try {
+          body(comm);
+        } catch (...) {
+          comm.close();
+          throw;
+        }
+        comm.close();
+      }
+    }
+  });
+}
+
+void with_hosts(const Hosts& hosts, const std::function<void(Communicator&)>& body) {
+  std::vector<Asked> asked(static_cast<size_t>(ranks_of(hosts)));
+  with_hosts(hosts, asked, body);
+}
+
+// On both sides of what goes with the opening.
+const size_t kSizes[] = {0, 1, 3, 255, 257, 1024, 1025, 5000, 70001};
+
+CASE(collectives_are_exact_on_hosts_of_any_kind) {
+  for (const Hosts& hosts : kLayouts) {
+    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Bf16}) {
+      const Wire& wire = wire_of(DType::F32, codec, ReduceOp::Sum);
+      const int R = ranks_of(hosts);
+      with_hosts(hosts, [&](Communicator& comm) {
+        uint32_t seed = 0;
+        for (size_t n : kSizes) {
+          ++seed;
+          const std::vector<float> mine = values_of(comm.rank(), n, seed), sum = sum_of(R, n, seed);
+          std::vector<float> out(n), in_place = mine;
+          comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, mine.data(), out.data(), n);
+          EXPECT(out == sum, "all_reduce of ", n);
+          comm.all_reduce(spec_for(Op::AllReduceInplace, wire, n), wire, in_place.data(), in_place.data(), n);
+          EXPECT(in_place == sum, "in place, ", n);
+          const Cut cut = Cut::even(n, R);
+          std::vector<float> part(cut.size(comm.rank()));
+          comm.reduce_scatter(spec_for(Op::ReduceScatter, wire, n), wire, mine.data(), part.data(), cut);
+          EXPECT(std::equal(part.begin(), part.end(), sum.begin() + static_cast<ptrdiff_t>(cut.start(comm.rank()))));
+          std::fill(out.begin(), out.end(), -1.0f);
+          comm.all_gather(spec_for(Op::AllGather, wire, n, static_cast<int64_t>(part.size())), wire, part.data(),
+                          out.data(), cut);
+          EXPECT(out == sum, "all_gather of ", n);
+          EXPECT(comm.exchange(Op::AllGather, 7 * comm.rank()).back() == 7 * (R - 1));
+        }
+      });
+    }
+  }
+}
+
+CASE(sums_are_those_of_the_hosts_in_order_whatever_goes_with_the_opening) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  const auto value = [](int rank, size_t i) {
+    return std::ldexp(1.0f + static_cast<float>(i) * 1e-4f, 8 * static_cast<int>((i + static_cast<size_t>(rank)) % 4));
+  };
+  for (const Hosts& hosts : kLayouts) {
+    with_hosts(hosts, [&](Communicator& comm) {
+      for (size_t n : {5, 1000, 1100, 30000}) {
+        std::vector<float> x(n);
+        for (size_t i = 0; i < n; ++i) x[i] = value(comm.rank(), i);
+        comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+        for (size_t i = 0; i < n; ++i) {
+          float total = 0;
+          for (size_t h = 0; h < hosts.size(); ++h) {
+            float sum = value(hosts[h][0], i);
+            for (size_t k = 1; k < hosts[h].size(); ++k) sum += value(hosts[h][k], i);
+            total = h == 0 ? sum : total + sum;
+          }
+          EXPECT(x[i] == total, n, " values, value ", i);
+        }
+      }
+    });
+  }
+}
+
+// Of two hosts with two ranks each every rank leads a slice, and sends one message to one other rank.
+CASE(a_small_message_brings_its_own_bytes_and_no_room) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  with_hosts(kLayouts[0], [&](Communicator& comm) {
+    const auto bytes_of = [&](size_t n) {
+      std::vector<float> x(n, 1.0f);
+      comm.reset_stats();
+      comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+      return comm.stats()[static_cast<size_t>(Op::AllReduce)].wire_bytes;
+    };
+    EXPECT(bytes_of(1001) == bytes_of(1) + 4000);
+  });
+}
+
+CASE(ranks_that_disagree_all_hear_of_it_and_go_on) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  for (const Hosts& hosts : kLayouts) {
+    const int R = ranks_of(hosts);
+    with_hosts(hosts, [&](Communicator& comm) {
+      for (int odd = 0; odd < R; ++odd) {
+        for (size_t n : {10, 1024, 5000}) {
+          const size_t mine = n + (comm.rank() == odd ? 1 : 0);
+          std::vector<float> x(mine, 1.0f);
+          bool heard = false;
+          try {
+            comm.all_reduce(spec_for(Op::AllReduce, wire, mine), wire, x.data(), x.data(), mine);
+          } catch (const RankMismatch&) {
+            heard = true;
+          }
+          EXPECT(heard && x == std::vector<float>(mine, 1.0f), "rank ", comm.rank(), ", odd one ", odd);
+          x.assign(n, 2.0f);
+          comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+          EXPECT(x == std::vector<float>(n, 2.0f * static_cast<float>(R)));
+        }
+      }
+    });
+  }
+}
+
+CASE(a_rank_that_leaves_ends_the_calls_of_all_others) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  for (const Hosts& hosts : kLayouts) {
+    for (int leaves = 0; leaves < ranks_of(hosts); ++leaves) {
+      with_hosts(hosts, [&](Communicator& comm) {
+        float x = 1.0f;
+        comm.all_reduce(spec_for(Op::AllReduce, wire, 1), wire, &x, &x, 1);
+        if (comm.rank() == leaves) return;
+        std::string text;
+        try {
+          comm.all_reduce(spec_for(Op::AllReduce, wire, 1), wire, &x, &x, 1);
+        } catch (const PeerLost& error) {
+          text = error.what();
+        }
+        EXPECT(text.find("all_reduce on group 'test'") == 0, text);
+      });
+    }
+  }
+}
+
+}  // namespace
