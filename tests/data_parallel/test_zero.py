@@ -167,6 +167,67 @@ def check_overflow() -> None:
                     assert replicas_agree(model, group=group)
 
 
+class Reader(nn.Module):
+    """Attention of torch, which reads parameters of its output projection, tied tables, and a layer that rests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(23, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm, self.resting = nn.LayerNorm(16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 23, bias=False)
+        self.head.weight = self.table.weight
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        out: Tensor = self.head(self.norm(self.attention(x, x, x)[0] * self.scale))
+        return out
+
+
+def trained_reader(gather: str, group: Group, bucket_bytes: int) -> list[Tensor]:
+    """The parameters after some steps, and the loss of each."""
+    torch.manual_seed(0)
+    model, found = Reader(), []
+    with GradAggregator(
+        model, group=group, codec="none", zero=1, bucket_bytes=bucket_bytes, gather=gather
+    ) as aggregator:
+        optimizer = zero_optimizer(torch.optim.AdamW, aggregator, lr=0.05)
+        random = torch.Generator().manual_seed(group.rank)
+        for step in range(STEPS):
+            ids = torch.randint(23, (3, 5), generator=random)
+            loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            loss.backward()
+            aggregator.wait()
+            optimizer.step()
+            optimizer.zero_grad()
+            late = model.table.weight.isnan().any() and model.resting.weight.isnan().any()
+            assert bool(late) == (gather == "forward"), "what is under way is not read as if it were there"
+            if step == 1:
+                aggregator.wait_for_parameters()
+                assert not model.table.weight.isnan().any()
+            if step == 2:
+                state = copy.deepcopy(model.state_dict())
+                model.load_state_dict({name: x + 1.0 for name, x in state.items()})
+                model.load_state_dict(state)
+                assert replicas_agree(model, group=group)
+            found.append(loss.detach())
+        torch.save(model, io.BytesIO())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    return [*found, *(p.detach() for p in model.parameters())]
+
+
+def check_late_parameters() -> None:
+    with Group.open() as group:
+        for bucket_bytes in (1, 2000, 1 << 20):
+            pair = [trained_reader(gather, group, bucket_bytes) for gather in ("step", "forward")]
+            assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*pair, strict=True))
+
+
+def test_parameters_that_arrive_beside_the_forward_pass_have_the_same_bits() -> None:
+    run_ranks(check_late_parameters, 3)
+
+
 def check_refusals() -> None:
     with Group.open() as group:
         model = nn.Linear(6, 4)
@@ -175,6 +236,8 @@ def check_refusals() -> None:
             ({"zero": 1, "mode": "local"}, "mode must be 'sync'"),
             ({"zero": 2, "codec": "topk"}, "not 'topk'"),
             ({"zero": group.rank}, "zero must be the same on all ranks"),
+            ({"gather": "forward"}, "gather must be 'step', or 'forward' with zero=1 or 2, got 'forward' with zero=0"),
+            ({"zero": 1, "gather": "never"}, "got 'never' with zero=1"),
         ):
             with pytest.raises(ValueError, match=match):
                 GradAggregator(model, group=group, sync_parameters=True, **bad)

@@ -19,7 +19,7 @@ from .lane import open_lane
 from .modes import Delayed, Local, Mode, Synchronous
 from .outer import OuterSGD
 from .rounds import Average, Traffic
-from .scattered import ScatteredAverage, gather_parameters
+from .scattered import ParameterGather, ScatteredAverage
 from .sender import Sender
 from .sparse import TopK, TopKAverage
 from .state import VERSION, AggregatorState, check_loadable
@@ -101,6 +101,10 @@ class GradAggregator:
             the backward pass still runs, and p.grad is None after `wait`. 2: so, and each gradient is freed as soon as
             it is in its message, and that when it has arrived; an accumulation keeps gradients up to its last pass. 1
             and 2 are of mode "sync", not of codec "topk". The codec packs each contribution once.
+        gather: with `zero`, when the parameters that the others have updated are there: "step": after the optimizer's
+            step, or "forward": before the forward of their module; until then they begin with NaN. State dicts,
+            checkpoints and `replicas_agree` wait for them, other readers call `wait_for_parameters`. Not for models
+            that are compiled as a whole.
 
     Raises:
         TypeError, ValueError: an argument; a parameter that cannot be aggregated; settings, parameters or values that
@@ -125,12 +129,13 @@ class GradAggregator:
         outer: OuterSGD | None = None,
         topk: TopK | None = None,
         zero: int = 0,
+        gather: str = "step",
     ) -> None:
         group = resolve(group)
         bucket_bytes = BUCKET_BYTES[group.device.type] if bucket_bytes is None else bucket_bytes
         outer, topk = outer or OuterSGD(), topk or TopK()
         checks.check_choice(codec, mode, topk)
-        checks.check_zero(zero, codec, mode)
+        checks.check_zero(zero, codec, mode, gather)
         weights = Weights(checks.WHO, reduce)
         if reduce != "mean" and mode == "local":
             raise ValueError(f"{checks.WHO}: reduce must be 'mean' in mode 'local', got {reduce!r}")
@@ -139,8 +144,8 @@ class GradAggregator:
         settings = {
             "reduce": reduce, "codec": codec, "error_feedback": error_feedback, "mode": mode,
             "bucket_bytes": bucket_bytes, "gradient_dtype": str(gradient_dtype), "sync_parameters": sync_parameters,
-            "check_parameters": check_parameters, "warmup_steps": warmup_steps,
-            "local_steps": local_steps, "outer": outer, "topk": topk, "zero": zero,
+            "check_parameters": check_parameters, "warmup_steps": warmup_steps, "local_steps": local_steps,
+            "outer": outer, "topk": topk, "zero": zero, "gather": gather,
         }  # fmt: skip
         checks.check_ranks(members, settings, group)
         if sync_parameters:
@@ -163,6 +168,7 @@ class GradAggregator:
                 unmark_flat(member.parameter)
                 if zero:
                     mark_flat(member.parameter, bucket.bounds(i, group.world_size), group, member.dtype)
+        self._gather = ParameterGather(model, self._lane, self._traffic.buckets, late=gather == "forward")
         self._loss_scale = 1.0
         self._mode: Mode
         if mode == "local":
@@ -175,7 +181,11 @@ class GradAggregator:
     def gather_parameters(self) -> None:
         """With zero=1 or 2: put the parts that the ranks have updated into the parameters; a collective."""
         if self.zero:
-            gather_parameters(self._lane, self._traffic.buckets)
+            self._gather.start()
+
+    def wait_for_parameters(self) -> None:
+        """Wait for the parameters that are under way, of gather="forward"; errors are those of `wait`."""
+        self._gather.finish()
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
@@ -291,14 +301,11 @@ class GradAggregator:
         return ready
 
     def set_loss_scale(self, scale: float) -> None:
-        """Set the factor of the loss in later steps; call it on all ranks alike, between steps.
+        """Set the factor of the loss in later steps, above 0; call it on all ranks alike, between steps.
 
         The residuals of earlier gradients, and an average in flight, are brought to the new scale. With a scaler:
 
             aggregator.set_loss_scale(scaler.get_scale())            # before the backward passes of a step
-
-        Args:
-            scale: above 0; 1 at first.
         """
         self._check_between_steps("set_loss_scale")
         factor, self._loss_scale = scale / self._loss_scale, scale
@@ -312,8 +319,6 @@ class GradAggregator:
             RuntimeError: mode is not "local".
         """
         self._mode.restore_parameters()
-
-    # -- counting and closing -------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, or since `reset_stats`: see Group.stats, of the aggregator's communicator.
@@ -331,7 +336,10 @@ class GradAggregator:
     def close(self) -> None:
         """Remove the hooks from the model and close the communicator; closing twice does nothing."""
         self._sender.stop()
-        self._lane.close()
+        try:
+            self._gather.close()
+        finally:
+            self._lane.close()
         for member in self._members:
             if (flat := flat_shard(member.parameter)) is not None and flat.group is self.group:
                 unmark_flat(member.parameter)
@@ -341,8 +349,6 @@ class GradAggregator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> AggregatorState:
         """The state of this rank on which the next step depends, copied; call it between steps on all ranks alike.

@@ -14,6 +14,7 @@ from tpkernels.comm.group import Group, find, resolve
 from tpkernels.comm.mesh import Mesh
 from tpkernels.comm.objects import gather, global_ranks
 from tpkernels.data_parallel.digest import digest
+from tpkernels.data_parallel.flat import finish_parameters
 from tpkernels.errors import RankMismatchError
 from tpkernels.layers.base import mark_shards
 from tpkernels.shard import ShardInfo, full_shape, shard_info
@@ -179,6 +180,7 @@ def entries_of(who: str, model: nn.Module, group: Group, buffers: bool) -> list[
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}")
+    finish_parameters()
     mark_shards(model)
     tensors = list(_named(model, buffers))
     digests, what = [], []

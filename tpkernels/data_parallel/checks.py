@@ -19,6 +19,7 @@ from .buckets import Member, kind_of
 from .sparse import TopK
 
 GRAD_CODECS = (*CODECS, "topk")
+GATHERS = ("step", "forward")
 LEVELS = (0, 1, 2)  # of zero
 MODES = ("sync", "delayed", "local")
 WHO = "GradAggregator"
@@ -36,8 +37,12 @@ def check_choice(codec: Any, mode: Any, topk: TopK) -> None:
         )
 
 
-def check_zero(zero: Any, codec: str, mode: str) -> None:
-    """Raise ValueError unless there is such a level, and codec and mode go with it."""
+def check_zero(zero: Any, codec: str, mode: str, gather: Any) -> None:
+    """Raise ValueError unless there is such a level, and codec, mode and gather go with it."""
+    if gather not in GATHERS or (gather != GATHERS[0] and not zero):
+        raise ValueError(
+            f"{WHO}: gather must be 'step', or 'forward' with zero=1 or 2, got {gather!r} with zero={zero}"
+        )
     if isinstance(zero, bool) or zero not in LEVELS:
         raise ValueError(f"{WHO}: zero must be one of {', '.join(map(str, LEVELS))}, got {zero!r}")
     if zero and (mode != "sync" or codec == "topk"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,35 @@ from tpkernels.comm.group import Group
 from tpkernels.shard import begin_to_check, shard_info
 
 _marked: weakref.WeakSet[FlatShard] = weakref.WeakSet()
+_under_way: weakref.WeakSet[Finish] = weakref.WeakSet()
+
+
+class Finish(Protocol):
+    """Something that is under way to parameters of this process."""
+
+    def finish(self) -> None:
+        """Wait for it."""
+
+
+def announce(what: Finish) -> None:
+    """Let `finish_parameters` wait for it, too."""
+    _under_way.add(what)
+
+
+def finish_parameters() -> None:
+    """Wait for the values of parameters that are under way, of every model of this process."""
+    for what in list(_under_way):
+        what.finish()
 
 
 @dataclass(frozen=True)
 class MeshRanks:
-    """The ranks of one dimension of a DeviceMesh, as far as checkpoints and norms need them."""
+    """The ranks of one dimension of a DeviceMesh, as far as checkpoints and norms need them; copies: of their parts."""
 
     rank: int
     world_size: int
     process_group: dist.ProcessGroup
+    copies: int
 
     @property
     def name(self) -> str:
@@ -99,7 +119,8 @@ def _of_dtensor(tensor: Any) -> FlatShard | None:
     R, inner = mesh.size(cut[0]), prod(tensor.shape[1:])
     chunk = -(-rows // R)  # that of torch.chunk
     bounds = tuple(min(rank * chunk, rows) * inner for rank in range(R + 1))
-    return FlatShard(tensor, bounds, MeshRanks(mesh.get_local_rank(cut[0]), R, mesh.get_group(cut[0])))
+    group = MeshRanks(mesh.get_local_rank(cut[0]), R, mesh.get_group(cut[0]), mesh.size() // R)
+    return FlatShard(tensor, bounds, group)
 
 
 def stepped(parameter: Tensor) -> Tensor:

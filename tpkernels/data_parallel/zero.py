@@ -26,8 +26,9 @@ def zero_optimizer(
         optimizer = zero_optimizer(torch.optim.AdamW, aggregator, lr=1e-3)
 
     Its parameters are this rank's parts, flat tensors whose .grad is that part of the average. Each step updates them,
-    and gathers the parameters of the model over the ranks, in messages as large as those of the gradients; all ranks
-    make the steps alike. With codec "none" the parameters are, bit for bit, those of
+    and gathers the parameters of the model over the ranks, in messages as large as those of the gradients (beside the
+    next forward pass where the aggregator has gather="forward"); all ranks make the steps alike. With codec "none" the
+    parameters are, bit for bit, those of
 
         optimizer = kind(params, **options)              # with zero=0
 
@@ -79,13 +80,14 @@ def zero_optimizer(
             f"{WHO}: kind must be an optimizer that treats every value by itself, got {name}; if it does, add it "
             f"before: tpkernels.optimizers.ELEMENTWISE.add({name}), else take zero=0"
         )
-    optimizer.register_step_pre_hook(lambda *_: _take_values(aggregator.parameters))
+    optimizer.register_step_pre_hook(lambda *_: _take_values(aggregator))
     optimizer.register_step_post_hook(lambda *_: aggregator.gather_parameters())
     return optimizer
 
 
-def _take_values(parameters: Iterable[Tensor]) -> None:
+def _take_values(aggregator: GradAggregator) -> None:
     """The optimizer steps the values that the parameters have now, wherever they are."""
-    for parameter in parameters:
+    aggregator.wait_for_parameters()
+    for parameter in aggregator.parameters:
         if (flat := flat_shard(parameter)) is not None:
             flat.values.data = flat.part(parameter.detach())

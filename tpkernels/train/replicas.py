@@ -41,6 +41,7 @@ class Replicas:
             outer=OuterSGD(lr=1.0, momentum=0.0, nesterov=False),  # after so short rounds the plain mean
             topk=_topk(settings),
             zero=settings.zero,
+            gather="forward" if settings.zero else "step",
         )
 
     def mean(self, value: float) -> float:
