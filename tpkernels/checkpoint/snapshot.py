@@ -17,7 +17,7 @@ from tpkernels.checkpoint.files import bytes_of, check_tensors
 from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.checkpoint.regions import Entry
 from tpkernels.checkpoint.replicas import has_own_parameters, with_own_parameters
-from tpkernels.data_parallel.flat import FlatShard, flat_shard, local_of, stepped
+from tpkernels.data_parallel.flat import FlatShard, MeshRanks, flat_shard, local_of, stepped
 from tpkernels.data_parallel.state import AggregatorState
 from tpkernels.errors import CheckpointError
 from tpkernels.layers.base import mark_shards
@@ -103,12 +103,13 @@ def take(
         entry = _entry(tensor, shard_info(tensor), styles.get(name))
         flat = flat_shard(tensor) if hasattr(tensor, "placements") else None
         entries[f"model/{name}"] = entry if flat is None else replace(entry, flat=_bounds(flat, ranks, name))
-        tensors[f"model/{name}"] = tensor if flat is None else local_of(tensor).reshape(-1)
+        tensors[f"model/{name}"] = tensor if flat is None else _values(flat, ranks, tensor)
     for name, field, value, parameter in _optimizer_tensors(model, optimizer):
         key = f"optimizer/{name}/{field}"
         check_tensors({key: local_of(value)})
         entries[key] = _optimizer_entry(value, parameter, styles.get(name), ranks)
-        tensors[key] = value if entries[key].flat is None else local_of(value).reshape(-1)
+        flat = flat_shard(parameter)
+        tensors[key] = value if flat is None or entries[key].flat is None else _values(flat, ranks, value)
     if ranks.replica > 0:
         tensors = {key: value for key, value in tensors.items() if entries[key].flat is not None}
     own = {f"rng/{key}": value for key, value in layers.rng_state().items()}
@@ -251,13 +252,23 @@ def _optimizer_entry(value: Tensor, parameter: nn.Parameter, style: str | None, 
 
 
 def _bounds(flat: FlatShard, ranks: CheckpointRanks, what: str) -> tuple[tuple[int, ...], ...]:
-    """Where the replicas cut this rank's part."""
-    if (flat.group.rank, flat.group.world_size) != (ranks.replica, ranks.dp):
+    """Where the replicas cut this rank's part; of several copies of the parts the first one has all values."""
+    group, parts = flat.group, flat.group.world_size
+    copies = group.copies if isinstance(group, MeshRanks) else 1
+    if (group.rank, parts * copies) != (ranks.replica % parts, ranks.dp):
+        of_copies = f", in {copies} copies," if copies > 1 else ""
         raise CheckpointError(
-            f"{what} is cut over {flat.group.world_size} ranks of group {flat.group.label!r}, of which this is rank "
-            f"{flat.group.rank}, and this is replica {ranks.replica} of {ranks.dp}: pass these ranks as dp_group"
+            f"{what} is cut over {parts} ranks of group {group.label!r}{of_copies} of which this is rank {group.rank}, "
+            f"and this is replica {ranks.replica} of {ranks.dp}: pass these ranks as dp_group, copy by copy where "
+            f"there are several"
         )
-    return (flat.bounds,)
+    return ((*flat.bounds, *[flat.bounds[-1]] * (ranks.dp - parts)),)
+
+
+def _values(flat: FlatShard, ranks: CheckpointRanks, tensor: Tensor) -> Tensor:
+    """The values that this replica saves, one dim; none of a further copy."""
+    values = local_of(tensor).reshape(-1)
+    return values if ranks.replica < flat.group.world_size else values[:0]
 
 
 def _entry(tensor: Tensor, info: ShardInfo | None, style: str | None) -> Entry:
