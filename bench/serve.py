@@ -82,7 +82,7 @@ class Reference:
 
     def _leads_to(self, text: str, prompt: list[int], tokens: list[int]) -> bool:
         """Whether these tokens, followed by likeliest ones, all ties tried, become the text."""
-        from tpkernels.generate.generator import Continuation
+        from tpkernels.generate.continuation import Continuation
 
         running = Continuation(prompt, self._how, self._tokenizer)
         so_far = "".join(map(running.push, tokens))

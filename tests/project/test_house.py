@@ -25,11 +25,10 @@ ORDER = [
 ]  # fmt: skip
 # Modules that import an optional package, or torch's compiler: imported where they are used.
 LATE = {
-    "tpkernels.generate.compiled": "torch._inductor",
-    "tpkernels.generate.decoders": "transformers",
-    "tpkernels.generate.seq2seq": "transformers",
+    "tpkernels.generate.compiled": "torch._inductor", "tpkernels.generate.decoders": "transformers",
+    "tpkernels.generate.seq2seq": "transformers", "tpkernels.generate.staged": "transformers",
     "tpkernels.serve.command": "fastapi",
-}
+}  # fmt: skip
 
 
 def tracked_files() -> list[Path]:

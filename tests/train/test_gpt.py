@@ -73,11 +73,13 @@ def check_parity(group: Group, sequence_parallel: bool) -> None:
 def check_generation() -> None:
     with Group.open() as group:
         cut, whole = models(group)
-        text = generate(cut, b"import ", 20, seed=5)
-        assert text == generate(whole, b"import ", 20, seed=5)
+        prompts = [b"import ", b"x"]
+        text, other = generate(cut, prompts, 20, seed=5)
+        assert [text] == generate(whole, [b"import "], 20, seed=5)
+        assert [other] == generate(whole, [b"x"], 20, seed=5)
         assert text.startswith(b"import ")
         assert len(text) == 27
-        assert text != generate(cut, b"import ", 20, seed=6)
+        assert text != generate(cut, prompts, 20, seed=6)[0]
 
 
 @pytest.mark.parametrize("R", [1, 2, 3, 4])

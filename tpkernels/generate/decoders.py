@@ -89,7 +89,7 @@ class DynamicDecoder(_Decoder):
             self._slots = SlotDecoder(self.model, len(prompts), length)
             return self._slots.start(prompts)
         self._slots = None
-        self._cache = DynamicCache(config=self.model.config)
+        self._cache = self._new_cache()
         self._lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         logits, self._mask = self._prefill(prompts, self._cache)
         return logits
@@ -108,6 +108,9 @@ class DynamicDecoder(_Decoder):
         logits = self._forward(ids, self._mask, self._lengths, self._cache)
         self._lengths += 1
         return logits
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
 
 
 class _SlotLayer(CacheLayerMixin):

@@ -3,76 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from tpkernels.comm.group import Group, resolve
 
-from .sampling import NOT_A_NUMBER, Sampler, Sampling, draw
-from .text import TextStream, Tokenizer
+from .continuation import Completion, Continuation, Piece
+from .sampling import Sampler, Sampling, draw
+from .text import Tokenizer
 
 CACHES = ("static", "dynamic")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The addition of one step to the continuation of one prompt.
-
-    Attributes:
-        index: which prompt.
-        token: the new token.
-        text: that this token completes; may be empty, and belong to earlier tokens.
-        finish: None, or why this is the last piece: "stop" (end token, stop string) or "length".
-    """
-
-    index: int
-    token: int
-    text: str
-    finish: str | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All pieces of one prompt: its text, its tokens (the end token among them), why it ended."""
-
-    text: str
-    tokens: list[int]
-    finish: str
-
-
-class Continuation:
-    """A continuation in progress: its text and its ends."""
-
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
-        self.tokens = 0
-        self.finish: str | None = None
-        self._sampling = sampling
-        self._ends = set(sampling.stop_token_ids)
-        if tokenizer.eos_token_id is not None and not sampling.ignore_eos:
-            self._ends.add(tokenizer.eos_token_id)
-        self._text = TextStream(tokenizer, prompt, sampling.stop)
-
-    def push(self, token: int) -> str:
-        """Add the next token; the text that it completes. Sets `finish` when it is the last.
-
-        Raises:
-            FloatingPointError: the logits were not numbers.
-        """
-        if token == NOT_A_NUMBER:
-            raise FloatingPointError("generate: the model's logits hold NaN")
-        self.tokens += 1
-        if token in self._ends:
-            self.finish = "stop"
-            return self._text.flush()
-        text = self._text.push(token)
-        if self._text.stopped:
-            self.finish = "stop"
-        elif self.tokens == self._sampling.max_tokens:
-            text += self._text.flush()
-            self.finish = "stop" if self._text.stopped else "length"
-        return text
 
 
 def is_seq2seq(model: Any) -> bool:
@@ -96,9 +37,14 @@ class Generator:
         compile: compile the decode step (static cache only): a wait of a minute at first. A prompt length and number of
             tokens that need another size of cache compile anew. Sharded models of the families of Llama need none:
             their steps are one call of C++ anyway, unless something beside their modules' products is to be computed.
+        pipeline: the ranks of the stages, where the model was split by layer (`take_stages`) and this rank has one
+            stage; `group` are then the ranks over which that is sharded. Caches grow.
+        flights: with a pipeline, into how many parts prompts are divided that pass through the stages one behind the
+            other; None: as many as stages, so that each computes while the others do.
 
     Raises:
-        ValueError: cache or compile do not fit; the model cannot be generated from, or needs the dynamic cache.
+        ValueError: cache, compile or flights do not fit; the model cannot be generated from, or needs the dynamic
+            cache.
     """
 
     def __init__(
@@ -109,6 +55,8 @@ class Generator:
         *,
         cache: str = "static",
         compile: bool = False,
+        pipeline: Group | None = None,
+        flights: int | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ValueError(f"generate: cache must be {' or '.join(map(repr, CACHES))}, got {cache!r}")
@@ -116,10 +64,17 @@ class Generator:
             raise ValueError("generate: compile needs cache 'static', got 'dynamic'")
         if compile and is_seq2seq(model):
             raise ValueError("generate: a model with an encoder cannot be compiled: leave out compile")
+        if pipeline is not None and (compile or is_seq2seq(model)):
+            raise ValueError("generate: a model in pipeline stages must be a decoder, and is not compiled")
+        if flights is not None and (pipeline is None or flights < 1):
+            raise ValueError(f"generate: flights must be 1 or more, and need a pipeline, got {flights}")
+        if pipeline is None and getattr(model, "tpk_stages", None) is not None:
+            raise ValueError("generate: the model has some pipeline stages only: give pipeline, the stages' ranks")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.group = resolve(group)
         self._cache, self._compile = cache, compile
+        self._pipeline, self._flights = pipeline, flights
         self._decoder: Any = None
 
     def stream(
@@ -141,7 +96,14 @@ class Generator:
         ids = [self._ids(prompt) for prompt in prompts]
         every = [sampling or Sampling()] * len(ids) if not isinstance(sampling, Sequence) else list(sampling)
         self._check(ids, every)
-        return self._pieces(ids, every) if ids else iter(())
+        if not ids:
+            return iter(())
+        if self._pipeline is None:
+            return self._pieces(ids, every)
+        from .staged import staged_pieces
+
+        count = min(len(ids), self._flights or self._pipeline.world_size)
+        return staged_pieces(self.model, self.tokenizer, self.group, self._pipeline, count, ids, every)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None

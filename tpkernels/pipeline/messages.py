@@ -159,6 +159,17 @@ class Messages:
         self._post(stage, micro, kind, gradient=True)
         return self._take(stage, micro, True, stage + 1)
 
+    def tell(self, micro: int, numbers: Tensor) -> None:
+        """Send int64 numbers from the last stage to all other ranks."""
+        for rank in range(self.group.world_size - 1):
+            self._isend(numbers, rank, self._tag(0, micro, True))
+
+    def told(self, micro: int, count: int) -> Tensor:
+        """The numbers that the last stage has told, [count]."""
+        found, last = torch.empty(count, dtype=torch.int64), self.group.world_size - 1
+        self._wait(self._irecv(found, last, self._tag(0, micro, True)), f"what is told of flight {micro}", last)
+        return found
+
     def exchange(self, mine: Tensor, ranks: list[int]) -> list[Tensor]:
         """The tensors of one shape and dtype that some ranks of the pipeline hold, in the order of `ranks`."""
         found = {self.group.rank: mine}

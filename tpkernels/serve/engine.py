@@ -19,7 +19,7 @@ from typing import Any
 from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.generate import Sampling
-from tpkernels.generate.generator import Continuation
+from tpkernels.generate.continuation import Continuation
 from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
 
 from .channel import Channel, Step, carry_out

@@ -67,8 +67,10 @@ def _conclude(run: Run) -> bool:
     """Sample, compare with one process, print and draw; whether the comparison held (the same on all ranks)."""
     found = report.collect(run)
     sample = b""
-    if run.settings.sample_bytes and run.trainer.pipe is None:  # a stage alone gives no logits
-        sample = generate(run.trainer.model, PROMPT, run.settings.sample_bytes, seed=run.settings.seed)
+    if run.settings.sample_bytes:
+        pipeline = None if run.trainer.pipe is None else run.trainer.pipe.group
+        length, seed = run.settings.sample_bytes, run.settings.seed
+        (sample,) = generate(run.trainer.model, [PROMPT], length, seed=seed, pipeline=pipeline)
     if run.group.rank == 0:
         compared = _compare(run)
         found = replace(found, parity=compared)

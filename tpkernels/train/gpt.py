@@ -16,7 +16,7 @@ parameters for the same seed, so that one model file serves training, the check 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from tpkernels import layers, ops
 from tpkernels.comm.group import Group, resolve
+from tpkernels.pipeline import Flights
 
 
 @dataclass(frozen=True)
@@ -204,28 +205,61 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: bytes, length: int, *, seed: int = 0, temperature: float = 0.8) -> bytes:
-    """Continue a prompt. Collective: every rank draws from the same gathered logits with the same seed.
+def generate(
+    model: GPT,
+    prompts: Sequence[bytes],
+    length: int,
+    *,
+    seed: int = 0,
+    temperature: float = 0.8,
+    pipeline: Group | None = None,
+) -> list[bytes]:
+    """Continue prompts. Collective: every rank draws from the same gathered logits with the same seed.
 
     The window is computed anew for each byte: enough for a short sample, wasteful for serving. It is padded to the full
     context, which changes no logits before the padding: oneDNN's kernels for products of 128 sizes would take 230 MiB.
 
     Args:
         model: on all ranks that it is sharded over.
-        prompt: one byte or more.
+        prompts: one byte or more each.
         length: bytes to draw.
-        seed: of the draws.
+        seed: of the draws of each prompt.
         temperature: logits are divided by it.
+        pipeline: the ranks of the stages, where the model has been split by layer: as many prompts as stages keep all
+            of them busy.
 
     Returns:
-        the prompt and `length` more bytes.
+        each prompt and `length` more bytes.
     """
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.tensor(list(prompt), dtype=torch.int64)
-    for _ in range(length):
-        window = ids[-model.config.context :]
-        filled = F.pad(window, (0, model.config.context - len(window)))
-        last = model(filled[None])[len(window) - 1 : len(window)]
-        logits = model.parts.gather_logits(last, model.config.vocab).flatten().double()
-        ids = torch.cat((ids, torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=random)))
-    return bytes(ids.tolist())
+    stages = None if pipeline is None else cast(Any, model).tpk_stages
+    flights = Flights(stages, pipeline, len(prompts))
+    texts = [_Text(model, prompt, seed, temperature) for prompt in prompts]
+    for step in range(length + 1):
+        for i, text in enumerate(texts):
+            if step > 0:
+                text.ids = torch.cat((text.ids, flights.told(i, 1)))
+            if step < length and (logits := flights.run(i, "a window", text.logits)) is not None:
+                flights.tell(i, text.draw(logits))
+    flights.end()
+    return [bytes(text.ids.tolist()) for text in texts]
+
+
+class _Text:
+    """A text in progress."""
+
+    def __init__(self, model: GPT, prompt: bytes, seed: int, temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+        self._random = torch.Generator().manual_seed(seed)
+        self.ids = torch.tensor(list(prompt), dtype=torch.int64)
+
+    def logits(self) -> Tensor:
+        """Of its last window, [context, vocab / R]."""
+        window = self.ids[-self._model.config.context :]
+        return cast(Tensor, self._model(F.pad(window, (0, self._model.config.context - len(window)))[None]))
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The next byte, [1]; a collective over the ranks that have these logits."""
+        config = self._model.config
+        length = min(len(self.ids), config.context)
+        last = self._model.parts.gather_logits(logits[length - 1 : length], config.vocab).flatten().double()
+        return torch.multinomial(torch.softmax(last / self._temperature, 0), 1, generator=self._random)
