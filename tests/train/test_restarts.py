@@ -24,6 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tp": {"--tp": 2, "--dp": 1},
     "dp": {"--tp": 1, "--dp": 2, "--grad-codec": "fp16"},
     "pp": {"--tp": 1, "--pp": 2, "--micro-batches": 2},
+    "zero": {"--tp": 1, "--dp": 2, "--zero": 1},
     "tp and dp": {"--tp": 2, "--dp": 2},
     "tp and pp": {"--tp": 2, "--pp": 2, "--micro-batches": 2},
     "dp and pp": {"--tp": 1, "--dp": 2, "--pp": 2, "--micro-batches": 2},
@@ -35,7 +36,7 @@ def ranks_of(shape: dict[str, Any]) -> int:
 
 
 def job(folder: Path, options: dict[str, Any], dies: str, restarts: int) -> subprocess.CompletedProcess[str]:
-    """The training job under torchrun; dies: which rank in which step."""
+    """The training job under torchrun; dies: which rank in which step, and where in it (dying.py)."""
     torchrun = ["--standalone", "--nproc-per-node", str(ranks_of(options)), "--max-restarts", str(restarts)]
     words = [str(word) for option in (TINY | options).items() for word in option]
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun, str(PROGRAM), "train"]
@@ -56,14 +57,25 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_job_that_is_restarted_ends_as_the_undisturbed_one(tmp_path: Path, text: str, shape: str, step: int) -> None:
     """The last rank is killed in step 1, before the first checkpoint, or in step 4, before the second."""
-    options = SHAPES[shape] | {"--data": text}
-    whole = job(tmp_path / "whole", options, NEVER, restarts=0)
+    check_restarted(tmp_path, SHAPES[shape] | {"--data": text}, step, "clip")
+
+
+@pytest.mark.nightly
+def test_a_job_is_restarted_whose_rank_dies_between_its_update_and_the_others_parameters(
+    tmp_path: Path, text: str
+) -> None:
+    """The other replica has a part of the parameters of the step already, and waits for that of the dead one."""
+    check_restarted(tmp_path, SHAPES["zero"] | {"--data": text}, 4, "gather")
+
+
+def check_restarted(folder: Path, options: dict[str, Any], step: int, where: str) -> None:
+    whole = job(folder / "whole", options, NEVER, restarts=0)
     assert whole.returncode == 0, whole.stderr
-    killed = job(tmp_path / "run", options, f"{ranks_of(options) - 1}:{step}", restarts=1)
+    killed = job(folder / "run", options, f"{ranks_of(options) - 1}:{step}:{where}", restarts=1)
     assert killed.returncode == 0, killed.stderr
     assert ("going on from step 2" in killed.stdout) == (step == 4), killed.stdout
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "run")) == STEPS
+    assert losses(folder / "run") == losses(folder / "whole")
+    assert len(losses(folder / "run")) == STEPS
 
 
 @pytest.mark.nightly
