@@ -253,6 +253,18 @@ def compositions(rows: Sequence[Row]) -> str:
     return markdown(head, lines, foot) if rows else ""
 
 
+def bubbles(rows: Sequence[Row]) -> str:
+    """One line for each schedule and number of micro-batches: how much of a step a rank waits, and the formula."""
+    lines = []
+    for row in rows:
+        middle, least, most = row["bubble"]
+        cells = f"{middle:.1%} ({least:.1%} to {most:.1%})", f"{row['expected']:.1%}"
+        lines.append([row["layout"], row["method"].split()[0], *cells, digits(row["ms"])])
+    head = ["schedule", "micro-batches", "waits", "formula", "ms a step"]
+    foot = f"{rows[0]['rounds']} rounds of {rows[0]['steps']} steps; {under(rows[0])}" if rows else ""
+    return markdown(head, lines, foot) if rows else ""
+
+
 def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
     """Rows of these ops, measured on one host."""
     return lambda rows: [row for row in rows if row["op"] in ops and row.get("link") is None]

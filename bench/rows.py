@@ -28,6 +28,7 @@ KEEP_HELP = "Put the rows among those that the documents are made of, in bench/r
 
 STUDY = "study/compression_study.jsonl"  # the rows of bench/study
 COMPOSITIONS = "study/compositions.jsonl"  # the rows of bench/compositions.py
+BUBBLES = "study/bubble.jsonl"  # the rows of bench/bubble.py
 
 # Two rows with the same identity, of one machine class, measure the same thing; the later one replaces the earlier.
 IDENTITY = ("op", "variant", "codec", "dtype", "bytes", "M", "N", "K", "R", "threads", "pinned", "placement")
