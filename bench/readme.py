@@ -193,7 +193,9 @@ def against_gloo(pair: dict[str, Row]) -> str:
 def goals(rows: Sequence[Row]) -> str:
     """All goals, and how many of them each machine class reaches."""
     found = list(verdicts(GOALS, rows))
-    return of_goals(found, counts(found))
+    differ = [f"{goal.title} ({goal.dtype}, against {goal.against})" for goal in split(found)]
+    said = [f"Reached on one machine class and missed on another: {', '.join(differ)}."] * bool(differ)
+    return of_goals(found, "\n".join([counts(found), *said]))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -203,16 +205,14 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def counts(found: Sequence[Verdict]) -> str:
-    """Goals reached and missed by each machine class, and those on which two classes differ."""
+    """Goals reached and missed by each machine class, and of how many two classes differ."""
     lines = []
     for machine in dict.fromkeys(v.machine for v in found):
         words = [v.word for v in found if v.machine == machine]
         each = (f"{words.count(w)} {w.lower()}" for w in ("reached", "even", "MISSED", "not measured"))
         lines.append(f"Of {len(words)} goals on {machine}: {', '.join(each)}.")
-    differ = [f"{goal.title} ({goal.dtype}, against {goal.against})" for goal in split(found)]
-    return "\n".join(
-        lines + [f"Reached on one machine class and missed on another: {', '.join(differ)}."] * bool(differ)
-    )
+    differ = len(list(split(found)))
+    return "\n".join(lines + [f"Reached on one machine class and missed on another: {differ}."] * bool(differ))
 
 
 def between_hosts(rows: Sequence[Row]) -> str:

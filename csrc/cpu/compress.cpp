@@ -9,12 +9,12 @@
 namespace tpk {
 namespace {
 
-constexpr size_t kGrain = 1 << 16;  // values that are worth a thread of their own
+constexpr size_t kTask = 1 << 16;  // values that are worth a thread of their own
 
 // Calls body(start, count) for pieces of n values that begin with a block.
 template <class Body>
 void over_blocks(const Wire& wire, size_t n, Body&& body) {
-  const size_t block = std::max(wire.block_values, kGrain / wire.block_values * wire.block_values);
+  const size_t block = std::max(wire.block_values, kTask / wire.block_values * wire.block_values);
   const size_t blocks = (n + block - 1) / block;
   if (blocks == 0) return;
   torch::stable::parallel_for(0, static_cast<int64_t>(blocks), 1, [&](int64_t first, int64_t last) {

@@ -125,18 +125,6 @@ struct Recorder {
 };
 Recorder of_linear, of_gemm_all_reduce;
 
-// Interned once.
-struct Names {
-  PyObject* needs_input_grad = PyUnicode_InternFromString("needs_input_grad");
-  PyObject* save_for_backward = PyUnicode_InternFromString("save_for_backward");
-  PyObject* saved_tensors = PyUnicode_InternFromString("saved_tensors");
-  PyObject* call = PyUnicode_InternFromString("call");
-  PyObject* t = PyUnicode_InternFromString("t");
-};
-const Names& names() {
-  static const Names* instance = new Names;
-  return *instance;
-}
 py::tuple tuple_of(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::tuple>(steal(PyObject_GetAttr(object, name)).release());
 }
@@ -314,7 +302,7 @@ void set_recorders(const py::object& linear_apply, const py::object& linear_back
   of_gemm_all_reduce = {kept(gemm_all_reduce_apply), kept(gemm_all_reduce_backward)};
 }
 
-PyMethodDef methods[] = {
+PyMethodDef gemm_methods[] = {
     {"fast_linear", fast(fast_linear), METH_FASTCALL, "replicated_gemm of plain tensors, or None."},
     {"fast_gemm_all_reduce", fast(fast_gemm_all_reduce), METH_FASTCALL, "gemm_all_reduce of plain tensors, or None."},
     {"forward_linear", fast(forward<linear_of>), METH_FASTCALL, "The forward of an autograd.Function."},
@@ -326,7 +314,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 void add_fast_gemm(py::module_& m) {
-  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), gemm_methods) != 0) throw py::error_already_set();
   m.def("set_recorders", &set_recorders);
 }
 

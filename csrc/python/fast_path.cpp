@@ -45,21 +45,6 @@ struct TorchState {
   const dlpack::ExchangeApi* exchange = nullptr;  // nullptr until set_fast_path: no tensor is plain
 } torch_state;
 
-// Interned once: an attribute is then found by pointer.
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-struct Names {
-  PyObject* requires_grad = interned("requires_grad");
-  PyObject* is_neg = interned("is_neg");
-  PyObject* is_conj = interned("is_conj");
-  PyObject* current_level = interned("_current_level");
-  PyObject* none = interned("none");
-  PyObject* sum = interned("sum");
-};
-const Names& names() {
-  static const Names* instance = new Names;
-  return *instance;
-}
-
 bool method_is(PyObject* of, PyObject* name, PyObject* what) {
   return steal(PyObject_CallMethodNoArgs(of, name)).ptr() == what;
 }
@@ -72,6 +57,11 @@ int64_t integer(const py::object& value) {
 }
 
 }  // namespace
+
+const Names& names() {
+  static const Names* instance = new Names;
+  return *instance;
+}
 
 // No mode, no transform, no profiler, no tracing.
 bool is_unobserved() {

@@ -14,6 +14,23 @@ namespace tpk {
 
 using torch::stable::Tensor;
 
+// Names of attributes and arguments, interned once: an attribute is then found by pointer.
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+struct Names {
+  PyObject* requires_grad = interned("requires_grad");
+  PyObject* is_neg = interned("is_neg");
+  PyObject* is_conj = interned("is_conj");
+  PyObject* current_level = interned("_current_level");
+  PyObject* none = interned("none");
+  PyObject* sum = interned("sum");
+  PyObject* needs_input_grad = interned("needs_input_grad");
+  PyObject* save_for_backward = interned("save_for_backward");
+  PyObject* saved_tensors = interned("saved_tensors");
+  PyObject* call = interned("call");
+  PyObject* t = interned("t");
+};
+const Names& names();
+
 // Adds plainness and fast_* to the module, and set_fast_path, which gives them the state of torch that decides.
 void add_fast_path(pybind11::module_& m, void (*translate)(std::exception_ptr));
 

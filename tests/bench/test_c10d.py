@@ -10,12 +10,13 @@ from bench import c10d, rows
 from bench import run as bench_run
 from tests.harness.backends import needs_backend
 from tests.harness.bench import where
+from tests.harness.ranks import nightly
 
 TINY = {name: 4096 if name in c10d.SIZED else 14 << 20 if name == "c10d_decode" else 64 << 10 for name in c10d.BENCHES}
 
 
 @needs_backend
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_every_call_and_program_is_right_on_all_back_ends(R: int) -> None:
     jobs = tuple((name, size) for name, size in TINY.items() if R == 2 or name in c10d.SIZED)
     spec = bench_run.Spec(jobs, {"only": (c10d.GLOO, c10d.OURS)}, 2, 1e-4, math.inf, where(), benches=c10d.BENCHES)

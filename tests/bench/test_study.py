@@ -44,6 +44,7 @@ def speed_row(method: str, link: str, tokens: float, kind: str = "speed") -> dic
     }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_the_smoke_run_measures_two_methods_and_shows_tables() -> None:
     command = [sys.executable, "examples/compression_study.py", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,

@@ -45,6 +45,7 @@ def test_a_choice_of_them(tmp_path: Path) -> None:
     assert code == 0, output
 
 
+@pytest.mark.nightly
 def test_a_back_end_that_does_nothing_is_told_from_gloo(tmp_path: Path) -> None:
     code, output = compare("--columns", "fake", "-k", "test_gather_checks", "--out", str(tmp_path), timeout=200)
     assert code == 1, output
@@ -86,6 +87,7 @@ class Tensors(DTensorTestBase):
 
 
 @needs_backend
+@pytest.mark.nightly
 def test_files_of_torch_find_it_in_the_place_of_gloo(tmp_path: Path) -> None:
     names, file = tmp_path / "names", tmp_path / "test_suite.py"
     file.write_text(SUITE.replace("FILE", repr(str(names))))

@@ -140,6 +140,7 @@ def test_torchrun_ranks_are_shared_out_over_replicas() -> None:
     assert options == {"dp": 2, "tp": 2}
 
 
+@pytest.mark.nightly
 def test_one_command_trains_two_replicas_and_other_ranks_go_on_with_them(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = tiny(**{"--tp": 1, "--dp": 2, "--grad-codec": "fp16", "--check-replicas": 1})

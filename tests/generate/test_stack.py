@@ -132,25 +132,31 @@ TOGETHER = {
 
 
 def check_prompts_together(_: int) -> bool:
-    """Against fp64, each with the bits that it has by itself, and the step behind them."""
+    """Against fp64, each with the bits that it has by itself, and the step behind them.
+
+    A long prompt is read by transformers, whose error is allowed on top: torch's attention takes exp to 20 bits where
+    the CPU has AVX-512.
+    """
     with Group.open() as group, pytest.MonkeyPatch.context() as patch:
         made = count_runs(patch)
         for dtype in DTYPES:
             whole = tiny_llama().to(dtype)
             exact = copy.deepcopy(whole).double()
-            model = parallelize(whole, group=group)
+            model = parallelize(copy.deepcopy(whole), group=group)
             together, alone = SlotDecoder(model, 6, 128), SlotDecoder(model, 6, 128)
             got = together.fill(TOGETHER, together=True)
             assert got.keys() == TOGETHER.keys()
             sequences = [[*prompt, 9] for prompt in TOGETHER.values()]
-            want, behind = (logits_of(exact, ids) for ids in (list(TOGETHER.values()), sequences))
+            of_whole = [logits_of(whole, ids).double() for ids in (list(TOGETHER.values()), sequences)]
+            of_exact = [logits_of(exact, ids) for ids in (list(TOGETHER.values()), sequences)]
             step = together.step(dict.fromkeys(TOGETHER, 9))
             for i, (slot, prompt) in enumerate(TOGETHER.items()):
                 assert torch.equal(got[slot], alone.fill({slot: prompt}, together=True)[slot])
                 assert torch.equal(step[slot], alone.step({slot: 9})[slot])
-                for found, expected in ((got[slot], want[i]), (step[slot], behind[i])):
-                    error = (found.double() - expected).abs().max()
-                    assert error <= ROUNDINGS * DTYPES[dtype] * expected.abs().max(), (dtype, slot)
+                for found, near, exactly in zip((got[slot], step[slot]), of_whole, of_exact, strict=True):
+                    error, largest = (found.double() - exactly[i]).abs().max(), exactly[i].abs().max()
+                    allowed = (near[i] - exactly[i]).abs().max() if len(prompt) > MOST_TOGETHER else 0.0
+                    assert error <= ROUNDINGS * DTYPES[dtype] * largest + allowed, (dtype, slot)
     return made == [True] * len(DTYPES) * (2 + 1 + 4 + 5)
 
 

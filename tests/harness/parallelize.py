@@ -38,8 +38,8 @@ def ids(batch: int = 2, length: int = 7, vocab: int = 67) -> Tensor:
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    """Within a tolerance relative to the largest value.
+def close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-5, least: float = 1e-9) -> None:
+    """Within a tolerance relative to the largest value, or to `least` where all are smaller.
 
     Everything is fp64, but the models of transformers round to fp32 in their norms and softmaxes, so that the last bit
     of a sum may become one of fp32 (6e-8), which the layers behind it amplify; a gradient that misses a part is off by
@@ -47,7 +47,7 @@ def close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-5) -> None
     """
     assert got.shape == want.shape, f"{what}: shape {list(got.shape)}, expected {list(want.shape)}"
     error = float((got - want).detach().abs().max()) if got.numel() else 0.0
-    scale = max(1e-9, float(want.detach().abs().max()) if want.numel() else 0.0)
+    scale = max(least, float(want.detach().abs().max()) if want.numel() else 0.0)
     assert error <= tolerance * scale, f"{what}: off by {error}, largest {scale}"
 
 

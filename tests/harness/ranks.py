@@ -15,7 +15,7 @@ def test_collectives_on_devices(run: Run) -> None:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -25,6 +25,8 @@ from tests.harness.ops import run_at
 Check = TypeVar("Check", bound=Callable[..., Any])
 DEVICES = ("emu", "virtual", "real")
 BOTH_TRANSPORTS = ("shm", "group")
+AT_NIGHT = {("shm", 4): "group", ("group", 2): "shm"}
+"""Runs that are part of `make test-all` alone, if the check has the same number of ranks over the other transport."""
 
 
 def nightly(*cases: Any) -> list[Any]:
@@ -53,6 +55,12 @@ class Run:
         """Of the parametrized test."""
         parts = [self.check.__name__.removeprefix("check_"), self.place, self.transport, str(self.R)]
         return "-".join(part for part in parts if part not in ("cpu", "auto"))
+
+    @property
+    def is_nightly(self) -> bool:
+        """Whether a like run is part of every test."""
+        other = AT_NIGHT.get((self.transport, self.R))
+        return other is not None and replace(self, transport=other) in getattr(self.check, "runs", [])
 
     def __call__(self) -> None:
         opening = {} if self.transport == "auto" else {"transport": self.transport}
@@ -99,4 +107,5 @@ def _runs(module: dict[str, Any]) -> list[Run]:
 
 
 def _parametrized(runs: Iterable[Run]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("run", [pytest.param(run, id=run.id) for run in runs])
+    cases = [pytest.param(run, id=run.id, marks=[pytest.mark.nightly] * run.is_nightly) for run in runs]
+    return pytest.mark.parametrize("run", cases)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.harness.ops import FLOATS, assert_same_on_all_ranks, digest
+from tests.harness.ranks import nightly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part
@@ -124,7 +125,7 @@ def check_ways_to_the_same_sum() -> None:
                     assert torch.equal(ops.all_reduce_(inside, group=group), y)
 
 
-@pytest.mark.parametrize("R", [2, 3, 4])
+@pytest.mark.parametrize("R", [3, *nightly(2, 4)])
 @pytest.mark.parametrize(
     "check",
     [

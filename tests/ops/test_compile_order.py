@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from tests.harness.ranks import nightly
 from tpkernels import layers, ops
 from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
@@ -213,7 +214,7 @@ def check_every_op_that_has_a_group_is_ordered() -> None:
     assert with_group - ordered == makes_tensors | {"all_reduce_"} | sends_nothing
 
 
-# Inductor compiles slowly: the steps with gradients run there in the test of the cache.
+# Inductor compiles slowly: the steps with gradients run there at night, in the test of the cache.
 @pytest.mark.parametrize(
     ("backend", "steps"),
     [("aot_eager", (one_of_two, all_of_them, in_place_of_parts)), ("inductor", (one_of_two, in_place_of_parts))],
@@ -233,7 +234,8 @@ def test_the_order_holds_with_dynamic_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "steps"), [("aot_eager", (checkpointed, selectively_checkpointed)), ("inductor", (checkpointed,))]
+    ("backend", "steps"),
+    [("aot_eager", (checkpointed, selectively_checkpointed)), *nightly(("inductor", (checkpointed,)))],
 )
 def test_checkpointed_regions_keep_the_results_of_collectives(
     backend: str, steps: tuple[Callable[[Group], Step], ...]
@@ -241,6 +243,7 @@ def test_checkpointed_regions_keep_the_results_of_collectives(
     run_ranks(check_steps, 2, backend, *steps, timeout=300.0)
 
 
+@pytest.mark.nightly
 def test_graphs_from_a_cache_that_ranks_share_keep_the_order(tmp_path: Path) -> None:
     assert run_ranks(check_with_a_cache, 2, str(tmp_path), timeout=300.0) == [2, 2], "the cache was not used"
 

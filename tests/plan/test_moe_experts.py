@@ -89,12 +89,14 @@ def check(whole: nn.Module, cut: nn.Module, tokens: Tensor, label: str) -> None:
         make_memory_dirty()
         loss.backward()
     others = dict(whole.named_parameters())
+    # A gradient that is zero (of a query whose token sees itself alone) is the rounding of a sum of others.
+    least = 1e-3 * max(float(p.grad.abs().max()) for p in others.values() if p.grad is not None)
     for name, parameter in cut.named_parameters():
         want, got = others[name].grad, parameter.grad
         assert want is not None or got is None or not got.any(), f"{label}: a gradient of {name}"
         if want is not None:
             assert got is not None, f"{label}: no gradient of {name}"
-            close(got, part_of(parameter, want), f"{label}: gradient of {name}", 10 * NEAR)
+            close(got, part_of(parameter, want), f"{label}: gradient of {name}", 10 * NEAR, least)
 
 
 def mixtures_are_right(families: list[str]) -> list[str]:
