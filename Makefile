@@ -1,6 +1,7 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
 # make test-all the same and those marked nightly: C++ with sanitizers, what nvcc makes of the CUDA sources, planted mistakes
+# make test-weekly  further cases of the longest tests, alone: restarts, links, compositions, the suites of torch; an hour
 # make bench    ten minutes: time what README shows, draw it;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
@@ -33,7 +34,7 @@ DATA_STAMP := .venv/.data
 
 # The tests come after what they load, also with make -j.
 .NOTPARALLEL:
-.PHONY: run test test-all test-cpp test-python configure-tests emu cuda bench gpu-check lint format install clean
+.PHONY: run test test-all test-weekly test-cpp test-python configure-tests emu cuda bench gpu-check lint format install clean
 
 install: $(BUILD_STAMP)
 
@@ -61,11 +62,15 @@ $(DATA_STAMP): $(TORCH_STAMP)
 run: install
 	$(BIN)/tpkernels train --tp 2 $(RUN_ARGS)
 
-test: MARKED = -m 'not nightly'
+test: MARKED = -m 'not nightly and not weekly'
 test: CTEST_MARKED = -LE nightly
 test: CPP_TESTS = all
 test: test-cpp emu test-python
+test-all: MARKED = -m 'not weekly'
 test-all: test-cpp emu $(if $(shell command -v nvcc 2>/dev/null),cuda) test-python
+
+test-weekly: MARKED = -m weekly
+test-weekly: emu test-python
 
 # Each file of tests runs in one worker: module fixtures are made once. Python may write its byte code: a hundred
 # processes would compile the package in 0.2 s each.

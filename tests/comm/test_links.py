@@ -15,6 +15,7 @@ import torch.distributed as dist
 from bench.study import links
 from tests.harness.hosts import reduced, values
 from tests.harness.ops import raised
+from tests.harness.ranks import nightly, weekly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError
@@ -92,11 +93,15 @@ def test_two_hosts_with_two_ranks_each() -> None:
     assert len(check_two_and_two("1gbit")) == 4
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("rate", ["100mbit", "1gbit", "10gbit"])
-@pytest.mark.parametrize("delay", ["", "+1ms", "+20ms"])
-def test_links_of_any_rate_and_delay(rate: str, delay: str) -> None:
-    check_two_and_two(rate + delay)
+@pytest.mark.parametrize(
+    "link",
+    [
+        *nightly("100mbit+1ms", "10gbit+20ms"),
+        *weekly("100mbit", "100mbit+20ms", "1gbit+1ms", "1gbit+20ms", "10gbit", "10gbit+1ms"),
+    ],
+)
+def test_links_of_any_rate_and_delay(link: str) -> None:
+    check_two_and_two(link)
 
 
 @pytest.mark.nightly

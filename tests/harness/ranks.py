@@ -30,8 +30,17 @@ AT_NIGHT = {("shm", 4): "group", ("group", 2): "shm"}
 
 
 def nightly(*cases: Any) -> list[Any]:
-    """Cases of a parametrised test that are part of `make test-all` alone."""
-    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
+    """Cases of a parametrised test that are part of `make test-all`, not of `make test`."""
+    return _marked(pytest.mark.nightly, cases)
+
+
+def weekly(*cases: Any) -> list[Any]:
+    """Cases of a parametrised test that are part of `make test-weekly` alone."""
+    return _marked(pytest.mark.weekly, cases)
+
+
+def _marked(mark: pytest.MarkDecorator, cases: Iterable[Any]) -> list[Any]:
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark) for case in cases]
 
 
 @dataclass(frozen=True)

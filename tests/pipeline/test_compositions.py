@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.harness.pipelines import EVERY, Shape, check_shape, other_of
+from tests.harness.ranks import nightly, weekly
 from tpkernels.testing import run_ranks
 
 # Each with the shape that reads its checkpoint and goes on, and what is called first where there are stages.
@@ -38,7 +39,6 @@ def test_a_choice_of_compositions_trains_as_the_uncut_model(tmp_path: Path) -> N
     run_ranks(check_choice, 4, str(tmp_path))
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [*nightly(1, 2), *weekly(4, 8)])
 def test_every_composition_trains_as_the_uncut_model(tmp_path: Path, ranks: int) -> None:
     run_ranks(check_every, ranks, str(tmp_path), ranks, timeout=600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.ranks import nightly, weekly
 from tpkernels.train.runlog import read
 
 PROGRAM = Path(__file__).parents[1] / "harness" / "dying.py"
@@ -52,9 +54,10 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read(folder / "log.jsonl")]
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("step", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "step"),
+    [(nightly if case == ("tp and dp", 4) else weekly)(case)[0] for case in itertools.product(SHAPES, (1, 4))],
+)
 def test_a_job_that_is_restarted_ends_as_the_undisturbed_one(tmp_path: Path, text: str, shape: str, step: int) -> None:
     """The last rank is killed in step 1, before the first checkpoint, or in step 4, before the second."""
     check_restarted(tmp_path, SHAPES[shape] | {"--data": text}, step, "clip")
@@ -78,15 +81,16 @@ def check_restarted(folder: Path, options: dict[str, Any], step: int, where: str
     assert len(losses(folder / "run")) == STEPS
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("shape", "smaller"),
     [
-        ("tp", {"--tp": 1, "--dp": 1}),
-        ("tp and dp", {"--tp": 1, "--dp": 2}),
-        ("tp and dp", {"--tp": 2, "--dp": 1}),
-        ("tp and pp", {"--tp": 1, "--pp": 2}),
-        ("dp and pp", {"--tp": 1, "--dp": 2, "--pp": 1}),
+        *nightly(("tp and dp", {"--tp": 2, "--dp": 1})),
+        *weekly(
+            ("tp", {"--tp": 1, "--dp": 1}),
+            ("tp and dp", {"--tp": 1, "--dp": 2}),
+            ("tp and pp", {"--tp": 1, "--pp": 2}),
+            ("dp and pp", {"--tp": 1, "--dp": 2, "--pp": 1}),
+        ),
     ],
 )
 def test_fewer_ranks_go_on_with_the_job(tmp_path: Path, text: str, shape: str, smaller: dict[str, Any]) -> None:
