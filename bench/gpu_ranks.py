@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,13 +26,17 @@ class VirtualRanks:
         R: how many ranks.
         arena_bytes: of each.
         pool_bytes: what each may allocate later: while a kernel waits for a peer's, no memory may be allocated.
+        peer: a single rank has an arena, too, so that it takes the kernels of several.
     """
 
-    def __init__(self, R: int, arena_bytes: int, pool_bytes: int) -> None:
+    def __init__(self, R: int, arena_bytes: int, pool_bytes: int, peer: bool = False) -> None:
         kernels, obstacle = load_cuda()
         if kernels is None:
             raise RuntimeError(obstacle)
         self.R, device = R, torch.device("cuda", torch.cuda.current_device())
+        # What is collected may free memory, which waits for the device, where one rank's kernel may wait for another's.
+        gc.collect()
+        gc.disable()
         arenas = [torch.zeros(arena_bytes, dtype=torch.uint8, device=device) for _ in range(R)]
         torch.cuda.synchronize()
         pointers, number = [arena.data_ptr() for arena in arenas], next(_numbers)
@@ -42,8 +47,10 @@ class VirtualRanks:
                 held = [torch.empty(pool_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
                 held += [torch.empty(1 << 19, dtype=torch.uint8, device=device) for _ in range(64)]
                 del held
+                small = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+                torch.addmm(small, small, small.t())  # cuBLAS has memory of its own for each stream
             name = f"bench/{number}@{r}"
-            if R == 1:
+            if R == 1 and not peer:
                 made = kernels.open_local(name, "bench", device.index)
             else:
                 made = kernels.open_peer(name, "bench", r, R, 20.0, device.index, pointers, 0, arena_bytes, arenas[r])
@@ -68,10 +75,13 @@ class VirtualRanks:
 
     def close(self) -> None:
         """Report what went wrong on the device, and close."""
-        for group in self.groups:
-            group.check()
-        for group in self.groups:
-            group.close()
+        try:
+            for group in self.groups:
+                group.check()
+            for group in self.groups:
+                group.close()
+        finally:
+            gc.enable()
 
 
 def in_rank_order(xs: Sequence[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpu_steps import PYTEST, STEPS, TOTAL_S, Step
+from gpu_steps import PYTEST, STEPS, TOTAL_S, Step, is_hopper
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 3.0  # between asking a step to end and ending it
@@ -83,7 +83,7 @@ def last_line(log: Path) -> str:
 
 
 def reasons(log: Path) -> list[str]:
-    """The first lines in which pytest says why a test failed: the values that differ."""
+    """The first lines in which pytest, or first light, says why something failed: the values that differ."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return [line[1:].strip()[:160] for line in lines if line.startswith("E ")][:2]
 
@@ -113,6 +113,8 @@ def run_step(step: Step, out: Path, logs: Path, limit_s: float) -> tuple[bool, s
     """Whether the step went well, and what to say of it."""
     if step.tool is not None and shutil.which(step.tool) is None:
         return True, f"left out: no {step.tool} here"
+    if step.hopper and not is_hopper():
+        return True, "left out: it needs a GPU of compute capability 9.0"
     log = logs / f"{step.name}.log"
     command = [part.replace("{out}", str(out)) for part in (*step.command, *step.tests)]
     code = run_within(command, log, limit_s, step.environment)
@@ -209,6 +211,7 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     logs = out.with_name(f"{out.name}-logs")
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir()
+    (ROOT / "build").mkdir(exist_ok=True)
     results: list[Result] = []
     with open(out / "steps.jsonl", "w", encoding="utf-8") as file:
         for result in check(steps, out, logs, options.dry):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
 
-def archs() -> dict[str, str]:
-    """What limits kernels to the GPU that is here, where it is a Hopper."""
+@functools.cache
+def is_hopper() -> bool:
+    """Whether the GPU that is here has compute capability 9.0."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        if subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split() == ["9.0"]:
-            return {"CUDAARCHS": "90a"}
-    return {}
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split() == ["9.0"]
+    return False
+
+
+def archs() -> dict[str, str]:
+    """What limits kernels to the GPU that is here, where it is a Hopper."""
+    return {"CUDAARCHS": "90a"} if is_hopper() else {}
 
 
 TOTAL_S = 530.0  # of all steps together: a little under nine minutes
@@ -40,6 +46,7 @@ class Step:
         tool: a program without which the step is left out.
         dry: the command of --dry, None when looking at tests and files is all.
         opens: whether the steps after it are pointless when it fails.
+        hopper: whether it needs a GPU of compute capability 9.0, and is left out on others.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Step:
     tool: str | None = None
     dry: tuple[str, ...] | None = None
     opens: bool = False
+    hopper: bool = False
 
 
 def sanitizer(tool: str, tests: tuple[str, ...], name: str | None = None) -> Step:
@@ -62,10 +70,29 @@ def sanitizer(tool: str, tests: tuple[str, ...], name: str | None = None) -> Ste
 
 
 LOCAL = ("tests/gpu/test_local.py",)
+LIGHT = "build/first_light"
+LIGHT_SOURCES = ("tests/csrc/gpu/first_light.cu", "csrc/cuda/comm/runtime.cpp", "csrc/cuda/comm/tensor_map.cpp")
+# One file of ours and two of the library: neither cmake nor torch, and no more than 30 s.
+BUILD_LIGHT = ("nvcc", "-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc", "-Itests/csrc",
+               "-o", LIGHT, *LIGHT_SOURCES)  # fmt: skip
+
+
+def light(tool: str, *checks: str) -> Step:
+    """First light under one tool of compute-sanitizer."""
+    command = ("compute-sanitizer", "--error-exitcode", "77", "--tool", tool, f"./{LIGHT}", *checks)
+    return Step(f"{tool}_light", command, 30.0, files=LIGHT_SOURCES, tool="compute-sanitizer", hopper=True)
+
 
 STEPS = (
     Step("facts", (sys.executable, "scripts/gpu_facts.py"), 30.0, dry=(sys.executable, "scripts/gpu_facts.py", "--dry"),
          files=("scripts/gpu_facts.py",)),
+    # Every primitive alone, before anything that is made of them and whether or not the module builds.
+    Step("build_light", BUILD_LIGHT, 60.0, files=LIGHT_SOURCES, hopper=True),
+    Step("first_light", (f"./{LIGHT}",), 60.0, files=LIGHT_SOURCES, hopper=True),
+    light("memcheck", "--here"),
+    # Without what needs several kernels at a time, which these tools may run one after the other.
+    light("racecheck", "words", "transactions", "warps", "tile", "products"),
+    light("synccheck", "words", "transactions", "warps", "tile", "products"),
     Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 240.0,
          files=("setup.py", "CMakeLists.txt", "csrc/cuda/module.cpp"), opens=True,
          environment={"TPKERNELS_CUDA": "1", **archs()}),

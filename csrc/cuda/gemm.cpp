@@ -1,6 +1,25 @@
 #include "gemm.h"
 
 namespace tpk::cuda {
+namespace {
+
+// Around a product: no more multiprocessors than this thread's products may take.
+class ProductLimit {
+ public:
+  ProductLimit() : limited_(product_multiprocessors() > 0) {
+    if (limited_) limit_products(product_multiprocessors());
+  }
+  ~ProductLimit() {
+    if (limited_) limit_products(0);
+  }
+  ProductLimit(const ProductLimit&) = delete;
+  ProductLimit& operator=(const ProductLimit&) = delete;
+
+ private:
+  bool limited_;
+};
+
+}  // namespace
 
 Tensor rows_of(const Tensor& x, int64_t start, int64_t count) {
   Tensor whole = x;
@@ -11,10 +30,14 @@ Tensor transpose(const Tensor& x) { return kept(torch::stable::transpose(x, 0, 1
 
 void linear_into(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const Tensor& y) {
   if (!bias.has_value()) return product_into(x, transpose(w), y);
+  const ProductLimit limit;
   call_on_stream("aten::linear", "out", x, w, bias, y);
 }
 
-void product_into(const Tensor& x, const Tensor& w, const Tensor& y) { call_on_stream("aten::mm", "out", x, w, y); }
+void product_into(const Tensor& x, const Tensor& w, const Tensor& y) {
+  const ProductLimit limit;
+  call_on_stream("aten::mm", "out", x, w, y);
+}
 
 void copy_on_stream(const Tensor& x, const Tensor& y) { call_on_stream("aten::copy_", "", y, x, true); }
 

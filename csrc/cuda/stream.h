@@ -12,6 +12,10 @@ cudaStream_t torch_stream(int device);
 // Makes a stream torch's current one of a device.
 void set_torch_stream(int device, cudaStream_t stream);
 
+// Of products that this thread asks torch for from now on: so many multiprocessors, 0: all. Only a hint for speed:
+// those that cuBLAS takes; torch's cuBLASLt ways (a product with a bias) do not ask for it.
+void limit_products(int multiprocessors);
+
 // Around every op: what it launches goes to the current stream of x's device.
 class OpScope {
  public:

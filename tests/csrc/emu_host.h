@@ -58,12 +58,12 @@ inline CallSpec spec_of(Op op, const Wire& wire, size_t numel, int64_t mine = 0)
   return {op, wire.dtype, wire.op, wire.codec, numel, 0, mine};
 }
 
-constexpr size_t kSmallArena = size_t{256} << 10;  // slots of 48 KiB
+constexpr size_t kSmallArena = size_t{256} << 10;  // slots of 32 KiB
 
-inline void set_up(int ranks, uint64_t seed = 0) {
+inline void set_up(int ranks, uint64_t seed = 0, int resident_blocks = 16) {
   emu::Options options;
   options.ranks = ranks;
-  options.resident_blocks = 16;
+  options.resident_blocks = resident_blocks;
   options.seed = seed;
   emu::configure(options);
 }

@@ -76,6 +76,25 @@ CASE(blocks_grow_with_the_message_and_leave_half_of_the_device) {
   EXPECT(choose_blocks(kEight, {}, size_t{1} << 30) == kUsualBlocks);
 }
 
+CASE(blocks_that_are_asked_for_are_resident_too) {
+  Forced forced;
+  forced.blocks = 16;
+  EXPECT(choose_blocks({8, 114 / 8, false}, forced, 0) == 14, "eight ranks that share a GPU of 114 multiprocessors");
+  EXPECT(choose_blocks({8, 1, false}, forced, 0) == 1);
+  EXPECT(choose_blocks(kEight, forced, 0) == 16);
+}
+
+CASE(transfers_beside_products_leave_them_most_of_the_device) {
+  for (int multiprocessors : {1, 2, 16, 64, 114, 132}) {
+    const Machine machine{8, multiprocessors, false};
+    const int blocks = choose_blocks(machine, {}, size_t{1} << 30, true), left = multiprocessors_beside(machine, {});
+    EXPECT(blocks <= kBlocksBeside && blocks <= std::max(multiprocessors / 2, 1));
+    EXPECT(left == 0 || (left + blocks == multiprocessors && left > blocks), multiprocessors, " ", left);
+  }
+  EXPECT(multiprocessors_beside(kEight, {}) == 132 - kBlocksBeside);
+  EXPECT(multiprocessors_beside({8, 2, false}, {}) == 0, "nothing to divide");
+}
+
 CASE(few_rows_or_few_bytes_are_not_cut) {
   const size_t row = 8192 * 2;
   EXPECT(choose_parts(kEight, {}, 1, row).parts == 1);

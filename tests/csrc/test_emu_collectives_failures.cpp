@@ -78,6 +78,24 @@ void pretend_to_announce(const EmulatedGroup& group, const Call& call, uint32_t 
 
 }  // namespace
 
+// Some order of the blocks shows it: those that are resident on one rank wait for those that are not on another.
+CASE(a_launch_of_more_blocks_than_a_device_holds_is_found) {
+  size_t found = 0;
+  for (uint64_t seed : {1, 2, 3}) {
+    emu::Options options;
+    options.ranks = 2, options.seed = seed, options.resident_blocks = 2, options.timeout_s = 0.5, options.loud = false;
+    emu::configure(options);
+    EmulatedGroup group(2);
+    HeapPlan heap;
+    const PreparedStep step(group, {.kind = Kind::TwoShot, .dtype = DType::F32, .n = 5000, .blocks = 8}, heap);
+    launch_on(2, everybody, [&](int rank) { return step.launch(rank, nullptr); });
+    found += emu::count(emu::Kind::Deadlock) > 0 ? 1 : 0;
+    static_cast<void>(emu::take_reports());
+    emu::reset();
+  }
+  EXPECT(found > 0);
+}
+
 CASE(a_rank_that_does_not_come_is_recorded_by_all_who_waited) {
   for (Kind kind : kKinds) {
     for (uint64_t seed : {0, 5}) {

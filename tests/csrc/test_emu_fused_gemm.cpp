@@ -85,6 +85,22 @@ CASE(a_long_k_is_gathered_slice_by_slice) {
   emu::reset();
 }
 
+// Flags of a gather belong to items, so that each rank may have tiles of its own.
+CASE(ranks_gather_with_tiles_of_their_own) {
+  for (uint64_t seed : {1, 2}) {
+    if (looks_closely() && seed != 1) continue;
+    configure(2, seed);
+    EmulatedGroup group(2, kRoomy);
+    const PreparedGemm gemm(group, {.kind = Fused::Gather, .rows = {40, 24}, .N = 264, .K = 72, .grid = {1, 2}});
+    const auto launch = [&](int rank, cudaStream_t stream) {
+      return gemm.launch_cut(rank, stream, 0, rank == 0 ? 128 : 256);
+    };
+    run_launches(group, {launch, launch}, "own tiles");
+    gemm.check();
+    emu::reset();
+  }
+}
+
 // Calls of all kinds in a row, without a wait in between: slots, announcements and flags are used by each of them.
 CASE(calls_of_all_kinds_follow_each_other) {
   for (uint64_t seed : {0, 1, 2}) {

@@ -156,6 +156,32 @@ CASE(a_launch_of_as_many_rows_as_it_may_take_fits) {
   EXPECT(most_reduced_rows(4096, 2, 0, 128) == 0), EXPECT(most_gathered_rows(4096, 0) == 0);
 }
 
+CASE(pieces_are_alike_and_the_fewest) {
+  EXPECT(even_rows(1000, 1024) == 1024 && even_rows(1000, 100) == 100 && even_rows(0, 256) == 256);
+  EXPECT(even_rows(1025, 1024) == 640 && even_rows(8192, 1920) == 1664);
+  for (uint64_t rows = 1; rows < 9000; rows += 37) {
+    for (uint32_t most = 128; most <= 2048; most += 128) {
+      const uint32_t each = even_rows(rows, most);
+      EXPECT(each <= most && each % 128 == 0 && (rows + each - 1) / each == (rows + most - 1) / most, rows, " ", most);
+    }
+  }
+}
+
+// What a device of 132 multiprocessors, 116 of which multiply, leaves undone in its last waves.
+CASE(waves_of_a_large_gemm_are_full) {
+  constexpr size_t kSlot = size_t{64} << 20;
+  for (uint32_t ranks : {2u, 4u, 8u}) {
+    const uint32_t part = 8192 / ranks, columns = 8192 / 256;
+    const uint32_t each = even_rows(part, most_reduced_rows(kSlot, static_cast<int>(ranks), 8192, 256));
+    uint32_t waves = 0;
+    for (uint32_t row = 0; row < part; row += each) {
+      waves += divided_up(ranks * divided_up(std::min(each, part - row), kTileRows) * columns, 116);
+    }
+    const double used = 64.0 * columns / (waves * 116.0);
+    EXPECT(used > 0.95, ranks, " ranks: ", used, " of ", waves, " waves");
+  }
+}
+
 CASE(wide_tiles_are_taken_where_they_fill_the_device) {
   EXPECT(choose_tile_columns(8192, 4096, 116) == 256);
   EXPECT(choose_tile_columns(8192, 128, 4) == 128, "half of each tile would be waste");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,23 @@ def check_parts(group: Group) -> None:
 @pytest.mark.parametrize("R", [1, 2, 3])
 def test_gemms_in_parts_give_the_bits_of_whole_ones(R: int, place: str) -> None:
     run_at(place, check_parts, R)
+
+
+def check_room(group: Group) -> None:
+    """A product leaves multiprocessors to what is sent beside it: the first of three parts has nothing beside it."""
+    from tpkernels._native import _C
+
+    emulated: Any = _C
+    x, w = torch.ones(9, 8), torch.ones(6, 8)
+    for parts, limits in ((1, []), (3, [48, 0, 48, 0])):
+        group._communicator.force(parts=parts)
+        emulated.take_product_limits()
+        ops.gemm_all_reduce(x, w, group=group)
+        assert emulated.take_product_limits() == limits, parts
+
+
+def test_products_leave_room_for_what_is_sent_beside_them() -> None:
+    run_at("emu", check_room, 2)
 
 
 def check_blocks_and_pieces(group: Group) -> None:

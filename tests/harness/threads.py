@@ -7,6 +7,7 @@ GPU the ranks share it, each with a stream of its own.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import itertools
 import pickle
 import signal
@@ -71,12 +72,14 @@ class World:
         self,
         rank: int,
         *,
-        timeout_s: float = 30.0,
+        timeout_s: float | None = None,
         arena_bytes: int = 4 << 20,
         transport: str = "peer",
         multicast: bool = False,
     ) -> Group:
         """Open a group of all ranks of this world; every rank calls this."""
+        # On a GPU a rank that waits for what another cannot launch is to be told of within the time of one test.
+        timeout_s = timeout_s or (30.0 if self.place == "emu" else 10.0)
         _me.opened = getattr(_me, "opened", 0) + 1
         name = f"{self.place}/{self.number}/{_me.opened}@{rank}"
         device = torch.device("cpu") if self.place == "emu" else torch.device("cuda", torch.cuda.current_device())
@@ -212,6 +215,10 @@ def serve(pipe: Connection, place: str, stack_file: str, seed: int) -> None:
     torch.set_num_threads(1)
     if place == "emu":
         _emulated.configure(seed=seed)
+    else:
+        # What is collected may be the pinned memory or the events of a group, and to free those waits for the device,
+        # where another rank's kernel may wait for this one.
+        gc.disable()
     lock = threading.Lock()
 
     def tell(message: Any) -> None:
@@ -234,6 +241,8 @@ def serve(pipe: Connection, place: str, stack_file: str, seed: int) -> None:
             thread.start()
         for thread in ranks:
             thread.join()
+        if place == "virtual":
+            gc.collect()
         tell(None)
 
 

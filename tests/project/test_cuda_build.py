@@ -5,6 +5,7 @@ It is built by `make cuda` (incrementally, in build/cuda). No GPU is needed; not
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from gpu_steps import BUILD_LIGHT, LIGHT  # noqa: E402
+
 BUILD = ROOT / "build/cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 HOPPER = "fused_gemm_sm90.cu"  # for sm_90a alone
@@ -175,6 +180,61 @@ def test_the_products_of_hopper_neither_spill_nor_wait_for_each_other(built: Pat
     assert not re.search(r"warning|C75(08|10)|Potential Performance Loss", report)
     # All registers of a multiprocessor, dealt anew to the warpgroups (setmaxnreg).
     assert set(re.findall(r"Used (\d+) registers", report)) == {"168"}, report
+
+
+# ---- what nvcc makes of single primitives ----------------------------------------------------------------------------
+
+
+@functools.cache
+def ptx_of(file: str) -> tuple[str, ...]:
+    """The kernels of a file as nvcc hands them to ptxas, each with its name in front."""
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-arch=compute_90",
+        "-fmad=false",
+        "-Icsrc",
+        "-ptx",
+        "-o",
+        "-",
+        f"csrc/cuda/kernels/{file}",
+    ]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+    return tuple(text.split(".entry ")[1:])
+
+
+def ptx(file: str, kernel: str) -> str:
+    """The first kernel whose name has this in it."""
+    return next(one for one in ptx_of(file) if kernel in one.partition("(")[0])
+
+
+def test_an_announcement_is_two_stores_and_a_flag() -> None:
+    stores = re.findall(r"st\.(?:relaxed|release)\.sys\.global\.(?:v4\.)?u32", ptx("move.cu", "barrier_kernel"))
+    assert stores[:3] == ["st.relaxed.sys.global.v4.u32"] * 2 + ["st.release.sys.global.u32"], stores
+
+
+def test_halves_are_converted_by_instructions() -> None:
+    # The codec fp16 of floats, which converts and moves and does nothing else: 16 values a lane.
+    encode, decode = (ptx("codec.cu", f"{name}_kernelINS0_5CodedINS_9Fp16CodecEfEE") for name in ("encode", "decode"))
+    assert encode.count("cvt.rn.f16.f32") >= 16
+    assert decode.count("cvt.f32.f16") >= 16
+
+
+@pytest.mark.parametrize("kernel", ["one_shot_kernel", "two_shot_kernel"])
+def test_two_ranks_are_summed_with_eight_loads_in_flight(kernel: str) -> None:
+    text = ptx("all_reduce.cu", f"{kernel}INS0_5PlainINS_8Bfloat16")
+    accesses = re.findall(r"ld\.relaxed\.sys\.global\.v4|st\.global\.v4", text)
+    runs = "".join("L" if one.startswith("ld") else "S" for one in accesses)
+    assert max(map(len, re.findall("L+", runs))) >= 8, runs
+
+
+def test_a_binary_of_every_primitive_alone_compiles_and_its_host_half_runs() -> None:
+    (ROOT / "build").mkdir(exist_ok=True)
+    done = subprocess.run(BUILD_LIGHT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run([f"./{LIGHT}", "--dry"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert "10 checks, the host's half of them holds" in done.stdout
 
 
 def test_a_spill_in_a_report_is_noticed() -> None:

@@ -100,6 +100,18 @@ def test_the_summary_has_what_is_proven_and_the_values_that_differ(tmp_path: Pat
     assert "sums of rank 1" in lines[2]
 
 
+def test_the_summary_has_what_first_light_found(tmp_path: Path) -> None:
+    said = (
+        "print('ok  clock'); print('E   tile: value 3 of row 9 is 5, not 7'); print('9 of 10 do'); raise SystemExit(1)"
+    )
+    run(tmp_path, Step("first_light", python(said), 60.0), GOOD)
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert lines[1:3] == [
+        "FAILED   first_light: exit code 1; 9 of 10 do",
+        "         tile: value 3 of row 9 is 5, not 7",
+    ]
+
+
 def test_nothing_follows_a_build_that_fails(tmp_path: Path) -> None:
     build = Step("build", BAD.command, 60.0, opens=True)
     code, rows = run(tmp_path, build, GOOD)
@@ -142,9 +154,15 @@ def test_tests_that_are_all_skipped_are_a_failure(tmp_path: Path) -> None:
     assert run(tmp_path, Step("skips", PYTEST, 60.0, tests=(str(skipped),)))[0] == 0
 
 
-def test_steps_are_left_out_without_their_tool_and_without_time(tmp_path: Path) -> None:
+def test_steps_are_left_out_without_their_tool_their_gpu_and_without_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, rows = run(tmp_path, Step("tool", BAD.command, 60.0, tool="no-such-tool"))
     assert (code, rows["tool"]["detail"]) == (0, "left out: no no-such-tool here")
+    for hopper, outcome in ((False, 0), (True, 1)):
+        monkeypatch.setattr(gpu_check, "is_hopper", lambda answer=hopper: answer)
+        code, rows = run(tmp_path, Step("hopper", BAD.command, 60.0, hopper=True))
+        assert (code, "left out" in rows["hopper"]["detail"]) == (outcome, not hopper)
     results = list(gpu_check.check([GOOD], tmp_path, tmp_path, dry=False, total_s=0.0))
     assert [(r.ok, r.detail) for r in results] == [(False, "not run: all 0 s are spent")]
 

@@ -35,7 +35,7 @@ from tpkernels.comm.watch import Watch
 
 TRANSPORTS = {"cpu": ("auto", "shm", "hierarchical", "group"), "cuda": ("auto", "peer", "group")}
 TIMEOUT_S = {"cpu": 30.0, "cuda": 600.0}
-ARENA_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+ARENA_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # a quarter of it is a slot
 BACKEND_ARENA_BYTES = 4 << 20  # slots of a whole piece, and 256 KiB for the messages of each of up to 11 other ranks
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 

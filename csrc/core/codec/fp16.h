@@ -38,18 +38,26 @@ struct Fp16Codec : BlockLayout<Half, int16_t, kCodecBlockValues, 16> {
   TPK_ALWAYS_INLINE static uint32_t pack(float value, const Factors& by) {
     // Adding the right power of two rounds to the last place and leaves the significand in the low bits, behind what
     // that power's own low bits hold: sign and exponent. to_half gives the same, and also takes values that cannot
-    // occur here.
+    // occur here: no NaN, no overflow.
+#ifdef __CUDA_ARCH__
+    return converted(value * by.first * by.second);
+#else
     const uint32_t bits = bits_of(value * by.first * by.second), magnitude = bits & 0x7fffffffu;
     const uint32_t own = magnitude & 0x7f800000u, exponent = own > kSmallestNormal ? own : kSmallestNormal;
     const uint32_t rest = (exponent >> 13) + (bits >> 16 & 0x8000u);
     return bits_of(from_bits(magnitude) + from_bits(exponent + rest + ((13u << 23) - (kSmallestNormal >> 13))));
+#endif
   }
   TPK_ALWAYS_INLINE static float unpack(Half payload, const Factors& by) {
+#ifdef __CUDA_ARCH__
+    return converted(payload) * by.first * by.second;
+#else
     const uint32_t sign = (static_cast<uint32_t>(payload) & 0x8000u) << 16;
     const uint32_t magnitude = (static_cast<uint32_t>(payload) & 0x7fffu) << 13;
     const float subnormal = from_bits(magnitude + kSmallestNormal) - 0x1p-14f;
     const uint32_t bits = magnitude < 0x00800000u ? bits_of(subnormal) : magnitude + (kSmallestNormal - 0x00800000u);
     return from_bits(bits | sign) * by.first * by.second;
+#endif
   }
 };
 

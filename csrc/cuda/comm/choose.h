@@ -56,10 +56,18 @@ struct PartsChoice {
 constexpr size_t kBytesPerBlock = size_t{16} << 10;
 // vLLM's custom all-reduce launches 36 of 512 threads: more contended for NVLink there. Not measured by us.
 constexpr int kUsualBlocks = 36;
+// Beside a product, which wants the multiprocessors: with 4 loads or more in flight for each of 512 threads 16 blocks
+// have 0.5 MB on the way, 200 to 300 GB/s at 2 us. A model, not measured.
+constexpr int kBlocksBeside = 16;
 // One-shot moves (R - 1) n bytes a rank after one wait, two-shot 2 (R - 1) / R n after two: equal traffic for R = 2.
 // The other limits are those of vLLM's custom all-reduce on NVLink. Not measured by us.
 constexpr size_t kOneShotBytesUpTo4 = size_t{512} << 10;
 constexpr size_t kOneShotBytesUpTo8 = size_t{256} << 10;
+// Inputs of one_shot are read from heaps from so many bytes on. It saves copying them, 2 n bytes of memory traffic at 3
+// TB/s, and costs a second wait of 2 to 3 us, since an input may change when the call is over. A model, not measured.
+constexpr size_t kOneShotBytesInHeap = size_t{4} << 20;
+// From some 8 MiB on NCCL moves more in its own way (sums in the switch); a group that should have that takes transport
+// `group`. To change the way in the middle of a group both would have to be open.
 // Through the switch each value is sent once each way, so that it should be faster wherever bandwidth counts. A guess.
 constexpr size_t kMulticastBytes = size_t{128} << 10;
 // A part must fill the device with output tiles of 128 rows and be sent in about the time of its product; each part
@@ -68,12 +76,23 @@ constexpr int64_t kPartRows = 512;
 constexpr size_t kPartBytes = size_t{4} << 20;
 constexpr int kMostParts = 4;
 
-inline int choose_blocks(const Machine& machine, const Forced& forced, size_t wire_bytes) {
-  if (forced.blocks > 0) return std::min(forced.blocks, kMaxBlocks);
+// beside: while products run, that of them which is left over.
+inline int choose_blocks(const Machine& machine, const Forced& forced, size_t wire_bytes, bool beside = false) {
+  // Blocks that wait for each other must be resident together, a multiprocessor for each: what is asked for is no
+  // exception. A kernel of 512 threads with 128 registers each fills one.
+  if (forced.blocks > 0) return std::min({forced.blocks, kMaxBlocks, std::max(machine.multiprocessors, 1)});
   // Half of the device at most, so that a product beside it goes on.
-  const int most = std::clamp(machine.multiprocessors / 2, 1, kUsualBlocks);
+  const int most = std::clamp(machine.multiprocessors / 2, 1, beside ? kBlocksBeside : kUsualBlocks);
   const size_t wanted = (wire_bytes + kBytesPerBlock - 1) / kBytesPerBlock;
   return static_cast<int>(std::clamp<size_t>(wanted, 1, static_cast<size_t>(most)));
+}
+
+// What products may take while something is sent beside them, 0: all. A kernel of cuBLAS takes every multiprocessor,
+// and a persistent one keeps them: a transfer that begins later waits for its end, one that began earlier makes the
+// product's last blocks wait for a whole wave.
+inline int multiprocessors_beside(const Machine& machine, const Forced& forced) {
+  const int blocks = choose_blocks(machine, forced, ~size_t{0} / 2, true);
+  return machine.multiprocessors > 2 * blocks ? machine.multiprocessors - blocks : 0;
 }
 
 // What the switch can sum.
@@ -84,8 +103,8 @@ inline bool multicast_can(DType dtype, ReduceOp op, Codec codec) {
 
 // wire_bytes: of one rank's whole message.
 inline Choice choose_all_reduce(const Machine& machine, const Forced& forced, DType dtype, ReduceOp op, Codec codec,
-                                size_t wire_bytes) {
-  const int blocks = choose_blocks(machine, forced, wire_bytes);
+                                size_t wire_bytes, bool beside = false) {
+  const int blocks = choose_blocks(machine, forced, wire_bytes, beside);
   const bool multicast = machine.multicast && multicast_can(dtype, op, codec);
   if (forced.path == Path::Multicast && !multicast) {
     return {Path::TwoShot, blocks, "multicast was asked for, and the switch cannot sum this"};

@@ -14,8 +14,9 @@ struct ShardedGemm {
   Op op;
   DType dtype;
   Codec codec;
-  int64_t M;       // rows of y, or of the whole sum
-  int64_t shared;  // N of a reduction, K of a gather
+  int64_t M;        // rows of y, or of the whole sum
+  int64_t shared;   // N of a reduction, K of a gather
+  int64_t own = 0;  // N of a gather on this rank, 0: unknown. Tiles alone depend on it, which no other rank sees
 
   bool gathers() const { return op == Op::AllGatherGemm; }
 };
@@ -44,12 +45,14 @@ inline FusedPlan plan_fused(const Machine& machine, const Forced& forced, const 
   const int wanted = forced.blocks > 0 ? forced.blocks : grid / kShareOfCommunicating;
   const int communicating = std::clamp(wanted, 1, grid - 1), multiplying = grid - communicating;
   const uint32_t shared = static_cast<uint32_t>(gemm.shared);
-  // The ranks must choose the same tiles, and a gather's N is each rank's own.
-  const uint32_t columns =
-      gemm.gathers() ? 256 : choose_tile_columns(static_cast<uint64_t>(gemm.M), shared, multiplying);
-  const uint32_t rows = gemm.gathers() ? most_gathered_rows(machine.slot_bytes, shared)
+  // The ranks must choose the same tiles of a reduction, whose flags belong to tiles; those of a gather belong to
+  // items.
+  const uint32_t N = gemm.gathers() ? static_cast<uint32_t>(gemm.own) : shared;
+  const uint32_t columns = N == 0 ? 256 : choose_tile_columns(static_cast<uint64_t>(gemm.M), N, multiplying);
+  const uint32_t most = gemm.gathers() ? most_gathered_rows(machine.slot_bytes, shared)
                                        : most_reduced_rows(machine.slot_bytes, machine.world_size, shared, columns);
-  return {rows, columns, communicating, multiplying};
+  const auto ranks = static_cast<uint64_t>(machine.world_size);
+  return {even_rows((static_cast<uint64_t>(gemm.M) + ranks - 1) / ranks, most), columns, communicating, multiplying};
 }
 
 // Why path fused cannot take this; nullptr: it can.

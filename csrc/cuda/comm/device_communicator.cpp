@@ -113,7 +113,10 @@ void DeviceCommunicator::send_beside(Op op, const Part& send, const std::functio
 void DeviceCommunicator::run_beside(const Part& send, const std::function<void()>& meanwhile) {
   with_both_streams([&](cudaStream_t caller) {
     send_part(0, send, caller);
-    meanwhile();
+    {
+      const ProductScope share(product_share());
+      meanwhile();
+    }
     join(caller);
   });
 }
@@ -136,9 +139,12 @@ void DeviceCommunicator::join(cudaStream_t caller) {
 // What the body allocated belongs to the caller's stream, and a capture must be joined before it ends.
 void DeviceCommunicator::with_both_streams(const std::function<void(cudaStream_t caller)>& body) {
   const cudaStream_t caller = current_stream();
+  is_beside_ = true;
   try {
     body(caller);
+    is_beside_ = false;
   } catch (...) {
+    is_beside_ = false;
     try {
       if (capture_of(on_device_->side.get()) == capture_of(caller)) join(caller);
     } catch (const CudaError&) {  // the first error is the cause
@@ -157,6 +163,7 @@ void DeviceCommunicator::produce_and_send(Op op, int parts, const Part& produce,
       }
       with_both_streams([&](cudaStream_t caller) {
         for (int i = 0; i < parts; ++i) {
+          const ProductScope share(i > 0 ? product_share() : 0);
           produce(i);
           send_part(i, send, caller);
         }
@@ -182,6 +189,7 @@ void DeviceCommunicator::receive_and_consume(Op op, int parts, const Part& recei
             const StreamScope scope(on_device_->side.get());
             receive(i + 1);
           }
+          const ProductScope share(i + 1 < parts ? product_share() : 0);
           consume(i);
         }
       });

@@ -117,6 +117,10 @@ class DeviceCommunicator : public Communicator {
   void raise_failure();
   FailureRecord* failure_on_device() const { return &static_cast<Notes*>(on_device_->notes.on_device())->failure; }
   uint64_t timeout_ns() const { return static_cast<uint64_t>(timeout_s() * 1e9); }
+  // What products may take while this transport sends beside them, 0: all.
+  virtual int product_share() const { return 0; }
+  // The running call sends while products run.
+  bool is_beside() const { return is_beside_; }
   // Launches of the running call so far.
   uint32_t next_piece() { return piece_++; }
 
@@ -165,6 +169,7 @@ class DeviceCommunicator : public Communicator {
   Last& last_on(cudaStream_t stream) { return capture_of(stream) == 0 ? eager_ : captured_; }
   Last eager_, captured_;
   uint32_t piece_ = 0;
+  bool is_beside_ = false;
   int64_t ids_vocab_ = 0, targets_vocab_ = 0;  // of the last calls that have one
 };
 

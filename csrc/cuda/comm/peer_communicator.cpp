@@ -35,7 +35,7 @@ DeviceArena DeviceArena::of(size_t bytes) {
   TPK_CHECK(bytes >= kMinBytes && bytes % kPage == 0, "Group.open: arena_bytes must be a multiple of ", kPage,
             ", at least ", kMinBytes, ", got ", bytes);
   // A quarter for each slot leaves half of the arena for the heap.
-  return {bytes, std::min((bytes - kSignalBytes) / 4 / kPage * kPage, kMaxSlotBytes)};
+  return {bytes, bytes >= 4 * kMaxSlotBytes ? kMaxSlotBytes : (bytes - kSignalBytes) / 4 / kPage * kPage};
 }
 
 PeerCommunicator::PeerCommunicator(std::string name, std::string label, int rank, int world_size, double timeout_s,
@@ -44,7 +44,7 @@ PeerCommunicator::PeerCommunicator(std::string name, std::string label, int rank
     : DeviceCommunicator(std::move(name), std::move(label), rank, world_size, timeout_s, device),
       arena_(DeviceArena::of(arena_bytes)),
       numbers_((1 + kMaxPeers) * sizeof(int64_t)) {
-  TPK_CHECK(world_size >= 2 && world_size <= kMaxPeers, "Group.open: transport 'peer' needs 2 to ", kMaxPeers,
+  TPK_CHECK(world_size >= 1 && world_size <= kMaxPeers, "Group.open: transport 'peer' needs 1 to ", kMaxPeers,
             " ranks, got ", world_size);
   TPK_CHECK(arenas.size() == static_cast<size_t>(world_size),
             "Group.open: transport 'peer' needs an arena for each of ", world_size, " ranks, got ", arenas.size());
@@ -98,7 +98,8 @@ void PeerCommunicator::count_all_reduce(Path path, const Wire& wire, size_t n) {
 }
 
 void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, Input in, void* out, size_t n) {
-  const Choice choice = choose_all_reduce(machine(), forced(), wire.dtype, wire.op, wire.codec, wire.bytes(n));
+  const Choice choice =
+      choose_all_reduce(machine(), forced(), wire.dtype, wire.op, wire.codec, wire.bytes(n), is_beside());
   const auto launch = choice.path == Path::OneShot     ? launch_one_shot
                       : choice.path == Path::Multicast ? launch_multicast
                                                        : launch_two_shot;
@@ -106,9 +107,11 @@ void PeerCommunicator::send_all_reduce(const CallSpec& spec, const Wire& wire, I
   for (size_t start = 0; start == 0 || start < n; start += piece) {
     const size_t values = std::min(piece, n - start);
     const Input from = in.from(wire, start);
-    check_cuda(launch(peers_, next_call(spec, from), from.values(), at(out, start * wire.value_bytes), values,
-                      choice.blocks, current_stream()),
-               name_of(choice.path));
+    Call call = next_call(spec, from);
+    if (choice.path == Path::OneShot && wire.bytes(n) < kOneShotBytesInHeap) call.heap_offset = kNotInHeap;
+    check_cuda(
+        launch(peers_, call, from.values(), at(out, start * wire.value_bytes), values, choice.blocks, current_stream()),
+        name_of(choice.path));
   }
   count_all_reduce(choice.path, wire, n);
 }
@@ -117,7 +120,7 @@ void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wir
                                            const Stretch& stretch) {
   const size_t ranks = static_cast<size_t>(world_size()), largest = stretch.largest();
   const size_t piece = wire.values_in(arena_.slot_bytes / ranks / kHeapUnit * kHeapUnit);
-  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest) * ranks));
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest) * ranks), is_beside());
   for (size_t start = 0; start == 0 || start < largest; start += piece) {
     char* const to = at(out, stretch.piece_begin(rank(), start) * wire.value_bytes);
     DeviceCut part = piece_of(cut, stretch, world_size(), start, piece);
@@ -136,7 +139,7 @@ void PeerCommunicator::send_reduce_scatter(const CallSpec& spec, const Wire& wir
 void PeerCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                        const Cut& cut, const Stretch& stretch) {
   const size_t piece = wire.values_in(arena_.slot_bytes), largest = stretch.largest();
-  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest)));
+  const int blocks = choose_blocks(machine(), forced(), wire.bytes(std::min(piece, largest)), is_beside());
   for (size_t start = 0; start == 0 || start < largest; start += piece) {
     const char* const from = at(in, stretch.piece_begin(rank(), start) * wire.value_bytes);
     Call call = next_call(spec, from);

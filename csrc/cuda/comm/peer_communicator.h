@@ -6,6 +6,7 @@
 
 #include "core/heap.h"
 #include "device_communicator.h"
+#include "tensor_map.h"
 
 namespace tpk::cuda {
 
@@ -14,8 +15,10 @@ struct DeviceArena {
   size_t bytes, slot_bytes;
 
   static constexpr size_t kMinBytes = size_t{256} << 10;
-  // Larger messages are sent in pieces of this size, several to keep the links busy. Not measured.
-  static constexpr size_t kMaxSlotBytes = size_t{16} << 20;
+  // Larger messages are sent in pieces of this size, a launch for each. Of a fused GEMM a piece also begins with an
+  // empty device and ends with one, and its last wave of tiles is not full: with 116 multiplying blocks 16 MiB, 256
+  // tiles of 64 KiB, would be 2.2 waves in the time of 3, 64 MiB are 8.8 in that of 9. (Arithmetic, not measured.)
+  static constexpr size_t kMaxSlotBytes = size_t{64} << 20;
 
   static DeviceArena of(size_t bytes);
   size_t heap_bytes() const { return bytes - kSignalBytes - 2 * slot_bytes; }
@@ -39,6 +42,7 @@ class PeerCommunicator final : public DeviceCommunicator {
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&, const Stretch&) override;
 
  protected:
+  int product_share() const override { return multiprocessors_beside(machine(), forced()); }
   bool fuses_norm(const Wire&, const AddNorm&) const override;
   void send_add_norm(const CallSpec&, const Wire&, const AddNorm&) override;
   void send_fused_gemm(const CallSpec&, const FusedGemm&) override;  // peer_fused.cpp
@@ -54,6 +58,7 @@ class PeerCommunicator final : public DeviceCommunicator {
   const DeviceArena arena_;
   Peers peers_{};
   Heap heap_;
+  TensorMaps maps_;
   PinnedMemory numbers_;  // of exchange: mine, then those of all ranks
 };
 

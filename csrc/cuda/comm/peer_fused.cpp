@@ -6,7 +6,6 @@
 #include "core/check.h"
 #include "cuda/kernels/fused_gemm.h"
 #include "peer_communicator.h"
-#include "tensor_map.h"
 
 namespace tpk::cuda {
 namespace {
@@ -47,11 +46,11 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
   const size_t mine = gemm.rows.start(rank()), largest = gemm.rows.largest();
   const FusedPlan plan = plan_fused(machine(), forced(),
                                     {spec.op, spec.dtype, spec.codec, static_cast<int64_t>(gemm.rows.total()),
-                                     static_cast<int64_t>(gathers ? gemm.K : gemm.N)});
+                                     static_cast<int64_t>(gathers ? gemm.K : gemm.N), gathers ? gemm.N : 0});
   TPK_CHECK(plan.piece_rows > 0, describe_call(spec.op), ": no row of path fused fits into a slot of ",
             arena_.slot_bytes, " bytes");
   GemmOperands operands{};
-  operands.w = tensor_map_of(spec.dtype, gemm.w, gemm.N, gemm.K, gemm.w_stride * kValueBytes, plan.tile_columns);
+  operands.w = maps_.of(spec.dtype, gemm.w, gemm.N, gemm.K, gemm.w_stride * kValueBytes, plan.tile_columns);
   operands.bias = gemm.bias, operands.N = gemm.N, operands.K = gemm.K, operands.tile_columns = plan.tile_columns;
   for (size_t start = 0; start < largest; start += plan.piece_rows) {
     const RowCut piece = rows_of_piece(gemm.rows, world_size(), start, plan.piece_rows, gathers, gemm.K);
@@ -62,8 +61,8 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
       const char* const x = comes     ? rows_at(gemm.x_whole, piece.first[r], gemm.K)
                             : gathers ? rows_at(gemm.x, done, gemm.x_stride)
                                       : rows_at(gemm.x, piece.first[r], gemm.x_stride);
-      operands.x[r] = tensor_map_of(spec.dtype, x, piece.count[r], gemm.K,
-                                    (comes ? gemm.K : gemm.x_stride) * kValueBytes, kTileRows);
+      operands.x[r] =
+          maps_.of(spec.dtype, x, piece.count[r], gemm.K, (comes ? gemm.K : gemm.x_stride) * kValueBytes, kTileRows);
     }
     Call call = next_call(spec);
     const FusedGrid grid = grid_of(plan, piece, world_size(), gemm.N);

@@ -8,6 +8,7 @@ namespace tpk::cuda {
 namespace {
 
 thread_local cudaStream_t stream_of_thread = nullptr;
+thread_local int products_of_thread = 0;
 
 // In destructors, where an error has nowhere to go: the runtime may be gone already.
 void ignore(cudaError_t) {}
@@ -23,6 +24,12 @@ cudaStream_t current_stream() { return stream_of_thread; }
 StreamScope::StreamScope(cudaStream_t stream) : before_(stream_of_thread) { stream_of_thread = stream; }
 
 StreamScope::~StreamScope() { stream_of_thread = before_; }
+
+int product_multiprocessors() { return products_of_thread; }
+
+ProductScope::ProductScope(int multiprocessors) : before_(products_of_thread) { products_of_thread = multiprocessors; }
+
+ProductScope::~ProductScope() { products_of_thread = before_; }
 
 DeviceScope::DeviceScope(int device) {
   TPK_CUDA_CHECK(cudaGetDevice(&before_));

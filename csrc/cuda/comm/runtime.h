@@ -38,6 +38,20 @@ class StreamScope {
   cudaStream_t before_;
 };
 
+// The multiprocessors that products of this thread may take, 0: all. Those of the innermost ProductScope.
+int product_multiprocessors();
+
+class ProductScope {
+ public:
+  explicit ProductScope(int multiprocessors);
+  ~ProductScope();
+  ProductScope(const ProductScope&) = delete;
+  ProductScope& operator=(const ProductScope&) = delete;
+
+ private:
+  int before_;
+};
+
 // The current device of this thread, put back at the end.
 class DeviceScope {
  public:

@@ -65,4 +65,18 @@ TensorMap tensor_map_of(DType dtype, const void* base, uint64_t rows, uint64_t c
   return map;
 }
 
+const TensorMap& TensorMaps::of(DType dtype, const void* base, uint64_t rows, uint64_t columns,
+                                uint64_t row_stride_bytes, uint32_t box_rows) {
+  // Every address has one place: two that share it displace each other.
+  const uint64_t hash = (reinterpret_cast<uintptr_t>(base) / 16 * 31 + rows) * 0x9e3779b97f4a7c15u;
+  Made& one = made_[hash >> 32 & (made_.size() - 1)];
+  const bool known = one.dtype == dtype && one.base == base && one.rows == rows && one.columns == columns &&
+                     one.row_stride_bytes == row_stride_bytes && one.box_rows == box_rows;
+  if (!known) {
+    const TensorMap map = tensor_map_of(dtype, base, rows, columns, row_stride_bytes, box_rows);
+    one = {dtype, box_rows, base, rows, columns, row_stride_bytes, map};
+  }
+  return one.map;
+}
+
 }  // namespace tpk::cuda

@@ -1,6 +1,7 @@
 // Tensor maps: the description of a matrix by which the tensor memory accelerator loads tiles of it. Torch-free.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "core/types.h"
@@ -13,5 +14,23 @@ namespace tpk::cuda {
 // a base or a row stride that is no multiple of 16 bytes, a size of 0 or of 2^32 and more, more than 256 box rows.
 TensorMap tensor_map_of(DType dtype, const void* base, uint64_t rows, uint64_t columns, uint64_t row_stride_bytes,
                         uint32_t box_rows);
+
+// Those that were asked for last. A map has nothing but its arguments in it, so that it serves again where a program
+// gets the same memory again, step after step; the driver takes 1 to 2 us of the host to make one.
+class TensorMaps {
+ public:
+  const TensorMap& of(DType dtype, const void* base, uint64_t rows, uint64_t columns, uint64_t row_stride_bytes,
+                      uint32_t box_rows);
+
+ private:
+  struct Made {
+    DType dtype;
+    uint32_t box_rows = 0;  // 0: none yet
+    const void* base;
+    uint64_t rows, columns, row_stride_bytes;
+    TensorMap map;
+  };
+  std::array<Made, 64> made_{};  // of the weights and of the inputs of a few layers
+};
 
 }  // namespace tpk::cuda

@@ -1,6 +1,6 @@
 // All-reduce over peer memory, three ways.
 //
-//   one_shot    every rank reads all inputs and sums them: one wait, for small messages.
+//   one_shot    every rank reads all inputs and sums them: one wait, for small messages. Two where it reads heaps.
 //   two_shot    rank r sums chunk r of all ranks, then every rank reads the R sums: two waits.
 //   multicast   the switch sums chunk r for rank r and hands the sum to all ranks; needs a multicast mapping.
 //
@@ -12,6 +12,9 @@
 //            same bits. multicast: fp32 in the order of the switch, rounded by it.
 // Traffic    one_shot (R - 1) n values into each rank; two_shot 2 (R - 1) / R n, the least without a switch; multicast
 //            n / R into and n out of each rank.
+// Left out   messages whose values are their own flags, which spare one_shot the wait for its announcements, 2 to 3 us
+// of
+//            a small sum: such a buffer must be cleared after each use, and a rank that disagrees would not be found.
 #include "dispatch.cuh"
 #include "peer.cuh"
 
@@ -34,12 +37,13 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(Args args) {
   const Length length = length_of<Format>(args.n);
   const Range mine = share_of<Format>(0, units_of(length));
   const auto copy_in = [&] { bring_in<Format>(args.in, args.call.packed, turn.slot(turn.rank()), mine, length); };
-  if (turn.bring(copy_in)) {
+  if (Format::kPlain ? turn.bring_or_leave(args.heap_units, copy_in) : turn.bring(copy_in)) {
     const Sources inputs(args.peers, turn, 0);
-    for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
-      const auto sums = Format::sum(inputs, turn.world_size(), args.call.reduce_op, unit, length);
-      Format::store_values(Format::as_packed(sums), static_cast<T*>(args.out), unit, length);
-    }
+    Format::sum_each(inputs, turn.world_size(), args.call.reduce_op, mine, length,
+                     [&](uint32_t unit, const typename Format::Sums& sums) {
+                       Format::store_values(Format::as_packed(sums), static_cast<T*>(args.out), unit, length);
+                     });
+    if (turn.reads_heaps()) turn.step(kDone);
   }
   turn.end();
 }
@@ -60,12 +64,11 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) two_shot_kernel(Args args) {
   };
   if (Format::kPlain ? turn.bring_or_leave(args.heap_units, copy_in) : turn.bring(copy_in)) {
     const Sources inputs(args.peers, turn, 0);
-    const Range mine = chunk(me);
-    for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
-      const auto sums = Format::sum(inputs, ranks, args.call.reduce_op, unit, length);
-      Format::store_wire(sums, turn.slot(me), unit, length);
-      if (Format::kPlain) Format::store_values(sums, out, unit, length);
-    }
+    Format::sum_each(inputs, ranks, args.call.reduce_op, chunk(me), length,
+                     [&](uint32_t unit, const typename Format::Sums& sums) {
+                       Format::store_wire(sums, turn.slot(me), unit, length);
+                       if (Format::kPlain) Format::store_values(sums, out, unit, length);
+                     });
     if (turn.step(kDone)) {
       for (int k = Format::kPlain ? 1 : 0; k < ranks;
            ++k) {  // each rank begins with another peer, so that no link serves all at once
@@ -111,6 +114,11 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) multicast_kernel(Args args) {
   turn.end();
 }
 
+bool overlap(const void* a, const void* b, size_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
+  return first < second + bytes && second < first + bytes;
+}
+
 template <class Format>
 bool fits(const Peers& peers, size_t n) {
   return rounded_up(Format::bytes(n)) <= peers.slot_bytes;
@@ -132,7 +140,10 @@ cudaError_t launch_one_shot(const Peers& peers, const Call& call, const void* in
     using Format = decltype(format);
     if (!fits<Format>(peers, n)) return cudaErrorInvalidValue;
     const int threads = threads_for<Format>(n, blocks);
-    return TPK_LAUNCH(one_shot_kernel<Format>, blocks, threads, 0, stream, Args{peers, call, in, out, n, kNoUnits});
+    // Every rank reads all of every input, so an output over it must not be written before all have.
+    const uint32_t units = overlap(in, out, n * sizeof(typename Format::Value)) ? kNoUnits : heap_units_of(call);
+    const Args args{peers, call, in, out, n, units};
+    return TPK_LAUNCH(one_shot_kernel<Format>, blocks, threads, 0, stream, args);
   });
 }
 

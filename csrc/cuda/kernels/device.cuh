@@ -87,6 +87,14 @@ __device__ __forceinline__ void store16(void* to, Word16 word) {
   *static_cast<uint4*>(to) = make_uint4(word.x, word.y, word.z, word.w);
 }
 
+// Two of these and a flag are an announcement: with a store for each word of it the way to a peer is taken eight times.
+// The words are ordered by the flag behind them, not among each other.
+__device__ __forceinline__ void store16_relaxed_sys(void* to, Word16 word) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+               "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+
 // ---- two values, each rounded to nearest even, the first one in the low half ----------------------------------------
 
 template <class T>

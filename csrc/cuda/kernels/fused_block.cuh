@@ -30,8 +30,9 @@ struct GatherArgs : Args {
 template <class T, int N>
 class Block {
  public:
-  __device__ __forceinline__ Block(const Args& args, Kernel kernel, char* dynamic_shared)
-      : args_(args), ring_(dynamic_shared), turn_(args.peers, args.call, kernel, N, args.rows, brings()) {}
+  // common_columns: of the tiles that ranks exchange, 0 where each may have its own.
+  __device__ __forceinline__ Block(const Args& args, Kernel kernel, uint32_t common_columns, char* dynamic_shared)
+      : args_(args), ring_(dynamic_shared), turn_(args.peers, args.call, kernel, common_columns, args.rows, brings()) {}
 
   __device__ __forceinline__ bool is_skipped() const { return turn_.is_skipped(); }
   // All threads.

@@ -3,9 +3,9 @@
 //
 // bf16 and fp16, products summed in fp32, codec none. A launch works on a piece: a stretch of every rank's rows, as
 // many as `most_reduced_rows` or `most_gathered_rows` (tiles.h) allow; a larger call is several launches, each with an
-// epoch of its own and Call::piece counted up. All ranks launch the same pieces with the same tile_columns; grids may
-// differ. The tensor maps are those of this piece. Nothing is allocated, nothing waits, no heap is read: it may be
-// captured.
+// epoch of its own and Call::piece counted up. All ranks launch the same pieces, reductions with the same tile_columns;
+// grids, and the tiles of a gather, may differ. The tensor maps are those of this piece. Nothing is allocated, nothing
+// waits, no heap is read: it may be captured.
 //
 // cudaErrorInvalidValue, and nothing is launched: another dtype or codec; N or K zero or no multiple of 8; tile_columns
 // neither 128 nor 256; a piece that does not fit; y, x_shard, x_whole, bias or a row stride off a multiple of 16 bytes.

@@ -14,6 +14,8 @@
 //            two_shot make of the same products.
 // Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
 //            gather pulls (R - 1) / R M K.
+#include <atomic>
+
 #include "dispatch.cuh"
 #include "fused_block.cuh"
 
@@ -29,7 +31,7 @@ class ReduceBlock : public Block<T, N> {
 
  public:
   __device__ __forceinline__ ReduceBlock(const ReduceArgs& args, char* dynamic_shared)
-      : Base(args, args.everywhere ? Kernel::GemmAllReduce : Kernel::GemmReduceScatter, dynamic_shared),
+      : Base(args, args.everywhere ? Kernel::GemmAllReduce : Kernel::GemmReduceScatter, N, dynamic_shared),
         everywhere_(args.everywhere),
         order_(TileOrder::of_reduction(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)) {}
 
@@ -51,6 +53,11 @@ class ReduceBlock : public Block<T, N> {
     }
   }
 
+  // The tensor cores rest while a tile is stored: about 64 KiB by 16 bytes a thread, to a peer at the speed of its
+  // link. A warp that stores staged tiles by TMA would hide that behind the next product, for a stage of the ring less
+  // (three of 48 KiB beside 64 KiB of staging), a map of each rank's two slots, and a wait for the stores to have
+  // arrived (cp.async.bulk.wait_group, not .read, then a proxy fence) before the flag. What that is worth can only be
+  // measured.
   __device__ __forceinline__ void multiply_and_send() {
     Place<N> place;
     float d[N / 2] = {};
@@ -136,7 +143,7 @@ class GatherBlock : public Block<T, N> {
 
  public:
   __device__ __forceinline__ GatherBlock(const GatherArgs& args, char* dynamic_shared)
-      : Base(args, Kernel::AllGatherGemm, dynamic_shared),
+      : Base(args, Kernel::AllGatherGemm, 0, dynamic_shared),
         gather_(args),
         order_(TileOrder::of_gather(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)),
         slices_(divided_up(args.gemm.K, kGatherColumns)) {}
@@ -203,10 +210,12 @@ class GatherBlock : public Block<T, N> {
     return item_at(static_cast<char*>(gather_.x_whole) + first, row_bytes(), item);
   }
 
+  // Items are alike, so that each communicating block has every so manieth: to take them from a common counter would be
+  // an atomic and two barriers for each.
   __device__ __forceinline__ void bring_own_rows() {
     const uint32_t owner = static_cast<uint32_t>(me());
     const int thread = static_cast<int>(product_thread());
-    for (uint32_t item; (item = take_next(turn_.taken(0))) < items_of(owner);) {
+    for (uint32_t item = blockIdx.x; item < items_of(owner); item += args_.communicating) {
       const Rows whole = in_whole(owner, item);
       copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(gather_.x_part, gather_.x_row_bytes, item),
                                 item_at(turn_.slot(me()), row_bytes(), item), whole);
@@ -217,14 +226,14 @@ class GatherBlock : public Block<T, N> {
 
   __device__ __forceinline__ void fetch_rows() {
     uint32_t before = 0, distance = 1;  // items of the ranks up to me + distance
-    for (uint32_t i = take_next(turn_.taken(1)); distance < static_cast<uint32_t>(ranks());) {
+    for (uint32_t i = blockIdx.x; distance < static_cast<uint32_t>(ranks());) {
       const uint32_t owner = (static_cast<uint32_t>(me()) + distance) % static_cast<uint32_t>(ranks());
       if (i - before >= items_of(owner)) {
         before += items_of(owner), ++distance;
         continue;
       }
       if (!fetch_item(owner, i - before)) return;
-      i = take_next(turn_.taken(1));
+      i += args_.communicating;
     }
   }
 
@@ -306,12 +315,22 @@ uint32_t largest_of(const RowCut& cut, int ranks) {
   return largest;
 }
 
-template <int N, class KernelArgs>
-cudaError_t launch_kernel(void (*kernel)(KernelArgs), const KernelArgs& args, const FusedGrid& grid,
-                          cudaStream_t stream) {
+// Allows a kernel its shared memory, once on each device: a call of the driver takes 1 to 2 us of the host.
+cudaError_t allow_shared(const void* kernel, int bytes, std::atomic<uint64_t>& devices) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((devices.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) devices.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+template <auto kernel, int N, class KernelArgs>
+cudaError_t launch_kernel(const KernelArgs& args, const FusedGrid& grid, cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(Ring<N>::kBytes);
-  const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), kBytes, allowed);
   if (error != cudaSuccess) return error;
   const int blocks = grid.communicating + grid.multiplying;
   return TPK_LAUNCH(kernel, blocks, kTileThreads, kBytes, stream, args);
@@ -338,7 +357,7 @@ cudaError_t launch_reduce(const ReduceArgs& args, const FusedGrid& grid, cudaStr
   if (largest_of(args.cut, args.peers.world_size) > most) return cudaErrorInvalidValue;
   return with_tile(args.call.dtype, gemm.tile_columns, [&](auto value, auto columns) {
     constexpr int N = decltype(columns)::kCount;
-    return launch_kernel<N>(gemm_reduce_kernel<decltype(value), N>, args, grid, stream);
+    return launch_kernel<gemm_reduce_kernel<decltype(value), N>, N>(args, grid, stream);
   });
 }
 
@@ -366,7 +385,7 @@ cudaError_t launch_all_gather_gemm(const Peers& peers, const Call& call, const v
   if (call.brings != cut.brings[peers.rank]) args.cut.count[peers.rank] = 0;
   return with_tile(call.dtype, gemm.tile_columns, [&](auto value, auto columns) {
     constexpr int N = decltype(columns)::kCount;
-    return launch_kernel<N>(all_gather_gemm_kernel<decltype(value), N>, args, grid, stream);
+    return launch_kernel<all_gather_gemm_kernel<decltype(value), N>, N>(args, grid, stream);
   });
 }
 

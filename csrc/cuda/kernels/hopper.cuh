@@ -59,6 +59,8 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap* map, uint64
 // Between what threads write to global memory and tiles that are loaded from there: by the writer before it raises its
 // flag, by the reader after it has seen it. For PTX one of them suffices, at the reader.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// Between what threads write to shared memory and what products read there.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

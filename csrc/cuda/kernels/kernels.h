@@ -20,7 +20,7 @@ namespace tpk::cuda {
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 
 // The announcement of a call; the ranks must agree in all but `brings` and `heap_units`. 32 bytes.
-struct Announcement {
+struct alignas(16) Announcement {
   uint32_t flag;        // the epoch: written last, released
   uint32_t kind;        // kind_of(...)
   uint64_t numel;       // of the whole call
@@ -68,7 +68,7 @@ struct Signals {
   uint32_t begun;                                  // blocks of the running call that have begun, where it counts them
   uint32_t taken[2];                               // tiles of the running call that blocks have taken to sum, to copy
 };
-constexpr size_t kSignalBytes = size_t{64} << 10;
+constexpr size_t kSignalBytes = size_t{128} << 10;
 static_assert(sizeof(Signals) <= kSignalBytes, "signals fit in front of slot 0");
 
 // The record of a failure on a device, for the host, in pinned memory. The first failure stays.

@@ -45,11 +45,10 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads, 1) reduce_scatter_kernel(ScatterA
     const Length length = length_of<Format>(args.cut.count[me]);
     const size_t in_heap = args.cut.first[me] * sizeof(T), in_slot = static_cast<size_t>(me) * args.part_bytes;
     const Sources inputs(args.peers, turn, turn.reads_heaps() ? in_heap : in_slot);
-    const Range mine = share_of<Format>(0, units_of(length));
-    for (uint32_t unit = mine.first; unit < mine.end; unit += mine.stride) {
-      const auto sums = Format::sum(inputs, ranks, args.call.reduce_op, unit, length);
-      Format::store_values(sums, static_cast<T*>(args.out), unit, length);
-    }
+    Format::sum_each(inputs, ranks, args.call.reduce_op, share_of<Format>(0, units_of(length)), length,
+                     [&](uint32_t unit, const typename Format::Sums& sums) {
+                       Format::store_values(sums, static_cast<T*>(args.out), unit, length);
+                     });
     if (turn.reads_heaps()) turn.step(kDone);
   }
   turn.end();

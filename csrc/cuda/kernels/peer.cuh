@@ -173,13 +173,8 @@ class Turn {
 
   __device__ __forceinline__ void send_announcement(int r, uint32_t heap_units) const {
     Announcement& at = signals(r).arrived[epoch_ & 1][peers_.rank][block_];
-    store_relaxed_sys(&at.kind, kind());
-    store_relaxed_sys(halves(at.numel), low(call_.numel));
-    store_relaxed_sys(halves(at.numel) + 1, high(call_.numel));
-    store_relaxed_sys(&at.shape_hash, call_.shape_hash);
-    store_relaxed_sys(&at.plan, plan_);
-    store_relaxed_sys(&at.brings, call_.brings);
-    store_relaxed_sys(&at.heap_units, heap_units);
+    store16_relaxed_sys(&at, {0, kind(), low(call_.numel), high(call_.numel)});  // 0: no epoch, nobody waits for it
+    store16_relaxed_sys(&at.shape_hash, {call_.shape_hash, plan_, call_.brings, heap_units});
     store_release_sys(&at.flag, epoch_);
   }
 
@@ -217,11 +212,10 @@ class Turn {
   }
 
   __device__ __forceinline__ bool disagrees(int r, uint32_t block) const {
-    Announcement& theirs = arrived(r, block);
-    return load_relaxed_sys(&theirs.kind) != kind() || load_relaxed_sys(halves(theirs.numel)) != low(call_.numel) ||
-           load_relaxed_sys(halves(theirs.numel) + 1) != high(call_.numel) ||
-           load_relaxed_sys(&theirs.shape_hash) != call_.shape_hash || load_relaxed_sys(&theirs.plan) != plan_ ||
-           load_relaxed_sys(&theirs.brings) != expected_;
+    const Announcement& theirs = arrived(r, block);
+    const Word16 first = load16_peer(&theirs), second = load16_peer(&theirs.shape_hash);
+    return first.y != kind() || first.z != low(call_.numel) || first.w != high(call_.numel) ||
+           second.x != call_.shape_hash || second.y != plan_ || second.z != expected_;
   }
 
   __device__ __forceinline__ Verdict worst_verdict() const {

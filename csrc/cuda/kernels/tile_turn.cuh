@@ -84,7 +84,7 @@ class TileTurn : public Turn {
   __device__ __forceinline__ bool have_all_begun() const {
     return load_acquire_sys(&signals(peers_.rank).begun) == gridDim.x;
   }
-  // Tiles of this call that blocks have taken: 0 to sum, 1 to copy.
+  // Tiles of this reduction that blocks have taken: 0 to sum, 1 to copy.
   __device__ __forceinline__ uint32_t* taken(int what) const { return &signals(peers_.rank).taken[what]; }
 
   // After a barrier of all threads of the block.

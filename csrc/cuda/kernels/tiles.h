@@ -147,6 +147,13 @@ constexpr uint32_t most_gathered_rows(size_t slot_bytes, uint32_t K) {
   return K == 0 ? 0 : tiles::rounded_rows(slot_bytes / (size_t{K} * 2), divided_up(K, kGatherColumns));
 }
 
+// Rows of each of the fewest pieces that `rows` need, all alike: a short last one would leave most of a device idle.
+constexpr uint32_t even_rows(uint64_t rows, uint32_t most) {
+  if (most < kTileRows || rows <= most) return most;
+  const uint64_t pieces = (rows + most - 1) / most, each = (rows + pieces - 1) / pieces;
+  return static_cast<uint32_t>((each + kTileRows - 1) / kTileRows * kTileRows);
+}
+
 // Columns of a tile: 256 are faster (each value of x that is loaded is used twice as often) but where half of them
 // would be wasted, or where there are fewer tiles than multiprocessors. A guess, not measured.
 constexpr uint32_t choose_tile_columns(uint64_t rows, uint32_t N, int multiplying) {

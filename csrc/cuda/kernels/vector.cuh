@@ -8,6 +8,7 @@
 //   copy_packed(from, wire, range, length)        the same of an input that is packed already, at any alignment
 //   decode(wire, values, range, length, reach)    wire -> values
 //   sum(wires, count, op, unit, length)           Sums of one unit of wires[0], wires[1], ... in that order
+//   sum_each(wires, count, op, range, length, store)   store(unit, the same) for the units of a range
 //   as_packed(sums)                               what decoding gives when these sums have been packed
 //   store_values(sums, values, unit, length)
 //   store_wire(sums, wire, unit, length)          may overwrite one of the wires that were summed
@@ -156,6 +157,29 @@ struct Plain {
     return sums;
   }
 
+  // store(unit, sums) for the units of a range, of no more than kMaxPeers wires.
+  //
+  // What a thread has in flight to peers is what hides the way there, about 2 us: 36 blocks of 512 threads with one
+  // 16-byte load each, which one unit of two ranks would be, are 295 KB, no more than 150 GB/s. So few wires are summed
+  // several units at a time, 8 loads in all, 4 to 6 of them to peers: 1.2 MB and more, above the 450 GB/s that NVLink 4
+  // has each way. (A model, not measured.) All loads of a unit are issued together, so that no rank's link is asked
+  // first by all ranks and waited for by the others; only the order of the sum is that of the ranks.
+  template <class Wires, class Store>
+  __device__ __forceinline__ static void sum_each(const Wires& wires, int count, ReduceOp op, Range range,
+                                                  Length length, Store store) {
+    static_assert(Wires::kMost <= 8, "the loads of a unit are one batch");
+    // The dtypes of tensors that are large and the reductions that they have: the others would be code for nobody.
+    if constexpr (kSumsMany) {
+      if (count <= 4 && (op == ReduceOp::Sum || op == ReduceOp::Avg)) {
+        return count <= 2 ? sum_many<4, 2>(wires, count, op, range, length, store)
+                          : sum_many<2, 4>(wires, count, op, range, length, store);
+      }
+    }
+    for (uint32_t unit = range.first; unit < range.end; unit += range.stride) {
+      store(unit, sum(wires, count, op, unit, length));
+    }
+  }
+
   __device__ __forceinline__ static Sums as_packed(const Sums& sums) { return sums; }
 
   __device__ __forceinline__ static void store_values(const Sums& sums, T* values, uint32_t unit, Length length) {
@@ -168,6 +192,35 @@ struct Plain {
   }
 
  private:
+  static constexpr bool kSumsMany = std::is_same_v<T, float> || std::is_same_v<T, Bfloat16> || std::is_same_v<T, Half>;
+
+  template <int units, int inputs, class Wires, class Store>
+  __device__ __forceinline__ static void sum_many(const Wires& wires, int count, ReduceOp op, Range range,
+                                                  Length length, Store store) {
+#pragma unroll 1
+    for (uint32_t first = range.first; first < range.end; first += units * range.stride) {
+      Word16 words[units][inputs];
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        const uint32_t unit = first + static_cast<uint32_t>(u) * range.stride;
+#pragma unroll
+        for (int r = 0; r < inputs; ++r) {
+          if (unit >= range.end || r >= count) continue;
+          const T* const from = reinterpret_cast<const T*>(wires[r]) + size_t{unit} * kUnitValues;
+          words[u][r] = load(from, values_in<Plain>(unit, length), Wires::kReach);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        const uint32_t unit = first + static_cast<uint32_t>(u) * range.stride;
+        if (unit >= range.end) break;
+        Sums sums{{}, count, op};
+        fold<ReduceOp::Sum>(sums, words[u], 0);
+        store(unit, sums);
+      }
+    }
+  }
+
   template <class Load, class Store>
   __device__ __forceinline__ static void copy(Range range, Load load_unit, Store store_unit) {
     for (uint32_t unit = range.first; unit < range.end; unit += kInFlight * range.stride) {

@@ -262,6 +262,14 @@ struct Coded {
     return sums;
   }
 
+  template <class Wires, class Store>
+  __device__ __forceinline__ static void sum_each(const Wires& wires, int count, ReduceOp op, Range range,
+                                                  Length length, Store store) {
+    for (uint32_t unit = range.first; unit < range.end; unit += range.stride) {
+      store(unit, sum(wires, count, op, unit, length));
+    }
+  }
+
   __device__ __forceinline__ static Sums as_packed(const Sums& sums) { return {LaneWire<C>::pack(sums.of).unpack()}; }
 
   __device__ __forceinline__ static void store_values(const Sums& sums, T* values, uint32_t unit, Length length) {

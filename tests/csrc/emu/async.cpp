@@ -55,7 +55,8 @@ Clock clock_of(const Agent& agent) {
   Clock clock;
   clock.id = agent.id, clock.now = agent.last;
   clock.join(current_thread()->memory.clock.snapshot());
-  clock.join({nullptr, 0, 0, this_block().launch().base});
+  const auto& at_begin = this_block().launch().base;
+  clock.join({nullptr, 0, 0, {at_begin, at_begin}});
   return clock;
 }
 

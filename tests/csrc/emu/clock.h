@@ -2,21 +2,26 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "emu.h"
+
 namespace tpk::emu {
 
 using Moments = std::vector<uint32_t>;  // [id]: the last moment of that one which is known to have passed
+
+using Fenced = std::array<std::shared_ptr<Moments>, 2>;  // [space]
 
 // A clock at one moment; cheap to copy.
 struct Snapshot {
   std::shared_ptr<Moments> others;  // never written to while anybody else holds it
   uint32_t id = 0;
   uint32_t now = 0;
-  std::shared_ptr<Moments> fenced = nullptr;
+  Fenced fenced = {};
 };
 
 // Id 0 is nobody.
@@ -26,20 +31,20 @@ struct Clock {
   uint32_t now = 1;
   // Of what is known: what somebody, on its way to here, has made visible to asynchronous accesses (fence_async). Those
   // also see all that was there when their kernel began.
-  std::shared_ptr<Moments> fenced = nullptr;
+  Fenced fenced = {};
 
   bool knows(uint32_t who, uint32_t when) const {
     if (who == id) return when <= now;
     return has(others, who, when);
   }
-  bool knows_fenced(uint32_t who, uint32_t when) const { return has(fenced, who, when); }
+  bool knows_fenced(Space space, uint32_t who, uint32_t when) const { return has(of(space), who, when); }
 
   Snapshot snapshot() const { return {others, id, now, fenced}; }
 
   // Asynchronous accesses that this clock's owner starts from now on see all that it knows.
-  void fence_async() {
-    merge(fenced, others);
-    if (id != 0) writable(fenced, id + 1)[id] = now;
+  void fence_async(Space space) {
+    merge(of(space), others);
+    if (id != 0) writable(of(space), id + 1)[id] = now;
     tick();
   }
 
@@ -65,11 +70,14 @@ struct Clock {
 
   void join(const Snapshot& seen) {
     merge(others, seen.others);
-    merge(fenced, seen.fenced);
+    for (Space space : {Space::Global, Space::Shared}) merge(of(space), seen.fenced[static_cast<size_t>(space)]);
     if (seen.id != 0 && !knows(seen.id, seen.now)) writable(others, seen.id + 1)[seen.id] = seen.now;
   }
 
  private:
+  std::shared_ptr<Moments>& of(Space space) { return fenced[static_cast<size_t>(space)]; }
+  const std::shared_ptr<Moments>& of(Space space) const { return fenced[static_cast<size_t>(space)]; }
+
   static bool has(const std::shared_ptr<Moments>& moments, uint32_t who, uint32_t when) {
     return moments != nullptr && who < moments->size() && (*moments)[who] >= when;
   }

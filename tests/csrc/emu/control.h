@@ -14,10 +14,11 @@ namespace tpk::emu {
 
 struct Options {
   int ranks = 8;
-  int resident_blocks = 64;  // of one rank at a time: the capacity of the emulated device
-  uint64_t seed = 0;         // 0: blocks and threads by index; others: shuffled, and preempted at atomics
-  double timeout_s = 20.0;   // nobody moves for so long: the watchdog reports who waits where
-  bool loud = true;          // reports go to stderr, too, when they are found
+  int resident_blocks = 64;      // of one rank at a time: the capacity of the emulated device
+  uint64_t seed = 0;             // 0: blocks and threads by index; others: shuffled, and preempted at atomics
+  double timeout_s = 20.0;       // nobody moves for so long: the watchdog reports who waits where
+  bool loud = true;              // reports go to stderr, too, when they are found
+  bool planted_swizzle = false;  // a mistake of the emulator's own: tiles land with every row's words as the next one's
 };
 
 // Only while nothing runs.
@@ -52,6 +53,9 @@ void host_threads_met();
 // Memory that others allocated (a tensor of torch) counts as memory of a rank from now on, until it is disowned.
 void own(void* memory, size_t bytes, int rank);
 void disown(void* memory);
+
+// Tensor maps that the driver has made so far.
+size_t encoded_maps();
 
 // An address range that stands for the same place at every rank, as the switch's multicast mapping does.
 void* multicast(const std::vector<void*>& memory, size_t bytes);

@@ -2,13 +2,17 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstring>
 
+#include "control.h"
 #include "tensor_map_emu.h"
 
 using tpk::emu::EmulatedMap;
 
 namespace {
+
+std::atomic<size_t> encoded{0};
 
 // Maps of matrices of 2-byte floats, whose tiles are rows of 128 swizzled bytes; refuses what the driver refuses.
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
@@ -28,10 +32,13 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
       EmulatedMap::kMagic, static_cast<const char*>(base), sizes[1], sizes[0], strides[0], box[1], box[0]};
   std::memset(map, 0, sizeof *map);
   std::memcpy(map, &made, sizeof made);
+  ++encoded;
   return CUDA_SUCCESS;
 }
 
 }  // namespace
+
+size_t tpk::emu::encoded_maps() { return encoded; }
 
 extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
                                                         unsigned long long, cudaDriverEntryPointQueryResult* result) {

@@ -82,6 +82,7 @@ void warp_fence(uint32_t mask, Where where);
 
 enum class Scope : uint8_t { Block, Gpu, System };
 enum class Order : uint8_t { Relaxed, Acquire, Release, AcquireRelease };
+enum class Space : uint8_t { Global, Shared };  // where asynchronous accesses go
 
 // Around one atomic access: checks it, keeps the detector's order of accesses equal to the real one, lets others run.
 class Atomic {

@@ -64,7 +64,8 @@ void land(const Tile& tile) {
       }
       // The pattern is one of addresses; rows begin at multiples of 128.
       const uintptr_t offset = static_cast<uintptr_t>(tile.to - shared_base()) + r * 128 + c * 2;
-      std::memcpy(shared_base() + swizzled(offset), &value, 2);
+      const uintptr_t place = options().planted_swizzle ? swizzled(offset + 128) - 128 : swizzled(offset);
+      std::memcpy(shared_base() + place, &value, 2);
     }
   }
 }
@@ -137,7 +138,7 @@ void transaction_init_done(Where where) {
   for (auto& [bar, counter] : async().counters) {
     if (counter.maker == current_thread()) counter.is_published = true;
   }
-  fence_async(where);
+  for (Space space : {Space::Global, Space::Shared}) fence_async(space, where);
 }
 
 void transaction_arrive(uint64_t* bar, uint32_t expected_bytes, Where where) {
@@ -191,9 +192,9 @@ void prefetch(const void* map, Where where) {
   if (!EmulatedMap::of(map).is_valid()) misuse("a tensor map that was never encoded", where);
 }
 
-void fence_async(Where) {
-  current_thread()->acquired = false;
-  if (detector() != nullptr) current_thread()->memory.clock.fence_async();
+void fence_async(Space space, Where) {
+  if (space == Space::Global) current_thread()->acquired = false;
+  if (detector() != nullptr) current_thread()->memory.clock.fence_async(space);
   this_block().preempt();
 }
 

@@ -29,8 +29,8 @@ bool transaction_done(const uint64_t* bar, uint32_t parity, Where where);
 
 void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t row, Where where);
 void prefetch(const void* map, Where where);
-// What this thread has acquired comes before what it makes others load.
-void fence_async(Where where);
+// What this thread has acquired comes before what it makes others load from that state space, and from no other.
+void fence_async(Space space, Where where);
 
 // d (+)= a[64, 16] @ b[columns, 16].T: this thread's share of it.
 struct Product {

@@ -34,6 +34,16 @@ CASE(a_tile_is_read_before_it_has_been_waited_for) {
   if (emu::detects_races()) must_report_of(Fault::ReadUnawaited, emu::Kind::Race);
 }
 
+// ---- the emulator itself: tiles land by a formula and are read by a table, so that neither can be wrong alone
+CASE(tiles_that_land_by_another_swizzle_than_products_read) {
+  for (uint64_t seed : {0, 1}) {
+    emu::Options options = quiet(seed);
+    options.planted_swizzle = true;
+    EXPECT(!run(options, [] { return multiplies_wrongly(Fault::None); }).right, "seed ", seed);
+    EXPECT(run(quiet(seed), [] { return multiplies_wrongly(Fault::None); }).right, "seed ", seed);
+  }
+}
+
 // ---- products
 CASE(an_operand_advances_by_half_a_step) {
   must_be_wrong([] { return multiplies_wrongly(Fault::WrongStep); });
@@ -56,7 +66,7 @@ CASE(more_registers_than_there_are) { must_report_of(Fault::TooManyRegisters, em
 // ---- what threads wrote, read by tiles: block 0 writes and raises a flag, block 1 loads
 // -------------------------------
 
-enum class Fence { Right, None, NoneOfLoader };
+enum class Fence { Right, None, NoneOfLoader, OfOtherSpace };
 
 struct GatherArgs {
   TensorMap map;
@@ -77,7 +87,7 @@ TPK_KERNEL void gather_and_load(const __grid_constant__ GatherArgs args) {
     return;
   }
   if (threadIdx.x == 0) transaction_init(&full, 1), transaction_init_done();
-  const uint32_t listener = args.fence == Fence::None ? 0 : 32;
+  const uint32_t listener = args.fence == Fence::None || args.fence == Fence::OfOtherSpace ? 0 : 32;
   if (threadIdx.x == listener) {
     while (load_acquire_sys(args.flag) == 0) {
     }
@@ -85,6 +95,7 @@ TPK_KERNEL void gather_and_load(const __grid_constant__ GatherArgs args) {
   __syncthreads();
   if (threadIdx.x == 0) {
     if (args.fence == Fence::Right) fence_async();
+    if (args.fence == Fence::OfOtherSpace) fence_async_shared();
     transaction_expect(&full, 8 * 128);
     load_tile(tile, &args.map, &full, 0, 0);
   }
@@ -109,6 +120,9 @@ CASE(a_gather_that_is_fenced_is_silent) {
 CASE(a_gather_without_a_fence) {
   must_report(emu::Kind::Misuse, [] { return loads_what_was_gathered(Fence::None); });
 }
+CASE(a_gather_with_a_fence_of_another_state_space) {
+  must_report(emu::Kind::Misuse, [] { return loads_what_was_gathered(Fence::OfOtherSpace); });
+}
 CASE(a_gather_that_another_thread_has_heard_of_without_a_fence) {
   if (emu::detects_races()) must_report(emu::Kind::Race, [] { return loads_what_was_gathered(Fence::NoneOfLoader); });
 }
@@ -116,9 +130,11 @@ CASE(a_gather_that_another_thread_has_heard_of_without_a_fence) {
 // ---- what threads wrote, read by products
 // ----------------------------------------------------------------------------
 
+enum class Staged { Fenced, FencedElsewhere, Unfenced };
+
 struct StagedArgs {
   float* y;
-  bool fenced;
+  Staged staged;
 };
 
 TPK_KERNEL void write_and_multiply(StagedArgs args) {
@@ -126,7 +142,8 @@ TPK_KERNEL void write_and_multiply(StagedArgs args) {
   char* const rows = dynamic + (1024 - reinterpret_cast<uintptr_t>(dynamic) % 1024) % 1024;
   const Bfloat16 one = from_float<Bfloat16>(1);
   for (uint32_t i = threadIdx.x; i < 128 * 64; i += blockDim.x) memcpy(rows + 2 * i, &one, 2);
-  if (args.fenced) fence_async();
+  if (args.staged == Staged::Fenced) fence_async_shared();
+  if (args.staged == Staged::FencedElsewhere) fence_async();
   __syncthreads();
   float d[64];
   products_begin();
@@ -136,17 +153,21 @@ TPK_KERNEL void write_and_multiply(StagedArgs args) {
   for (uint32_t i = 0; i < 64; ++i) args.y[threadIdx.x * 64 + i] = d[i];
 }
 
-bool multiplies_what_was_written(bool fenced) {
+bool multiplies_what_was_written(Staged staged) {
   float* const y = filled<float>(128 * 64);
-  EXPECT(TPK_LAUNCH(write_and_multiply, 1, 128, 128 * 128 + 1024, nullptr, StagedArgs{y, fenced}) == cudaSuccess);
+  EXPECT(TPK_LAUNCH(write_and_multiply, 1, 128, 128 * 128 + 1024, nullptr, StagedArgs{y, staged}) == cudaSuccess);
   return cudaDeviceSynchronize() == cudaSuccess && values_of(y, 128 * 64) == std::vector<float>(128 * 64, 16);
 }
 
 CASE(operands_that_threads_write_and_fence_are_silent) {
-  must_be_silent([] { return multiplies_what_was_written(true); });
+  must_be_silent([] { return multiplies_what_was_written(Staged::Fenced); });
 }
 CASE(operands_that_threads_write_without_a_fence) {
-  if (emu::detects_races()) must_report(emu::Kind::Race, [] { return multiplies_what_was_written(false); });
+  if (emu::detects_races()) must_report(emu::Kind::Race, [] { return multiplies_what_was_written(Staged::Unfenced); });
+}
+CASE(operands_that_threads_write_with_a_fence_of_another_state_space) {
+  if (!emu::detects_races()) return;
+  must_report(emu::Kind::Race, [] { return multiplies_what_was_written(Staged::FencedElsewhere); });
 }
 
 // ---- a tile's flag, and barriers of some threads

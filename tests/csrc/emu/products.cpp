@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "async.h"
+#include "ptx_tables.h"
 #include "report.h"
 
 namespace tpk::emu {
@@ -16,6 +17,9 @@ constexpr uint32_t kInFlight = 0x7fc0'f117;
 // Rows of an operand, 16 values each, by the bits of its descriptor (PTX ISA, matrix descriptor format): 0-13 where it
 // starts and 32-45 the distance from 8 rows to the next 8, both without their lowest 4 bits; 49-51 how far the pattern
 // of the swizzle is off; 62-63 the swizzle, where 1 is that of 128 bytes. 16-29 mean nothing then.
+//
+// The swizzle is read from the table in the PTX ISA, not by the formula by which tiles land (async.h): a mistake in one
+// of them is a wrong product.
 class Operand {
  public:
   Operand(uint64_t descriptor, Where where)
@@ -30,8 +34,8 @@ class Operand {
   }
   // The 16 bytes of one half of a row.
   const char* half_row(uint32_t row, uint32_t half, Where where) const {
-    const uintptr_t address = swizzled(start_ + row / 8 * stride_ + row % 8 * 128 + half * 16);
-    const char* const at = shared_base() + address;
+    const uintptr_t pattern = start_ / 1024 * 1024 + row / 8 * stride_, word = start_ % 128 / 16 + half;
+    const char* const at = shared_base() + pattern + row % 8 * 128 + testing::kSwizzle128[row % 8][word] * 16;
     if (!lies_in_shared(at, 16)) misuse("an operand that reaches beyond the block's shared memory", where);
     return at;
   }

@@ -153,6 +153,7 @@ class Races : public Detector {
     Access now{clock.id, clock.now};
     now.place = std::bit_cast<uintptr_t>(where), now.in_source = 1;
     now.writes = writes, now.async = 1;
+    now.shared = memory_of(thread).contains(reinterpret_cast<uintptr_t>(memory)) ? 1 : 0;
     touch_all(thread, reinterpret_cast<uintptr_t>(memory), bytes, now, clock);
   }
 

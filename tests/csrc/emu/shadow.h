@@ -24,6 +24,8 @@ struct Access {
   uint64_t in_source : 1 = 0;
   uint64_t async : 1 = 0;  // by the asynchronous proxy: sees what others wrote only behind a fence_async
 
+  uint64_t shared : 1 = 0;  // to the shared memory of a block
+
   bool operator==(const Access&) const = default;
 };
 static_assert(sizeof(Access) == 16);
@@ -58,7 +60,8 @@ class Cell {
 
   static bool is_known(const Access& old, const Access& now, const Clock& clock) {
     const bool needs_fence = now.async && !old.async && old.writes;
-    return clock.knows(old.id, old.when) && (!needs_fence || clock.knows_fenced(old.id, old.when));
+    const Space space = now.shared ? Space::Shared : Space::Global;
+    return clock.knows(old.id, old.when) && (!needs_fence || clock.knows_fenced(space, old.id, old.when));
   }
 
   void copy_of(const Cell& other) {

@@ -1,5 +1,6 @@
 // What Hopper does beside its threads: tiles come, swizzled; products are right; maps say what they cannot do.
 #include "hopper_tile.cuh"
+#include "ptx_tables.h"
 
 using namespace tpk;
 using namespace tpk::planted;
@@ -49,9 +50,6 @@ TPK_KERNEL void dump_tile(const __grid_constant__ DumpArgs args) {
   }
 }
 
-// Swizzle<3, 4, 3> of a byte's place: bits 4-6 take bits 7-9 by exclusive or.
-uint32_t swizzle_3_4_3(uint32_t byte) { return byte ^ (byte >> 3 & 0x70); }
-
 bool lies_as_specified(int rows, int columns, int32_t column, int32_t row) {
   const Matrix<Bfloat16> x(rows, columns, 3);
   uint16_t* const tile = filled<uint16_t>(128 * 64, 7);
@@ -67,7 +65,7 @@ bool lies_as_specified(int rows, int columns, int32_t column, int32_t row) {
       uint16_t wanted = 0;
       if (at_row >= 0 && at_row < rows && at_column >= 0 && at_column < columns)
         std::memcpy(&wanted, &x.values[static_cast<size_t>(at_row * columns + at_column)], 2);
-      right &= got[swizzle_3_4_3(static_cast<uint32_t>(r * 128 + c * 2)) / 2] == wanted;
+      right &= got[testing::swizzled_place(static_cast<uint32_t>(r), static_cast<uint32_t>(c))] == wanted;
     }
   }
   // Start address, leading and stride offsets without 4 bits each, no base offset, the 128-byte swizzle.
@@ -104,6 +102,25 @@ CASE(maps_say_what_they_cannot_do) {
     EXPECT(false, "fp32 was taken");
   } catch (const std::invalid_argument& error) {
     EXPECT(std::string(error.what()).find("dtype") != std::string::npos);
+  }
+}
+
+CASE(a_map_that_was_made_serves_again) {
+  alignas(16) static char matrix[4096];
+  TensorMaps maps;
+  const auto bytes_of = [](const TensorMap& map) { return std::string(map.opaque, sizeof map.opaque); };
+  const size_t before = emu::encoded_maps();
+  const auto ask = [&](const void* base, uint64_t rows, uint64_t stride, uint32_t box_rows, size_t made) {
+    const std::string found = bytes_of(maps.of(DType::BF16, base, rows, 64, stride, box_rows));
+    EXPECT(emu::encoded_maps() - before == made, rows, " ", stride, " ", box_rows);
+    EXPECT(found == bytes_of(tensor_map_of(DType::BF16, base, rows, 64, stride, box_rows)));
+  };
+  ask(matrix, 8, 128, 8, 1), ask(matrix, 8, 128, 8, 2);  // the comparison makes one each time, the second ask none
+  ask(matrix, 8, 256, 8, 4), ask(matrix, 8, 256, 16, 6), ask(matrix + 16, 8, 256, 16, 8);
+  for (uint64_t rows = 1; rows <= 200; ++rows) {
+    EXPECT(bytes_of(maps.of(DType::BF16, matrix, rows, 64, 128, 8)) ==
+               bytes_of(tensor_map_of(DType::BF16, matrix, rows, 64, 128, 8)),
+           rows);
   }
 }
 

@@ -14,6 +14,7 @@ namespace {
 thread_local std::vector<Tensor> kept_tensors;
 thread_local std::vector<std::shared_ptr<void>> captured;
 thread_local cudaStream_t stream_of_torch = nullptr;
+thread_local std::vector<int> product_limits;
 
 // What went wrong on a stream, for the host thread that waits for it next.
 std::mutex failure_mutex;
@@ -76,6 +77,8 @@ bool captures_or_synchronize() {
   return false;
 }
 
+std::vector<int> take_product_limits() { return std::exchange(product_limits, {}); }
+
 std::vector<std::shared_ptr<void>> take_captured() { return std::exchange(captured, {}); }
 
 }  // namespace emu
@@ -91,6 +94,8 @@ int device_index_of(const Tensor&) {
 cudaStream_t torch_stream(int) { return stream_of_torch; }
 
 void set_torch_stream(int, cudaStream_t stream) { stream_of_torch = stream; }
+
+void limit_products(int multiprocessors) { product_limits.push_back(multiprocessors); }
 
 OpScope::OpScope(const Tensor& x) : device_(device_index_of(x)), stream_(torch_stream(device_index_of(x))) {}
 

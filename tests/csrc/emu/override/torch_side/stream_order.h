@@ -28,6 +28,8 @@ void synchronize_stream();
 bool captures_or_synchronize();
 // What this thread's captured ops made and call; it must live as long as their graph.
 std::vector<std::shared_ptr<void>> take_captured();
+// What this thread's products were limited to, call by call, since this was last asked.
+std::vector<int> take_product_limits();
 
 inline void keep(const Tensor& x) { kept(x); }
 inline void keep(const std::pair<Tensor, Tensor>& xs) { kept(xs.first), kept(xs.second); }

@@ -43,6 +43,14 @@ inline void store16(void* to, Word16 word, Where where = Where::current()) {
   *static_cast<Word16*>(to) = word;
 }
 
+// Of its words the race detector knows each as a flag's, relaxed.
+inline void store16_relaxed_sys(void* to, Word16 word, Where where = Where::current()) {
+  emu::check_aligned(to, 16, where);
+  uint32_t* const words = static_cast<uint32_t*>(to);
+  store_relaxed_sys(words, word.x, where), store_relaxed_sys(words + 1, word.y, where);
+  store_relaxed_sys(words + 2, word.z, where), store_relaxed_sys(words + 3, word.w, where);
+}
+
 template <class T>
 uint32_t rounded_pair(float low, float high) {
   return static_cast<uint32_t>(from_float<T>(low)) | static_cast<uint32_t>(from_float<T>(high)) << 16;

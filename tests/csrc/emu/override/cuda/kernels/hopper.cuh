@@ -30,7 +30,8 @@ inline void load_tile(void* to, const TensorMap* map, uint64_t* bar, int32_t col
                       Where where = Where::current()) {
   emu::load_tile(to, map, bar, column, row, where);
 }
-inline void fence_async(Where where = Where::current()) { emu::fence_async(where); }
+inline void fence_async(Where where = Where::current()) { emu::fence_async(emu::Space::Global, where); }
+inline void fence_async_shared(Where where = Where::current()) { emu::fence_async(emu::Space::Shared, where); }
 
 inline void products_begin() { emu::products_begin(); }
 inline void products_commit() { emu::products_commit(); }
