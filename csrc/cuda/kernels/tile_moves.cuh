@@ -54,11 +54,10 @@ struct Dealt {
 template <uint32_t kColumns>
 __device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Rows& from, const Rows& to,
                                           const Rows& second = {nullptr, 0}) {
-  // All that a thread has of an item or a tile: then a block waits once for it, not four times, and 16 blocks have 2 MB
-  // on the way, of which 2 to 3 us make 450 GB/s take 0.9 to 1.4 MB. (A model, not measured.) The registers are those
-  // of the accumulators, which a thread that copies does not have any more.
-  constexpr uint32_t kInFlight = kTileRows * Dealt<kColumns>::kUnits / kProductThreads;
-  static_assert(kInFlight <= 32, "four registers each");
+  // All that a thread has of a tile, half of what it has of an item: 16 blocks then have 1 MB on the way, what a link of
+  // 450 GB/s takes in 2.3 us. (A model, not measured.) More would not fit into registers.
+  constexpr uint32_t kUnitsOfThread = kTileRows * Dealt<kColumns>::kUnits / kProductThreads;
+  constexpr uint32_t kInFlight = kUnitsOfThread < 16 ? kUnitsOfThread : 16;
   for (uint32_t start = product_thread(); start < dealt.end(); start += kInFlight * kProductThreads) {
     Word16 words[kInFlight];
 #pragma unroll

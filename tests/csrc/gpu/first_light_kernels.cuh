@@ -5,13 +5,13 @@
 #pragma once
 
 #include "cuda/kernels/operand.cuh"
+#include "first_light_compare.h"
 
 namespace tpk::first_light {
 
 using namespace tpk::cuda;
 
 constexpr uint64_t kPatienceNs = 2'000'000'000;
-constexpr uint32_t kRows = 64, kDepth = 64;  // of the tile of a product: rows of x, values of K of a stage
 
 template <class Done>
 __device__ __forceinline__ bool comes(Done done) {
