@@ -81,7 +81,7 @@ def test_a_fused_gemm_is_its_plain_program(R: int, place: str) -> None:
 
 @pytest.mark.parametrize("place", ["emu", "virtual"])
 def test_a_fused_gemm_larger_than_a_slot_goes_in_pieces(place: str) -> None:
-    run_at(place, check_pieces, 3, arena_bytes=1 << 18)
+    run_at(place, check_pieces, 3, arena_bytes=320 << 10)
 
 
 @pytest.mark.parametrize("place", ["emu", "virtual"])

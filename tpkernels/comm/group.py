@@ -96,7 +96,7 @@ class Group:
                 ends the CUDA context of its process, and a rank that compiles or saves may be minutes late.
             arena_bytes: memory for each rank that the others reach (transports "shm" and "peer"): two slots for
                 messages, the rest for `group.empty`. Default 16 MiB on the CPU, or what /dev/shm has room for if that
-                is less, down to 1 MiB; 128 MiB on a GPU.
+                is less, down to 1 MiB; 256 MiB on a GPU.
             transport: "auto", "shm", "hierarchical", "peer" or "group". auto takes shared memory ("shm" on the CPU,
                 "peer" on GPUs) when all ranks run on one host and can, and "hierarchical" on the CPU when some host of
                 several has several ranks; `explain()` says why it did not. Over "hierarchical" sums are taken inside
