@@ -46,19 +46,26 @@ class Result:
 
 
 def run_within(command: Sequence[str], log: Path, limit_s: float, environment: dict[str, str]) -> int | None:
-    """Run a command with everything that it starts; its exit code, None when it was ended at its limit."""
+    """Run a command with everything that it starts; its exit code, None when it was ended at its limit.
+
+    127 where there is no such program, as a shell has it.
+    """
     with open(log, "w", encoding="utf-8") as stdout:
         stdout.write(f"$ {' '.join([*(f'{k}={v}' for k, v in environment.items()), *command])}\n")
         stdout.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            stdout.write(f"{error}\n")
+            return 127
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:

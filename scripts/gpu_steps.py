@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @functools.cache
@@ -72,8 +75,9 @@ def sanitizer(tool: str, tests: tuple[str, ...], name: str | None = None) -> Ste
 LOCAL = ("tests/gpu/test_local.py",)
 LIGHT = "build/first_light"
 LIGHT_SOURCES = ("tests/csrc/gpu/first_light.cu", "csrc/cuda/comm/runtime.cpp", "csrc/cuda/comm/tensor_map.cpp")
+NVCC = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
 # One file of ours and two of the library: neither cmake nor torch, and no more than 30 s.
-BUILD_LIGHT = ("nvcc", "-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc", "-Itests/csrc",
+BUILD_LIGHT = (NVCC, "-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "-Icsrc", "-Itests/csrc",
                "-o", LIGHT, *LIGHT_SOURCES)  # fmt: skip
 
 

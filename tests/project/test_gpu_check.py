@@ -89,6 +89,12 @@ def test_a_step_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, capfd: 
     assert run(tmp_path, GOOD)[0] == 0
 
 
+def test_a_program_that_was_never_built_fails_its_step_alone(tmp_path: Path) -> None:
+    code, rows = run(tmp_path, Step("gone", ("build/never-built",), 60.0), GOOD)
+    assert (code, rows["good"]["ok"]) == (1, True)
+    assert rows["gone"]["detail"].startswith("exit code 127; [Errno 2] No such file or directory")
+
+
 def test_the_summary_has_what_is_proven_and_the_values_that_differ(tmp_path: Path) -> None:
     differs = tmp_path / "test_differs_here.py"
     differs.write_text("def test_a(): assert [1.0, 2.0] == [1.0, 2.5], 'sums of rank 1'\n")
