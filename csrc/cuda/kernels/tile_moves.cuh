@@ -54,8 +54,8 @@ struct Dealt {
 template <uint32_t kColumns>
 __device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Rows& from, const Rows& to,
                                           const Rows& second = {nullptr, 0}) {
-  // All that a thread has of a tile, half of what it has of an item: 16 blocks then have 1 MB on the way, what a link of
-  // 450 GB/s takes in 2.3 us. (A model, not measured.) More would not fit into registers.
+  // All that a thread has of a tile, half of what it has of an item: 16 blocks then have 1 MB on the way, what a link
+  // of 450 GB/s takes in 2.3 us. (A model, not measured.) More would not fit into registers.
   constexpr uint32_t kUnitsOfThread = kTileRows * Dealt<kColumns>::kUnits / kProductThreads;
   constexpr uint32_t kInFlight = kUnitsOfThread < 16 ? kUnitsOfThread : 16;
   for (uint32_t start = product_thread(); start < dealt.end(); start += kInFlight * kProductThreads) {
