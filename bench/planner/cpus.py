@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.planner.fit import with_constants
-from tpkernels.planner.hardware import Cluster, cluster
+from tpkernels.planner.hardware import Cluster, cluster, crowded
 from tpkernels.planner.recipe import WIRE_BYTES, Job, Recipe
 from tpkernels.planner.shape import Shape
 from tpkernels.planner.step import step_s
@@ -21,19 +21,7 @@ CUTS = {"dp2": (1, 2), "tp2": (2, 1), "tp2dp2": (2, 2)}
 JOB = Job(replace(Shape.gpt(4, 256, 4, 256, "byte-level GPT"), tied=False), 128, 8)
 
 
-CORES = 2
 START = {"gemm_rate": 0.8, "memory_rate": 1.0, "host_layer_s": 1e-3, "host_head_s": 1e-3, "between_rate": 0.9}
-
-
-def shared(machine: Cluster) -> Cluster:
-    """The same ranks where several of them share a core."""
-    share, device = min(1.0, CORES / machine.ranks), machine.device
-    slower = replace(
-        device, flops=device.flops * share, memory_bandwidth=device.memory_bandwidth * share,
-        host_layer_s=device.host_layer_s / share, host_head_s=device.host_head_s / share,
-        host_call_s=device.host_call_s / share,
-    )  # fmt: skip
-    return replace(machine, device=slower)
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class Measured:
 
     def predicted(self, constants: dict[str, float]) -> float:
         machine = with_constants(self.cluster, constants)
-        return 1e3 * step_s(shared(machine), JOB, self.recipe).total
+        return 1e3 * step_s(crowded(machine, 1), JOB, self.recipe).total
 
 
 def read(file: Path = RESULTS) -> list[Measured]:

@@ -14,6 +14,7 @@ from tpkernels.planner.step import step_s
 
 MEGATRON_2021 = "Megatron-LM, Narayanan et al. 2021 (arXiv:2104.04473), table 1"
 MEGATRON_2022 = "Megatron-LM, Korthikanti et al. 2022 (arXiv:2205.05198), table 5"
+ABSTRACT_2022 = "Korthikanti et al. 2022, abstract"
 LLAMA_3 = "Llama 3 405B (arXiv:2407.21783), table 4"
 VOCAB = 51200
 # billion parameters: heads, hidden, layers, tp, pp, GPUs, batch, TFLOP/s a GPU with the recomputed forward
@@ -36,6 +37,7 @@ SELECTIVE = {
     "530B": (128, 20480, 105, 35, 3, 280, 1, 49.05, 37.83),
     "1T": (160, 25600, 128, 64, 1, 512, 1, 94.42, 71.49),
 }
+REPLICAS_2022, UTILISATION = 8, {"full": 0.421, "selective": 0.542}  # of 530B, 2,240 GPUs
 LLAMA = Shape(126, 16384, 128, 8, 128, 53248, 128256, gated=True, tied=False, name="Llama 3 405B")
 # GPUs: dp, sequences of a replica, TFLOP/s a GPU
 LLAMA_PIECES = 4  # of a stage, which the paper does not say
@@ -74,6 +76,13 @@ def rows() -> Iterator[Published]:
         for kind, time in zip(("full", "selective"), seconds, strict=True):
             recipe = Recipe(8, pp, 1, micro, kind == "selective", virtual=virtual, recompute=kind)
             yield Published(MEGATRON_2022, f"{name}, {kind} recomputation", machine, job, recipe, time)
+    heads, hidden, layers, pp, virtual, batch, micro = SELECTIVE["530B"][:7]
+    job = Job(Shape.gpt(layers, hidden, heads, VOCAB), 2048, REPLICAS_2022 * batch, flash=False, overlap=False)
+    machine = cluster("a100", 8 * pp * REPLICAS_2022, "ib200")
+    for kind, used in UTILISATION.items():
+        recipe = Recipe(8, pp, REPLICAS_2022, micro, kind == "selective", virtual=virtual, recompute=kind)
+        time = job.shape.flops(job.tokens, 2048) / (used * machine.device.flops * machine.ranks)
+        yield Published(ABSTRACT_2022, f"530B, {machine.ranks:,} GPUs, {kind}", machine, job, recipe, time)
     for gpus, (dp, share, tflops) in LLAMA_RUNS.items():
         job = Job(LLAMA, 8192, dp * share)
         flops = LLAMA.flops(job.tokens, 8192)

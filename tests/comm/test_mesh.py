@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tpkernels.comm.group import Group
 from tpkernels.comm.mesh import Mesh
 from tpkernels.comm.objects import global_ranks
+from tpkernels.planner import Recipe
 from tpkernels.testing import run_ranks
 
 
@@ -28,6 +29,10 @@ def check_groups() -> None:
         ):
             with pytest.raises(ValueError, match=text), Mesh.open(world=world, **sizes):  # type: ignore[arg-type]
                 pass
+        with Mesh.open(Recipe(tp=2, pp=1, dp=2, micro_batch=1), world=world) as mesh:
+            assert mesh.tp.world_size == 2 == mesh.replicas and mesh.pp is None
+        with pytest.raises(ValueError, match="got a cut and 2, 1 and 1"), Mesh.open(Recipe(4, 1, 1, 1), tp=2):
+            pass
 
 
 def test_a_mesh_has_the_groups_of_each_rank_and_refuses_sizes_that_do_not_fit() -> None:

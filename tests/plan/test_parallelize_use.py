@@ -20,6 +20,7 @@ from tpkernels.errors import PlanError
 from tpkernels.layers.convert import ConvertedModule
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.plan.adapters.apply import cut_adapters
+from tpkernels.planner import Recipe
 from tpkernels.shard import shard_info
 from tpkernels.testing import run_ranks
 
@@ -282,3 +283,28 @@ def faults_are_noticed() -> None:
 
 def test_a_planted_fault_is_noticed() -> None:
     run_ranks(faults_are_noticed, 2)
+
+
+def follows_a_recipe() -> None:
+    one, other = (tiny("llama").float() for _ in range(2))
+    recipe = Recipe(tp=2, pp=1, dp=3, micro_batch=1, sequence_parallel=True, codec="bf16")
+    with Group.open() as group:
+        parallelize(one, group=group, recipe=recipe)
+        parallelize(other, group=group, sequence_parallel=True, codec="bf16")
+        assert one.tpk_plan.sequence_parallel and one.tpk_plan.options["codec"] == "bf16"
+        assert torch.equal(loss_of(one), loss_of(other))
+
+
+def test_a_recipe_of_the_planner_says_how_to_shard() -> None:
+    run_ranks(follows_a_recipe, 2)
+
+
+def test_a_recipe_that_does_not_fit_is_refused() -> None:
+    model: Any = nn.Linear(4, 4)
+    with Group.open() as alone:
+        with pytest.raises(ValueError, match=r"recipe has tp 2, and group .* 1 ranks"):
+            parallelize(model, group=alone, recipe=Recipe(2, 1, 1, 1))
+        with pytest.raises(ValueError, match="got a recipe and True, 'none'"):
+            parallelize(model, group=alone, recipe=Recipe(1, 1, 1, 1), sequence_parallel=True)
+        with pytest.raises(TypeError, match=r"recipe must be one of the planner \(report.recipe\), got str"):
+            parallelize(model, group=alone, recipe="tp 2")  # type: ignore[arg-type]

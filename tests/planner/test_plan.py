@@ -132,6 +132,40 @@ def test_the_error_is_that_of_the_machine_class_or_unknown() -> None:
     assert report.error[0] is None and report.texts()[0].startswith("Error: unknown; nothing measured")
 
 
+def test_the_recipe_of_a_report_is_that_of_the_best_or_says_why_there_is_none() -> None:
+    report = plan(GPT, cluster("a100", 8), tokens=JOB.tokens, sequence=1024)
+    assert report.best is not None and report.recipe is report.best.recipe
+    huge = Shape.gpt(layers=128, hidden=25600, heads=160, vocab=51200)
+    with pytest.raises(UserError, match=r"no cut of 8 ranks can run: tp 1, pp 1, dp 8: needs .* GiB on a rank"):
+        _ = plan(huge, cluster("a100", 8), tokens=8 * 2048, sequence=2048).recipe
+
+
+def test_choices_leave_the_cuts_and_micro_batches_that_they_name() -> None:
+    def cuts(**choices: object) -> set[tuple[int, int, int]]:
+        chosen = Choices(**choices)  # type: ignore[arg-type]
+        found = plan(GPT, cluster("a100", 8), tokens=JOB.tokens, sequence=1024, choices=chosen).runnable
+        for c in found:
+            assert c.recipe
+            if not chosen.accumulate and c.pp == 1:
+                assert c.recipe.micro_batches(JOB) == 1
+            if chosen.micro_batches and c.pp > 1:
+                assert c.recipe.micro_batches(JOB) in chosen.micro_batches
+        return {(c.tp, c.pp, c.dp) for c in found}
+
+    assert cuts(dp=(4,)) == {(1, 2, 4), (2, 1, 4)}
+    assert {(2, 2, 2), (8, 1, 1)} <= cuts(accumulate=False, micro_batches=(4, 8))
+
+
+def test_zero_is_chosen_where_the_state_of_the_optimizer_does_not_fit_otherwise() -> None:
+    large = Shape.gpt(layers=32, hidden=4096, heads=32, vocab=51200)  # 6.6 G parameters: 119 GB with their state
+    only = Choices(tp=(1,), pp=(1,))
+    h100 = cluster("h100", 8)
+    best = plan(large, h100, tokens=8 * 2048, sequence=2048, choices=only).recipe
+    assert best.zero >= 1 and memory_of(h100, Job(large, 2048, 8), replace(best, zero=0), 16 << 20).total > most(h100)
+    with pytest.raises(UserError, match="optimizer state take"):
+        _ = plan(large, h100, tokens=8 * 2048, sequence=2048, choices=replace(only, zero=(0,))).recipe
+
+
 def test_numbers_are_read_with_their_units() -> None:
     assert [count(text, "--tokens") for text in ("7", "4K", "8M", "1G")] == [7, 4096, 8 << 20, 1 << 30]
     for text in ("", "8 M", "0", "-1", "8T", "1.5M"):

@@ -8,12 +8,13 @@ import pytest
 
 from tpkernels.planner import Cluster, Job, Recipe, Shape, cluster
 from tpkernels.planner.hardware import Link, device
-from tpkernels.planner.memory import memory_of
+from tpkernels.planner.memory import memory_of, parameters_of_rank
 from tpkernels.planner.step import StepTime, step_s
 from tpkernels.planner.terms import (
     Slice,
     all_reduce_s,
     attention_s,
+    codec_s,
     exposed_s,
     gemm_s,
     head_s,
@@ -105,6 +106,9 @@ def test_a_codec_shortens_a_slow_sum_and_lengthens_a_fast_one() -> None:
     slow = replace(machine(2, 1), device=replace(PLAIN, memory_bandwidth=1e12))
     wide, packed = (layer_s(slow, GPT, Slice(1, 64, 2, wire_bytes=b)).communication for b in (2.0, 1.06))
     assert packed < 0.6 * wide
+    dear = replace(slow, device=replace(slow.device, codec_passes={"int8": 40.0}))
+    by_passes = [codec_s(dear.device, name, 3e12) for name in ("fp8", "int8")]  # 4 passes, as of any codec, and 40
+    assert by_passes == pytest.approx([12.0, 120.0])
     fast = machine(2, 2)
     wide, packed = (layer_s(fast, GPT, Slice(1, 64, 2, wire_bytes=b)).total for b in (2.0, 1.06))
     assert packed > wide
@@ -138,7 +142,14 @@ def test_zero_cuts_the_state_of_the_optimizer_and_its_time() -> None:
     assert needs[0].optimizer == 8 * needs[1].optimizer
     assert needs[1].gradients == 8 * needs[2].gradients
     assert needs[2].parameters == 8 * needs[3].parameters
+    copied = replace(cluster("a100", 8), device=replace(device("a100"), average_bytes=8.0))
+    twice = [memory_of(copied, Job(GPT, 1024, 16), Recipe(1, 1, 8, 1, zero=z), 0).gradients for z in (1, 2)]
+    assert twice == [2 * needs[1].gradients, needs[2].gradients]
     assert step(dp=8, zero=1).optimizer == pytest.approx(step(dp=8).optimizer / 8)
+    # Gradients hide behind the backward; parameters are gathered after the update, half of an all-reduce.
+    eight = cluster("a100", 8)
+    gather = all_reduce_s(eight, 2 * parameters_of_rank(GPT, Recipe(1, 1, 8, 1)), 8) / 2
+    assert step(dp=8).data == 0.0 and step(dp=8, zero=1).data == step(dp=8, zero=2).data == pytest.approx(gather)
     assert optimizer_s(PLAIN, 1e9) == pytest.approx(PLAIN.optimizer_bytes)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 from typer import Argument, Option
 
 from tpkernels.cli.errors import plain_errors
+from tpkernels.cli.ranks import start_ranks
+from tpkernels.comm import torchrun
+from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError, UserError
 from tpkernels.plan.rules import Plan
 from tpkernels.plan.table import plan_table
 from tpkernels.planner import Report, Serving, cluster, plan_serving, predict
 from tpkernels.planner import plan as plan_training
 from tpkernels.planner.api import count
-from tpkernels.planner.hardware import Cluster
+from tpkernels.planner.calibrate import calibrate as calibrate_machine
+from tpkernels.planner.hardware import Cluster, calibrated_file, cores, this_machine
 from tpkernels.planner.models import model_without_weights
 from tpkernels.planner.picture import html, png
 from tpkernels.planner.serving import as_dict
@@ -56,6 +63,12 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="Print all of it as JSON.", rich_help_panel=OUTPUT)] = False,
     picture: Annotated[Path | None, Option("--png", help="Draw it into a file.", rich_help_panel=OUTPUT)] = None,
     page: Annotated[Path | None, Option("--html", help="Write it as a page.", rich_help_panel=OUTPUT)] = None,
+    calibrate: Annotated[
+        bool,
+        Option(
+            "--calibrate", help="Measure this machine's --ranks, for later --cpu; no MODEL.", rich_help_panel=MACHINE
+        ),
+    ] = False,
     predict_rows: Annotated[
         Path | None, Option("--predict", help="A CSV of recipes; no MODEL.", rich_help_panel=ROWS)
     ] = None,
@@ -69,11 +82,16 @@ def plan(
                 raise UserError("plan: --predict takes no MODEL, and needs --out")
             typer.echo(f"{predict(predict_rows, hardware, out)} rows are in {out}")
             return
+        if calibrate:
+            if model is not None or ranks > cores():
+                raise UserError(f"plan: --calibrate takes no MODEL, and --ranks of 1 to {cores()}, one a core")
+            _calibrate(ranks)
+            return
         if model is None or out is not None:
             raise UserError("plan: expected a MODEL, or --predict ROWS.csv with --out OUT.csv")
         if cpu == (gpus is not None):
             raise UserError("plan: expected --gpus N, or --cpu")
-        machine = _cpus(ranks, hosts, link) if cpu else cluster(gpu, gpus or 1, link)
+        machine = this_machine(ranks, link, hosts) if cpu else cluster(gpu, gpus or 1, link)
         if serve:
             _serve(plan_serving(model, machine, batch=batch, context=context), machine, as_json)
             return
@@ -99,10 +117,25 @@ def plan(
             raise UserError("plan: nothing can run; the reasons are above")
 
 
-def _cpus(ranks: int, hosts: int, link: str) -> Cluster:
-    if ranks % hosts:
-        raise UserError(f"plan: --ranks {ranks} do not divide over --hosts {hosts}")
-    return cluster("cpu", ranks, link, ranks // hosts)
+def _calibrate(ranks: int) -> None:
+    if ranks > 1 and not torchrun.is_rank():
+        raise typer.Exit(start_ranks(ranks, sys.argv[1:]))
+    with ExitStack() as opened:
+        layout = opened.enter_context(torchrun.open_ranks(60.0, 16, tp=ranks))
+        alone = layout.tp if ranks == 1 else opened.enter_context(Group.open(dist.new_subgroups(1)[0]))  # type: ignore[no-untyped-call]
+        found = calibrate_machine(layout.tp, alone)
+        if layout.tp.rank:
+            return
+    d, shm = found.cluster.device, found.cluster.inside
+    codecs = ", ".join(f"{name} {passes:.1f}" for name, passes in d.codec_passes.items())
+    typer.echo(
+        f"{ranks} ranks, each: {d.flops / 1e9:,.0f} GFLOP/s at most, {d.gemm_rate:.0%} of it in products; "
+        f"{d.memory_bandwidth / 1e9:.1f} GB/s of memory; {1e6 * d.host_layer_s:,.0f} us a layer\n"
+        f"shared memory: {1e6 * shm.latency(ranks):.1f} us, {shm.rate * shm.bandwidth / 1e9:.1f} GB/s; "
+        f"codecs, passes of memory: {codecs or 'not measured'}\n"
+        f"layers are {found.fitted:.1f} % off, those of sizes left out {found.left_out:.1f} %\n"
+        f"written: {calibrated_file('cpu')}"
+    )
 
 
 def _console() -> Any:

@@ -13,13 +13,15 @@ from typer import Option
 
 from tpkernels import checkpoint
 from tpkernels.cli.errors import plain_errors
-from tpkernels.cli.options import Arena, Timeout, given, options_of
+from tpkernels.cli.options import PARALLEL, Arena, Timeout, given, options_of
 from tpkernels.cli.ranks import start_ranks
 from tpkernels.comm import torchrun
 from tpkernels.errors import UserError
+from tpkernels.planner.hardware import cores
 from tpkernels.train import settings as settings_file
 from tpkernels.train.command import work
 from tpkernels.train.data import check_size, open_corpus
+from tpkernels.train.planned import cut_of, line_of, plan_run
 from tpkernels.train.settings import FOLDER, Settings
 
 GO_ON = "The run can go on from its last checkpoint with --resume."
@@ -35,6 +37,10 @@ def train(
     ctx: typer.Context,
     timeout: Timeout = 60.0,
     arena_mib: Arena = 16,
+    plan: Annotated[
+        str | None,
+        Option(help="auto: the cut that tpkernels plan ranks first, with what is given.", rich_help_panel=PARALLEL),
+    ] = None,
     folder: Annotated[  # not --run: torchrun would take that for its own --run-path
         Path | None, Option(help="Its path.", show_default="runs/<date and time>", rich_help_panel=FOLDER)
     ] = None,
@@ -57,6 +63,9 @@ def train(
         options = given(ctx, Settings)
         if resume_or_start:
             resume = resume or _has_checkpoint(folder)
+        planned = ""
+        if plan is not None and not (resume and resume_or_start):
+            planned = _plan(plan, options, resume, arena_mib)
         if torchrun.is_rank() and not resume:
             use_all_ranks(options, torchrun.world_size())
         settings, path = _resolve(options, folder, resume)
@@ -65,13 +74,34 @@ def train(
         elif settings.ranks > 1:
             arguments = sys.argv[1:] if folder is not None else [*sys.argv[1:], "--folder", str(path)]
             raise typer.Exit(start_ranks(settings.ranks, arguments, GO_ON))
-        work(settings, path, resume=resume, anew=resume_or_start, timeout_s=timeout, arena_mib=arena_mib)
+        work(
+            settings, path, resume=resume, anew=resume_or_start, timeout_s=timeout, arena_mib=arena_mib,
+            planned=planned,
+        )  # fmt: skip
 
 
 def _has_checkpoint(folder: Path | None) -> bool:
     if folder is None:
         raise UserError("--resume-or-start needs the folder of the run, the same at each start: give --folder.")
     return checkpoint.latest(folder / "checkpoints") is not None
+
+
+def _plan(plan: str, options: dict[str, Any], resume: bool, arena_mib: int) -> str:
+    """Add the planner's cut to the options; the line that says which and why."""
+    if plan != "auto":
+        raise UserError(f"--plan is auto, got {plan!r}.")
+    if resume:
+        raise UserError(
+            "--plan auto chooses the cut of a new run: leave it out with --resume, or give --tp, --dp, --pp."
+        )
+    if torchrun.local_size() != torchrun.world_size():
+        raise UserError("--plan auto is for the ranks of one machine: give --tp, --dp and --pp (see tpkernels plan).")
+    settings = Settings(**options)
+    settings_file.check_values(settings)
+    ranks = torchrun.world_size() if torchrun.is_rank() else cores()
+    report = plan_run(settings, options.keys(), ranks, arena_mib)
+    options |= cut_of(report)
+    return line_of(report)
 
 
 def use_all_ranks(options: dict[str, Any], ranks: int) -> None:

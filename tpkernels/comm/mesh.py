@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -16,6 +17,22 @@ from tpkernels.shard import part_size, part_start
 
 SMALL_ARENA = 1 << 20
 LANE_MIB = 16  # of the communicator that an aggregator opens
+
+
+class Cut(Protocol):
+    """How many ranks share a layer, hold replicas and hold stages, such as a Recipe of the planner."""
+
+    @property
+    def tp(self) -> int:
+        """Ranks that each part of the model is cut over."""
+
+    @property
+    def dp(self) -> int:
+        """Replicas."""
+
+    @property
+    def pp(self) -> int:
+        """Stages."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Mesh:
     @contextmanager
     def open(
         cls,
+        cut: Cut | None = None,
         *,
         tp: int = 1,
         dp: int = 1,
@@ -51,13 +69,19 @@ class Mesh:
         """Divide all ranks into groups of a three-dimensional DeviceMesh (pp, dp, tp); collective over all ranks.
 
         Args:
+            cut: instead of tp, dp and pp, what has them: `planner.plan(...).recipe`.
             tp: ranks that each part of the model is cut over. dp: replicas. pp: stages.
             world: all ranks of the default process group, when they are open already; closed by the caller.
             timeout_s, arena_bytes: as in `Group.open`, of the tp ranks; the other groups carry small messages.
 
         Raises:
-            ValueError: tp, dp or pp are no numbers of 1 or more, or their product is not the number of ranks.
+            ValueError: tp, dp or pp are no numbers of 1 or more, or their product is not the number of ranks, or they
+                are given beside a cut.
         """
+        if cut is not None:
+            if (tp, dp, pp) != (1, 1, 1):
+                raise ValueError(f"Mesh.open: expected a cut, or tp, dp and pp, got a cut and {tp}, {dp} and {pp}")
+            tp, dp, pp = cut.tp, cut.dp, cut.pp
         for name, size in (("tp", tp), ("dp", dp), ("pp", pp)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"Mesh.open: {name} must be an int of 1 or more, got {size!r}")

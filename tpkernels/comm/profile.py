@@ -130,9 +130,20 @@ def profile_file(transport: str) -> Path:
     if mode() not in ("auto", "off"):
         return Path(mode())
     built = build_info()
-    key = [*_cpu(), torch.get_num_threads(), torch.__version__, built.version, built.commit, transport]
+    key = (torch.get_num_threads(), torch.__version__, built.version, built.commit, transport)
+    return cache_file("profile", ".json", *key)
+
+
+def cache_file(name: str, suffix: str, *key: object) -> Path:
+    """Return a file of this kind of machine in the user's folder of caches.
+
+    Args:
+        name, suffix: of the file.
+        key: what it depends on besides the CPU.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "tpkernels" / f"profile-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(repr([*_cpu(), *key]).encode()).hexdigest()[:16]
+    return folder / "tpkernels" / f"{name}-{digest}{suffix}"
 
 
 @cache
@@ -171,10 +182,18 @@ def write(profile: Profile, transport: str) -> None:
     Raises:
         OSError: the folder of caches cannot be written.
     """
-    file = profile_file(transport)
+    replace_file(profile_file(transport), profile.text())
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a file whose readers find the old text or the new one, and make its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        new.write(profile.text())
+        new.write(text)
     os.replace(new.name, file)
 
 

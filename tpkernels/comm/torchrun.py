@@ -26,6 +26,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_rank() else 1
 
 
+def local_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def threads(ranks: int) -> int:
     """How many threads each of so many ranks of this machine may use, so that they do not share cores."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -48,8 +53,7 @@ def open_ranks(timeout_s: float, arena_mib: int, *, tp: int, dp: int = 1, pp: in
         with _open(timeout_s, arena_mib) as group:
             yield Mesh(group, group)
         return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    torch.set_num_threads(threads(local))
+    torch.set_num_threads(threads(local_size()))
     # Default arguments of this module keep a reference to the world's process group where it is imported after this
     # line, and a process group that is alive when Python exits may end the process by a signal (see Group.close).
     importlib.import_module("torch.distributed.nn.functional")

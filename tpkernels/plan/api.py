@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -49,6 +49,23 @@ from tpkernels.plan.validate import refuse, refuse_patched
 __all__ = ["Plan", "PlanReport", "parallelize"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@runtime_checkable
+class Chosen(Protocol):
+    """What decides how a model is sharded over its group, such as a Recipe of the planner."""
+
+    @property
+    def tp(self) -> int:
+        """Ranks of the group."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """As in `parallelize`."""
+
+    @property
+    def codec(self) -> str:
+        """As in `parallelize`."""
 
 
 @dataclass
@@ -133,6 +150,7 @@ def parallelize(
     grad_codec: str | None = None,
     gather_logits: bool = True,
     inputs: Call | None = None,
+    recipe: Chosen | None = None,
 ) -> Model:
     """Shard a model over the ranks of a group, in place.
 
@@ -158,6 +176,8 @@ def parallelize(
             all. Calls without labels (generate, a loss of your own) gather them.
         inputs: (args, kwargs) of the model for the runs that show how it can be sharded: for a plan from its module
             tree and for sequence_parallel. None: sample inputs are made.
+        recipe: of the planner (`planner.plan(...).recipe`), instead of `sequence_parallel` and `codec`. The group has
+            its tp ranks; its replicas, stages and ZeRO stage are for `Mesh.open` and `GradAggregator`.
 
     Returns:
         the model.
@@ -165,11 +185,17 @@ def parallelize(
     Raises:
         PlanError: the plan does not fit, or the model cannot be sharded: quantised, already wrapped, patched on
             instances, too few heads; nothing is changed then.
-        ValueError: no such codec; inputs are no (args, kwargs).
+        ValueError: no such codec; inputs are no (args, kwargs); a recipe of another number of ranks, or beside
+            sequence_parallel or codec.
+        TypeError: the recipe is none.
 
     Source: Shoeybi et al. 2019 (arXiv:1909.08053), Korthikanti et al. 2022 (arXiv:2205.05198).
     """
-    settings = _settings(resolve(group), codec, grad_codec)
+    group = resolve(group)
+    if recipe is not None:
+        _check_recipe(recipe, group, sequence_parallel, codec)
+        sequence_parallel, codec = recipe.sequence_parallel, recipe.codec
+    settings = _settings(group, codec, grad_codec)
     refuse(model)
     check_inputs(inputs)
 
@@ -201,6 +227,21 @@ def parallelize(
     if settings.group.rank == 0:
         _log(report)
     return model
+
+
+def _check_recipe(recipe: Chosen, group: Group, sequence_parallel: bool, codec: str) -> None:
+    if not isinstance(recipe, Chosen):
+        raise TypeError(f"parallelize: recipe must be one of the planner (report.recipe), got {type(recipe).__name__}")
+    if recipe.tp != group.world_size:
+        raise ValueError(
+            f"parallelize: recipe has tp {recipe.tp}, and group {group.label!r} {group.world_size} ranks: take the "
+            f"group of Mesh.open(recipe)"
+        )
+    if sequence_parallel or codec != "none":
+        raise ValueError(
+            f"parallelize: expected a recipe, or sequence_parallel and codec, got a recipe and {sequence_parallel}, "
+            f"{codec!r}"
+        )
 
 
 def _settings(group: Group, codec: str, grad_codec: str | None) -> CutSettings:

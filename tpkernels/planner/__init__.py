@@ -6,7 +6,7 @@ Start reading in api.py; terms.py has the model of time, a function for each ter
 from __future__ import annotations
 
 from tpkernels.planner.api import plan, plan_serving
-from tpkernels.planner.hardware import Cluster, cluster
+from tpkernels.planner.hardware import Cluster, cluster, this_machine
 from tpkernels.planner.predict import predict
 from tpkernels.planner.recipe import Job, Recipe
 from tpkernels.planner.report import Report
@@ -16,5 +16,5 @@ from tpkernels.planner.shape import Shape
 
 __all__ = [
     "Candidate", "Choices", "Cluster", "Job", "Recipe", "Report", "Serving", "Shape", "cluster", "plan", "plan_serving",
-    "predict",
+    "predict", "this_machine",
 ]  # fmt: skip

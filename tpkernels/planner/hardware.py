@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tpkernels.comm.profile import cache_file
 from tpkernels.errors import UserError
 
 DATA = Path(__file__).parent / "data"
+CODEC_PASSES = 4.0  # to pack values, and to unpack and sum as many: read and written twice each
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Device:
         skew_s: that ranks wait for the latest, a collective, times log2 of its ranks.
         send_s: latency of a message between stages.
         optimizer_bytes: moved for each parameter.
+        average_bytes: moved for each parameter to and from the messages in which replicas average gradients.
+        codec_passes: {codec: passes of its values from memory that it takes}; CODEC_PASSES of one that is not there.
         errors: {what: mean absolute percentage error on measurements of this class}.
         sources: {figure: where it is from}.
     """
@@ -60,6 +65,8 @@ class Device:
     skew_s: float
     send_s: float
     optimizer_bytes: float
+    average_bytes: float
+    codec_passes: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -177,11 +184,13 @@ def device(key: str) -> Device:
     constants, sources = _figures(_tables(DATA / "constants.toml"), DATA / "constants.toml")
     figures, own = _figures(data.get("figures", {}), file)
     errors, found = _figures(data.get("error", {}), file)
-    sources = sources | own | {f"error {what}": source for what, source in found.items()}
+    codecs, packing = _figures(data.get("codecs", {}), file)
+    sources |= own | {f"error {what}": source for what, source in found.items()}
+    sources |= {f"codec {name}": source for name, source in packing.items()}
     try:
         return Device(
-            data["name"], file.stem, data["per_node"], data["inside"], errors=errors, sources=sources,
-            **(constants | figures),
+            data["name"], file.stem, data["per_node"], data["inside"], codec_passes=codecs, errors=errors,
+            sources=sources, **(constants | figures),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"plan: {file.name}: {error}") from None
@@ -234,3 +243,45 @@ def cluster(device_key: str, ranks: int, links: str = "", per_node: int | None =
             f"plan: {ranks} ranks are on {-(-ranks // per_node)} nodes: name the link between them by --link"
         )
     return Cluster(chosen, ranks, per_node, link(own.get(inside, inside)), link(own.get(between, between)))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def calibrated_file(name: str) -> Path:
+    """Return where `tpkernels plan --calibrate` keeps the device "cpu" and the link "shm" of this machine."""
+    return cache_file(name, ".toml", cores())
+
+
+def this_machine(ranks: int, links: str = "", hosts: int = 1) -> Cluster:
+    """Return CPU ranks of machines like this one, or of the shipped class where this one was not calibrated.
+
+    Args:
+        ranks: how many. hosts: that share them evenly.
+        links: as in `cluster`.
+
+    Raises:
+        UserError: as `cluster`; or `ranks` do not divide over `hosts`.
+    """
+    if hosts < 1 or ranks % hosts:
+        raise UserError(f"plan: --ranks {ranks} do not divide over --hosts {hosts}")
+    file = calibrated_file("cpu")
+    if not file.is_file():
+        return cluster("cpu", ranks, links, ranks // hosts)
+    found = cluster(str(file), ranks, links, ranks // hosts)
+    return crowded(found, found.device.per_node)
+
+
+def crowded(machine: Cluster, cores: int) -> Cluster:
+    """Return a cluster where the ranks of a node share so many cores; the same one if each has a core of its own."""
+    share, device = cores / machine.per_node, machine.device
+    if share >= 1:
+        return machine
+    slower = replace(
+        device, flops=device.flops * share, memory_bandwidth=device.memory_bandwidth * share,
+        memory=device.memory * share, host_layer_s=device.host_layer_s / share, host_head_s=device.host_head_s / share,
+        host_call_s=device.host_call_s / share,
+    )  # fmt: skip
+    return replace(machine, device=slower)

@@ -82,7 +82,7 @@ class Recipe:
         wire = WIRE_BYTES[self.codec] or value_bytes
         return Slice(
             self.micro_batch, job.sequence, self.tp, self.sequence_parallel, self.recompute, job.flash, value_bytes,
-            min(wire, value_bytes),
+            min(wire, value_bytes), self.codec,
         )  # fmt: skip
 
     def text(self) -> str:

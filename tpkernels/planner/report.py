@@ -6,10 +6,13 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tpkernels.errors import UserError
 from tpkernels.planner.hardware import Cluster
 from tpkernels.planner.memory import most
-from tpkernels.planner.recipe import Job
+from tpkernels.planner.recipe import Job, Recipe
 from tpkernels.planner.search import Candidate
+
+SHOWN = 4  # reasons of an error
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,18 @@ class Report:
     def best(self) -> Candidate | None:
         """The fastest, None if nothing can run."""
         return self.candidates[0] if self.candidates and self.candidates[0].recipe else None
+
+    @property
+    def recipe(self) -> Recipe:
+        """That of the best, for `Mesh.open` and `parallelize`.
+
+        Raises:
+            UserError: nothing can run; says why.
+        """
+        if self.best is None or self.best.recipe is None:
+            whys = "; ".join(f"tp {c.tp}, pp {c.pp}, dp {c.dp}: {c.why}" for c in self.candidates[:SHOWN])
+            raise UserError(f"plan: no cut of {self.cluster.ranks} ranks can run: {whys or 'none was allowed'}")
+        return self.best.recipe
 
     @property
     def runnable(self) -> list[Candidate]:

@@ -20,7 +20,9 @@ class Choices:
 
     Attributes:
         sequence_parallel, zero, virtual, recompute, codecs, grad_codecs: the values of Recipe's fields.
-        tp, pp: their values; empty for every divisor of the ranks.
+        tp, pp, dp: their values; empty for every divisor of the ranks.
+        micro_batches: how many there may be where there are stages; empty for every number.
+        accumulate: whether a replica without stages may divide its sequences into micro-batches.
     """
 
     sequence_parallel: tuple[bool, ...] = (False, True)
@@ -31,6 +33,9 @@ class Choices:
     grad_codecs: tuple[str, ...] = ("none",)
     tp: tuple[int, ...] = ()
     pp: tuple[int, ...] = ()
+    dp: tuple[int, ...] = ()
+    micro_batches: tuple[int, ...] = ()
+    accumulate: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,9 @@ class Search:
         for tp in self.choices.tp or divisors(ranks):
             if ranks % tp == 0:
                 for pp in self.choices.pp or divisors(ranks // tp):
-                    if (ranks // tp) % pp == 0:
-                        yield tp, pp, ranks // tp // pp
+                    dp = ranks // tp // pp
+                    if (ranks // tp) % pp == 0 and (not self.choices.dp or dp in self.choices.dp):
+                        yield tp, pp, dp
 
     def _best(self, tp: int, pp: int, dp: int) -> Candidate:
         """The fastest recipe of one cut; micro-batches grow until nothing fits, as memory grows with them."""
@@ -100,7 +106,7 @@ class Search:
         if why:
             return Candidate(tp, pp, dp, why=why)
         best, least = Candidate(tp, pp, dp), math.inf
-        for micro_batch in divisors(self.job.batch // dp):
+        for micro_batch in self._micro_batches(self.job.batch // dp, pp):
             fits = False
             for recipe in self._recipes(tp, pp, dp, micro_batch):
                 if why := refuse(self.job, recipe):
@@ -119,6 +125,13 @@ class Search:
             if not fits:
                 break
         return best
+
+    def _micro_batches(self, share: int, pp: int) -> list[int]:
+        """Sequences of a micro-batch, ascending."""
+        if pp == 1:
+            return divisors(share) if self.choices.accumulate else [share]
+        allowed = self.choices.micro_batches
+        return [size for size in divisors(share) if not allowed or share // size in allowed]
 
     def _recipes(self, tp: int, pp: int, dp: int, micro_batch: int) -> Iterator[Recipe]:
         """Every choice that means something for a cut."""

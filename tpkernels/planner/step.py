@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tpkernels.planner.hardware import Cluster
 from tpkernels.planner.memory import parameters_of_rank
 from tpkernels.planner.recipe import WIRE_BYTES, Job, Recipe
-from tpkernels.planner.terms import LayerTime, all_reduce_s, codec_s, head_s, layer_s, optimizer_s, send_s
+from tpkernels.planner.terms import LayerTime, all_reduce_s, codec_s, head_s, layer_s, memory_s, optimizer_s, send_s
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def assemble(cluster: Cluster, job: Job, recipe: Recipe, layer: LayerTime, head:
 def data_parallel_s(cluster: Cluster, job: Job, recipe: Recipe, mine: float, compute: float) -> float:
     """Return the exposed time of the exchange between replicas.
 
-    An all-reduce of a rank's gradients; ZeRO-1 and 2 have a reduce-scatter of gradients and an all-gather of
-    parameters instead, as many bytes; ZeRO-3 gathers the parameters for the forward and the backward of every
-    micro-batch and sums gradients after each, half as much again. With `overlap`, what fits beside the backward of the
-    last micro-batch (ZeRO-3: beside everything) is hidden.
+    An all-reduce of a rank's gradients; ZeRO-1 and 2 have a reduce-scatter of gradients and, after the update, an
+    all-gather of parameters instead, as many bytes; ZeRO-3 gathers the parameters for the forward and the backward of
+    every micro-batch and sums gradients after each, half as much again. With `overlap`, what fits of the gradients
+    beside the backward of the last micro-batch (ZeRO-3: of everything beside everything) is hidden, but not the
+    copies into messages and out of them.
 
     Args:
         mine: parameters of the rank.
@@ -92,10 +93,12 @@ def data_parallel_s(cluster: Cluster, job: Job, recipe: Recipe, mine: float, com
         return 0.0
     n, value = r.micro_batches(job), cluster.device.value_bytes
     wire = min(WIRE_BYTES[r.grad_codec] or value, value)
-    size = mine * (wire if r.zero == 0 else (wire + value) / 2)
-    time = all_reduce_s(cluster, size, r.dp, r.tp)
+    average, gather = all_reduce_s(cluster, mine * wire, r.dp, r.tp), 0.0
+    if r.zero:  # a reduce-scatter and an all-gather are half an all-reduce each
+        average, gather = average / 2, all_reduce_s(cluster, mine * value, r.dp, r.tp) / 2
+    moved = memory_s(cluster.device, cluster.device.average_bytes * mine)
     if wire < value:
-        time += codec_s(cluster.device, mine * value)
+        average += codec_s(cluster.device, r.grad_codec, mine * value)
     if r.zero == 3:
-        return max(0.0, 1.5 * n * time - (compute if job.overlap else 0.0))
-    return max(0.0, time - (2 / 3 * compute / n if job.overlap else 0.0))
+        return max(0.0, 1.5 * n * (average + gather) - (compute if job.overlap else 0.0)) + n * moved
+    return max(0.0, average - (2 / 3 * compute / n if job.overlap else 0.0)) + gather + moved

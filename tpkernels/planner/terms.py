@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tpkernels.planner.hardware import Cluster, Device
+from tpkernels.planner.hardware import CODEC_PASSES, Cluster, Device
 from tpkernels.planner.shape import Shape
 
 TILE = 128 * 128  # outputs of a product that one processor computes at a time
@@ -28,6 +28,7 @@ class Slice:
         flash: whether attention is one kernel that keeps no matrix of scores.
         value_bytes: of a parameter and of an activation.
         wire_bytes: of a value of a partial sum on the wire.
+        codec: that packs it.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Slice:
     flash: bool = False
     value_bytes: float = 2.0
     wire_bytes: float = 2.0
+    codec: str = "none"
 
     @property
     def tokens(self) -> int:
@@ -190,12 +192,12 @@ def sum_s(cluster: Cluster, shape: Shape, part: Slice) -> float:
     values = part.tokens * shape.hidden
     time = all_reduce_s(cluster, part.wire_bytes * values, part.tp)
     packed = part.tp > 1 and part.wire_bytes < part.value_bytes
-    return time + codec_s(cluster.device, part.value_bytes * values) if packed else time
+    return time + codec_s(cluster.device, part.codec, part.value_bytes * values) if packed else time
 
 
-def codec_s(device: Device, size: float) -> float:
-    """Return the time to pack `size` bytes, and to unpack and sum as many: read and written twice each."""
-    return memory_s(device, 4.0 * size)
+def codec_s(device: Device, codec: str, size: float) -> float:
+    """Return the time to pack `size` bytes of values, and to unpack and sum as many."""
+    return memory_s(device, device.codec_passes.get(codec, CODEC_PASSES) * size)
 
 
 def head_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:

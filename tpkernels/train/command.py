@@ -23,11 +23,21 @@ from tpkernels.train.trainer import Run, open_run
 PROMPT = b"def "
 
 
-def work(settings: Settings, folder: Path, *, resume: bool, anew: bool, timeout_s: float, arena_mib: int) -> None:
+def work(
+    settings: Settings,
+    folder: Path,
+    *,
+    resume: bool,
+    anew: bool,
+    timeout_s: float,
+    arena_mib: int,
+    planned: str = "",
+) -> None:
     """Train, then report.
 
     Args:
         folder: of the run; that of rank 0 counts.
+        planned: a line about how the cut was chosen, shown first.
         resume, anew: as for `open_run`.
         timeout_s, arena_mib: as for `torchrun.open_ranks`.
 
@@ -38,6 +48,8 @@ def work(settings: Settings, folder: Path, *, resume: bool, anew: bool, timeout_
     with torchrun.open_ranks(timeout_s, arena_mib, tp=settings.tp, dp=settings.dp, pp=settings.pp) as layout:
         folder = gather(folder, layout.world)[0]  # the default name has the time in it, which may differ by a second
         with open_run(settings, folder, layout, resume=resume, anew=anew) as run:
+            if planned:
+                run.screen.line(planned)
             _greet(run)
             run.loop()
         held = _conclude(run)

@@ -128,8 +128,7 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Raise a UserError for the first setting that cannot work."""
-    for setting in fields(settings):
-        _check_value(option(setting.name), getattr(settings, setting.name), **setting.metadata)
+    check_values(settings)
     s = settings
     if s.d_model % s.heads:
         near = [h for h in range(1, s.d_model + 1) if s.d_model % h == 0 and s.d_model // h % 2 == 0]
@@ -157,6 +156,12 @@ def check(settings: Settings) -> None:
     for name in OF_STAGES:
         if s.pp == 1 and getattr(s, name) != getattr(alone, name):
             raise UserError(f"{option(name)} needs several stages: take --pp 2 or more, or leave it out.")
+
+
+def check_values(settings: Settings) -> None:
+    """Raise a UserError for the first setting that is out of its range, whatever the others are."""
+    for setting in fields(settings):
+        _check_value(option(setting.name), getattr(settings, setting.name), **setting.metadata)
 
 
 def _check_value(
