@@ -113,19 +113,18 @@ def test_three_hosts_and_uneven_ones() -> None:
         run_on([a, b, a, c, b], check_sums, [[0, 2], [1, 4], [3]])
 
 
-def cut(made: links.Links, begun: Path) -> None:
-    """Cut the link of the second host once there is a file."""
+def cut(made: links.Link, *begun: Path) -> None:
+    """Cut the link of the second host once there are these files."""
     deadline = time.monotonic() + 60
-    while not begun.exists() and time.monotonic() < deadline:
+    while not all(file.exists() for file in begun) and time.monotonic() < deadline:
         time.sleep(0.01)  # between two looks
     links.run(links.program("ip"), "-n", str(made.hosts[1].namespace), "link", "set", "v1", "down")
 
 
-def open_behind_the_cut(begun: Path) -> tuple[str, float]:
+def open_behind_the_cut(folder: Path) -> tuple[str, float]:
     """The error of a group that is opened when the link is cut, and the seconds until it came."""
-    dist.barrier()
-    begun.touch()
-    while Path(begun.parent, "cut").exists() is False:
+    Path(folder, f"begun {dist.get_rank()}").touch()
+    while not Path(folder, "cut").exists():
         time.sleep(0.01)  # between two looks
     start = time.monotonic()
     text = raised(lambda: Group.open(timeout_s=TIMEOUT_S), TimeoutError)
@@ -137,10 +136,10 @@ def test_a_group_that_is_opened_behind_a_cut_link_fails_in_time(tmp_path: Path) 
     with links.shaped("1gbit", own_memory=True) as made:
 
         def meanwhile() -> None:
-            cut(made, tmp_path / "begun")
+            cut(made, tmp_path / "begun 0", tmp_path / "begun 1")
             (tmp_path / "cut").touch()
 
-        (near, _), (behind, seconds) = run_on(made.hosts, open_behind_the_cut, tmp_path / "begun", meanwhile=meanwhile)
+        (near, _), (behind, seconds) = run_on(made.hosts, open_behind_the_cut, tmp_path, meanwhile=meanwhile)
     assert "rank 1 did not come within 3 s" in near
     assert "rank 1 of 2: the store of the process group did not answer within 3 s" in behind
     assert seconds < TIMEOUT_S + 10
