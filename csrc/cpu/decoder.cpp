@@ -5,9 +5,9 @@
 #include <memory>
 
 #include "core/check.h"
-#include "core/lanes.h"
 #include "cpu/loops/decode_rows.h"
 #include "cpu/loops/gemv.h"
+#include "cpu/loops/lanes.h"
 #include "cpu/loops/norm_rows.h"
 
 namespace tpk {

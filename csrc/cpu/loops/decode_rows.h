@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "core/lanes.h"
+#include "lanes.h"
 
 namespace tpk {
 

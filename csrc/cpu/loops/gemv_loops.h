@@ -8,8 +8,8 @@
 
 #include <cstring>
 
-#include "core/lanes.h"
 #include "gemv.h"
+#include "lanes.h"
 
 namespace tpk {
 namespace {

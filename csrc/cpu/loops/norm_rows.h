@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "core/lanes.h"
+#include "lanes.h"
 
 namespace tpk {
 

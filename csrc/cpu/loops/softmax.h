@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/lanes.h"
+#include "lanes.h"
 
 namespace tpk {
 

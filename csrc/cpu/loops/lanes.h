@@ -5,7 +5,7 @@
 #include <cstddef>
 
 #include "core/codec/sum.h"
-#include "simd.h"
+#include "core/simd.h"
 
 namespace tpk {
 
