@@ -88,6 +88,8 @@ class Backend final : public c10d::Backend {
   void gather_into(const at::Tensor& input, const Tensors& outputs);
   void scatter_sum(const Reduction& reduction, const Tensors& inputs, const at::Tensor& output);
   void exchange_all(Op op, const Tensors& inputs, const Tensors& outputs, int64_t root);
+  Works exchange_with_root(Op op, c10d::OpType type, const at::Tensor& one, const char* list_name,
+                           const std::vector<Tensors>& list, int64_t root, bool async_op);
   Works message(c10d::OpType type, const char* title, Tensors& tensors, int peer, int tag);
   const Base& gloo();
   void check_rank(const char* op, const char* argument, int64_t rank) const;

@@ -113,35 +113,32 @@ void Backend::exchange_all(Op op, const Tensors& inputs, const Tensors& outputs,
   out.write_back();
 }
 
+// Gather and scatter: every rank has `one`, and the root `list`, one for each rank.
+Backend::Works Backend::exchange_with_root(Op op, OpType type, const at::Tensor& one, const char* list_name,
+                                           const std::vector<Tensors>& list, int64_t root, bool async_op) {
+  const bool is_root = rank_ == root, gathers = op == Op::Gather;
+  check_rank(name_of(op), "root", root);
+  TORCH_CHECK(is_root ? list.size() == 1 && list[0].size() == static_cast<size_t>(size_) : list.empty(), name_of(op),
+              where(), ": ", list_name, " must be a list of ", size_, " tensors on the root, and none elsewhere");
+  // Where nothing goes, an empty tensor does.
+  Tensors mine(static_cast<size_t>(size_), one.new_empty({0})), roots = is_root ? list[0] : mine;
+  mine[static_cast<size_t>(root)] = one;
+  for (const at::Tensor& tensor : roots) check_alike(name_of(op), one, tensor);
+  const Tensors ones{one}, listed = is_root ? roots : Tensors{};
+  return run(type, gathers ? "tpk:gather" : "tpk:scatter", async_op, gathers ? ones : listed, gathers ? listed : ones,
+             [this, op, to = gathers ? mine : roots, from = gathers ? roots : mine, root] {
+               exchange_all(op, to, from, root);
+             });
+}
+
 Backend::Works Backend::gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) {
   const at::Tensor& input = only("gather", "input", inputs);
-  check_rank("gather", "root", options.rootRank);
-  const bool is_root = rank_ == options.rootRank;
-  TORCH_CHECK(is_root ? outputs.size() == 1 && outputs[0].size() == static_cast<size_t>(size_) : outputs.empty(),
-              "gather", where(), ": output must be a list of ", size_, " tensors on the root, and none elsewhere");
-  // Where nothing goes, an empty tensor does.
-  const at::Tensor nothing = input.new_empty({0});
-  Tensors to(static_cast<size_t>(size_), nothing), from(static_cast<size_t>(size_), nothing);
-  to[static_cast<size_t>(options.rootRank)] = input;
-  if (is_root) from = outputs[0];
-  for (const at::Tensor& output : from) check_alike("gather", input, output);
-  return run(OpType::GATHER, "tpk:gather", options.asyncOp, inputs, is_root ? from : Tensors{},
-             [this, to, from, root = options.rootRank] { exchange_all(Op::Gather, to, from, root); });
+  return exchange_with_root(Op::Gather, OpType::GATHER, input, "output", outputs, options.rootRank, options.asyncOp);
 }
 
 Backend::Works Backend::scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& options) {
   const at::Tensor& output = only("scatter", "output", outputs);
-  check_rank("scatter", "root", options.rootRank);
-  const bool is_root = rank_ == options.rootRank;
-  TORCH_CHECK(is_root ? inputs.size() == 1 && inputs[0].size() == static_cast<size_t>(size_) : inputs.empty(),
-              "scatter", where(), ": input must be a list of ", size_, " tensors on the root, and none elsewhere");
-  const at::Tensor nothing = output.new_empty({0});
-  Tensors to(static_cast<size_t>(size_), nothing), from(static_cast<size_t>(size_), nothing);
-  from[static_cast<size_t>(options.rootRank)] = output;
-  if (is_root) to = inputs[0];
-  for (const at::Tensor& input : to) check_alike("scatter", output, input);
-  return run(OpType::SCATTER, "tpk:scatter", options.asyncOp, is_root ? to : Tensors{}, outputs,
-             [this, to, from, root = options.rootRank] { exchange_all(Op::Scatter, to, from, root); });
+  return exchange_with_root(Op::Scatter, OpType::SCATTER, output, "input", inputs, options.rootRank, options.asyncOp);
 }
 
 Backend::Works Backend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) {
