@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.harness.c10d import new_group
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_processes, on_ranks
 from tpkernels import c10d
 from tpkernels.testing import run_ranks
 
@@ -77,6 +78,7 @@ def assert_reduced(got: Tensor, op: str, want: Tensor, R: int, what: str) -> Non
     assert bool(((got.to(want.dtype) - want).abs() <= eps * scale).all()), what
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_reductions(transport: str) -> None:
     group = new_group(transport)
     rank, R = dist.get_rank(), dist.get_world_size()
@@ -91,6 +93,7 @@ def check_reductions(transport: str) -> None:
                 assert_reduced(x, op, reduced(op, n, dtype, R), R, f"all_reduce {op} of {n} {dtype}")
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_sums_that_end_elsewhere(transport: str) -> None:
     """reduce, reduce_scatter in each of its forms, and the coalesced ones."""
     group = new_group(transport)
@@ -128,6 +131,7 @@ def check_sums_that_end_elsewhere(transport: str) -> None:
     assert torch.equal(x, torch.full((10,), R * (R + 1) / 2))
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_moves(transport: str) -> None:
     """broadcast, gathers, scatter and all-to-all: bits arrive as they are."""
     group = new_group(transport)
@@ -179,6 +183,7 @@ def assert_same(got: list[Tensor], want: list[Tensor], what: str) -> None:
         assert torch.equal(bits(one), bits(other)), what
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_uneven_parts(transport: str) -> None:
     """all_to_all with other sizes for each pair, zeros among them, small and of several pieces."""
     group = new_group(transport)
@@ -198,6 +203,7 @@ def check_uneven_parts(transport: str) -> None:
     assert all(torch.equal(part, torch.full((r + 1,), float(r))) for r, part in enumerate(parts))
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_any_strides(transport: str) -> None:
     """Transposed and stepped inputs; outputs with strides; a tensor that needs a gradient."""
     group = new_group(transport)
@@ -227,6 +233,7 @@ def check_any_strides(transport: str) -> None:
     assert torch.equal(frozen, torch.full((2, 3), float(R * R * (R - 1) / 2)))
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_sparse_sums(transport: str) -> None:
     group = new_group(transport)
     rank, R = dist.get_rank(), dist.get_world_size()
@@ -235,6 +242,7 @@ def check_sparse_sums(transport: str) -> None:
     assert torch.equal(x.to_dense(), torch.arange(1.0, R + 1))
 
 
+@on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_codecs(transport: str) -> None:
     group = new_group(transport)
     rank, R = dist.get_rank(), dist.get_world_size()
@@ -253,25 +261,9 @@ def check_codecs(transport: str) -> None:
     assert_reduced(x, "sum", want, R, "after the context")
 
 
-CHECKS = [
-    check_reductions,
-    check_sums_that_end_elsewhere,
-    check_moves,
-    check_uneven_parts,
-    check_any_strides,
-    check_sparse_sums,
-    check_codecs,
-]
-
-
-def check_all(transport: str) -> None:
-    for check in CHECKS:
-        check(transport)
-
-
-@pytest.mark.parametrize(("R", "transport"), [(1, "auto"), (2, "shm"), (3, "shm"), (3, "group")])
-def test_collectives(R: int, transport: str) -> None:
-    run_ranks(check_all, R, transport)
+@on_processes(globals())
+def test_collectives(run: Run) -> None:
+    run_ranks(run.check, run.R, run.transport)
 
 
 LARGE = 2**31 + 7  # of values that are bytes

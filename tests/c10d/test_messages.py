@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from tests.harness.c10d import new_group
 from tests.harness.ops import raised
+from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_processes, on_ranks
 from tpkernels import PeerLostError, RankMismatchError
 from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.faults import kill_myself
@@ -24,6 +25,7 @@ def message(sender: int, tag: int, n: int) -> torch.Tensor:
     return torch.randint(0, 256, (n,), generator=made, dtype=torch.uint8)
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_blocking_pairs(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     for n in SIZES:
@@ -36,6 +38,7 @@ def check_blocking_pairs(transport: str) -> None:
                 assert torch.equal(x, message(rank - 1, tag, n)), (n, tag)
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_everybody_with_everybody_at_once(transport: str) -> None:
     """All messages are under way at the same time; tags are received in another order than they were sent in."""
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
@@ -53,6 +56,7 @@ def check_everybody_with_everybody_at_once(transport: str) -> None:
     assert all(torch.equal(x, message(r, tag, SIZES[tag])) for (r, tag), x in found.items())
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_messages_of_one_tag_keep_their_order(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if rank >= 2 or R < 2:
@@ -67,6 +71,7 @@ def check_messages_of_one_tag_keep_their_order(transport: str) -> None:
             assert torch.equal(x, torch.full((i,), float(i)))
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_any_source(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if rank > 0:
@@ -86,6 +91,7 @@ def check_any_source(transport: str) -> None:
         assert torch.equal(x, torch.full((r,), float(r)))
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_any_source_with_several_tags_at_once(transport: str) -> None:
     """Receives from any rank are posted ahead, with other tags than those that come first."""
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
@@ -104,6 +110,7 @@ def check_any_source_with_several_tags_at_once(transport: str) -> None:
             assert [work._source_rank() for work in works] == [int(x[0]) for x, _ in pending]
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_a_ring_of_operations_with_strides(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if R == 1:
@@ -120,6 +127,7 @@ def check_a_ring_of_operations_with_strides(transport: str) -> None:
     assert torch.equal(into, torch.full((3, 40), float((rank - 1) % R)))
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
 def check_messages_and_collectives_mix(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     x, y = torch.zeros(100_000), torch.full((1000,), 1.0)
@@ -135,26 +143,9 @@ def check_messages_and_collectives_mix(transport: str) -> None:
     assert rank > 0 or R == 1 or bool((x == 1).all())
 
 
-CHECKS = [
-    check_blocking_pairs,
-    check_everybody_with_everybody_at_once,
-    check_messages_of_one_tag_keep_their_order,
-    check_any_source,
-    check_any_source_with_several_tags_at_once,
-    check_a_ring_of_operations_with_strides,
-    check_messages_and_collectives_mix,
-]
-
-
-def check_all(transport: str) -> None:
-    for check in CHECKS:
-        check(transport)
-        dist.barrier()
-
-
-@pytest.mark.parametrize(("R", "transport"), [(2, "shm"), (3, "shm"), (2, "group")])
-def test_messages(R: int, transport: str) -> None:
-    run_ranks(check_all, R, transport)
+@on_processes(globals())
+def test_messages(run: Run) -> None:
+    run_ranks(run.check, run.R, run.transport)
 
 
 def check_another_size_or_dtype_is_an_error() -> None:

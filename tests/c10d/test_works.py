@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.harness.c10d import new_group
 from tests.harness.ops import raised
+from tests.harness.ranks import Run, on_processes, on_ranks
 from tpkernels import RankMismatchError
 from tpkernels.testing import run_ranks
 from tpkernels.testing.faults import come_late
@@ -21,6 +22,7 @@ from tpkernels.testing.faults import come_late
 pytestmark = pytest.mark.usefixtures("nothing_is_left_in_shared_memory")
 
 
+@on_ranks(1, 2, 3)
 def check_works_in_flight_end_in_order() -> None:
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
     if rank == 0:
@@ -39,6 +41,7 @@ def check_works_in_flight_end_in_order() -> None:
     assert torch.equal(x, torch.full_like(x, float(R**6))), y
 
 
+@on_ranks(1, 2, 3)
 def check_futures_have_the_outputs() -> None:
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
     x = torch.full((3,), float(rank))
@@ -49,6 +52,7 @@ def check_futures_have_the_outputs() -> None:
     assert work.result()[0].data_ptr() == x.data_ptr()
 
 
+@on_ranks(1, 2, 3)
 def check_an_error_is_that_of_its_work() -> None:
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
     if R == 1:
@@ -61,6 +65,7 @@ def check_an_error_is_that_of_its_work() -> None:
     assert torch.equal(y, torch.full((3,), float(R)))
 
 
+@on_ranks(1, 2, 3)
 def check_a_callback_calls_the_next_collective() -> None:
     """While another one waits behind the one that it is of: what it calls comes after that."""
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
@@ -86,6 +91,7 @@ def check_a_callback_calls_the_next_collective() -> None:
     assert torch.equal(x, torch.full((5,), float(R * R)))
 
 
+@on_ranks(1, 2, 3)
 def check_who_waits_runs_what_has_not_begun() -> None:
     """Waiting for the last of several, for one with a limit, for one again."""
     group, R = new_group(), dist.get_world_size()
@@ -101,6 +107,7 @@ def check_who_waits_runs_what_has_not_begun() -> None:
         assert torch.equal(x, torch.full((n,), float(R)))
 
 
+@on_ranks(1, 2, 3)
 def check_functional_collectives() -> None:
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
     x = torch.full((2 * R, 3), float(rank + 1))
@@ -112,6 +119,7 @@ def check_functional_collectives() -> None:
     assert torch.equal(every[::2, 0], torch.arange(1.0, R + 1))
 
 
+@on_ranks(1, 2, 3)
 def check_data_parallel_training() -> None:
     """DistributedDataParallel has the gradients of the whole batch, on all ranks alike."""
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
@@ -128,6 +136,7 @@ def check_data_parallel_training() -> None:
     assert all(torch.equal(one, every[0]) for one in every)
 
 
+@on_ranks(1, 2, 3)
 def check_objects_and_barriers() -> None:
     group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
     found: list[object] = [None] * R
@@ -140,6 +149,7 @@ def check_objects_and_barriers() -> None:
     dist.barrier(group)
 
 
+@on_ranks(1, 2, 3)
 def check_a_thread_calls_while_another_does() -> None:
     """Calls of two threads on two groups do not disturb each other."""
     group, other, R = new_group(), new_group(timeout_s=31.0), dist.get_world_size()
@@ -165,24 +175,6 @@ def check_a_thread_calls_while_another_does() -> None:
     assert not failed, failed
 
 
-CHECKS = [
-    check_works_in_flight_end_in_order,
-    check_futures_have_the_outputs,
-    check_an_error_is_that_of_its_work,
-    check_a_callback_calls_the_next_collective,
-    check_who_waits_runs_what_has_not_begun,
-    check_functional_collectives,
-    check_data_parallel_training,
-    check_objects_and_barriers,
-    check_a_thread_calls_while_another_does,
-]
-
-
-def check_all() -> None:
-    for check in CHECKS:
-        check()
-
-
-@pytest.mark.parametrize("R", [1, 2, 3])
-def test_works(R: int) -> None:
-    run_ranks(check_all, R)
+@on_processes(globals())
+def test_works(run: Run) -> None:
+    run_ranks(run.check, run.R)
