@@ -284,6 +284,9 @@ class ShardInfo:
     def part(self, full: Tensor) -> Tensor:
         """Return this shard of the full tensor: a view, or a copy where it consists of several runs.
 
+        Args:
+            full: full_size indices in dimension `dim`.
+
         Raises:
             ValueError: the sharded dimension of `full` does not have full_size indices.
         """
@@ -301,12 +304,21 @@ class ShardInfo:
         )
 
     def put(self, part: Tensor, rank: int, full: Tensor) -> None:
-        """Copy the shard of a rank to its places in the full tensor."""
+        """Copy the shard of a rank to its places in the full tensor.
+
+        Args:
+            part: the shard, of the shape that `full` has but for `dim`.
+            rank: which rank's it is.
+            full: is changed.
+        """
         for at, start, size in lay_out(self.runs_of(rank)):
             full.narrow(self.dim, start, size).copy_(part.narrow(self.dim, at, size))
 
     def assemble(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the full tensor of the shards of all ranks, in rank order; always a copy.
+
+        Args:
+            parts: one shard for each rank, which differ in dimension `dim` only.
 
         Raises:
             ValueError: the shards do not have the sizes that `sizes` has.

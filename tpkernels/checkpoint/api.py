@@ -151,6 +151,9 @@ def load(
 def peek(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a checkpoint, checked against its own digest; its fields are in tpkernels/checkpoint/manifest.py.
 
+    Args:
+        folder: the checkpoint's own.
+
     Raises:
         CheckpointError: there is none, it is damaged, or it has another format version.
     """
@@ -161,6 +164,9 @@ def latest(parent: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of the highest step in a folder of checkpoints, or None. Of one step, the last by name.
 
     A checkpoint with a damaged manifest is skipped with a warning.
+
+    Args:
+        parent: the folder in which the checkpoints' own folders are.
     """
     return max(_complete(parent), default=(0, None))[1]
 
@@ -169,6 +175,10 @@ def prune(parent: str | os.PathLike[str], keep: int) -> None:
     """Remove all complete checkpoints but the `keep` that have the highest steps. Call it on one rank.
 
     A folder whose manifest cannot be read is neither removed nor counted.
+
+    Args:
+        parent: the folder in which the checkpoints' own folders are.
+        keep: how many stay.
 
     Raises:
         ValueError: keep is less than 1.

@@ -108,7 +108,14 @@ class Generator:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> list[Completion]:
-        """Return all that `stream` yields, by prompt."""
+        """Return all that `stream` yields, by prompt. Collective.
+
+        Args:
+            prompts, sampling: as for `stream`.
+
+        Raises:
+            ValueError, FloatingPointError, TimeoutError, PeerLostError: as for `stream`.
+        """
         texts, tokens, finish = [""] * len(prompts), [list[int]() for _ in prompts], [""] * len(prompts)
         for piece in self.stream(prompts, sampling):
             texts[piece.index] += piece.text

@@ -152,7 +152,18 @@ class VocabParallelEmbedding(VocabParallelTable):
         return new._copy_from(module)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of the table for ids (replicated, any shape): [..., H], or this rank's tokens of it."""
+        """Return the rows of the table for ids.
+
+        Args:
+            ids: [...], an integer dtype, the same on all ranks.
+
+        Returns:
+            [..., H], the dtype of the weight; with sequence_parallel this rank's tokens of it.
+
+        Raises:
+            ValueError, TypeError: the dtype or device of ids does not fit.
+            TimeoutError, PeerLostError: a rank did not come within `group.timeout_s`, or died; the text names it.
+        """
         y = ops.vocab_embedding(ids, self.weight, group=self.group, vocab_size=self._cuts["weight"].full_size)
         if self.padding_idx is not None:
             # The gradient stops at padding tokens; masking them is cheaper than masking a gradient of the table's size.

@@ -128,7 +128,14 @@ class RMSNorm(_Norm):
         super().__init__(normalized_shape, eps, {"weight": elementwise_affine}, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x / sqrt(mean(x^2) + eps) * weight over the normalised dimensions."""
+        """Return x / sqrt(mean(x^2) + eps) * weight over the normalised dimensions.
+
+        Args:
+            x: [..., *normalized_shape]; with sequence_parallel this rank's tokens.
+
+        Returns:
+            the shape of x.
+        """
         return F.rms_norm(x, self.normalized_shape, self._local_parameters("weight")["weight"], self.eps)
 
 
@@ -158,5 +165,12 @@ class LayerNorm(_Norm):
         super().__init__(normalized_shape, eps, parameters, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (x - mean) / sqrt(var + eps) * weight + bias over the normalised dimensions."""
+        """Return (x - mean) / sqrt(var + eps) * weight + bias over the normalised dimensions.
+
+        Args:
+            x: [..., *normalized_shape]; with sequence_parallel this rank's tokens.
+
+        Returns:
+            the shape of x.
+        """
         return F.layer_norm(x, self.normalized_shape, **self._local_parameters("weight", "bias"), eps=self.eps)

@@ -105,6 +105,9 @@ def rank_rng(group: Group | None = None) -> Iterator[None]:
 
         with rank_rng(group):                            # each rank its own heads, so its own dropout
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+    Args:
+        group: whose rank decides the numbers; None means all ranks. Nothing is sent.
     """
     group = resolve(group)
     before = seed_for_rank(group)
@@ -137,7 +140,11 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Go on with the random numbers where `rng_state` was called."""
+    """Go on with the random numbers where `rng_state` was called.
+
+    Args:
+        state: what it returned; that of a CUDA device is left out where there is none.
+    """
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -161,6 +168,9 @@ def _draw() -> int:
 
 def check_same_rng(group: Group | None = None) -> None:
     """Check that the default CPU generators of all ranks are in the same state. One small collective.
+
+    Args:
+        group: the ranks; None means all.
 
     Raises:
         RankMismatchError: they are not: another seed, or a rank that drew more often than the others.

@@ -122,6 +122,14 @@ def check_codec(op: str, codec: Any, dtype: torch.dtype | None, name: str = "cod
 def check_reduction(name: str, x: Any, op: Any, codec: Any, group: Group, *, plain: bool) -> None:
     """Raise unless x can be reduced by `op` over the ranks, packed by `codec`.
 
+    Args:
+        name: the public function, for the text.
+        x: the tensor.
+        op: of the reduction.
+        codec: the codec.
+        group: over which it is reduced.
+        plain: x is known to be a tensor on the group's device.
+
     Raises:
         TypeError, ValueError: x, op or codec do not fit.
     """
