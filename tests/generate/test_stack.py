@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -234,6 +235,34 @@ def test_what_modules_do_beside_their_products_is_done(
         decoder.insert(0, PROMPTS[0])
         torch.testing.assert_close(step_of(decoder, 9), want)
     assert made == [True] * (not early)
+
+
+@pytest.mark.parametrize("path", ["model.layers.1.mlp", "model.layers.1.mlp.down_proj", "model.norm"])
+def test_a_forward_that_a_class_gets_between_two_steps_is_run(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = count_runs(monkeypatch)
+    with Group.open() as group:
+        model = parallelize(tiny_llama(), group=group)
+        decoder = SlotDecoder(model, 1, 64)
+        kind: Any = type(model.get_submodule(path))
+        real = kind.forward
+
+        @functools.wraps(real)
+        def twice(*args: Any, **kwargs: Any) -> Tensor:
+            return real(*args, **kwargs) * 2
+
+        def step() -> Tensor:
+            decoder.insert(0, PROMPTS[0])
+            return step_of(decoder, 9)
+
+        before = step()
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", twice)
+            want = logits_of(model, [[*PROMPTS[0], 9]])[0]
+            assert not torch.allclose(want, before)
+            torch.testing.assert_close(step(), want)
+            assert made == [True]
+        assert torch.equal(step(), before)
+    assert made == [True, True]
 
 
 def test_steps_are_one_call_again_when_a_hook_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

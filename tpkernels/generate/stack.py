@@ -8,7 +8,7 @@ adapters, parametrizations, forwards of other classes) is looked for before each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -82,6 +82,11 @@ class _Layer:
         if not fits or (name not in WITH_BIAS and module.bias is not None):
             raise _OtherModel(f"{name} is not a sharded linear without options")
 
+    @property
+    def classes(self) -> set[Any]:
+        """Those of the modules."""
+        return {type(self._modules[""]), *(kind for *_, kind in self._children)}
+
     def is_unchanged(self) -> bool:
         """Whether the modules are those that were verified, with their group and the forwards of their classes."""
         return self._rows[0].group is self._rows[1].group is self.group and all(
@@ -116,6 +121,13 @@ def _check_class(module: nn.Module, family: str, suffix: str) -> None:
     wanted = FAMILIES[family] + suffix
     if (kind.__module__, kind.__name__, kind.forward.__module__) != (place, wanted, place):
         raise _OtherModel(f"a {kind.__module__}.{kind.__name__} is in the place of a {wanted}")
+
+
+def _check_forward(kind: Any) -> None:
+    """Raise if something of another package was put in the place of a class's forward."""
+    home = kind.__module__.partition(".")[0]
+    if getattr(kind.forward, "__globals__", {}).get("__name__", "").partition(".")[0] != home:
+        raise _OtherModel(f"the forward of {kind.__name__} is not that of {home}")
 
 
 def _check_bare(module: nn.Module) -> None:
@@ -166,6 +178,11 @@ class Stack:
 
     def _verify(self) -> None:
         self._layers = _layers_of(self._model)
+        model = self._model
+        classes = {type(model), type(model.model), type(model.model.norm)}.union(*(x.classes for x in self._layers))
+        for kind in classes:
+            _check_forward(kind)
+        self._forwards = {kind: kind.forward for kind in classes}
         self._hooks = RemovableHandle.next_id  # counts every hook that is registered
         self.group = self._layers[0].group
 
@@ -175,7 +192,7 @@ class Stack:
             return False
         if torch.is_autocast_enabled("cpu") or has_any_global_hook():
             return False
-        if RemovableHandle.next_id == self._hooks and all(self._are_unchanged()):
+        if RemovableHandle.next_id == self._hooks and self._is_unchanged():
             return True
         try:
             self._verify()
@@ -183,8 +200,9 @@ class Stack:
             return False
         return True
 
-    def _are_unchanged(self) -> Iterator[bool]:
-        return (layer.is_unchanged() for layer in self._layers)
+    def _is_unchanged(self) -> bool:
+        same_forwards = all(kind.forward is forward for kind, forward in self._forwards.items())
+        return same_forwards and all(layer.is_unchanged() for layer in self._layers)
 
     def run(self, embedded: Tensor, slots: Tensor, positions: Tensor, cache: Any) -> Tensor | None:
         """Return the hidden states [rows, 1, D] behind the last norm, or None where a tensor does not fit.
