@@ -80,6 +80,8 @@ class ShmCommunicator final : public Communicator {
   // --- the ways to run a collective (shm_collectives.cpp)
   void all_reduce_with(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                        const std::function<void()>* meanwhile);
+  template <class CopyIn>
+  void copy_in_late(const CallSpec& spec, bool in_heap, CopyIn copy_in);
   void one_shot(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,
                 const std::function<void()>* meanwhile);
   void two_shot(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);

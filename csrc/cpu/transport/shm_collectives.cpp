@@ -33,7 +33,21 @@ Cut chunks_of(const Wire& wire, size_t count, int world_size) {
   return cut_at_blocks(count, world_size, wire.block_values);
 }
 
+// Of the part of rank r, what goes in piece p of `piece` values.
+size_t values_in_piece(const Cut& cut, int r, size_t p, size_t piece) {
+  return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
+}
+
 }  // namespace
+
+// Where some inputs lie in heaps and others do not, all of them go through the slots: those in heaps are copied in now.
+template <class CopyIn>
+void ShmCommunicator::copy_in_late(const CallSpec& spec, bool in_heap, CopyIn copy_in) {
+  if (!anybody_in_heap()) return;
+  if (in_heap) copy_in();
+  signal(1);
+  wait_all(spec.op, 1);
+}
 
 size_t ShmCommunicator::piece_values(const Wire& wire, size_t parts) const {
   const size_t block = wire.bytes(wire.block_values);
@@ -67,11 +81,7 @@ void ShmCommunicator::all_reduce_with(const CallSpec& spec, const Wire& wire, co
     count_heap_input();
     return in.values() == out ? two_shot_in_place(spec, wire, out, n) : two_shot_read(spec, wire, out, n);
   }
-  if (anybody_in_heap()) {
-    if (in_heap) copy_in_first(wire, in, n);
-    signal(1);
-    wait_all(spec.op, 1);
-  }
+  copy_in_late(spec, in_heap, [&] { copy_in_first(wire, in, n); });
   two_shot(spec, wire, in, out, n);
 }
 
@@ -196,9 +206,7 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
   const size_t piece = piece_values(wire, ranks), stride = wire.bytes(piece);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
   const bool in_heap = wire.is_plain() && heap_.contains(in.values());
-  const auto part = [&](int r, size_t p) {
-    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
-  };
+  const auto part = [&](int r, size_t p) { return values_in_piece(cut, r, p, piece); };
   const auto fill = [&](size_t p) {
     for (int r = 0; r < world_size(); ++r) {
       if (r == rank() && wire.is_plain()) continue;
@@ -215,11 +223,7 @@ void ShmCommunicator::do_reduce_scatter(const CallSpec& spec, const Wire& wire, 
     count_heap_input();
     return reduce_scatter_read(spec, wire, out, cut);
   }
-  if (anybody_in_heap()) {
-    if (in_heap) fill(0);
-    signal(1);
-    wait_all(spec.op, 1);
-  }
+  copy_in_late(spec, in_heap, [&] { fill(0); });
   for (size_t p = 0; p < pieces; ++p) {
     if (p > 0) {
       fill(p);
@@ -258,9 +262,7 @@ void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, cons
   const size_t piece = piece_values(wire, kGatherParts);
   const size_t pieces = std::max<size_t>(1, (cut.largest() + piece - 1) / piece);
   const bool in_heap = wire.is_plain() && heap_.contains(in);
-  const auto part = [&](int r, size_t p) {
-    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
-  };
+  const auto part = [&](int r, size_t p) { return values_in_piece(cut, r, p, piece); };
   const auto place = [&](int r, size_t p) { return at(out, (cut.start(r) + p * piece) * wire.value_bytes); };
   const auto fill = [&](size_t p) {
     wire.encode(at(in, p * piece * wire.value_bytes), slot(rank(), p), part(rank(), p));
@@ -274,11 +276,7 @@ void ShmCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, cons
     count_heap_input();
     return all_gather_read(spec, wire, in, out, cut);
   }
-  if (anybody_in_heap()) {
-    if (in_heap) fill(0);
-    signal(1);
-    wait_all(spec.op, 1);
-  }
+  copy_in_late(spec, in_heap, [&] { fill(0); });
   for (size_t p = 0; p < pieces; ++p) {
     if (p > 0) {
       fill(p);
@@ -327,9 +325,7 @@ void ShmCommunicator::do_all_to_all(const CallSpec& spec, const Wire& wire, cons
   TPK_CHECK(room >= header + ranks * wire.value_bytes, "group '", label(), "' of ", ranks,
             " ranks: the sizes of an all_to_all do not fit into a slot of ", layout_.slot_bytes, " bytes");
   const size_t piece = wire.values_in((room - header) / ranks), stride = wire.bytes(piece);
-  const auto part = [&](const Cut& cut, int r, size_t p) {
-    return p * piece < cut.size(r) ? std::min(piece, cut.size(r) - p * piece) : 0;
-  };
+  const auto part = [&](const Cut& cut, int r, size_t p) { return values_in_piece(cut, r, p, piece); };
   const auto stripe = [&](int of, int to, size_t p) { return slot(of, p) + header + static_cast<size_t>(to) * stride; };
   const auto fill = [&](size_t p) {
     for (int r = 0; r < world_size(); ++r) {
