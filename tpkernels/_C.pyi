@@ -110,6 +110,5 @@ def explain(
     N: int,
     K: int,
     numel: int,
-    has_bias: bool,
     dim: int,
 ) -> tuple[str, str, str]: ...

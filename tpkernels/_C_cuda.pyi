@@ -35,6 +35,5 @@ def explain(
     N: int,
     K: int,
     numel: int,
-    has_bias: bool,
     dim: int,
-) -> tuple[str, str]: ...
+) -> tuple[str, str, str]: ...

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace tpk {
 
@@ -64,6 +65,14 @@ inline const char* name_of(ReduceOp op) {
   constexpr const char* names[] = {"sum",         "avg",        "max",         "min", "product",
                                    "bitwise and", "bitwise or", "bitwise xor", "none"};
   return op <= ReduceOp::None ? names[static_cast<size_t>(op)] : "unknown reduction";
+}
+
+// DType::Count when there is no dtype of that name.
+inline DType dtype_named(const std::string& name) {
+  for (uint8_t i = 0; i < static_cast<uint8_t>(DType::Count); ++i) {
+    if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+  return DType::Count;
 }
 
 inline size_t size_of(DType dtype) {

@@ -179,6 +179,12 @@ void Input::encode(const Wire& wire, void* to, size_t n) const {
   if (n > 0) std::memcpy(to, data_, wire.bytes(n));
 }
 
+DType float_dtype(const char* op, const std::string& name) {
+  const DType dtype = dtype_named(name);
+  TPK_CHECK(is_float(dtype), op, ": dtype must be one of float32, float64, bfloat16, float16, got ", name);
+  return dtype;
+}
+
 const Wire* find_wire(DType dtype, Codec codec, ReduceOp op) {
   static const Wires wires = all_wires();
   if (!exists(dtype, codec, op)) return nullptr;

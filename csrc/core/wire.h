@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "check.h"
 #include "core/codec/codec.h"
 #include "types.h"
 
@@ -81,6 +82,17 @@ class Input {
   const void* data_;
   bool is_packed_ = false;
 };
+
+// The codec, and the floating dtype, of a name; throw std::invalid_argument, in the name of `op`, where there is none.
+inline Codec codec_of(const char* op, const std::string& name) {
+  const Codec codec = codec_of(name);
+  if (codec != Codec::Count) return codec;
+  std::string known = "none";
+  for (uint8_t i = 1; i < static_cast<uint8_t>(Codec::Count); ++i)
+    known += concat(", ", name_of(static_cast<Codec>(i)));
+  throw std::invalid_argument(concat(op, ": codec must be one of ", known, ", got '", name, "'"));
+}
+DType float_dtype(const char* op, const std::string& name);
 
 // The wire of a combination, or nullptr where it has no meaning (codec on integers, avg of integers, ...).
 const Wire* find_wire(DType dtype, Codec codec, ReduceOp op);

@@ -154,10 +154,7 @@ Explained explain_all_reduce(const Wire& wire, size_t numel) {
 }
 
 Explained explain_collective(const Communicator& comm, const std::string& op, const Wire& wire, size_t numel) {
-  if (is_transport(comm, "local")) return {"local", "one rank: nothing is sent"};
-  if (is_transport(comm, "group")) {
-    return {"exchange", "all-to-all between the ranks, sums taken locally in rank order"};
-  }
+  if (const std::optional<Explained> found = explain_transport(comm)) return *found;
   const bool sums_all = op == "all_reduce" || op == "all_reduce_";
   if (is_transport(comm, "hierarchical")) {
     const size_t bytes = numel * wire.value_bytes;
@@ -225,30 +222,11 @@ Explained explain_gemm(Communicator& comm, const CallShape& call, const Wire& wi
   return found;
 }
 
-DType dtype_named(const std::string& name) {
-  for (uint8_t i = 0; i < static_cast<uint8_t>(DType::Count); ++i) {
-    if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
-  }
-  throw std::invalid_argument(concat("explain: unknown dtype ", name));
-}
-
-bool is_gemm(const std::string& op) {
-  return op == "gemm_all_reduce" || op == "gemm_reduce_scatter" || op == "all_gather_gemm" || op == "replicated_gemm";
-}
-
 }  // namespace
 
 Explained explain(Communicator& comm, const CallShape& call) {
-  const DType dtype = dtype_named(call.dtype);
-  const Codec codec = codec_of(call.codec);
-  TPK_CHECK(codec != Codec::Count, "explain: no codec ", call.codec);
-  const bool gemm = is_gemm(call.op);
-  TPK_CHECK(!gemm || dtype <= DType::F16, "explain: dtype must be one of float32, float64, bfloat16, float16, got ",
-            call.dtype);
-  const bool moves = call.op == "all_gather" && dtype >= DType::Raw1;  // no arithmetic: any dtype is moved
-  const Wire* const wire = find_wire(dtype, codec, moves ? ReduceOp::None : ReduceOp::Sum);
-  TPK_CHECK(wire != nullptr, "explain: ", call.op, " takes no ", call.dtype, " with codec ", call.codec);
-  return gemm ? explain_gemm(comm, call, *wire) : explain_collective(comm, call.op, *wire, call.numel);
+  const Wire& wire = wire_of(call);
+  return call.is_gemm() ? explain_gemm(comm, call, wire) : explain_collective(comm, call.op, wire, call.numel);
 }
 
 }  // namespace tpk

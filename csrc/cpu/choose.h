@@ -11,6 +11,7 @@
 
 #include "core/communicator.h"
 #include "core/engines.h"
+#include "core/explain.h"
 #include "core/wire.h"
 
 namespace tpk {
@@ -39,17 +40,6 @@ double expected_seconds(const MeasuredEngines& measured, const GemmShape& shape)
 // they are there, after this rank's own rows; none where all are gathered first. Ranks may differ in it.
 std::vector<size_t> gathered_ends(const Communicator& comm, const Wire& wire, const GemmShape& shape);
 
-// What Group.explain returns: the name of the path, one sentence, and the engine of a product.
-struct Explained {
-  std::string path, reason, engine = "";
-};
-// A call as its caller sees it. M, N and K are this rank's sizes of a GEMM, numel the values of a collective's tensor.
-struct CallShape {
-  std::string op, dtype, codec;
-  int64_t M, N, K;
-  size_t numel;
-  int64_t dim;  // that is cut or gathered
-};
 // Throws std::invalid_argument for a dtype or codec that the op does not take.
 Explained explain(Communicator& comm, const CallShape& call);
 

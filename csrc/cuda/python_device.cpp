@@ -108,12 +108,8 @@ void share_device(DeviceCommunicator& comm, int ranks) {
   comm.share_device(ranks);
 }
 
-using Explained = std::pair<std::string, std::string>;
-
 Explained explain_collective(const DeviceCommunicator& comm, const std::string& op, const Wire& wire, size_t numel) {
-  const std::string transport = comm.transport();
-  if (transport == "local") return {"local", "one rank: nothing is sent"};
-  if (transport == "group") return {"exchange", "all-to-all of the process group, sums taken locally in rank order"};
+  if (const std::optional<Explained> found = explain_transport(comm)) return *found;
   if (op != "all_reduce" && op != "all_reduce_") return {"direct", "each rank reads what it needs of its peers"};
   const Choice choice =
       choose_all_reduce(comm.machine(), comm.forced(), wire.dtype, ReduceOp::Sum, wire.codec, wire.bytes(numel));
@@ -127,9 +123,18 @@ std::string not_fused(const GemmChoice& choice, const Forced& forced) {
                                     : concat("not fused: ", choice.obstacle, "; ");
 }
 
-// M, N, K are those of this rank's x[M, K] and w[N, K].
-Explained explain_gemm(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t N, int64_t K) {
-  const int64_t ranks = comm.world_size();
+// A bias is the GEMM's own and changes no path; a gather or a scatter along another dim than 0 is not cut into parts.
+Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, const Wire& wire) {
+  if (call.op == "replicated_gemm") {
+    return {"unfused", "nothing is sent in the forward; the backward sums dx beside dw"};
+  }
+  if (call.op != "gemm_all_reduce" && call.dim != 0) {
+    return {"unfused", concat("dim ", call.dim, ": only rows of dim 0 are sent while others are multiplied")};
+  }
+  const Op op = call.op == "gemm_all_reduce"       ? Op::GemmAllReduce
+                : call.op == "gemm_reduce_scatter" ? Op::GemmReduceScatter
+                                                   : Op::AllGatherGemm;
+  const int64_t ranks = comm.world_size(), M = call.M, N = call.N, K = call.K;
   const ShardedGemm gemm{op, wire.dtype, wire.codec, op == Op::AllGatherGemm ? M * ranks : M,
                          op == Op::AllGatherGemm ? K : N};
   // Parts are made of each rank's rows: of all of them in gemm_all_reduce, of a share in gemm_reduce_scatter.
@@ -151,24 +156,12 @@ Explained explain_gemm(const DeviceCommunicator& comm, Op op, const Wire& wire, 
   const Explained transfer = explain_collective(
       comm, collective, wire, static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
   return {choice.parts == 1 ? "unfused" : concat("chunked(", choice.parts, ")"),
-          concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.first, ": ", transfer.second)};
+          concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.path, ": ", transfer.reason)};
 }
 
-// numel is that of a collective's tensor.
-// A bias is the GEMM's own and changes no path; a gather or a scatter along another dim than 0 is not cut into parts.
-Explained explain(const DeviceCommunicator& comm, const std::string& op, const std::string& dtype,
-                  const std::string& codec, int64_t M, int64_t N, int64_t K, size_t numel, bool, int64_t dim) {
-  const Codec packed = codec_of(codec);
-  TPK_CHECK(packed != Codec::Count, "explain: no codec ", codec);
-  const Wire& wire = wire_of(float_dtype("explain", dtype), packed, ReduceOp::Sum);
-  for (Op gemm : {Op::GemmAllReduce, Op::GemmReduceScatter, Op::AllGatherGemm}) {
-    if (op == name_of(gemm) && gemm != Op::GemmAllReduce && dim != 0) {
-      return {"unfused", concat("dim ", dim, ": only rows of dim 0 are sent while others are multiplied")};
-    }
-    if (op == name_of(gemm)) return explain_gemm(comm, gemm, wire, M, N, K);
-  }
-  if (op == "replicated_gemm") return {"unfused", "nothing is sent in the forward; the backward sums dx beside dw"};
-  return explain_collective(comm, op, wire, numel);
+Explained explain(DeviceCommunicator& comm, const CallShape& call) {
+  const Wire& wire = wire_of(call);
+  return call.is_gemm() ? explain_gemm(comm, call, wire) : explain_collective(comm, call.op, wire, call.numel);
 }
 
 }  // namespace
@@ -190,8 +183,7 @@ void add_device_groups(py::module_& m) {
         return std::static_pointer_cast<DeviceCommunicator>(open_local(name, label, device));
       },
       py::arg("name"), py::arg("label"), py::arg("device") = -1);
-  m.def("explain", &explain, py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"),
-        py::arg("N"), py::arg("K"), py::arg("numel"), py::arg("has_bias"), py::arg("dim"));
+  add_explain<DeviceCommunicator>(m, &explain);
 }
 
 void add_device_limits(py::dict& limits) {

@@ -88,13 +88,6 @@ void add_basics(py::module_& m) {
   m.def("wires", &wire_list, "(dtype, op, codec) of every reduction that exists.");
 }
 
-DType float_dtype(const char* what, const std::string& name) {
-  for (DType dtype : {DType::F32, DType::F64, DType::BF16, DType::F16}) {
-    if (name == name_of(dtype)) return dtype;
-  }
-  throw std::invalid_argument(concat(what, ": dtype must be one of float32, float64, bfloat16, float16, got ", name));
-}
-
 // Without the GIL: the counters wait for a call in progress, which may need it to come to its end.
 py::dict stats_by_op(Communicator& comm) {
   const std::array<OpStats, kOps> all = [&] {

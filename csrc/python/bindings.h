@@ -10,6 +10,7 @@
 #include "core/communicator.h"
 #include "core/errors.h"
 #include "core/exchange.h"
+#include "core/explain.h"
 #include "pybind.h"
 
 namespace tpk {
@@ -25,8 +26,6 @@ void add_engines(py::module_& m);
 // Adds the choices of the CPU: choose_engine, explain.
 void add_choices(py::module_& m);
 
-// The floating dtype of that name; throws std::invalid_argument, in the name of `what`, where there is none.
-DType float_dtype(const char* what, const std::string& name);
 py::dict stats_by_op(Communicator& comm);
 
 // A Python object that C++ owns, given back under the GIL, or left alone when the interpreter is gone.
@@ -162,6 +161,20 @@ py::class_<Comm, std::shared_ptr<Comm>> add_communicator(py::module_& m) {
           },
           py::arg("why") = "this rank closed the group", py::call_guard<py::gil_scoped_release>());
   return bound;
+}
+
+// Adds explain: (communicator, call) -> (path, reason, engine).
+template <class Comm>
+void add_explain(py::module_& m, Explained (*explain)(Comm&, const CallShape&)) {
+  m.def(
+      "explain",
+      [explain](Comm& comm, const std::string& op, const std::string& dtype, const std::string& codec, int64_t M,
+                int64_t N, int64_t K, size_t numel, int64_t dim) {
+        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel, dim});
+        return py::make_tuple(found.path, found.reason, found.engine);
+      },
+      py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"), py::arg("N"),
+      py::arg("K"), py::arg("numel"), py::arg("dim"));
 }
 
 }  // namespace tpk

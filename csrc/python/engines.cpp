@@ -32,15 +32,7 @@ void add_choices(py::module_& m) {
         return names;
       },
       py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"));
-  m.def(
-      "explain",
-      [](Communicator& comm, const std::string& op, const std::string& dtype, const std::string& codec, int64_t M,
-         int64_t N, int64_t K, size_t numel, bool, int64_t dim) {
-        const Explained found = explain(comm, {op, dtype, codec, M, N, K, numel, dim});
-        return py::make_tuple(found.path, found.reason, found.engine);
-      },
-      py::arg("communicator"), py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"), py::arg("N"),
-      py::arg("K"), py::arg("numel"), py::arg("has_bias"), py::arg("dim"));
+  add_explain<Communicator>(m, &explain);
 }
 
 }  // namespace tpk

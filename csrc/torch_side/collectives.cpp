@@ -28,15 +28,6 @@ ReduceOp reduce_op_of(const char* op, const std::string& name) {
   throw std::invalid_argument(concat(op, ": op must be sum, avg, max or min, got '", name, "'"));
 }
 
-Codec codec_of(const char* op, const std::string& name) {
-  const Codec codec = codec_of(name);
-  if (codec != Codec::Count) return codec;
-  std::string known = "none";
-  for (uint8_t i = 1; i < static_cast<uint8_t>(Codec::Count); ++i)
-    known += concat(", ", name_of(static_cast<Codec>(i)));
-  throw std::invalid_argument(concat(op, ": codec must be one of ", known, ", got '", name, "'"));
-}
-
 std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, int64_t world_size) {
   std::shared_ptr<Communicator> communicator = find_communicator(group, name_of(op));
   TPK_CHECK(communicator->world_size() == world_size, name_of(op), ": world_size must be that of group '",

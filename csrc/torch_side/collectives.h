@@ -6,7 +6,6 @@
 namespace tpk {
 
 ReduceOp reduce_op_of(const char* op, const std::string& name);
-Codec codec_of(const char* op, const std::string& name);
 // The communicator of a group; world_size must be the group's.
 std::shared_ptr<Communicator> communicator_of(Op op, const std::string& group, int64_t world_size);
 // rank must be this process's place in the group.

@@ -60,7 +60,7 @@ def explain(
         numel: values of a collective's tensor.
         dtype: of the tensors.
         codec: of the sum, or of what is gathered.
-        bias: whether the GEMM adds one.
+        bias: whether the GEMM adds one; it changes no path.
         dim: the dimension that is cut or gathered.
         tune: measure the GEMM engines of the CPU for this shape first (profile.py); all ranks call this.
 
@@ -74,8 +74,8 @@ def explain(
     if tune and is_cpu and op in _GEMMS and dtype.is_floating_point and min(M, N, K) > 0:
         rows = M * communicator.world_size if op == "all_gather_gemm" else M
         measured = measure_shape(communicator, Product(_name(dtype), rows, N, K))
-    path, reason, *engine = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, bias, dim)
-    return Explanation(path, reason, measured, *engine)
+    path, reason, engine = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, dim)
+    return Explanation(path, reason, measured, engine)
 
 
 def _name(dtype: torch.dtype) -> str:
