@@ -16,9 +16,6 @@ void copy(const Tensor& from, const Tensor& to, size_t bytes) {
       cudaMemcpyAsync(to.mutable_data_ptr(), from.const_data_ptr(), bytes, cudaMemcpyDeviceToDevice, current_stream()));
 }
 
-// The kernels read whole words of 16 bytes.
-bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
-
 }  // namespace
 
 Tensor compress(const Tensor& x, Text codec) {
@@ -38,12 +35,7 @@ Tensor compress(const Tensor& x, Text codec) {
 Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, Text codec) {
   const auto [out, wire] = unpacking(wire_bytes, shape, dtype, codec);
   const size_t n = numel_of(out);
-  Tensor packed = dense(wire_bytes);
-  if (!is_aligned(packed)) {
-    const Tensor aligned = empty_of(packed, shape_of(packed));
-    copy(packed, aligned, wire.bytes(n));
-    packed = aligned;
-  }
+  const Tensor packed = readable(wire_bytes);
   if (wire.is_plain()) {
     copy(packed, out, wire.bytes(n));
   } else if (n > 0) {

@@ -123,7 +123,8 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   return y;
 }
 
-Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text, int64_t, Text) {
+Tensor replicated_gemm(const Tensor& x, const Tensor& w_shard, OptionalTensor bias, Text group, int64_t, Text) {
+  find_communicator(group, "replicated_gemm");  // nothing is sent, but a group that was closed is refused
   const Tensor y = fresh_output(x, check_linear(Op::ReplicatedGemmBackward, x, w_shard, bias));
   linear_into(as_rows(x), w_shard, bias, as_rows(y));
   return y;

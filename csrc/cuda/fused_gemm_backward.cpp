@@ -9,37 +9,44 @@ using cuda::data_of;
 using cuda::product_into;
 using cuda::rows_of;
 
-// dx, dw and db of y = x @ w.T + b for gradients that are here; what is not needed stays empty.
+// dx, dw and db of y = x @ w.T + b; what is not needed stays empty.
 struct LocalGradients {
+  bool need_x, need_w, need_b;
   Tensor dx, dw, db;
 
-  explicit LocalGradients(const Tensor& dy) : dx(nothing(dy)), dw(nothing(dy)), db(nothing(dy)) {}
+  LocalGradients(const Tensor& dy, bool need_x, bool need_w, bool need_b)
+      : need_x(need_x), need_w(need_w), need_b(need_b), dx(nothing(dy)), dw(nothing(dy)), db(nothing(dy)) {}
   Gradients all() const { return {dx, dw, db}; }
 
-  void input(const Tensor& dy, const Tensor& w) {
+  // Returns dx, of the rows that dy has.
+  const Tensor& input(const Tensor& dy, const Tensor& w) {
+    if (!need_x) return dx;
     Shape shape = shape_of(dy);
     shape.back() = w.size(1);
     dx = fresh_output(dy, shape);
     product_into(as_rows(dy), w, as_rows(dx));
+    return dx;
   }
-  void weight(const Tensor& dy, const Tensor& x) {
-    dw = fresh_output(dy, {dy.size(dy.dim() - 1), x.size(x.dim() - 1)});
-    product_into(cuda::transpose(as_rows(dy)), as_rows(x), dw);
-  }
-  void bias(const Tensor& dy) {
-    db = fresh_output(dy, {dy.size(dy.dim() - 1)});
-    cuda::sum_rows_into(as_rows(dy), db);
+  void others(const Tensor& dy, const Tensor& x) {
+    if (need_w) {
+      dw = fresh_output(dy, {dy.size(dy.dim() - 1), x.size(x.dim() - 1)});
+      product_into(cuda::transpose(as_rows(dy)), as_rows(x), dw);
+    }
+    if (need_b) {
+      db = fresh_output(dy, {dy.size(dy.dim() - 1)});
+      cuda::sum_rows_into(as_rows(dy), db);
+    }
   }
 };
 
 }  // namespace
 
 Gradients linear_backward(const Tensor& dy, const Tensor& x, const Tensor& w, bool need_x, bool need_w, bool need_b,
-                          Text) {
-  LocalGradients gradients(dy);
-  if (need_x) gradients.input(dy, w);
-  if (need_w) gradients.weight(dy, x);
-  if (need_b) gradients.bias(dy);
+                          Text group) {
+  find_communicator(group, "linear_backward");  // nothing is sent, but a group that was closed is refused
+  LocalGradients gradients(dy, need_x, need_w, need_b);
+  gradients.input(dy, w);
+  gradients.others(dy, x);
   return gradients.all();
 }
 
@@ -47,19 +54,15 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
                                    bool need_b, Text group, int64_t world_size, Text codec) {
   constexpr Op op = Op::ReplicatedGemmBackward;
   const auto comm = cuda::device_communicator_of(op, group, world_size);
-  LocalGradients gradients(dy);
-  const auto local = [&] {
-    if (need_w) gradients.weight(dy, x);
-    if (need_b) gradients.bias(dy);
-  };
-  if (!need_x) {
-    local();
-    return gradients.all();
+  LocalGradients gradients(dy, need_x, need_w, need_b);
+  const auto others = [&] { gradients.others(dy, x); };
+  if (need_x) {
+    const Wire& wire = wire_for(op, dy, codec);
+    const Tensor& dx = gradients.input(dy, w_shard);
+    comm->all_reduce_beside(spec_of(op, wire, numel_of(dx), shape_of(dx)), wire, data_of(dx), numel_of(dx), others);
+  } else {
+    others();
   }
-  const Wire& wire = wire_for(op, dy, codec);
-  gradients.input(dy, w_shard);
-  const Tensor& dx = gradients.dx;
-  comm->all_reduce_beside(spec_of(op, wire, numel_of(dx), shape_of(dx)), wire, data_of(dx), numel_of(dx), local);
   return gradients.all();
 }
 
@@ -75,7 +78,7 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
   }
   const cuda::RowGather gather(op, *comm, wire, dy_shard, dim_size);
   const cuda::RowParts parts = gather.parts();
-  LocalGradients gradients(dy_shard);
+  LocalGradients gradients(dy_shard, need_x, need_w, need_b);
   const Tensor dy = gather.rows();
   if (need_x) {  // x_shard is here only if need_w
     Shape shape = shape_of(dy_shard);
@@ -92,8 +95,7 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
           product_into(rows_of(dy, from, count), w_shard, rows_of(dx, from, count));
         });
       });
-  if (need_w) gradients.weight(gather.whole(), x_shard);
-  if (need_b) gradients.bias(gather.whole());
+  gradients.others(gather.whole(), x_shard);
   return gradients.all();
 }
 
@@ -105,22 +107,16 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   check_rank(name_of(op), *comm, rank);
   const Wire& x_wire = wire_for(op, x_shard, codec);
   const Wire& dx_wire = wire_for(op, dy, grad_codec);
-  LocalGradients gradients(dy);
-  LocalGradients partial(dy);
+  LocalGradients gradients(dy, need_x, need_w, need_b), partial(dy, need_x, false, false);
   if (dim != 0 || dim_size < 0) {
-    if (need_w) gradients.weight(dy, all_gather_dim(op, *comm, x_wire, x_shard, dim, dim_size));
-    if (need_x) {
-      partial.input(dy, w_shard);
-      gradients.dx = reduce_scatter_dim(op, *comm, dx_wire, partial.dx, dim);
-    }
-    if (need_b) gradients.bias(dy);
+    gradients.others(dy, need_w ? all_gather_dim(op, *comm, x_wire, x_shard, dim, dim_size) : x_shard);
+    partial.input(dy, w_shard);
+    if (need_x) gradients.dx = reduce_scatter_dim(op, *comm, dx_wire, partial.dx, dim);
     return gradients.all();
   }
   // x is gathered again instead of kept (that is the memory that sequence parallelism saves), beside the partial dx;
   // that is summed beside dw.
-  const auto partial_input = [&] {
-    if (need_x) partial.input(dy, w_shard);
-  };
+  const auto partial_input = [&] { partial.input(dy, w_shard); };
   Tensor x = nothing(dy);
   if (need_w) {
     const cuda::RowGather gather(op, *comm, x_wire, x_shard, dim_size);
@@ -129,12 +125,9 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   } else {
     partial_input();
   }
-  const auto local = [&] {
-    if (need_w) gradients.weight(dy, x);
-    if (need_b) gradients.bias(dy);
-  };
+  const auto others = [&] { gradients.others(dy, x); };
   if (!need_x) {
-    local();
+    others();
     return gradients.all();
   }
   Shape dx_shape = shape_of(partial.dx);
@@ -147,7 +140,7 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
         comm->send_reduce_scatter(scatter.spec, dx_wire, data_of(partial.dx), data_of(gradients.dx), scatter.cut,
                                   cuda::Stretch::all(scatter.cut));
       },
-      local);
+      others);
   return gradients.all();
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.harness.ops import FLOATS, INTEGERS, check_forward, digest, is_device, run_at, there
 from tests.harness.places import PLACES, open_beside
 from tests.harness.ranks import DEVICES
-from tpkernels import ops
+from tpkernels import PeerLostError, ops
 from tpkernels.comm.group import Group
 from tpkernels.shard import part
 from tpkernels.testing.case import Case, Sizes
@@ -263,8 +263,14 @@ def check_explain_and_rest(group: Group) -> None:
         assert found.reason
     for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER):
         assert group.explain(case.name, M=64, N=64, K=64).path == "unfused"
+    for op, dtype in (("all_reduce", torch.int32), ("reduce_scatter", torch.uint8), ("all_gather", torch.bool)):
+        assert group.explain(op, numel=3, dtype=dtype).reason
+    with pytest.raises(ValueError, match="explain: all_reduce takes no int32 with codec fp16"):
+        group.explain("all_reduce", numel=3, dtype=torch.int32, codec="fp16")
+    with pytest.raises(ValueError, match=r"explain: codec must be one of none, .*, got 'zip'"):
+        group.explain("all_reduce", numel=3, codec="zip")
     with pytest.raises(ValueError, match="explain: dtype must be one of"):
-        group.explain("all_reduce", numel=3, dtype=torch.int32)
+        group.explain("gemm_all_reduce", M=3, N=3, K=3, dtype=torch.int32)
     assert group.all_gather_ints(7 * group.rank) == [7 * r for r in range(R)]
     group.barrier()
     group.check()
@@ -276,6 +282,27 @@ def check_explain_and_rest(group: Group) -> None:
 @pytest.mark.parametrize("R", [1, 3])
 def test_groups_of_devices_answer_as_others_do(R: int, place: str) -> None:
     run_at(place, check_explain_and_rest, R)
+
+
+def check_a_closed_group_is_refused(group: Group) -> None:
+    x, w = there(group, [torch.ones(4, 6), torch.ones(3, 6)])
+    w.requires_grad_()
+    with open_beside(group) as short:
+        y = ops.replicated_gemm(x, w, group=short)
+        group.barrier()
+    for call in (
+        lambda: ops.all_reduce(x, group=short),
+        lambda: ops.gemm_all_reduce(x, w, group=short),
+        lambda: ops.replicated_gemm(x, w, group=short),
+        lambda: y.sum().backward(),
+    ):
+        with pytest.raises(PeerLostError, match="is not open in this process"):
+            call()
+
+
+@pytest.mark.parametrize("place", ["cpu", *DEVICES])
+def test_a_closed_group_is_refused_alike_by_all_ops(place: str) -> None:
+    run_at(place, check_a_closed_group_is_refused, 2)
 
 
 def check_a_tensor_of_the_arena_outlives_its_group(group: Group) -> None:
