@@ -20,7 +20,7 @@ from tpkernels.comm.devices import cuda_facts, obstacle_to_cuda
 from tpkernels.comm.group import Group
 from tpkernels.testing.spawn import Outcome, RankError, call_ranks, report
 
-from .thread_team import call_threads, emulated_module
+from .thread_team import ThreadCall, call_threads, emulated_module
 from .threads import open_beside, where
 
 __all__ = ["PLACES", "Place", "RankError", "open_beside"]
@@ -91,7 +91,7 @@ class Place:
     ) -> list[Outcome]:
         """The same, telling what became of each rank instead of raising."""
         if self.name in ("emu", "virtual"):
-            return call_threads(self.name, body, R, args, opening, timeout, faulty, seed)
+            return call_threads(self.name, seed, ThreadCall(body, R, args, opening, timeout, faulty))
         backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
         return call_ranks(in_group, R, (body, opening, args), timeout, faulty, backend)
 

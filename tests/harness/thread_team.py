@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -52,25 +53,31 @@ def emulated_module() -> Path | None:
     return next(iter(sorted((_ROOT / "build" / "emu").glob("_C_emu*.so"))), None)
 
 
-def call_threads(
-    place: str,
-    body: Callable[..., Any],
-    R: int,
-    args: tuple[Any, ...],
-    opening: dict[str, Any],
-    timeout: float,
-    faulty: bool,
-    seed: int,
-) -> list[Outcome]:
-    """Call body(group, *args) on R ranks of a new or resting process; return what became of each.
+@dataclass(frozen=True)
+class ThreadCall:
+    """A call of body(group, *args) on R ranks.
 
-    A faulty body leaves a device behind that failed: nobody asks it anything more, and its process ends.
+    Attributes:
+        opening: of the group.
+        timeout: seconds for all of it.
+        faulty: it leaves a device behind that failed: nobody asks it anything more, and its process ends.
     """
+
+    body: Callable[..., Any]
+    R: int
+    args: tuple[Any, ...]
+    opening: dict[str, Any]
+    timeout: float
+    faulty: bool
+
+
+def call_threads(place: str, seed: int, call: ThreadCall) -> list[Outcome]:
+    """Make a call in a new or resting process; return what became of each rank."""
     key = (place, seed)
     team = _resting.pop(key, None) or ThreadTeam(place, seed)
     try:
-        outcomes = team.call(body, R, args, opening, timeout, faulty)
-        if not faulty and all(outcome.finished for outcome in outcomes) and team.calls < MOST_CALLS:
+        outcomes = team.call(call)
+        if not call.faulty and all(outcome.finished for outcome in outcomes) and team.calls < MOST_CALLS:
             _resting[key] = team
         return outcomes
     finally:
@@ -99,22 +106,14 @@ class ThreadTeam:
             )
         theirs.close()
 
-    def call(
-        self,
-        body: Callable[..., Any],
-        R: int,
-        args: tuple[Any, ...],
-        opening: dict[str, Any],
-        timeout: float,
-        faulty: bool,
-    ) -> list[Outcome]:
-        """Call body(group, *args) on every rank. After a failure the others have PATIENCE_S seconds left."""
+    def call(self, call: ThreadCall) -> list[Outcome]:
+        """Make it on every rank. After a failure the others have PATIENCE_S seconds left."""
         self.calls += 1
         with contextlib.suppress(BrokenPipeError):
-            self._pipe.send_bytes(pickle.dumps((body, R, args, opening, faulty)))
+            self._pipe.send_bytes(pickle.dumps((call.body, call.R, call.args, call.opening, call.faulty)))
         outcomes: dict[int, Outcome] = {}
         threads: dict[int, int] = {}
-        deadline, why = time.monotonic() + timeout, f"did not end within {timeout:g} s"
+        deadline, why = time.monotonic() + call.timeout, f"did not end within {call.timeout:g} s"
         while (message := _next(self._pipe, deadline)) is not None:
             rank, finished, value = message
             if finished is None:
@@ -124,9 +123,9 @@ class ThreadTeam:
             if not finished and time.monotonic() + PATIENCE_S < deadline:
                 deadline = time.monotonic() + PATIENCE_S
                 why = f"did not end within {PATIENCE_S:g} s after rank {rank} failed"
-        if len(outcomes) < R:
+        if len(outcomes) < call.R:
             stacks, code = self._stacks(), self._exitcode()
-            for rank in set(range(R)) - set(outcomes):
+            for rank in set(range(call.R)) - set(outcomes):
                 where = f"{why}; it stood at:\n{stacks.get(threads.get(rank, 0), '  (no stack)')}"
                 died = f"the process of all ranks died, exit code {code}\n{self._stderr()}"
                 outcomes[rank] = Outcome(rank, error=where if code is None else died, exitcode=code)
