@@ -366,8 +366,9 @@ def test_drain_0_ends_what_runs_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     from tpkernels import cli
     from tpkernels.serve import command
+    from tpkernels.serve.arguments import ServeArguments
 
-    calls = list[command.ServeArguments]()
+    calls = list[ServeArguments]()
     monkeypatch.setattr(command, "work", calls.append)
     folder = save_tiny(tmp_path / "tiny")
     found = CliRunner().invoke(cli.app, ["serve", str(folder), "--drain", "0"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -16,34 +15,10 @@ from tpkernels.comm.objects import gather
 from tpkernels.errors import UserError
 from tpkernels.layers.engines import engines_line
 
+from .arguments import GenerateArguments
 from .generator import Generator
 from .load import load, quiet_transformers
-from .sampling import Sampling
 from .text import chat_ids
-
-
-@dataclass(frozen=True)
-class GenerateArguments:
-    """The command's arguments.
-
-    Attributes:
-        model, dtype: as for `load`.
-        prompts: texts to continue; with chat, messages of a user, each answered by itself.
-        system: with chat, the message before; None for the template's own.
-        cache, compile: as for Generator.
-        timeout_s, arena_mib: as for `torchrun.open_ranks`.
-    """
-
-    model: str
-    prompts: Sequence[str]
-    sampling: Sampling
-    chat: bool = False
-    system: str | None = None
-    dtype: str = "auto"
-    cache: str = "static"
-    compile: bool = False
-    timeout_s: float = 120.0
-    arena_mib: int = 16
 
 
 def work(args: GenerateArguments) -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -24,31 +23,12 @@ from tpkernels.generate.decoders import SlotDecoder
 from tpkernels.generate.load import load, quiet_transformers
 
 from .app import create_app
+from .arguments import ServeArguments
 from .channel import follow
 from .engine import Engine
 from .metrics import Metrics
 
 POLL_S = 0.05  # between two checks of a draining server whether it is idle
-
-
-@dataclass(frozen=True)
-class ServeArguments:
-    """The command's arguments; see its help."""
-
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    name: str | None = None
-    slots: int = 8
-    queue: int = 256
-    max_length: int = 2048
-    drain_s: float = 25.0
-    compile: bool = False
-    dtype: str = "auto"
-    timeout_s: float = 120.0
-    arena_mib: int = 16
-    health_s: float = 20.0
 
 
 class Server(uvicorn.Server):
