@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
+from tpkernels.checkpoint.export import gathered
+from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import raise_together
 from tpkernels.errors import CheckpointError, PlanError
@@ -30,22 +32,22 @@ def full_state_dict(
         model: sharded over `group`.
         group: of the ranks.
         wanted: whether to take a tensor, by its name.
+
+    Raises:
+        CheckpointError: rank 0 has no memory for a tensor (on all ranks).
+        PeerLostError: a rank died.
     """
     mark_shards(model)
-    found: dict[str, Tensor] = {}
-    done: dict[int, Tensor] = {}
+    ranks, found = CheckpointRanks(group), dict[str, Tensor]()
+    done: dict[int, Tensor | None] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not wanted(name):
             continue
-        info = shard_info(value)
         if id(value) not in done:
-            full = value.detach()
-            if info is not None:
-                shards = _shards(full, info, group)
-                full = info.assemble(shards) if group.rank == 0 else full
-            done[id(value)] = full.cpu()
-        if group.rank == 0:
-            found[name] = done[id(value)]
+            full = gathered(value, ranks)
+            done[id(value)] = None if full is None else full.cpu()
+        if (whole := done[id(value)]) is not None:
+            found[name] = whole
     return found
 
 
