@@ -93,7 +93,7 @@ CASE(an_arena_of_the_usual_size_has_slots_for_whole_waves_of_tiles) {
 CASE(inputs_in_the_heap_give_the_same_sums) {
   set_up(kRanks);
   const auto comms = peers(kRanks);
-  const size_t n = scaled(20000);
+  const size_t n = scaled(12000);
   on_ranks(comms, [&](int rank, PeerCommunicator& comm) {
     float* const heap = static_cast<float*>(comm.heap_allocate(n * sizeof(float)));
     EXPECT(heap != nullptr);
