@@ -245,8 +245,8 @@ class Bootstrap:
         self._announce("")  # not after an error: ranks that wait for this one elsewhere still read it
 
     def _announce(self, label: str) -> None:
-        key = f"tpkernels/opening/{dist.get_rank()}"
-        with contextlib.suppress(Exception):  # for messages only
+        with contextlib.suppress(Exception):  # for messages only; without a default group there is no key
+            key = f"tpkernels/opening/{dist.get_rank()}"
             self._asking(lambda: dist.distributed_c10d._get_default_store().set(key, label), _MESSAGE_S)
 
     def _elsewhere(self, missing: Sequence[int]) -> list[tuple[int, str]]:
