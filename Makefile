@@ -10,7 +10,7 @@
 # Needs python >= 3.11 with its headers, and g++. Variables:
 #   PYTHON=python3.12          the interpreter of a new .venv
 #   TORCH="torch==2.11.0"      what pip installs as torch; options of pip may follow
-#   JOBS=1                     tests that run at the same time; one more than cores, for some wait for a deadline
+#   JOBS=1                     tests that run at the same time; as many as cores
 #   RUN_ARGS="--minutes 0.5"   more arguments for `tpkernels train`; TEST_ARGS and BENCH_ARGS likewise
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ TORCH ?= torch==2.13.0
 RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
-JOBS ?= $(shell expr $$(nproc) + 1)
+JOBS ?= $(shell nproc)
 OUT ?= build/gpu-check
 
 BIN := .venv/bin
