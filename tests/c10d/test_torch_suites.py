@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.backends import needs_backend
-from tests.harness.ranks import nightly, weekly
+from tests.harness.ranks import weekly
 
 ROOT = Path(__file__).resolve().parents[2]
 # One of every kind: collectives, dtypes, groups, point to point, objects, timeouts, DDP.
@@ -99,7 +99,7 @@ def test_files_of_torch_find_it_in_the_place_of_gloo(tmp_path: Path) -> None:
 
 
 @needs_backend
-@pytest.mark.parametrize("ranks, passes", [*nightly((2, 60)), *weekly((3, 60))])
+@pytest.mark.parametrize("ranks, passes", weekly((2, 60), (3, 60)))
 def test_all_of_them(ranks: int, passes: int, tmp_path: Path) -> None:
     code, output = compare("-R", str(ranks), "--passes", str(passes), "--out", str(tmp_path), timeout=600)
     assert code == 0, output
