@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench.planner import cpus, cuts, fit, memory, published
+from bench.planner import cpus, fit, published
 from tpkernels.planner.hardware import DATA
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
@@ -122,30 +122,6 @@ def steps_table(steps: Sequence[cpus.Step]) -> str:
     return table(("job", "measured ms", "predicted ms", "error"), lines)
 
 
-def cuts_table(cases: dict[str, list[cuts.Row]]) -> str:
-    """Errors of each case, and how much slower the cut that the planner would take is than the fastest."""
-    lines, lost, errors = [], [], []
-    for case, rows in cases.items():
-        chosen, fastest = min(rows, key=lambda row: row.predicted), min(rows, key=lambda row: row.ms)
-        own = [abs(row.predicted / row.ms - 1) for row in rows]
-        lost.append(chosen.ms / fastest.ms - 1)
-        errors += own
-        error = f"{100 * np.median(own):.1f} %"
-        lines.append([case, str(len(rows)), error, chosen.name, fastest.name, f"{fastest.ms:.0f}", f"{lost[-1]:+.1%}"])
-    right = sum(more <= 0.03 for more in lost)
-    middle = f"{100 * np.median(errors):.1f} %"
-    lines.append(["all; within 3 % of the fastest", str(len(errors)), middle, "", "", "", f"{right} of {len(lost)}"])
-    head = ("job, two ranks over", "cuts", "median error", "planner's cut", "fastest", "its ms", "slower by")
-    return table(head, lines)
-
-
-def memory_table(rows: Sequence[memory.Row]) -> str:
-    lines = [
-        [row.name, f"{row.mib:.0f}", f"{row.predicted:.0f}", f"{row.predicted / row.mib - 1:+.0%}"] for row in rows
-    ]
-    return table(("job", "measured MiB", "predicted MiB", "error"), lines)
-
-
 def picture(found: Validated, file: Path) -> None:
     """Predicted over measured, each row by a fit that has not seen its model size."""
     from matplotlib.figure import Figure
@@ -189,8 +165,6 @@ def main(folder: Path, check: Annotated[bool, typer.Option("--check", help="Writ
         "published": published_table(),
         "cpu": cpu_table(cpu),
         "steps": steps_table(own),
-        "cuts": cuts_table(cuts.read()),
-        "memory": memory_table(memory.read()),
     }
     for name, text in tables.items():
         print(name, text, sep="\n")
