@@ -55,6 +55,17 @@ inline std::vector<std::vector<int>> connected(size_t world_size) {
   return sockets;
 }
 
+// Runs body(comm) and closes it, whatever the body throws.
+inline void run_and_leave(Communicator& comm, const std::function<void(Communicator&)>& body) {
+  try {
+    body(comm);
+  } catch (...) {
+    comm.close();
+    throw;
+  }
+  comm.close();
+}
+
 // Runs body(communicator) once for each rank, each in a thread; a rank whose body has ended leaves the group.
 template <class Comm = SocketCommunicator>
 void with_ranks(int world_size, std::vector<Asked>& asked, const std::function<void(Communicator&)>& body,
@@ -65,13 +76,7 @@ void with_ranks(int world_size, std::vector<Asked>& asked, const std::function<v
     Comm comm("test", "test", static_cast<int>(r), world_size, timeout_s,
               std::make_unique<SocketExchange>(sockets[r], static_cast<int>(r), kCapacity, timeout_s,
                                                std::make_unique<TestWatch>(asked[r])));
-    try {
-      body(comm);
-    } catch (...) {
-      comm.close();
-      throw;
-    }
-    comm.close();
+    run_and_leave(comm, body);
   });
 }
 

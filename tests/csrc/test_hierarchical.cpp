@@ -42,13 +42,7 @@ void with_hosts(const Hosts& hosts, std::vector<Asked>& asked, const std::functi
         HierarchicalCommunicator comm("test", "test", rank, ranks_of(hosts), 20.0, hosts, inner,
                                       k < slices ? between[k][h] : std::vector<int>{}, kCapacity,
                                       std::make_unique<TestWatch>(asked[r]));
-        try {
-          body(comm);
-        } catch (...) {
-          comm.close();
-          throw;
-        }
-        comm.close();
+        run_and_leave(comm, body);
       }
     }
   });

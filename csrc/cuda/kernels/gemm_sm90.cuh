@@ -9,10 +9,9 @@
 //          stored. N and K are multiples of 8, so 16 bytes are inside or outside as a whole.
 // Ring     full[s]: the bytes of stage s have arrived. empty[s]: all product warps have read it; each warp arrives
 //          after it has waited for its products, because a wait for products covers one warp alone.
-// Left out  clusters that load a tile of w once for two blocks, and two warpgroups that take turns at products and
-// stores:
-//          both are faster where published kernels have them, by 5 to 15 % of a large product, and neither can be
-//          judged without a device.
+// Left out clusters that load a tile of w once for two blocks, and two warpgroups of which one multiplies while the
+//          other stores: both are faster where published kernels have them, by 5 to 15 % of a large product, and
+//          neither can be judged without a device.
 #pragma once
 
 #include "fused_gemm.h"
