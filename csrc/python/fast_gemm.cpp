@@ -81,8 +81,9 @@ void multiply(const Communicator& comm, const Operands& from, bool add_bias, Pro
     multiply_few_rows(shape.dtype, product);
     return;
   }
-  // torch's own function is the quickest way to ATen, but makes a view of more than two dims.
-  if (engine != Engine::OneDnn && from.x.ndim == 2) {
+  // torch's own function is the quickest way to ATen, but makes a view of more than two dims. Where operands do not fit
+  // the gemv above, the op's own product packs them, so that all ops give the same bits.
+  if (engine == Engine::Aten && from.x.ndim == 2) {
     y.object = py::reinterpret_steal<py::object>(
         torch_linear(from.x_object, from.w_object, add_bias ? from.bias_object : Py_None));
     dlpack::View view;

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from tests.harness.checkpoints import PeakMemory, adamw, assert_same, grid, learn, residuals, small_gpt, whole
+from tests.harness.checkpoints import adamw, assert_same, grid, learn, residuals, small_gpt, whole
+from tests.harness.memory import PeakMemory, needs_mallinfo2
 from tpkernels import checkpoint, layers, parallelize
 from tpkernels.checkpoint.ranks import file_name
 from tpkernels.cli import app
@@ -221,6 +222,7 @@ def test_listed_runs_and_residuals_go_through_any_number_of_ranks(tmp_path: Path
     aggregator.close()
 
 
+@needs_mallinfo2
 def test_a_reshard_holds_two_tensors_at_a_time(tmp_path: Path) -> None:
     side = 768  # 2.25 MiB each; half of them cut by columns, whose slices are not neighbours in the file
     group = resolve(None)

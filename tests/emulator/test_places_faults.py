@@ -8,6 +8,7 @@ import torch
 from tests.harness import places
 from tests.harness.ops import run_at
 from tests.harness.places import PLACES
+from tests.harness.ranks import nightly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 
@@ -39,8 +40,15 @@ def check_a_rank_that_does_not_come(group: Group, moment: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["emu", "virtual"])
-@pytest.mark.parametrize("moment", ["in the call", "in a barrier", "in an exchange"])
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize(
+    ("R", "moment"),
+    [
+        (2, "in the call"),
+        (3, "in a barrier"),
+        (2, "in an exchange"),
+        *nightly((3, "in the call"), (2, "in a barrier"), (3, "in an exchange")),
+    ],
+)
 def test_a_device_that_does_not_come_is_named_within_the_deadline(R: int, moment: str, place: str) -> None:
     *texts, late = run_at(place, check_a_rank_that_does_not_come, R, moment, timeout_s=0.7, faulty=True)
     assert late == "late"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,6 @@ from tpkernels.comm.group import Group, resolve
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.shard import ShardInfo
 from tpkernels.train.gpt import GPT, GPTConfig, sharded_parts
-
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @contextmanager
@@ -103,31 +99,3 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in a:
         assert a[name].dtype == b[name].dtype
         assert torch.equal(a[name], b[name]), name
-
-
-class PeakMemory:
-    """How much memory of its own (not that of files) this process held at most above where it began, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        # Blocks of 1 MiB and more are mappings of their own, which are gone when they are freed. What the process
-        # freed before goes back to the system, or a block that is taken from there would not be counted.
-        malloc = ctypes.CDLL(None)
-        assert malloc.mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
-        malloc.malloc_trim(0)
-        self._start, self.bytes, self._over = own_memory(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.0005):
-            self.bytes = max(self.bytes, own_memory() - self._start)
-
-
-def own_memory() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))

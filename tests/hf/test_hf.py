@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.harness.checkpoints import PeakMemory
+from tests.harness.memory import PeakMemory, needs_mallinfo2
 from tpkernels import checkpoint, hf
 from tpkernels.checkpoint.export import gathered
 from tpkernels.checkpoint.ranks import CheckpointRanks
@@ -116,6 +116,7 @@ def measure(folder: str) -> None:
         assert peak.bytes < 2 * largest, peak.bytes  # the whole one, and a part that another rank sent
 
 
+@needs_mallinfo2
 def test_a_rank_never_holds_more_than_its_part_and_one_tensor(tmp_path: Path) -> None:
     for name, side in (("small", 32), ("large", SIDE)):
         config = transformers.LlamaConfig(

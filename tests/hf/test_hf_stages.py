@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.harness.checkpoints import PeakMemory
+from tests.harness.memory import PeakMemory, needs_mallinfo2
 from tests.harness.parallelize import part_of
 from tests.harness.pipelines import batch_of
 from tpkernels import hf
@@ -37,6 +37,7 @@ def check_loaded_stages(folder: str) -> None:
         assert abs(float(got) - float(want)) < 1e-5 * float(want)
 
 
+@needs_mallinfo2
 def test_each_rank_reads_its_shards_of_its_stages_only(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

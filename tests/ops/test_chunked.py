@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.harness.ops import assert_same_on_all_ranks, check_forward, check_gradient, on_cpu, raised
+from tests.harness.ranks import nightly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
@@ -76,7 +77,7 @@ def check_bits(group: Group, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("R", [2, 3])
+@pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_any_number_of_chunks_gives_the_same_bits_and_sends_the_same_bytes(R: int, dtype: torch.dtype) -> None:
     on_cpu(check_bits, R, "group", dtype)
 
@@ -190,8 +191,16 @@ def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, s
         return type(error).__name__, str(error), took, raised(group.barrier, RuntimeError)
 
 
-@pytest.mark.parametrize("fault", ["dead", "stopped", "late"])
-@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"])
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [
+        *((op, "dead") for op in ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")),
+        ("gemm_all_reduce", "stopped"),
+        ("all_gather_gemm", "late"),
+        *nightly(("gemm_reduce_scatter", "stopped"), ("all_gather_gemm", "stopped")),
+        *nightly(("gemm_all_reduce", "late"), ("gemm_reduce_scatter", "late")),
+    ],
+)
 def test_a_rank_that_is_lost_during_a_chunk_is_named_in_bounded_time(op: str, fault: str) -> None:
     outcomes = run_ranks_outcomes(fail_in_chunks, 3, op, fault, 1, timeout=60.0, stopped_for_good=True)
     for outcome in (outcomes[0], outcomes[2]):

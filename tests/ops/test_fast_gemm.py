@@ -88,8 +88,35 @@ def check_gradients(group: Group) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), (dtype, M, name, variables)
 
 
+def columns(x: Tensor) -> Tensor:
+    """The values of x as the first columns of a wider tensor, as a shard cut along columns is."""
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+def turned(x: Tensor) -> Tensor:
+    """The values of x, column by column in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def check_strides(group: Group) -> None:
+    """One engine for all ops and both ways, however the operands lie in memory."""
+    for dtype, M, has_bias in product(DTYPES, ((1,), (5,), (40,)), (False, True)):
+        x, w, b = operands(M, 64, 80, dtype)
+        bias = b if has_bias else None
+        for engine in _C.engines_for(str(dtype).removeprefix("torch."), M[0], 64, 80):
+            group._communicator.add_measured(str(dtype).removeprefix("torch."), M[0], 64, 80, {engine: 1.0})
+            for of_x, of_w in product((Tensor.clone, columns, turned), repeat=2):
+                call = of_x(x), of_w(w), bias
+                want = by_op(group, *call)
+                assert torch.equal(ops.gemm_all_reduce(*call, group=group), want), (dtype, M, engine, of_x, of_w)
+                rows = ops.all_gather(ops.gemm_reduce_scatter(*call, group=group), dim_size=M[0], group=group)
+                assert torch.equal(rows, want), (dtype, M, engine, of_x, of_w)
+    group._communicator.forget_measured()
+
+
 def check(group: Group) -> None:
     check_bits(group)
+    check_strides(group)
     check_gradients(group)
 
 

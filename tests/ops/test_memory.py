@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.harness.layers import leaf
+from tests.harness.memory import bytes_in_use, needs_mallinfo2
 from tests.harness.op_calls import op_calls, sizes
 from tests.harness.training import run
 from tpkernels import layers, ops
@@ -29,20 +29,7 @@ PER_CALL = 16  # bytes: 300 of these and APART are less than 300 of the smallest
 APART = 4096  # bytes that are not lost: tables that grew, blocks that a thread keeps for itself
 
 Use = Callable[[], Any]
-pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs mallinfo2 of glibc 2.33")
-
-
-class MallInfo(ctypes.Structure):
-    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = [(name, ctypes.c_size_t) for name in _names]
-
-
-def bytes_in_use() -> int:
-    """What malloc has given to this process and not got back, of all its threads."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = MallInfo
-    found = mallinfo2()
-    return int(found.uordblks + found.hblkhd)
+pytestmark = needs_mallinfo2
 
 
 def lost(use: Use) -> int:
