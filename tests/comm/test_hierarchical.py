@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.harness.c10d import new_group
 from tests.harness.hosts import Hosts, open_group, pretended, reduced, repacked, values
 from tests.harness.ops import FLOATS, INTEGERS, assert_same_on_all_ranks, raised
+from tests.harness.ranks import nightly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.compress import CODECS as ALL_CODECS
@@ -247,10 +248,10 @@ def step(x: Tensor, w: Tensor, group: Group) -> Tensor:
     return ops.all_reduce(z, group=group, op="avg").sum()
 
 
-def check_compiled() -> None:
+def check_compiled(backend: str) -> None:
     with open_group(transport="hierarchical") as group:
         found = []
-        for call in (step, torch.compile(step, fullgraph=True)):
+        for call in (step, torch.compile(step, fullgraph=True, backend=backend)):
             x = values(6 * 8, torch.float32, 0).reshape(6, 8).requires_grad_()
             w = values(5 * 8, torch.float32, group.rank).reshape(5, 8).requires_grad_()
             loss = call(x, w, group)
@@ -261,5 +262,6 @@ def check_compiled() -> None:
             torch.testing.assert_close(eager, compiled)
 
 
-def test_compiled_graphs_have_the_same_calls() -> None:
-    run_ranks(check_compiled, 3)
+@pytest.mark.parametrize("backend", ["aot_eager", *nightly("inductor")])
+def test_compiled_graphs_have_the_same_calls(backend: str) -> None:
+    run_ranks(check_compiled, 3, backend)

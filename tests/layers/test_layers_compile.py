@@ -8,15 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.harness.layers import assert_close, assert_equal, leaf
+from tests.harness.ranks import nightly
 from tpkernels import layers
 from tpkernels.comm.group import Group
 from tpkernels.testing import run_ranks
 
 
-def check_compile(backend: str) -> None:
+def check_compile(backend: str, cuts_tokens: tuple[bool, ...] = (False, True)) -> None:
     group = Group.open()
     torch.manual_seed(0)
-    for cut, tokens in ((False, 5), (True, 4)):
+    for cut in cuts_tokens:
+        tokens = 4 if cut else 5
         width = 4 * group.world_size
         options = {"group": group, "sequence_parallel": cut}
         model = nn.Sequential(
@@ -96,8 +98,9 @@ def test_a_model_is_exported() -> None:
     run_ranks(check_export, 2)
 
 
-def test_a_compiled_mlp_equals_the_eager_one_in_one_graph() -> None:
-    run_ranks(check_compile, 2, "inductor", timeout=300)
+@pytest.mark.parametrize("cuts_tokens", [True, *nightly(False)])
+def test_a_compiled_mlp_equals_the_eager_one_in_one_graph(cuts_tokens: bool) -> None:
+    run_ranks(check_compile, 2, "inductor", (cuts_tokens,), timeout=300)
 
 
 @pytest.mark.parametrize("R", [1, 3])
