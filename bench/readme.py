@@ -296,6 +296,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "serve": (only("serve_smollm2"), each_class(serving)),
     "c10d": (lambda rows: [row for row in rows if str(row["op"]).startswith("c10d_")], each_class(c10d)),
     "c10d_programs": (lambda rows: [row for row in rows if row["op"] in C10D_ALONE], each_class(c10d_programs)),
+    "bubble": (lambda rows: kept.load(kept.RESULTS / kept.BUBBLES), bubbles),
     "compositions": (lambda rows: kept.load(kept.RESULTS / kept.COMPOSITIONS), compositions),
     "goals": (lambda rows: rows, goals),
     "summary": (lambda rows: rows, summary),
