@@ -176,6 +176,35 @@ def test_a_dead_rank_is_named_by_all_others(transport: str) -> None:
         assert "all_reduce" in outcomes[rank].value
 
 
+def check_a_death_among_large_parts() -> str:
+    """In the middle of an all-to-all, a gather or a message, whichever runs then."""
+    group, rank, R = new_group("shm"), dist.get_rank(), dist.get_world_size()
+    x, out = torch.full((3 << 20,), float(rank)), torch.empty(3 << 20)
+    if rank == 1:
+        kill_myself(after_s=0.2)
+
+    def go_on() -> None:
+        while True:
+            dist.all_to_all_single(out, x, group=group)
+            assert all(bool((part == r).all()) for r, part in enumerate(out.chunk(R)))
+            dist.all_gather_into_tensor(out, x[: len(x) // R], group)
+            works = dist.batch_isend_irecv([
+                dist.P2POp(dist.isend, x, (rank + 1) % R, group),
+                dist.P2POp(dist.irecv, out, (rank - 1) % R, group),
+            ])
+            for work in works:
+                work.wait()
+            assert bool((out == (rank - 1) % R).all())
+
+    return raised(go_on, PeerLostError)
+
+
+def test_a_death_among_large_parts_is_noticed_by_all_others() -> None:
+    outcomes = run_ranks_outcomes(check_a_death_among_large_parts, 3)
+    for rank in (0, 2):
+        assert "rank 1" in str(outcomes[rank].value) and "died" in outcomes[rank].value, outcomes[rank]
+
+
 def check_a_stopped_rank(transport: str) -> str:
     """All reduce again and again, until one of them stands still for longer than the timeout."""
     group, rank = new_group(transport, 0.7), dist.get_rank()

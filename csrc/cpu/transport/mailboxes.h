@@ -116,6 +116,7 @@ class Mailboxes {
   void run_finished(std::unique_lock<std::mutex>& lock);
   void sleep_once();
   void serve();
+  bool is_thread_needed() const;
   void need_thread();
 
   const std::shared_ptr<void> owner_;
@@ -135,6 +136,7 @@ class Mailboxes {
   std::mutex thread_mutex_;
   std::condition_variable changed_;
   std::atomic<int> waiting_{0};
+  std::atomic<bool> looks_{false};  // the thread, without being woken
   bool leaves_ = false, has_thread_ = false;
   std::unique_ptr<CommunicationThread> thread_;
 };
