@@ -179,6 +179,7 @@ def test_a_dead_rank_is_named_by_all_others(transport: str) -> None:
 def check_a_death_among_large_parts() -> str:
     """In the middle of an all-to-all, a gather or a message, whichever runs then."""
     group, rank, R = new_group("shm"), dist.get_rank(), dist.get_world_size()
+    before, after = (rank - 1) % R, (rank + 1) % R
     x, out = torch.full((3 << 20,), float(rank)), torch.empty(3 << 20)
     if rank == 1:
         kill_myself(after_s=0.2)
@@ -188,13 +189,10 @@ def check_a_death_among_large_parts() -> str:
             dist.all_to_all_single(out, x, group=group)
             assert all(bool((part == r).all()) for r, part in enumerate(out.chunk(R)))
             dist.all_gather_into_tensor(out, x[: len(x) // R], group)
-            works = dist.batch_isend_irecv([
-                dist.P2POp(dist.isend, x, (rank + 1) % R, group),
-                dist.P2POp(dist.irecv, out, (rank - 1) % R, group),
-            ])
-            for work in works:
+            ops = [dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, out, before, group)]
+            for work in dist.batch_isend_irecv(ops):
                 work.wait()
-            assert bool((out == (rank - 1) % R).all())
+            assert bool((out == before).all())
 
     return raised(go_on, PeerLostError)
 
