@@ -63,6 +63,12 @@ def times_of(machine: Cluster, sizes: Sizes) -> Times:
         average=all_reduce_s(machine, 4 * sizes.updated, machine.ranks)
         + d.average_bytes * sizes.updated / (d.memory_rate * d.memory_bandwidth),
         update=d.optimizer_bytes * sizes.updated / (d.memory_rate * d.memory_bandwidth),
+        packed={
+            codec: all_reduce_s(machine, wire * sizes.updated, machine.ranks)
+            + (d.average_bytes + 4 * d.grad_codec_passes[codec]) * sizes.updated / (d.memory_rate * d.memory_bandwidth)
+            for codec, wire in WIRE_BYTES.items()
+            if wire
+        },
         messages={size: all_reduce_s(machine, size, machine.ranks) for size in sizes.messages},
         codecs={
             codec: all_reduce_s(machine, last * wire / 4, machine.ranks)
@@ -82,7 +88,8 @@ def test_a_fit_finds_the_machine_that_made_the_times() -> None:
     true = replace(
         device("cpu"), flops=2e11, gemm_rate=1 / reached, memory_bandwidth=2e10, memory_rate=0.7, flash_rate=0.2,
         host_layer_s=3e-4, host_head_s=2e-4, host_call_s=4e-5, optimizer_bytes=30.0, average_bytes=12.0,
-        codec_passes={codec: 3.0 + i for i, codec in enumerate(WIRE_BYTES)}, per_node=4,
+        codec_passes={codec: 3.0 + i for i, codec in enumerate(WIRE_BYTES)},
+        grad_codec_passes={codec: 9.0 + i for i, codec in enumerate(WIRE_BYTES)}, per_node=4,
     )  # fmt: skip
     shm = replace(link("shm"), bandwidth=2e10, rate=0.5, latency_s=5e-6, hop_s=0.0)
     machine = Cluster(true, 4, 4, shm, shm)
@@ -92,8 +99,9 @@ def test_a_fit_finds_the_machine_that_made_the_times() -> None:
         assert getattr(own, name) == pytest.approx(getattr(true, name)), name
     for name, near in (("gemm_rate", 0.1), ("flash_rate", 0.1), ("host_layer_s", 0.4), ("memory_rate", 0.4)):
         assert getattr(own, name) == pytest.approx(getattr(true, name), rel=near), name  # the prior moves them
-    passes = {c: own.codec_passes[c] / own.memory_rate for c in own.codec_passes}
-    assert passes == pytest.approx({c: p / true.memory_rate for c, p in true.codec_passes.items() if c != "none"})
+    for mine, made in ((own.codec_passes, true.codec_passes), (own.grad_codec_passes, true.grad_codec_passes)):
+        passes = {c: p / own.memory_rate for c, p in mine.items()}
+        assert passes == pytest.approx({c: p / true.memory_rate for c, p in made.items() if c != "none"})
     for name in ("optimizer_bytes", "average_bytes"):
         assert getattr(own, name) / own.memory_rate == pytest.approx(getattr(true, name) / true.memory_rate), name
     assert (found.cluster.inside.rate, found.cluster.inside.latency_s) == pytest.approx((0.5, 5e-6))
@@ -119,7 +127,8 @@ def test_ranks_measure_together_and_find_the_same(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if calibrated_file("cpu").is_file():  # where the ranks may use the same cores as this process
         two = planner.this_machine(2)
-        assert two.device.codec_passes.keys() == {"fp16", "bf16", "int8", "fp8"}
+        for passes in (two.device.codec_passes, two.device.grad_codec_passes):
+            assert passes.keys() == {"fp16", "bf16", "int8", "fp8"}
         assert two.inside.rate == pytest.approx(first.cluster.inside.rate, rel=1e-3)
     assert not math.isnan(first.left_out)
 

@@ -22,7 +22,7 @@ from tpkernels.planner.hardware import Cluster, Device, calibrated_file, device,
 from tpkernels.planner.measured import HEAD_DIM, VOCAB, Sizes, Times, measure
 from tpkernels.planner.recipe import WIRE_BYTES
 from tpkernels.planner.shape import Shape
-from tpkernels.planner.terms import RAMP, TILE, Slice, all_reduce_s, head_s, layer_s, pointwise_s
+from tpkernels.planner.terms import RAMP, TILE, Slice, all_reduce_s, head_s, layer_s, memory_s, pointwise_s
 
 
 def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -114,6 +114,7 @@ def fit(times: Times, sizes: Sizes, ranks: int, memory: float) -> Calibrated:
         ),
         codec_passes=_codec_passes(times, sizes, machine),
     )  # fmt: skip
+    own = replace(own, grad_codec_passes=_grad_codec_passes(times, sizes, replace(machine, device=own)))
     if ranks > 1:
         machine = replace(machine, device=own)
         pairs = zip(sizes.layers, times.layers, strict=True)
@@ -132,6 +133,16 @@ def _codec_passes(times: Times, sizes: Sizes, machine: Cluster) -> dict[str, flo
     for codec, seconds in times.codecs.items():
         moved = all_reduce_s(machine, size * (WIRE_BYTES[codec] or d.value_bytes) / d.value_bytes, machine.ranks)
         found[codec] = max(0.0, seconds - moved) * d.memory_rate * d.memory_bandwidth / size
+    return found
+
+
+def _grad_codec_passes(times: Times, sizes: Sizes, machine: Cluster) -> dict[str, float]:
+    """What an aggregator with a codec takes longer than its bytes on the link and its copies do, in passes."""
+    found, values, d = {}, sizes.updated, machine.device
+    for codec, seconds in times.packed.items():
+        moved = all_reduce_s(machine, values * (WIRE_BYTES[codec] or d.value_bytes), machine.ranks)
+        moved += memory_s(d, d.average_bytes * values)
+        found[codec] = max(0.0, seconds - moved) / memory_s(d, d.value_bytes * values)
     return found
 
 
@@ -194,7 +205,7 @@ def keep(found: Calibrated, times: Times) -> None:
         "gemm_rate": f"{measured}: products of {min(rates):.0f} to {max(rates):.0f} GFLOP/s",
         "memory_bandwidth": f"{measured}: a copy, read and written",
         "memory": f"physical memory / {ranks}",
-        "reserved": f"{measured}: resident after steps, without a model",
+        "reserved": f"{measured}: resident after steps of a small layer",
         "flash_rate": f"{measured}: attention alone, forward and backward",
         "memory_rate": f"{measured}: layers forward and backward",
         "host_layer_s": f"{measured}: layers forward and backward",
@@ -215,18 +226,24 @@ def keep(found: Calibrated, times: Times) -> None:
         })  # fmt: skip
         replace_file(file, text)
     codecs = {name: (value, f"{measured}: all_reduce") for name, value in own.codec_passes.items()}
+    packed = {name: (value, f"{measured}: an aggregator of gradients") for name, value in own.grad_codec_passes.items()}
     left_out = (found.left_out, "on layers of other sizes, forward and backward, when the machine was calibrated")
     head = {"name": "core of this machine", "per_node": own.per_node, "inside": "shm" if file is None else str(file)}
     replace_file(
-        calibrated_file("cpu"), _toml(head, {"figures": figures, "codecs": codecs, "error": {"one_node": left_out}})
-    )
+        calibrated_file("cpu"),
+        _toml(head, {
+            "figures": figures, "codecs": codecs, "grad_codecs": packed, "error": {"one_node": left_out},
+        })
+    )  # fmt: skip
     device.cache_clear()
     link.cache_clear()
 
 
 _FIGURES = tuple(
     field.name for field in fields(Device)
-    if field.name not in ("name", "key", "per_node", "inside_link", "codec_passes", "errors", "sources")
+    if field.name not in (
+        "name", "key", "per_node", "inside_link", "codec_passes", "grad_codec_passes", "errors", "sources",
+    )
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Device:
         optimizer_bytes: moved for each parameter.
         average_bytes: moved for each parameter to and from the messages in which replicas average gradients.
         codec_passes: {codec: passes of its values from memory that it takes}; CODEC_PASSES of one that is not there.
+        grad_codec_passes: as many of gradients, what packing loses kept; `codec_passes` of one that is not there.
         errors: {what: mean absolute percentage error on measurements of this class}.
         sources: {figure: where it is from}.
     """
@@ -67,6 +68,7 @@ class Device:
     optimizer_bytes: float
     average_bytes: float
     codec_passes: dict[str, float] = field(default_factory=dict)
+    grad_codec_passes: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class Link:
         of_node: whether the devices of a node share `bandwidth`.
         rate: the share of it that collectives reach.
         latency_s, hop_s: a collective of n ranks starts in latency_s + (n - 1) hop_s.
+        burst: bytes that pass at once after a pause: of a link that a token bucket shapes.
         sources: {figure: where it is from}.
     """
 
@@ -91,6 +94,7 @@ class Link:
     rate: float
     latency_s: float
     hop_s: float
+    burst: float = 0.0
     sources: dict[str, str] = field(default_factory=dict)
 
     def latency(self, ranks: int) -> float:
@@ -185,12 +189,14 @@ def device(key: str) -> Device:
     figures, own = _figures(data.get("figures", {}), file)
     errors, found = _figures(data.get("error", {}), file)
     codecs, packing = _figures(data.get("codecs", {}), file)
+    grad_codecs, averaging = _figures(data.get("grad_codecs", {}), file)
     sources |= own | {f"error {what}": source for what, source in found.items()}
     sources |= {f"codec {name}": source for name, source in packing.items()}
+    sources |= {f"grad_codec {name}": source for name, source in averaging.items()}
     try:
         return Device(
-            data["name"], file.stem, data["per_node"], data["inside"], codec_passes=codecs, errors=errors,
-            sources=sources, **(constants | figures),
+            data["name"], file.stem, data["per_node"], data["inside"], codec_passes=codecs,
+            grad_codec_passes=grad_codecs, errors=errors, sources=sources, **(constants | figures),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"plan: {file.name}: {error}") from None

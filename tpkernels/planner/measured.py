@@ -1,7 +1,8 @@
 """What a calibration measures on all ranks of this machine at once.
 
 Products are timed as `tpkernels tune` times them (comm/profile.py), by the fastest engine. Everything else is a call
-that the ranks begin together; the slowest rank counts, and the fastest of some rounds, as other work makes all slower.
+that the ranks begin together; the slowest rank counts, and the fastest of some rounds, as other work makes all slower,
+at times some seconds apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from tpkernels.comm.group import Group
 from tpkernels.comm.profile import Product
 from tpkernels.planner.recipe import WIRE_BYTES
 
-ROUNDS = 15
+ROUNDS, PASSES = 5, 3  # of a call, and over all calls: a machine may be slow for some seconds
 HEAD_DIM, VOCAB = 64, 256
 PIECES = 16  # parameters of a model that is updated
 
@@ -64,11 +66,19 @@ class Layer(nn.Module):
         """x: [tokens, hidden], of so many sequences of one length."""
         qkv: Tensor = self.qkv(self.before(x))
         q, k, v = qkv.view(sequences, len(x) // sequences, -1, 3, HEAD_DIM).permute(3, 0, 2, 1, 4)
-        q, k = (torch.cat((-b, a), -1) for a, b in (each.chunk(2, -1) for each in (q, k)))  # positions, by a turn
+        q, k = (turned(each) for each in (q, k))
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         x = x + self.proj(heads.reshape(len(x), -1))
         y: Tensor = x + self.down(F.gelu(self.up(self.between(x))))
         return y
+
+
+def turned(x: Tensor) -> Tensor:
+    """x [..., tokens, head_dim] with rotary embeddings of its positions (Su et al. 2021, arXiv:2104.09864)."""
+    angle = torch.arange(x.shape[-2])[:, None] * 1e4 ** -torch.linspace(0, 1, x.shape[-1] // 2)
+    a, b = x.chunk(2, -1)
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
 
 
 class Clock:
@@ -131,10 +141,10 @@ class Clock:
 
         return self(call)
 
-    def average(self, values: int) -> float:
-        """Time what an aggregator adds to a backward pass that makes so many gradients."""
+    def average(self, values: int, codec: str | None) -> float:
+        """Time a backward pass that makes so many gradients, with an aggregator unless there is no codec."""
         model = nn.ParameterList(nn.Parameter(torch.zeros(values // PIECES)) for _ in range(PIECES))
-        aggregator: data_parallel.GradAggregator | None = None
+        aggregator = None if codec is None else data_parallel.GradAggregator(model, group=self.group, codec=codec)
 
         def call() -> None:
             torch.stack([parameter.sum() for parameter in model]).sum().backward()  # type: ignore[no-untyped-call]
@@ -143,12 +153,11 @@ class Clock:
             for parameter in model:
                 parameter.grad = None
 
-        alone = self(call)
-        aggregator = data_parallel.GradAggregator(model, group=self.group)
         try:
-            return max(0.0, self(call) - alone)
+            return self(call)
         finally:
-            aggregator.close()
+            if aggregator is not None:
+                aggregator.close()
 
     def attention(self, size: tuple[int, int, int]) -> float:
         """Time the attention of a layer alone, forward and backward."""
@@ -173,9 +182,10 @@ class Times:
         attention: of the layer of the last of `layers`.
         head: of the tokens and width of the second of `layers`.
         update: of clipping and AdamW. average: of an aggregator's gradients, 0 with one rank.
+        packed: of the same gradients with each codec.
         messages: all-reduces, empty with one rank.
         codecs: all-reduces of the last but one of `messages`.
-        resident: bytes of a rank that has trained and holds no model.
+        resident: bytes of a rank that has trained a small layer.
     """
 
     products: Mapping[tuple[int, int, int], float]
@@ -186,6 +196,7 @@ class Times:
     head: float
     update: float
     average: float
+    packed: Mapping[str, float]
     messages: Mapping[int, float]
     codecs: Mapping[str, float]
     resident: int
@@ -197,30 +208,56 @@ def measure(ranks: Group, alone: Group, sizes: Sizes) -> Times:
     Args:
         ranks: all ranks of this machine. alone: this rank.
     """
-    clock = Clock(ranks)
+    clock, several = Clock(ranks), ranks.world_size > 1
+    clock.update(PIECES)
+    if several:
+        clock.average(PIECES, "none")
+    clock.layer(sizes.layers[0], alone)
+    resident = max(
+        ranks.all_gather_ints(_resident_bytes())
+    )  # with the libraries that a step loads, before large tensors
     pairs = itertools.product(sizes.rows, sizes.widths, sizes.widths)
     engines = ranks.measure_engines([Product("float32", *mnk) for mnk in pairs])
-    several = ranks.world_size > 1
+    packing = [codec for codec in WIRE_BYTES if codec != "none"] if several else []
+    sequences, tokens, hidden = sizes.layers[1]
+    calls: dict[tuple[object, ...], Callable[[], float]] = {
+        ("copy",): partial(clock.copy, sizes.copied),
+        ("attention",): partial(clock.attention, sizes.layers[-1]),
+        ("head",): partial(clock.head, sequences * tokens, hidden),
+        ("update",): partial(clock.update, sizes.updated),
+    }
+    for size in (*sizes.layers, *sizes.left_out):
+        calls["one", size] = partial(clock.layer, size, alone)
+        if several and size[2] // HEAD_DIM >= ranks.world_size:
+            calls["many", size] = partial(clock.layer, size, ranks)
+    if several:
+        calls |= {("message", size): partial(clock.all_reduce, size) for size in sizes.messages}
+        calls |= {("codec", codec): partial(clock.all_reduce, sizes.messages[-2], codec) for codec in packing}
+        calls |= {("average", codec): partial(clock.average, sizes.updated, codec) for codec in (None, *WIRE_BYTES)}
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(PASSES):
+        for key, call in calls.items():
+            best[key] = min(best[key], call())
 
     def layer(size: tuple[int, int, int]) -> tuple[float, float]:
-        whole_heads = several and size[2] // HEAD_DIM >= ranks.world_size
-        return clock.layer(size, alone), clock.layer(size, ranks) if whole_heads else math.nan
+        return best["one", size], best.get(("many", size), math.nan)
 
-    sequences, tokens, hidden = sizes.layers[1]
+    def average(codec: str) -> float:
+        return max(0.0, best["average", codec] - best["average", None])
+
     return Times(
         products={(p.M, p.N, p.K): min(us.values()) / 1e6 for p, us in engines.items()},
-        copy=clock.copy(sizes.copied),
+        copy=best["copy",],
         layers=[layer(size) for size in sizes.layers],
         left_out=[layer(size) for size in sizes.left_out],
-        attention=clock.attention(sizes.layers[-1]),
-        head=clock.head(sequences * tokens, hidden),
-        update=clock.update(sizes.updated),
-        average=clock.average(sizes.updated) if several else 0.0,
-        messages={size: clock.all_reduce(size) for size in sizes.messages} if several else {},
-        codecs={c: clock.all_reduce(sizes.messages[-2], c) for c in WIRE_BYTES if c != "none"} if several else {},
-        resident=max(
-            ranks.all_gather_ints(_resident_bytes())
-        ),  # last: with all libraries and kernels that a step loads
+        attention=best["attention",],
+        head=best["head",],
+        update=best["update",],
+        average=average("none") if several else 0.0,
+        packed={codec: average(codec) for codec in packing},
+        messages={size: best["message", size] for size in sizes.messages} if several else {},
+        codecs={codec: best["codec", codec] for codec in packing},
+        resident=resident,
     )
 
 

@@ -63,7 +63,8 @@ def memory_of(cluster: Cluster, job: Job, recipe: Recipe, arena_bytes: float) ->
     parameter and two moments in fp32); in fp32 4, 4 and 8. The first of pp stages keeps the activations of pp
     micro-batches (interleaved: 1 + (pp - 1) / (pp virtual) times as many, as in Korthikanti et al. 2022), and full
     recomputation those of one layer beside the inputs of all. The logits of one micro-batch are kept as values and
-    twice in fp32. Where replicas copy gradients into messages (`average_bytes`), these are as large, except in ZeRO-2.
+    twice in fp32. Where replicas copy gradients into messages (`average_bytes`), these are as large, and so is what
+    comes back, except in ZeRO-2.
     """
     r, shape, value = recipe, job.shape, cluster.device.value_bytes
     mine = parameters_of_rank(shape, r)
@@ -75,7 +76,7 @@ def memory_of(cluster: Cluster, job: Job, recipe: Recipe, arena_bytes: float) ->
     if r.recompute == "full":
         whole = Recipe(r.tp, r.pp, r.dp, r.micro_batch, r.sequence_parallel)
         kept += activation_values(shape, job, whole)
-    messages = 4 * mine if r.dp > 1 and r.zero < 2 and cluster.device.average_bytes else 0.0
+    messages = (8 if r.zero < 2 else 4) * mine if r.dp > 1 and cluster.device.average_bytes else 0.0
     logits = (value + 8) * r.micro_batch * job.sequence * shape.vocab / r.tp
     return Memory(
         parameters=mine * value / (r.dp if r.zero == 3 else 1),

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from tpkernels.planner.hardware import Cluster
 from tpkernels.planner.memory import parameters_of_rank
 from tpkernels.planner.recipe import WIRE_BYTES, Job, Recipe
-from tpkernels.planner.terms import LayerTime, all_reduce_s, codec_s, head_s, layer_s, memory_s, optimizer_s, send_s
+from tpkernels.planner.terms import (
+    LayerTime,
+    all_reduce_s,
+    grad_codec_s,
+    head_s,
+    layer_s,
+    memory_s,
+    optimizer_s,
+    send_s,
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,9 @@ def data_parallel_s(cluster: Cluster, job: Job, recipe: Recipe, mine: float, com
     An all-reduce of a rank's gradients; ZeRO-1 and 2 have a reduce-scatter of gradients and, after the update, an
     all-gather of parameters instead, as many bytes; ZeRO-3 gathers the parameters for the forward and the backward of
     every micro-batch and sums gradients after each, half as much again. With `overlap`, what fits of the gradients
-    beside the backward of the last micro-batch (ZeRO-3: of everything beside everything) is hidden, but not the
-    copies into messages and out of them.
+    beside the backward of the last micro-batch, and of the parameters beside the forward of the first, is hidden
+    (ZeRO-3: of everything beside everything), but neither those of the first layer, which come last and are wanted
+    first, nor the rank's own work: codecs, and copies into messages and out of them, with ZeRO of parameters, too.
 
     Args:
         mine: parameters of the rank.
@@ -96,9 +106,14 @@ def data_parallel_s(cluster: Cluster, job: Job, recipe: Recipe, mine: float, com
     average, gather = all_reduce_s(cluster, mine * wire, r.dp, r.tp), 0.0
     if r.zero:  # a reduce-scatter and an all-gather are half an all-reduce each
         average, gather = average / 2, all_reduce_s(cluster, mine * value, r.dp, r.tp) / 2
-    moved = memory_s(cluster.device, cluster.device.average_bytes * mine)
+    moved = memory_s(cluster.device, cluster.device.average_bytes * mine * (1 + 1 / r.dp if r.zero else 1))
     if wire < value:
-        average += codec_s(cluster.device, r.grad_codec, mine * value)
+        moved += grad_codec_s(cluster.device, r.grad_codec, mine * value)
     if r.zero == 3:
         return max(0.0, 1.5 * n * (average + gather) - (compute if job.overlap else 0.0)) + n * moved
-    return max(0.0, average - (2 / 3 * compute / n if job.overlap else 0.0)) + gather + moved
+    if not job.overlap:
+        return average + gather + moved
+    first = 1 / -(-job.shape.layers // r.pp)
+    return (
+        max(first * average, average - 2 / 3 * compute / n) + max(first * gather, gather - 1 / 3 * compute / n) + moved
+    )

@@ -103,14 +103,15 @@ def pointwise_s(device: Device, shape: Shape, part: Slice) -> float:
     return memory_s(device, (2 + part.forwards) * part.value_bytes * part.tokens * (whole + own))
 
 
-def all_reduce_s(cluster: Cluster, size: float, ranks: int, stride: int = 1) -> float:
+def all_reduce_s(cluster: Cluster, size: float, ranks: int, stride: int = 1, pause: float = 0.0) -> float:
     """Return the time of an all-reduce of `size` bytes over ranks that are `stride` apart.
 
     Ring inside a node, and between nodes each byte twice over a node's link, which the groups of a node share:
 
         latency(n) + max(2 (n - 1) / n size / inside, 2 (nodes - 1) / nodes size groups / between)
 
-    A reduce-scatter or an all-gather takes half of it.
+    After `pause` seconds without traffic the `burst` of the link between nodes passes at once. A reduce-scatter or an
+    all-gather takes half of it.
     """
     if ranks == 1:
         return 0.0
@@ -121,14 +122,16 @@ def all_reduce_s(cluster: Cluster, size: float, ranks: int, stride: int = 1) -> 
     if nodes == 1:
         return time + ring
     across = 2.0 * (nodes - 1) / nodes * size * groups / cluster.node_bandwidth
+    across = max(0.0, across - min(pause, cluster.between.burst / cluster.node_bandwidth))
     return time + cluster.between.latency(nodes) + max(ring, across)
 
 
 def send_s(cluster: Cluster, size: float, stride: int, pp: int) -> float:
-    """Return the time to send `size` bytes from a stage to the next, `stride` ranks away."""
+    """Return the time to send `size` bytes from a stage to the next, `stride` ranks away, which computed meanwhile."""
     if stride * pp <= cluster.per_node:
         return cluster.device.send_s + size / cluster.inside.rate_of(cluster.per_node)
-    return cluster.device.send_s + size * cluster.per_node / cluster.node_bandwidth
+    of_node = max(0.0, size * cluster.per_node - cluster.between.burst)
+    return cluster.device.send_s + of_node / cluster.node_bandwidth
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def layer_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:
     host = device.host_layer_s * (2 + part.forwards) / 3 + calls * device.host_call_s * hops
     if tp == 1:
         return LayerTime(together(device, compute, host), 0.0)
-    reduce = sum_s(cluster, shape, part)
+    reduce = sum_s(cluster, shape, part, compute / calls)
     exposed = max(0.0, reduce - wait_first) + max(0.0, reduce - wait_up)
     for K in (width, shape.ffn / tp):
         exposed += part.forwards * exposed_s(reduce, gemm_s(device, m, shape.hidden, K), device.sum_chunks)
@@ -187,10 +190,10 @@ def exposed_s(sum_time: float, product_time: float, chunks: float) -> float:
     return both - product_time
 
 
-def sum_s(cluster: Cluster, shape: Shape, part: Slice) -> float:
-    """Return the time to sum the activations of a micro-batch over the tp ranks, packed or not."""
+def sum_s(cluster: Cluster, shape: Shape, part: Slice, pause: float = 0.0) -> float:
+    """Return the time to sum the activations of a micro-batch over the tp ranks, packed or not, after a pause."""
     values = part.tokens * shape.hidden
-    time = all_reduce_s(cluster, part.wire_bytes * values, part.tp)
+    time = all_reduce_s(cluster, part.wire_bytes * values, part.tp, pause=pause)
     packed = part.tp > 1 and part.wire_bytes < part.value_bytes
     return time + codec_s(cluster.device, part.codec, part.value_bytes * values) if packed else time
 
@@ -198,6 +201,12 @@ def sum_s(cluster: Cluster, shape: Shape, part: Slice) -> float:
 def codec_s(device: Device, codec: str, size: float) -> float:
     """Return the time to pack `size` bytes of values, and to unpack and sum as many."""
     return memory_s(device, device.codec_passes.get(codec, CODEC_PASSES) * size)
+
+
+def grad_codec_s(device: Device, codec: str, size: float) -> float:
+    """Return the time to pack `size` bytes of gradients with what packing lost before, and to unpack and sum them."""
+    passes = device.grad_codec_passes.get(codec)
+    return codec_s(device, codec, size) if passes is None else memory_s(device, passes * size)
 
 
 def head_s(cluster: Cluster, shape: Shape, part: Slice) -> LayerTime:
