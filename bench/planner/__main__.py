@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench.planner import cpus, fit, published
+from bench.planner import cpus, cuts, fit, memory, published
+from bench.planner.scatter import scatter
 from tpkernels.planner.hardware import DATA
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
@@ -71,6 +72,19 @@ def a100_table(found: Validated, whole: dict[str, float]) -> str:
     return table(("rows left out of the fit", "rows", "mean absolute error", "rank correlation"), lines)
 
 
+def order_table(rows: Sequence[fit.Iteration]) -> str:
+    """How well rows can be ranked that scatter as these do."""
+    found = scatter(rows)
+    lines = [
+        ["scatter of rows of tp 8", f"{found.of_least:.1%}"],
+        ["scatter of the others", f"{found.of_others:.1%}"],
+        ["rank correlation of the factors with these rows", f"{found.fitted:.3f}"],
+        ["with rows that scatter so around them, mean", f"{found.expected:.3f}"],
+        ["nine of ten times between", f"{found.low:.3f} and {found.high:.3f}"],
+    ]
+    return table(("39.1 G, a factor for each (tp, pp) and for each micro-batch", ""), lines)
+
+
 def worst_table(found: Validated) -> str:
     """The ten rows that are furthest off."""
     pairs = [
@@ -122,6 +136,30 @@ def steps_table(steps: Sequence[cpus.Step]) -> str:
     return table(("job", "measured ms", "predicted ms", "error"), lines)
 
 
+def cuts_table(cases: dict[str, list[cuts.Row]]) -> str:
+    """Errors of each case, and how much slower the cut that the planner would take is than the fastest."""
+    lines, lost, errors = [], [], []
+    for case, rows in cases.items():
+        chosen, fastest = min(rows, key=lambda row: row.predicted), min(rows, key=lambda row: row.ms)
+        own = [abs(row.predicted / row.ms - 1) for row in rows]
+        lost.append(chosen.ms / fastest.ms - 1)
+        errors += own
+        error = f"{100 * np.median(own):.1f} %"
+        lines.append([case, str(len(rows)), error, chosen.name, fastest.name, f"{fastest.ms:.0f}", f"{lost[-1]:+.1%}"])
+    right = sum(more <= 0.03 for more in lost)
+    middle = f"{100 * np.median(errors):.1f} %"
+    lines.append(["all; within 3 % of the fastest", str(len(errors)), middle, "", "", "", f"{right} of {len(lost)}"])
+    head = ("job, two ranks over", "cuts", "median error", "planner's cut", "fastest", "its ms", "slower by")
+    return table(head, lines)
+
+
+def memory_table(rows: Sequence[memory.Row]) -> str:
+    lines = [
+        [row.name, f"{row.mib:.0f}", f"{row.predicted:.0f}", f"{row.predicted / row.mib - 1:+.0%}"] for row in rows
+    ]
+    return table(("job", "measured MiB", "predicted MiB", "error"), lines)
+
+
 def picture(found: Validated, file: Path) -> None:
     """Predicted over measured, each row by a fit that has not seen its model size."""
     from matplotlib.figure import Figure
@@ -160,11 +198,14 @@ def main(folder: Path, check: Annotated[bool, typer.Option("--check", help="Writ
     whole, more, own = errors_of(found), fit.extrapolations(rows), cpus.read_steps()
     tables = {
         "a100": a100_table(found, whole),
+        "order": order_table([row for row in rows if row.group == ("many_nodes", "8192 x 48")]),
         "further": table(("left out", "error"), [[what, f"{error:.1f} %"] for what, error in more.items()]),
         "worst": worst_table(found),
         "published": published_table(),
         "cpu": cpu_table(cpu),
         "steps": steps_table(own),
+        "cuts": cuts_table(cuts.read()),
+        "memory": memory_table(memory.read()),
     }
     for name, text in tables.items():
         print(name, text, sep="\n")

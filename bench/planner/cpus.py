@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.planner.fit import with_constants
+from bench.study.links import RATES, burst_of
 from tpkernels.planner.hardware import Cluster, cluster, crowded
 from tpkernels.planner.recipe import WIRE_BYTES, Job, Recipe
 from tpkernels.planner.shape import Shape
@@ -24,6 +25,11 @@ JOB = Job(replace(Shape.gpt(4, 256, 4, 256, "byte-level GPT"), tied=False), 128,
 START = {"gemm_rate": 0.8, "memory_rate": 1.0, "host_layer_s": 1e-3, "host_head_s": 1e-3, "between_rate": 0.9}
 
 
+def shaped(machine: Cluster, link: str) -> Cluster:
+    """A cluster whose link between hosts is a token bucket, as the links of the study are."""
+    return replace(machine, between=replace(machine.between, burst=float(burst_of(RATES[link]))))
+
+
 @dataclass(frozen=True)
 class Measured:
     """A step of the main job: how it was cut, over which link, and its seconds."""
@@ -36,7 +42,7 @@ class Measured:
     @cached_property
     def cluster(self) -> Cluster:
         tp, dp = CUTS[self.layout]
-        return cluster("cpu", tp * dp, self.link, tp * dp // 2)
+        return shaped(cluster("cpu", tp * dp, self.link, tp * dp // 2), self.link)
 
     @cached_property
     def recipe(self) -> Recipe:

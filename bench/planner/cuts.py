@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.planner.cpus import shaped
 from bench.ranks import RankTeam, launch
 from bench.rows import append, circumstances
 from bench.study import links
@@ -107,7 +108,9 @@ def measure(link: str | None, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def machine_of(link: str | None) -> Cluster:
     """This machine's ranks as it was calibrated, on one host or two."""
-    return cluster(str(CPU), RANKS, f"{SHM},{link or SHM}", RANKS if link is None else 1)
+    if link is None:
+        return cluster(str(CPU), RANKS, f"{SHM},{SHM}", RANKS)
+    return shaped(cluster(str(CPU), RANKS, f"{SHM},{link}", 1), link)
 
 
 @dataclass(frozen=True)

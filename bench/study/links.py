@@ -120,6 +120,11 @@ def obstacle() -> str | None:
         return str(error)
 
 
+def burst_of(rate: float) -> int:
+    """The bytes of a token bucket of so many bits per second."""
+    return max(LEAST_BURST, int(rate / 8 * TICK_S))
+
+
 @contextlib.contextmanager
 def opened(name: str, hosts: int = 2, own_memory: bool = False) -> Iterator[Link]:
     """The link of that name: a rate, or the loopback. Arguments as of `shaped`."""
@@ -147,7 +152,7 @@ def shaped(name: str, hosts: int = 2, own_memory: bool = False) -> Iterator[Link
     remove_left_behind(ip)
     names = [f"{PREFIX}-{os.getpid()}-{side}" for side in range(hosts)]
     middle = f"{PREFIX}-{os.getpid()}-9"  # of more than two
-    burst = max(LEAST_BURST, 2 * MTU_DELAYED if delay_ms else 0, int(rate / 8 * TICK_S))
+    burst = max(burst_of(rate), 2 * MTU_DELAYED if delay_ms else 0)
 
     def limit(namespace: str, end: str) -> None:
         bucket = ("rate", f"{rate:.0f}bit", "burst", f"{burst}b", "latency", "50ms")
