@@ -1,7 +1,8 @@
 # make run      train a small language model, cut over two CPU ranks, for about two minutes
 # make test     the tests, C++ and Python;  make emu  builds the emulated CUDA module for them
 # make test-all the same and those marked nightly: C++ with sanitizers, what nvcc makes of the CUDA sources, planted mistakes
-# make test-weekly  further cases of the longest tests, alone: restarts, links, compositions, the suites of torch; an hour
+# make test-weekly  further cases of the longest tests, alone: restarts, links, compositions, the suites of torch, the CUDA
+#                sources for every architecture; an hour
 # make bench    ten minutes: time what README shows, draw it;  BENCH_ARGS="all_reduce codecs" picks, see bench/suite.py
 # make gpu-check OUT=folder  on a machine with a GPU: build the CUDA half with its own python, test it, time it
 # make lint     ruff, mypy --strict, clang-format, as CI does it;  make format  repairs what it can
@@ -98,11 +99,13 @@ test-cpp: configure-tests
 emu: configure-tests
 	cmake --build $(FOLDER) --target _C_emu
 
-# The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH.
+# The real one for checks, also where torch has no CUDA: it loads with build/cuda/stub on LD_LIBRARY_PATH. For sm_90a;
+# for all, with CUDA_ARCHS= and nothing behind it, in make test-weekly.
+CUDA_ARCHS ?= 90a
 cuda: $(TORCH_STAMP)
-	cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_CUDA=ON -DTPKERNELS_CUDA_STUB=ON -DTPKERNELS_WERROR=ON $(WITH_TORCH) \
+	$(if $(CUDA_ARCHS),CUDAARCHS='$(CUDA_ARCHS)') cmake -S . -B $(FOLDER) -G Ninja -DCMAKE_BUILD_TYPE=Release -DTPKERNELS_CUDA=ON -DTPKERNELS_CUDA_STUB=ON -DTPKERNELS_WERROR=ON $(WITH_TORCH) \
 		-DTPKERNELS_CUDA_REPORT=ON -DTPKERNELS_CUDA_MODULE_FILE=$(CURDIR)/build/cuda/_C_cuda.so
-	cmake --build build/cuda --target _C_cuda
+	cmake --build $(FOLDER) --target _C_cuda
 
 bench: install
 	$(BIN)/python -m bench.suite $(BENCH_ARGS)

@@ -7,8 +7,6 @@
 namespace tpk::emu {
 namespace {
 
-constexpr uintptr_t kPattern = 1024;  // of the 128-byte swizzle
-
 // Registers come from what the block was launched with: of 65536 for each multiprocessor, 8 at a time to a thread.
 bool registers_fit(Block& block, const Async& state) {
   const uint32_t threads = block.launch().threads(), share = 65536 / threads / 8 * 8;
@@ -18,6 +16,15 @@ bool registers_fit(Block& block, const Async& state) {
     all += 128 * (found == state.registers.end() ? share : static_cast<uint32_t>(found->second));
   }
   return all <= share * threads;
+}
+
+struct Agents {
+  std::mutex mutex;
+  std::map<std::array<uint64_t, 3>, Agent> all;  // by the id of the stream, the block's number and the agent's
+};
+Agents& agents() {
+  static auto* const one = new Agents;
+  return *one;
 }
 
 }  // namespace
@@ -40,16 +47,16 @@ Async& async_of(Block& block) {
 }
 
 Agent& agent_of(Block& block, uint32_t number, const char* what) {
-  static std::mutex guard;
-  static std::map<std::array<uint64_t, 3>, Agent> agents;
-  const std::lock_guard lock(guard);
-  Agent& agent = agents[{block.launch().stream->clock.id, number_of(block), number}];
+  const std::lock_guard lock(agents().mutex);
+  Agent& agent = agents().all[{block.launch().stream->clock.id, number_of(block), number}];
   if (agent.id == 0) {
     agent.id = detector()->new_id("rank " + std::to_string(block.launch().device->rank) + " block " +
                                   std::to_string(number_of(block)) + ": " + what);
   }
   return agent;
 }
+
+void forget_agents() { agents().all.clear(); }
 
 Clock clock_of(const Agent& agent) {
   Clock clock;

@@ -12,6 +12,8 @@
 
 namespace tpk::emu {
 
+constexpr uintptr_t kPattern = 1024;  // of the 128-byte swizzle: a tile begins with it
+
 // One that reads and writes beside the threads, as the race detector knows it.
 struct Agent {
   uint32_t id = 0, last = 0;
@@ -103,6 +105,7 @@ inline Async& async() { return async_of(this_block()); }
 
 // The one of that number among those of the block. The same in the next launch on the stream.
 Agent& agent_of(Block& block, uint32_t number, const char* what);
+void forget_agents();
 
 // What it knows when the running thread sets it going.
 Clock clock_of(const Agent& agent);

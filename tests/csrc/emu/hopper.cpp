@@ -5,7 +5,6 @@
 namespace tpk::emu {
 namespace {
 
-constexpr uintptr_t kPattern = 1024;            // of the swizzle: a tile begins with it
 constexpr uint32_t kMostBytes = (1 << 20) - 1;  // that a phase can expect
 
 // ---- barriers that count bytes --------------------------------------------------------------------------------------
