@@ -30,8 +30,7 @@ struct Failure : std::exception {};
 inline const char* current = "";
 inline bool alone = false;
 
-inline void expect(bool holds, const char* condition, const char* file, int line, const std::string& message) {
-  if (holds) return;
+[[noreturn]] inline void fail(const char* condition, const char* file, int line, const std::string& message) {
   std::printf("%s:%d: %s does not hold%s%s\n", file, line, condition, message.empty() ? "" : ": ", message.c_str());
   throw Failure();
 }
@@ -43,8 +42,10 @@ inline void expect(bool holds, const char* condition, const char* file, int line
   static const ::tpk::testing::Register register_##name(#name, &name); \
   static void name()
 
+// The message is made only where it is printed.
 #define EXPECT(condition, ...) \
-  ::tpk::testing::expect(condition, #condition, __FILE__, __LINE__, ::tpk::concat("" __VA_OPT__(, ) __VA_ARGS__))
+  ((condition) ? void()        \
+               : ::tpk::testing::fail(#condition, __FILE__, __LINE__, ::tpk::concat("" __VA_OPT__(, ) __VA_ARGS__)))
 
 // One executable has one main. With an argument only the case of that name runs.
 int main(int num_arguments, char** arguments) {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <map>
 #include <sstream>
@@ -193,12 +194,12 @@ void Block::finish_barrier() {
   if (detector() != nullptr) detector()->synchronize(synchronized);
 }
 
-uint32_t Block::live_lanes(size_t warp) const {
-  uint32_t lanes = 0;
-  for (size_t i = warp * 32; i < std::min(threads_.size(), warp * 32 + 32); ++i) {
-    if (threads_[i].doing != Doing::Done) lanes |= 1u << (i % 32);
+bool Block::is_any_alive(size_t warp, uint32_t lanes) const {
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const size_t number = warp * 32 + static_cast<size_t>(std::countr_zero(lanes));
+    if (number < threads_.size() && threads_[number].doing != Doing::Done) return true;
   }
-  return lanes;
+  return false;
 }
 
 // What would wait for ever on the hardware, or return garbage; empty when all is well.
@@ -249,8 +250,9 @@ uint64_t Block::sync_warp(uint32_t mask, Post post, Finish finish, bool fences, 
 
 // If all lanes that are meant have come.
 void Block::finish_warp(size_t warp, size_t i) {
-  const WarpOperation operation = warps_[warp][i];
-  if ((operation.mask & live_lanes(warp) & ~operation.arrived) != 0 || operation.arrived == 0) return;
+  const WarpOperation& waiting = warps_[warp][i];
+  if (waiting.arrived == 0 || is_any_alive(warp, waiting.mask & ~waiting.arrived)) return;
+  const WarpOperation operation = waiting;
   warps_[warp].erase(warps_[warp].begin() + static_cast<ptrdiff_t>(i));
   uint64_t results[32] = {};
   if (operation.finish != nullptr) operation.finish(operation.arrived, operation.posts.data(), results);

@@ -75,7 +75,7 @@ class Block {
   void finish_warp(size_t warp, size_t operation);
   std::string mask_problem(const Thread& thread, uint32_t mask, Finish finish, const Where& where) const;
   void diverged(const std::string& text);
-  uint32_t live_lanes(size_t warp) const;
+  bool is_any_alive(size_t warp, uint32_t lanes) const;
 
   Launch& launch_;
   const uint3 index_;

@@ -44,6 +44,8 @@ void leave_capture(Stream& stream);
 bool record_in_capture(Stream& stream, Event& event);
 // Forgets what was not ended.
 void abandon_captures();
+// Under mutex(): whether one that is ready to be launched is left.
+bool has_graphs();
 
 // What stands against a call before it does anything; what is refused makes the capture invalid, as in CUDA.
 cudaError_t obstacle_to_enqueueing(Stream& stream);

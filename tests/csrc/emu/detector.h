@@ -54,6 +54,9 @@ class Detector {
   // What is found again is reported again.
   virtual void forget_reports() = 0;
 
+  // All of it, when no stream, event, graph or allocation is left: clocks get as long as there were ids.
+  virtual void forget() = 0;
+
   // Names for streams and host threads in vector clocks.
   virtual uint32_t new_id(const std::string& name) = 0;
 };

@@ -19,6 +19,8 @@
 #define __shared__ static thread_local
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __forceinline__
+#define __forceinline__ inline  // once in a file instead of once in each of its kernels
 
 #define TPK_KERNEL
 #define TPK_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(::tpk::emu::dynamic_shared())

@@ -109,6 +109,9 @@ class Replay {
 };
 
 }  // namespace
+
+bool has_graphs() { return !handles().execs.empty(); }
+
 }  // namespace tpk::emu
 
 using namespace tpk::emu;

@@ -62,6 +62,7 @@ inline void must_report(emu::Kind kind, const Body& body, int resident_blocks = 
   for (uint64_t seed : {0, 1, 2}) {
     emu::Options options = quiet(seed);
     options.resident_blocks = resident_blocks;
+    if (kind == emu::Kind::Deadlock) options.timeout_s = 0.1;  // all of which is waited for
     const Outcome outcome = run(options, body);
     EXPECT(outcome.has(kind), "seed ", seed, ": no report of kind ", name_of(kind), outcome.text());
   }

@@ -93,7 +93,6 @@ class Races : public Detector {
   Races() { set_detector(this); }
 
   // ---- who is who
-  // ----------------------------------------------------------------------------------------------------
 
   uint32_t new_id(const std::string& name) override {
     const std::unique_lock lock(names_);
@@ -118,10 +117,8 @@ class Races : public Detector {
 
   void end_launch(Launch& launch) override {
     Stream& stream = *launch.stream;
-    for (const Clock& clock : launch.ends) {
-      stream.clock.join({clock.others, clock.id, clock.now});
-      stream.last_moment = std::max(stream.last_moment, clock.now);
-    }
+    for (const Clock& clock : launch.ends) stream.last_moment = std::max(stream.last_moment, clock.now);
+    stream.clock.join_all(launch.ends, [](const Clock& clock) { return Snapshot{clock.others, clock.id, clock.now}; });
   }
 
   std::unique_ptr<SharedMemory> enter_block(Block& block) override {
@@ -139,7 +136,6 @@ class Races : public Detector {
   }
 
   // ---- plain accesses
-  // ------------------------------------------------------------------------------------------------
 
   void access(Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t code) override {
     if (thread.block->stacks().contains(reinterpret_cast<const void*>(address))) return;
@@ -171,7 +167,6 @@ class Races : public Detector {
   }
 
   // ---- atomic accesses
-  // -----------------------------------------------------------------------------------------------
 
   void begin_atomic(Thread& thread, const void* address) override {
     Line& line = line_of_atomic(thread, reinterpret_cast<uintptr_t>(address));
@@ -216,6 +211,11 @@ class Races : public Detector {
   void forget_reports() override {
     const std::lock_guard lock(reported_mutex_);
     reported_.clear();
+  }
+
+  void forget() override {
+    const std::unique_lock lock(names_);
+    ids_.clear(), histories_.clear(), elsewhere_.clear();
   }
 
   void synchronize(const std::vector<Thread*>& threads) override {
@@ -291,7 +291,6 @@ class Races : public Detector {
   }
 
   // ---- order by atomics
-  // ----------------------------------------------------------------------------------------------
 
   // The scope that two threads share.
   static Scope shared_scope(const Release& release, const Thread& thread) {
@@ -332,7 +331,6 @@ class Races : public Detector {
   }
 
   // ---- reports
-  // -------------------------------------------------------------------------------------------------------
 
   Who who(const Access& access, bool with_text) const {
     const std::shared_lock lock(names_);

@@ -241,6 +241,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   *event = reinterpret_cast<cudaEvent_t>(new Event{&current_device(), flags, nullptr, nullptr, {}});
+  ++live_events;
   return outcome();
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
@@ -248,6 +249,7 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlag
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   if (event == nullptr) return failed(cudaErrorInvalidResourceHandle);
   delete event_of(event);
+  --live_events;
   return outcome();
 }
 

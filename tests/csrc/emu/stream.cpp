@@ -4,7 +4,7 @@
 #include <exception>
 #include <set>
 
-#include "detector.h"
+#include "async.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -35,6 +35,18 @@ void publish(const HostThread& host) {
 void learn(HostThread& host) {
   const std::lock_guard lock(met_mutex);
   host.clock.join(met().snapshot());
+}
+
+// Of reset(), after which no clock is left of those before.
+std::atomic<uint64_t> resets{0};
+
+void forget_clocks() {
+  const std::lock_guard lock(mutex());
+  if (detector() == nullptr || !all().streams.empty() || has_graphs() || live_events != 0) return;
+  detector()->forget();
+  forget_agents();
+  met() = {};
+  ++resets;
 }
 
 // What the thread that started this one knew then; without it a thread knows what any has waited for.
@@ -122,6 +134,7 @@ Stream* add_stream(Device& device, unsigned flags, int priority) {
 
 HostThread& host_thread() {
   thread_local HostThread one;
+  if (one.resets != resets.load()) one.clock = {}, one.resets = resets.load();
   if (detector() != nullptr && one.clock.id == 0) {
     one.clock.id = detector()->new_id("the host");
     if (started_with == nullptr) learn(one);
@@ -286,6 +299,7 @@ void reset() {
     device(rank).error = cudaSuccess;
   }
   release_all();
+  forget_clocks();
   take_reports();
   host_thread().last_error = cudaSuccess;
 }

@@ -27,6 +27,8 @@ struct Event {
   Nodes tail;
 };
 
+inline std::atomic<size_t> live_events{0};
+
 struct Stream {
   Device* device = nullptr;
   unsigned flags = 0;
@@ -51,6 +53,7 @@ struct HostThread {
   int device = 0;
   cudaError_t last_error = cudaSuccess;
   Clock clock;
+  uint64_t resets = 0;  // when it began
 };
 HostThread& host_thread();
 
