@@ -66,7 +66,7 @@ class Watch:
             TimeoutError: not within the deadline; names the ranks that were silent.
             PeerLostError: a rank died, closed the group or gave up, or the backend failed.
         """
-        trouble = self._trouble(call)
+        trouble = self._trouble(call, late or ended)
         if trouble is None and (late or ended):
             trouble = self._silence(call, late or "imed out" in backend, backend)
         if trouble is not None:
@@ -77,12 +77,20 @@ class Watch:
         """Leave the message that this rank closed the group after `last_call`."""
         self._post("closed", last_call, [], False)
 
-    def _trouble(self, call: int) -> _Trouble | None:
-        """The first fault found: a dead process, a rank that closed the group, a rank that gave up."""
-        dead = [r for r in self._others() if (pid := self._pids[r]) is not None and is_dead(pid)]
-        if dead:
+    def _trouble(self, call: int, gives_up: bool) -> _Trouble | None:
+        """The first fault found: a dead process, a rank that closed the group, a rank that gave up.
+
+        A process that ends because its rank gave up is no fault. Its message says so; where this rank gives up, too,
+        and the store is behind a cut link, that message cannot be read, and ranks of other hosts are at fault.
+        """
+        messages = self._final_messages()
+        dead = [
+            r for r in self._others()
+            if (pid := self._pids[r]) is not None and is_dead(pid) and not (r in messages and messages[r][2])
+        ]  # fmt: skip
+        if dead and not (gives_up and self._asking.is_silent):
             return _Trouble(f"ranks {dead} died (processes {[self._pids[r] for r in dead]})", dead, False)
-        for r, (what, last, culprits, late) in self._final_messages().items():
+        for r, (what, last, culprits, late) in messages.items():
             if what == "closed" and last < call:
                 return _Trouble(f"rank {r} closed the group; it was last seen at call {last}", [r], False)
             if what == "failed" and culprits:
@@ -99,7 +107,7 @@ class Watch:
             and not self._asking.is_silent
             and len(self._final_messages()) < len(self._others())
         ):
-            if (known := self._trouble(call)) is not None:
+            if (known := self._trouble(call, True)) is not None:
                 return known  # a socket closes a moment before its process is gone
             time.sleep(0.02)
         reported = self._final_messages()
