@@ -100,7 +100,7 @@ def staged_pieces(
 
     def send(number: int, logits: Tensor | None) -> None:
         if logits is not None:
-            over.tell(number, torch.tensor(draw(flights[number].samplers(), logits, group)))
+            over.send_tokens(number, torch.tensor(draw(flights[number].samplers(), logits, group)))
 
     for number, flight in enumerate(flights):
         send(number, decoders[number].start([prompts[i] for i in flight.rows]))
@@ -109,14 +109,14 @@ def staged_pieces(
         while under_way:
             number = under_way.pop(0)
             flight = flights[number]
-            drawn = over.told(number, len(flight.rows)).tolist()
+            drawn = over.receive_tokens(number, len(flight.rows)).tolist()
             yield from flight.push(drawn)
             if tokens := flight.tokens(drawn):
                 send(number, decoders[number].step(tokens))
                 under_way.append(number)
     except (GeneratorExit, FloatingPointError):  # on all ranks; nothing may be left for a later call to read
         for number in under_way:
-            over.told(number, len(flights[number].rows))
+            over.receive_tokens(number, len(flights[number].rows))
         over.end()
         raise
     over.end()

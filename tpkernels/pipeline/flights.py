@@ -23,10 +23,10 @@ class Flights:
         for step in range(steps):
             for flight in range(flights.count):
                 if step > 0:
-                    tokens = flights.told(flight, rows)
+                    tokens = flights.receive_tokens(flight, rows)
                 logits = flights.run(flight, (rows, length), lambda: model(...))     # None on all but the last stage
                 if logits is not None:
-                    flights.tell(flight, draw(logits))
+                    flights.send_tokens(flight, draw(logits))
 
     Args:
         stages: of the model; this rank holds one, that of its number. None: the whole model.
@@ -41,7 +41,7 @@ class Flights:
         self.count, self._stages = count, stages
         self._stage, self._last = 0, 0
         self._messages: list[Messages] = []
-        self._told: list[Tensor | None] = [None] * count
+        self._tokens: list[Tensor | None] = [None] * count
         if stages is None or group is None:
             return
         if not group.is_cpu or stages.held != (group.rank,) or len(stages.split.stages) != group.world_size:
@@ -76,22 +76,22 @@ class Flights:
         messages.send(stage + 1, flight, output, signature)
         return None
 
-    def tell(self, flight: int, numbers: Tensor) -> None:
-        """On the last stage: send numbers to all others, int64 and of one dim."""
-        self._told[flight] = numbers
+    def send_tokens(self, flight: int, tokens: Tensor) -> None:
+        """On the last stage: send the tokens of a flight, int64 [rows], to all others."""
+        self._tokens[flight] = tokens
         if self._messages:
-            self._messages[flight].tell(flight, numbers)
+            self._messages[flight].send_to_all(flight, tokens)
 
-    def told(self, flight: int, count: int) -> Tensor:
-        """The numbers that the last stage has told for a flight; on the last stage itself, too.
+    def receive_tokens(self, flight: int, count: int) -> Tensor:
+        """The tokens of a flight that the last stage has sent, int64 [count]; on the last stage, those that it sent.
 
         Args:
-            count: how many.
+            count: rows of the flight.
         """
-        mine = self._told[flight]
-        return mine if mine is not None else self._messages[flight].told(flight, count)
+        mine = self._tokens[flight]
+        return mine if mine is not None else self._messages[flight].receive_from_last(flight, count)
 
     def end(self) -> None:
-        """Wait until the others have taken what this rank has sent; everything was told then."""
+        """Wait until the others have taken what this rank has sent."""
         for messages in self._messages:
             messages.flush()

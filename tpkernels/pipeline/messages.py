@@ -159,15 +159,15 @@ class Messages:
         self._post(stage, micro, kind, gradient=True)
         return self._take(stage, micro, True, stage + 1)
 
-    def tell(self, micro: int, numbers: Tensor) -> None:
+    def send_to_all(self, micro: int, numbers: Tensor) -> None:
         """Send int64 numbers from the last stage to all other ranks."""
         for rank in range(self.group.world_size - 1):
             self._isend(numbers, rank, self._tag(0, micro, True))
 
-    def told(self, micro: int, count: int) -> Tensor:
-        """The numbers that the last stage has told, [count]."""
+    def receive_from_last(self, micro: int, count: int) -> Tensor:
+        """The numbers that the last stage has sent to all, int64 [count]."""
         found, last = torch.empty(count, dtype=torch.int64), self.group.world_size - 1
-        self._wait(self._irecv(found, last, self._tag(0, micro, True)), f"what is told of flight {micro}", last)
+        self._wait(self._irecv(found, last, self._tag(0, micro, True)), f"the tokens of flight {micro}", last)
         return found
 
     def exchange(self, mine: Tensor, ranks: list[int]) -> list[Tensor]:

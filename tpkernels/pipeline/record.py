@@ -171,10 +171,10 @@ def _find_layers(model: nn.Module, call: Call, device: str) -> Record:
             found[name] = key
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found if other != name)]
     if len(outer) != 1:
-        told = f"it has {shorten(outer)}" if outer else "; ".join(f"{n}: {r}" for n, r in why.items()) or "it has none"
+        got = f"it has {shorten(outer)}" if outer else "; ".join(f"{n}: {r}" for n, r in why.items()) or "it has none"
         raise PlanError(
             f"split_by_layer: {type(model).__name__} must have one list of layers of which each takes what the one "
-            f"before returned: {told}"
+            f"before returned: {got}"
         )
     name = outer[0]
     tuples = [len(output) if isinstance(output, tuple) else 0 for _, _, output in calls[name]]

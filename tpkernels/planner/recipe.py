@@ -23,7 +23,7 @@ class Job:
         sequence: tokens of a sequence.
         batch: sequences of a step, over all replicas.
         flash: whether attention is one kernel that keeps no matrix of scores.
-        overlap: whether gradients travel beside the last backward pass, and parameters of ZeRO beside the next forward.
+        overlap: whether gradients are sent beside the last backward pass, and ZeRO parameters beside the next forward.
     """
 
     shape: Shape

@@ -115,7 +115,7 @@ class Search:
                     continue
                 need = memory_of(self.cluster, self.job, recipe, self.arena_bytes)
                 if why := refuse_memory(self.cluster, need):
-                    if best.recipe is None and need.total < least:  # the most frugal one tells why nothing fits
+                    if best.recipe is None and need.total < least:  # that of the least need says why
                         best, least = replace(best, why=why), need.total
                     continue
                 fits = True

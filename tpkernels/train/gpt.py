@@ -237,9 +237,9 @@ def generate(
     for step in range(length + 1):
         for i, text in enumerate(texts):
             if step > 0:
-                text.ids = torch.cat((text.ids, flights.told(i, 1)))
+                text.ids = torch.cat((text.ids, flights.receive_tokens(i, 1)))
             if step < length and (logits := flights.run(i, "a window", text.logits)) is not None:
-                flights.tell(i, text.draw(logits))
+                flights.send_tokens(i, text.draw(logits))
     flights.end()
     return [bytes(text.ids.tolist()) for text in texts]
 
