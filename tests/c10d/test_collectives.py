@@ -314,6 +314,6 @@ def check_more_values_than_an_int_has(transport: str) -> None:
         dist.send(x, 1, group, tag=4)
 
 
-@pytest.mark.nightly
+@pytest.mark.weekly
 def test_more_values_than_an_int_has() -> None:
     run_ranks(check_more_values_than_an_int_has, 2, "shm", timeout=300)

@@ -25,6 +25,9 @@ constexpr uint64_t kCrowdedSpinNanoseconds = 2'000;
 constexpr int kPausesBetweenClocks = 32;
 constexpr int kYields = 50;
 constexpr uint64_t kLongYieldNanoseconds = 200'000;
+// A yield that takes longer than a rank computes at a time has given the core to another program, for a time slice: the
+// next ones would, too.
+constexpr uint64_t kSliceNanoseconds = 2'000'000, kNoYieldNanoseconds = 100'000'000;
 
 inline void pause_core() {
 #if defined(__x86_64__)
@@ -226,10 +229,11 @@ void ShmCommunicator::wait_for(Op op, int other, const std::atomic<uint64_t>& wo
     }
     now = now_nanoseconds();
   }
-  for (int i = 0; crowded_ && i < kYields; ++i) {
+  for (int i = 0; crowded_ && now >= yield_again_ && i < kYields; ++i) {
     sched_yield();
-    if (word.load(std::memory_order_acquire) >= target) return count_wait(now_nanoseconds() - started);
     const uint64_t after = now_nanoseconds();
+    if (after - now > kSliceNanoseconds) yield_again_ = after + kNoYieldNanoseconds;
+    if (word.load(std::memory_order_acquire) >= target) return count_wait(after - started);
     if (after - now > kLongYieldNanoseconds) break;
     now = after;
   }

@@ -98,6 +98,7 @@ class ShmCommunicator final : public Communicator {
 
   const ArenaLayout layout_;
   const bool crowded_;  // more ranks than cores: give up the core early
+  uint64_t yield_again_ = 0;  // from this time on, by now_nanoseconds()
   char* base_ = nullptr;
   uint64_t turn_ = 0;  // pieces that went through the slots so far; the same on all ranks
   std::vector<int> pids_;
