@@ -97,7 +97,7 @@ class ShmCommunicator final : public Communicator {
   void reduce_chunk(const Wire&, const Input& in, void* out, size_t start, const Cut& chunks, size_t piece);
 
   const ArenaLayout layout_;
-  const bool crowded_;  // more ranks than cores: give up the core early
+  const bool crowded_;        // more ranks than cores: give up the core early
   uint64_t yield_again_ = 0;  // from this time on, by now_nanoseconds()
   char* base_ = nullptr;
   uint64_t turn_ = 0;  // pieces that went through the slots so far; the same on all ranks
