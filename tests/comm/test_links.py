@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,7 @@ def _on_rank(host: links.Host, rank: int, world_size: int, body: Callable[..., A
     host.enter()
     dist.init_process_group("gloo", init_method=STORE, rank=rank, world_size=world_size)
     results.put((rank, body(*args)))
-    results.close()
-    results.join_thread()
+    threading.Event().wait()  # until all have returned and are killed: a process that ends would be a lost rank
 
 
 def run_on(
