@@ -158,7 +158,7 @@ def check_first_derivatives(group: Group) -> None:
             assert_gradient(f, f.value, gradients, list(gradients))
 
 
-@on_ranks(1, 3)
+@on_ranks(1, 2, 3)
 def check_second_derivatives(group: Group) -> None:
     for case in (*CASES, ALL_GATHER_REDUCE):
         for s in variants(case, group.world_size):

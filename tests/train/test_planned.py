@@ -33,7 +33,9 @@ def test_the_cut_is_the_fastest_and_a_run_can_take_it(ranks: int) -> None:
     seconds = [c.seconds for c in report.runnable]
     assert report.candidates[0].seconds == min(seconds)
     line = line_of(report)
-    assert line.startswith(f"planned: {report.recipe.text()}, ") and "ms a step (error " in line
+    assert report.error[0] is not None
+    error = f"ms a step (error {report.error[0]:.0f} % on this class of machine)"
+    assert line.startswith(f"planned: {report.recipe.text()}, ") and error in line
     if len(seconds) > 1:
         assert report.candidates[1].why in line
 

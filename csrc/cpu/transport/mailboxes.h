@@ -136,7 +136,7 @@ class Mailboxes {
   std::mutex thread_mutex_;
   std::condition_variable changed_;
   std::atomic<int> waiting_{0};
-  std::atomic<bool> looks_{false};  // the thread, without being woken
+  std::atomic<bool> is_polling_{false};  // the thread: it need not be woken
   bool leaves_ = false, has_thread_ = false;
   std::unique_ptr<CommunicationThread> thread_;
 };
