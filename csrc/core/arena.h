@@ -32,21 +32,22 @@ static_assert(sizeof(CallRecord) == 64, "one cache line");
 
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 
-enum class RankState : uint32_t { Open = 0, Closed = 1, Failed = 2 };
+// Left: Failed, then closed.
+enum class RankState : uint32_t { Open = 0, Closed = 1, Failed = 2, Left = 3 };
 
 struct Control {
   CallRecord records[2];                       // of call e at [e % 2]
   alignas(64) std::atomic<uint64_t> stage;     // (call << kStageBits) + stages of this call that are done
   alignas(64) std::atomic<uint32_t> sleepers;  // ranks asleep on a word of this control
   alignas(64) std::atomic<uint32_t> state;     // RankState
-  uint64_t failed_call;                        // when state is Failed
+  uint64_t failed_call;                        // when state is Failed or Left
   int32_t culprit;                             // the rank that was late or lost
   uint32_t was_late;                           // 1 when a deadline passed, 0 when a rank was lost
 };
 
 // The version of the protocol between ranks: layout of the arena, order of signals, fingerprints and openings of calls.
 // It grows with every change of these; Group.open compares it.
-constexpr int kArenaLayout = 2;
+constexpr int kArenaLayout = 3;
 // Messages up to this size are summed by every rank (one wait instead of two).
 constexpr size_t kOneShotBytes = 1024;
 // Larger ones are sent in pieces of this size, which stay in the second-level cache.

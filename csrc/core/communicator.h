@@ -154,6 +154,8 @@ class Communicator {
 
   // Raises errors of a device, where calls return before they have run. Nothing to do on the CPU.
   void check();
+  // A call failed of which those of this group are a part: ranks that wait here for this one fail alike.
+  virtual void give_up([[maybe_unused]] bool late) {}
   // `why`: the error text of later calls on this rank.
   virtual void close(const std::string& why = "this rank closed the group");
   // The same while another thread of this rank is in a call, which throws PeerLost soon.

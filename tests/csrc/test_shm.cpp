@@ -2,8 +2,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <functional>
+#include <string>
 
 #include "core/errors.h"
 #include "cpu/transport/shm.h"
@@ -132,6 +134,41 @@ CASE(a_closed_rank_is_named) {
     EXPECT(refused);
   });
   EXPECT(named == 2);
+}
+
+CASE(who_was_late_is_named_after_a_rank_gave_up_and_left) {
+  for (const bool by_its_own_call : {true, false}) {
+    std::atomic<bool> left{false};
+    std::atomic<int> gave_up{0};
+    std::array<std::string, 2> found;
+    with_ranks(
+        3,
+        [&](Communicator& comm) {
+          comm.exchange(Op::Barrier, 0);
+          if (comm.rank() == 2) {
+            while (gave_up < 2) std::this_thread::yield();
+            return;
+          }
+          while (comm.rank() == 1 && !left) std::this_thread::yield();
+          try {
+            if (comm.rank() == 1 || by_its_own_call) {
+              comm.exchange(Op::Barrier, 0);
+            } else {
+              comm.give_up(true);
+            }
+          } catch (const TimeoutFailure& error) {
+            found[static_cast<size_t>(comm.rank())] = error.what();
+          } catch (const PeerLost&) {
+          }
+          comm.close();
+          left = true;
+          ++gave_up;
+        },
+        0.3);
+    EXPECT((found[0].find("ranks [1, 2]") != std::string::npos) == by_its_own_call, found[0]);
+    const std::string culprit = by_its_own_call ? "because rank 1 (this rank) did not" : "because rank 0 did not";
+    EXPECT(found[1].find(culprit) != std::string::npos, found[1]);
+  }
 }
 
 // Every rank sees the disagreement, reads nothing, and the group goes on.

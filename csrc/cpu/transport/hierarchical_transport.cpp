@@ -106,16 +106,22 @@ void HierarchicalCommunicator::fail(Op op, bool late) {
   } catch (...) {
     why = std::current_exception();
   }
-  const std::string closing = "a call of the group failed";
-  inner_->close(closing);
-  if (outer_ != nullptr) outer_->close(closing);
+  const auto leave = [&](bool was_late) {
+    inner_->give_up(was_late);
+    const std::string closing = "a call of the group failed";
+    inner_->close(closing);
+    if (outer_ != nullptr) outer_->close(closing);
+  };
   try {
     if (why != nullptr) std::rethrow_exception(why);
   } catch (const TimeoutFailure& error) {
+    leave(true);
     throw TimeoutFailure(concat(describe_call(op), ": ", error.what()));
   } catch (const PeerLost& error) {
+    leave(false);
     throw PeerLost(concat(describe_call(op), ": ", error.what()));
   }
+  leave(late);
   throw PeerLost(concat(describe_call(op), ": a rank was lost."));
 }
 

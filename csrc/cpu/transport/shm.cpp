@@ -93,8 +93,7 @@ void ShmCommunicator::unmap() {
 
 // No call is in progress, and none comes any more: only tensors of the heap need the memory.
 void ShmCommunicator::do_close() {
-  control(rank()).state.store(static_cast<uint32_t>(RankState::Closed), std::memory_order_release);
-  wake_sleepers();
+  set_state(state_of(rank()) == RankState::Failed ? RankState::Left : RankState::Closed);
   std::lock_guard<std::mutex> lock(mapping_mutex_);
   left_ = true;
   if (heap_blocks_ == 0) unmap();
@@ -128,8 +127,22 @@ std::string ShmCommunicator::loss_of(int r) const {
   pollfd process{pidfds_[static_cast<size_t>(r)], POLLIN, 0};
   const int pid = pids_[static_cast<size_t>(r)];
   if (process.fd >= 0 ? poll(&process, 1, 0) > 0 : is_gone(pid)) return concat("died (process ", pid, ")");
-  const uint32_t state = control(r).state.load(std::memory_order_acquire);
-  return state == static_cast<uint32_t>(RankState::Closed) ? "closed the group" : "";
+  const RankState state = state_of(r);
+  return state == RankState::Closed || state == RankState::Left ? "closed the group" : "";
+}
+
+RankState ShmCommunicator::state_of(int r) const {
+  return static_cast<RankState>(control(r).state.load(std::memory_order_acquire));
+}
+
+void ShmCommunicator::set_state(RankState state) {
+  control(rank()).state.store(static_cast<uint32_t>(state), std::memory_order_release);
+  wake_sleepers();
+}
+
+bool ShmCommunicator::gave_up(int r) const {
+  const RankState state = state_of(r);
+  return state == RankState::Failed || state == RankState::Left;
 }
 
 void ShmCommunicator::announce(const CallSpec& spec, const void* input_in_heap) {
@@ -262,8 +275,12 @@ void ShmCommunicator::mark_failed(int culprit, bool late) {
   mine.failed_call = call_;
   mine.culprit = culprit;
   mine.was_late = late ? 1 : 0;
-  mine.state.store(static_cast<uint32_t>(RankState::Failed), std::memory_order_release);
-  wake_sleepers();
+  set_state(RankState::Failed);
+}
+
+void ShmCommunicator::give_up(bool late) {
+  std::lock_guard<std::mutex> lock(mapping_mutex_);
+  if (!left_ && !gave_up(rank())) mark_failed(rank(), late);
 }
 
 void ShmCommunicator::fail_lost(Op op, int lost, const std::string& how) {
@@ -310,13 +327,12 @@ void ShmCommunicator::look_for_trouble(Op op, int other, const std::atomic<uint6
     const std::string how = loss_of(r);
     if (how.empty()) continue;
     const bool owes = r == other ? word.load(std::memory_order_acquire) < target : last_call(r) < call_;
+    if (owes && gave_up(r)) fail_with(op, r);  // whatever it did afterwards
     if (owes) fail_lost(op, r, concat(how, "; it was last seen at call ", last_call(r)));
   }
   if (word.load(std::memory_order_acquire) >= target) return;
   for (int r = 0; r < world_size(); ++r) {
-    if (r != rank() && control(r).state.load(std::memory_order_acquire) == static_cast<uint32_t>(RankState::Failed)) {
-      fail_with(op, r);
-    }
+    if (r != rank() && gave_up(r)) fail_with(op, r);
   }
   if (static_cast<double>(now_nanoseconds() - started) * 1e-9 > timeout_s()) fail_late(op);
 }

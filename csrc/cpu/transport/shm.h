@@ -24,6 +24,7 @@ class ShmCommunicator final : public Communicator {
   size_t heap_bytes() const override { return heap_.bytes(); }
   Heaps take_heaps() override;
   std::string loss_of(int rank) const override;
+  void give_up(bool late) override;
   // Whether an all_reduce of n values is summed by every rank (one wait) instead of in parts (two waits).
   static bool is_one_shot(const Wire& wire, size_t n) { return wire.bytes(n) <= kOneShotBytes; }
 
@@ -73,6 +74,9 @@ class ShmCommunicator final : public Communicator {
   [[noreturn]] void fail_late(Op op);
   [[noreturn]] void fail_with(Op op, int failed);
   void mark_failed(int culprit, bool late);
+  RankState state_of(int rank) const;
+  void set_state(RankState state);
+  bool gave_up(int rank) const;
   uint64_t last_call(int rank) const;
   bool everybody_in_heap() const;
   bool anybody_in_heap() const;
