@@ -1,21 +1,19 @@
 """What the emulator leaves out: the PTX of device.cuh. Counted in what nvcc makes of every kernel over peers.
 
-The counts are in golden_ptx.json; after a change of a kernel `python tests/emulator/test_emulator.py` writes them anew:
+The counts are in golden_ptx.json; after a change of a kernel `python -m tests.emulator.test_emulator` writes them anew:
 look at the difference before you commit it. A kernel must not lose a release or an acquire, nor read what peers
 have written by ld.global.nc, through a cache that does not hear of it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.harness.cuda_build import OBSTACLE, nvcc_release, ptx_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc/cuda/kernels"
@@ -43,25 +41,6 @@ def over_peers() -> list[str]:
     """The files whose kernels talk to other ranks."""
     talks = re.compile(r'#include "(?:peer|fused_block)\.cuh"')
     return sorted(path.name for path in KERNELS.glob("*.cu") if talks.search(path.read_text()))
-
-
-@functools.cache
-def nvcc_release() -> str | None:
-    """'13.0', or None where there is no nvcc."""
-    if shutil.which("nvcc") is None:
-        return None
-    says = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release (\d+\.\d+)", says)
-    assert found, says
-    return found[1]
-
-
-def ptx_of(name: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernels.ptx"
-        command = ["nvcc", "-ptx", "-arch=sm_90a", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-        subprocess.run([*command, "-o", str(ptx), str(KERNELS / name)], check=True, timeout=300)
-        return ptx.read_text()
 
 
 def name_of(mangled: str) -> str:
@@ -110,17 +89,15 @@ def test_names_and_counts_are_read_from_ptx() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 @pytest.mark.parametrize("name", over_peers())
 def test_ptx_of_a_kernel_over_peers_has_the_flags_it_had(name: str) -> None:
-    release = nvcc_release()
-    if release is None:
-        pytest.skip("needs nvcc on PATH")
     golden = json.loads(GOLDEN.read_text())
-    assert name in golden["files"], f"{name} has no golden counts: run python tests/emulator/test_emulator.py"
+    assert name in golden["files"], f"{name} has no golden counts: run python -m tests.emulator.test_emulator"
     expected, counts = golden["files"][name], counts_in(ptx_of(name))
     assert which(counts) == which(expected)
-    if release == golden["nvcc"]:  # others unroll differently
-        assert counts == expected, "look at what changed, then run python tests/emulator/test_emulator.py"
+    if nvcc_release() == golden["nvcc"]:  # others unroll differently
+        assert counts == expected, "look at what changed, then run python -m tests.emulator.test_emulator"
 
 
 def test_every_flag_that_is_raised_is_heard_and_no_peer_is_read_through_the_wrong_cache() -> None:
