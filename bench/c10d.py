@@ -1,7 +1,7 @@
 """The back end `tpk` of torch.distributed against gloo, in the same processes: `python -m bench.c10d`.
 
 The default group of the ranks has gloo, another of the same ranks has tpk (and commux, where that is installed). Both
-are called as any program calls them. Sizes are those of the whole tensor, in bytes. `neighbour` reduces while a thread
+are called as any program calls them. Sizes are those of the full tensor, in bytes. `neighbour` reduces while a thread
 of each rank computes. The programs are in bench/c10d_programs.py.
 """
 

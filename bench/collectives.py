@@ -1,4 +1,4 @@
-"""Cells of all_reduce, reduce_scatter and all_gather. A size is that of the whole tensor, in bytes.
+"""Cells of all_reduce, reduce_scatter and all_gather. A size is that of the full tensor, in bytes.
 
 Variants: `plain` ordinary tensors, in place where gloo works in place; `flat` the same over connections between all
 ranks, where others go over transport hierarchical; `functional` a new output each call; `sym`

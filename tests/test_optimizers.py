@@ -141,7 +141,7 @@ class ClipsItself(torch.optim.AdamW):
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Steps of another optimizer that looks at whole tensors."""
+    """Steps of another optimizer that looks at full tensors."""
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr})

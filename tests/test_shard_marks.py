@@ -50,7 +50,7 @@ class Centred(nn.Module):
 
 
 def pair(kind: type[Layer], group: Group) -> tuple[nn.Linear, Layer]:
-    """A linear and the same, cut; both give the whole output."""
+    """A linear and the same, cut; both give the full output."""
     torch.manual_seed(0)
     whole = nn.Linear(6, 9).double()
     options = {"gather_output": True} if kind is layers.ColumnParallelLinear else {"input_is_parallel": False}

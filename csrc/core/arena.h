@@ -22,7 +22,7 @@ namespace tpk {
 // The fingerprint of one call, beside its number. 64 bytes: one cache line carries both to the reader.
 struct alignas(64) CallRecord {
   std::atomic<uint64_t> call;  // written last
-  uint64_t numel;              // of the whole tensor; must agree
+  uint64_t numel;              // of the full tensor; must agree
   int64_t mine;                // a number of this rank (rows of its shard); need not agree
   uint64_t heap_offset;        // where its input lies in its heap, or kNotInHeap
   uint8_t op, dtype, reduce_op, codec;

@@ -54,7 +54,7 @@ struct Cut {
 
 // A tensor that the calling thread computes while a collective sends it.
 struct Chunks {
-  // Values [begin, end) of the part of one rank; of an all_reduce there is one part, the whole tensor. begin is a
+  // Values [begin, end) of the part of one rank; of an all_reduce there is one part, the full tensor. begin is a
   // multiple of the codec's block.
   struct Chunk {
     size_t begin, end;

@@ -31,7 +31,7 @@ void in_steps(Communicator& comm, int64_t num_columns, int64_t flops, Body&& bod
   }
 }
 
-// y = x @ w.T + bias. Columns apart, weights are still read once, and every value has the bits of the whole product.
+// y = x @ w.T + bias. Columns apart, weights are still read once, and every value has the bits of the full product.
 void multiply_into(Communicator& comm, Engine engine, const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                    const Tensor& y) {
   in_steps(comm, w.size(0), 2 * num_rows(x) * w.size(1), [&](int64_t begin, int64_t size) {

@@ -13,7 +13,7 @@ constexpr size_t kRows = 128;
 // More were not faster over 300 Mbit, and in most runs over 1 Gbit calls in 20 and 24 chunks stood still for 60 ms, of
 // which the cause is not known (no packet was lost, no acknowledgement late).
 constexpr size_t kMostChunks = 16;
-// Engines give every value the bits it has in the whole product, but for the last rows of an odd number of them.
+// Engines give every value the bits it has in the full product, but for the last rows of an odd number of them.
 constexpr size_t kUnit = 16, kColumnUnit = 64;
 
 // What a sum adds to its product on one core of Zen 4 (512 x 4096 values, links of 300 Mbit to 10 Gbit; the processor

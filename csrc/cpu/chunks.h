@@ -12,7 +12,7 @@ namespace tpk {
 constexpr size_t kSmallestForThread = size_t{64} << 10;
 
 // Whether a thread of the group sends parts of a product while others are made. Not in fp64, where MKL gives values
-// other bits in a part of the rows or columns than in the whole product.
+// other bits in a part of the rows or columns than in the full product.
 inline bool may_cut(const Communicator& comm, const Wire& wire) {
   return comm.has_thread() && wire.dtype != DType::F64;
 }

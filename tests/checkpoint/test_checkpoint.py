@@ -85,7 +85,7 @@ def check_round_trip(folder: str) -> None:
 
 
 def check_manifest(model: nn.Module, folder: Path, group: Group) -> None:
-    """The manifest is enough to put whole tensors together from the files."""
+    """The manifest is enough to put full tensors together from the files."""
     files = [load_file(folder / f"rank-{r}-of-{group.world_size}.safetensors") for r in range(group.world_size)]
     entry = checkpoint.peek(folder)["tensors"]
     for name, module in model.named_modules():

@@ -18,7 +18,7 @@ struct Step {
   size_t n;  // of the whole
   int blocks = 2;
   size_t in_shift = 0, out_shift = 0;  // values
-  bool in_place = false;               // of the whole tensor, or of this rank's part of it
+  bool in_place = false;               // of the full tensor, or of this rank's part of it
   Heap heap = Heap::None;
   bool uneven = false;
   uint64_t seed = 1;
@@ -129,7 +129,7 @@ class PreparedStep {
                                     step_.seed * 16 + static_cast<uint64_t>(r), step_.all_finite));
     const Bytes& input = inputs_.back();
     const bool gathers = moves(step_.kind);
-    // In place the buffer is the whole tensor, with the input where it belongs.
+    // In place the buffer is the full tensor, with the input where it belongs.
     Bytes buffer = gathers ? Bytes(step_.n * size(), 'x') : input;
     if (gathers && step_.in_place)
       std::copy(input.begin(), input.end(), buffer.begin() + static_cast<long>(part_start(r)));

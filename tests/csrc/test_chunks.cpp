@@ -15,7 +15,7 @@ constexpr size_t kRow = 640;  // values: rows end inside blocks of fp16
 
 const Wire& wire_of(Codec codec) { return tpk::wire_of(DType::F32, codec, ReduceOp::Sum); }
 
-// Chunks of the whole tensor that end at those of `chunk_ends`; `mine` is what each of them copies from.
+// Chunks of the full tensor that end at those of `chunk_ends`; `mine` is what each of them copies from.
 struct Made {
   Made(Communicator& comm, const Wire& wire, const std::vector<float>& mine, int num_chunks) : mine(mine) {
     comm.forced_chunks = num_chunks;

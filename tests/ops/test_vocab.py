@@ -141,7 +141,7 @@ def measure_memory() -> None:
         both = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         part_kib, whole_kib = s.M * s.V // s.R * 4 // 1024, s.M * s.V * 4 // 1024
         assert forward < part_kib / 2, f"the forward took {forward} KiB, logits_shard has {part_kib}"
-        assert both < whole_kib * 3 / 4, f"forward and backward took {both} KiB, whole logits have {whole_kib}"
+        assert both < whole_kib * 3 / 4, f"forward and backward took {both} KiB, full logits have {whole_kib}"
         group.reset_stats()
         ops.vocab_cross_entropy(logits, target, group=group, vocab_size=s.V)
         sent = group.stats()["wire_bytes"]

@@ -225,7 +225,7 @@ def blended_adapters_keep_their_values(group: Group, folder: str) -> None:
             model.set_adapter(kind)
         close(logits_of(cut), logits_of(whole), f"blended by {kind}")
     for kind in ("svd", "ties", "magnitude_prune"):
-        with pytest.raises(PlanError, match=f"combination_type='{kind}' needs whole matrices"):
+        with pytest.raises(PlanError, match=f"combination_type='{kind}' needs full matrices"):
             cut.add_weighted_adapter(["default", "second"], [0.5, 2.0], "other", combination_type=kind, density=0.5)
     assert "other" not in cut.peft_config
 

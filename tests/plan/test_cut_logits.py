@@ -40,7 +40,7 @@ def generate_and_losses_of_others_see_whole_logits(group: Group) -> None:
     close(smooth[1], smooth[0], "label smoothing")
     own = [nn.functional.cross_entropy(m(ids()).logits.flatten(0, 1), ids().flatten()) for m in (whole, cut)]
     close(own[1], own[0], "a loss of the caller's own")
-    cut.loss_function = whole.loss_function  # somebody's own function gets whole logits, too
+    cut.loss_function = whole.loss_function  # somebody's own function gets full logits, too
     close(cut(input_ids=ids(), labels=ids()).loss, whole(input_ids=ids(), labels=ids()).loss, "transformers' function")
 
 
@@ -53,7 +53,7 @@ def calls_with_labels_keep_them_cut(group: Group) -> None:
             assert output.logits.shape[-1] == own
             close(output.loss, want.loss, "loss")
         assert again(ids(), None, None, None, None, None).logits.shape[-1] == 67
-    close(cut.loss_function(want.logits, ids(), 67), want.loss, "the loss of whole logits")
+    close(cut.loss_function(want.logits, ids(), 67), want.loss, "the loss of full logits")
     with pytest.raises(PlanError, match="has 67 logits, and its loss is over 60"):
         cut.loss_function(cut(ids()).logits, ids(), 60)
 

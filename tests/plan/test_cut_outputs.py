@@ -1,4 +1,4 @@
-"""What callers ask of a cut model besides logits: attention weights, caches, methods that see the whole weights."""
+"""What callers ask of a cut model besides logits: attention weights, caches, methods that see the full weights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tpkernels.shard import part_start
 
 ALIGNED = 64
 """Values. The loops of optimizers round the last values of a tensor, which fill no vector, in another way: a part that
-begins and ends at a multiple of the vectors' width has the bits of the whole tensor."""
+begins and ends at a multiple of the vectors' width has the bits of the full tensor."""
 Kind = tuple[torch.dtype, torch.Size, torch.device]
 
 

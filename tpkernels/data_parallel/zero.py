@@ -32,8 +32,8 @@ def zero_optimizer(
 
         optimizer = kind(params, **options)              # with zero=0
 
-    torch's ZeroRedundancyOptimizer does the same with another cut: whole parameters go to the ranks, so that parts are
-    as uneven as parameters are, every rank needs all averages, and optimizers that need whole tensors work. Here parts
+    torch's ZeroRedundancyOptimizer does the same with another cut: full parameters go to the ranks, so that parts are
+    as uneven as parameters are, every rank needs all averages, and optimizers that need full tensors work. Here parts
     are even to 64 values a parameter, a gradient is scattered and not reduced on all ranks (half of the bytes), and
     `checkpoint.save` cuts the state like any other tensor: it loads into any number of replicas, and without zero.
 

@@ -22,7 +22,7 @@ class VocabParallelCrossEntropy(ParallelModule):
         vocab_size: the full vocabulary. None: all ranks exchange their sizes in every call, and under torch.compile it
             is R times this rank's; uneven shards must have it given there.
         ignore_index: targets with this value are left out.
-        label_smoothing: in [0, 1], spread over the whole vocabulary.
+        label_smoothing: in [0, 1], spread over the full vocabulary.
         reduction: "none" | "mean" | "sum". The mean is over the tokens that are not ignored, and as in torch it is NaN
             when there is none.
 

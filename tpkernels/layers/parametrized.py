@@ -19,7 +19,7 @@ PROBE = 4  # indices of the cut dimension that a parametrization is tried on
 
 
 class CutParametrizations(nn.ModuleDict):
-    """What torch puts on a layer as `parametrizations`; refuses those that need the whole parameter."""
+    """What torch puts on a layer as `parametrizations`; refuses those that need the full parameter."""
 
     def __init__(self, layer: nn.Module, dim_of: Callable[[str], int | None]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CutParametrizations(nn.ModuleDict):
             layer._put_back(key)  # type: ignore[operator]
             names = [type(child).__name__ for child in module.children()]
             raise ValueError(
-                f"{type(layer).__name__}: {key} is cut along dimension {dim}, and {names} needs the whole of it, or "
+                f"{type(layer).__name__}: {key} is cut along dimension {dim}, and {names} needs the full parameter, or "
                 f"has parameters of its own: expected a parametrization that computes each index of that dimension by "
                 f"itself"
             )

@@ -1,4 +1,4 @@
-"""Collectives on whole tensors: all_reduce, reduce_scatter, all_gather. The fused ops are made of their meanings.
+"""Collectives on full tensors: all_reduce, reduce_scatter, all_gather. The fused ops are made of their meanings.
 
 Every function: the public name, the fake kernel (what torch.compile sees), the gradient.
 """
@@ -44,7 +44,7 @@ GRADS = ("reduce", "split")
 
 
 def all_reduce(x: Tensor, *, group: Group | None = None, op: str = "sum", codec: str = "none") -> Tensor:
-    """Reduce over the ranks; every rank gets the whole result.
+    """Reduce over the ranks; every rank gets the full result.
 
     Equal to, elementwise:
 

@@ -127,7 +127,7 @@ def gemm_reduce_scatter(
         this rank's tokens of y, contiguous, the dtype of x_shard; the same bits as `gemm_all_reduce` gives.
 
     Gradient: that of the result is gathered once, and gives those of x_shard, w_shard and bias. The one of bias is the
-    whole sum over all tokens, on every rank. Under autocast all tensors are cast first.
+    full sum over all tokens, on every rank. Under autocast all tensors are cast first.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices, dim or codecs do not fit (says which, expected, got).

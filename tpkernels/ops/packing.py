@@ -147,7 +147,7 @@ def _compress_with_feedback_fake(x: Tensor, residual: Tensor, codec: str, scale:
 def all_reduce_packed(
     wire: Tensor, shape: Sequence[int], dtype: torch.dtype, *, group: Group | None = None, op: str = "sum", codec: str
 ) -> Tensor:
-    """Reduce over the ranks what every rank has packed already; every rank gets the whole result.
+    """Reduce over the ranks what every rank has packed already; every rank gets the full result.
 
     Equal to, bit for bit and on more than one rank, without packing a second time:
 
@@ -200,7 +200,7 @@ def reduce_scatter_packed(
     Args:
         wire: uint8, one dim: the even parts of all ranks, packed one by one and put behind one another, as
             `compress_parts` does.
-        numel: values of the whole tensor; the first numel % R ranks get one more.
+        numel: values of the full tensor; the first numel % R ranks get one more.
         dtype: of the result; it may be another one than was packed, unless codec is "none".
         group: the ranks; None means all ranks of the default process group.
         op: "sum" | "avg"; with codec "none" whatever reduce_scatter takes.

@@ -149,7 +149,7 @@ def vocab_cross_entropy(
 ) -> Tensor:
     """Cross entropy of every token over logits whose vocabulary, the last dimension, is cut over the ranks.
 
-    Equal to, without ever holding logits of the whole vocabulary:
+    Equal to, without ever holding logits of the full vocabulary:
 
         logits = cat([logits_0, ..., logits_{R-1}], dim=-1)                   # [..., V]
         lse = log(sum(exp(logits), dim=-1))
@@ -163,7 +163,7 @@ def vocab_cross_entropy(
         vocab_size: V, cut so that the first ranks have one id more. None: the ranks exchange their sizes (a short call
             more, and any cut is right); under torch.compile it means R equal parts.
         ignore_index: the target of tokens that do not count.
-        label_smoothing: in [0, 1], the part of the target that is spread over the whole vocabulary.
+        label_smoothing: in [0, 1], the part of the target that is spread over the full vocabulary.
 
     Returns:
         the loss of every token, fp32 (fp64 for fp64 logits), summed in that dtype. Every rank has the same bits.

@@ -174,7 +174,7 @@ class Refusal:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise PlanError with the alternative."""
         raise PlanError(
-            f"{self._kind}.{self._method}: the model is cut, and this needs the whole weights: {self._instead}"
+            f"{self._kind}.{self._method}: the model is cut, and this needs the full weights: {self._instead}"
         )
 
 

@@ -153,7 +153,7 @@ def gather_for_peft(module: nn.Module, state: dict[str, Any], prefix: str, metad
         frame = frame.f_back
     if frame.f_code.co_name == "hotswap_adapter_from_state_dict":
         raise PlanError(
-            "hotswap of an adapter does not work on a cut model, whose parts it would replace by whole matrices: load "
+            "hotswap of an adapter does not work on a cut model, whose parts it would replace by full matrices: load "
             "it under another name, or put its values into this one by peft's set_peft_model_state_dict"
         )
     if frame.f_code.co_name != "get_peft_model_state_dict":

@@ -213,18 +213,17 @@ def measure(ranks: Group, alone: Group, sizes: Sizes) -> Times:
     if several:
         clock.average(PIECES, "none")
     clock.layer(sizes.layers[0], alone)
-    resident = max(
-        ranks.all_gather_ints(_resident_bytes())
-    )  # with the libraries that a step loads, before large tensors
+    # With the libraries that a step loads, before large tensors.
+    resident = max(ranks.all_gather_ints(_resident_bytes()))
     pairs = itertools.product(sizes.rows, sizes.widths, sizes.widths)
     engines = ranks.measure_engines([Product("float32", *mnk) for mnk in pairs])
     packing = [codec for codec in WIRE_BYTES if codec != "none"] if several else []
     sequences, tokens, hidden = sizes.layers[1]
-    calls: dict[tuple[object, ...], Callable[[], float]] = {
-        ("copy",): partial(clock.copy, sizes.copied),
-        ("attention",): partial(clock.attention, sizes.layers[-1]),
-        ("head",): partial(clock.head, sequences * tokens, hidden),
-        ("update",): partial(clock.update, sizes.updated),
+    calls: dict[object, Callable[[], float]] = {
+        "copy": partial(clock.copy, sizes.copied),
+        "attention": partial(clock.attention, sizes.layers[-1]),
+        "head": partial(clock.head, sequences * tokens, hidden),
+        "update": partial(clock.update, sizes.updated),
     }
     for size in (*sizes.layers, *sizes.left_out):
         calls["one", size] = partial(clock.layer, size, alone)
@@ -247,12 +246,12 @@ def measure(ranks: Group, alone: Group, sizes: Sizes) -> Times:
 
     return Times(
         products={(p.M, p.N, p.K): min(us.values()) / 1e6 for p, us in engines.items()},
-        copy=best["copy",],
+        copy=best["copy"],
         layers=[layer(size) for size in sizes.layers],
         left_out=[layer(size) for size in sizes.left_out],
-        attention=best["attention",],
-        head=best["head",],
-        update=best["update",],
+        attention=best["attention"],
+        head=best["head"],
+        update=best["update"],
         average=average("none") if several else 0.0,
         packed={codec: average(codec) for codec in packing},
         messages={size: best["message", size] for size in sizes.messages} if several else {},

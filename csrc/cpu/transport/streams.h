@@ -52,7 +52,7 @@ struct Source {
 // The sum over the ranks. `begun` runs once, when the first bytes are under way.
 void stream_all_reduce(Stream& stream, const Source& source, const std::function<void()>& begun);
 
-// out = this rank's part of the sum; the whole input is there.
+// out = this rank's part of the sum; the full input is there.
 void stream_reduce_scatter(Stream& stream, const Input& in, void* out, const Cut& cut);
 // The same of chunks: what arrives is kept until this rank's chunks, the last ones, are made.
 void stream_reduce_scatter(Stream& stream, const Source& source, void* out, const Cut& cut);

@@ -38,7 +38,7 @@ def problems(trainer: Any, dp_group: Group | None, mixin: type[Any]) -> Iterator
     kind = _optimizer_class(trainer)
     if option_text(of.save_strategy) != "no" and kind is not None and needs_whole_tensors(kind):
         yield (
-            f"a checkpoint with {kind.__name__}, whose state is that of whole tensors,",
+            f"a checkpoint with {kind.__name__}, whose state is that of full tensors,",
             "set save_strategy='no' and call trainer.save_model, or take one that treats every value by itself",
         )
     own_loss = _defines_loss(trainer, mixin)

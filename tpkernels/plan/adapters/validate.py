@@ -120,7 +120,7 @@ class WeightedAdapters:
             isinstance(getattr(module, "base_layer", None), ConvertedModule) for module in self._top.target.modules()
         ):
             raise PlanError(
-                f"add_weighted_adapter: combination_type={kind!r} needs whole matrices, and this model is cut: take "
+                f"add_weighted_adapter: combination_type={kind!r} needs full matrices, and this model is cut: take "
                 f"one of {BLENDS}, or blend on an uncut model, save, and load the result here"
             )
         whole = [(layer, vars(layer).copy()) for layer in self._top.target.modules() if _has_full_sizes(layer)]

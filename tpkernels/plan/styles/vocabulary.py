@@ -39,7 +39,7 @@ class IdTable(VocabParallelEmbedding):
         if sys._getframe(2).f_globals.get("__name__") == "peft.tuners.trainable_tokens.layer":
             raise PlanError(
                 "trainable tokens do not work on a table of ids that is cut: leave it whole with the rule "
-                "{its name: 'replicate'} (a head that is tied to it, too), or train the whole table by modules_to_save"
+                "{its name: 'replicate'} (a head that is tied to it, too), or train the full table by modules_to_save"
             )
         raise AttributeError(f"{type(self).__name__} has no attribute 'qweight'")
 
