@@ -26,16 +26,18 @@ struct Gemm {
   bool bias = false;
   bool integers = true;
   uint32_t piece_rows = 0;  // of each rank in one launch; 0: all
-  uint32_t padding = 0;     // values behind each row of x
+  uint32_t padding = 0;     // values behind each row of x, and of w
+  bool transposed = false;  // w lies so, on ranks of even number: the others have it as it is
   uint64_t seed = 1;
 };
 
 inline std::string text_of(const Gemm& gemm) {
   constexpr const char* kinds[] = {"gemm_reduce_scatter", "gemm_all_reduce", "all_gather_gemm"};
-  std::string text = concat(kinds[static_cast<int>(gemm.kind)], " ", name_of(gemm.dtype), " N ", gemm.N, " K ", gemm.K,
-                            " tiles of ", gemm.tile_columns, " blocks ", gemm.grid.communicating, " + ",
-                            gemm.grid.multiplying, gemm.bias ? " bias" : "", gemm.integers ? " integers" : "",
-                            " pieces of ", gemm.piece_rows, " seed ", gemm.seed, " rows");
+  std::string text =
+      concat(kinds[static_cast<int>(gemm.kind)], " ", name_of(gemm.dtype), " N ", gemm.N, " K ", gemm.K, " tiles of ",
+             gemm.tile_columns, " blocks ", gemm.grid.communicating, " + ", gemm.grid.multiplying,
+             gemm.bias ? " bias" : "", gemm.transposed ? " w transposed" : "", gemm.integers ? " integers" : "",
+             " pieces of ", gemm.piece_rows, " seed ", gemm.seed, " rows");
   for (uint32_t rows : gemm.rows) text += concat(" ", rows);
   return text;
 }
@@ -155,6 +157,8 @@ class PreparedGemm {
 
   bool gathers() const { return gemm_.kind == Fused::Gather; }
   uint32_t x_stride() const { return gemm_.K + gemm_.padding; }
+  bool is_transposed(int rank) const { return gemm_.transposed && rank % 2 == 0; }
+  uint32_t w_stride(int rank) const { return (is_transposed(rank) ? gemm_.N : gemm_.K) + gemm_.padding; }
   uint32_t rows_of(int rank) const { return gemm_.rows[static_cast<size_t>(rank)]; }
   uint32_t brings(int rank) const { return gathers() ? rows_of(rank) * gemm_.K : 0; }
   static bool is_blank(const Bytes& bytes) {
@@ -184,7 +188,13 @@ class PreparedGemm {
     const uint32_t y_rows = gemm_.kind == Fused::ReduceScatter ? rows_of(rank) : all_rows_;
     const auto put_there = [&](const Bytes& bytes) { return std::make_unique<DeviceBytes>(rank, bytes); };
     mine.x = put_there(random_matrix(rows, gemm_.K, x_stride(), random, mine.x_values));
-    mine.w = put_there(random_matrix(gemm_.N, gemm_.K, gemm_.K, random, mine.w_values));
+    if (is_transposed(rank)) {
+      mine.w = put_there(random_matrix(gemm_.K, gemm_.N, w_stride(rank), random, mine.w_values));
+      const std::vector<double> lies = mine.w_values;
+      for (size_t i = 0; i < lies.size(); ++i) mine.w_values[i] = lies[i % gemm_.K * gemm_.N + i / gemm_.K];
+    } else {
+      mine.w = put_there(random_matrix(gemm_.N, gemm_.K, w_stride(rank), random, mine.w_values));
+    }
     const bool has_bias = gemm_.bias && (gathers() || rank == 0);
     if (has_bias) mine.bias = put_there(random_matrix(1, gemm_.N, gemm_.N, random, mine.bias_values));
     if (gathers()) mine.x_whole = put_there(Bytes(size_t{all_rows_} * gemm_.K * 2, kBlank));
@@ -207,8 +217,11 @@ class PreparedGemm {
     GemmOperands operands{};
     operands.N = gemm_.N, operands.K = gemm_.K, operands.tile_columns = gemm_.tile_columns;
     operands.bias = mine.bias == nullptr ? nullptr : mine.bias->data();
-    operands.w =
-        cuda::tensor_map_of(gemm_.dtype, mine.w->data(), gemm_.N, gemm_.K, size_t{gemm_.K} * 2, gemm_.tile_columns);
+    const size_t w_bytes = size_t{w_stride(rank)} * 2;
+    operands.w_transposed = is_transposed(rank);
+    operands.w = operands.w_transposed
+                     ? cuda::tensor_map_of(gemm_.dtype, mine.w->data(), gemm_.K, gemm_.N, w_bytes, cuda::kTileDepth)
+                     : cuda::tensor_map_of(gemm_.dtype, mine.w->data(), gemm_.N, gemm_.K, w_bytes, gemm_.tile_columns);
     for (int r = 0; r < group_.ranks(); ++r) {
       if (cut.count[r] == 0) continue;
       const bool from_whole = gathers() && r != rank;

@@ -35,6 +35,8 @@ tpk_plant(flag_at_the_wrong_owner tile_turn.cuh
           "signals(static_cast<int>(owner)).tiles" "signals((static_cast<int>(owner) + 1) % peers_.world_size).tiles")
 tpk_plant(no_barrier_before_the_flag fused_gemm_sm90.cu "sync_named(kTileBarrier, kProductThreads + 32);" "")
 tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
+tpk_plant(transposed_w_read_as_the_other fused_block.cuh "if (args_.gemm.w_transposed)" "if (false)")
+tpk_plant(transposed_w_advances_as_the_other gemm_sm90.cuh "w + (transposed ? 128 : 2) * j" "w + 2 * j")
 tpk_plant(no_fence_after_the_gather fused_gemm_sm90.cu "fence_async();" "")
 tpk_plant(slot_of_another_call fused_gemm_sm90.cu
           "slot = turn_.slot(static_cast<int>(tile.owner));"

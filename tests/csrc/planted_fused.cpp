@@ -19,6 +19,8 @@ PLANTED(nothing_planted)
 PLANTED(flag_at_the_wrong_owner)
 PLANTED(no_barrier_before_the_flag)
 PLANTED(stage_given_back_too_early)
+PLANTED(transposed_w_read_as_the_other)
+PLANTED(transposed_w_advances_as_the_other)
 PLANTED(no_fence_after_the_gather)
 PLANTED(slot_of_another_call)
 PLANTED(one_rank_is_not_waited_for)
@@ -40,7 +42,8 @@ bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K) {
   EmulatedGroup group(kRanks, {.slot_bytes = size_t{256} << 10});
   std::vector<std::unique_ptr<PreparedGemm>> gemms;
   for (uint64_t seed = 0; seed < (K > 100 ? 2 : 1); ++seed) {
-    const Gemm gemm{.kind = kind, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    Gemm gemm{.kind = kind, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    gemm.transposed = K == 32;
     gemms.push_back(std::make_unique<PreparedGemm>(group, gemm, launches));
   }
   bool came[kRanks] = {};
@@ -64,6 +67,7 @@ CASE(right_kernels_are_silent) {
     EXPECT(outcome.reports.empty(), outcome.text());
     EXPECT(outcome.right && outcome.error == cudaSuccess, static_cast<int>(kind), " ", cudaGetErrorName(outcome.error));
   }
+  EXPECT(planted::run(planted::quiet(1), body(Fused::Gather, nothing_planted::kLaunches, 32)).right);
 }
 
 CASE(a_flag_raised_at_the_wrong_owner) {
@@ -74,6 +78,12 @@ CASE(no_barrier_between_a_tile_and_its_flag) {
 }
 CASE(a_stage_given_back_before_its_products_are_done) {
   planted::must_be_wrong(body(Fused::ReduceScatter, stage_given_back_too_early::kLaunches, 456));
+}
+CASE(a_transposed_w_that_is_read_in_the_other_layout) {
+  planted::must_be_wrong(body(Fused::ReduceScatter, transposed_w_read_as_the_other::kLaunches, 32));
+}
+CASE(a_transposed_w_that_advances_within_its_rows) {
+  planted::must_report(Kind::Misuse, body(Fused::Gather, transposed_w_advances_as_the_other::kLaunches, 32));
 }
 CASE(no_fence_between_rows_that_were_gathered_and_their_load) {
   planted::must_report(Kind::Misuse, body(Fused::Gather, no_fence_after_the_gather::kLaunches));

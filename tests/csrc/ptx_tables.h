@@ -18,4 +18,11 @@ constexpr uint32_t swizzled_place(uint32_t row, uint32_t column) {
   return row * 64 + uint32_t{kSwizzle128[row % 8][column / 8]} * 8 + column % 8;
 }
 
+// The same of value `k` of K of row `row` of a transposed operand, in tiles of 64 rows and 64 values of K: the
+// canonical layout ((8, 8, m), (8, k)) : ((1, 8, LBO), (64, SBO)) of values of 2 bytes (PTX ISA, shared memory matrix
+// layout, MN-major, 128-byte swizzle), LBO 4096 and SBO 512 values.
+constexpr uint32_t transposed_place(uint32_t row, uint32_t k) {
+  return row / 64 * 4096 + k / 8 * 512 + k % 8 * 64 + uint32_t{kSwizzle128[k % 8][row / 8 % 8]} * 8 + row % 8;
+}
+
 }  // namespace tpk::testing

@@ -25,6 +25,7 @@ Gemm random_gemm(int ranks, std::mt19937& random) {
   gemm.bias = up_to(1, random) == 0;
   gemm.integers = up_to(1, random) == 0;
   gemm.padding = 8 * up_to(2, random);
+  gemm.transposed = up_to(1, random) == 0;
   gemm.piece_rows = up_to(3, random) == 0 ? 24 + up_to(60, random) : 0;
   gemm.seed = random();
   return gemm;
@@ -68,7 +69,9 @@ CASE(all_kinds_over_several_tiles_of_every_rank) {
     for (uint64_t seed : {0, 3}) {
       configure(2, seed);
       EmulatedGroup group(2, kRoomy);
-      run_gemms(group, {{.kind = kind, .rows = {140, 136}, .N = 264, .K = 136, .grid = {2, 3}, .bias = true}});
+      Gemm gemm{.kind = kind, .rows = {140, 136}, .N = 264, .K = 136, .grid = {2, 3}, .bias = true};
+      gemm.transposed = seed != 0, gemm.tile_columns = seed != 0 ? 256 : 128;
+      run_gemms(group, {gemm});
       emu::reset();
     }
   }
@@ -83,6 +86,30 @@ CASE(a_long_k_is_gathered_slice_by_slice) {
   run_gemms(group, {{.kind = Fused::Gather, .rows = rows, .N = 40, .K = 1096, .integers = false, .padding = 8},
                     {.kind = Fused::ReduceScatter, .rows = rows, .N = 40, .K = 584, .integers = false}});
   emu::reset();
+}
+
+// A w that lies transposed on one rank and as it is on the other.
+CASE(both_layouts_of_w_are_multiplied_alike) {
+  for (Fused kind : kKinds) {
+    for (uint32_t tile_columns : {128u, 256u}) {
+      if (looks_closely() && tile_columns == 128) continue;
+      configure(2, 1);
+      EmulatedGroup group(2, kRoomy);
+      for (DType dtype : {DType::BF16, DType::F16}) {
+        run_gemms(group, {{.kind = kind,
+                           .dtype = dtype,
+                           .rows = {7, 21},
+                           .N = 200,
+                           .K = 136,
+                           .tile_columns = tile_columns,
+                           .bias = true,
+                           .integers = false,
+                           .padding = 8,
+                           .transposed = true}});
+      }
+      emu::reset();
+    }
+  }
 }
 
 // Flags of a gather belong to items, so that each rank may have tiles of its own.

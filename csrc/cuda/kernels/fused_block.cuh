@@ -86,7 +86,12 @@ class Block {
 
   // The products of a tile, in d.
   __device__ __forceinline__ void multiply_tile(float (&d)[N / 2], Place<N>& place) {
-    multiply<T, N>(d, steps(), product_thread() / kWarpgroup, ring_, barriers(), place);
+    const uint32_t half = product_thread() / kWarpgroup;
+    if (args_.gemm.w_transposed) {
+      multiply<T, N, true>(d, steps(), half, ring_, barriers(), place);
+    } else {
+      multiply<T, N, false>(d, steps(), half, ring_, barriers(), place);
+    }
   }
   __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, T* first) const {
     const T* bias = static_cast<const T*>(args_.gemm.bias);

@@ -23,12 +23,14 @@ constexpr int kTileThreads = 384;  // one warpgroup loads and talks, two multipl
 
 // y = x @ w.T (+ bias): x [rows, K], w [N, K], bias [N] of the same dtype or nullptr. In a reduction the bias is that
 // of one rank (rank 0), and nullptr on the others. Both maps have boxes of kTileDepth columns and a 128-byte swizzle.
+// w may lie transposed, as it does in a backward (dx = dy @ w), and may so on some ranks alone.
 struct GemmOperands {
   TensorMap x[kMaxPeers];  // the rows of rank r in this piece, [count[r], K], box of kTileRows rows; unused where none
-  TensorMap w;             // [N, K], box of tile_columns rows
+  TensorMap w;             // [N, K], box of tile_columns rows; transposed [K, N], box of kTileDepth rows
   const void* bias;
   uint32_t N, K;
   uint32_t tile_columns;  // of a tile of y: 128 or 256
+  bool w_transposed;
 };
 
 // Blocks [0, communicating) sum or gather; the others multiply, and when they are done sum as well. Both at least 1.

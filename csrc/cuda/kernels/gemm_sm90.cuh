@@ -93,16 +93,22 @@ __device__ __forceinline__ bool load_stages(const GemmOperands& gemm, const Tile
     transaction_expect(full, Ring<N>::kStageBytes);
     const auto column = static_cast<int32_t>(step * kTileDepth);
     load_tile(ring.x(place.stage), &gemm.x[tile.owner], full, column, static_cast<int32_t>(tile.row_block * kTileRows));
-    load_tile(ring.w(place.stage), &gemm.w, full, column, static_cast<int32_t>(tile.column_block * N));
+    const auto row = static_cast<int32_t>(tile.column_block * N);
+    if (!gemm.w_transposed) {
+      load_tile(ring.w(place.stage), &gemm.w, full, column, row);
+      continue;
+    }
+#pragma unroll
+    for (int32_t n = 0; n < N; n += 64) load_tile(ring.w(place.stage) + n * 128, &gemm.w, full, row + n, column);
   }
   return true;
 }
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
 
-// d = rows [64 half, 64 half + 64) of the tile. All threads of a warpgroup. One group of products runs during the wait
-// for the stage of the next; the stage before is released.
-template <class T, int N>
+// d = rows [64 half, 64 half + 64) of the tile; transposed: w. All threads of a warpgroup. One group of products runs
+// during the wait for the stage of the next; the stage before is released.
+template <class T, int N, bool transposed>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint32_t half, const Ring<N>& ring,
                                          Barriers& barriers, Place<N>& place) {
   constexpr uint32_t kHalfBytes = Ring<N>::kXBytes / 2;
@@ -110,10 +116,13 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint
   uint32_t before = 0;
   for (uint32_t step = 0; step < steps; ++step, place.advance()) {
     await(&barriers.full[place.stage], place.parity);
-    const uint64_t x = operand(ring.x(place.stage) + half * kHalfBytes), w = operand(ring.w(place.stage));
+    const uint64_t x = operand(ring.x(place.stage) + half * kHalfBytes);
+    const uint64_t w = transposed ? transposed_operand(ring.w(place.stage)) : operand(ring.w(place.stage));
     products_begin();
 #pragma unroll
-    for (uint32_t j = 0; j < kTileDepth / 16; ++j) product<T, N>(d, x + 2 * j, w + 2 * j, step > 0 || j > 0);
+    for (uint32_t j = 0; j < kTileDepth / 16; ++j) {
+      product<T, N, transposed>(d, x + 2 * j, w + (transposed ? 128 : 2) * j, step > 0 || j > 0);
+    }
     products_commit();
     products_wait<1>();
     __syncwarp();

@@ -9,7 +9,8 @@
 //                              columns 8 j + 2 (l % 4) + 0, 1, and d[4 j + 2, 3] the same of row + 8.
 //   operands                   rows of 64 values of 2 bytes, 128 bytes, in shared memory as load_tile leaves them:
 //                              groups of 8 rows are 1024 bytes and begin at a multiple of that; in a row the 16-byte
-//                              words are permuted by the row: word c of row r lies at c ^ (r % 8).
+//                              words are permuted by the row: word c of row r lies at c ^ (r % 8). A row is one of a
+//                              or b and 64 values of K; of a transposed b one value of K and 64 rows of b.
 //   registers                  of d must not be touched from the first product until products_wait; ptxas would wait
 //                              for every product by itself then, and warn (C7510).
 #pragma once
@@ -86,7 +87,7 @@ __device__ __forceinline__ bool one_of_warp() {
   return chosen != 0;
 }
 
-template <class T, int N>
+template <class T, int N, bool b_transposed = false>
 __device__ __forceinline__ void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 
 // The registers of d, which are operands 0 .. N / 2 - 1 of the instruction: their places in its text, and themselves.
@@ -107,19 +108,25 @@ __device__ __forceinline__ void product(float (&d)[N / 2], uint64_t a, uint64_t 
   TPK_REGISTERS_16(i), TPK_REGISTERS_16(i + 16), TPK_REGISTERS_16(i + 32), TPK_REGISTERS_16(i + 48)
 #define TPK_REGISTERS_128(i) TPK_REGISTERS_64(i), TPK_REGISTERS_64(i + 64)
 
-// half: N / 2; a_place, b_place, accumulate_place: the operands behind d.
-#define TPK_PRODUCT(T, type, N, half, a_place, b_place, accumulate_place)                                        \
-  template <>                                                                                                    \
-  __device__ __forceinline__ void product<T, N>(float (&d)[half], uint64_t a, uint64_t b, bool accumulate) {     \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, " accumulate_place ", 0; wgmma.mma_async.sync.aligned.m64n" #N  \
-                 "k16.f32." type "." type " {" TPK_PLACES_##half "}, " a_place ", " b_place ", p, 1, 1, 0, 0; }" \
-                 : TPK_REGISTERS_##half(0)                                                                       \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                           \
+// half: N / 2; transposed: of b; a_place, b_place, accumulate_place: the operands behind d.
+#define TPK_PRODUCT(T, type, N, half, transposed, a_place, b_place, accumulate_place)                           \
+  template <>                                                                                                   \
+  __device__ __forceinline__ void product<T, N, transposed == 1>(float (&d)[half], uint64_t a, uint64_t b,      \
+                                                                 bool accumulate) {                             \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " accumulate_place ", 0; wgmma.mma_async.sync.aligned.m64n" #N \
+                 "k16.f32." type "." type " {" TPK_PLACES_##half "}, " a_place ", " b_place                     \
+                                                                 ", p, 1, 1, 0, " #transposed "; }"             \
+                 : TPK_REGISTERS_##half(0)                                                                      \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                          \
   }
-TPK_PRODUCT(Half, "f16", 128, 64, "%64", "%65", "%66")
-TPK_PRODUCT(Bfloat16, "bf16", 128, 64, "%64", "%65", "%66")
-TPK_PRODUCT(Half, "f16", 256, 128, "%128", "%129", "%130")
-TPK_PRODUCT(Bfloat16, "bf16", 256, 128, "%128", "%129", "%130")
+#define TPK_PRODUCTS(T, type)                               \
+  TPK_PRODUCT(T, type, 128, 64, 0, "%64", "%65", "%66")     \
+  TPK_PRODUCT(T, type, 128, 64, 1, "%64", "%65", "%66")     \
+  TPK_PRODUCT(T, type, 256, 128, 0, "%128", "%129", "%130") \
+  TPK_PRODUCT(T, type, 256, 128, 1, "%128", "%129", "%130")
+TPK_PRODUCTS(Half, "f16")
+TPK_PRODUCTS(Bfloat16, "bf16")
+#undef TPK_PRODUCTS
 #undef TPK_PRODUCT
 #undef TPK_REGISTERS_128
 #undef TPK_REGISTERS_64

@@ -75,7 +75,7 @@ struct NamedBarrier {
 // A product as all threads of its warpgroup must ask for it.
 struct Request {
   uint64_t a, b;
-  bool accumulate;
+  bool accumulate, b_transposed;
   int columns;
   uint32_t line;
   bool operator==(const Request&) const = default;

@@ -37,7 +37,7 @@ struct Product {
   float* d;
   int columns;
   uint64_t a, b;  // descriptors
-  bool accumulate;
+  bool accumulate, b_transposed;
   float (*value)(uint16_t bits);
 };
 void products_begin();

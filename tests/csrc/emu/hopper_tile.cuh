@@ -24,6 +24,9 @@ enum class Fault {
   WrongStep,
   WrongSwizzle,
   WrongStart,
+  OtherLayout,
+  WrongLeading,
+  WrongAdvance,
   NoBegin,
   NoCommit,
   NoWait,
@@ -40,6 +43,7 @@ struct TileArgs {
   float* y;
   int K;
   Fault fault;
+  bool transposed;  // w
 };
 
 template <int N>
@@ -65,7 +69,9 @@ __device__ __forceinline__ void load_stages_of(const TileArgs& args, char* ring,
       transaction_expect(&full[stage], Stage::kBytes);
     }
     load_tile(to, &args.x, &full[stage], step * kDepth, 0);
-    load_tile(to + Stage::kXBytes, &args.w, &full[stage], step * kDepth, 0);
+    if (!args.transposed) load_tile(to + Stage::kXBytes, &args.w, &full[stage], step * kDepth, 0);
+    for (int n = 0; args.transposed && n < N; n += 64)
+      load_tile(to + Stage::kXBytes + n * 128, &args.w, &full[stage], n, step * kDepth);
   }
 }
 
@@ -77,16 +83,29 @@ __device__ __forceinline__ uint64_t x_operand(const char* stage, uint32_t half, 
   return x;
 }
 
+__device__ __forceinline__ uint64_t w_operand(const char* tile, bool transposed, Fault fault) {
+  if (!transposed) return operand(tile);
+  return transposed_operand(tile) - (fault == Fault::WrongLeading ? uint64_t{4096 / 16} << 16 : 0);
+}
+
 template <class T, int N>
 __device__ __forceinline__ void multiply_step(float (&d)[N / 2], const TileArgs& args, const char* stage,
                                               uint32_t thread, int step) {
   const Fault fault = args.fault;
-  const uint64_t x = x_operand(stage, thread / 128, fault), w = operand(stage + TileStage<N>::kXBytes);
+  const bool transposed = args.transposed != (fault == Fault::OtherLayout);
+  const uint64_t x = x_operand(stage, thread / 128, fault);
+  const uint64_t w = w_operand(stage + TileStage<N>::kXBytes, transposed, fault);
+  const uint32_t advance = transposed && fault != Fault::WrongAdvance ? 128 : 2;
   if (fault != Fault::NoBegin) products_begin();
   for (uint32_t j = 0; j < kDepth / 16; ++j) {
     const bool other = fault == Fault::OtherOperand && thread == 77 && step == 1;
     if (fault == Fault::OneWarpLess && thread / 32 == 3 && step == 1 && j == 3) continue;
-    product<T, N>(d, x + (fault == Fault::WrongStep ? j : 2 * j), (other ? x : w) + 2 * j, step > 0 || j > 0);
+    const uint64_t a = x + (fault == Fault::WrongStep ? j : 2 * j), b = (other ? x : w) + advance * j;
+    if (transposed) {
+      product<T, N, true>(d, a, b, step > 0 || j > 0);
+    } else {
+      product<T, N>(d, a, b, step > 0 || j > 0);
+    }
   }
   if (fault == Fault::Touched && step == 1) d[5] = 0;
   if (fault != Fault::NoCommit) products_commit();
@@ -153,6 +172,15 @@ struct Matrix {
     std::normal_distribution<float> normal;
     for (T& value : values) value = from_float<T>(normal(random));
   }
+  Matrix transposed() const {
+    Matrix made(*this);
+    std::swap(made.rows, made.columns);
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < columns; ++c)
+        made.values[static_cast<size_t>(c * rows + r)] = values[static_cast<size_t>(r * columns + c)];
+    }
+    return made;
+  }
   TensorMap map(uint32_t box_rows) const {
     void* data = nullptr;  // freed by emu::reset
     EXPECT(cudaMalloc(&data, values.size() * 2) == cudaSuccess);
@@ -195,9 +223,9 @@ struct Expected {
   }
 };
 
-// Multiplies x[rows, K] and w[columns, K].T; whether the values are right.
+// Multiplies x[rows, K] and w[columns, K].T, which may lie transposed; whether the values are right.
 template <class T, int N>
-bool multiplies(int rows, int columns, int K, Fault fault = Fault::None) {
+bool multiplies(int rows, int columns, int K, Fault fault = Fault::None, bool transposed = false) {
   const Matrix<T> x(rows, K, 1), w(columns, K, 2);
   static std::map<std::array<int, 3>, Expected> known;
   const Expected& expected = known.try_emplace({rows, columns, K}, x, w, N).first->second;
@@ -205,7 +233,8 @@ bool multiplies(int rows, int columns, int K, Fault fault = Fault::None) {
   const auto kernel = multiply_tile<T, N>;
   EXPECT(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                               TileStage<N>::kShared) == cudaSuccess);
-  const TileArgs args{x.map(kRows), w.map(N), y, K, fault};
+  const TensorMap of_w = transposed ? w.transposed().map(kDepth) : w.map(N);
+  const TileArgs args{x.map(kRows), of_w, y, K, fault, transposed};
   EXPECT(TPK_LAUNCH(kernel, 1, 384, TileStage<N>::kShared, nullptr, args) == cudaSuccess);
   return cudaDeviceSynchronize() == cudaSuccess && expected.agrees(values_of(y, static_cast<size_t>(kRows * N)));
 }

@@ -6,7 +6,9 @@ using namespace tpk::planted;
 
 namespace {
 
-bool multiplies_wrongly(Fault fault) { return multiplies<Bfloat16, 128>(128, 128, 320, fault); }
+bool multiplies_wrongly(Fault fault, bool transposed = false) {
+  return multiplies<Bfloat16, 128>(128, 128, 320, fault, transposed);
+}
 
 // Reported as what it is, at every seed.
 void must_report_of(Fault fault, emu::Kind kind) {
@@ -39,8 +41,10 @@ CASE(tiles_that_land_by_another_swizzle_than_products_read) {
   for (uint64_t seed : {0, 1}) {
     emu::Options options = quiet(seed);
     options.planted_swizzle = true;
-    EXPECT(!run(options, [] { return multiplies_wrongly(Fault::None); }).right, "seed ", seed);
-    EXPECT(run(quiet(seed), [] { return multiplies_wrongly(Fault::None); }).right, "seed ", seed);
+    for (bool transposed : {false, true}) {
+      EXPECT(!run(options, [=] { return multiplies_wrongly(Fault::None, transposed); }).right, "seed ", seed);
+      EXPECT(run(quiet(seed), [=] { return multiplies_wrongly(Fault::None, transposed); }).right, "seed ", seed);
+    }
   }
 }
 
@@ -50,6 +54,15 @@ CASE(an_operand_advances_by_half_a_step) {
 }
 CASE(an_operand_of_another_swizzle) { must_report_of(Fault::WrongSwizzle, emu::Kind::Misuse); }
 CASE(an_operand_that_begins_within_its_pattern) { must_report_of(Fault::WrongStart, emu::Kind::Misuse); }
+CASE(an_operand_that_is_read_in_the_other_layout) {
+  must_be_wrong([] { return multiplies_wrongly(Fault::OtherLayout, true); });
+}
+CASE(a_transposed_operand_whose_next_64_rows_are_looked_for_elsewhere) {
+  must_be_wrong([] { return multiplies_wrongly(Fault::WrongLeading, true); });
+}
+CASE(a_transposed_operand_that_advances_as_the_other_does) {
+  must_report(emu::Kind::Misuse, [] { return multiplies_wrongly(Fault::WrongAdvance, true); });
+}
 CASE(products_without_a_beginning) { must_report_of(Fault::NoBegin, emu::Kind::Misuse); }
 CASE(products_that_are_not_committed) { must_report_of(Fault::NoCommit, emu::Kind::Misuse); }
 CASE(sums_are_read_before_they_are_there) {

@@ -14,45 +14,62 @@ constexpr uint32_t kFirstWarp = 1024;  // agents of warps are numbered from here
 // What sums hold until they are waited for: a NaN that no arithmetic makes.
 constexpr uint32_t kInFlight = 0x7fc0'f117;
 
-// Rows of an operand, 16 values each, by the bits of its descriptor (PTX ISA, matrix descriptor format): 0-13 where it
-// starts and 32-45 the distance from 8 rows to the next 8, both without their lowest 4 bits; 49-51 how far the pattern
-// of the swizzle is off; 62-63 the swizzle, where 1 is that of 128 bytes. 16-29 mean nothing then.
+// The words of an operand, of 16 bytes, by the bits of its descriptor (PTX ISA, matrix descriptor format): 0-13 where
+// it starts and 32-45 the distance from 8 lines to the next 8, both without their lowest 4 bits; 49-51 how far the
+// pattern of the swizzle is off; 62-63 the swizzle, where 1 is that of 128 bytes. A line is a row of the operand and a
+// word 8 values of K; of a transposed one a line is a value of K and a word 8 rows, of which 16-29 say how far it is
+// from 64 to the next 64. Of others they mean nothing.
 //
 // The swizzle is read from the table in the PTX ISA, not by the formula by which tiles land (async.h): a mistake in one
 // of them is a wrong product.
 class Operand {
  public:
-  Operand(uint64_t descriptor, Where where)
-      : start_((descriptor & 0x3fff) << 4), stride_((descriptor >> 32 & 0x3fff) << 4) {
+  Operand(uint64_t descriptor, bool transposed, Where where)
+      : start_((descriptor & 0x3fff) << 4),
+        leading_((descriptor >> 16 & 0x3fff) << 4),
+        stride_((descriptor >> 32 & 0x3fff) << 4) {
     const uint64_t layout = descriptor >> 62, offset = descriptor >> 49 & 7;
     const uint64_t unused = uint64_t{3} << 14 | uint64_t{3} << 30 | uint64_t{7} << 46 | uint64_t{0x3ff} << 52;
     if (layout != 1 || offset != 0) misuse("an operand that is not in rows of 128 swizzled bytes", where);
     if ((descriptor & unused) != 0) misuse("an operand with bits that mean nothing", where);
     // Of the pattern, whose rows are 8 times 128 bytes, a start within the first row is one along K.
-    if (start_ % 1024 >= 128 || start_ % 128 + 32 > 128 || stride_ % 1024 != 0)
-      misuse("an operand whose rows begin where its swizzle does not", where);
+    const bool starts =
+        transposed ? start_ % 1024 == 0 && leading_ % 1024 == 0 : start_ % 1024 < 128 && start_ % 128 + 32 <= 128;
+    if (!starts || stride_ % 1024 != 0) misuse("an operand whose rows begin where its swizzle does not", where);
   }
-  // The 16 bytes of one half of a row.
-  const char* half_row(uint32_t row, uint32_t half, Where where) const {
-    const uintptr_t pattern = start_ / 1024 * 1024 + row / 8 * stride_, word = start_ % 128 / 16 + half;
-    const char* const at = shared_base() + pattern + row % 8 * 128 + testing::kSwizzle128[row % 8][word] * 16;
+  const char* word(uint32_t line, uint32_t number, Where where) const {
+    const uintptr_t word = start_ % 128 / 16 + number;
+    const uintptr_t pattern = start_ / 1024 * 1024 + word / 8 * leading_ + line / 8 * stride_;
+    const char* const at = shared_base() + pattern + line % 8 * 128 + testing::kSwizzle128[line % 8][word % 8] * 16;
     if (!lies_in_shared(at, 16)) misuse("an operand that reaches beyond the block's shared memory", where);
     return at;
   }
 
  private:
-  uintptr_t start_, stride_;
+  uintptr_t start_, leading_, stride_;
 };
 
+// Lines and words of an operand.
+struct Words {
+  uint32_t first_line, lines, first_word, words;
+};
+Words words_of_rows(uint32_t first, uint32_t rows, bool transposed) {
+  return transposed ? Words{0, 16, first / 8, rows / 8} : Words{first, rows, 0, 2};
+}
+
 // [k][row]
-void decode(const Operand& operand, uint32_t first, uint32_t rows, float (*value)(uint16_t), std::vector<float>& to,
-            Where where) {
+void decode(uint64_t descriptor, bool transposed, uint32_t first, uint32_t rows, float (*value)(uint16_t),
+            std::vector<float>& to, Where where) {
+  const Operand operand(descriptor, transposed, where);
+  const Words part = words_of_rows(first, rows, transposed);
   to.resize(size_t{rows} * 16);
-  for (uint32_t r = 0; r < rows; ++r) {
-    for (uint32_t half = 0; half < 2; ++half) {
+  for (uint32_t line = 0; line < part.lines; ++line) {
+    for (uint32_t word = 0; word < part.words; ++word) {
       uint16_t bits[8];
-      std::memcpy(bits, operand.half_row(first + r, half, where), sizeof bits);
-      for (uint32_t k = 0; k < 8; ++k) to[(half * 8 + k) * rows + r] = value(bits[k]);
+      std::memcpy(bits, operand.word(part.first_line + line, part.first_word + word, where), sizeof bits);
+      for (uint32_t i = 0; i < 8; ++i) {
+        to[transposed ? line * rows + word * 8 + i : (word * 8 + i) * rows + line] = value(bits[i]);
+      }
     }
   }
 }
@@ -67,8 +84,8 @@ const Decoded& decoded(uint32_t warp, size_t number, const Product& asked, Where
   of_warp.emplace_back();
   Decoded& fresh = of_warp.back();
   fresh.number = number;
-  decode(Operand(asked.a, where), warp % 4 * 16, 16, asked.value, fresh.a, where);
-  decode(Operand(asked.b, where), 0, static_cast<uint32_t>(asked.columns), asked.value, fresh.b, where);
+  decode(asked.a, false, warp % 4 * 16, 16, asked.value, fresh.a, where);
+  decode(asked.b, asked.b_transposed, 0, static_cast<uint32_t>(asked.columns), asked.value, fresh.b, where);
   return fresh;
 }
 
@@ -111,15 +128,17 @@ void watch(const Product& asked, size_t number, int group, Where where) {
   warp.watched = number + 1;
   warp.agent->last = warp.before + static_cast<uint32_t>(group) + 1;
   const Clock clock = clock_of(*warp.agent);
-  const auto reads = [&](const Operand& operand, uint32_t first, uint32_t rows) {
-    for (uint32_t r = first; r < first + rows; ++r) {
-      for (uint32_t half = 0; half < 2; ++half)
-        detector()->async_access(thread, clock, operand.half_row(r, half, where), 16, false, where);
+  const auto reads = [&](uint64_t descriptor, bool transposed, uint32_t first, uint32_t rows) {
+    const Operand operand(descriptor, transposed, where);
+    const Words read = words_of_rows(first, rows, transposed);
+    for (uint32_t line = read.first_line; line < read.first_line + read.lines; ++line) {
+      for (uint32_t word = read.first_word; word < read.first_word + read.words; ++word)
+        detector()->async_access(thread, clock, operand.word(line, word, where), 16, false, where);
     }
   };
   const uint32_t part = thread.number / 32 % 4, columns = static_cast<uint32_t>(asked.columns) / 4;
-  reads(Operand(asked.a, where), part * 16, 16);
-  reads(Operand(asked.b, where), part * columns, columns);
+  reads(asked.a, false, part * 16, 16);
+  reads(asked.b, asked.b_transposed, part * columns, columns);
 }
 
 void know_products(int groups) {
@@ -156,7 +175,7 @@ void product(const Product& asked, Where where) {
   Products& mine = state.products[&thread];
   if (!mine.begun) misuse("a product that no products_begin comes before", where);
   std::vector<Request>& requests = state.requests[thread.number / 128];
-  const Request now{asked.a, asked.b, asked.accumulate, asked.columns, where.line()};
+  const Request now{asked.a, asked.b, asked.accumulate, asked.b_transposed, asked.columns, where.line()};
   if (mine.asked_for == requests.size()) requests.push_back(now);
   if (requests[mine.asked_for] != now) {
     report(Kind::Divergence,

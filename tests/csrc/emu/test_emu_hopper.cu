@@ -18,6 +18,13 @@ CASE(what_lies_outside_comes_as_zeros) {
   must_be_silent([] { return multiplies<Half, 256>(1, 8, 8); }, {0, 1});
 }
 
+CASE(a_tile_of_a_transposed_w_is_multiplied) {
+  constexpr Fault kNone = Fault::None;
+  must_be_silent([] { return multiplies<Bfloat16, 128>(128, 128, 256, kNone, true); }, {0, 1});
+  must_be_silent([] { return multiplies<Half, 256>(100, 168, 328, kNone, true); }, {0, 1});
+  must_be_silent([] { return multiplies<Half, 128>(1, 8, 8, kNone, true); }, {0, 1});
+}
+
 // ---- bits, against the formulas of the PTX ISA ----------------------------------------------------------------------
 
 struct DumpArgs {
@@ -78,6 +85,46 @@ CASE(a_tile_lies_in_shared_memory_as_its_map_says) {
   must_be_silent([] { return lies_as_specified(200, 136, 64, 64); }, {0, 1});
   must_be_silent([] { return lies_as_specified(200, 136, 128, 128); }, {0, 1});
   must_be_silent([] { return lies_as_specified(50, 40, -8, -16); }, {0, 1});
+}
+
+// Threads write a transposed operand as the PTX ISA draws it; the first row of x picks value 5 of K.
+TPK_KERNEL void read_transposed(float* y) {
+  TPK_DYNAMIC_SHARED(char, dynamic);
+  char* const x = dynamic + (1024 - reinterpret_cast<uintptr_t>(dynamic) % 1024) % 1024;
+  char* const w = x + 64 * 128;
+  for (uint32_t i = threadIdx.x; i < 64 * 64; i += blockDim.x) {
+    const Half value = from_float<Half>(i / 64 % 16 == i % 64 ? 1 : 0);
+    memcpy(x + testing::swizzled_place(i / 64, i % 64) * 2, &value, 2);
+  }
+  for (uint32_t i = threadIdx.x; i < 128 * 64; i += blockDim.x) {
+    const Half value = from_float<Half>(static_cast<float>(i / 64 * 16 + i % 16));
+    memcpy(w + testing::transposed_place(i / 64, i % 64) * 2, &value, 2);
+  }
+  fence_async_shared();
+  __syncthreads();
+  float d[64];
+  products_begin();
+  product<Half, 128, true>(d, operand(x), transposed_operand(w), false);
+  products_commit();
+  products_wait<0>();
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (uint32_t i = 0; i < 64; ++i) {
+    const uint32_t row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+    y[row * 128 + column] = d[i];
+  }
+}
+
+CASE(a_transposed_operand_is_read_as_the_isa_draws_it) {
+  must_be_silent([] {
+    float* const y = filled<float>(64 * 128, -1);
+    EXPECT(TPK_LAUNCH(read_transposed, 1, 128, 3 * 64 * 128 + 1024, nullptr, y) == cudaSuccess);
+    if (cudaDeviceSynchronize() != cudaSuccess) return false;
+    const std::vector<float> got = values_of(y, 64 * 128);
+    for (uint32_t i = 0; i < 64 * 128; ++i) {  // row r has value r % 16 of K of row i % 128 of w
+      if (got[i] != static_cast<float>(i % 128 * 16 + i / 128 % 16)) return false;
+    }
+    return true;
+  });
 }
 
 // ---- maps -----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ void products_wait(Where where = Where::current()) {
   static_assert(n >= 0 && n <= 7, "wgmma.wait_group takes 0 .. 7");
   emu::products_wait(n, where);
 }
-template <class T, int N>
+template <class T, int N, bool b_transposed = false>
 void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where where = Where::current()) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "columns of a product of a warpgroup");
   const auto value = [](uint16_t bits) {
@@ -48,7 +48,7 @@ void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Where w
     std::memcpy(&value, &bits, sizeof value);
     return to_float(value);
   };
-  emu::product({d, N, a, b, accumulate, value}, where);
+  emu::product({d, N, a, b, accumulate, b_transposed, value}, where);
 }
 
 template <int n>
