@@ -1,5 +1,7 @@
-// The gradients of the fused GEMMs. Sums and gathers run beside the products that do not need them.
-#include "row_parts.h"
+// The gradients of the fused GEMMs. Sums and gathers run beside the products that do not need them; where path fused is
+// chosen, the gradient of x and its collective are one kernel, which reads w transposed. Which gradients are wanted
+// must be the same on all ranks.
+#include "fused_path.h"
 #include "torch_side/fused_gemm.h"
 
 namespace tpk {
@@ -18,13 +20,16 @@ struct LocalGradients {
       : need_x(need_x), need_w(need_w), need_b(need_b), dx(nothing(dy)), dw(nothing(dy)), db(nothing(dy)) {}
   Gradients all() const { return {dx, dw, db}; }
 
+  // dx without its values, of so many items.
+  const Tensor& fresh_input(const Tensor& dy, const Tensor& w, int64_t items) {
+    Shape shape = shape_of(dy);
+    shape.front() = items;
+    shape.back() = w.size(1);
+    return dx = fresh_output(dy, shape);
+  }
   // Returns dx, of the rows that dy has.
   const Tensor& input(const Tensor& dy, const Tensor& w) {
-    if (!need_x) return dx;
-    Shape shape = shape_of(dy);
-    shape.back() = w.size(1);
-    dx = fresh_output(dy, shape);
-    product_into(as_rows(dy), w, as_rows(dx));
+    if (need_x) product_into(as_rows(dy), w, as_rows(fresh_input(dy, w, dy.size(0))));
     return dx;
   }
   void others(const Tensor& dy, const Tensor& x) {
@@ -58,6 +63,15 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
   const auto others = [&] { gradients.others(dy, x); };
   if (need_x) {
     const Wire& wire = wire_for(op, dy, codec);
+    const Tensor dy_rows = as_rows(dy);
+    if (cuda::takes_fused(*comm, op, wire, dy_rows.size(0), w_shard.size(1))) {
+      const Tensor dx = gradients.fresh_input(dy, w_shard, dy.size(0));
+      const Cut rows = Cut::even(static_cast<size_t>(dy_rows.size(0)), comm->world_size());
+      cuda::reduce_fused(*comm, spec_of(op, wire, numel_of(dx), shape_of(dx)), dy_rows, cuda::transpose(w_shard), {},
+                         rows, as_rows(dx));
+      others();
+      return gradients.all();
+    }
     const Tensor& dx = gradients.input(dy, w_shard);
     comm->all_reduce_beside(spec_of(op, wire, numel_of(dx), shape_of(dx)), wire, data_of(dx), numel_of(dx), others);
   } else {
@@ -80,13 +94,13 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
   const cuda::RowParts parts = gather.parts();
   LocalGradients gradients(dy_shard, need_x, need_w, need_b);
   const Tensor dy = gather.rows();
-  if (need_x) {  // x_shard is here only if need_w
-    Shape shape = shape_of(dy_shard);
-    shape.front() = dim_size;
-    shape.back() = w_shard.size(1);
-    gradients.dx = fresh_output(dy_shard, shape);
+  // x_shard is here only if need_w
+  const Tensor dx = need_x ? as_rows(gradients.fresh_input(dy_shard, w_shard, dim_size)) : gradients.dx;
+  if (need_x && cuda::takes_fused(*comm, op, wire, dy.size(0), dy.size(1))) {
+    cuda::gather_fused(*comm, gather.spec(), gather.mine(), dy, cuda::transpose(w_shard), {}, gather.cut(), dx);
+    gradients.others(gather.whole(), x_shard);
+    return gradients.all();
   }
-  const Tensor dx = need_x ? as_rows(gradients.dx) : gradients.dx;
   comm->receive_and_consume(
       op, parts.count(), [&](int i) { gather.send(parts.stretch(i)); },
       [&](int i) {
@@ -116,28 +130,36 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   }
   // x is gathered again instead of kept (that is the memory that sequence parallelism saves), beside the partial dx;
   // that is summed beside dw.
-  const auto partial_input = [&] { partial.input(dy, w_shard); };
   Tensor x = nothing(dy);
-  if (need_w) {
+  const auto gather_beside = [&](const std::function<void()>& meanwhile) {
+    if (!need_w) return meanwhile();
     const cuda::RowGather gather(op, *comm, x_wire, x_shard, dim_size);
     x = gather.whole();
-    comm->send_beside(op, [&](int) { gather.send_all(); }, partial_input);
-  } else {
-    partial_input();
-  }
+    comm->send_beside(op, [&](int) { gather.send_all(); }, meanwhile);
+  };
   const auto others = [&] { gradients.others(dy, x); };
   if (!need_x) {
+    gather_beside([] {});
     others();
     return gradients.all();
   }
-  Shape dx_shape = shape_of(partial.dx);
+  Shape dx_shape = shape_of(dy);
+  dx_shape.back() = w_shard.size(1);
   const CutCall scatter = reduce_scatter_call(op, dx_wire, dx_shape.data(), dx_shape.size(), dim, *comm);
-  dx_shape[0] = scatter.rows;
-  gradients.dx = fresh_output(dy, dx_shape);
+  const Tensor dy_rows = as_rows(dy), dx = gradients.fresh_input(dy, w_shard, scatter.rows);
+  if (cuda::takes_fused(*comm, op, dx_wire, dy_rows.size(0), w_shard.size(1))) {
+    const Cut items = Cut::even(static_cast<size_t>(dim_size), comm->world_size());
+    cuda::reduce_fused(*comm, scatter.spec, dy_rows, cuda::transpose(w_shard), {}, items.times(cuda::rows_in_item(dy)),
+                       as_rows(dx));
+    gather_beside([] {});  // that kernel takes the whole device, so that nothing is left to hide it
+    others();
+    return gradients.all();
+  }
+  gather_beside([&] { partial.input(dy, w_shard); });
   comm->send_beside(
       op,
       [&](int) {
-        comm->send_reduce_scatter(scatter.spec, dx_wire, data_of(partial.dx), data_of(gradients.dx), scatter.cut,
+        comm->send_reduce_scatter(scatter.spec, dx_wire, data_of(partial.dx), data_of(dx), scatter.cut,
                                   cuda::Stretch::all(scatter.cut));
       },
       others);

@@ -27,12 +27,24 @@ Tensor padded_bias(const Tensor& bias, int64_t N) {
 
 size_t stride_of(const Tensor& x) { return static_cast<size_t>(x.size(0) <= 1 ? x.size(1) : x.stride(0)); }
 
-FusedGemm operands_of(const Tensor& x, const Tensor& w, const OptionalTensor& bias, const Cut& rows) {
+// w[N, K] as it lies, or its transpose where that is how it lies (the w of a backward).
+struct Weight {
+  bool transposed;
+  Tensor lies;
+
+  Weight(const Tensor& w, int64_t N, int64_t K)
+      : transposed(w.stride(1) != 1 && w.stride(0) == 1),
+        lies(transposed ? mapped(transpose(w), K, N) : mapped(w, N, K)) {}
+};
+
+FusedGemm operands_of(const Tensor& x, const Weight& w, const OptionalTensor& bias, const Cut& rows) {
   FusedGemm gemm{};
-  gemm.x = x.const_data_ptr(), gemm.w = w.const_data_ptr();
+  gemm.x = x.const_data_ptr(), gemm.w = w.lies.const_data_ptr();
   gemm.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  gemm.x_stride = stride_of(x), gemm.w_stride = stride_of(w);
-  gemm.N = static_cast<uint32_t>(w.size(0)), gemm.K = static_cast<uint32_t>(w.size(1));
+  gemm.x_stride = stride_of(x), gemm.w_stride = stride_of(w.lies);
+  gemm.N = static_cast<uint32_t>(w.lies.size(w.transposed ? 1 : 0));
+  gemm.K = static_cast<uint32_t>(w.lies.size(w.transposed ? 0 : 1));
+  gemm.w_transposed = w.transposed;
   gemm.rows = rows;
   return gemm;
 }
@@ -48,7 +60,8 @@ void reduce_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& 
                   const OptionalTensor& bias, const Cut& rows, const Tensor& y) {
   const int64_t N = w.size(0), K = whole_units(w.size(1));
   const OptionalTensor b = bias.has_value() ? OptionalTensor(padded_bias(*bias, N)) : bias;
-  const Tensor from = mapped(x, x.size(0), K), weight = mapped(w, N, K);
+  const Tensor from = mapped(x, x.size(0), K);
+  const Weight weight(w, N, K);
   FusedGemm gemm = operands_of(from, weight, b, rows);
   gemm.y = data_of(y);
   comm.fused_gemm(spec, gemm);
@@ -59,7 +72,8 @@ void gather_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& 
   const int64_t K = w.size(1), N = whole_units(w.size(0));
   const bool narrower = N != w.size(0);
   const OptionalTensor b = bias.has_value() ? OptionalTensor(padded_bias(*bias, N)) : bias;
-  const Tensor from = mapped(x_shard, x_shard.size(0), K), weight = mapped(w, N, K);
+  const Tensor from = mapped(x_shard, x_shard.size(0), K);
+  const Weight weight(w, N, K);
   Tensor product = narrower ? empty_of(y, {y.size(0), N}) : y;
   FusedGemm gemm = operands_of(from, weight, b, rows);
   gemm.y = data_of(product), gemm.x_whole = data_of(x_whole);

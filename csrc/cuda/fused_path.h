@@ -9,7 +9,7 @@ namespace tpk::cuda {
 bool takes_fused(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t shared);
 
 // y = this rank's rows (gemm_reduce_scatter), or all, of the sum over the ranks of x[M, K] @ w[N, K].T, plus the bias
-// of rank 0. rows: how those of the sum are cut.
+// of rank 0. rows: how those of the sum are cut. w is read as it lies, row by row or column by column.
 void reduce_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& x, const Tensor& w,
                   const OptionalTensor& bias, const Cut& rows, const Tensor& y);
 

@@ -123,13 +123,33 @@ std::string not_fused(const GemmChoice& choice, const Forced& forced) {
                                     : concat("not fused: ", choice.obstacle, "; ");
 }
 
+// The path of the backward, which sends by the dual collective (fused_kind), as "; backward: path".
+std::string explain_backward(const DeviceCommunicator& comm, const CallShape& call, const Wire& wire) {
+  if (call.op == "gemm_all_reduce") return "; backward: nothing is sent";
+  const bool gathered = call.op == "all_gather_gemm", scattered = call.op == "gemm_reduce_scatter";
+  if (call.op != "replicated_gemm" && call.dim != 0) return "; backward: unfused";
+  const Op op = gathered    ? Op::AllGatherGemmBackward
+                : scattered ? Op::GemmReduceScatterBackward
+                            : Op::ReplicatedGemmBackward;
+  const int64_t ranks = comm.world_size();
+  const ShardedGemm gemm{op, wire.dtype, wire.codec, gathered ? call.M * ranks : call.M, scattered ? call.N : call.K};
+  const size_t row_bytes = static_cast<size_t>(gemm.shared) * wire.value_bytes;
+  const GemmChoice choice = choose_gemm(comm.machine(), comm.forced(), gemm, call.M / ranks, row_bytes);
+  if (choice.fused) return "; backward: fused";
+  const std::string why =
+      comm.forced().path == Path::Fused ? concat(" (fused was asked for, but ", choice.obstacle, ")") : "";
+  // Of the others dx is multiplied whole, and sent while dw is multiplied.
+  return concat("; backward: ", scattered && choice.parts > 1 ? concat("chunked(", choice.parts, ")") : "unfused", why);
+}
+
 // A bias is the GEMM's own and changes no path; a gather or a scatter along another dim than 0 is not cut into parts.
 Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, const Wire& wire) {
   if (call.op == "replicated_gemm") {
-    return {"unfused", "nothing is sent in the forward; the backward sums dx beside dw"};
+    return {"unfused", concat("nothing is sent in the forward", explain_backward(comm, call, wire))};
   }
   if (call.op != "gemm_all_reduce" && call.dim != 0) {
-    return {"unfused", concat("dim ", call.dim, ": only rows of dim 0 are sent while others are multiplied")};
+    return {"unfused", concat("dim ", call.dim, ": only rows of dim 0 are sent while others are multiplied",
+                              explain_backward(comm, call, wire))};
   }
   const Op op = call.op == "gemm_all_reduce"       ? Op::GemmAllReduce
                 : call.op == "gemm_reduce_scatter" ? Op::GemmReduceScatter
@@ -148,7 +168,7 @@ Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, co
     return {"fused",
             concat(choice.reason, "; tiles of ", kTileRows, " x ", plan.tile_columns, ", ", (part + most - 1) / most,
                    " pieces, ", plan.communicating, " blocks ", gemm.gathers() ? "gather" : "sum", " and ",
-                   plan.multiplying, " multiply; the backward is not fused")};
+                   plan.multiplying, " multiply", explain_backward(comm, call, wire))};
   }
   const char* const collective = gemm.gathers()            ? "all_gather"
                                  : op == Op::GemmAllReduce ? "all_reduce"
@@ -156,7 +176,8 @@ Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, co
   const Explained transfer = explain_collective(
       comm, collective, wire, static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
   return {choice.parts == 1 ? "unfused" : concat("chunked(", choice.parts, ")"),
-          concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.path, ": ", transfer.reason)};
+          concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.path, ": ", transfer.reason,
+                 explain_backward(comm, call, wire))};
 }
 
 Explained explain(DeviceCommunicator& comm, const CallShape& call) {

@@ -36,7 +36,7 @@ GemmChoice choice_of(const Machine& machine, const Forced& forced, const Sharded
 
 CASE(the_rule_never_takes_what_nobody_has_measured) {
   for (int64_t M : {128, 8192, 1 << 20}) {
-    for (Op op : {Op::GemmReduceScatter, Op::GemmAllReduce, Op::AllGatherGemm}) {
+    for (Op op : {Op::GemmReduceScatter, Op::GemmAllReduce, Op::AllGatherGemm, Op::AllGatherGemmBackward}) {
       ShardedGemm gemm = large(op);
       gemm.M = M;
       const GemmChoice choice = choice_of(kHopper, {}, gemm);
@@ -86,6 +86,22 @@ CASE(what_cannot_be_fused_says_why_and_goes_in_parts) {
   EXPECT(obstacle(ampere, large()).find("older") != std::string::npos);
   EXPECT(obstacle(blackwell, large()).find("newer") != std::string::npos);
   EXPECT(obstacle(tiny, large()).find("slot") != std::string::npos);
+}
+
+CASE(a_backward_is_planned_as_its_dual) {
+  const std::pair<Op, Op> kDuals[] = {{Op::GemmReduceScatterBackward, Op::AllGatherGemm},
+                                      {Op::AllGatherGemmBackward, Op::GemmReduceScatter},
+                                      {Op::ReplicatedGemmBackward, Op::GemmAllReduce}};
+  for (const auto& [backward, dual] : kDuals) {
+    EXPECT(fused_kind(backward) == fused_kind(dual), name_of(backward));
+    const FusedPlan plan = plan_fused(kHopper, asked(), large(backward)),
+                    other = plan_fused(kHopper, asked(), large(dual));
+    EXPECT(plan.piece_rows == other.piece_rows && plan.tile_columns == other.tile_columns, name_of(backward));
+    ShardedGemm odd = large(backward);
+    odd.shared = 4095;
+    const bool names_N = obstacle(kHopper, odd).find("an N") != std::string::npos;
+    EXPECT(names_N == (backward == Op::GemmReduceScatterBackward), obstacle(kHopper, odd));
+  }
 }
 
 CASE(what_each_rank_has_of_its_own_has_no_say) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from tests.harness.ops import check_forward, check_gradient, run_at
 from tpkernels.comm.group import Group
 from tpkernels.testing.case import Sizes
-from tpkernels.testing.cases import ALL_GATHER_GEMM, ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER
+from tpkernels.testing.cases import ALL_GATHER_GEMM, ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, REPLICATED_GEMM
 
 FUSED = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM)
 
@@ -33,6 +34,34 @@ def check_fused(group: Group) -> None:
             check_forward(case, s, group)
             check_gradient(case, replace(s, M=5), group)
         check_forward(ALL_REDUCE, replace(s, M=5), group)  # other calls go on between
+
+
+def check_backward(group: Group) -> None:
+    """What autograd calls is one kernel, too: nothing else makes tensor maps. It reads w transposed, as a forward may."""
+    from tpkernels._native import _C
+
+    emulated: Any = _C
+    R = group.world_size
+    ask(group)
+    for case in (REPLICATED_GEMM, GEMM_REDUCE_SCATTER, ALL_GATHER_GEMM):
+        for s in (
+            Sizes(R=R, M=11, N=24, K=16, dtype=torch.bfloat16, integers=True),
+            Sizes(R=R, M=7, N=8 * R + 8, K=40, dtype=torch.float16, batch=(2,)),
+        ):
+            arguments = case.arguments(s, group.rank)
+            for x in arguments:
+                assert x is not None
+                x.requires_grad_()
+            y = case.call(s, arguments, group)
+            group.barrier()
+            before = emulated.encoded_maps()
+            group.barrier()
+            y.backward(torch.ones_like(y))
+            group.barrier()
+            assert emulated.encoded_maps() > before, (case.name, s)
+            check_gradient(case, s, group)
+            x, w, *bias = (a.detach() for a in arguments if a is not None)
+            assert torch.equal(case.call(s, [x, w.t().contiguous().t(), *bias], group), y), (case.name, s)
 
 
 def check_pieces(group: Group) -> None:
@@ -59,6 +88,16 @@ def check_explained(group: Group) -> None:
     assert "fused only when asked for" in found.reason
     ask(group)
     assert group.explain("gemm_all_reduce", **sizes, dtype=torch.bfloat16).path == "fused"
+    for op, forward, backward in (
+        ("gemm_all_reduce", "fused", "nothing is sent"),
+        ("gemm_reduce_scatter", "fused", "fused"),
+        ("all_gather_gemm", "fused", "fused"),
+        ("replicated_gemm", "unfused", "fused"),
+    ):
+        found = group.explain(op, **sizes, dtype=torch.bfloat16)
+        assert found.path == forward and found.reason.endswith(f"; backward: {backward}"), found
+    found = group.explain("replicated_gemm", **{**sizes, "K": 60}, dtype=torch.bfloat16)
+    assert found.reason.endswith("; backward: unfused (fused was asked for, but it needs a K that is a multiple of 8)")
     for change, why in (
         ({"dtype": torch.float32}, "bfloat16 and float16 only"),
         ({"dtype": torch.bfloat16, "codec": "fp16"}, "not packed"),
@@ -77,6 +116,10 @@ def check_explained(group: Group) -> None:
 @pytest.mark.parametrize("R", [2, 3])
 def test_a_fused_gemm_is_its_plain_program(R: int, place: str) -> None:
     run_at(place, check_fused, R)
+
+
+def test_the_backward_of_a_fused_gemm_is_fused() -> None:
+    run_at("emu", check_backward, 3)
 
 
 @pytest.mark.parametrize("place", ["emu", "virtual"])

@@ -8,6 +8,16 @@
 
 namespace tpk::cuda {
 
+// What is done with the rows of a sharded GEMM. A backward is the dual of its forward: dx = dy @ w is summed and cut
+// where the forward gathered x, its dy is gathered where the forward cut y, and dx is summed where all ranks held x.
+enum class FusedKind : uint8_t { Gather, ReduceScatter, AllReduce };
+
+inline FusedKind fused_kind(Op op) {
+  if (op == Op::AllGatherGemm || op == Op::GemmReduceScatterBackward) return FusedKind::Gather;
+  if (op == Op::GemmReduceScatter || op == Op::AllGatherGemmBackward) return FusedKind::ReduceScatter;
+  return FusedKind::AllReduce;
+}
+
 // Numbers that are the same on all ranks. Of a reduction each rank has a K of its own, of a gather an N: the launch
 // pads those.
 struct ShardedGemm {
@@ -15,10 +25,14 @@ struct ShardedGemm {
   DType dtype;
   Codec codec;
   int64_t M;        // rows of y, or of the whole sum
-  int64_t shared;   // N of a reduction, K of a gather
+  int64_t shared;   // N of a reduction, K of a gather; of a backward those of dx = dy @ w
   int64_t own = 0;  // N of a gather on this rank, 0: unknown. Tiles alone depend on it, which no other rank sees
 
-  bool gathers() const { return op == Op::AllGatherGemm; }
+  bool gathers() const { return fused_kind(op) == FusedKind::Gather; }
+  // Whether `shared` is N as the caller of the op, or of its forward, knows it.
+  bool shares_N() const {
+    return op == Op::GemmAllReduce || op == Op::GemmReduceScatter || op == Op::GemmReduceScatterBackward;
+  }
 };
 
 struct FusedPlan {
@@ -66,7 +80,7 @@ inline const char* obstacle_to_fused(const Machine& machine, const Forced& force
   if (gemm.M <= 0 || gemm.shared <= 0) return "there is nothing to multiply";
   if (gemm.M >= kMost || gemm.shared >= kMost) return "its sizes are below 2^31";
   if (gemm.shared % kFusedUnit != 0) {
-    return gemm.gathers() ? "it needs a K that is a multiple of 8" : "it needs an N that is a multiple of 8";
+    return gemm.shares_N() ? "it needs an N that is a multiple of 8" : "it needs a K that is a multiple of 8";
   }
   if (plan_fused(machine, forced, gemm).piece_rows == 0)
     return "not one row of every rank fits into a slot of the arena";

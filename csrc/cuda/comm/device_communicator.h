@@ -36,7 +36,8 @@ struct FusedGemm {
   size_t x_stride, w_stride;  // values from a row to the next
   void *y, *x_whole;
   uint32_t N, K;
-  Cut rows;  // of the whole sum, or of the whole x, over the ranks
+  bool w_transposed;  // w lies as [K, N]
+  Cut rows;           // of the whole sum, or of the whole x, over the ranks
 };
 
 // Of every rank's part of a cut the values [begin[r], end[r]), counted from where the part begins.

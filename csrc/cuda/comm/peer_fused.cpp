@@ -42,7 +42,8 @@ FusedGrid grid_of(const FusedPlan& plan, const RowCut& piece, int world_size, ui
 }  // namespace
 
 void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& gemm) {
-  const bool gathers = spec.op == Op::AllGatherGemm;
+  const FusedKind kind = fused_kind(spec.op);
+  const bool gathers = kind == FusedKind::Gather;
   const size_t mine = gemm.rows.start(rank()), largest = gemm.rows.largest();
   const FusedPlan plan = plan_fused(machine(), forced(),
                                     {spec.op, spec.dtype, spec.codec, static_cast<int64_t>(gemm.rows.total()),
@@ -50,7 +51,10 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
   TPK_CHECK(plan.piece_rows > 0, describe_call(spec.op), ": no row of path fused fits into a slot of ",
             arena_.slot_bytes, " bytes");
   GemmOperands operands{};
-  operands.w = maps_.of(spec.dtype, gemm.w, gemm.N, gemm.K, gemm.w_stride * kValueBytes, plan.tile_columns);
+  const size_t w_bytes = gemm.w_stride * kValueBytes;
+  operands.w = gemm.w_transposed ? maps_.of(spec.dtype, gemm.w, gemm.K, gemm.N, w_bytes, kTileDepth)
+                                 : maps_.of(spec.dtype, gemm.w, gemm.N, gemm.K, w_bytes, plan.tile_columns);
+  operands.w_transposed = gemm.w_transposed;
   operands.bias = gemm.bias, operands.N = gemm.N, operands.K = gemm.K, operands.tile_columns = plan.tile_columns;
   for (size_t start = 0; start < largest; start += plan.piece_rows) {
     const RowCut piece = rows_of_piece(gemm.rows, world_size(), start, plan.piece_rows, gathers, gemm.K);
@@ -72,7 +76,7 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
       check_cuda(launch_all_gather_gemm(peers_, call, rows_at(gemm.x, done, gemm.x_stride), gemm.x_stride, gemm.x_whole,
                                         operands, gemm.y, piece, grid, stream),
                  "fused all_gather_gemm");
-    } else if (spec.op == Op::GemmReduceScatter) {
+    } else if (kind == FusedKind::ReduceScatter) {
       check_cuda(launch_gemm_reduce_scatter(peers_, call, operands, rows_at(gemm.y, done, gemm.N), piece, grid, stream),
                  "fused gemm_reduce_scatter");
     } else {
@@ -86,9 +90,9 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
 void PeerCommunicator::count_fused(const CallSpec& spec, const FusedGemm& gemm) {
   const size_t others = static_cast<size_t>(world_size() - 1), mine = gemm.rows.size(rank());
   const size_t sent = gemm.rows.total() - mine, shared = others * mine;
-  switch (spec.op) {
-    case Op::AllGatherGemm: return count(shared * gemm.K * kValueBytes);
-    case Op::GemmReduceScatter: return count(sent * gemm.N * kValueBytes);
+  switch (fused_kind(spec.op)) {
+    case FusedKind::Gather: return count(shared * gemm.K * kValueBytes);
+    case FusedKind::ReduceScatter: return count(sent * gemm.N * kValueBytes);
     default: return count((sent + shared) * gemm.N * kValueBytes);
   }
 }

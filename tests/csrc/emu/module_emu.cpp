@@ -107,6 +107,7 @@ void add_emulator(py::module_& m) {
   m.def("disown", [](uintptr_t memory) { emu::disown(reinterpret_cast<void*>(memory)); }, py::arg("memory"));
   m.def("multicast", &multicast, py::arg("arenas"), py::arg("bytes"));
   m.def("take_product_limits", &emu::take_product_limits);
+  m.def("encoded_maps", &emu::encoded_maps);
   m.def("take_reports", &take_reports);
   m.def("races", &emu::races);
   m.def("detects_races", &emu::detects_races);
