@@ -37,7 +37,7 @@ def check_fused(group: Group) -> None:
 
 
 def check_backward(group: Group) -> None:
-    """What autograd calls is one kernel, too: nothing else makes tensor maps. It reads w transposed, as a forward may."""
+    """Autograd calls one kernel, too: nothing else makes tensor maps. It reads w transposed, as a forward may."""
     from tpkernels._native import _C
 
     emulated: Any = _C

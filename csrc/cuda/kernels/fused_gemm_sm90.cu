@@ -6,7 +6,7 @@
 //   all_gather_gemm      every rank copies its rows into its slot, all ranks copy them into x_whole as they arrive, and
 //                        multiply the rows that have arrived.
 //
-// Called by  csrc/cuda/fused_gemm.cpp, through the communicator.
+// Called by  csrc/cuda/fused_gemm.cpp and fused_gemm_backward.cpp, through the communicator.
 // Needs      as in fused_gemm.h and tile_turn.cuh. Blocks [0, communicating) sum or gather, the others multiply.
 // Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
 // Warps      of every block: 0 loads, 1 is the signal warp, 4 .. 11 are the product threads, which also move.
