@@ -1,4 +1,4 @@
-"""Guards on torch's functions for whole models: on cut ones they are corrected, or refused before anything changes.
+"""Guards on functions for whole models, of torch and others: on cut ones corrected, or refused before anything changes.
 
 DDP, FSDP and others expect the same parameters on all ranks that they work over. Over the ranks of a tensor-parallel
 group they would overwrite the shards of all ranks with those of one, without an error. Once a parameter is cut over two
@@ -30,7 +30,7 @@ from tpkernels.data_parallel.clip import total_norm
 from tpkernels.data_parallel.flat import parts_have_gradients
 from tpkernels.data_parallel.scaling import agree_on_overflow
 from tpkernels.layers.base import marked_shards
-from tpkernels.shard import ShardInfo, at_first_mark, shard_info
+from tpkernels.shard import ShardInfo, at_first_mark, full_shape, shard_info
 
 Arguments = dict[str, Any]
 
@@ -177,6 +177,30 @@ def _distribute(a: Arguments) -> None:
     refuse_over_parts("torch.distributed.tensor", named, over, "distribute the model before, or leave it to tpkernels")
 
 
+class _InFullSizes:
+    """A model whose parameters have the sizes of the full tensors, and no values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        for name, p in self._model.named_parameters():
+            yield name, torch.empty(full_shape(p), dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return (p for _, p in self.named_parameters())
+
+
+def _count(a: Arguments) -> None:
+    """Of a function that counts parameters: a shard counts as the full tensor."""
+    (name,) = {"self", "model"} & a.keys()
+    if any(shard_info(p) is not None for p in a[name].parameters()):
+        a[name] = _InFullSizes(a[name])
+
+
 def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
     """Every plain tensor of nested dicts and lists, or of objects with a state_dict, by its path."""
     if callable(getattr(state, "state_dict", None)):
@@ -209,8 +233,12 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
         f"torch.distributed.tensor{module}": {"distribute_tensor": _distribute, "distribute_module": _distribute}
         for module in ("", "._api", ".parallel.style")
     },
+    "transformers.modeling_utils": {"PreTrainedModel.num_parameters": _count},
+    "transformers.trainer_pt_utils": {"get_model_param_count": _count},
+    "transformers.trainer": {"get_model_param_count": _count},
+    "peft.peft_model": {"PeftModel.get_nb_trainable_parameters": _count},
 }  # fmt: skip
-"""By module: its functions, and the check before each call."""
+"""By module: its functions, and the check before each call, which may also replace an argument."""
 
 
 @at_first_mark

@@ -78,6 +78,7 @@ def adapters_are_saved_whole_and_come_back(group: Group, folder: str) -> None:
         what, where = f"{family} {config.target_modules} {i}", f"{folder}/{i}"
         base, whole, cut = adapted(group, config, family, **changes)
         compare_steps(cut, whole, [loss_of(m) for m in (whole, cut)], what)
+        assert cut.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters(), what
         want = logits_of(whole).detach()
         cut.save_pretrained(where if group.rank == 0 else f"{where}-{group.rank}")
         back = peft.PeftModel.from_pretrained(copy.deepcopy(base), where, autocast_adapter_dtype=False)

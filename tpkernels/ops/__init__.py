@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from . import flops as flops
 from .collectives import all_gather, all_reduce, all_reduce_, reduce_scatter
 from .fused_gemm import all_gather_gemm, gemm_all_reduce, gemm_reduce_scatter, replicated_gemm
 from .norm import all_reduce_add_rms_norm, squared_norm

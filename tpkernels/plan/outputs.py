@@ -173,9 +173,7 @@ class Refusal:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise PlanError with the alternative."""
-        raise PlanError(
-            f"{self._kind}.{self._method}: the model is cut, and this needs the full weights: {self._instead}"
-        )
+        raise PlanError(f"{self._kind}.{self._method}: the model is cut, and this needs the uncut one: {self._instead}")
 
 
 # Methods of models of transformers that a sharded model refuses, and the alternatives.
@@ -185,6 +183,10 @@ REFUSED = {
     "init_weights": "it would draw the same numbers for every rank's part: initialise before parallelize",
     "initialize_weights": "it would draw the same numbers for every rank's part: initialise before parallelize",
     "dequantize": "only unquantised models are cut",
+    **dict.fromkeys(
+        ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
+        "each rank would schedule requests by its own clock: take `tpkernels serve`, or tpkernels.generate.Generator",
+    ),
     "push_to_hub": "call save_pretrained on all ranks, and push the folder from one",
     "prune_heads": "prune before parallelize",
     "set_input_embeddings": "put other embeddings in before parallelize",
