@@ -223,37 +223,40 @@ std::vector<T> rounded(const std::vector<double>& values) {
   return made;
 }
 
-template <class T, int N>
+template <class T, int N, bool transposed>
 std::string check_product(const char* what, Filled filled, uint32_t rows, uint32_t K) {
   const Factors of = factors(filled, rows, N, K);
-  const Device<T> x(rounded<T>(of.x)), w(rounded<T>(of.w));
+  const Device<T> x(rounded<T>(of.x)), w(rounded<T>(transposed ? of.transposed_w() : of.w));
   const Device<float> y(kRows * N);
   const Device<uint32_t> late(1);
   constexpr DType dtype = std::is_same_v<T, Half> ? DType::F16 : DType::BF16;
   constexpr int kBytes = static_cast<int>(kStages * (kRows + N) * kDepth * 2 + 1024);
-  const auto kernel = multiply_tile<T, N>;
+  const auto kernel = multiply_tile<T, N, transposed>;
   allow_shared(kernel, kBytes);
   const ProductArgs args{tensor_map_of(dtype, x.get(), rows, K, size_t{K} * 2, kRows),
-                         tensor_map_of(dtype, w.get(), N, K, size_t{K} * 2, N), y.get(), late.get(), K};
+                         transposed ? tensor_map_of(dtype, w.get(), K, N, size_t{N} * 2, kDepth)
+                                    : tensor_map_of(dtype, w.get(), N, K, size_t{K} * 2, N),
+                         y.get(), late.get(), K};
   TPK_CUDA_CHECK(TPK_LAUNCH(kernel, 1, 160, kBytes, nullptr, args));
   const uint32_t who = late.values()[0];
   if (who != 0) return concat(what, ": ", who == 1 ? "no stage was given back" : "no stage came");
   return product_difference(what, of, y.values());
 }
 
-template <class T, int N>
+template <class T, int N, bool transposed>
 std::string check_products_of(const char* what) {
-  std::string found = check_product<T, N>(what, Filled::WithColumns, kRows, 64);
-  if (found.empty()) found = check_product<T, N>(what, Filled::WithDepths, kRows, 64);
-  if (found.empty()) found = check_product<T, N>(what, Filled::AtRandom, 50, 328);
+  std::string found = check_product<T, N, transposed>(what, Filled::WithColumns, kRows, 64);
+  if (found.empty()) found = check_product<T, N, transposed>(what, Filled::WithDepths, kRows, 64);
+  if (found.empty()) found = check_product<T, N, transposed>(what, Filled::AtRandom, 50, 328);
   return found;
 }
 
+template <bool transposed>
 std::string check_products() {
-  std::string found = check_products_of<Bfloat16, 128>("bf16");
-  if (found.empty()) found = check_products_of<Bfloat16, 256>("bf16");
-  if (found.empty()) found = check_products_of<Half, 128>("fp16");
-  if (found.empty()) found = check_products_of<Half, 256>("fp16");
+  std::string found = check_products_of<Bfloat16, 128, transposed>("bf16");
+  if (found.empty()) found = check_products_of<Bfloat16, 256, transposed>("bf16");
+  if (found.empty()) found = check_products_of<Half, 128, transposed>("fp16");
+  if (found.empty()) found = check_products_of<Half, 256, transposed>("fp16");
   return found;
 }
 
@@ -274,11 +277,17 @@ struct Check {
 };
 
 constexpr Check kChecks[] = {
-    {"threads", check_threads},    {"clock", check_clock},
-    {"words", check_words},        {"conversions", check_conversions},
-    {"flags", check_flags_of_all}, {"transactions", check_transactions},
-    {"warps", check_warps},        {"tile", check_tile},
-    {"products", check_products},  {"gather", check_gather},
+    {"threads", check_threads},
+    {"clock", check_clock},
+    {"words", check_words},
+    {"conversions", check_conversions},
+    {"flags", check_flags_of_all},
+    {"transactions", check_transactions},
+    {"warps", check_warps},
+    {"tile", check_tile},
+    {"products", check_products<false>},
+    {"transposed", check_products<true>},
+    {"gather", check_gather},
 };
 
 // A line for people; "E " is where scripts/gpu_check.py looks for the reason.

@@ -73,6 +73,11 @@ struct Factors {
   uint32_t rows, N, K;
   std::vector<double> x, w;
 
+  std::vector<double> transposed_w() const {
+    std::vector<double> made(w.size());
+    for (uint32_t i = 0; i < w.size(); ++i) made[i % K * N + i / K] = w[i];
+    return made;
+  }
   double product(uint32_t row, uint32_t column) const {
     double sum = 0;
     for (uint32_t k = 0; k < K && row < rows; ++k) sum += x[row * K + k] * w[column * K + k];
@@ -120,7 +125,13 @@ inline bool run_dry() {
       all &= testing::swizzled_place(row, column) * 2 == (byte ^ (byte >> 3 & 0x70));
     }
   }
-  holds(all, "the table of the swizzle is its formula");
+  for (uint32_t n = 0; n < 128; ++n) {  // of a transposed operand a row of the table is a value of K
+    for (uint32_t k = 0; k < 64; ++k) {
+      const uint32_t byte = n / 64 * 8192 + k * 128 + n % 64 * 2;
+      all &= testing::transposed_place(n, k) * 2 == (byte ^ (byte >> 3 & 0x70));
+    }
+  }
+  holds(all, "the tables of the swizzle are its formula");
 
   std::vector<uint16_t> matrix(200 * 136), tile(128 * 64);
   for (size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<uint16_t>(i + 1);
@@ -139,6 +150,11 @@ inline bool run_dry() {
   y[5 * 128 + 6] += 1;
   all &= holds(product_difference("bf16", of, y).find("row 5, column 6") != std::string::npos,
                "a product with a value that is wrong");
+  all &= holds(difference("word", std::vector<uint32_t>{0, 2, 3}, [](size_t i) { return i; }) == "word 1 is 2, not 1",
+               "a word that is wrong");
+  all &= holds(
+      pair_difference<Half>("half", {1.0f, 2.5f}, {0x4100'3c00, 0x3c00'4101}) == "half of 2.5 is 2.50195, not 2.5",
+      "a conversion that is wrong");
   all &= holds(wrong_round({0, 0, 0, 3, 10, 11}) == "thread 1, round 2: got 11, not 10", "a flag that came too early");
   all &= holds(wrong_round({0, 0, 0, ~0u, 0, 0}) == "thread 1 waited in vain", "a flag that never came");
   return all;

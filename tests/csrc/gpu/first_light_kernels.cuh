@@ -169,14 +169,14 @@ TPK_KERNEL void dump_tile(const __grid_constant__ TileArgs args) {
 constexpr uint32_t kStages = 2;
 
 struct ProductArgs {
-  TensorMap x, w;
-  float* y;  // [kRows, N]
+  TensorMap x, w;  // w as [N, K], box of N rows, or transposed as [K, N], box of kDepth rows
+  float* y;        // [kRows, N]
   uint32_t* late;
   uint32_t K;
 };
 
 // y = x[kRows, K] @ w[N, K].T by one warpgroup; thread 128 loads into a ring of two stages.
-template <class T, int N>
+template <class T, int N, bool transposed>
 TPK_KERNEL void __launch_bounds__(160, 1) multiply_tile(const __grid_constant__ ProductArgs args) {
   constexpr uint32_t kXBytes = kRows * kDepth * 2, kBytes = kXBytes + N * kDepth * 2;
   TPK_DYNAMIC_SHARED(char, dynamic);
@@ -197,7 +197,10 @@ TPK_KERNEL void __launch_bounds__(160, 1) multiply_tile(const __grid_constant__ 
       }
       transaction_expect(&full[s], kBytes);
       load_tile(ring + s * kBytes, &args.x, &full[s], static_cast<int32_t>(step * kDepth), 0);
-      load_tile(ring + s * kBytes + kXBytes, &args.w, &full[s], static_cast<int32_t>(step * kDepth), 0);
+      char* const to = ring + s * kBytes + kXBytes;
+      const auto k = static_cast<int32_t>(step * kDepth);
+      if (!transposed) load_tile(to, &args.w, &full[s], k, 0);
+      for (int32_t n = 0; transposed && n < N; n += 64) load_tile(to + n * 128, &args.w, &full[s], n, k);
     }
   }
   if (threadIdx.x >= 128) return;
@@ -205,10 +208,12 @@ TPK_KERNEL void __launch_bounds__(160, 1) multiply_tile(const __grid_constant__ 
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t s = step % kStages;
     if (!comes([&] { return transaction_done(&full[s], step / kStages & 1); })) *args.late = 2;
-    const uint64_t x = operand(ring + s * kBytes), w = operand(ring + s * kBytes + kXBytes);
+    const char* const of_w = ring + s * kBytes + kXBytes;
+    const uint64_t x = operand(ring + s * kBytes), w = transposed ? transposed_operand(of_w) : operand(of_w);
     products_begin();
 #pragma unroll
-    for (uint32_t j = 0; j < kDepth / 16; ++j) product<T, N>(d, x + 2 * j, w + 2 * j, step > 0 || j > 0);
+    for (uint32_t j = 0; j < kDepth / 16; ++j)
+      product<T, N, transposed>(d, x + 2 * j, w + (transposed ? 128 : 2) * j, step > 0 || j > 0);
     products_commit();
     products_wait<0>();
     if (threadIdx.x % 32 == 0) transaction_arrive(&empty[s]);
