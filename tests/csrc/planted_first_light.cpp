@@ -1,7 +1,7 @@
 // Planted bugs of first light (planted_first_light.cmake), one for each primitive: its check must say which value is
 // the first that differs, and what it should be.
+#include <gpu/first_light.cu>  // the copy: in quotes it would be the file beside this one
 #include "expect.h"
-#include "gpu/first_light.cu"
 
 namespace tpk::first_light {
 namespace {
