@@ -123,6 +123,14 @@ std::string not_fused(const GemmChoice& choice, const Forced& forced) {
                                     : concat("not fused: ", choice.obstacle, "; ");
 }
 
+// What a fused reduction sends under a codec.
+std::string packed(const ShardedGemm& gemm) {
+  if (gemm.codec == Codec::None) return "";
+  const auto columns = static_cast<uint32_t>(gemm.shared);
+  const double each = static_cast<double>(sent_row_bytes(gemm.codec, columns)) / columns;
+  return concat("codec ", name_of(gemm.codec), " sends ", each, " bytes a value, ");
+}
+
 // The path of the backward, which sends by the dual collective (fused_kind), as "; backward: path".
 std::string explain_backward(const DeviceCommunicator& comm, const CallShape& call, const Wire& wire) {
   if (call.op == "gemm_all_reduce") return "; backward: nothing is sent";
@@ -165,10 +173,10 @@ Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, co
   if (choice.fused) {
     const FusedPlan plan = plan_fused(machine, comm.forced(), gemm);
     const int64_t part = (gemm.M + ranks - 1) / ranks, most = plan.piece_rows;
-    return {"fused",
-            concat(choice.reason, "; tiles of ", kTileRows, " x ", plan.tile_columns, ", ", (part + most - 1) / most,
-                   " pieces, ", plan.communicating, " blocks ", gemm.gathers() ? "gather" : "sum", " and ",
-                   plan.multiplying, " multiply", explain_backward(comm, call, wire))};
+    return {"fused", concat(choice.reason, "; ", packed(gemm), "tiles of ", kTileRows, " x ", plan.tile_columns, ", ",
+                            (part + most - 1) / most, " pieces, ", plan.communicating, " blocks ",
+                            gemm.gathers() ? "gather" : "sum", " and ", plan.multiplying, " multiply",
+                            explain_backward(comm, call, wire))};
   }
   const char* const collective = gemm.gathers()            ? "all_gather"
                                  : op == Op::GemmAllReduce ? "all_reduce"

@@ -19,12 +19,14 @@ enum class Fused : uint8_t { ReduceScatter, AllReduce, Gather };
 struct Gemm {
   Fused kind;
   DType dtype = DType::BF16;
+  Codec codec = Codec::None;
   std::vector<uint32_t> rows;  // of each rank
   uint32_t N, K;
   uint32_t tile_columns = 128;
   FusedGrid grid = {1, 2};
   bool bias = false;
   bool integers = true;
+  bool decades = false;     // columns of y from the smallest numbers to overflow, and one NaN in the last row of w
   uint32_t piece_rows = 0;  // of each rank in one launch; 0: all
   uint32_t padding = 0;     // values behind each row of x, and of w
   bool transposed = false;  // w lies so, on ranks of even number: the others have it as it is
@@ -34,10 +36,10 @@ struct Gemm {
 inline std::string text_of(const Gemm& gemm) {
   constexpr const char* kinds[] = {"gemm_reduce_scatter", "gemm_all_reduce", "all_gather_gemm"};
   std::string text =
-      concat(kinds[static_cast<int>(gemm.kind)], " ", name_of(gemm.dtype), " N ", gemm.N, " K ", gemm.K, " tiles of ",
-             gemm.tile_columns, " blocks ", gemm.grid.communicating, " + ", gemm.grid.multiplying,
-             gemm.bias ? " bias" : "", gemm.transposed ? " w transposed" : "", gemm.integers ? " integers" : "",
-             " pieces of ", gemm.piece_rows, " seed ", gemm.seed, " rows");
+      concat(kinds[static_cast<int>(gemm.kind)], " ", name_of(gemm.dtype), " codec ", name_of(gemm.codec), " N ",
+             gemm.N, " K ", gemm.K, " tiles of ", gemm.tile_columns, " blocks ", gemm.grid.communicating, " + ",
+             gemm.grid.multiplying, gemm.bias ? " bias" : "", gemm.transposed ? " w transposed" : "",
+             gemm.integers ? " integers" : "", " pieces of ", gemm.piece_rows, " seed ", gemm.seed, " rows");
   for (uint32_t rows : gemm.rows) text += concat(" ", rows);
   return text;
 }
@@ -63,7 +65,7 @@ class PreparedGemm {
     call.op = gathers()                        ? Op::AllGatherGemm
               : gemm_.kind == Fused::AllReduce ? Op::GemmAllReduce
                                                : Op::GemmReduceScatter;
-    call.dtype = gemm_.dtype, call.reduce_op = gathers() ? ReduceOp::None : ReduceOp::Sum;
+    call.dtype = gemm_.dtype, call.codec = gemm_.codec, call.reduce_op = gathers() ? ReduceOp::None : ReduceOp::Sum;
     call.numel = uint64_t{all_rows_} * (gathers() ? gemm_.K : gemm_.N), call.shape_hash = 4711;
     call.brings = brings(rank);
     call.heap_offset = cuda::kNotInHeap;
@@ -180,6 +182,18 @@ class PreparedGemm {
     return bytes;
   }
 
+  // Beyond what block exponents keep: from 2^-48 (fp16: its smallest number) to 2^12.
+  void spread(Bytes& w, uint32_t stride, std::mt19937_64& random, bool with_nan) const {
+    const int lowest = gemm_.dtype == DType::BF16 ? -48 : -24;
+    for (size_t row = 0; row < gemm_.N; ++row) {
+      const int exponent = lowest + static_cast<int>(random() % static_cast<uint64_t>(13 - lowest));
+      for (size_t i = row * stride; i < row * stride + gemm_.K; ++i) {
+        put(gemm_.dtype, w, i, std::ldexp(value_at(gemm_.dtype, w, i), exponent));
+      }
+    }
+    if (with_nan) put(gemm_.dtype, w, size_t{gemm_.N - 1} * stride, NAN);
+  }
+
   void prepare(int rank) {
     std::mt19937_64 random(gemm_.seed * 1009 + static_cast<uint64_t>(rank));
     operands_.push_back(std::make_shared<Operands>());
@@ -193,7 +207,9 @@ class PreparedGemm {
       const std::vector<double> lies = mine.w_values;
       for (size_t i = 0; i < lies.size(); ++i) mine.w_values[i] = lies[i % gemm_.K * gemm_.N + i / gemm_.K];
     } else {
-      mine.w = put_there(random_matrix(gemm_.N, gemm_.K, w_stride(rank), random, mine.w_values));
+      Bytes w = random_matrix(gemm_.N, gemm_.K, w_stride(rank), random, mine.w_values);
+      if (gemm_.decades) spread(w, w_stride(rank), random, rank == 0);
+      mine.w = put_there(w);
     }
     const bool has_bias = gemm_.bias && (gathers() || rank == 0);
     if (has_bias) mine.bias = put_there(random_matrix(1, gemm_.N, gemm_.N, random, mine.bias_values));

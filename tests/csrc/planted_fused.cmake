@@ -1,7 +1,8 @@
 # Planted bugs of the fused GEMMs: copies of the kernels themselves, each with one mistake, in a namespace of its own
 # (tpk::cuda::<name>). They are found or the tests are blind. Text that is not there any more stops the configuration.
 
-set(planted_files fused_gemm_sm90.cu fused_block.cuh tile_moves.cuh tile_turn.cuh gemm_sm90.cuh)
+set(planted_files fused_gemm_sm90.cu reduce_block.cuh coded_tiles.cuh fused_block.cuh tile_moves.cuh tile_turn.cuh
+                  gemm_sm90.cuh)
 set(planted_sources "")
 
 # tpk_plant(name file "right" "wrong"): every place in that file.
@@ -33,17 +34,17 @@ endforeach()
 tpk_plant(nothing_planted gemm_sm90.cuh "" "")
 tpk_plant(flag_at_the_wrong_owner tile_turn.cuh
           "signals(static_cast<int>(owner)).tiles" "signals((static_cast<int>(owner) + 1) % peers_.world_size).tiles")
-tpk_plant(no_barrier_before_the_flag fused_gemm_sm90.cu "sync_named(kTileBarrier, kProductThreads + 32);" "")
+tpk_plant(no_barrier_before_the_flag reduce_block.cuh "sync_named(kTileBarrier, kProductThreads + 32);" "")
 tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
 tpk_plant(transposed_w_read_as_the_other fused_block.cuh "if (args_.gemm.w_transposed)" "if (false)")
 tpk_plant(transposed_w_advances_as_the_other gemm_sm90.cuh "w + (transposed ? 128 : 2) * j" "w + 2 * j")
 tpk_plant(no_fence_after_the_gather fused_gemm_sm90.cu "fence_async();" "")
-tpk_plant(slot_of_another_call fused_gemm_sm90.cu
+tpk_plant(slot_of_another_call reduce_block.cuh
           "slot = turn_.slot(static_cast<int>(tile.owner));"
           "slot = args_.peers.arena[tile.owner] + slot_offset(args_.peers, 0);")
-tpk_plant(one_rank_is_not_waited_for fused_gemm_sm90.cu
-          "if (thread < ranks()) turn_.await_tile" "if (thread + 1 < ranks()) turn_.await_tile")
-tpk_plant(sum_announced_too_early fused_gemm_sm90.cu
+tpk_plant(one_rank_is_not_waited_for reduce_block.cuh
+          "if (thread < ranks()) await_tiles" "if (thread + 1 < ranks()) await_tiles")
+tpk_plant(sum_announced_too_early reduce_block.cuh
           "if (!everywhere_) continue;\n      sync_product_threads();" "if (!everywhere_) continue;")
 tpk_plant(rows_announced_too_early fused_gemm_sm90.cu
           "sync_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"

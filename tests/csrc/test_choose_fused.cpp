@@ -51,6 +51,11 @@ CASE(it_is_taken_where_it_is_asked_for_and_can_be) {
       ShardedGemm gemm = large(op);
       gemm.dtype = dtype;
       EXPECT(choice_of(kHopper, asked(), gemm).fused, name_of(op));
+      for (Codec codec : {Codec::Fp16, Codec::Bf16, Codec::Int8, Codec::Fp8}) {
+        gemm.codec = codec;
+        EXPECT(choice_of(kHopper, asked(), gemm).fused == !gemm.gathers(), name_of(op), " ", name_of(codec));
+        EXPECT(!choice_of(kHopper, {}, gemm).fused);
+      }
     }
   }
 }
@@ -69,7 +74,9 @@ CASE(what_cannot_be_fused_says_why_and_goes_in_parts) {
       {apart, large()},
       {tiny, large()},
       {kHopper, with([](ShardedGemm& g) { g.dtype = DType::F32; })},
-      {kHopper, with([](ShardedGemm& g) { g.codec = Codec::Fp16; })},
+      {kHopper, with([](ShardedGemm& g) { g.codec = Codec::Fp16, g.op = Op::AllGatherGemm; })},
+      {kHopper, with([](ShardedGemm& g) { g.codec = Codec::Fp16, g.shared = 4096 + 256; })},
+      {kHopper, with([](ShardedGemm& g) { g.codec = Codec::Int8, g.shared = 4096 + 24; })},
       {kHopper, with([](ShardedGemm& g) { g.M = 0; })},
       {kHopper, with([](ShardedGemm& g) { g.M = int64_t{1} << 31; })},
       {kHopper, with([](ShardedGemm& g) { g.shared = 4095; })},
@@ -119,15 +126,23 @@ CASE(pieces_fit_into_slots_and_signals) {
   for (size_t slot : {size_t{64} << 10, size_t{1} << 20, kSlot}) {
     for (int64_t shared : {8, 128, 4096, 28672}) {
       for (Op op : {Op::GemmReduceScatter, Op::AllGatherGemm}) {
-        Machine machine = kHopper;
-        machine.slot_bytes = slot;
-        const FusedPlan plan = plan_fused(machine, asked(), {op, DType::BF16, Codec::None, 1 << 16, shared});
-        const bool gathers = op == Op::AllGatherGemm;
-        const size_t row = static_cast<size_t>(shared) * 2 * (gathers ? 1 : 8);
-        EXPECT((plan.piece_rows > 0) == (row <= slot), shared, " ", slot);
-        EXPECT(plan.piece_rows * row <= slot);
-        const uint32_t across = divided_up(static_cast<uint32_t>(shared), gathers ? kGatherColumns : plan.tile_columns);
-        EXPECT(divided_up(plan.piece_rows, kTileRows) * across <= static_cast<uint32_t>(kMaxTiles));
+        for (Codec codec : {Codec::None, Codec::Fp16, Codec::Int8, Codec::Fp8}) {
+          const bool gathers = op == Op::AllGatherGemm;
+          if (gathers && codec != Codec::None) continue;
+          Machine machine = kHopper;
+          machine.slot_bytes = slot;
+          const FusedPlan plan = plan_fused(machine, asked(), {op, DType::BF16, codec, 1 << 16, shared});
+          // A scale of 2 bytes or 1 for 32 values, up to 16 bytes.
+          const size_t values = static_cast<size_t>(shared), scale = codec == Codec::Int8 ? 2 : 1;
+          const bool packs = codec == Codec::Int8 || codec == Codec::Fp8;
+          const size_t packed = values + (values / 32 * scale + 15) / 16 * 16;
+          const size_t row = (packs ? packed : values * 2) * (gathers ? 1 : 8);
+          EXPECT((plan.piece_rows > 0) == (row <= slot), shared, " ", slot);
+          EXPECT(plan.piece_rows * row <= slot);
+          const uint32_t across =
+              divided_up(static_cast<uint32_t>(shared), gathers ? kGatherColumns : plan.tile_columns);
+          EXPECT(divided_up(plan.piece_rows, kTileRows) * across <= static_cast<uint32_t>(kMaxTiles));
+        }
       }
     }
   }

@@ -165,65 +165,108 @@ CASE(calls_of_all_kinds_follow_each_other) {
   }
 }
 
-// The bits of the sum are those that reduce_scatter and two_shot make of the products that have been sent.
+// The bits of the sum are those that reduce_scatter and two_shot make, under the same codec, of the products that are
+// sent under none.
+void check_sums(EmulatedGroup& group, const Gemm& gemm) {
+  const int ranks = group.ranks();
+  Gemm plain = gemm;
+  plain.codec = Codec::None, plain.piece_rows = 0;
+  const PreparedGemm products(group, plain);
+  run_launches(group, {[&](int rank, cudaStream_t stream) { return products.launch(rank, stream); }}, "a reduction");
+  const uint32_t epoch = group.signals(0).epoch;
+  const size_t n = size_t{products.all_rows()} * gemm.N;
+  DeviceCut cut{};
+  std::vector<std::unique_ptr<DeviceBytes>> partial, part, whole;
+  for (int r = 0; r < ranks; ++r) {
+    cut.count[r] = uint64_t{gemm.rows[static_cast<size_t>(r)]} * gemm.N;
+    cut.first[r] = r == 0 ? 0 : cut.first[r - 1] + cut.count[r - 1];
+  }
+  for (int r = 0; r < ranks; ++r) {
+    Bytes product;
+    for (int owner = 0; owner < ranks; ++owner) {
+      const Bytes of_owner = brought(group, r, owner, epoch, cut.count[owner] * 2);
+      product.insert(product.end(), of_owner.begin(), of_owner.end());
+    }
+    partial.push_back(std::make_unique<DeviceBytes>(r, product));
+    part.push_back(std::make_unique<DeviceBytes>(r, Bytes(cut.count[r] * 2)));
+    whole.push_back(std::make_unique<DeviceBytes>(r, Bytes(n * 2)));
+  }
+  Call call{};
+  call.dtype = gemm.dtype, call.codec = gemm.codec, call.op = Op::ReduceScatter, call.numel = n;
+  call.heap_offset = kNotInHeap;
+  const auto reduce_scatter = [&](int rank, cudaStream_t stream) {
+    const size_t r = static_cast<size_t>(rank);
+    return launch_reduce_scatter(group.peers(rank), call, partial[r]->data(), part[r]->data(), cut, 2, stream);
+  };
+  const auto two_shot = [&](int rank, cudaStream_t stream) {
+    const size_t r = static_cast<size_t>(rank);
+    return launch_two_shot(group.peers(rank), call, partial[r]->data(), whole[r]->data(), n, 2, stream);
+  };
+  Gemm everywhere = gemm;
+  everywhere.kind = Fused::AllReduce;
+  const PreparedGemm scattered(group, gemm), reduced(group, everywhere);
+  run_launches(group,
+               {reduce_scatter, two_shot, [&](int rank, cudaStream_t stream) { return scattered.launch(rank, stream); },
+                [&](int rank, cudaStream_t stream) { return reduced.launch(rank, stream); }},
+               text_of(gemm));
+  for (int r = 0; r < ranks; ++r) {
+    std::string where;
+    EXPECT(same_values(gemm.dtype, part[static_cast<size_t>(r)]->values(), scattered.output(r), &where), text_of(gemm),
+           ": rank ", r, ", ", where);
+    EXPECT(same_values(gemm.dtype, whole[static_cast<size_t>(r)]->values(), reduced.output(r), &where), text_of(gemm),
+           ": rank ", r, ", all, ", where);
+  }
+  if (gemm.codec == Codec::None) scattered.check(), reduced.check();
+}
+
 CASE(the_sum_is_that_of_the_plain_collectives) {
   if (looks_closely()) return;
   configure(3, 1);
   EmulatedGroup group(3, kRoomy);
-  constexpr uint32_t kN = 136;
   for (DType dtype : {DType::BF16, DType::F16}) {
-    const Gemm gemm{.kind = Fused::ReduceScatter,
-                    .dtype = dtype,
-                    .rows = {20, 5, 33},
-                    .N = kN,
-                    .K = 72,
-                    .bias = true,
-                    .integers = false,
-                    .seed = 5};
-    const PreparedGemm scattered(group, gemm);
-    const auto launch = [&](int rank, cudaStream_t stream) { return scattered.launch(rank, stream); };
-    run_launches(group, {launch}, "a reduction");
-    const uint32_t epoch = group.signals(0).epoch;
-    const size_t bytes = size_t{scattered.all_rows()} * kN * 2;
-    DeviceCut cut{};
-    std::vector<std::unique_ptr<DeviceBytes>> partial, part, whole;
-    for (int r = 0; r < 3; ++r) {
-      cut.count[r] = uint64_t{gemm.rows[static_cast<size_t>(r)]} * kN;
-      cut.first[r] = r == 0 ? 0 : cut.first[r - 1] + cut.count[r - 1];
-    }
-    for (int r = 0; r < 3; ++r) {
-      Bytes product;
-      for (int owner = 0; owner < 3; ++owner) {
-        const Bytes of_owner = brought(group, r, owner, epoch, cut.count[owner] * 2);
-        product.insert(product.end(), of_owner.begin(), of_owner.end());
-      }
-      partial.push_back(std::make_unique<DeviceBytes>(r, product));
-      part.push_back(std::make_unique<DeviceBytes>(r, Bytes(cut.count[r] * 2)));
-      whole.push_back(std::make_unique<DeviceBytes>(r, Bytes(bytes)));
-    }
-    Call call{};
-    call.dtype = dtype, call.op = Op::ReduceScatter, call.numel = bytes / 2, call.heap_offset = kNotInHeap;
-    const auto reduce_scatter = [&](int rank, cudaStream_t stream) {
-      const size_t r = static_cast<size_t>(rank);
-      return launch_reduce_scatter(group.peers(rank), call, partial[r]->data(), part[r]->data(), cut, 2, stream);
-    };
-    const auto two_shot = [&](int rank, cudaStream_t stream) {
-      const size_t r = static_cast<size_t>(rank);
-      return launch_two_shot(group.peers(rank), call, partial[r]->data(), whole[r]->data(), bytes / 2, 2, stream);
-    };
-    Gemm everywhere = gemm;
-    everywhere.kind = Fused::AllReduce;
-    const PreparedGemm reduced(group, everywhere);
-    run_launches(
-        group, {reduce_scatter, two_shot, [&](int rank, cudaStream_t stream) { return reduced.launch(rank, stream); }},
-        "the plain sums");
-    for (int r = 0; r < 3; ++r) {
-      EXPECT(part[static_cast<size_t>(r)]->values() == scattered.output(r), "rank ", r);
-      EXPECT(whole[static_cast<size_t>(r)]->values() == reduced.output(r), "rank ", r);
-    }
-    scattered.check(), reduced.check();
+    check_sums(group, {.kind = Fused::ReduceScatter,
+                       .dtype = dtype,
+                       .rows = {20, 5, 33},
+                       .N = 136,
+                       .K = 72,
+                       .bias = true,
+                       .integers = false,
+                       .seed = 5});
   }
   emu::reset();
+}
+
+// Values beyond what the exponents of a block keep, and a NaN; parts of several tiles, none, and a few rows.
+CASE(a_codec_in_the_epilogue_has_the_bits_of_the_call_in_two_steps) {
+  constexpr uint32_t widths[] = {0, 1024, 136, 288, 416};  // of fp16, bf16, int8, fp8
+  uint64_t seed = 0;
+  for (int ranks : {1, 2, 3, 4, 8}) {
+    if (looks_closely() && ranks != 2) continue;
+    for (size_t i = 0; i + 1 < static_cast<size_t>(Codec::Count); ++i) {
+      for (DType dtype : {DType::BF16, DType::F16}) {
+        if (looks_closely() && dtype == DType::BF16) continue;
+        const Codec codec = packing_codec(i);
+        configure(ranks, ++seed);
+        EmulatedGroup group(ranks, {.slot_bytes = size_t{4} << 20});
+        Gemm gemm{.kind = Fused::ReduceScatter,
+                  .dtype = dtype,
+                  .codec = codec,
+                  .rows = {ranks > 4 ? 9u : 131u},
+                  .N = widths[static_cast<size_t>(codec)],
+                  .K = 24,
+                  .tile_columns = seed % 2 == 0 ? 128u : 256u,
+                  .grid = {1, 2},
+                  .bias = seed % 3 == 0,
+                  .integers = false,
+                  .decades = true,
+                  .piece_rows = seed % 4 == 0 ? 20u : 0u,
+                  .seed = seed};
+        for (int r = 1; r < ranks; ++r) gemm.rows.push_back(r % 2 == 0 ? 0 : 17 + static_cast<uint32_t>(r));
+        check_sums(group, gemm);
+        emu::reset();
+      }
+    }
+  }
 }
 
 // Blocks that begin in the order of their numbers on a device that does not hold them all: a reduction comes to an end

@@ -99,11 +99,11 @@ CASE(a_rank_that_does_not_come_is_recorded_by_all_who_waited) {
 
 CASE(a_rank_that_stops_between_its_announcement_and_its_tiles_is_recorded) {
   constexpr Kernel kernels[] = {Kernel::GemmReduceScatter, Kernel::GemmAllReduce, Kernel::AllGatherGemm};
-  for (Fused kind : kKinds) {
+  const auto check = [&](const Gemm& stopped) {
     configure(2, 0);
     EmulatedGroup group(2, {.slot_bytes = kSlot, .timeout_s = 0.5});
-    const PreparedGemm gemm(group, small(kind, 2));
-    pretend_to_announce(group, gemm, kernels[static_cast<int>(kind)], 1);
+    const PreparedGemm gemm(group, stopped);
+    pretend_to_announce(group, gemm, kernels[static_cast<int>(stopped.kind)], 1);
     const auto outcomes =
         launch_on(2, [](int rank) { return rank == 0; }, [&](int rank) { return gemm.launch(rank, nullptr); });
     EXPECT(outcomes[0] == cudaErrorLaunchFailure);
@@ -113,7 +113,11 @@ CASE(a_rank_that_stops_between_its_announcement_and_its_tiles_is_recorded) {
     EXPECT(record.last_seen[0] == 1 && record.last_seen[1] == 1);
     expect_no_reports("a rank that stops");
     emu::reset();
-  }
+  };
+  for (Fused kind : kKinds) check(small(kind, 2));
+  Gemm coded = small(Fused::AllReduce, 2);  // which waits for several tiles at once
+  coded.codec = Codec::Fp16, coded.N = 512;
+  check(coded);
 }
 
 CASE(a_late_rank_that_comes_in_time_is_waited_for) {
@@ -148,6 +152,7 @@ CASE(ranks_that_disagree_find_out_before_anything_is_read_or_written) {
     with([](Call& call) { call.numel += uint64_t{1} << 40; });
     with([](Call& call) { call.shape_hash ^= 1; });
     with([](Call& call) { call.dtype = DType::F16; });
+    if (kind != Fused::Gather) with([](Call& call) { call.codec = Codec::Bf16; });
   }
 }
 
@@ -254,6 +259,12 @@ CASE(what_does_not_fit_or_has_no_meaning_is_not_launched) {
   EXPECT(reduce([](auto&, auto&, RowCut& cut, auto&, auto&) { cut.count[1] = 65; }), "a slot and 64 bytes");
   EXPECT(reduce([](Call& call, auto&, auto&, auto&, auto&) { call.dtype = DType::F32; }));
   EXPECT(reduce([](Call& call, auto&, auto&, auto&, auto&) { call.codec = Codec::Fp16; }));
+  EXPECT(reduce([](Call& call, auto&, auto&, auto&, auto&) { call.codec = Codec::Count; }));
+  for (Codec codec : {Codec::Int8, Codec::Fp8}) {
+    EXPECT(reduce([=](Call& call, GemmOperands& gemm, auto&, auto&, auto&) { call.codec = codec, gemm.N = 40; }));
+    EXPECT(reduce([=](Call& call, auto&, RowCut& cut, auto&, auto&) { call.codec = codec, cut.count[1] = 86; }),
+           "two ranks with 86 rows of 32 payloads and 16 bytes for scales are more than a slot");
+  }
   EXPECT(reduce([](Call& call, auto&, auto&, auto&, auto&) { call.reduce_op = ReduceOp::Avg; }));
   EXPECT(reduce([](auto&, GemmOperands& gemm, auto&, auto&, auto&) { gemm.N = 28; }));
   EXPECT(reduce([](auto&, GemmOperands& gemm, auto&, auto&, auto&) { gemm.K = 12; }));
@@ -262,9 +273,9 @@ CASE(what_does_not_fit_or_has_no_meaning_is_not_launched) {
   EXPECT(reduce([](auto&, auto&, auto&, FusedGrid& grid, auto&) { grid.communicating = 0; }));
   EXPECT(reduce([](auto&, auto&, auto&, FusedGrid& grid, auto&) { grid.multiplying = 0; }));
   EXPECT(reduce([](auto&, auto&, auto&, auto&, char*& y) { y += 8; }));
-  const auto gather = [&](size_t shift, uint64_t stride, uint32_t rows) {
+  const auto gather = [&](size_t shift, uint64_t stride, uint32_t rows, Codec codec = Codec::None) {
     Call call{};
-    call.op = Op::AllGatherGemm, call.dtype = DType::F16, call.reduce_op = ReduceOp::None;
+    call.op = Op::AllGatherGemm, call.dtype = DType::F16, call.reduce_op = ReduceOp::None, call.codec = codec;
     GemmOperands gemm{};
     gemm.N = 32, gemm.K = 16, gemm.tile_columns = 128;
     RowCut cut{};
@@ -272,6 +283,7 @@ CASE(what_does_not_fit_or_has_no_meaning_is_not_launched) {
     return launch_all_gather_gemm(peers, call, data + shift, stride, data, gemm, data, cut, {1, 1}, nullptr) == error;
   };
   EXPECT(gather(8, 16, 64)), EXPECT(gather(0, 20, 64)), EXPECT(gather(0, 16, 257));
+  EXPECT(gather(0, 16, 64, Codec::Bf16), "rows that are gathered are not packed");
   EXPECT(group.signals(0).epoch == 0);
   emu::reset();
 }

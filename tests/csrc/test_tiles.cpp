@@ -71,12 +71,36 @@ CASE(every_tile_comes_once_and_its_number_says_where_it_lies) {
       EXPECT(numbers.emplace(tile.owner, tile.number).second, text_of(shape), ": a number twice");
       const Tile same = order.tile(tile.owner, tile.number);
       EXPECT(same.row_block == tile.row_block && same.column_block == tile.column_block, text_of(shape));
+      EXPECT(order.number_beside(tile, 0) == tile.number, text_of(shape));
     }
     size_t expected = 0;
     for (int r = 0; r < shape.ranks; ++r) {
       expected += size_t{(shape.cut.count[r] + 127) / 128} * ((shape.N + shape.tile_columns - 1) / shape.tile_columns);
     }
     EXPECT(places.size() == expected && order.total() == expected, text_of(shape));
+  }
+}
+
+CASE(wide_tiles_have_each_tile_of_a_part_once) {
+  std::mt19937 random(15);
+  for (int i = 0; i < 60; ++i) {
+    Shape shape = random_shape(random);
+    const uint32_t across = 512 / shape.tile_columns;
+    shape.N = 512 * (1 + shape.N % 5);
+    const TileOrder order = order_of(shape, false, 0);
+    for (uint32_t owner = 0; owner < static_cast<uint32_t>(shape.ranks); ++owner) {
+      std::set<uint32_t> numbers;
+      for (uint32_t number = 0; number < order.tiles_of(owner) / across; ++number) {
+        const Tile wide = order.wide_tile(owner, number, across);
+        EXPECT(wide.owner == owner && wide.column_block % across == 0, text_of(shape));
+        for (uint32_t k = 0; k < across; ++k) {
+          const Tile tile = order.tile(owner, order.number_beside(wide, k));
+          EXPECT(tile.row_block == wide.row_block && tile.column_block == wide.column_block + k, text_of(shape));
+          numbers.insert(tile.number);
+        }
+      }
+      EXPECT(numbers.size() == order.tiles_of(owner), text_of(shape));
+    }
   }
 }
 
@@ -138,7 +162,8 @@ CASE(a_launch_of_as_many_rows_as_it_may_take_fits) {
     const int ranks = static_cast<int>(1 + random() % kMaxPeers);
     const uint32_t width = 8 * (1 + static_cast<uint32_t>(random() % 4000));
     const uint32_t columns = random() % 2 == 0 ? 128 : 256;
-    const uint32_t reduced = most_reduced_rows(slot, ranks, width, columns), gathered = most_gathered_rows(slot, width);
+    const uint32_t reduced = most_reduced_rows(slot, ranks, width, columns, Codec::None),
+                   gathered = most_gathered_rows(slot, width);
     EXPECT(size_t{reduced} * width * 2 * static_cast<size_t>(ranks) <= slot);
     EXPECT(size_t{gathered} * width * 2 <= slot);
     EXPECT((reduced + 127) / 128 * ((width + columns - 1) / columns) <= kMaxTiles);
@@ -149,11 +174,11 @@ CASE(a_launch_of_as_many_rows_as_it_may_take_fits) {
     EXPECT(size_t{more} * width * 2 * static_cast<size_t>(ranks) > slot ||
            (more + 127) / 128 * ((width + columns - 1) / columns) > kMaxTiles);
   }
-  EXPECT(most_reduced_rows(size_t{16} << 20, 8, 8192, 256) == 128);
+  EXPECT(most_reduced_rows(size_t{16} << 20, 8, 8192, 256, Codec::None) == 128);
   EXPECT(most_gathered_rows(size_t{16} << 20, 8192) == 1024);
-  EXPECT(most_reduced_rows(4096, 8, 8192, 256) == 0, "not one row");
-  EXPECT(most_reduced_rows(size_t{1} << 40, 1, 8 << 20, 128) == 0, "more columns than tiles have numbers");
-  EXPECT(most_reduced_rows(4096, 2, 0, 128) == 0), EXPECT(most_gathered_rows(4096, 0) == 0);
+  EXPECT(most_reduced_rows(4096, 8, 8192, 256, Codec::None) == 0, "not one row");
+  EXPECT(most_reduced_rows(size_t{1} << 40, 1, 8 << 20, 128, Codec::None) == 0, "more columns than tiles have numbers");
+  EXPECT(most_reduced_rows(4096, 2, 0, 128, Codec::None) == 0), EXPECT(most_gathered_rows(4096, 0) == 0);
 }
 
 CASE(pieces_are_alike_and_the_fewest) {
@@ -172,7 +197,7 @@ CASE(waves_of_a_large_gemm_are_full) {
   constexpr size_t kSlot = size_t{64} << 20;
   for (uint32_t ranks : {2u, 4u, 8u}) {
     const uint32_t part = 8192 / ranks, columns = 8192 / 256;
-    const uint32_t each = even_rows(part, most_reduced_rows(kSlot, static_cast<int>(ranks), 8192, 256));
+    const uint32_t each = even_rows(part, most_reduced_rows(kSlot, static_cast<int>(ranks), 8192, 256, Codec::None));
     uint32_t waves = 0;
     for (uint32_t row = 0; row < part; row += each) {
       waves += divided_up(ranks * divided_up(std::min(each, part - row), kTileRows) * columns, 116);

@@ -64,6 +64,33 @@ def check_backward(group: Group) -> None:
             assert torch.equal(case.call(s, [x, w.t().contiguous().t(), *bias], group), y), (case.name, s)
 
 
+def check_codecs(group: Group) -> None:
+    """Packed in the epilogue: integers, whose products are the same on both paths, have the bits of path unfused."""
+    R = group.world_size
+    for codec, dtype, N in (
+        ("fp16", torch.bfloat16, 512),
+        ("bf16", torch.float16, 24),
+        ("int8", torch.float16, 288),
+        ("fp8", torch.bfloat16, 160),
+    ):
+        s = Sizes(R=R, M=20 * R - 1, N=N, K=24, dtype=dtype, codec=codec, integers=True)
+        for case in (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER):
+            ask(group)
+            found = group.explain(case.name, M=s.M, N=N, K=24, dtype=dtype, codec=codec)
+            assert found.path == "fused" and f"codec {codec} sends" in found.reason, found
+            group.reset_stats()
+            fused = check_forward(case, s, group)
+            sent, least = group.stats()["by_op"][case.name]["wire_bytes"], case.wire_bytes(s)
+            assert 0.9 * least <= sent <= 1.15 * least + 512, (case.name, codec, sent, least)
+            group._communicator.force()
+            assert torch.equal(check_forward(case, s, group), fused), (case.name, codec)
+        ask(group)
+        backward = replace(s, N=8 * R, K=N)  # whose dx = dy @ w is as wide as that y
+        found = group.explain("replicated_gemm", M=s.M, N=8, K=N, dtype=dtype, codec=codec)
+        assert found.reason.endswith("; backward: fused"), found
+        check_gradient(REPLICATED_GEMM, backward, group)
+
+
 def check_pieces(group: Group) -> None:
     """More rows than a slot holds: several launches of one call, counted as one.
 
@@ -100,7 +127,8 @@ def check_explained(group: Group) -> None:
     assert found.reason.endswith("; backward: unfused (fused was asked for, but it needs a K that is a multiple of 8)")
     for change, why in (
         ({"dtype": torch.float32}, "bfloat16 and float16 only"),
-        ({"dtype": torch.bfloat16, "codec": "fp16"}, "not packed"),
+        ({"dtype": torch.bfloat16, "codec": "fp16"}, "codec fp16 needs an N that is a multiple of 512"),
+        ({"dtype": torch.bfloat16, "codec": "int8", "N": 72}, "int8 and fp8 need an N that is a multiple of 32"),
         ({"dtype": torch.bfloat16, "N": 60}, "N that is a multiple of 8"),
     ):
         found = group.explain("gemm_all_reduce", **{**sizes, **change})
@@ -120,6 +148,11 @@ def test_a_fused_gemm_is_its_plain_program(R: int, place: str) -> None:
 
 def test_the_backward_of_a_fused_gemm_is_fused() -> None:
     run_at("emu", check_backward, 3)
+
+
+@pytest.mark.parametrize("place", ["emu", "virtual"])
+def test_a_fused_gemm_packs_what_it_sends(place: str) -> None:
+    run_at(place, check_codecs, 3)
 
 
 @pytest.mark.parametrize("place", ["emu", "virtual"])

@@ -63,8 +63,9 @@ inline FusedPlan plan_fused(const Machine& machine, const Forced& forced, const 
   // items.
   const uint32_t N = gemm.gathers() ? static_cast<uint32_t>(gemm.own) : shared;
   const uint32_t columns = N == 0 ? 256 : choose_tile_columns(static_cast<uint64_t>(gemm.M), N, multiplying);
-  const uint32_t most = gemm.gathers() ? most_gathered_rows(machine.slot_bytes, shared)
-                                       : most_reduced_rows(machine.slot_bytes, machine.world_size, shared, columns);
+  const uint32_t most = gemm.gathers()
+                            ? most_gathered_rows(machine.slot_bytes, shared)
+                            : most_reduced_rows(machine.slot_bytes, machine.world_size, shared, columns, gemm.codec);
   const auto ranks = static_cast<uint64_t>(machine.world_size);
   return {even_rows((static_cast<uint64_t>(gemm.M) + ranks - 1) / ranks, most), columns, communicating, multiplying};
 }
@@ -76,11 +77,19 @@ inline const char* obstacle_to_fused(const Machine& machine, const Forced& force
   if (machine.arch < kFusedArch) return "it needs compute capability 9.0 (Hopper), this GPU is older";
   if (machine.arch > kFusedArch) return "it is written for compute capability 9.0 (Hopper), this GPU is newer";
   if (gemm.dtype != DType::BF16 && gemm.dtype != DType::F16) return "it multiplies bfloat16 and float16 only";
-  if (gemm.codec != Codec::None) return "what it sends is not packed";
+  if (gemm.gathers() && gemm.codec != Codec::None) return "rows that it gathers are not packed";
   if (gemm.M <= 0 || gemm.shared <= 0) return "there is nothing to multiply";
   if (gemm.M >= kMost || gemm.shared >= kMost) return "its sizes are below 2^31";
   if (gemm.shared % kFusedUnit != 0) {
     return gemm.shares_N() ? "it needs an N that is a multiple of 8" : "it needs a K that is a multiple of 8";
+  }
+  if (gemm.shared % sent_unit(gemm.codec) != 0) {
+    if (gemm.codec == Codec::Fp16) {
+      return gemm.shares_N() ? "codec fp16 needs an N that is a multiple of 512"
+                             : "codec fp16 needs a K that is a multiple of 512";
+    }
+    return gemm.shares_N() ? "codecs int8 and fp8 need an N that is a multiple of 32"
+                           : "codecs int8 and fp8 need a K that is a multiple of 32";
   }
   if (plan_fused(machine, forced, gemm).piece_rows == 0)
     return "not one row of every rank fits into a slot of the arena";

@@ -90,10 +90,11 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
 void PeerCommunicator::count_fused(const CallSpec& spec, const FusedGemm& gemm) {
   const size_t others = static_cast<size_t>(world_size() - 1), mine = gemm.rows.size(rank());
   const size_t sent = gemm.rows.total() - mine, shared = others * mine;
+  const size_t row = sent_row_bytes(spec.codec, gemm.N);  // of a reduction
   switch (fused_kind(spec.op)) {
     case FusedKind::Gather: return count(shared * gemm.K * kValueBytes);
-    case FusedKind::ReduceScatter: return count(sent * gemm.N * kValueBytes);
-    default: return count((sent + shared) * gemm.N * kValueBytes);
+    case FusedKind::ReduceScatter: return count(sent * row);
+    default: return count((sent + shared) * row);
   }
 }
 

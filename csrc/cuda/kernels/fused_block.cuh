@@ -93,10 +93,15 @@ class Block {
       multiply<T, N, false>(d, steps(), half, ring_, barriers(), place);
     }
   }
-  __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, T* first) const {
-    const T* bias = static_cast<const T*>(args_.gemm.bias);
-    if (bias != nullptr) bias += tile.column_block * N;
-    store_tile<T, N>(d, {first, args_.gemm.N, rows_in(tile), columns_in(tile)}, bias, product_thread(), ring_);
+  // Those of a tile's columns.
+  __device__ __forceinline__ const T* bias_of(const Tile& tile) const {
+    const T* const bias = static_cast<const T*>(args_.gemm.bias);
+    return bias == nullptr ? nullptr : bias + tile.column_block * N;
+  }
+  template <class W>
+  __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, W* first) const {
+    const TileOutput<W> to{first, args_.gemm.N, rows_in(tile), columns_in(tile)};
+    store_tile<T, N>(d, to, bias_of(tile), product_thread(), ring_);
   }
 
   const Args& args_;

@@ -11,128 +11,16 @@
 // Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
 // Warps      of every block: 0 loads, 1 is the signal warp, 4 .. 11 are the product threads, which also move.
 // Sums       fp32 in rank order, rounded once, of products that were rounded once: the bits that reduce_scatter and
-//            two_shot make of the same products.
+//            two_shot make of the same products, under a codec, too (coded_tiles.cuh).
 // Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
 //            gather pulls (R - 1) / R M K.
 #include <atomic>
 
 #include "dispatch.cuh"
-#include "fused_block.cuh"
+#include "reduce_block.cuh"
 
 namespace tpk::cuda {
 namespace {
-
-// ---- gemm_reduce_scatter, gemm_all_reduce ---------------------------------------------------------------------------
-
-template <class T, int N>
-class ReduceBlock : public Block<T, N> {
-  using Base = Block<T, N>;
-  using Base::args_, Base::me, Base::ranks, Base::ring_, Base::turn_;
-
- public:
-  __device__ __forceinline__ ReduceBlock(const ReduceArgs& args, char* dynamic_shared)
-      : Base(args, args.everywhere ? Kernel::GemmAllReduce : Kernel::GemmReduceScatter, N, dynamic_shared),
-        everywhere_(args.everywhere),
-        order_(TileOrder::of_reduction(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)) {}
-
-  __device__ __forceinline__ void load() {
-    Place<N> place;
-    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
-      load_stages(args_.gemm, order_.interleaved(i), ring_, Base::barriers(), place, [](uint32_t) { return true; });
-    }
-  }
-
-  __device__ __forceinline__ void send_signals() {
-    const bool agreed = turn_.await_announcements(&Base::barriers().announced);
-    if (!Base::multiplies()) return;
-    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
-      const Tile tile = order_.interleaved(i);
-      sync_named(kTileBarrier, kProductThreads + 32);
-      if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
-      __syncwarp();  // the barrier of the next tile is one for whole warps
-    }
-  }
-
-  // The tensor cores rest while a tile is stored: about 64 KiB by 16 bytes a thread, to a peer at the speed of its
-  // link. A warp that stores staged tiles by TMA would hide that behind the next product, for a stage of the ring less
-  // (three of 48 KiB beside 64 KiB of staging), a map of each rank's two slots, and a wait for the stores to have
-  // arrived (cp.async.bulk.wait_group, not .read, then a proxy fence) before the flag. What that is worth can only be
-  // measured.
-  __device__ __forceinline__ void multiply_and_send() {
-    Place<N> place;
-    float d[N / 2] = {};
-    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
-      const Tile tile = order_.interleaved(i);
-      Base::multiply_tile(d, place);
-      if (Base::have_agreed()) send(d, tile);
-      sync_named(kTileBarrier, kProductThreads + 32);
-    }
-  }
-
-  __device__ __forceinline__ void move() {
-    if (!Base::have_agreed() || (Base::multiplies() && !may_stay())) return;
-    if (sum_own_tiles() && everywhere_) copy_sums();
-  }
-
- private:
-  // All product threads.
-  __device__ __forceinline__ bool may_stay() const {
-    __shared__ bool may;
-    if (product_thread() == 0) may = turn_.have_all_begun();
-    sync_product_threads();
-    return may;
-  }
-  __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile) const {
-    char* const slot = turn_.slot(static_cast<int>(tile.owner));
-    T* const mine = reinterpret_cast<T*>(slot + static_cast<size_t>(me()) * part_bytes(tile.owner));
-    Base::store(d, tile, mine + Base::place_in_part(tile));
-  }
-  // The products of one rank for the rows of another.
-  __device__ __forceinline__ size_t part_bytes(uint32_t owner) const {
-    return size_t{args_.cut.count[owner]} * args_.gemm.N * sizeof(T);
-  }
-
-  __device__ __forceinline__ bool sum_own_tiles() {
-    const uint32_t owner = static_cast<uint32_t>(me()), tiles = order_.tiles_of(owner);
-    const int thread = static_cast<int>(product_thread());
-    for (uint32_t number; (number = take_next(turn_.taken(0))) < tiles;) {
-      if (thread < ranks()) turn_.await_tile(thread, number);
-      sync_product_threads();
-      if (turn_.is_late()) return turn_.give_up_waiting(thread == 0), false;
-      sum_tile(order_.tile(owner, number));
-      if (!everywhere_) continue;
-      sync_product_threads();
-      if (thread < ranks() && thread != me()) turn_.raise_summed(thread, number);
-    }
-    return true;
-  }
-
-  __device__ __forceinline__ void sum_tile(const Tile& tile) const {
-    const size_t place = Base::place_in_part(tile), bytes = part_bytes(tile.owner);
-    const Rows parts = Base::rows_at(turn_.slot(me()), place);
-    const Rows y = Base::rows_at(args_.y, everywhere_ ? Base::place_in_whole(tile) : place);
-    const Rows in_slot{everywhere_ ? parts.first + static_cast<size_t>(me()) * bytes : nullptr, parts.stride};
-    sum_rows<T, N>(Base::dealt(tile), parts, bytes, ranks(), y, in_slot);
-  }
-
-  // The sums of the other ranks, tile by tile.
-  __device__ __forceinline__ void copy_sums() {
-    for (uint32_t i; (i = take_next(turn_.taken(1))) < order_.total();) {
-      const Tile tile = order_.interleaved(i);
-      if (Base::is_mine(tile)) continue;
-      const int owner = static_cast<int>(tile.owner);
-      if (product_thread() == 0) turn_.await_summed(owner, tile.number);
-      sync_product_threads();
-      if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0);
-      const char* const sums = turn_.slot(owner) + static_cast<size_t>(owner) * part_bytes(tile.owner);
-      copy_rows<N>(Base::dealt(tile), Base::rows_at(sums, Base::place_in_part(tile)),
-                   Base::rows_at(args_.y, Base::place_in_whole(tile)));
-    }
-  }
-
-  bool everywhere_;
-  TileOrder order_;
-};
 
 // ---- all_gather_gemm ------------------------------------------------------------------------------------------------
 
@@ -276,10 +164,10 @@ __device__ __forceinline__ void run(Block& block) {
   block.end();
 }
 
-template <class T, int N>
+template <class T, int N, class C>
 TPK_KERNEL void __launch_bounds__(kTileThreads, 1) gemm_reduce_kernel(const __grid_constant__ ReduceArgs args) {
   TPK_DYNAMIC_SHARED(char, dynamic_shared);
-  ReduceBlock<T, N> block(args, dynamic_shared);
+  ReduceBlock<T, N, C> block(args, dynamic_shared);
   run(block);
 }
 
@@ -297,9 +185,8 @@ bool is_multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>
 // What must hold of every launch but what its slot must have room for.
 bool is_usable(const Args& args, const FusedGrid& grid) {
   const GemmOperands& gemm = args.gemm;
-  return is_usable(args.peers, 1) && grid.communicating >= 1 && grid.multiplying >= 1 &&
-         args.call.codec == Codec::None && gemm.N > 0 && gemm.N % 8 == 0 && gemm.K > 0 && gemm.K % 8 == 0 &&
-         is_multiple_of_16(args.y);
+  return is_usable(args.peers, 1) && grid.communicating >= 1 && grid.multiplying >= 1 && gemm.N > 0 &&
+         gemm.N % 8 == 0 && gemm.K > 0 && gemm.K % 8 == 0 && is_multiple_of_16(args.y);
 }
 
 Args args_of(const Peers& peers, const Call& call, const GemmOperands& gemm, void* y, const RowCut& cut,
@@ -350,14 +237,34 @@ cudaError_t with_tile(DType dtype, uint32_t columns, Action action) {
   return cudaErrorInvalidValue;
 }
 
+// action(C{}) for the codec under which values of T are sent; one that sends them as they are is none.
+template <class T, class Action>
+cudaError_t with_sent(Codec codec, Action action) {
+  if (codec == Codec::None) return action(NoCodec{});
+  return with_codec(codec, [&](auto c) {
+    using C = decltype(c);
+    if constexpr (!C::kScaled && std::is_same_v<typename C::Payload, T>) {
+      return action(NoCodec{});
+    } else {
+      return action(c);
+    }
+  });
+}
+
 cudaError_t launch_reduce(const ReduceArgs& args, const FusedGrid& grid, cudaStream_t stream) {
-  if (!is_usable(args, grid) || args.call.reduce_op != ReduceOp::Sum) return cudaErrorInvalidValue;
   const GemmOperands& gemm = args.gemm;
-  const uint32_t most = most_reduced_rows(args.peers.slot_bytes, args.peers.world_size, gemm.N, gemm.tile_columns);
-  if (largest_of(args.cut, args.peers.world_size) > most) return cudaErrorInvalidValue;
+  const Codec codec = args.call.codec;
+  if (!is_usable(args, grid) || args.call.reduce_op != ReduceOp::Sum || codec >= Codec::Count) {
+    return cudaErrorInvalidValue;
+  }
+  const int ranks = args.peers.world_size;
+  const uint32_t most = most_reduced_rows(args.peers.slot_bytes, ranks, gemm.N, gemm.tile_columns, codec);
+  if (gemm.N % sent_unit(codec) != 0 || largest_of(args.cut, ranks) > most) return cudaErrorInvalidValue;
   return with_tile(args.call.dtype, gemm.tile_columns, [&](auto value, auto columns) {
+    using T = decltype(value);
     constexpr int N = decltype(columns)::kCount;
-    return launch_kernel<gemm_reduce_kernel<decltype(value), N>, N>(args, grid, stream);
+    return with_sent<T>(
+        codec, [&](auto c) { return launch_kernel<gemm_reduce_kernel<T, N, decltype(c)>, N>(args, grid, stream); });
   });
 }
 
@@ -377,7 +284,8 @@ cudaError_t launch_all_gather_gemm(const Peers& peers, const Call& call, const v
                                    void* x_whole, const GemmOperands& gemm, void* y, const RowCut& cut, FusedGrid grid,
                                    cudaStream_t stream) {
   GatherArgs args{args_of(peers, call, gemm, y, cut, grid), x_part, x_whole, static_cast<size_t>(x_row_stride) * 2};
-  if (!is_usable(args, grid) || !is_multiple_of_16(x_part) || !is_multiple_of_16(x_whole) || x_row_stride % 8 != 0) {
+  if (!is_usable(args, grid) || call.codec != Codec::None || !is_multiple_of_16(x_part) ||
+      !is_multiple_of_16(x_whole) || x_row_stride % 8 != 0) {
     return cudaErrorInvalidValue;
   }
   if (largest_of(cut, peers.world_size) > most_gathered_rows(peers.slot_bytes, gemm.K)) return cudaErrorInvalidValue;

@@ -14,6 +14,8 @@
 //          neither can be judged without a device.
 #pragma once
 
+#include <type_traits>
+
 #include "fused_gemm.h"
 #include "operand.cuh"
 
@@ -144,10 +146,38 @@ struct TileOutput {
   uint32_t rows, columns;
 };
 
-// The 16 rows that a warp has of a tile, 128 columns at a time through its staging, so that half a warp stores a row in
-// one piece. There a row's 16-byte words are permuted by its number: neither writes nor reads have bank conflicts.
+// d[4 j], d[4 j + 1] or, as `lower` of two rows, d[4 j + 2], d[4 j + 3]: with the bias, rounded to T.
 template <class T, int N>
-__device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<T>& to, const T* bias,
+__device__ __forceinline__ uint32_t product_pair(const float (&d)[N / 2], uint32_t j, bool lower, const T* bias,
+                                                 uint32_t columns) {
+  const float* const values = d + 4 * j + (lower ? 2 : 0);
+  if (bias == nullptr) return rounded_pair<T>(values[0], values[1]);  // a sum with zero would lose the sign of a zero
+  const uint32_t column = 8 * j + 2 * (threadIdx.x % 4);
+  const bool inside = column < columns;
+  return rounded_pair<T>(values[0] + (inside ? to_float(bias[column]) : 0),
+                         values[1] + (inside ? to_float(bias[column + 1]) : 0));
+}
+
+template <class T>
+__device__ __forceinline__ float first_of(uint32_t pair) {
+  return to_float(static_cast<T>(pair & 0xffffu));
+}
+template <class T>
+__device__ __forceinline__ float second_of(uint32_t pair) {
+  return to_float(static_cast<T>(pair >> 16));
+}
+// A pair of T as one of W.
+template <class W, class T>
+__device__ __forceinline__ uint32_t pair_as(uint32_t pair) {
+  if constexpr (std::is_same_v<W, T>) return pair;
+  return rounded_pair<W>(first_of<T>(pair), second_of<T>(pair));
+}
+
+// The 16 rows that a warp has of a tile of T, stored as W, 128 columns at a time through its staging, so that half a
+// warp stores a row in one piece. There a row's 16-byte words are permuted by its number: neither writes nor reads have
+// bank conflicts.
+template <class T, int N, class W>
+__device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<W>& to, const T* bias,
                                            uint32_t first_row, char* staging) {
   const uint32_t lane = threadIdx.x % 32, row = lane / 4;
   const auto word_at = [&](uint32_t r, uint32_t word) { return staging + r * 256 + (word ^ (r % 8)) * 16; };
@@ -156,17 +186,10 @@ __device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOu
     __syncwarp();  // the staging has been read
 #pragma unroll
     for (uint32_t j = 0; j < 16; ++j) {
-      const float* const values = d + (start / 8 + j) * 4;
-      const uint32_t column = start + 8 * j + 2 * (lane % 4);
-      float low = 0, high = 0;
-      if (bias != nullptr && column < to.columns) low = to_float(bias[column]), high = to_float(bias[column + 1]);
-      const bool adds = bias != nullptr;  // a sum with zero would lose the sign of a zero
-      const uint32_t upper =
-          adds ? rounded_pair<T>(values[0] + low, values[1] + high) : rounded_pair<T>(values[0], values[1]);
-      const uint32_t lower =
-          adds ? rounded_pair<T>(values[2] + low, values[3] + high) : rounded_pair<T>(values[2], values[3]);
-      reinterpret_cast<uint32_t*>(word_at(row, j))[lane % 4] = upper;
-      reinterpret_cast<uint32_t*>(word_at(row + 8, j))[lane % 4] = lower;
+      const uint32_t upper = product_pair<T, N>(d, start / 8 + j, false, bias, to.columns);
+      const uint32_t lower = product_pair<T, N>(d, start / 8 + j, true, bias, to.columns);
+      reinterpret_cast<uint32_t*>(word_at(row, j))[lane % 4] = pair_as<W, T>(upper);
+      reinterpret_cast<uint32_t*>(word_at(row + 8, j))[lane % 4] = pair_as<W, T>(lower);
     }
     __syncwarp();
 #pragma unroll
@@ -179,8 +202,8 @@ __device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOu
 }
 
 // All product threads: `thread` counts them.
-template <class T, int N>
-__device__ __forceinline__ void store_tile(const float (&d)[N / 2], const TileOutput<T>& to, const T* bias,
+template <class T, int N, class W>
+__device__ __forceinline__ void store_tile(const float (&d)[N / 2], const TileOutput<W>& to, const T* bias,
                                            uint32_t thread, const Ring<N>& ring) {
   const uint32_t warp = thread / 32;  // rows 16 warp .. 16 warp + 15: four warps to a warpgroup, 64 rows to each
   store_rows<T, N>(d, to, bias, 16 * warp, ring.staging(warp));

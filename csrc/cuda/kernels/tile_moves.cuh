@@ -75,32 +75,36 @@ __device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Ro
   }
 }
 
-// The sum of a unit of every rank, in rank order: the bits of Plain<T>::sum (vector.cuh), in fp32 and rounded once.
-template <class T>
-__device__ __forceinline__ Word16 sum_of(const Word16 (&words)[kMaxPeers], int ranks) {
+// The sum of a unit of W of every rank, in rank order, as T: the bits of Plain<T>::sum (vector.cuh), in fp32 and
+// rounded once; of a sum that is sent again, rounded to W first.
+template <class T, class W>
+__device__ __forceinline__ Word16 sum_of(const Word16 (&words)[kMaxPeers], int ranks, bool is_sent) {
   float sums[8] = {};
 #pragma unroll
   for (int r = 0; r < kMaxPeers; ++r) {
     if (r >= ranks) continue;
-    T values[8];
+    W values[8];
     memcpy(values, &words[r], sizeof values);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float value = Sum<T>::in(values[i]);
-      sums[i] = r == 0 ? value : combine<T>(ReduceOp::Sum, sums[i], value);
+      const float value = Sum<W>::in(values[i]);
+      sums[i] = r == 0 ? value : combine<W>(ReduceOp::Sum, sums[i], value);
     }
   }
   T rounded[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) rounded[i] = Sum<T>::out(sums[i]);
+  for (int i = 0; i < 8; ++i) {
+    if (!std::is_same_v<T, W> && is_sent) sums[i] = Sum<W>::in(Sum<W>::out(sums[i]));
+    rounded[i] = Sum<T>::out(sums[i]);
+  }
   Word16 word;
   memcpy(&word, rounded, sizeof word);
   return word;
 }
 
-// to (and second) = the sum over the ranks of parts + r * part_bytes. `second` may be one of the parts: a thread writes
-// what it alone has read.
-template <class T, uint32_t kColumns>
+// to (and second) = the sum over the ranks of parts + r * part_bytes, of values of W. `second` may be one of the parts:
+// a thread writes what it alone has read. Where it is given, sums are sent.
+template <class T, class W, uint32_t kColumns>
 __device__ __forceinline__ void sum_rows(const Dealt<kColumns>& dealt, const Rows& parts, size_t part_bytes, int ranks,
                                          const Rows& to, const Rows& second) {
   constexpr uint32_t kInFlight = 2;  // times the ranks
@@ -121,7 +125,7 @@ __device__ __forceinline__ void sum_rows(const Dealt<kColumns>& dealt, const Row
     for (uint32_t k = 0; k < kInFlight; ++k) {
       const uint32_t i = start + k * kProductThreads;
       if (!dealt.has(i)) continue;
-      const Word16 sum = sum_of<T>(words[k], ranks);
+      const Word16 sum = sum_of<T, W>(words[k], ranks, second.first != nullptr);
       store16(to.at(dealt.row(i), dealt.unit(i)), sum);
       if (second.first != nullptr) store16(second.at(dealt.row(i), dealt.unit(i)), sum);
     }

@@ -13,7 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/codec/half.h"
+#include "core/codec/codec.h"
 #include "peer_limits.h"
 
 namespace tpk::cuda {
@@ -49,6 +49,10 @@ struct TileNumbers {
     const uint32_t height = smaller(group_rows, row_blocks - group * group_rows);
     return {owner, number, group * group_rows + within % height, within / height};
   }
+  TPK_HOST_DEVICE constexpr uint32_t number(uint32_t row_blocks, uint32_t row_block, uint32_t column_block) const {
+    const uint32_t before = row_block / group_rows * group_rows, height = smaller(group_rows, row_blocks - before);
+    return before * columns + column_block * height + row_block - before;
+  }
 };
 
 class TileOrder {
@@ -67,6 +71,17 @@ class TileOrder {
   TPK_HOST_DEVICE uint32_t total() const { return total_; }
   TPK_HOST_DEVICE Tile tile(uint32_t owner, uint32_t number) const {
     return numbers_.tile(owner, row_blocks(owner), number);
+  }
+  // Tiles of a part taken `across` at a time, side by side: the first of those in place `number`, and the number of the
+  // one so many to the right of a tile.
+  TPK_HOST_DEVICE Tile wide_tile(uint32_t owner, uint32_t number, uint32_t across) const {
+    const TileNumbers wide{numbers_.columns / across, numbers_.group_rows};
+    Tile tile = wide.tile(owner, row_blocks(owner), number);
+    tile.column_block *= across;
+    return tile;
+  }
+  TPK_HOST_DEVICE uint32_t number_beside(const Tile& tile, uint32_t to_the_right) const {
+    return numbers_.number(row_blocks(tile.owner), tile.row_block, tile.column_block + to_the_right);
   }
 
   // Tile i of total() of a reduction.
@@ -123,6 +138,43 @@ class TileOrder {
   uint32_t whole_groups_, total_ = 0;
 };
 
+// ---- what a reduction sends of a row of N values (coded_tiles.cuh)
+// ---------------------------------------------------
+
+struct NoCodec : BlockLayout<uint16_t, NoScale, kCodecBlockValues, 0> {};
+
+template <class C>
+struct SentRow {
+  // Payloads of a byte are packed by the sender, and scales lie behind the payloads of all rows; others are sent as
+  // values of 2 bytes.
+  static constexpr bool kPacked = sizeof(typename C::Payload) == 1;
+  // A scale is of one row: N is a multiple of this.
+  static constexpr uint32_t kUnit = C::kScaled ? static_cast<uint32_t>(C::kScaleValues) : 8;
+
+  TPK_HOST_DEVICE static constexpr size_t scale_bytes(uint32_t N) {  // each row's begin at a multiple of 16
+    return kPacked ? (N / kUnit * sizeof(typename C::Scale) + 15) / 16 * 16 : 0;
+  }
+  TPK_HOST_DEVICE static constexpr size_t bytes(uint32_t N) { return size_t{N} * (kPacked ? 1 : 2) + scale_bytes(N); }
+};
+
+// action(C{}) of the codec.
+template <class Action>
+constexpr auto with_sent_row(Codec codec, Action action) {
+  switch (codec) {
+#define TPK_CODEC_CASE(name, id, type) \
+  case Codec::id: return action(type{});
+    TPK_CODECS(TPK_CODEC_CASE)
+#undef TPK_CODEC_CASE
+    default: return action(NoCodec{});
+  }
+}
+constexpr size_t sent_row_bytes(Codec codec, uint32_t N) {
+  return with_sent_row(codec, [=](auto c) { return SentRow<decltype(c)>::bytes(N); });
+}
+constexpr uint32_t sent_unit(Codec codec) {
+  return with_sent_row(codec, [](auto c) { return SentRow<decltype(c)>::kUnit; });
+}
+
 // ---- how many rows of each rank's part one launch takes; 0: not even one fits, and the call must go another way
 // ------
 
@@ -137,10 +189,11 @@ constexpr uint32_t rounded_rows(size_t fit, uint32_t columns) {
 
 }  // namespace tiles
 
-// gemm_reduce_scatter, gemm_all_reduce: the slot of a rank holds its rows of [N] 2-byte values from every rank.
-constexpr uint32_t most_reduced_rows(size_t slot_bytes, int ranks, uint32_t N, uint32_t tile_columns) {
-  return N == 0 ? 0
-                : tiles::rounded_rows(slot_bytes / (static_cast<size_t>(ranks) * N * 2), divided_up(N, tile_columns));
+// gemm_reduce_scatter, gemm_all_reduce: the slot of a rank holds its rows from every rank.
+constexpr uint32_t most_reduced_rows(size_t slot_bytes, int ranks, uint32_t N, uint32_t tile_columns, Codec codec) {
+  if (N == 0) return 0;
+  const size_t row = static_cast<size_t>(ranks) * sent_row_bytes(codec, N);
+  return tiles::rounded_rows(slot_bytes / row, divided_up(N, tile_columns));
 }
 // all_gather_gemm: the slot of a rank holds its own rows of [K] 2-byte values.
 constexpr uint32_t most_gathered_rows(size_t slot_bytes, uint32_t K) {
