@@ -44,6 +44,8 @@ tpk_plant(slot_of_another_call reduce_block.cuh
           "slot = args_.peers.arena[tile.owner] + slot_offset(args_.peers, 0);")
 tpk_plant(one_rank_is_not_waited_for reduce_block.cuh
           "if (thread < ranks()) await_tiles" "if (thread + 1 < ranks()) await_tiles")
+tpk_plant(one_tile_of_a_scale_is_waited_for reduce_block.cuh
+          "k < kTilesOfSum; ++k) {\n      if (!turn_.await_tile" "k < 1; ++k) {\n      if (!turn_.await_tile")
 tpk_plant(sum_announced_too_early reduce_block.cuh
           "if (!everywhere_) continue;\n      sync_product_threads();" "if (!everywhere_) continue;")
 tpk_plant(rows_announced_too_early fused_gemm_sm90.cu

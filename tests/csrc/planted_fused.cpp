@@ -24,6 +24,7 @@ PLANTED(transposed_w_advances_as_the_other)
 PLANTED(no_fence_after_the_gather)
 PLANTED(slot_of_another_call)
 PLANTED(one_rank_is_not_waited_for)
+PLANTED(one_tile_of_a_scale_is_waited_for)
 PLANTED(sum_announced_too_early)
 PLANTED(rows_announced_too_early)
 PLANTED(rows_are_not_waited_for)
@@ -37,12 +38,13 @@ namespace {
 
 // A call of one kind, or two where K is long enough to go round the ring; whether all outputs are right. For a rank
 // that waits in vain the watchdog is faster than the deadline: a failed launch.
-bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K) {
+bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Codec codec) {
   constexpr int kRanks = planted::kRanks;
   EmulatedGroup group(kRanks, {.slot_bytes = size_t{256} << 10});
   std::vector<std::unique_ptr<PreparedGemm>> gemms;
   for (uint64_t seed = 0; seed < (K > 100 ? 2 : 1); ++seed) {
-    Gemm gemm{.kind = kind, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    Gemm gemm{.kind = kind, .codec = codec, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    if (codec == Codec::Fp16) gemm.N = 512;  // which keeps small integers
     gemm.transposed = K == 32;
     gemms.push_back(std::make_unique<PreparedGemm>(group, gemm, launches));
   }
@@ -55,8 +57,8 @@ bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K) {
   return std::all_of(gemms.begin(), gemms.end(), [](const auto& gemm) { return gemm->is_right(); });
 }
 
-planted::Body body(Fused kind, const FusedLaunches& launches, uint32_t K = 24) {
-  return [=] { return gemms_are_right(kind, launches, K); };
+planted::Body body(Fused kind, const FusedLaunches& launches, uint32_t K = 24, Codec codec = Codec::None) {
+  return [=] { return gemms_are_right(kind, launches, K, codec); };
 }
 
 }  // namespace
@@ -68,6 +70,9 @@ CASE(right_kernels_are_silent) {
     EXPECT(outcome.right && outcome.error == cudaSuccess, static_cast<int>(kind), " ", cudaGetErrorName(outcome.error));
   }
   EXPECT(planted::run(planted::quiet(1), body(Fused::Gather, nothing_planted::kLaunches, 32)).right);
+  const planted::Outcome coded =
+      planted::run(planted::quiet(1), body(Fused::AllReduce, nothing_planted::kLaunches, 24, Codec::Fp16));
+  EXPECT(coded.reports.empty() && coded.right, coded.text());
 }
 
 CASE(a_flag_raised_at_the_wrong_owner) {
@@ -93,6 +98,10 @@ CASE(products_in_the_slot_of_another_call) {
 }
 CASE(a_sum_that_does_not_wait_for_the_last_rank) {
   planted::must_report(Kind::Race, body(Fused::ReduceScatter, one_rank_is_not_waited_for::kLaunches));
+}
+CASE(a_sum_that_waits_for_one_of_the_tiles_of_its_scale) {
+  const FusedLaunches& launches = one_tile_of_a_scale_is_waited_for::kLaunches;
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, launches, 24, Codec::Fp16));
 }
 CASE(a_sum_announced_before_it_is_written) {
   planted::must_report(Kind::Race, body(Fused::AllReduce, sum_announced_too_early::kLaunches));

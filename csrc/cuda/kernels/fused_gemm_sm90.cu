@@ -17,6 +17,7 @@
 #include <atomic>
 
 #include "dispatch.cuh"
+#include "fused_block.cuh"
 #include "reduce_block.cuh"
 
 namespace tpk::cuda {
