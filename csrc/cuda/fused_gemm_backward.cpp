@@ -151,7 +151,9 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
     const Cut items = Cut::even(static_cast<size_t>(dim_size), comm->world_size());
     cuda::reduce_fused(*comm, scatter.spec, dy_rows, cuda::transpose(w_shard), {}, items.times(cuda::rows_in_item(dy)),
                        as_rows(dx));
-    gather_beside([] {});  // that kernel takes the whole device, so that nothing is left to hide it
+    // Nothing is left to hide this behind: that kernel takes the whole device. Where dw is wanted the other way hides
+    // both transfers behind products, so that this one is for a w that is frozen (a model, not measured).
+    gather_beside([] {});
     others();
     return gradients.all();
   }

@@ -60,6 +60,9 @@ def check_backward(group: Group) -> None:
             group.barrier()
             assert emulated.encoded_maps() > before, (case.name, s)
             check_gradient(case, s, group)
+            if s.integers:  # the same of differentiable ops
+                again = torch.autograd.grad(case.call(s, arguments, group).sum(), arguments[:2], create_graph=True)
+                assert all(torch.equal(g, x.grad) for g, x in zip(again, arguments[:2], strict=True)), case.name
             x, w, *bias = (a.detach() for a in arguments if a is not None)
             assert torch.equal(case.call(s, [x, w.t().contiguous().t(), *bias], group), y), (case.name, s)
 
@@ -104,6 +107,7 @@ def check_pieces(group: Group) -> None:
         sent, least = group.stats()["by_op"][case.name], case.wire_bytes(s)
         assert sent["calls"] == 1
         assert 0.99 * least <= sent["wire_bytes"] <= 1.05 * least + 4096, (case.name, sent, least)
+        check_gradient(case, s, group)
     found = group.explain("gemm_reduce_scatter", M=600, N=64, K=88, dtype=torch.bfloat16)
     assert "2 pieces" in found.reason or not group.is_cpu, found
 
