@@ -34,6 +34,14 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def cores_of(host: Host, hosts: Sequence[Host]) -> list[int]:
+    """A host's share of the cores, or all of them where there are fewer than hosts."""
+    all_cores, names = cores(), list(dict.fromkeys(hosts))
+    number = names.index(host)
+    bounds = [i * len(all_cores) // len(names) for i in (number, number + 1)]
+    return all_cores[slice(*bounds)] or all_cores
+
+
 class RankTeam:
     """A rank's view of the shared page: barrier flags, ping-pong flags, gathered values."""
 
@@ -110,12 +118,15 @@ def _rank_main(rank: int, world_size: int, body: Callable[..., None], spec: Any,
     torch.set_num_threads(1)
     if hosts:
         hosts[rank].enter()  # before gloo opens connections
+    crowded = world_size > len(cores())
+    if hosts:  # otherwise ranks of one host would count on the cores of the other, and spin
+        os.sched_setaffinity(0, cores_of(hosts[rank], hosts))
     mine = cores()
     if pin:
         os.sched_setaffinity(0, {mine[rank % len(mine)]})  # before gloo starts its threads, which inherit it
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        body(RankTeam(rank, world_size, page, crowded=world_size > len(mine)), spec, queue.put)
+        body(RankTeam(rank, world_size, page, crowded=crowded), spec, queue.put)
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -231,6 +231,22 @@ def between_hosts(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
+def hierarchical(rows: Sequence[Row]) -> str:
+    """One line for each size of a collective of two ranks on each of two hosts, over each link."""
+    lines = []
+    for row in sorted(rows, key=lambda r: (*parsed(r["link"]), r["bytes"])):
+        if row["variant"] != "plain" or not row["verified"]:
+            continue
+        flat, gloo = (next(r for r in rows if r["variant"] == v and same_call(r, row) and r["bytes"] == row["bytes"])
+                      for v in ("flat", "gloo"))  # fmt: skip
+        middle, least, most = row["ratios"]["flat"]
+        times = [digits(r["median_us"]) for r in (row, flat, gloo)]
+        faster = f"{middle:.3g}x [{least:.3g}, {most:.3g}]"
+        lines.append([row["link"], row["op"], size(row), row["path"], *times, faster])
+    head = ["link", "op", "size", "path", "hierarchical us", "group us", "gloo us", "times as fast as group"]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
 def same_call(a: Row, b: Row) -> bool:
     """Whether two candidates were timed in one call of the bench, at one size."""
     return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
@@ -282,8 +298,12 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
     "reduce_scatter": (only("reduce_scatter"), each_class(collective)),
     "all_gather": (only("all_gather"), each_class(collective)),
     "gemm": (only("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm"), each_class(gemm)),
+    "hierarchical": (
+        lambda rows: [row for row in rows if row.get("link") is not None and row["R"] > 2 and row["bytes"]],
+        each_class(hierarchical),
+    ),
     "links": (
-        lambda rows: [row for row in rows if row.get("link") is not None and "kind" not in row],
+        lambda rows: [row for row in rows if row.get("link") is not None and "kind" not in row and row["R"] == 2],
         each_class(between_hosts),
     ),
     "few_rows": (only("few_rows"), each_class(few_rows)),
