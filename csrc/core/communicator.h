@@ -130,8 +130,8 @@ class Communicator {
   virtual void let_thread_run() {}
   // The number of chunks of every fused GEMM, where its rows allow it; 0: the rule's. For tests.
   int forced_chunks = 0;
-  // Measured when the group was opened, the same on all ranks; 0: not measured.
-  double link_bytes_per_s = 0;
+  // Measured when the group was opened, the same on all ranks; 0: not measured. A hop is a small message to all others.
+  double link_bytes_per_s = 0, link_hop_s = 0;
 
   // The heap of every rank as one stretch, in rank order, which the heap's own blocks no longer use: all ranks call it
   // before any has allocated. Empty where the transport has none.

@@ -157,12 +157,13 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
   if (const std::optional<Explained> found = explain_transport(comm)) return *found;
   const bool sums_all = op == "all_reduce" || op == "all_reduce_";
   if (is_transport(comm, "hierarchical")) {
-    const size_t bytes = numel * wire.value_bytes;
-    if (sums_all && static_cast<const HierarchicalCommunicator&>(comm).is_inline(bytes)) {
-      return {"one_exchange", concat(bytes, " bytes: all inputs in one exchange between the hosts")};
+    const bool gathers = op == "all_gather";
+    const auto& between = static_cast<const HierarchicalCommunicator&>(comm);
+    const char* const what = "inside the hosts over shared memory; between them each value once";
+    if (gathers || between.sums_in_one_exchange(wire, numel, !sums_all)) {
+      return {"one_exchange", concat(what, gathers ? "" : ", as a host's sum", ", in one exchange")};
     }
-    return {"hierarchical", concat("inside the hosts over shared memory; between them each value once",
-                                   op == "all_gather" ? "" : ", as a host's sum")};
+    return {"hierarchical", concat(what, ", as a host's sum")};
   }
   if (sums_all) return explain_all_reduce(wire, numel);
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};

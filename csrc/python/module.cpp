@@ -92,7 +92,13 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "force_chunks", [](Communicator& comm, int chunks) { comm.forced_chunks = chunks; }, py::arg("chunks"),
           "For tests: the number of chunks of every fused GEMM over connections; 0: the rule's.")
-      .def("set_link", [](Communicator& comm, double rate) { comm.link_bytes_per_s = rate; }, py::arg("bytes_per_s"));
+      .def(
+          "set_link",
+          [](Communicator& comm, double rate, double hop) {
+            comm.link_bytes_per_s = rate;
+            comm.link_hop_s = hop;
+          },
+          py::arg("bytes_per_s"), py::arg("hop_s") = 0.0);
 
   add_choices(m);
   m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),

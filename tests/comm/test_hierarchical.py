@@ -36,11 +36,17 @@ def ranks_of(layout: str) -> int:
     return sum(len(ranks) for ranks in LAYOUTS[layout])
 
 
+def set_delay(group: Group, n: int) -> None:
+    """Of every other length, so long that sums are one exchange, or none."""
+    group._communicator.set_link(1e9, 1.0 if LENGTHS.index(n) % 2 == 0 else 1e-12)
+
+
 def check_sums(layout: str) -> None:
     hosts = LAYOUTS[layout]
     with open_group(hosts=hosts, transport="hierarchical") as group:
         R, rank = group.world_size, group.rank
         for n in LENGTHS:
+            set_delay(group, n)
             for dtype in (*FLOATS, *INTEGERS):
                 inputs = [values(n, dtype, r) for r in range(R)]
                 for op in ("sum", "avg", "max", "min"):
@@ -60,6 +66,7 @@ def check_codecs(layout: str) -> None:
     with open_group(hosts=hosts, transport="hierarchical") as group:
         R, rank = group.world_size, group.rank
         for n in LENGTHS:
+            set_delay(group, n)
             for codec in CODECS:
                 for op in ("sum", "avg"):
                     for dtype in (torch.float32, torch.bfloat16):
@@ -190,7 +197,14 @@ def check_choice() -> None:
         )
         assert group.explain("all_reduce", numel=4).path == "one_exchange"
         assert group.explain("all_reduce", numel=1024).path == "one_exchange"
-        assert group.explain("all_reduce", numel=1025).path == "hierarchical"
+        group._communicator.set_link(1e9, 1e-6)
+        assert group.explain("all_reduce", numel=1025).path == "one_exchange"
+        assert group.explain("all_reduce", numel=1 << 20).path == "hierarchical"
+        assert group.explain("reduce_scatter", numel=1 << 20).path == "hierarchical"
+        assert group.explain("all_gather", numel=1 << 20).path == "one_exchange"
+        group._communicator.set_link(1e9, 1.0)
+        for op in ("all_reduce", "reduce_scatter"):
+            assert group.explain(op, numel=1 << 20).path == "one_exchange", "two more ways take longer than the bytes"
         found = group.explain("gemm_all_reduce", M=64, N=64, K=64)
         assert found.path == "unfused" and "not in chunks, each of which would also pass" in found.reason
         group.reset_stats()
@@ -230,6 +244,14 @@ def check_disagreement(layout: str) -> None:
                 assert "the ranks disagree" in text and "Nothing was read" in text, text
                 y = ops.all_reduce(torch.full((n,), rank + 1.0), group=group)
                 assert torch.equal(y, torch.full((n,), R * (R + 1) / 2)), "the group stays in step"
+
+                def unlike(n: int = n, odd: int = odd) -> Tensor:
+                    if rank == odd:
+                        return ops.all_gather(torch.ones(n), group=group, dim_size=n * R)
+                    return ops.all_reduce(torch.ones(n), group=group)
+
+                text = raised(unlike, RankMismatchError)
+                assert "the ranks disagree" in text, text
             text = raised(
                 lambda odd=odd: ops.all_gather(torch.ones(2 + (rank == odd)), group=group, dim_size=2 * R),
                 RankMismatchError,

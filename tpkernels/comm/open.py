@@ -236,6 +236,8 @@ def _open_hierarchical(opening: Opening, arena_bytes: int) -> Opened | str:
         communicator = _C.open_hierarchical(
             opening.name, opening.label, rank, timeout_s, hosts, inner, sockets, capacity, watch
         )
+    with _closed_on_error(communicator):
+        communicator.set_link(*measured_link(communicator, len(hosts), slices))
     sizes = " + ".join(str(len(ranks)) for ranks in hosts)
     reason = (
         f"{len(hosts)} hosts have {sizes} ranks: over shared memory inside a host{found}, over connections between the "
@@ -260,7 +262,7 @@ def _open_connections(opening: Opening, obstacle: str) -> Opened:
     if no_sockets is None:
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
         with _closed_on_error(communicator):
-            communicator.set_link(measured_link(communicator))
+            communicator.set_link(*measured_link(communicator, len(ranks)))
         return Opened(communicator, f"over connections between the ranks, because {obstacle}")
     exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)

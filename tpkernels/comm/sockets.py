@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hmac
+import math
 import os
 import resource
 import secrets
@@ -41,15 +42,21 @@ class _Offer:
     obstacle: str | None = None
 
 
-def measured_link(communicator: Any) -> float:
-    """Time sums over the connections of a group that opens; all ranks call this.
+def measured_link(communicator: Any, hosts: int, slices: int = 1) -> tuple[float, float]:
+    """Time sums and empty calls over the connections of a group that opens; all ranks call this.
+
+    Args:
+        communicator: of the group.
+        hosts: how many ranks are connected with each other.
+        slices: how many such ranks share what is sent; more than one over transport hierarchical.
 
     Returns:
-        bytes a second that a rank sends, and receives as many: the slowest rank's, the same on all ranks. It decides
-        in how many chunks GEMMs are sent, which changes no bit.
+        bytes a second that a rank sends, and receives as many, and the seconds of an empty call: the slowest rank's,
+        the same on all ranks. They decide in how many chunks GEMMs are sent, and which sums are one exchange; neither
+        changes a bit.
     """
     name, world_size = communicator.name, communicator.world_size
-    rate, spent = 0.0, 0
+    rate, spent, hop = 0.0, 0, math.inf
     # 64 KiB, which buffers on the way may swallow, then 1 MiB where that takes less than half a second. The first of
     # three is not counted: a shaper lets a burst pass that it has saved up (1 Gbit looked like 1.8). The faster of the
     # others is the link's own; the other may have waited for a core that something else had.
@@ -60,12 +67,14 @@ def measured_link(communicator: Any) -> float:
         for i in range(3):
             started = time.perf_counter_ns()
             torch.ops.tpkernels.all_reduce_(x, name, world_size, "sum", "none")
-            nanoseconds = max(communicator.exchange(time.perf_counter_ns() - started))
+            done = time.perf_counter_ns()
+            nanoseconds = max(communicator.exchange(done - started))
+            hop = min(hop, (time.perf_counter_ns() - done) / 1e9)
             if i > 0:
-                best = max(best, 2e9 * nbytes * (world_size - 1) / world_size / nanoseconds)
+                best = max(best, 2e9 * nbytes * (hosts - 1) / hosts / slices / nanoseconds)
             spent += nanoseconds
         rate = best
-    return rate
+    return rate, max(communicator.exchange(int(hop * 1e9))) / 1e9
 
 
 def connect(

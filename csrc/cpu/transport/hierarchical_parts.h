@@ -1,4 +1,4 @@
-// What the two files of transport `hierarchical` share. Torch-free.
+// What the files of transport `hierarchical` share. Torch-free.
 #pragma once
 
 #include "hierarchical_transport.h"
@@ -6,14 +6,18 @@
 
 namespace tpk {
 
-// What all ranks have sent to open a call, in rank order.
-struct HierarchicalCommunicator::Opened {
-  std::vector<char> records;
-  size_t record_bytes;
-  std::vector<CallSpec> specs;
-  bool is_packed;  // the input of any rank
+// What the ranks of a host have said, in rank order.
+struct HierarchicalCommunicator::Said {
+  std::vector<Opening> openings;
+  bool agrees;     // whether they are of one call, so that the first call inside the host has brought its bytes
+  bool is_packed;  // the input of any of them
+  bool has_bytes() const { return agrees && !is_packed; }
+};
 
-  const char* payload(int r) const { return records.data() + static_cast<size_t>(r) * record_bytes + Opening::kBytes; }
+// What all ranks have said, in rank order.
+struct HierarchicalCommunicator::Opened {
+  std::vector<CallSpec> specs;
+  bool is_packed = false;  // the input of any rank
 };
 
 }  // namespace tpk

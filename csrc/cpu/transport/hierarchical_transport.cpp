@@ -16,8 +16,6 @@
 namespace tpk {
 namespace {
 
-const Wire& bytes_wire() { return *find_wire(DType::Raw1, Codec::None, ReduceOp::None); }
-
 size_t sum_of(const std::vector<size_t>& sizes) { return std::accumulate(sizes.begin(), sizes.end(), size_t{0}); }
 
 }  // namespace
@@ -49,7 +47,7 @@ HierarchicalCommunicator::HierarchicalCommunicator(std::string name, std::string
       inner_(std::move(inner)),
       watch_(std::move(watch)) {
   slices_ = hosts_[0].size();
-  inline_bytes_ = std::clamp(kMostRecords / static_cast<size_t>(world_size), kLeastInline, kMostInline);
+  inline_bytes_ = std::clamp(kMostInputs / static_cast<size_t>(world_size), kLeastInline, kMostInline);
   for (const std::vector<int>& ranks : hosts_) slices_ = std::min(slices_, ranks.size());
   for (size_t h = 0; h < hosts_.size(); ++h) {
     in_slice_.emplace_back(slices_);
@@ -167,39 +165,8 @@ Cut HierarchicalCommunicator::over_leaders(const Sizes& sizes) const {
   return cut_of(all);
 }
 
-HierarchicalCommunicator::Opened HierarchicalCommunicator::open_call(const CallSpec& spec, bool is_packed,
-                                                                     const void* payload, size_t bytes) {
-  const size_t ranks = static_cast<size_t>(world_size()), record = Opening::kBytes + inline_bytes_;
-  std::vector<char> mine(record);
-  const Opening opening(call_, spec, is_packed, payload == nullptr ? 0 : bytes);
-  std::memcpy(mine.data(), &opening, sizeof opening);
-  if (opening.payload_bytes > 0) std::memcpy(mine.data() + Opening::kBytes, payload, bytes);
-  Opened opened{std::vector<char>(ranks * record), record, {}, false};
-  gather(spec, mine.data(), Sizes(ranks, record), opened.records.data(),
-         [&](const char* block, const Sizes& from_hosts, char* received) {
-           Sizes counts;
-           for (size_t n : from_hosts) counts.push_back(n / record);
-           counted(*outer_, [&] { outer_->gather_records_of(spec.op, block, counts, record, received); });
-         });
-  for (size_t r = 0; r < ranks; ++r) {
-    Opening theirs;
-    std::memcpy(&theirs, opened.records.data() + r * record, sizeof theirs);
-    opened.specs.push_back(theirs.spec());
-    opened.is_packed |= theirs.is_packed != 0;
-  }
-  check_agreement(spec, opened.specs);
-  return opened;
-}
-
-void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, const Sizes& bytes, char* out) {
-  gather(spec, mine, bytes, out, [&](const char* block, const Sizes& from_hosts, char* received) {
-    gather_from(*outer_, spec, bytes_wire(), block, received, cut_of(from_hosts));
-  });
-}
-
 // Inside hosts to the leaders, between hosts, and inside hosts to all.
-void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, const Sizes& bytes, char* out,
-                                      const Between& between) {
+void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, const Sizes& bytes, char* out) {
   const Cut starts = cut_of(bytes);
   if (starts.total() == 0) return;
   const auto bytes_of = [&](const std::vector<int>& ranks) {
@@ -225,7 +192,7 @@ void HierarchicalCommunicator::gather(const CallSpec& spec, const void* mine, co
   }
 
   const Scratch received(leads() ? sum_of(from_hosts) : 0), all(starts.total());
-  if (leads()) between(block, from_hosts, received.at(0));
+  if (leads()) gather_from(*outer_, spec, bytes_wire(), block, received.at(0), cut_of(from_hosts));
 
   Sizes of_slices;
   for (size_t l = 0; l < slices_; ++l) {
@@ -342,27 +309,57 @@ void HierarchicalCommunicator::do_reduce_scatter(const CallSpec& spec, const Wir
   guarded(spec.op, [&] { reduce_scatter_now(spec, wire, in, out, cut); });
 }
 
-// Parts are packed by their own ranks, so that the bits are those of every transport.
+// Parts are packed by their own ranks, so that the bits are those of every transport. Those of the host come with the
+// first call inside it, those of other hosts with the first exchange.
 void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                              const Cut& cut) {
   guarded(spec.op, [&] {
-    Sizes bytes;
-    for (int r = 0; r < world_size(); ++r) bytes.push_back(wire.bytes(cut.size(r)));
-    const Scratch packed(wire.is_plain() ? 0 : bytes[me()]);
+    const auto bytes_of = [&](int r) { return wire.bytes(cut.size(r)); };
+    const Scratch packed(wire.is_plain() ? 0 : bytes_of(rank()));
     if (!wire.is_plain()) wire.encode(in, packed.at(0), cut.size(rank()));
-    const void* const mine = wire.is_plain() ? in : packed.at(0);
-    const bool sends = wire.bytes(cut.largest()) <= inline_bytes_;
-    const Opened opened = open_call(spec, false, sends ? mine : nullptr, bytes[me()]);
-    check_parts(spec, opened.specs, cut);
-    const Cut starts = cut_of(bytes);
-    const Scratch wires(wire.is_plain() ? 0 : starts.total());
-    char* const all = wire.is_plain() ? static_cast<char*>(out) : wires.at(0);
-    if (!sends) gather(spec, mine, bytes, all);
-    for (int r = 0; r < world_size(); ++r) {
-      char* const part = at(all, starts.start(r));
-      if (sends && starts.size(r) > 0) std::memcpy(part, opened.payload(r), starts.size(r));
-      if (!wire.is_plain()) wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
+    Sizes of_host;
+    for (int r : here()) of_host.push_back(bytes_of(r));
+    const Scratch parts(sum_of(of_host));
+    const Said said = say_inside(spec, false, wire.is_plain() ? in : packed.at(0), of_host, parts.at(0));
+
+    // The parts of other hosts by slices, in each by hosts.
+    Sizes of_slices(slices_, 0);
+    std::vector<int> order;
+    Rooms rooms(hosts_.size());
+    for (size_t l = 0; l < slices_; ++l) {
+      for (size_t h = 0; h < hosts_.size(); ++h) {
+        if (h == host_) continue;
+        for (int r : in_slice_[h][l]) {
+          of_slices[l] += bytes_of(r);
+          if (l == local_) rooms[h].bytes += bytes_of(r);
+          order.push_back(r);
+        }
+      }
     }
+    const Scratch received(leads() ? of_slices[local_] : 0), others(sum_of(of_slices));
+    char* next = received.at(0);
+    for (auto& room : rooms) next = (room.at = next) + room.bytes;
+    size_t mine = 0;  // bytes of this rank's slice in its host
+    for (size_t k = local_; leads() && k < of_host.size(); k += slices_) mine += of_host[k];
+    const Scratch block(mine);
+    const Cut starts = cut_of(of_host);
+    next = block.at(0);
+    for (size_t k = local_; leads() && k < of_host.size(); k += slices_) {
+      if (of_host[k] > 0) std::memcpy(next, parts.at(starts.starts[k]), of_host[k]);
+      next += of_host[k];
+    }
+    const Opened opened = open_between(spec, said, Messages(hosts_.size(), {block.at(0), mine}), rooms);
+    check_parts(spec, opened.specs, cut);
+
+    gather_from(*inner_, spec, bytes_wire(), received.at(0), others.at(0), over_leaders(of_slices));
+    const auto place = [&](int r, const char* part) {
+      wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
+      return part + bytes_of(r);
+    };
+    const char* part = parts.at(0);
+    for (int r : here()) part = place(r, part);
+    part = others.at(0);
+    for (int r : order) part = place(r, part);
   });
 }
 

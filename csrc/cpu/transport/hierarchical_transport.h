@@ -3,8 +3,12 @@
 //
 // Ranks    rank k of a host belongs to slice k % S, where S is the number of ranks of the smallest host. Rank k < S
 //          leads its slice: it alone has connections, one to the leader of the same slice on each other host.
-// Opening  a call begins with the fingerprints of all ranks, and the values of small sums, in one exchange between the
-//          hosts. So all ranks compare all fingerprints, and the calls of the two communicators inside always agree.
+// Opening  the ranks of a host compare their fingerprints in the first call inside it, which brings small messages of
+// all
+//          of them, or sums larger ones. The leaders send the fingerprints of their hosts to each other, and with them
+//          what the hosts have to say: a sum of the host, or the parts of a gather. So all ranks compare all
+//          fingerprints before they write anything, the calls of the two communicators inside always agree, and a
+//          call that is not so large that its bytes take longer is one way over the link.
 // Sums     inside a host in rank order, then over the hosts in the order of their first ranks, in fp32 (fp64 of fp64),
 //          rounded once: the same bits in any pieces, but not those of transports that sum in rank order alone. A
 //          codec packs the sums of the hosts. Where the inputs of a rank are packed already, all inputs are sent
@@ -39,8 +43,8 @@ class HierarchicalCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override { return inner_->heap_allocate(bytes); }
   void heap_free(void* pointer) override { inner_->heap_free(pointer); }
   size_t heap_bytes() const override { return inner_->heap_bytes(); }
-  // Whether messages of so many bytes a rank go with the opening: then a call is one exchange between the hosts.
-  bool is_inline(size_t bytes) const { return bytes <= inline_bytes_; }
+  // Whether an all_reduce, or a reduce_scatter, of n values is one exchange between the hosts.
+  bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const;
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
@@ -54,21 +58,30 @@ class HierarchicalCommunicator final : public Communicator {
 
  private:
   class OuterWatch;
+  struct Said;
   struct Opened;
   struct Forms;
   using Sizes = std::vector<size_t>;
   using SizeOfPair = std::function<size_t(int source, int destination)>;
-  // A gather of this rank's `block` between the hosts, of which each sends so many bytes.
-  using Between = std::function<void(const char* block, const Sizes& from_hosts, char* received)>;
-  // Every call copies the records of all ranks, with room for that many bytes of each.
-  static constexpr size_t kMostRecords = size_t{64} << 10, kLeastInline = 1024, kMostInline = 4096;
+  using Messages = std::vector<Leaders::Message>;
+  using Rooms = std::vector<Leaders::Room>;
+  // Every rank has the inputs of its host and sums them, and every leader sends the whole sum.
+  static constexpr size_t kMostInputs = size_t{64} << 10, kLeastInline = 1024, kMostInline = 4096;
+
+  // --- openings (hierarchical_opening.cpp)
+  // The first call inside a host: fingerprints, and bytes[k] bytes of each rank k of the host, to `all`.
+  Said say_inside(const CallSpec&, bool is_packed = false, const void* mine = nullptr, const Sizes& bytes = {},
+                  char* all = nullptr);
+  // The same with a reduce_scatter over the leaders of this host; of packed inputs nothing is summed.
+  Said sum_inside(const CallSpec&, const Forms&, const Input& in, void* slice, const Sizes& slices);
+  // The first exchange between hosts. A leader sends messages[h] to each other host h; rooms[h]: where as much from it
+  // is put; no rooms: only fingerprints. Ranks that do not lead get what is in `shared`, which holds all rooms.
+  Opened open_between(const CallSpec&, const Said&, const Messages& = {}, const Rooms& = {}, Leaders::Room shared = {});
+  Opened open_call(const CallSpec&, bool is_packed = false);
 
   // --- between all ranks (hierarchical_transport.cpp)
-  // The fingerprints of all ranks; `payload`, of up to inline_bytes_, where it is not null.
-  Opened open_call(const CallSpec&, bool is_packed = false, const void* payload = nullptr, size_t bytes = 0);
   // out = bytes[r] bytes of each rank r, in rank order; `mine` are this rank's.
   void gather(const CallSpec&, const void* mine, const Sizes& bytes, char* out);
-  void gather(const CallSpec&, const void* mine, const Sizes& bytes, char* out, const Between&);
   // size(s, d) bytes of rank s go to rank d. in: by destination, out: by source, in rank order.
   void route(const CallSpec&, const char* in, const SizeOfPair& size, char* out);
   template <class Body>
@@ -84,16 +97,21 @@ class HierarchicalCommunicator final : public Communicator {
   // --- sums (hierarchical_sums.cpp)
   void all_reduce_now(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void reduce_scatter_now(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
-  void sum_inline(const Forms&, const Opened&, void* out, size_t n) const;
-  void sum_slices(const CallSpec&, const Forms&, const void* in, void* out, size_t n);
-  void scatter_slices(const CallSpec&, const Forms&, const void* in, void* out, const Cut&);
+  Opened sum_inline(const CallSpec&, const Forms&, const Input& in, void* out, size_t n);
+  Opened sum_slices(const CallSpec&, const Forms&, const Input& in, void* out, size_t n);
+  void sum_slice(const CallSpec&, const Forms&, char* slice, char* sum, size_t n);
+  Opened scatter_slices(const CallSpec&, const Forms&, const Input& in, void* out, const Cut&);
+  // A leader's `slice` of the sum of its host goes with the opening, sizes[h] values from starts[h] on to each host h;
+  // total = the sum over the hosts of what comes to this one.
+  Opened sum_with_opening(const CallSpec&, const Forms&, const Said&, const char* slice, const Sizes& starts,
+                          const Sizes& sizes, char* total);
   void sum_packed(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void scatter_packed(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
   // The wires of all ranks for this rank's part, in rank order; `memory` holds them.
   std::vector<const void*> collect_wires(const CallSpec&, const Wire&, const char* packed, const Cut&,
                                          const Scratch& memory);
 
-  size_t me() const { return static_cast<size_t>(rank()); }
+  static const Wire& bytes_wire() { return *find_wire(DType::Raw1, Codec::None, ReduceOp::None); }
   const std::vector<int>& here() const { return hosts_[host_]; }
   bool leads() const { return local_ < slices_; }
   // Whether ranks of this host are led by others.

@@ -2,9 +2,11 @@
 
 namespace tpk {
 
-void Leaders::gather_records_of(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes,
-                                char* out) {
-  as_one_call(op, [&] { send_records(op, mine, counts, record_bytes, out); });
+bool Leaders::exchange_openings_of(Op op, const std::vector<size_t>& counts, char* openings,
+                                   const std::vector<Message>& to, const std::vector<Room>& from) {
+  bool fits = false;
+  as_one_call(op, [&] { fits = exchange_openings(op, counts, openings, to, from); });
+  return fits;
 }
 
 void Leaders::do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,

@@ -13,8 +13,11 @@ class Leaders final : public SocketCommunicator {
  public:
   using SocketCommunicator::SocketCommunicator;
 
-  // The records of the ranks that each leader speaks for. counts[h]: those of host h; out: of all hosts in order.
-  void gather_records_of(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes, char* out);
+  using SocketCommunicator::Message;
+  using SocketCommunicator::Room;
+  // SocketCommunicator::exchange_openings of the ranks of all hosts, as a call.
+  bool exchange_openings_of(Op op, const std::vector<size_t>& counts, char* openings, const std::vector<Message>& to,
+                            const std::vector<Room>& from);
 
  protected:
   void do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) override {

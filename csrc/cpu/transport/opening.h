@@ -28,6 +28,11 @@ struct Opening {
         codec(static_cast<uint8_t>(spec.codec)),
         is_packed(is_packed),
         payload_bytes(static_cast<uint32_t>(payload_bytes)) {}
+  // Whether both are of one call.
+  bool is_like(const Opening& other) const {
+    return op == other.op && dtype == other.dtype && reduce_op == other.reduce_op && codec == other.codec &&
+           numel == other.numel && shape_hash == other.shape_hash;
+  }
   CallSpec spec() const {
     return {static_cast<Op>(op),
             static_cast<DType>(dtype),

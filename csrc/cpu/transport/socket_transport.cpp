@@ -12,6 +12,8 @@
 namespace tpk {
 namespace {
 
+constexpr size_t kTogether = size_t{16} << 10;  // bytes that are copied to leave with the opening, in one call
+
 // How many things one thread has made ready for another, which may sleep until there are more.
 class Ready {
  public:
@@ -49,10 +51,10 @@ Source whole(const Input& in, void* out, size_t n) {
   return {{{0, n}}, [in, out](size_t, const std::function<void()>&) { return Source::Made{in, out}; }};
 }
 
-size_t payload_of(const char* record) {
+Opening opening_at(const char* record) {
   Opening opening;
   std::memcpy(&opening, record, sizeof opening);
-  return opening.payload_bytes;
+  return opening;
 }
 
 }  // namespace
@@ -78,50 +80,69 @@ size_t SocketCommunicator::inline_bytes() const {
 }
 
 void SocketCommunicator::gather_records(Op op, const char* mine, size_t record_bytes, char* all) {
-  send_records(op, mine, std::vector<size_t>(static_cast<size_t>(world_size()), 1), record_bytes, all);
+  const size_t ranks = static_cast<size_t>(world_size()), me = static_cast<size_t>(rank());
+  const size_t payload = opening_at(mine).payload_bytes;
+  std::vector<char> openings(ranks * Opening::kBytes);
+  std::vector<Room> from;
+  for (size_t r = 0; r < ranks; ++r) from.push_back({all + r * record_bytes + Opening::kBytes, payload});
+  std::memcpy(openings.data() + me * Opening::kBytes, mine, Opening::kBytes);
+  exchange_openings(op, std::vector<size_t>(ranks, 1), openings.data(),
+                    std::vector<Message>(ranks, {mine + Opening::kBytes, payload}), from);
+  for (size_t r = 0; r < ranks; ++r) {
+    std::memcpy(all + r * record_bytes, openings.data() + r * Opening::kBytes, Opening::kBytes);
+  }
+  std::memcpy(from[me].at, mine + Opening::kBytes, payload);
 }
 
-void SocketCommunicator::send_records(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes,
-                                      char* all) {
-  const size_t own = counts[static_cast<size_t>(rank())];
-  std::vector<char> message;  // the openings, then the values that go with them
-  for (size_t i = 0; i < own; ++i) {
-    const char* const record = mine + i * record_bytes;
-    message.insert(message.end(), record, record + Opening::kBytes);
-  }
-  for (size_t i = 0; i < own; ++i) {
-    const char* const values = mine + i * record_bytes + Opening::kBytes;
-    message.insert(message.end(), values, values + payload_of(mine + i * record_bytes));
-  }
+bool SocketCommunicator::exchange_openings(Op op, const std::vector<size_t>& counts, char* openings,
+                                           const std::vector<Message>& to, const std::vector<Room>& from) {
+  const size_t ranks = counts.size(), me = static_cast<size_t>(rank());
   std::vector<size_t> starts{0};
-  for (size_t n : counts) starts.push_back(starts.back() + n);
-  std::vector<std::vector<char>> theirs(counts.size());
+  for (size_t n : counts) starts.push_back(starts.back() + n * Opening::kBytes);
   const auto others = [&](const auto& body) {
-    for (size_t h = 0; h < counts.size(); ++h) {
-      if (static_cast<int>(h) != rank()) body(h);
+    for (size_t r = 0; r < ranks; ++r) {
+      if (r != me) body(r);
     }
   };
-  others([&](size_t h) {
-    theirs[h].resize(counts[h] * Opening::kBytes);
-    link_.send(h, message.data(), message.size());
-    link_.receive(h, theirs[h].data(), theirs[h].size());
-    count(message.size());
+  std::vector<std::vector<char>> messages(ranks), dropped(ranks);
+  others([&](size_t r) {
+    const Message with = to.empty() ? Message{} : to[r];
+    messages[r].assign(openings + starts[me], openings + starts[me + 1]);
+    Opening first = opening_at(messages[r].data());
+    first.payload_bytes = static_cast<uint32_t>(with.bytes);  // of the message
+    std::memcpy(messages[r].data(), &first, sizeof first);
+    const bool together = with.bytes <= kTogether;
+    if (together && with.bytes > 0) messages[r].insert(messages[r].end(), with.at, with.at + with.bytes);
+    link_.send(r, messages[r].data(), messages[r].size());
+    if (!together) link_.send(r, with.at, with.bytes);
+    link_.receive(r, openings + starts[r], counts[r] * Opening::kBytes);
+    count(counts[me] * Opening::kBytes + with.bytes);
   });
+  const SocketExchange::Mark mark = link_.everything_posted();
+  std::vector<char> is_open(ranks);
+  bool all_fit = true;
+  const auto receive_what_follows = [&] {
+    bool all_open = true;
+    others([&](size_t r) {
+      if (!is_open[r] && link_.is_received(mark, r)) {
+        is_open[r] = true;
+        const size_t bytes = opening_at(openings + starts[r]).payload_bytes;
+        const bool fits = bytes == (from.empty() ? 0 : from[r].bytes);
+        all_fit &= fits;
+        if (!fits) dropped[r].resize(bytes);
+        link_.receive(r, fits && bytes > 0 ? from[r].at : dropped[r].data(), bytes);
+      }
+      all_open &= is_open[r] != 0;
+    });
+    return all_open;
+  };
   const uint64_t started = now_nanoseconds();
   described(op, [&] {
-    link_.wait(call_);
-    others([&](size_t h) {
-      for (size_t i = 0; i < counts[h]; ++i) {
-        char* const record = all + (starts[h] + i) * record_bytes;
-        std::memcpy(record, theirs[h].data() + i * Opening::kBytes, Opening::kBytes);
-        TPK_CHECK(Opening::kBytes + payload_of(record) <= record_bytes, "a record that is too large");
-        link_.receive(h, record + Opening::kBytes, payload_of(record));
-      }
-    });
+    link_.wait_for_ranks(call_, receive_what_follows);
     link_.wait(call_);
   });
   count_wait(now_nanoseconds() - started);
-  std::memcpy(all + starts[static_cast<size_t>(rank())] * record_bytes, mine, own * record_bytes);
+  return all_fit;
 }
 
 void SocketCommunicator::stream(Op op, const Wire& wire, const Move& move) {

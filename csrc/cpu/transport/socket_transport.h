@@ -45,8 +45,19 @@ class SocketCommunicator : public GroupCommunicator {
   // More than over any exchange: a message of its own size takes one way over the link where it would take three.
   size_t inline_bytes() const override;
   void gather_records(Op op, const char* mine, size_t record_bytes, char* all) override;
-  // counts[r] records of each rank r, each without unused room: one message to each other rank.
-  void send_records(Op op, const char* mine, const std::vector<size_t>& counts, size_t record_bytes, char* all);
+  struct Message {
+    const char* at = nullptr;
+    size_t bytes = 0;
+  };
+  struct Room {
+    char* at = nullptr;
+    size_t bytes = 0;
+  };
+  // Openings of all ranks, counts[r] of them of rank r, where those of this rank are; with them to[r] (none: nothing)
+  // goes to each other rank r, as one message. from[r]: where as much from rank r is put; whether all ranks have sent
+  // what there is room for. What has another size is dropped.
+  bool exchange_openings(Op op, const std::vector<size_t>& counts, char* openings, const std::vector<Message>& to,
+                         const std::vector<Room>& from);
   SocketExchange& link() { return link_; }
 
  private:

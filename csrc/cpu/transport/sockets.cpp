@@ -95,7 +95,7 @@ bool SocketExchange::is_sent(const Mark& mark) const {
 
 bool SocketExchange::is_received(const Mark& mark) const {
   for (size_t r = 0; r < peers_.size(); ++r) {
-    if (peers_[r].received < mark.received[r]) return false;
+    if (!is_received(mark, r)) return false;
   }
   return true;
 }

@@ -51,6 +51,7 @@ class SocketExchange final : public Exchange {
   Mark everything_posted() const;
   bool is_sent(const Mark& mark) const;
   bool is_received(const Mark& mark) const;
+  bool is_received(const Mark& mark, size_t from) const { return peers_[from].received >= mark.received[from]; }
   // Moves what can be moved without waiting.
   bool move();
   // Moves bytes until `is_there()`, which the other ranks bring about before the deadline.
