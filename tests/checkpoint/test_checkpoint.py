@@ -219,6 +219,12 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None
     checkpoint.prune(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0002", "step-0010", "step-9999"]
     assert checkpoint.latest(tmp_path / "none") is None
+    for keep, stay in ((3, ["0002", "0010", "0011"]), (2, ["0002", "0011"]), (1, ["0002", "0011"])):
+        checkpoint.save(model, tmp_path / "step-0011", step=11) if keep == 3 else None
+        checkpoint.prune(tmp_path, keep, spare=tmp_path / "step-0002")
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n}" for n in (*stay, "9999")], keep
+    checkpoint.prune(tmp_path, keep=1, spare=tmp_path / "step-0011")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0011", "step-9999"]
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.rename", "tpkernels.checkpoint.api.write_manifest"])

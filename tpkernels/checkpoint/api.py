@@ -171,7 +171,7 @@ def latest(parent: str | os.PathLike[str]) -> Path | None:
     return max(_complete(parent), default=(0, None))[1]
 
 
-def prune(parent: str | os.PathLike[str], keep: int) -> None:
+def prune(parent: str | os.PathLike[str], keep: int, spare: str | os.PathLike[str] | None = None) -> None:
     """Remove all complete checkpoints but the `keep` that have the highest steps. Call it on one rank.
 
     A folder whose manifest cannot be read is neither removed nor counted.
@@ -179,14 +179,20 @@ def prune(parent: str | os.PathLike[str], keep: int) -> None:
     Args:
         parent: the folder in which the checkpoints' own folders are.
         keep: how many stay.
+        spare: one that stays in any case, such as the best. It counts among them, but the newest stays, too.
 
     Raises:
         ValueError: keep is less than 1.
     """
     if keep < 1:
         raise ValueError(f"prune: keep must be 1 or more, got {keep}: to remove all checkpoints, remove the folder")
-    for _, folder in sorted(_complete(parent))[:-keep]:
-        remove(folder)
+    folders = [folder for _, folder in sorted(_complete(parent))]
+    newest = folders[-keep:]
+    if spare is not None and Path(spare) in folders[:-keep]:
+        newest = [Path(spare), *folders[-max(1, keep - 1) :]]
+    for folder in folders:
+        if folder not in newest:
+            remove(folder)
 
 
 def _complete(parent: str | os.PathLike[str]) -> list[tuple[int, Path]]:

@@ -23,8 +23,6 @@ def problems(trainer: Any, dp_group: Group | None, mixin: type[Any]) -> Iterator
     of = trainer.args
     if of.fp16:
         yield "fp16=True", "each rank would find a loss scale of its own: take bf16"
-    if of.load_best_model_at_end or option_text(of.save_strategy) == "best":
-        yield "load_best_model_at_end or save_strategy='best'", "load what you want with tpkernels.checkpoint.load"
     if of.save_only_model:
         yield "save_only_model=True", "call trainer.save_model for a plain folder"
     if of.push_to_hub:

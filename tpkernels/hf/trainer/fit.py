@@ -33,7 +33,7 @@ from tpkernels.data_parallel import GradAggregator, check_replicas
 from tpkernels.errors import PlanError
 from tpkernels.hf.trainer.accelerator import AcceleratorMixin, mix_in
 from tpkernels.hf.trainer.checks import option_text, problems
-from tpkernels.hf.trainer.models import FullHeads, full_size_ratio, shard_reference
+from tpkernels.hf.trainer.models import FullHeads, shard_reference
 from tpkernels.hf.trainer.state import STEP, CheckpointMixin
 from tpkernels.plan.adapters.apply import cut_adapters
 
@@ -170,8 +170,7 @@ class TensorParallelMixin(CheckpointMixin):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Operations of the unsharded model, over all replicas."""
-        local, full = full_size_ratio(self.model)
-        return int(super().floating_point_ops(inputs)) * full * self._replicas // max(1, local)
+        return int(super().floating_point_ops(inputs)) * self._replicas
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen

@@ -115,13 +115,6 @@ def shard_reference(trainer: Any) -> None:
         parallelize(reference, group=report.group, **report.options)
 
 
-def full_size_ratio(model: Any) -> tuple[int, int]:
-    """The values in a model's parameters on this rank and unsharded, tables of embeddings left out."""
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m._parameters.values()}
-    counted = [p for p in model.parameters() if id(p) not in tables]
-    return sum(p.numel() for p in counted), sum(full_shape(p).numel() for p in counted)
-
-
 def _models_of(trainer: Any) -> Iterator[nn.Module]:
     """The models that a trainer holds, in its attributes or in lists of them."""
     for value in vars(trainer).values():

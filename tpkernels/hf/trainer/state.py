@@ -11,11 +11,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from tpkernels import checkpoint, layers
+from tpkernels.checkpoint.staging import remove
 from tpkernels.comm.group import Group
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ class CheckpointMixin(Base):
             if isinstance(callback, ExportableState):
                 kept, name = self.state.stateful_callbacks, type(callback).__name__
                 kept[name] = [*kept[name], callback.state()] if isinstance(kept[name], list) else callback.state()
-        step = self.state.global_step
+        step, best = self.state.global_step, self.state.best_global_step
+        if best and (best == step or os.path.isdir(self._checkpoint_of(best))):
+            self.state.best_model_checkpoint = self._checkpoint_of(best)
         extra = {
             "trainer_state": json.loads(json.dumps(dataclasses.asdict(self.state))),
             "scheduler": scheduler_state(self.lr_scheduler),
@@ -71,7 +75,7 @@ class CheckpointMixin(Base):
         }
         folder = checkpoint.save(
             self.model,
-            os.path.join(self.args.output_dir, f"{STEP}{step:08d}"),
+            self._checkpoint_of(step),
             group=self.tpk_group,
             dp_group=self.tpk_dp_group,
             optimizer=_plain(self.optimizer),
@@ -80,7 +84,25 @@ class CheckpointMixin(Base):
         )
         with self.tpk_place.together(f"save {folder}"):
             if self.tpk_place.is_first and (self.args.save_total_limit or 0) > 0:
-                checkpoint.prune(folder.parent, self.args.save_total_limit)
+                checkpoint.prune(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _checkpoint_of(self, step: int) -> str:
+        return os.path.join(self.args.output_dir, f"{STEP}{step:08d}")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """By the metrics of the first rank, so that all ranks save, and stop, alike."""
+        return bool(super()._determine_best_metric(self.tpk_place.gather(metrics)[0], trial))
+
+    def _load_best_model(self) -> None:
+        """Load the model of the best checkpoint; the random numbers stay as they are."""
+        folder, random = self.state.best_model_checkpoint, layers.rng_state()
+        checkpoint.load(self.model, folder, group=self.tpk_group, dp_group=self.tpk_dp_group)
+        layers.set_rng_state(random)
+        with self.tpk_place.together(f"load {folder}"):
+            if self.tpk_place.is_first and self.args.save_total_limit == 1:  # else every rank would, at once
+                for other in Path(self.args.output_dir).glob(f"{STEP}*"):
+                    if other != Path(folder):
+                        remove(other)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         """Write STATE, which the Trainer reads next. The rest is loaded once there is an optimizer, and STATE removed.
