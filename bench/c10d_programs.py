@@ -2,7 +2,8 @@
 
 DistributedDataParallel, fully_shard and parallelize_module on an MLP, whose loss after two updates must be that of one
 process in fp64; and what transformers decodes with tp_plan="auto", which must be the tokens of the whole model. A size
-is that of the parameters, in bytes of fp32.
+is that of the parameters, in bytes of fp32. The bound is the same program on torch's back end `fake`, which answers at
+once and moves nothing between ranks: what it computes is wrong, and no back end makes the program faster.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the back end
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +30,7 @@ from bench.c10d import GLOO, backends, group_of
 from bench.cell import Cell, Setting
 from bench.timing import Candidate
 
+BOUND, FAKE = "bound", "fake"
 LAYERS, ROWS = 4, 32  # linears; rows of each rank's batch
 CHECKED = 3  # steps from the start until the loss is compared
 ALLOWED = 1e-4  # of a loss after CHECKED - 1 updates, in fp32: sums of `width` products, LAYERS times
@@ -102,6 +105,16 @@ def expected(width: int, ranks: Sequence[int]) -> list[float]:
     return losses
 
 
+def ways() -> dict[str, str]:
+    """The back end of each candidate."""
+    return {name: name for name in backends()} | {BOUND: FAKE}
+
+
+def checked(name: str, error: Callable[[Any], float]) -> Callable[[Any], float]:
+    """The check of a candidate; the bound computes nothing that could be right."""
+    return (lambda _: 0.0) if name == BOUND else error
+
+
 def _program(
     setting: Setting, op: str, nbytes: int, wrap: Callable[[Any, nn.Sequential], nn.Module], shared: bool = False
 ) -> Cell:
@@ -109,18 +122,32 @@ def _program(
     R, width, mine = setting.world_size, width_of(setting, nbytes), 0 if shared else setting.rank
     want = expected(width, [0] if shared else range(R))[mine]
 
-    def candidate(backend: str) -> Candidate:
+    def candidate(name: str, backend: str) -> Candidate:
         job = Training(functools.partial(wrap, group_of(backend)), width, batch(width, mine), want)
         job.restart()
-        return Candidate(backend, job.step, job.error, load=job.restart, label={"transport": backend})
+        return Candidate(name, job.step, checked(name, job.error), load=job.restart, label={"transport": backend})
 
-    candidates = setting.pick(**{name: functools.partial(candidate, name) for name in backends()})
+    candidates = setting.pick(**{name: functools.partial(candidate, name, of) for name, of in ways().items()})
     return Cell(f"c10d_{op}", setting.dtype_name, R, {"bytes": nbytes}, candidates, GLOO)
 
 
 def ddp(setting: Setting, nbytes: int) -> Cell:
     """A step with gradients averaged in buckets while the backward pass goes on."""
-    return _program(setting, "ddp", nbytes, lambda group, model: DistributedDataParallel(model, process_group=group))
+
+    def wrap(group: Any, model: nn.Sequential) -> nn.Module:
+        wrapped = DistributedDataParallel(model, process_group=group)
+        if dist.get_backend(group) == FAKE:  # the futures of its works are empty, which DDP does not take
+            wrapped.register_comm_hook(None, lambda _, bucket: unchanged(bucket))
+        return wrapped
+
+    return _program(setting, "ddp", nbytes, wrap)
+
+
+def unchanged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A bucket that is ready at once."""
+    found: torch.futures.Future[Tensor] = torch.futures.Future()
+    found.set_result(bucket.buffer())
+    return found
 
 
 def _mesh(group: Any) -> DeviceMesh:
@@ -189,15 +216,15 @@ def decode(setting: Setting, nbytes: int) -> Cell:
         (folder,) = places
         whole.save_pretrained(folder)  # on rank 0 only
         dist.barrier()
-        for backend in backends():
+        for name, backend in ways().items():
             with _meshes_of(backend):
                 plan = DistributedConfig(tp_size=setting.world_size, tp_plan="auto")
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=torch.float32, distributed_config=plan
                 ).eval()
-            candidates[backend] = functools.partial(
-                Candidate, backend, functools.partial(tokens, model),
-                lambda found: 0.0 if torch.equal(found, want) else 2.0, label={"transport": backend},
+            candidates[name] = functools.partial(
+                Candidate, name, functools.partial(tokens, model),
+                checked(name, lambda found: 0.0 if torch.equal(found, want) else 2.0), label={"transport": backend},
             )  # fmt: skip
         dist.barrier()
     sizes = {"bytes": nbytes}

@@ -8,6 +8,7 @@ import pytest
 
 from bench import c10d, rows
 from bench import run as bench_run
+from bench.c10d_programs import BOUND
 from tests.harness.backends import needs_backend
 from tests.harness.bench import where
 from tests.harness.ranks import nightly
@@ -19,12 +20,14 @@ TINY = {name: 4096 if name in c10d.SIZED else 14 << 20 if name == "c10d_decode" 
 @pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_every_call_and_program_is_right_on_all_back_ends(R: int) -> None:
     jobs = tuple((name, size) for name, size in TINY.items() if R == 2 or name in c10d.SIZED)
-    spec = bench_run.Spec(jobs, {"only": (c10d.GLOO, c10d.OURS)}, 2, 1e-4, math.inf, where(), benches=c10d.BENCHES)
+    names = (c10d.GLOO, c10d.OURS, BOUND)
+    spec = bench_run.Spec(jobs, {"only": names}, 2, 1e-4, math.inf, where(), benches=c10d.BENCHES)
     cells = list(bench_run.run(spec, R, pin=False))
     assert not [cell for cell in cells if isinstance(cell, str)]
     assert [cell[0]["op"] for cell in cells] == [name for name, _ in jobs]
     for cell in cells:
-        assert [row["variant"] for row in cell] == [c10d.GLOO, c10d.OURS]
+        is_program = cell[0]["op"].removeprefix("c10d_") in (*c10d.PROGRAMS, "decode")
+        assert [row["variant"] for row in cell] == list(names if is_program else names[:2])
         for row in cell:
             assert tuple(row) == rows.FIELDS
             assert row["verified"], (row["op"], row["variant"], row["error"])
