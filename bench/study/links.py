@@ -6,6 +6,10 @@ More hosts than two are joined by a bridge, and those that a link delays by a pr
 (bench/study/delay.py). A host may have a /dev/shm of its own (a mount namespace), so that its ranks share memory with
 each other alone.
 
+TCP sends as Linux does by default (cubic), whatever the machine is set to. BBR measures the bandwidth and takes that of
+a burst, which a bucket lets pass, for the link's: of 300 calls of 95 ms over 1gbit 34 took 40 to 190 ms longer with it,
+8 of 630 with cubic.
+
 Needs root and the programs `ip` and `tc`. Names contain the process id; the namespaces of a killed process are
 removed by the next one. Where namespaces cannot be made, the loopback of the machine takes their place.
 """
@@ -28,6 +32,8 @@ PLACES = ("/usr/sbin", "/sbin")  # where tc and ip lie when PATH does not say
 # Bits per second of the links of the study. A token bucket must hold the bytes of a tick of the kernel's timer.
 RATES = {"100mbit": 100e6, "1gbit": 1e9, "10gbit": 10e9}
 LOOPBACK = "loopback"
+CONGESTION = "cubic"
+CONGESTIONS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 IPV6 = Path("/proc/sys/net/ipv6")  # there where the kernel has it
 LEAST_BURST, TICK_S = 64 << 10, 0.004
 NETWORK, MOUNTS, FILES = 0x40000000, 0x00020000, 0x00000200  # CLONE_NEWNET, CLONE_NEWNS, CLONE_FS
@@ -180,6 +186,9 @@ def shaped(name: str, hosts: int = 2, own_memory: bool = False) -> Iterator[Link
                 run(ip, "-n", namespace, "link", "set", end, "addrgenmode", "none")
             for interface in ("lo", end):
                 run(ip, "-n", namespace, "link", "set", interface, "up")
+            if CONGESTION in CONGESTIONS.read_text().split():
+                way = ("10.77.0.0/24", "dev", end, "src", address, "congctl", CONGESTION)
+                run(ip, "-n", namespace, "route", "replace", *way)
             limit(namespace, end)
             memory = made.enter_context(memory_of_its_own()) if own_memory else None
             found.append(Host((ip, "netns", "exec", namespace), end, address, namespace, memory))

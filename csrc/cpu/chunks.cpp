@@ -10,8 +10,7 @@ namespace {
 // A product of chunks of rows reads all weights for each. Of weights that the caches do not hold, 128 rows at a time
 // cost 1.07 to 1.1 times all 512 at once, 64 rows 1.2 to 1.3 times (fp32 and bf16, one core of Zen 5, MKL and oneDNN).
 constexpr size_t kRows = 128;
-// More were not faster over 300 Mbit, and in most runs over 1 Gbit calls in 20 and 24 chunks stood still for 60 ms, of
-// which the cause is not known (no packet was lost, no acknowledgement late).
+// More were not faster over 300 Mbit and 1 Gbit.
 constexpr size_t kMostChunks = 16;
 // Engines give every value the bits it has in the full product, but for the last rows of an odd number of them.
 constexpr size_t kUnit = 16, kColumnUnit = 64;
