@@ -28,11 +28,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.c10d import GLOO, backends, group_of
 from bench.cell import Cell, Setting
-from bench.timing import Candidate
+from bench.timing import Candidate, nothing
 
 BOUND, FAKE = "bound", "fake"
 LAYERS, ROWS = 4, 32  # linears; rows of each rank's batch
 CHECKED = 3  # steps from the start until the loss is compared
+RATE = 0.5  # of learning: each update takes 9e-4 of the loss, half of it where gradients are not averaged
 ALLOWED = 1e-4  # of a loss after CHECKED - 1 updates, in fp32: sums of `width` products, LAYERS times
 
 
@@ -60,11 +61,18 @@ def batch(width: int, rank: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Tensor:
-    """One step of training; the loss before it."""
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, averaged: Callable[[], Any] = nothing
+) -> Tensor:
+    """One step of training; the loss before it.
+
+    Args:
+        averaged: returns when the gradients are averages, where `backward` does not see to that.
+    """
     optimizer.zero_grad()
     loss = (model(x) - target).square().mean()
     loss.backward()
+    averaged()
     optimizer.step()
     return loss.detach()
 
@@ -80,7 +88,7 @@ class Training:
 
     def restart(self) -> None:
         self.model = self.wrap(mlp(self.width))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), RATE)
         for _ in range(CHECKED - 1):
             self.step()
 
@@ -95,7 +103,7 @@ class Training:
 def expected(width: int, ranks: Sequence[int]) -> list[float]:
     """The loss of each of these ranks in the checked step, from one process in fp64."""
     model, parts = mlp(width).double(), [tuple(x.double() for x in batch(width, r)) for r in ranks]
-    optimizer, losses = torch.optim.SGD(model.parameters(), 0.05), []
+    optimizer, losses = torch.optim.SGD(model.parameters(), RATE), []
     for _ in range(CHECKED):
         optimizer.zero_grad()
         found = [(model(x) - target).square().mean() for x, target in parts]
@@ -133,14 +141,15 @@ def _program(
 
 def ddp(setting: Setting, nbytes: int) -> Cell:
     """A step with gradients averaged in buckets while the backward pass goes on."""
+    return _program(setting, "ddp", nbytes, ddp_over)
 
-    def wrap(group: Any, model: nn.Sequential) -> nn.Module:
-        wrapped = DistributedDataParallel(model, process_group=group)
-        if dist.get_backend(group) == FAKE:  # the futures of its works are empty, which DDP does not take
-            wrapped.register_comm_hook(None, lambda _, bucket: unchanged(bucket))
-        return wrapped
 
-    return _program(setting, "ddp", nbytes, wrap)
+def ddp_over(group: Any, model: nn.Module) -> DistributedDataParallel:
+    """A model that is trained on all ranks of the group."""
+    wrapped = DistributedDataParallel(model, process_group=group)
+    if dist.get_backend(group) == FAKE:  # the futures of its works are empty, which DDP does not take
+        wrapped.register_comm_hook(None, lambda _, bucket: unchanged(bucket))
+    return wrapped
 
 
 def unchanged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

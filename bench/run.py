@@ -69,6 +69,7 @@ BENCHES = {
     "codec_moves": Bench("bench.codecs:moves", shapes.parse_bytes, (256 << 10, 4 << 20, 64 << 20)),
     "overheads": Bench("bench.overheads:overheads", shapes.parse_gemm, tuple(shapes.SMALL_GEMMS)),
     "overheads_training": Bench("bench.overheads:overheads_training", shapes.parse_gemm, tuple(shapes.SMALL_GEMMS)),
+    "ddp_step": Bench("bench.ddp_step:ddp_step", shapes.parse_bytes, (40 << 20, 160 << 20)),
     "dispatch": Bench("bench.overheads:dispatch", shapes.parse_bytes, (4,)),
 }
 

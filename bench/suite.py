@@ -62,6 +62,7 @@ OTHERS = [
     "codecs_group",
     "few_rows_cached --ranks 1",
     "few_rows_cached --ranks 1 --dtype bf16",
+    *(f"ddp_step --rounds 5 --hosts 2 --link {link} --sizes 40MiB" for link in ("1gbit", "10gbit")),
     "dispatch",
     "overheads",
     "overheads --dtype bf16",

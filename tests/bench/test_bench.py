@@ -225,6 +225,7 @@ TINY: dict[str, Any] = {
     "all_reduce_add_rms_norm": shapes.Rows(5, 48),
     "overheads": shapes.Gemm(4, 32, 64), "overheads_training": shapes.Gemm(4, 32, 64),
     "vocab_embedding": shapes.Vocab(16, 64, 8), "vocab_cross_entropy": shapes.Vocab(16, 64, 8),
+    "ddp_step": 64 << 10,
 }  # fmt: skip
 
 
@@ -232,10 +233,11 @@ TINY: dict[str, Any] = {
 def test_every_op_is_right_and_makes_complete_rows(dtype_name: str) -> None:
     assert set(TINY) == set(bench_run.BENCHES)
     setting = {"dtype_name": dtype_name, "codec": "none"}
-    spec = bench_run.Spec(tuple(TINY.items()), setting, 2, 1e-4, math.inf, where())
+    jobs = tuple(job for job in TINY.items() if job[0] != "ddp_step" or dtype_name == "fp32")  # which it alone has
+    spec = bench_run.Spec(jobs, setting, 2, 1e-4, math.inf, where())
     cells = list(bench_run.run(spec, 2, pin=False))
     assert not [cell for cell in cells if isinstance(cell, str)]
-    assert len(cells) == len(TINY)
+    assert len(cells) == len(jobs)
     for row in (row for cell in cells for row in cell):
         assert tuple(row) == rows.FIELDS
         assert row["verified"], (row["op"], row["variant"], row["error"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from torch import nn
 
 from bench import c10d, rows
+from bench import c10d_programs as programs
 from bench import run as bench_run
-from bench.c10d_programs import BOUND
+from bench.cell import Setting
 from tests.harness.backends import needs_backend
 from tests.harness.bench import where
 from tests.harness.ranks import nightly
@@ -20,7 +22,7 @@ TINY = {name: 4096 if name in c10d.SIZED else 14 << 20 if name == "c10d_decode" 
 @pytest.mark.parametrize("R", [3, *nightly(2)])
 def test_every_call_and_program_is_right_on_all_back_ends(R: int) -> None:
     jobs = tuple((name, size) for name, size in TINY.items() if R == 2 or name in c10d.SIZED)
-    names = (c10d.GLOO, c10d.OURS, BOUND)
+    names = (c10d.GLOO, c10d.OURS, programs.BOUND)
     spec = bench_run.Spec(jobs, {"only": names}, 2, 1e-4, math.inf, where(), benches=c10d.BENCHES)
     cells = list(bench_run.run(spec, R, pin=False))
     assert not [cell for cell in cells if isinstance(cell, str)]
@@ -31,6 +33,17 @@ def test_every_call_and_program_is_right_on_all_back_ends(R: int) -> None:
         for row in cell:
             assert tuple(row) == rows.FIELDS
             assert row["verified"], (row["op"], row["variant"], row["error"])
+
+
+@pytest.mark.parametrize("nbytes", [64 << 10, 1 << 20])
+def test_the_check_of_a_program_finds_gradients_that_are_not_averaged(nbytes: int) -> None:
+    width = programs.width_of(Setting(0, 2), nbytes)
+    (alone,), (averaged, _) = programs.expected(width, [0]), programs.expected(width, [0, 1])
+    job = programs.Training(nn.Module.train, width, programs.batch(width, 0), averaged)
+    job.restart()
+    off = abs(alone / averaged - 1) / programs.ALLOWED
+    assert off > 2
+    assert job.error(job.step()) == pytest.approx(off, rel=0.1)
 
 
 def test_programs_are_refused_in_a_dtype_that_they_do_not_have() -> None:
