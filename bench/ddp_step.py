@@ -39,10 +39,15 @@ class Packed(Training):
 
 @dataclass
 class Aggregated(Training):
-    """The model itself; an aggregator averages its gradients."""
+    """The model itself; an aggregator averages its gradients.
+
+    Attributes:
+        keeps: what packing loses, for the next step: reads and writes an fp32 residual of the model's size.
+    """
 
     group: Group | None = None
     codec: str = "none"
+    keeps: bool = True
     aggregator: GradAggregator | None = None
 
     def restart(self) -> None:
@@ -53,7 +58,7 @@ class Aggregated(Training):
 
     def step(self) -> Tensor:
         if self.aggregator is None:
-            self.aggregator = GradAggregator(self.model, group=self.group, codec=self.codec)
+            self.aggregator = GradAggregator(self.model, group=self.group, codec=self.codec, error_feedback=self.keeps)
         return step(self.model, self.optimizer, *self.data, averaged=self.aggregator.wait)
 
 
@@ -76,14 +81,15 @@ def ddp_step(setting: Setting, nbytes: int) -> Cell:
         wrap = functools.partial(DistributedDataParallel, process_group=group())
         return candidate(f"ddp_{codec}", Packed(wrap, *shape, group(), codec), codec, "tpk")
 
-    def aggregated(codec: str) -> Candidate:
-        job = Aggregated(nn.Module.train, *shape, setting.group(), codec)
-        name = "tpkernels" if codec == "none" else codec
+    def aggregated(name: str, codec: str, keeps: bool) -> Candidate:
+        job = Aggregated(nn.Module.train, *shape, setting.group(), codec, keeps)
         return candidate(name, job, codec, setting.group().transport)
 
     makers = {GLOO: functools.partial(plain, GLOO, GLOO)}
     makers |= {f"ddp_{codec}": functools.partial(packed, codec) for codec in CODECS}
-    makers |= {"tpkernels" if c == "none" else c: functools.partial(aggregated, c) for c in CODECS}
+    names = {"tpkernels": ("none", True)} | {codec: (codec, True) for codec in CODECS[1:]}
+    names |= {f"no_feedback_{codec}": (codec, False) for codec in CODECS[1:]}
+    makers |= {name: functools.partial(aggregated, name, *of) for name, of in names.items()}
     makers[BOUND] = functools.partial(plain, BOUND, FAKE)
     sizes = {"bytes": nbytes}
     return Cell("ddp_step", setting.dtype_name, setting.world_size, sizes, setting.pick(**makers), GLOO, roofs=(BOUND,))

@@ -115,6 +115,11 @@ GOALS = [
         for link, ratios in LINKS.items()
         for codec, least in ratios.items()
     ),
+    *(
+        Goal("ddp_step", name, 40 * MIB, 1.1, codec=codec, link="10gbit")
+        for codec in ("fp16", "int8")
+        for name in (f"ddp_{codec}", f"no_feedback_{codec}", codec)
+    ),
     Goal("train_step", "tpkernels", 0, 1.2),
     *(
         Goal("decode_smollm2", f"tpkernels_{cache}", 0, 1.0, against)

@@ -221,12 +221,14 @@ def between_hosts(rows: Sequence[Row]) -> str:
     """One line for each of our candidates over a link: milliseconds, what of them is exposed, and the ratio."""
     lines = []
     for row in sorted(rows, key=lambda r: parsed(r["link"])):
-        if not row["verified"] or row["variant"] not in ("tpkernels", *CODECS[1:]):
+        named_by_op = row["variant"] in ("tpkernels", *CODECS[1:])
+        if not row["verified"] or not (named_by_op or (row["op"] == "ddp_step" and row["variant"] != "gloo")):
             continue
         alone = next((r for r in rows if r["variant"] == "one_chunk" and same_call(r, row)), None)
         exposed = [None if r is None or r["exposed_us"] is None else r["exposed_us"] / 1e3 for r in (row, alone)]
         took = digits(row["median_us"] / 1e3)
-        lines.append([row["link"], row["op"], size(row) if row["M"] else "-", row["dtype"], row["codec"],
+        op = row["op"] if named_by_op else f"{row['op']} {row['variant']}"
+        lines.append([row["link"], op, size(row), row["dtype"], row["codec"],
                       row["path"] or "-", took, *map(digits, exposed), ratio(row)])  # fmt: skip
     head = ["link", "op", "M x N x K", "dtype", "codec", "path", "ms", "exposed", "exposed in one chunk",
             "times as fast as torch over gloo"]  # fmt: skip
