@@ -162,13 +162,11 @@ def of_goals(found: Sequence[Verdict], foot: str = "") -> str:
 
 def c10d(rows: Sequence[Row]) -> str:
     """One line for each call and number of ranks, a column for each size: the ratio, us of gloo and of tpk."""
-    rows = [row for row in rows if row["verified"] and row["variant"] in ("gloo", "tpk") and row["bytes"] is not None]
-    sizes = sorted({row["bytes"] for row in rows if row["op"] not in C10D_ALONE})
+    rows = [row for row in rows if row["verified"] and row["variant"] in ("gloo", "tpk") and row["op"] not in C10D_ALONE]
+    sizes = sorted({row["bytes"] for row in rows})
     lines = []
     for (op, R), same in grouped(rows, "op", "R").items():
-        if op in C10D_ALONE:
-            continue
-        pairs = [{row["variant"]: row for row in same if row["bytes"] == size} for size in sizes]
+        pairs = [newest(row for row in same if row["bytes"] == size) for size in sizes]
         lines.append([op.removeprefix("c10d_"), str(R), *(against_gloo(pair) for pair in pairs)])
     head = ["call", "R", *map(format_bytes, sizes)]
     return markdown(head, lines, under(rows[-1])) if rows else ""
@@ -177,11 +175,16 @@ def c10d(rows: Sequence[Row]) -> str:
 def c10d_programs(rows: Sequence[Row]) -> str:
     """One line for each program and number of ranks, with what no back end can surpass."""
     rows = [row for row in rows if row["verified"] and row["op"] in C10D_ALONE]
-    pairs = [(op, R, {row["variant"]: row for row in same}) for (op, R), same in grouped(rows, "op", "R").items()]
+    pairs = [(op, R, newest(same)) for (op, R), same in grouped(rows, "op", "R").items()]
     lines = [[op.removeprefix("c10d_"), str(R), against_gloo(pair), against_gloo(pair, "bound")]
              for op, R, pair in pairs]  # fmt: skip
     head = ["program", "R", "times as fast as gloo (us of gloo, us of tpk)", "bound (us of gloo, us)"]
     return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
+def newest(rows: Iterable[Row]) -> dict[str, Row]:
+    """The latest row of each variant, in any placement of the cores."""
+    return {row["variant"]: row for row in sorted(rows, key=lambda r: str(r["date"]))}
 
 
 def against_gloo(pair: dict[str, Row], variant: str = "tpk") -> str:
