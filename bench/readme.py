@@ -162,7 +162,8 @@ def of_goals(found: Sequence[Verdict], foot: str = "") -> str:
 
 def c10d(rows: Sequence[Row]) -> str:
     """One line for each call and number of ranks, a column for each size: the ratio, us of gloo and of tpk."""
-    rows = [row for row in rows if row["verified"] and row["variant"] in ("gloo", "tpk") and row["op"] not in C10D_ALONE]
+    rows = [row for row in rows if row["verified"] and row["variant"] in ("gloo", "tpk")]
+    rows = [row for row in rows if row["op"] not in C10D_ALONE]
     sizes = sorted({row["bytes"] for row in rows})
     lines = []
     for (op, R), same in grouped(rows, "op", "R").items():
