@@ -123,7 +123,7 @@ std::string not_fused(const GemmChoice& choice, const Forced& forced) {
                                     : concat("not fused: ", choice.obstacle, "; ");
 }
 
-// What a fused reduction sends under a codec.
+// What path fused sends under a codec.
 std::string packed(const ShardedGemm& gemm) {
   if (gemm.codec == Codec::None) return "";
   const auto columns = static_cast<uint32_t>(gemm.shared);

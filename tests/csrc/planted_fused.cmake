@@ -52,7 +52,7 @@ tpk_plant(rows_announced_too_early fused_gemm_sm90.cu
           "sync_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"
           "if (product_thread() == 0) turn_.raise_gathered")
 tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
-          "return Base::is_mine(tile) || await_item(tile, step);" "return Base::is_mine(tile) || step < ~uint32_t{0};")
+          "return lies_there(tile) || await_item(tile, step);" "return lies_there(tile) || step < ~uint32_t{0};")
 
 add_library(emu_planted_fused_race OBJECT EXCLUDE_FROM_ALL ${planted_sources})
 target_include_directories(emu_planted_fused_race PRIVATE csrc/cuda/kernels)

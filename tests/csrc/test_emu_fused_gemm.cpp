@@ -275,6 +275,39 @@ CASE(a_codec_in_the_epilogue_has_the_bits_of_the_call_in_two_steps) {
   }
 }
 
+// x_whole has the values that the CPU packs and unpacks, the own rows, too, and what is multiplied are those.
+CASE(rows_are_gathered_under_a_codec_as_all_ranks_unpack_them) {
+  constexpr uint32_t depths[] = {0, 1024, 136, 544, 416};  // of fp16, bf16, int8, fp8
+  const auto check = [](int ranks, const std::vector<Gemm>& gemms) {
+    configure(ranks, gemms[0].seed);
+    EmulatedGroup group(ranks, kRoomy);
+    run_gemms(group, gemms);
+    emu::reset();
+  };
+  uint64_t seed = 0;
+  for (int ranks : {1, 2, 3, 8}) {
+    if (looks_closely() && ranks != 2) continue;
+    for (size_t i = 0; i + 1 < static_cast<size_t>(Codec::Count); ++i) {
+      Gemm gemm{.kind = Fused::Gather,
+                .dtype = ++seed % 2 == 0 ? DType::BF16 : DType::F16,
+                .codec = packing_codec(i),
+                .rows = {ranks == 2 && !looks_closely() ? 140u : 9u},
+                .N = 40,
+                .K = depths[static_cast<size_t>(packing_codec(i))],
+                .bias = true,
+                .integers = false,
+                .piece_rows = seed % 3 == 0 ? 8u : 0u,
+                .padding = 8,
+                .seed = seed};
+      if (looks_closely() && (gemm.codec == Codec::Bf16 || gemm.codec == Codec::Fp8)) continue;
+      for (int r = 1; r < ranks; ++r) gemm.rows.push_back(r % 2 == 0 ? 0 : 17 + static_cast<uint32_t>(r));
+      Gemm apart = gemm;
+      apart.decades = true, apart.dtype = DType::BF16;
+      check(ranks, {gemm, apart});
+    }
+  }
+}
+
 // Blocks that begin in the order of their numbers on a device that does not hold them all: a reduction comes to an end
 // with one multiplying block at a time. A gather needs its grid, at any order.
 CASE(a_device_that_holds_a_part_of_the_grid_comes_to_an_end) {

@@ -163,7 +163,7 @@ CASE(a_launch_of_as_many_rows_as_it_may_take_fits) {
     const uint32_t width = 8 * (1 + static_cast<uint32_t>(random() % 4000));
     const uint32_t columns = random() % 2 == 0 ? 128 : 256;
     const uint32_t reduced = most_reduced_rows(slot, ranks, width, columns, Codec::None),
-                   gathered = most_gathered_rows(slot, width);
+                   gathered = most_gathered_rows(slot, width, Codec::None);
     EXPECT(size_t{reduced} * width * 2 * static_cast<size_t>(ranks) <= slot);
     EXPECT(size_t{gathered} * width * 2 <= slot);
     EXPECT((reduced + 127) / 128 * ((width + columns - 1) / columns) <= kMaxTiles);
@@ -175,10 +175,10 @@ CASE(a_launch_of_as_many_rows_as_it_may_take_fits) {
            (more + 127) / 128 * ((width + columns - 1) / columns) > kMaxTiles);
   }
   EXPECT(most_reduced_rows(size_t{16} << 20, 8, 8192, 256, Codec::None) == 128);
-  EXPECT(most_gathered_rows(size_t{16} << 20, 8192) == 1024);
+  EXPECT(most_gathered_rows(size_t{16} << 20, 8192, Codec::None) == 1024);
   EXPECT(most_reduced_rows(4096, 8, 8192, 256, Codec::None) == 0, "not one row");
   EXPECT(most_reduced_rows(size_t{1} << 40, 1, 8 << 20, 128, Codec::None) == 0, "more columns than tiles have numbers");
-  EXPECT(most_reduced_rows(4096, 2, 0, 128, Codec::None) == 0), EXPECT(most_gathered_rows(4096, 0) == 0);
+  EXPECT(most_reduced_rows(4096, 2, 0, 128, Codec::None) == 0), EXPECT(most_gathered_rows(4096, 0, Codec::None) == 0);
 }
 
 CASE(pieces_are_alike_and_the_fewest) {

@@ -68,7 +68,7 @@ def check_backward(group: Group) -> None:
 
 
 def check_codecs(group: Group) -> None:
-    """Packed in the epilogue: integers, whose products are the same on both paths, have the bits of path unfused."""
+    """Packed in the kernel: integers, whose products are the same on both paths, have the bits of path unfused."""
     R = group.world_size
     for codec, dtype, N in (
         ("fp16", torch.bfloat16, 512),
@@ -88,7 +88,11 @@ def check_codecs(group: Group) -> None:
             group._communicator.force()
             assert torch.equal(check_forward(case, s, group), fused), (case.name, codec)
         ask(group)
-        backward = replace(s, N=8 * R, K=N)  # whose dx = dy @ w is as wide as that y
+        backward = replace(s, N=8 * R, K=N)  # whose dx = dy @ w, and whose x, are as wide as that y
+        found = group.explain("all_gather_gemm", M=20, N=8, K=N, dtype=dtype, codec=codec)
+        assert found.path == "fused" and f"codec {codec} sends" in found.reason, found
+        check_forward(ALL_GATHER_GEMM, backward, group)
+        check_gradient(ALL_GATHER_GEMM, backward, group)
         found = group.explain("replicated_gemm", M=s.M, N=8, K=N, dtype=dtype, codec=codec)
         assert found.reason.endswith("; backward: fused"), found
         check_gradient(REPLICATED_GEMM, backward, group)

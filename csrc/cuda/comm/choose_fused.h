@@ -64,7 +64,7 @@ inline FusedPlan plan_fused(const Machine& machine, const Forced& forced, const 
   const uint32_t N = gemm.gathers() ? static_cast<uint32_t>(gemm.own) : shared;
   const uint32_t columns = N == 0 ? 256 : choose_tile_columns(static_cast<uint64_t>(gemm.M), N, multiplying);
   const uint32_t most = gemm.gathers()
-                            ? most_gathered_rows(machine.slot_bytes, shared)
+                            ? most_gathered_rows(machine.slot_bytes, shared, gemm.codec)
                             : most_reduced_rows(machine.slot_bytes, machine.world_size, shared, columns, gemm.codec);
   const auto ranks = static_cast<uint64_t>(machine.world_size);
   return {even_rows((static_cast<uint64_t>(gemm.M) + ranks - 1) / ranks, most), columns, communicating, multiplying};
@@ -77,7 +77,6 @@ inline const char* obstacle_to_fused(const Machine& machine, const Forced& force
   if (machine.arch < kFusedArch) return "it needs compute capability 9.0 (Hopper), this GPU is older";
   if (machine.arch > kFusedArch) return "it is written for compute capability 9.0 (Hopper), this GPU is newer";
   if (gemm.dtype != DType::BF16 && gemm.dtype != DType::F16) return "it multiplies bfloat16 and float16 only";
-  if (gemm.gathers() && gemm.codec != Codec::None) return "rows that it gathers are not packed";
   if (gemm.M <= 0 || gemm.shared <= 0) return "there is nothing to multiply";
   if (gemm.M >= kMost || gemm.shared >= kMost) return "its sizes are below 2^31";
   if (gemm.shared % kFusedUnit != 0) {

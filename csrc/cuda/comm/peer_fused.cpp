@@ -61,7 +61,8 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
     const size_t done = piece.first[rank()] - mine;  // of this rank's rows
     for (int r = 0; r < world_size(); ++r) {
       if (piece.count[r] == 0) continue;
-      const bool comes = gathers && r != rank();  // from another rank, into x_whole
+      // Into x_whole, from another rank or unpacked.
+      const bool comes = gathers && (r != rank() || spec.codec != Codec::None);
       const char* const x = comes     ? rows_at(gemm.x_whole, piece.first[r], gemm.K)
                             : gathers ? rows_at(gemm.x, done, gemm.x_stride)
                                       : rows_at(gemm.x, piece.first[r], gemm.x_stride);
@@ -90,9 +91,10 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
 void PeerCommunicator::count_fused(const CallSpec& spec, const FusedGemm& gemm) {
   const size_t others = static_cast<size_t>(world_size() - 1), mine = gemm.rows.size(rank());
   const size_t sent = gemm.rows.total() - mine, shared = others * mine;
-  const size_t row = sent_row_bytes(spec.codec, gemm.N);  // of a reduction
-  switch (fused_kind(spec.op)) {
-    case FusedKind::Gather: return count(shared * gemm.K * kValueBytes);
+  const FusedKind kind = fused_kind(spec.op);
+  const size_t row = sent_row_bytes(spec.codec, kind == FusedKind::Gather ? gemm.K : gemm.N);
+  switch (kind) {
+    case FusedKind::Gather: return count(shared * row);
     case FusedKind::ReduceScatter: return count(sent * row);
     default: return count((sent + shared) * row);
   }

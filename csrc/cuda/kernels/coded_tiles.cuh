@@ -1,13 +1,14 @@
-// What a reduction of the fused GEMMs sends under a codec, and how that is summed (reduce_block.cuh).
+// What the fused GEMMs send under a codec, and how that is summed (reduce_block.cuh) or gathered (fused_gemm_sm90.cu).
 //
 //   bf16        values of bf16 (gemm_sm90.cuh, tile_moves.cuh)
 //   int8, fp8   a byte a value, packed by the sender in registers, and scales: a row of a tile has whole groups of 32
 //   fp16        values of T, 2 bytes in place of 2.03: the 512 values of a scale lie in several tiles, so that no
-//               sender has their largest; who sums waits for these tiles and rounds as packing would
+//               sender has their largest; who sums waits for these tiles and rounds as packing would. Rows that are
+//               gathered are rounded by their owner
 //
 // Bits   those of the same call in two steps. A product is rounded to T, and that is packed; gemm_all_reduce packs the
-//        sum, and all ranks have what is unpacked of it, the owner included. Groups and blocks are those of the flat
-//        tensor, because N is a multiple of them (SentRow::kUnit).
+//        sum, and all ranks have what is unpacked of it, of rows that are gathered, too, the owner included. Groups and
+//        blocks are those of the flat tensor, because N is a multiple of them (SentRow::kUnit).
 // Loads  all payloads of a unit before the first is used, as in tile_moves.cuh.
 #pragma once
 
@@ -230,13 +231,53 @@ __device__ __forceinline__ void copy_packed_rows(uint32_t rows, uint32_t groups,
   }
 }
 
+// to = from, packed; whole = what is unpacked of it.
+template <class C, class T, int N>
+__device__ __forceinline__ void pack_rows(uint32_t rows, uint32_t groups, const Rows& from, const PackedRows<C>& to,
+                                          const Rows& whole) {
+  using Group = PackedGroup<C>;
+  constexpr uint32_t kGroups = N / Group::kValues, kWords = Group::kValues / 8;
+#pragma unroll 2
+  for (uint32_t i = product_thread(); i < rows * kGroups; i += kProductThreads) {
+    const uint32_t row = i / kGroups, group = i % kGroups;
+    if (group >= groups) continue;
+    Word16 words[kWords];
+#pragma unroll
+    for (uint32_t w = 0; w < kWords; ++w) words[w] = load16_peer(from.at(row, group * kWords + w));
+    T of[Group::kValues];
+    memcpy(of, words, sizeof of);
+    float values[Group::kValues];
+#pragma unroll
+    for (uint32_t k = 0; k < Group::kValues; ++k) values[k] = to_float(of[k]);
+    const Group packed = Group::pack(values);
+    packed.store(to, row, group);
+    packed.unpack([&](uint32_t k, float value) { values[k] = value; });
+    Group::template store_values<T>(values, whole, row, group);
+  }
+}
+
+// ---- bf16 -----------------------------------------------------------------------------------------------------------
+
+// Eight values of T as a codec without scales leaves them.
+template <class C, class T>
+struct AsPacked {
+  __device__ __forceinline__ Word16 operator()(Word16 word) const {
+    T of[8];
+    memcpy(of, &word, sizeof of);
+#pragma unroll
+    for (T& value : of) value = from_float<T>(C::unpack(C::pack(to_float(value), {}), {}));
+    memcpy(&word, of, sizeof of);
+    return word;
+  }
+};
+
 // ---- fp16 -----------------------------------------------------------------------------------------------------------
 
 // to (and second) = the sum over the ranks of parts + r * part_bytes, for rows of a whole block, each as packing and
-// unpacking leaves it; where `second` is given, the sum, too. A warp has a row.
+// unpacking leaves it; a sum that is sent, too. A warp has a row.
 template <class C, class T>
 __device__ __forceinline__ void sum_blocks(uint32_t rows, const Rows& parts, size_t part_bytes, int ranks,
-                                           const Rows& to, const Rows& second) {
+                                           const Rows& to, const Rows& second, bool is_sent) {
   static_assert(C::kScaleValues == kCodecBlockValues && sizeof(T) == 2);
 #pragma unroll 1
   for (uint32_t row = product_thread() / kWarp; row < rows; row += kProductWarps) {
@@ -270,7 +311,7 @@ __device__ __forceinline__ void sum_blocks(uint32_t rows, const Rows& parts, siz
         }
       }
     }
-    if (second.first != nullptr) sums = LaneWire<C>::pack(sums).unpack();
+    if (is_sent) sums = LaneWire<C>::pack(sums).unpack();
     store_lane(sums, reinterpret_cast<T*>(to.at(row, 0)), kCodecBlockValues);
     if (second.first != nullptr) store_lane(sums, reinterpret_cast<T*>(second.at(row, 0)), kCodecBlockValues);
   }

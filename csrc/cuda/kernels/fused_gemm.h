@@ -1,17 +1,17 @@
 // The fused GEMMs of Hopper (fused_gemm_sm90.cu): one kernel multiplies, sends tiles as they are done, and sums or
 // gathers as they come. The interface for the host; torch-free. Only for devices of compute capability 9.0.
 //
-// bf16 and fp16, products summed in fp32; a reduction under any codec (coded_tiles.cuh), a gather under none. A launch
-// works on a piece: a stretch of every rank's rows, as many as `most_reduced_rows` or `most_gathered_rows` (tiles.h)
-// allow; a larger call is several launches, each with an epoch of its own and Call::piece counted up. All ranks launch
-// the same pieces, reductions with the same tile_columns; grids, and the tiles of a gather, may differ. The tensor maps
-// are those of this piece. Nothing is allocated, nothing waits, no heap is read: it may be captured.
+// bf16 and fp16, products summed in fp32, any codec (coded_tiles.cuh). A launch works on a piece: a stretch of every
+// rank's rows, as many as `most_reduced_rows` or `most_gathered_rows` (tiles.h) allow; a larger call is several
+// launches, each with an epoch of its own and Call::piece counted up. All ranks launch the same pieces, reductions with
+// the same tile_columns; grids, and the tiles of a gather, may differ. The tensor maps are those of this piece. Nothing
+// is allocated, nothing waits, no heap is read: it may be captured.
 //
-// cudaErrorInvalidValue, and nothing is launched: another dtype; a gather with a codec; N or K zero or no multiple of
-// 8, or N no multiple of the values that share a scale; tile_columns neither 128 nor 256; a piece that does not fit; y,
-// x_shard, x_whole, bias or a row stride off a multiple of 16 bytes.
-// Needs a grid that is resident as a whole, on all ranks at once: at most one block on a multiprocessor. (Where blocks
-// begin in the order of their numbers, `communicating` + 1 resident blocks are enough to come to an end.)
+// cudaErrorInvalidValue, and nothing is launched: another dtype; N or K zero or no multiple of 8; N of a reduction or
+// K of a gather no multiple of the values that share a scale; tile_columns neither 128 nor 256; a piece that does not
+// fit; y, x_shard, x_whole, bias or a row stride off a multiple of 16 bytes. Needs a grid that is resident as a whole,
+// on all ranks at once: at most one block on a multiprocessor. (Where blocks begin in the order of their numbers,
+// `communicating` + 1 resident blocks are enough to come to an end.)
 #pragma once
 
 #include "kernels.h"
@@ -48,8 +48,8 @@ cudaError_t launch_gemm_all_reduce(const Peers&, const Call&, const GemmOperands
                                    cudaStream_t);
 // x_whole [all rows, K] takes the rows of all ranks, those of rank r at cut.first[r], and y [all rows, N] their
 // products. x_part: this rank's rows of the piece, x_row_stride values from one to the next. The maps are gemm.x[rank]
-// over x_part, the others over x_whole. Call::brings and cut.brings as in launch_all_gather: values of a rank's whole
-// part.
+// over x_part, the others over x_whole; under a codec all, because x_whole takes what is unpacked, of the own rows,
+// too. Call::brings and cut.brings as in launch_all_gather: values of a rank's whole part.
 cudaError_t launch_all_gather_gemm(const Peers&, const Call&, const void* x_part, uint64_t x_row_stride, void* x_whole,
                                    const GemmOperands&, void* y, const RowCut&, FusedGrid, cudaStream_t);
 

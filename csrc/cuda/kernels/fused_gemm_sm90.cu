@@ -37,13 +37,14 @@ class GatherBlock : public Block<T, N> {
         order_(TileOrder::of_gather(args.cut, args.peers.world_size, args.peers.rank, args.gemm.N, N)),
         slices_(divided_up(args.gemm.K, kGatherColumns)) {}
 
-  // This rank's rows are read in place; those of others when their items have arrived, if the ranks agree.
+  // This rank's rows are read in place; those of others, and all under a codec, when their items have arrived, if the
+  // ranks agree.
   __device__ __forceinline__ void load() {
     Place<N> place;
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.by_part(i);
       if (!is_to_be_multiplied(tile)) return;
-      const auto await_x = [&](uint32_t step) { return Base::is_mine(tile) || await_item(tile, step); };
+      const auto await_x = [&](uint32_t step) { return lies_there(tile) || await_item(tile, step); };
       if (!load_stages(args_.gemm, tile, ring_, Base::barriers(), place, await_x)) return;
     }
   }
@@ -64,13 +65,21 @@ class GatherBlock : public Block<T, N> {
   // Only the communicating blocks: the multiplying blocks wait for these copies, which must not wait for products.
   __device__ __forceinline__ void move() {
     if (Base::multiplies() || !Base::have_agreed()) return;
-    bring_own_rows();
-    fetch_rows();
+    switch (args_.call.codec) {
+#define TPK_CODEC_CASE(name, id, type) \
+  case Codec::id: return bring_and_fetch<type>();
+      TPK_CODECS(TPK_CODEC_CASE)
+#undef TPK_CODEC_CASE
+      default: return bring_and_fetch<NoCodec>();
+    }
   }
 
  private:
+  __device__ __forceinline__ bool lies_there(const Tile& tile) const {
+    return Base::is_mine(tile) && args_.call.codec == Codec::None;
+  }
   __device__ __forceinline__ bool is_to_be_multiplied(const Tile& tile) const {
-    return Base::is_mine(tile) || Base::have_agreed();
+    return lies_there(tile) || Base::have_agreed();
   }
 
   // Items are numbered row block by row block, slice by slice.
@@ -99,20 +108,56 @@ class GatherBlock : public Block<T, N> {
     return item_at(static_cast<char*>(gather_.x_whole) + first, row_bytes(), item);
   }
 
+  template <class C>
+  __device__ __forceinline__ PackedRows<C> packed_at(uint32_t owner, uint32_t item) const {
+    using Row = SentRow<C>;
+    const size_t row = size_t{item / slices_} * kTileRows, column = size_t{item % slices_} * kGatherColumns;
+    const size_t K = args_.gemm.K, stride = Row::scale_bytes(args_.gemm.K);
+    char* const slot = turn_.slot(static_cast<int>(owner));
+    char* const scales = slot + args_.cut.count[owner] * K + row * stride;
+    return {slot + row * K + column, scales + column / Row::kUnit * sizeof(typename C::Scale), K, stride};
+  }
+
+  template <class C>
+  __device__ __forceinline__ void bring_and_fetch() {
+    bring_own_rows<C>();
+    fetch_rows<C>();
+  }
+
   // Items are alike, so that each communicating block has every so manieth: to take them from a common counter would be
   // an atomic and two barriers for each.
+  template <class C>
   __device__ __forceinline__ void bring_own_rows() {
     const uint32_t owner = static_cast<uint32_t>(me());
     const int thread = static_cast<int>(product_thread());
     for (uint32_t item = blockIdx.x; item < items_of(owner); item += args_.communicating) {
-      const Rows whole = in_whole(owner, item);
-      copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(gather_.x_part, gather_.x_row_bytes, item),
-                                item_at(turn_.slot(me()), row_bytes(), item), whole);
+      bring_item<C>(owner, item);
+      if (args_.call.codec != Codec::None) fence_async();
       sync_product_threads();
       if (thread < ranks() && thread != me()) turn_.raise_summed(thread, item);
+      if (thread == me() && args_.call.codec != Codec::None) turn_.raise_gathered(owner, item);
     }
   }
 
+  // Into the slot, and into x_whole as all ranks have them.
+  template <class C>
+  __device__ __forceinline__ void bring_item(uint32_t owner, uint32_t item) const {
+    const Dealt<kGatherColumns> dealt = dealt_item(owner, item);
+    const Rows from = item_at(gather_.x_part, gather_.x_row_bytes, item), whole = in_whole(owner, item);
+    const Rows in_slot = item_at(turn_.slot(me()), row_bytes(), item);
+    if constexpr (SentRow<C>::kPacked) {
+      pack_rows<C, T, kGatherColumns>(dealt.rows, dealt.units * 8 / SentRow<C>::kUnit, from, packed_at<C>(owner, item),
+                                      whole);
+    } else if constexpr (C::kScaled) {
+      sum_blocks<C, T>(dealt.rows, from, 0, 1, whole, in_slot, false);
+    } else if constexpr (std::is_same_v<C, NoCodec>) {
+      copy_rows(dealt, from, in_slot, whole);
+    } else {
+      copy_rows(dealt, from, in_slot, whole, AsPacked<C, T>{});
+    }
+  }
+
+  template <class C>
   __device__ __forceinline__ void fetch_rows() {
     uint32_t before = 0, distance = 1;  // items of the ranks up to me + distance
     for (uint32_t i = blockIdx.x; distance < static_cast<uint32_t>(ranks());) {
@@ -121,17 +166,24 @@ class GatherBlock : public Block<T, N> {
         before += items_of(owner), ++distance;
         continue;
       }
-      if (!fetch_item(owner, i - before)) return;
+      if (!fetch_item<C>(owner, i - before)) return;
       i += args_.communicating;
     }
   }
 
+  template <class C>
   __device__ __forceinline__ bool fetch_item(uint32_t owner, uint32_t item) {
     if (product_thread() == 0) turn_.await_summed(static_cast<int>(owner), item);
     sync_product_threads();
     if (turn_.is_late()) return turn_.give_up_waiting(product_thread() == 0), false;
-    copy_rows<kGatherColumns>(dealt_item(owner, item), item_at(turn_.slot(static_cast<int>(owner)), row_bytes(), item),
-                              in_whole(owner, item));
+    const Dealt<kGatherColumns> dealt = dealt_item(owner, item);
+    const Rows whole = in_whole(owner, item);
+    if constexpr (SentRow<C>::kPacked) {
+      copy_packed_rows<C, T, kGatherColumns>(dealt.rows, dealt.units * 8 / SentRow<C>::kUnit, packed_at<C>(owner, item),
+                                             whole);
+    } else {
+      copy_rows(dealt, item_at(turn_.slot(static_cast<int>(owner)), row_bytes(), item), whole);
+    }
     fence_async();
     sync_product_threads();
     if (product_thread() == 0) turn_.raise_gathered(owner, item);
@@ -186,8 +238,9 @@ bool is_multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>
 // What must hold of every launch but what its slot must have room for.
 bool is_usable(const Args& args, const FusedGrid& grid) {
   const GemmOperands& gemm = args.gemm;
-  return is_usable(args.peers, 1) && grid.communicating >= 1 && grid.multiplying >= 1 && gemm.N > 0 &&
-         gemm.N % 8 == 0 && gemm.K > 0 && gemm.K % 8 == 0 && is_multiple_of_16(args.y);
+  return is_usable(args.peers, 1) && grid.communicating >= 1 && grid.multiplying >= 1 &&
+         args.call.codec < Codec::Count && gemm.N > 0 && gemm.N % 8 == 0 && gemm.K > 0 && gemm.K % 8 == 0 &&
+         is_multiple_of_16(args.y);
 }
 
 Args args_of(const Peers& peers, const Call& call, const GemmOperands& gemm, void* y, const RowCut& cut,
@@ -255,9 +308,7 @@ cudaError_t with_sent(Codec codec, Action action) {
 cudaError_t launch_reduce(const ReduceArgs& args, const FusedGrid& grid, cudaStream_t stream) {
   const GemmOperands& gemm = args.gemm;
   const Codec codec = args.call.codec;
-  if (!is_usable(args, grid) || args.call.reduce_op != ReduceOp::Sum || codec >= Codec::Count) {
-    return cudaErrorInvalidValue;
-  }
+  if (!is_usable(args, grid) || args.call.reduce_op != ReduceOp::Sum) return cudaErrorInvalidValue;
   const int ranks = args.peers.world_size;
   const uint32_t most = most_reduced_rows(args.peers.slot_bytes, ranks, gemm.N, gemm.tile_columns, codec);
   if (gemm.N % sent_unit(codec) != 0 || largest_of(args.cut, ranks) > most) return cudaErrorInvalidValue;
@@ -285,11 +336,11 @@ cudaError_t launch_all_gather_gemm(const Peers& peers, const Call& call, const v
                                    void* x_whole, const GemmOperands& gemm, void* y, const RowCut& cut, FusedGrid grid,
                                    cudaStream_t stream) {
   GatherArgs args{args_of(peers, call, gemm, y, cut, grid), x_part, x_whole, static_cast<size_t>(x_row_stride) * 2};
-  if (!is_usable(args, grid) || call.codec != Codec::None || !is_multiple_of_16(x_part) ||
-      !is_multiple_of_16(x_whole) || x_row_stride % 8 != 0) {
+  if (!is_usable(args, grid) || !is_multiple_of_16(x_part) || !is_multiple_of_16(x_whole) || x_row_stride % 8 != 0) {
     return cudaErrorInvalidValue;
   }
-  if (largest_of(cut, peers.world_size) > most_gathered_rows(peers.slot_bytes, gemm.K)) return cudaErrorInvalidValue;
+  const uint32_t most = most_gathered_rows(peers.slot_bytes, gemm.K, call.codec);
+  if (gemm.K % sent_unit(call.codec) != 0 || largest_of(cut, peers.world_size) > most) return cudaErrorInvalidValue;
   // The ranks will refuse a part that the cut does not give; nothing behind its end is read until then.
   if (call.brings != cut.brings[peers.rank]) args.cut.count[peers.rank] = 0;
   return with_tile(call.dtype, gemm.tile_columns, [&](auto value, auto columns) {

@@ -128,7 +128,7 @@ class ReduceBlock : public Block<T, N> {
       const Rows parts = Base::rows_at(slot, place);
       const Rows sent{everywhere_ ? Base::rows_at(mine, place).first : nullptr, parts.stride};
       if constexpr (C::kScaled) {
-        sum_blocks<C, T>(Base::rows_in(tile), parts, bytes, ranks(), y, sent);
+        sum_blocks<C, T>(Base::rows_in(tile), parts, bytes, ranks(), y, sent, everywhere_);
       } else {
         sum_rows<T, Sent>(Base::dealt(tile), parts, bytes, ranks(), y, sent);
       }

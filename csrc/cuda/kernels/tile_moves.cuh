@@ -50,10 +50,14 @@ struct Dealt {
   __device__ __forceinline__ static uint32_t unit(uint32_t i) { return i % kUnits; }
 };
 
-// to (and, where `second` is given, second) = from.
-template <uint32_t kColumns>
+struct Unchanged {
+  __device__ __forceinline__ Word16 operator()(Word16 word) const { return word; }
+};
+
+// to (and, where `second` is given, second) = change(from).
+template <uint32_t kColumns, class Change = Unchanged>
 __device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Rows& from, const Rows& to,
-                                          const Rows& second = {nullptr, 0}) {
+                                          const Rows& second = {nullptr, 0}, Change change = {}) {
   // All that a thread has of a tile, half of what it has of an item: 16 blocks then have 1 MB on the way, what a link
   // of 450 GB/s takes in 2.3 us. (A model, not measured.) More would not fit into registers.
   constexpr uint32_t kUnitsOfThread = kTileRows * Dealt<kColumns>::kUnits / kProductThreads;
@@ -69,8 +73,9 @@ __device__ __forceinline__ void copy_rows(const Dealt<kColumns>& dealt, const Ro
     for (uint32_t k = 0; k < kInFlight; ++k) {
       const uint32_t i = start + k * kProductThreads;
       if (!dealt.has(i)) continue;
-      store16(to.at(dealt.row(i), dealt.unit(i)), words[k]);
-      if (second.first != nullptr) store16(second.at(dealt.row(i), dealt.unit(i)), words[k]);
+      const Word16 word = change(words[k]);
+      store16(to.at(dealt.row(i), dealt.unit(i)), word);
+      if (second.first != nullptr) store16(second.at(dealt.row(i), dealt.unit(i)), word);
     }
   }
 }

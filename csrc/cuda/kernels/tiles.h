@@ -138,7 +138,7 @@ class TileOrder {
   uint32_t whole_groups_, total_ = 0;
 };
 
-// ---- what a reduction sends of a row of N values (coded_tiles.cuh)
+// ---- what is sent of a row of N values (of a gather K) (coded_tiles.cuh)
 // ---------------------------------------------------
 
 struct NoCodec : BlockLayout<uint16_t, NoScale, kCodecBlockValues, 0> {};
@@ -195,9 +195,9 @@ constexpr uint32_t most_reduced_rows(size_t slot_bytes, int ranks, uint32_t N, u
   const size_t row = static_cast<size_t>(ranks) * sent_row_bytes(codec, N);
   return tiles::rounded_rows(slot_bytes / row, divided_up(N, tile_columns));
 }
-// all_gather_gemm: the slot of a rank holds its own rows of [K] 2-byte values.
-constexpr uint32_t most_gathered_rows(size_t slot_bytes, uint32_t K) {
-  return K == 0 ? 0 : tiles::rounded_rows(slot_bytes / (size_t{K} * 2), divided_up(K, kGatherColumns));
+// all_gather_gemm: the slot of a rank holds its own rows.
+constexpr uint32_t most_gathered_rows(size_t slot_bytes, uint32_t K, Codec codec) {
+  return K == 0 ? 0 : tiles::rounded_rows(slot_bytes / sent_row_bytes(codec, K), divided_up(K, kGatherColumns));
 }
 
 // Rows of each of the fewest pieces that `rows` need, all alike: a short last one would leave most of a device idle.
