@@ -255,6 +255,20 @@ def hierarchical(rows: Sequence[Row]) -> str:
     return markdown(head, lines, under(rows[-1])) if rows else ""
 
 
+def train_hosts(rows: Sequence[Row]) -> str:
+    """One line for each way to train on two hosts of two ranks each."""
+    lines = []
+    for row in sorted(rows, key=lambda r: parsed(r["link"])):
+        loss = f"{row['loss']:.3f} ({row['steps']})" if "loss" in row else "-"
+        late = row["ratios"].get("zero_step") if row["variant"] == "zero_forward" else None
+        gain = "-" if late is None else "{:.3g}x [{:.3g}, {:.3g}]".format(*late)
+        speed = digits(1e6 / row["median_us"])
+        variant = "none" if row["variant"] == "tpkernels" else row["variant"]
+        lines.append([row["link"], variant, digits(row["median_us"] / 1e3), speed, ratio(row), gain, loss])
+    head = ["link", "gradients", "ms", "steps/s", "times as fast as none", "as zero_step", "loss (after steps)"]
+    return markdown(head, lines, under(rows[-1])) if rows else ""
+
+
 def same_call(a: Row, b: Row) -> bool:
     """Whether two candidates were timed in one call of the bench, at one size."""
     return all(a[key] == b[key] for key in ("op", "codec", "dtype", "link", "date", "M", "N", "K"))
@@ -289,9 +303,9 @@ def bubbles(rows: Sequence[Row]) -> str:
     return markdown(head, lines, foot) if rows else ""
 
 
-def only(*ops: str) -> Callable[[Sequence[Row]], list[Row]]:
-    """Rows of these ops, measured on one host."""
-    return lambda rows: [row for row in rows if row["op"] in ops and row.get("link") is None]
+def only(*ops: str, linked: bool = False) -> Callable[[Sequence[Row]], list[Row]]:
+    """Rows of these ops, measured on one host, or over links."""
+    return lambda rows: [row for row in rows if row["op"] in ops and (row.get("link") is not None) == linked]
 
 
 def each_class(write: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
@@ -310,6 +324,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Row]], Callable[[Sequ
         lambda rows: [row for row in rows if row.get("link") is not None and row["R"] > 2 and row["bytes"]],
         each_class(hierarchical),
     ),
+    "train_hosts": (only("train_step_hosts", linked=True), each_class(train_hosts)),
     "links": (
         lambda rows: [row for row in rows if row.get("link") is not None and "kind" not in row and row["R"] == 2],
         each_class(between_hosts),

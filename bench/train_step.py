@@ -194,7 +194,8 @@ def on_rank(team: RankTeam, spec: Spec, send: Callable[[Any], None]) -> None:
 
 def show(rows: list[Row], tokens: int, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (rows[0]["op"], "dtype", "R", "ms", "p90", "tokens/s", f"vs {rows[0]['baseline']}", "least", "most", "error", "verified"):
+    versus = f"vs {rows[0]['baseline']}"
+    for name in (rows[0]["op"], "dtype", "R", "ms", "p90", "tokens/s", versus, "least", "most", "error", "verified"):
         table.add_column(name, justify="left" if name == rows[0]["op"] else "right")
     for row in rows:
         ms = [digits(None if row[key] is None else row[key] / 1e3) for key in ("median_us", "p90_us")]

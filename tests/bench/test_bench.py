@@ -19,7 +19,7 @@ import torch
 from bench import codecs, placement, rows, shapes, suite
 from bench import run as bench_run
 from bench.cell import Setting, compare, product_tolerance, sum_tolerance
-from bench.ranks import RankTeam, launch
+from bench.ranks import RankTeam, cores_of, launch
 from bench.study import links
 from bench.timing import CALIBRATIONS, Candidate, Timing, exposed, measure, ratios, summary
 from tests.harness.bench import Clock, Team, candidate, right, where, wrong
@@ -205,6 +205,15 @@ def talk(team: RankTeam, planted: int, send: Callable[[Any], None]) -> None:
     fine = Candidate("b", call=lambda: torch.ones(()), error=right)
     timings = measure([job, fine], team, rounds=2, block_s=1e-4, most_lost=math.inf)
     send((everything, [t.verified for t in timings], [t.seconds for t in timings], team.flag_rtt_ns()))
+
+
+@pytest.mark.parametrize(("number", "first", "second"), [(2, [0], [1]), (5, [0, 1], [2, 3, 4]), (1, [0], [0])])
+def test_hosts_share_the_cores(
+    number: int, first: list[int], second: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.ranks.cores", lambda: list(range(number)))
+    hosts = [links.Host(address=address) for address in ("a", "a", "b", "b")]
+    assert [cores_of(host, hosts) for host in hosts] == [first, first, second, second]
 
 
 def test_all_ranks_see_the_same_values_and_a_wrong_result_of_one_stops_all() -> None:

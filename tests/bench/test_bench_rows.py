@@ -188,7 +188,7 @@ def test_rows_are_kept_only_with_keep_and_the_others_are_not_in_git(monkeypatch:
     assert f"{rows.MINE.parent.relative_to(ROOT)}/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-@pytest.mark.parametrize("module", ["generate", "serve", "suite", "train_step"])
+@pytest.mark.parametrize("module", ["generate", "serve", "suite", "train_hosts", "train_step"])
 def test_a_bench_adds_to_the_kept_results_only_with_keep(module: str) -> None:
     options = inspect.signature(pytest.importorskip(f"bench.{module}").main).parameters
     assert options["keep"].default is False
