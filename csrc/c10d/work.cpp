@@ -48,19 +48,19 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   const bool has_ended = completed_;
   const std::exception_ptr error = exception_;
   lock.unlock();
-  if (has_ended) settle(*future_, outputs_, error);
+  if (has_ended) settle(*future_, error);
   return future_;
 }
 
-void Work::settle(c10::ivalue::Future& future, const Tensors& outputs, const std::exception_ptr& error) {
+void Work::settle(c10::ivalue::Future& future, const std::exception_ptr& error) const {
   if (error) {
     future.setError(error);
   } else {
-    future.markCompleted(c10::IValue(outputs));
+    future.markCompleted(c10::IValue(outputs_));
   }
 }
 
-void Work::complete(std::exception_ptr error, int source) {
+c10::intrusive_ptr<c10::ivalue::Future> Work::end(const std::exception_ptr& error, int source) {
   source_ = source;
   c10::intrusive_ptr<c10::ivalue::Future> future;
   {
@@ -71,7 +71,11 @@ void Work::complete(std::exception_ptr error, int source) {
     if (recordFunctionEndCallback_) std::exchange(recordFunctionEndCallback_, nullptr)();
   }
   cv_.notify_all();
-  if (future != nullptr) settle(*future, outputs_, error);
+  return future;
+}
+
+void Work::complete(std::exception_ptr error, int source) {
+  if (const auto future = end(error, source)) settle(*future, error);
 }
 
 bool MessageWork::wait(std::chrono::milliseconds timeout) {
@@ -102,30 +106,60 @@ bool CoalescedWork::wait(std::chrono::milliseconds timeout) {
   return true;
 }
 
+// One that does not run callbacks, which may wait for what has been added.
+void Queue::have_free_thread() {
+  while (threads_.size() <= num_calling_back_) {
+    threads_.push_back(std::make_unique<CommunicationThread>());
+    threads_.back()->start([this] { serve(); });
+  }
+}
+
 void Queue::add(const c10::intrusive_ptr<Work>& work, std::function<void()> body) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!leaves_, "tpk: the process group was shut down");
     ++length_;
     entries_.push_back({work, std::move(body)});
-    if (!std::exchange(has_thread_, true)) thread_->start([this] { serve(); });
+    have_free_thread();
+    if (runner_ == std::this_thread::get_id()) runner_ = {};  // a callback calls it
   }
-  changed_.notify_one();
+  changed_.notify_all();
 }
 
 void Queue::run_first(std::unique_lock<std::mutex>& lock) {
   Entry entry = std::move(entries_.front());
   entries_.pop_front();
-  const std::thread::id before = std::exchange(runner_, std::this_thread::get_id());
+  const std::thread::id me = std::this_thread::get_id(), before = std::exchange(runner_, me);
+  calls_back_since_.reset();
   lock.unlock();
   const std::exception_ptr error = error_of(entry.body);
   entry.body = nullptr;
   // Before the work ends: who has waited for it calls the next one on its own thread.
   --length_;
-  entry.work->complete(error);
+  if (const auto future = entry.work->end(error)) call_back([&] { entry.work->settle(*future, error); });
   lock.lock();
-  runner_ = before;
+  if (runner_ == me) {
+    runner_ = before;
+    // This thread is inside a callback that waits for this collective.
+    if (before == me) calls_back_since_ = std::chrono::steady_clock::now();
+  }
   if (leaves_ || !entries_.empty()) changed_.notify_all();
+}
+
+void Queue::call_back(const std::function<void()>& settle) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (runner_ == std::this_thread::get_id()) calls_back_since_ = std::chrono::steady_clock::now();
+    ++num_calling_back_;
+    if (!entries_.empty()) {
+      have_free_thread();
+      changed_.notify_all();
+    }
+  }
+  settle();
+  std::lock_guard<std::mutex> lock(mutex_);
+  --num_calling_back_;
+  if (runner_ == std::this_thread::get_id()) calls_back_since_.reset();
 }
 
 // What waits for a future may call the next collective: then the running thread itself comes here.
@@ -140,10 +174,19 @@ void Queue::run_until(Work& work) {
 
 void Queue::serve() {
   std::unique_lock<std::mutex> lock(mutex_);
-  while (true) {
-    changed_.wait(lock, [&] { return may_run() || (leaves_ && entries_.empty()); });
-    if (entries_.empty()) return;
-    run_first(lock);
+  while (!leaves_ || !entries_.empty()) {
+    if (may_run()) {
+      run_first(lock);
+    } else if (!entries_.empty() && calls_back_since_.has_value()) {
+      const auto limit = *calls_back_since_ + kPatience;
+      if (std::chrono::steady_clock::now() >= limit) {
+        runner_ = {};
+      } else {
+        changed_.wait_until(lock, limit);
+      }
+    } else {
+      changed_.wait(lock);
+    }
   }
 }
 
@@ -154,7 +197,7 @@ void Queue::close() {
     changed_.notify_all();
     changed_.wait(lock, [&] { return entries_.empty() && runner_ == std::thread::id(); });
   }
-  thread_.reset();
+  threads_.clear();
 }
 
 }  // namespace tpk

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
@@ -32,12 +33,13 @@ class Work : public c10d::Work {
   std::vector<at::Tensor> result() override { return outputs_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
   int sourceRank() const override { return source_; }
-  // Ends it; runs what waits for the future.
+  // Ends it, and gives its future, if there is one, its value, which runs the callbacks.
   void complete(std::exception_ptr error, int source = -1);
+  // The two apart.
+  c10::intrusive_ptr<c10::ivalue::Future> end(const std::exception_ptr& error, int source = -1);
+  void settle(c10::ivalue::Future& future, const std::exception_ptr& error) const;
 
  private:
-  static void settle(c10::ivalue::Future& future, const Tensors& outputs, const std::exception_ptr& error);
-
   const Tensors outputs_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // under mutex_
   int source_ = -1;
@@ -84,9 +86,12 @@ class CollectiveWork final : public Work {
 // Runs collectives one after the other in the order of their calls. One that its caller waits for runs on the caller's
 // thread when nothing is before it; the others run on a thread of the group, which sleeps in between, or on a thread
 // that waits for one of them.
+//
+// The thread that ran a collective runs the callbacks of its future, too, and a callback may wait for the future of
+// another collective (the hook of PowerSGD does). Then another thread of the group takes over: at once where the
+// callback itself has called that collective, else after kPatience.
 class Queue {
  public:
-  Queue() : thread_(std::make_unique<CommunicationThread>()) {}
   // Whether nothing runs or waits.
   bool is_idle() const { return length_ == 0; }
   // On the calling thread; throws what it throws, as errors of torch.
@@ -121,17 +126,23 @@ class Queue {
     }
     return nullptr;
   }
+  static constexpr std::chrono::milliseconds kPatience{2};
+
   bool may_run() const;
   void run_first(std::unique_lock<std::mutex>& lock);
+  void call_back(const std::function<void()>& settle);
+  void have_free_thread();
   void serve();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Entry> entries_;
-  std::atomic<size_t> length_{0};  // with the one that runs
-  std::thread::id runner_;         // none while nothing runs
-  bool leaves_ = false, has_thread_ = false;
-  std::unique_ptr<CommunicationThread> thread_;
+  std::atomic<size_t> length_{0};                                          // with the one that runs
+  std::thread::id runner_;                                                 // none while nothing runs
+  std::optional<std::chrono::steady_clock::time_point> calls_back_since_;  // the runner, the callbacks of a future
+  size_t num_calling_back_ = 0;                                            // threads that do
+  bool leaves_ = false;
+  std::vector<std::unique_ptr<CommunicationThread>> threads_;
 };
 
 }  // namespace tpk

@@ -92,6 +92,56 @@ def check_a_callback_calls_the_next_collective() -> None:
 
 
 @on_ranks(1, 2, 3)
+def check_a_callback_waits_for_the_future_of_another_collective() -> None:
+    """Of one that was called before it, and of its own calls, one inside the other, as the hook of PowerSGD does."""
+    group, rank, R = new_group(), dist.get_rank(), dist.get_world_size()
+    x, others = torch.ones(5), [torch.ones(6) for _ in range(4)]
+
+    def call_all(depth: int) -> torch.Tensor:
+        future = dist.all_reduce(others[depth], group=group, async_op=True).get_future()
+        if depth + 1 < len(others):
+            future = future.then(lambda _: call_all(depth + 1))
+        future.wait()
+        return x
+
+    if rank == 0:
+        dist.barrier()  # gloo's: the others have made their first calls, of which none can have ended
+        for t in (x, x, *others):
+            dist.all_reduce(t, group=group)
+    else:
+        first, second = (dist.all_reduce(x, group=group, async_op=True) for _ in range(2))
+        waited = first.get_future().then(lambda _: second.get_future().wait())
+        called = second.get_future().then(lambda _: call_all(0))
+        dist.barrier()
+        waited.wait()
+        called.wait()
+    for t, want in ((x, R * R), *((t, R) for t in others)):
+        assert torch.equal(t, torch.full_like(t, float(want)))
+
+
+@on_ranks(2)
+def check_hooks_of_torch_that_chain_collectives() -> None:
+    """PowerSGD's waits in callbacks; with gloo the parameters are the same."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    found = []
+    for group in (new_group(), dist.group.WORLD):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+        parallel = nn.parallel.DistributedDataParallel(model, process_group=group)
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        parallel.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+            parallel(x).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@on_ranks(1, 2, 3)
 def check_who_waits_runs_what_has_not_begun() -> None:
     """Waiting for the last of several, for one with a limit, for one again."""
     group, R = new_group(), dist.get_world_size()
