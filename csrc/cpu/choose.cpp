@@ -160,10 +160,11 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
     const bool gathers = op == "all_gather";
     const auto& between = static_cast<const HierarchicalCommunicator&>(comm);
     const char* const what = "inside the hosts over shared memory; between them each value once";
-    if (gathers || between.sums_in_one_exchange(wire, numel, !sums_all)) {
+    if (gathers ? between.gathers_in_one_exchange(wire.bytes(numel))
+                : between.sums_in_one_exchange(wire, numel, !sums_all)) {
       return {"one_exchange", concat(what, gathers ? "" : ", as a host's sum", ", in one exchange")};
     }
-    return {"hierarchical", concat(what, ", as a host's sum")};
+    return {"hierarchical", concat(what, gathers ? "" : ", as a host's sum")};
   }
   if (sums_all) return explain_all_reduce(wire, numel);
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};

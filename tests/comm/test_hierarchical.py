@@ -201,9 +201,10 @@ def check_choice() -> None:
         assert group.explain("all_reduce", numel=1025).path == "one_exchange"
         assert group.explain("all_reduce", numel=1 << 20).path == "hierarchical"
         assert group.explain("reduce_scatter", numel=1 << 20).path == "hierarchical"
-        assert group.explain("all_gather", numel=1 << 20).path == "one_exchange"
+        assert group.explain("all_gather", numel=1 << 20).path == "hierarchical"
+        assert group.explain("all_gather", numel=4).path == "one_exchange"
         group._communicator.set_link(1e9, 1.0)
-        for op in ("all_reduce", "reduce_scatter"):
+        for op in ("all_reduce", "reduce_scatter", "all_gather"):
             assert group.explain(op, numel=1 << 20).path == "one_exchange", "two more ways take longer than the bytes"
         found = group.explain("gemm_all_reduce", M=64, N=64, K=64)
         assert found.path == "unfused" and "not in chunks, each of which would also pass" in found.reason

@@ -71,11 +71,11 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const Ca
     std::memcpy(openings.data() + starts.start(static_cast<int>(host_)) + k * Opening::kBytes, &said.openings[k],
                 sizeof(Opening));
   }
-  bool fits = true;
+  Opened opened;
   if (leads()) {
     counted(*outer_, [&] {
-      fits = outer_->exchange_openings_of(spec.op, counts, openings.data(), said.has_bytes() ? messages : Messages{},
-                                          rooms);
+      opened.has_come = outer_->exchange_openings_of(spec.op, counts, openings.data(),
+                                                     said.has_bytes() ? messages : Messages{}, rooms);
     });
   }
   if (has_led()) {  // from the first leader
@@ -86,7 +86,6 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const Ca
     std::memcpy(openings.data(), to_all.data(), openings.size());
     if (with > 0) std::memcpy(shared.at, to_all.data() + openings.size(), with);
   }
-  Opened opened;
   opened.specs.resize(static_cast<size_t>(world_size()));
   for (size_t h = 0, i = 0; h < hosts_.size(); ++h) {
     for (size_t k = 0; k < hosts_[h].size(); ++k, ++i) {
@@ -98,6 +97,10 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const Ca
   }
   check_agreement(spec, opened.specs);
   return opened;
+}
+
+void HierarchicalCommunicator::check_came(const CallSpec& spec, const Opened& opened) const {
+  if (!opened.has_come) throw PeerLost(concat(describe_call(spec.op), ": a host sent another number of bytes."));
 }
 
 }  // namespace tpk

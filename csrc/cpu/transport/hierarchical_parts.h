@@ -1,6 +1,8 @@
 // What the files of transport `hierarchical` share. Torch-free.
 #pragma once
 
+#include <utility>
+
 #include "hierarchical_transport.h"
 #include "opening.h"
 
@@ -18,6 +20,24 @@ struct HierarchicalCommunicator::Said {
 struct HierarchicalCommunicator::Opened {
   std::vector<CallSpec> specs;
   bool is_packed = false;  // the input of any rank
+  bool has_come = true;    // whether the messages of all hosts were as long as expected
 };
+
+template <class Body>
+void HierarchicalCommunicator::counted(Communicator& part, Body&& body) {
+  const auto totals = [&] {
+    uint64_t bytes = 0, waits = 0;
+    for (const OpStats& stats : part.stats()) {
+      bytes += stats.wire_bytes;
+      waits += stats.wait_nanoseconds;
+    }
+    return std::pair(bytes, waits);
+  };
+  const auto before = totals();
+  body();
+  const auto after = totals();
+  count(after.first - before.first);
+  count_wait(after.second - before.second);
+}
 
 }  // namespace tpk

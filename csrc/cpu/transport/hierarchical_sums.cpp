@@ -15,9 +15,6 @@
 
 namespace tpk {
 
-// Of a link that was not timed.
-constexpr double kAssumedRate = 125e6, kAssumedHop = 100e-6;
-
 // The forms that the values of a sum take.
 struct HierarchicalCommunicator::Forms {
   const Wire* given;   // of the call
@@ -62,7 +59,6 @@ struct HierarchicalCommunicator::Forms {
 // than two or halves are summed, and the time to sum all of the bytes after they have come.
 bool HierarchicalCommunicator::sums_in_one_exchange(const Wire& wire, size_t n, bool scatters) const {
   if (!scatters && n * wire.value_bytes <= inline_bytes_) return true;
-  constexpr double kSummedPerSecond = 4e9;
   const Forms forms(wire, world_size());
   const double others = static_cast<double>(hosts_.size() - 1), hosts = others + 1;
   const size_t slice = (n + slices_ - 1) / slices_;
@@ -71,8 +67,7 @@ bool HierarchicalCommunicator::sums_in_one_exchange(const Wire& wire, size_t n, 
                more = scatters ? 0 : others * (sent - (sent + back) / hosts);
   const double summed = static_cast<double>(slice * forms.sums->value_bytes) * (scatters ? others / hosts : others);
   const double rate = link_bytes_per_s > 0 ? link_bytes_per_s : kAssumedRate;
-  const double hop = link_hop_s > 0 ? link_hop_s : kAssumedHop;
-  return more / rate + summed / kSummedPerSecond <= (scatters ? 1 : 2) * hop;
+  return more / rate + summed / kCopiedPerSecond <= (scatters ? 1 : 2) * hop_s();
 }
 
 void HierarchicalCommunicator::all_reduce_now(const CallSpec& spec, const Wire& wire, const Input& in, void* out,
@@ -130,6 +125,7 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_inline(const Call
   }
   Opened opened = open_between(spec, said, messages, rooms, {sums.at(0), hosts_.size() * packed_bytes});
   if (opened.is_packed) return opened;
+  check_came(spec, opened);
   forms.link->reduce_to_values(hosts.data(), static_cast<int>(hosts.size()), total.at(0), n);
   forms.divide(total.at(0), n);
   forms.repack(total.at(0), n);
@@ -164,6 +160,7 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_with_opening(cons
   }
   Opened opened = open_between(spec, said, messages, rooms);
   if (opened.is_packed) return opened;
+  check_came(spec, opened);
   link.reduce_to_values(hosts.data(), static_cast<int>(hosts.size()), total, own);
   forms.divide(total, own);
   return opened;

@@ -123,23 +123,6 @@ void HierarchicalCommunicator::fail(Op op, bool late) {
   throw PeerLost(concat(describe_call(op), ": a rank was lost."));
 }
 
-template <class Body>
-void HierarchicalCommunicator::counted(Communicator& part, Body&& body) {
-  const auto totals = [&] {
-    uint64_t bytes = 0, waits = 0;
-    for (const OpStats& stats : part.stats()) {
-      bytes += stats.wire_bytes;
-      waits += stats.wait_nanoseconds;
-    }
-    return std::pair(bytes, waits);
-  };
-  const auto before = totals();
-  body();
-  const auto after = totals();
-  count(after.first - before.first);
-  count_wait(after.second - before.second);
-}
-
 void HierarchicalCommunicator::gather_from(Communicator& part, const CallSpec& spec, const Wire& wire, const void* in,
                                            void* out, const Cut& cut) {
   const CallSpec own{
@@ -317,10 +300,24 @@ void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& w
     const auto bytes_of = [&](int r) { return wire.bytes(cut.size(r)); };
     const Scratch packed(wire.is_plain() ? 0 : bytes_of(rank()));
     if (!wire.is_plain()) wire.encode(in, packed.at(0), cut.size(rank()));
-    Sizes of_host;
+    const char* const own = static_cast<const char*>(wire.is_plain() ? in : packed.at(0));
+    const auto place = [&](int r, const char* part) {
+      wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
+      return part + bytes_of(r);
+    };
+    Sizes of_host, of_all;
     for (int r : here()) of_host.push_back(bytes_of(r));
+    for (int r = 0; r < world_size(); ++r) of_all.push_back(bytes_of(r));
+    if (!gathers_in_one_exchange(sum_of(of_all))) {
+      check_parts(spec, open_call(spec).specs, cut);
+      const Scratch wires(wire.is_plain() ? 0 : sum_of(of_all));
+      gather(spec, own, of_all, wire.is_plain() ? static_cast<char*>(out) : wires.at(0));
+      const char* part = wires.at(0);
+      for (int r = 0; r < world_size() && !wire.is_plain(); ++r) part = place(r, part);
+      return;
+    }
     const Scratch parts(sum_of(of_host));
-    const Said said = say_inside(spec, false, wire.is_plain() ? in : packed.at(0), of_host, parts.at(0));
+    const Said said = say_inside(spec, false, own, of_host, parts.at(0));
 
     // The parts of other hosts by slices, in each by hosts.
     Sizes of_slices(slices_, 0);
@@ -350,12 +347,8 @@ void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& w
     }
     const Opened opened = open_between(spec, said, Messages(hosts_.size(), {block.at(0), mine}), rooms);
     check_parts(spec, opened.specs, cut);
-
+    check_came(spec, opened);
     gather_from(*inner_, spec, bytes_wire(), received.at(0), others.at(0), over_leaders(of_slices));
-    const auto place = [&](int r, const char* part) {
-      wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
-      return part + bytes_of(r);
-    };
     const char* part = parts.at(0);
     for (int r : here()) part = place(r, part);
     part = others.at(0);

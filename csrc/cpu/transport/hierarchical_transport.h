@@ -45,6 +45,8 @@ class HierarchicalCommunicator final : public Communicator {
   size_t heap_bytes() const override { return inner_->heap_bytes(); }
   // Whether an all_reduce, or a reduce_scatter, of n values is one exchange between the hosts.
   bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const;
+  // The same of a gather of so many bytes in all, which costs that they are copied once more.
+  bool gathers_in_one_exchange(size_t bytes) const { return static_cast<double>(bytes) / kCopiedPerSecond <= hop_s(); }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
@@ -65,6 +67,9 @@ class HierarchicalCommunicator final : public Communicator {
   using SizeOfPair = std::function<size_t(int source, int destination)>;
   using Messages = std::vector<Leaders::Message>;
   using Rooms = std::vector<Leaders::Room>;
+  // Of memory; of a link that was not timed.
+  static constexpr double kCopiedPerSecond = 4e9, kAssumedRate = 125e6, kAssumedHop = 100e-6;
+  double hop_s() const { return link_hop_s > 0 ? link_hop_s : kAssumedHop; }
   // Every rank has the inputs of its host and sums them, and every leader sends the whole sum.
   static constexpr size_t kMostInputs = size_t{64} << 10, kLeastInline = 1024, kMostInline = 4096;
 
@@ -78,6 +83,7 @@ class HierarchicalCommunicator final : public Communicator {
   // is put; no rooms: only fingerprints. Ranks that do not lead get what is in `shared`, which holds all rooms.
   Opened open_between(const CallSpec&, const Said&, const Messages& = {}, const Rooms& = {}, Leaders::Room shared = {});
   Opened open_call(const CallSpec&, bool is_packed = false);
+  void check_came(const CallSpec&, const Opened&) const;
 
   // --- between all ranks (hierarchical_transport.cpp)
   // out = bytes[r] bytes of each rank r, in rank order; `mine` are this rank's.

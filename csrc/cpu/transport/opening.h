@@ -14,7 +14,7 @@ struct Opening {
   uint8_t op, dtype, reduce_op, codec;
   // Of transport `hierarchical`: whether the input is packed, and the bytes of the small message.
   uint8_t is_packed;
-  uint32_t payload_bytes;
+  uint64_t payload_bytes;
 
   Opening() = default;
   Opening(uint64_t call, const CallSpec& spec, bool is_packed = false, size_t payload_bytes = 0)
@@ -27,7 +27,7 @@ struct Opening {
         reduce_op(static_cast<uint8_t>(spec.reduce_op)),
         codec(static_cast<uint8_t>(spec.codec)),
         is_packed(is_packed),
-        payload_bytes(static_cast<uint32_t>(payload_bytes)) {}
+        payload_bytes(payload_bytes) {}
   // Whether both are of one call.
   bool is_like(const Opening& other) const {
     return op == other.op && dtype == other.dtype && reduce_op == other.reduce_op && codec == other.codec &&

@@ -109,7 +109,7 @@ bool SocketCommunicator::exchange_openings(Op op, const std::vector<size_t>& cou
     const Message with = to.empty() ? Message{} : to[r];
     messages[r].assign(openings + starts[me], openings + starts[me + 1]);
     Opening first = opening_at(messages[r].data());
-    first.payload_bytes = static_cast<uint32_t>(with.bytes);  // of the message
+    first.payload_bytes = with.bytes;  // of the message
     std::memcpy(messages[r].data(), &first, sizeof first);
     const bool together = with.bytes <= kTogether;
     if (together && with.bytes > 0) messages[r].insert(messages[r].end(), with.at, with.at + with.bytes);
