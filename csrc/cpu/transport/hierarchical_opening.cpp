@@ -10,11 +10,12 @@
 namespace tpk {
 
 // Calls inside a host are unlike each other wherever their ranks do not begin in the same way: this one has no
-// reduction, that of sum_inside has one. Where they are, all ranks of the host hear of it, and say who they are alone,
-// in a call that is the same whatever they called.
-HierarchicalCommunicator::Said HierarchicalCommunicator::say_inside(const CallSpec& spec, bool is_packed,
-                                                                    const void* mine, const Sizes& bytes, char* all) {
-  const auto say = [&](const Sizes& sizes) {
+// reduction, that of sum_inside has one. Where they are, all ranks of the host notice it, and exchange their openings
+// alone, in a call that is the same whatever they called.
+HierarchicalCommunicator::HostOpening HierarchicalCommunicator::open_inside(const CallSpec& spec, bool is_packed,
+                                                                            const void* mine, const Sizes& bytes,
+                                                                            char* all) {
+  const auto exchange_records = [&](const Sizes& sizes) {
     Sizes records;
     std::vector<int64_t> shape;
     for (size_t n : sizes) {
@@ -35,32 +36,32 @@ HierarchicalCommunicator::Said HierarchicalCommunicator::say_inside(const CallSp
                         hash_of(shape.data(), shape.size()),
                         static_cast<int64_t>(records[local_])};
     counted(*inner_, [&] { inner_->all_gather(call, bytes_wire(), own.at(0), of_all.at(0), cut); });
-    Said said{{}, true, false};
+    HostOpening host{{}, true, false};
     for (size_t k = 0; k < here().size(); ++k) {
       const char* const record = of_all.at(cut.starts[k]);
-      std::memcpy(&said.openings.emplace_back(), record, sizeof opening);
-      said.agrees &= said.openings.back().is_like(opening);
-      said.is_packed |= said.openings.back().is_packed != 0;
+      std::memcpy(&host.openings.emplace_back(), record, sizeof opening);
+      host.agrees &= host.openings.back().is_like(opening);
+      host.is_packed |= host.openings.back().is_packed != 0;
       if (sizes[k] > 0) std::memcpy(all, record + Opening::kBytes, sizes[k]);
       all += sizes[k];
     }
-    return said;
+    return host;
   };
   const Sizes nothing(here().size(), 0);
   try {
-    return say(bytes.empty() ? nothing : bytes);
+    return exchange_records(bytes.empty() ? nothing : bytes);
   } catch (const RankMismatch&) {
-    Said said = say(nothing);
-    said.agrees = false;
-    return said;
+    HostOpening host = exchange_records(nothing);
+    host.agrees = false;
+    return host;
   }
 }
 
 HierarchicalCommunicator::Opened HierarchicalCommunicator::open_call(const CallSpec& spec, bool is_packed) {
-  return open_between(spec, say_inside(spec, is_packed));
+  return open_between(spec, open_inside(spec, is_packed));
 }
 
-HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const CallSpec& spec, const Said& said,
+HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const CallSpec& spec, const HostOpening& host,
                                                                         const Messages& messages, const Rooms& rooms,
                                                                         Leaders::Room shared) {
   Sizes counts;
@@ -68,18 +69,18 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const Ca
   const Cut starts = cut_of(counts).times(Opening::kBytes);
   std::vector<char> openings(starts.total());
   for (size_t k = 0; k < here().size(); ++k) {
-    std::memcpy(openings.data() + starts.start(static_cast<int>(host_)) + k * Opening::kBytes, &said.openings[k],
+    std::memcpy(openings.data() + starts.start(static_cast<int>(host_)) + k * Opening::kBytes, &host.openings[k],
                 sizeof(Opening));
   }
   Opened opened;
   if (leads()) {
     counted(*outer_, [&] {
       opened.has_come = outer_->exchange_openings_of(spec.op, counts, openings.data(),
-                                                     said.has_bytes() ? messages : Messages{}, rooms);
+                                                     host.has_bytes() ? messages : Messages{}, rooms);
     });
   }
   if (has_led()) {  // from the first leader
-    const size_t with = said.has_bytes() ? shared.bytes : 0;
+    const size_t with = host.has_bytes() ? shared.bytes : 0;
     std::vector<char> from_leader(openings), to_all(openings.size() + with);
     if (with > 0) from_leader.insert(from_leader.end(), shared.at, shared.at + with);
     gather_from(*inner_, spec, bytes_wire(), from_leader.data(), to_all.data(), over_leaders({to_all.size()}));

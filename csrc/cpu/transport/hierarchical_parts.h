@@ -8,15 +8,15 @@
 
 namespace tpk {
 
-// What the ranks of a host have said, in rank order.
-struct HierarchicalCommunicator::Said {
+// The openings of the ranks of a host, in rank order.
+struct HierarchicalCommunicator::HostOpening {
   std::vector<Opening> openings;
   bool agrees;     // whether they are of one call, so that the first call inside the host has brought its bytes
   bool is_packed;  // the input of any of them
   bool has_bytes() const { return agrees && !is_packed; }
 };
 
-// What all ranks have said, in rank order.
+// The openings of all ranks, in rank order.
 struct HierarchicalCommunicator::Opened {
   std::vector<CallSpec> specs;
   bool is_packed = false;  // the input of any rank

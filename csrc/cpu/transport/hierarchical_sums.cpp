@@ -84,8 +84,9 @@ void HierarchicalCommunicator::reduce_scatter_now(const CallSpec& spec, const Wi
   if (opened.is_packed) scatter_packed(spec, wire, in, out, cut);
 }
 
-HierarchicalCommunicator::Said HierarchicalCommunicator::sum_inside(const CallSpec& spec, const Forms& forms,
-                                                                    const Input& in, void* slice, const Sizes& slices) {
+HierarchicalCommunicator::HostOpening HierarchicalCommunicator::sum_inside(const CallSpec& spec, const Forms& forms,
+                                                                           const Input& in, void* slice,
+                                                                           const Sizes& slices) {
   CallSpec call = spec;
   call.shape_hash += in.is_packed() ? 1 : 0;
   const Cut cut = over_leaders(in.is_packed() ? Sizes(slices_, 0) : slices);
@@ -93,9 +94,9 @@ HierarchicalCommunicator::Said HierarchicalCommunicator::sum_inside(const CallSp
   try {
     counted(*inner_, [&] { inner_->reduce_scatter(call, *forms.sums, values, slice, cut); });
   } catch (const RankMismatch&) {
-    Said said = say_inside(spec, in.is_packed());
-    said.agrees = false;
-    return said;
+    HostOpening host = open_inside(spec, in.is_packed());
+    host.agrees = false;
+    return host;
   }
   return {std::vector<Opening>(here().size(), Opening(call_, spec, in.is_packed())), true, in.is_packed()};
 }
@@ -106,7 +107,7 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_inline(const Call
   const Scratch inputs(here().size() * bytes), wide(here().size() * wide_bytes), total(wide_bytes),
       sums(hosts_.size() * packed_bytes);
   const void* const mine = in.is_packed() ? nullptr : in.values();
-  const Said said = say_inside(spec, in.is_packed(), mine, Sizes(here().size(), bytes), inputs.at(0));
+  const HostOpening host = open_inside(spec, in.is_packed(), mine, Sizes(here().size(), bytes), inputs.at(0));
   Messages messages;
   Rooms rooms;
   std::vector<const void*> hosts, of_host;
@@ -115,7 +116,7 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_inline(const Call
     rooms.push_back({sums.at(h * packed_bytes), packed_bytes});
     hosts.push_back(sums.at(h * packed_bytes));
   }
-  if (said.has_bytes()) {
+  if (host.has_bytes()) {
     for (size_t k = 0; k < here().size(); ++k) {
       if (forms.widens()) forms.widen(inputs.at(k * bytes), wide.at(k * wide_bytes), n);
       of_host.push_back(forms.widens() ? wide.at(k * wide_bytes) : inputs.at(k * bytes));
@@ -123,7 +124,7 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_inline(const Call
     forms.sums->reduce_to_values(of_host.data(), static_cast<int>(of_host.size()), total.at(0), n);
     forms.link->encode(total.at(0), sums.at(host_ * packed_bytes), n);
   }
-  Opened opened = open_between(spec, said, messages, rooms, {sums.at(0), hosts_.size() * packed_bytes});
+  Opened opened = open_between(spec, host, messages, rooms, {sums.at(0), hosts_.size() * packed_bytes});
   if (opened.is_packed) return opened;
   check_came(spec, opened);
   forms.link->reduce_to_values(hosts.data(), static_cast<int>(hosts.size()), total.at(0), n);
@@ -134,10 +135,10 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_inline(const Call
 }
 
 HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_with_opening(const CallSpec& spec, const Forms& forms,
-                                                                            const Said& said, const char* slice,
+                                                                            const HostOpening& host, const char* slice,
                                                                             const Sizes& starts, const Sizes& sizes,
                                                                             char* total) {
-  if (!leads()) return open_between(spec, said);
+  if (!leads()) return open_between(spec, host);
   const Wire& link = *forms.link;
   const size_t own = sizes[host_], own_bytes = link.bytes(own);
   Sizes packed_sizes;
@@ -151,14 +152,14 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_with_opening(cons
     const char* message = at(slice, starts[h] * forms.sums->value_bytes);
     if (!link.is_plain()) {
       char* const to = packed.at(packed_starts.starts[h]);
-      if (said.has_bytes()) link.encode(message, to, sizes[h]);
+      if (host.has_bytes()) link.encode(message, to, sizes[h]);
       message = to;
     }
     messages.push_back({message, link.bytes(sizes[h])});
     rooms.push_back({received.at(h * own_bytes), own_bytes});
     hosts.push_back(h == host_ ? message : received.at(h * own_bytes));
   }
-  Opened opened = open_between(spec, said, messages, rooms);
+  Opened opened = open_between(spec, host, messages, rooms);
   if (opened.is_packed) return opened;
   check_came(spec, opened);
   link.reduce_to_values(hosts.data(), static_cast<int>(hosts.size()), total, own);
@@ -178,20 +179,20 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::sum_slices(const Call
   const bool widens = forms.widens() && !in.is_packed();
   const Scratch wide(widens ? n * value : 0), slice(mine * value);
   if (widens) forms.widen(in.values(), wide.at(0), n);
-  const Said said = sum_inside(spec, forms, widens ? Input(wide.at(0)) : in, slice.at(0), sizes);
+  const HostOpening host = sum_inside(spec, forms, widens ? Input(wide.at(0)) : in, slice.at(0), sizes);
 
   char* const sum = at(out, slices.start(static_cast<int>(local_)) * forms.values->value_bytes);  // of the slice
   Opened opened;
   if (sums_in_one_exchange(*forms.given, n, false)) {
     const Scratch total(mine * value);
-    opened = sum_with_opening(spec, forms, said, slice.at(0), Sizes(hosts, 0), Sizes(hosts, mine), total.at(0));
+    opened = sum_with_opening(spec, forms, host, slice.at(0), Sizes(hosts, 0), Sizes(hosts, mine), total.at(0));
     if (opened.is_packed) return opened;
     if (leads()) {
       forms.repack(total.at(0), mine);
       forms.narrow(total.at(0), sum, mine);
     }
   } else {
-    opened = open_between(spec, said);
+    opened = open_between(spec, host);
     if (opened.is_packed) return opened;
     if (leads()) sum_slice(spec, forms, slice.at(0), sum, mine);
   }
@@ -243,11 +244,11 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::scatter_slices(const 
   for (const auto& of_host : in_slice_) hosts.push_back(size_of(of_host[local_ % slices_]));
 
   const Scratch slice(leads() ? slices[local_] * value : 0), sums(leads() ? hosts[host_] * value : 0);
-  const Said said = sum_inside(spec, forms, in.is_packed() ? in : Input(ordered.at(0)), slice.at(0), slices);
+  const HostOpening host = sum_inside(spec, forms, in.is_packed() ? in : Input(ordered.at(0)), slice.at(0), slices);
   const bool at_once = sums_in_one_exchange(*forms.given, cut.total(), true);
   const Cut starts = cut_of(hosts);
-  Opened opened = at_once ? sum_with_opening(spec, forms, said, slice.at(0), starts.starts, hosts, sums.at(0))
-                          : open_between(spec, said);
+  Opened opened = at_once ? sum_with_opening(spec, forms, host, slice.at(0), starts.starts, hosts, sums.at(0))
+                          : open_between(spec, host);
   if (opened.is_packed) return opened;
   const Scratch rounded(has_led() && leads() ? hosts[host_] * value_of_rank : 0);
   if (leads()) {

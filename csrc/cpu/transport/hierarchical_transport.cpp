@@ -317,7 +317,7 @@ void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& w
       return;
     }
     const Scratch parts(sum_of(of_host));
-    const Said said = say_inside(spec, false, own, of_host, parts.at(0));
+    const HostOpening host = open_inside(spec, false, own, of_host, parts.at(0));
 
     // The parts of other hosts by slices, in each by hosts.
     Sizes of_slices(slices_, 0);
@@ -345,7 +345,7 @@ void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& w
       if (of_host[k] > 0) std::memcpy(next, parts.at(starts.starts[k]), of_host[k]);
       next += of_host[k];
     }
-    const Opened opened = open_between(spec, said, Messages(hosts_.size(), {block.at(0), mine}), rooms);
+    const Opened opened = open_between(spec, host, Messages(hosts_.size(), {block.at(0), mine}), rooms);
     check_parts(spec, opened.specs, cut);
     check_came(spec, opened);
     gather_from(*inner_, spec, bytes_wire(), received.at(0), others.at(0), over_leaders(of_slices));

@@ -60,7 +60,7 @@ class HierarchicalCommunicator final : public Communicator {
 
  private:
   class OuterWatch;
-  struct Said;
+  struct HostOpening;
   struct Opened;
   struct Forms;
   using Sizes = std::vector<size_t>;
@@ -75,13 +75,14 @@ class HierarchicalCommunicator final : public Communicator {
 
   // --- openings (hierarchical_opening.cpp)
   // The first call inside a host: fingerprints, and bytes[k] bytes of each rank k of the host, to `all`.
-  Said say_inside(const CallSpec&, bool is_packed = false, const void* mine = nullptr, const Sizes& bytes = {},
-                  char* all = nullptr);
+  HostOpening open_inside(const CallSpec&, bool is_packed = false, const void* mine = nullptr, const Sizes& bytes = {},
+                          char* all = nullptr);
   // The same with a reduce_scatter over the leaders of this host; of packed inputs nothing is summed.
-  Said sum_inside(const CallSpec&, const Forms&, const Input& in, void* slice, const Sizes& slices);
+  HostOpening sum_inside(const CallSpec&, const Forms&, const Input& in, void* slice, const Sizes& slices);
   // The first exchange between hosts. A leader sends messages[h] to each other host h; rooms[h]: where as much from it
   // is put; no rooms: only fingerprints. Ranks that do not lead get what is in `shared`, which holds all rooms.
-  Opened open_between(const CallSpec&, const Said&, const Messages& = {}, const Rooms& = {}, Leaders::Room shared = {});
+  Opened open_between(const CallSpec&, const HostOpening&, const Messages& = {}, const Rooms& = {},
+                      Leaders::Room shared = {});
   Opened open_call(const CallSpec&, bool is_packed = false);
   void check_came(const CallSpec&, const Opened&) const;
 
@@ -109,7 +110,7 @@ class HierarchicalCommunicator final : public Communicator {
   Opened scatter_slices(const CallSpec&, const Forms&, const Input& in, void* out, const Cut&);
   // A leader's `slice` of the sum of its host goes with the opening, sizes[h] values from starts[h] on to each host h;
   // total = the sum over the hosts of what comes to this one.
-  Opened sum_with_opening(const CallSpec&, const Forms&, const Said&, const char* slice, const Sizes& starts,
+  Opened sum_with_opening(const CallSpec&, const Forms&, const HostOpening&, const char* slice, const Sizes& starts,
                           const Sizes& sizes, char* total);
   void sum_packed(const CallSpec&, const Wire&, const Input& in, void* out, size_t n);
   void scatter_packed(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
