@@ -200,7 +200,7 @@ def check_models(group: Group) -> None:
         head = model.lm_head
         head.weight = nn.Parameter(head.weight.detach() * 2)
         model(input_ids=ids(), labels=ids()).loss.backward()
-    with pytest.raises(ValueError, match=r"weight is cut along dimension 1, and \['_WeightNorm'\] needs the whole"):
+    with pytest.raises(ValueError, match=r"weight is cut along dimension 1, and \['_WeightNorm'\] needs the full"):
         parametrizations.weight_norm(cut.model.layers[0].mlp.down_proj)
     close(cut(input_ids=ids()).logits, whole(input_ids=ids()).logits, "model")
     norms = [clip_grad_norm_(found, 0.1, groups=group) for found in (list(cut.parameters()), cut)]
