@@ -228,13 +228,28 @@ def part_of(parameter: Tensor, full: Tensor) -> Tensor:
     return full if info is None else info.part(full)
 
 
-def trained(model: nn.Module, name: str, make: Callable[[Any], torch.optim.Optimizer], steps: int = 3) -> nn.Module:
+def trained(
+    model: nn.Module,
+    name: str,
+    make: Callable[[Any], torch.optim.Optimizer],
+    steps: int = 3,
+    by_closure: bool = False,
+) -> nn.Module:
     optimizer = make([p for p in model.parameters() if p.dim() == 2 or name not in MATRICES_ONLY])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     for step in range(steps):
-        optimizer.zero_grad()
-        model(data(step)).square().sum().backward()
-        optimizer.step()
+
+        def loss_of(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(data(step)).square().sum()
+            loss.backward()
+            return loss
+
+        if by_closure:
+            assert optimizer.step(loss_of) > 0
+        else:
+            loss_of()
+            optimizer.step()
         scheduler.step()
     return model
 
@@ -294,6 +309,9 @@ def every_step_is_the_part_of_the_whole_one() -> None:
         for key, parameter in cut.named_parameters():
             torch.testing.assert_close(parameter, part_of(parameter, want[key]), msg=lambda m, n=name: f"{n}: {m}")
             assert parameter.grad is not None and parameter.grad.shape == parameter.shape, "gradients are parts again"
+        if name in ("Adafactor", "Muon"):
+            again = trained(Block(group), name, make, by_closure=True)
+            assert all(torch.equal(p, q) for p, q in zip(again.parameters(), cut.parameters(), strict=True)), name
     group.close()
 
 

@@ -33,6 +33,9 @@ ELEMENTWISE: set[type[optim.Optimizer]] = {
 }  # fmt: skip
 """Classes whose step treats every value by itself. Add others of that kind: ELEMENTWISE.add(Lion)."""
 
+CLOSURE_FIRST = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasattr(optim, name)}
+"""Others whose step calls its closure once, before anything else: on cut parameters, too."""
+
 ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
 """Methods that a class may define and still treat every value by itself, beside those with double underscores."""
 
@@ -98,7 +101,13 @@ def _on_full_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
         if not needs_whole_tensors(type(self)) or not (cut := _cut_parameters(self)):
             return method(self, *args, **kwargs)
         name = type(self).__name__
-        if isinstance(self, optim.LBFGS) or any(map(callable, (*args, *kwargs.values()))):
+        given = [*args, *kwargs.values()]
+        if method.__name__ == "step" and type(self) in CLOSURE_FIRST and len(given) == 1 and callable(given[0]):
+            with torch.enable_grad():
+                loss = given[0]()
+            on_full_tensors(self)
+            return loss
+        if isinstance(self, optim.LBFGS) or any(map(callable, given)):
             raise ValueError(
                 f"{name}.{method.__name__}: with parameters that are cut over {cut[0][2].label!r} it runs on gathered "
                 f"tensors, where a closure that runs the model cannot be called: take one that needs none or, if "
