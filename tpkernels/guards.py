@@ -177,7 +177,7 @@ def _distribute(a: Arguments) -> None:
     refuse_over_parts("torch.distributed.tensor", named, over, "distribute the model before, or leave it to tpkernels")
 
 
-class _InFullSizes:
+class _FullSizeView:
     """A model whose parameters have the sizes of the full tensors, and no values."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -194,11 +194,11 @@ class _InFullSizes:
         return (p for _, p in self.named_parameters())
 
 
-def _count(a: Arguments) -> None:
-    """Of a function that counts parameters: a shard counts as the full tensor."""
+def _count_full_tensors(a: Arguments) -> None:
+    """Of functions that count parameters: the model is replaced by one in which a shard counts as the full tensor."""
     (name,) = {"self", "model"} & a.keys()
     if any(shard_info(p) is not None for p in a[name].parameters()):
-        a[name] = _InFullSizes(a[name])
+        a[name] = _FullSizeView(a[name])
 
 
 def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
@@ -233,10 +233,10 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
         f"torch.distributed.tensor{module}": {"distribute_tensor": _distribute, "distribute_module": _distribute}
         for module in ("", "._api", ".parallel.style")
     },
-    "transformers.modeling_utils": {"PreTrainedModel.num_parameters": _count},
-    "transformers.trainer_pt_utils": {"get_model_param_count": _count},
-    "transformers.trainer": {"get_model_param_count": _count},
-    "peft.peft_model": {"PeftModel.get_nb_trainable_parameters": _count},
+    "transformers.modeling_utils": {"PreTrainedModel.num_parameters": _count_full_tensors},
+    "transformers.trainer_pt_utils": {"get_model_param_count": _count_full_tensors},
+    "transformers.trainer": {"get_model_param_count": _count_full_tensors},
+    "peft.peft_model": {"PeftModel.get_nb_trainable_parameters": _count_full_tensors},
 }  # fmt: skip
 """By module: its functions, and the check before each call, which may also replace an argument."""
 

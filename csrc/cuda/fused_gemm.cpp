@@ -2,7 +2,7 @@
 // communication stream while the caller's stream multiplies the next (choose.h: how many; one part is the plain way).
 // Products that peers read are written straight into the arena's heap where they fit, so that nothing is copied in.
 //
-// Where path fused is chosen all of this is one kernel (fused_path.h); backwards go in parts.
+// Where path fused is chosen all of this is one kernel (fused_path.h). Backwards: fused_gemm_backward.cpp.
 //
 // Bits     the same for any number of parts: each row is its own sum, and parts begin at blocks of the codec. (Which
 //          kernel cuBLAS takes depends on the number of rows, and with it the rounding of the products themselves.)

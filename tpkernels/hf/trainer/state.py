@@ -99,7 +99,8 @@ class CheckpointMixin(Base):
         checkpoint.load(self.model, folder, group=self.tpk_group, dp_group=self.tpk_dp_group)
         layers.set_rng_state(random)
         with self.tpk_place.together(f"load {folder}"):
-            if self.tpk_place.is_first and self.args.save_total_limit == 1:  # else every rank would, at once
+            if self.tpk_place.is_first and self.args.save_total_limit == 1:
+                # The Trainer would do this next, on every rank at once.
                 for other in Path(self.args.output_dir).glob(f"{STEP}*"):
                     if other != Path(folder):
                         remove(other)
