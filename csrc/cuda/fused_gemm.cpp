@@ -27,7 +27,7 @@ Tensor gemm_all_reduce(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
   const Tensor x = as_rows(x_shard), y = fresh_output(x_shard, y_shape), y_rows = as_rows(y);
   const CallSpec spec = spec_of(op, wire, numel_of(y), y_shape);
-  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0))) {
+  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0), x.size(1))) {
     const Cut rows = Cut::even(static_cast<size_t>(x.size(0)), comm->world_size());
     cuda::reduce_fused(*comm, spec, x, w_shard, rank_bias, rows, y_rows);
     return y;
@@ -71,7 +71,7 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   const Cut items = Cut::even(static_cast<size_t>(y_shape[0]), comm->world_size());
   y_shape[0] = call.rows;
   const Tensor y = fresh_output(x_shard, y_shape);
-  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0))) {
+  if (cuda::takes_fused(*comm, op, wire, x.size(0), w_shard.size(0), x.size(1))) {
     cuda::reduce_fused(*comm, call.spec, x, w_shard, rank_bias, items.times(cuda::rows_in_item(x_shard)), y);
     return y;
   }
@@ -108,7 +108,7 @@ Tensor all_gather_gemm(const Tensor& x_shard, const Tensor& w_shard, OptionalTen
   const cuda::RowGather gather(op, *comm, wire, x_shard, dim_size);
   y_shape[0] = dim_size;
   const Tensor y = fresh_output(x_shard, y_shape), y_rows = as_rows(y), x_rows = gather.rows();
-  if (cuda::takes_fused(*comm, op, wire, x_rows.size(0), x_rows.size(1))) {
+  if (cuda::takes_fused(*comm, op, wire, x_rows.size(0), x_rows.size(1), w_shard.size(0))) {
     cuda::gather_fused(*comm, gather.spec(), gather.mine(), x_rows, w_shard, bias, gather.cut(), y_rows);
     return y;
   }

@@ -64,7 +64,7 @@ Gradients replicated_gemm_backward(const Tensor& dy, const Tensor& x, const Tens
   if (need_x) {
     const Wire& wire = wire_for(op, dy, codec);
     const Tensor dy_rows = as_rows(dy);
-    if (cuda::takes_fused(*comm, op, wire, dy_rows.size(0), w_shard.size(1))) {
+    if (cuda::takes_fused(*comm, op, wire, dy_rows.size(0), w_shard.size(1), dy_rows.size(1), need_w)) {
       const Tensor dx = gradients.fresh_input(dy, w_shard, dy.size(0));
       const Cut rows = Cut::even(static_cast<size_t>(dy_rows.size(0)), comm->world_size());
       cuda::reduce_fused(*comm, spec_of(op, wire, numel_of(dx), shape_of(dx)), dy_rows, cuda::transpose(w_shard), {},
@@ -96,7 +96,7 @@ Gradients gemm_reduce_scatter_backward(const Tensor& dy_shard, const Tensor& x_s
   const Tensor dy = gather.rows();
   // x_shard is here only if need_w
   const Tensor dx = need_x ? as_rows(gradients.fresh_input(dy_shard, w_shard, dim_size)) : gradients.dx;
-  if (need_x && cuda::takes_fused(*comm, op, wire, dy.size(0), dy.size(1))) {
+  if (need_x && cuda::takes_fused(*comm, op, wire, dy.size(0), dy.size(1), w_shard.size(1), need_w)) {
     cuda::gather_fused(*comm, gather.spec(), gather.mine(), dy, cuda::transpose(w_shard), {}, gather.cut(), dx);
     gradients.others(gather.whole(), x_shard);
     return gradients.all();
@@ -147,7 +147,7 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   dx_shape.back() = w_shard.size(1);
   const CutCall scatter = reduce_scatter_call(op, dx_wire, dx_shape.data(), dx_shape.size(), dim, *comm);
   const Tensor dy_rows = as_rows(dy), dx = gradients.fresh_input(dy, w_shard, scatter.rows);
-  if (cuda::takes_fused(*comm, op, dx_wire, dy_rows.size(0), w_shard.size(1))) {
+  if (cuda::takes_fused(*comm, op, dx_wire, dy_rows.size(0), w_shard.size(1), dy_rows.size(1), need_w)) {
     const Cut items = Cut::even(static_cast<size_t>(dim_size), comm->world_size());
     cuda::reduce_fused(*comm, scatter.spec, dy_rows, cuda::transpose(w_shard), {}, items.times(cuda::rows_in_item(dy)),
                        as_rows(dx));

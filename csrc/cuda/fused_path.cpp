@@ -51,9 +51,9 @@ FusedGemm operands_of(const Tensor& x, const Weight& w, const OptionalTensor& bi
 
 }  // namespace
 
-bool takes_fused(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t shared) {
-  const ShardedGemm gemm{op, wire.dtype, wire.codec, M, shared};
-  return comm.forced().path == Path::Fused && obstacle_to_fused(comm.machine(), comm.forced(), gemm) == nullptr;
+bool takes_fused(const DeviceCommunicator& comm, Op op, const Wire& wire, int64_t M, int64_t shared, int64_t own,
+                 bool wants_w) {
+  return comm.choose({op, wire.dtype, wire.codec, M, shared, own, wants_w}).fused;
 }
 
 void reduce_fused(DeviceCommunicator& comm, const CallSpec& spec, const Tensor& x, const Tensor& w,

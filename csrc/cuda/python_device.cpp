@@ -116,11 +116,18 @@ Explained explain_collective(const DeviceCommunicator& comm, const std::string& 
   return {name_of(choice.path), concat(choice.reason, ", ", choice.blocks, " blocks")};
 }
 
+// What the rule has compared, in microseconds.
+std::string compared(const GemmTimes& times, int parts) {
+  const auto us = [](double time) { return std::to_string(std::llround(time)); };
+  const std::string chunked = std::isfinite(times.chunked) ? concat(", chunked(", parts, ") ", us(times.chunked)) : "";
+  return concat(times.measured ? "measured us: fused " : "expected us (a model, not measured): fused ", us(times.fused),
+                times.measured ? ", otherwise " : ", unfused ", us(times.unfused), chunked);
+}
+
 // The reason for which a GEMM is not fused.
 std::string not_fused(const GemmChoice& choice, const Forced& forced) {
-  if (forced.path == Path::Fused) return concat("fused was asked for, but ", choice.obstacle, "; ");
-  return choice.obstacle == nullptr ? "fused only when asked for (not measured); "
-                                    : concat("not fused: ", choice.obstacle, "; ");
+  if (choice.times) return concat("not fused: ", compared(*choice.times, choice.parts), "; ");
+  return concat(forced.path == Path::Fused ? "fused was asked for, but " : "not fused: ", choice.obstacle, "; ");
 }
 
 // What path fused sends under a codec.
@@ -131,23 +138,39 @@ std::string packed(const ShardedGemm& gemm) {
   return concat("codec ", name_of(gemm.codec), " sends ", each, " bytes a value, ");
 }
 
-// The path of the backward, which sends by the dual collective (fused_kind), as "; backward: path".
+// A call as the ops choose its path, and its backward with both gradients, which sends by the dual collective
+// (fused_kind). Of gemm_all_reduce nothing is sent backward, of replicated_gemm nothing forward.
+ShardedGemm forward_of(const CallShape& call, const Wire& wire, int64_t ranks) {
+  if (call.op == "all_gather_gemm") return {Op::AllGatherGemm, wire.dtype, wire.codec, call.M * ranks, call.K, call.N};
+  const Op op = call.op == "gemm_all_reduce" ? Op::GemmAllReduce : Op::GemmReduceScatter;
+  return {op, wire.dtype, wire.codec, call.M, call.N, call.K};
+}
+ShardedGemm backward_of(const CallShape& call, const Wire& wire, int64_t ranks) {
+  if (call.op == "gemm_reduce_scatter") {
+    return {Op::GemmReduceScatterBackward, wire.dtype, wire.codec, call.M, call.N, call.K, true};
+  }
+  const bool gathered = call.op == "all_gather_gemm";
+  const Op op = gathered ? Op::AllGatherGemmBackward : Op::ReplicatedGemmBackward;
+  return {op, wire.dtype, wire.codec, gathered ? call.M * ranks : call.M, call.K, call.N, true};
+}
+
+// The path of the backward, as "; backward: path".
 std::string explain_backward(const DeviceCommunicator& comm, const CallShape& call, const Wire& wire) {
   if (call.op == "gemm_all_reduce") return "; backward: nothing is sent";
-  const bool gathered = call.op == "all_gather_gemm", scattered = call.op == "gemm_reduce_scatter";
   if (call.op != "replicated_gemm" && call.dim != 0) return "; backward: unfused";
-  const Op op = gathered    ? Op::AllGatherGemmBackward
-                : scattered ? Op::GemmReduceScatterBackward
-                            : Op::ReplicatedGemmBackward;
-  const int64_t ranks = comm.world_size();
-  const ShardedGemm gemm{op, wire.dtype, wire.codec, gathered ? call.M * ranks : call.M, scattered ? call.N : call.K};
-  const size_t row_bytes = static_cast<size_t>(gemm.shared) * wire.value_bytes;
-  const GemmChoice choice = choose_gemm(comm.machine(), comm.forced(), gemm, call.M / ranks, row_bytes);
-  if (choice.fused) return "; backward: fused";
-  const std::string why =
-      comm.forced().path == Path::Fused ? concat(" (fused was asked for, but ", choice.obstacle, ")") : "";
+  const ShardedGemm gemm = backward_of(call, wire, comm.world_size());
+  const GemmChoice choice = comm.choose(gemm);
+  const bool refused = comm.forced().path == Path::Fused && !choice.fused;
+  const std::string why = choice.times ? concat(" (", compared(*choice.times, choice.parts), ")")
+                          : refused    ? concat(" (fused was asked for, but ", choice.obstacle, ")")
+                                       : "";
   // Of the others dx is multiplied whole, and sent while dw is multiplied.
-  return concat("; backward: ", scattered && choice.parts > 1 ? concat("chunked(", choice.parts, ")") : "unfused", why);
+  const bool chunked = gemm.op == Op::GemmReduceScatterBackward && choice.parts > 1;
+  return concat("; backward: ",
+                choice.fused ? "fused"
+                : chunked    ? concat("chunked(", choice.parts, ")")
+                             : "unfused",
+                why);
 }
 
 // A bias is the GEMM's own and changes no path; a gather or a scatter along another dim than 0 is not cut into parts.
@@ -159,33 +182,40 @@ Explained explain_gemm(const DeviceCommunicator& comm, const CallShape& call, co
     return {"unfused", concat("dim ", call.dim, ": only rows of dim 0 are sent while others are multiplied",
                               explain_backward(comm, call, wire))};
   }
-  const Op op = call.op == "gemm_all_reduce"       ? Op::GemmAllReduce
-                : call.op == "gemm_reduce_scatter" ? Op::GemmReduceScatter
-                                                   : Op::AllGatherGemm;
-  const int64_t ranks = comm.world_size(), M = call.M, N = call.N, K = call.K;
-  const ShardedGemm gemm{op, wire.dtype, wire.codec, op == Op::AllGatherGemm ? M * ranks : M,
-                         op == Op::AllGatherGemm ? K : N};
-  // Parts are made of each rank's rows: of all of them in gemm_all_reduce, of a share in gemm_reduce_scatter.
-  const int64_t rows = op == Op::GemmReduceScatter ? M / ranks : M;
-  const size_t row_bytes = static_cast<size_t>(gemm.shared) * wire.value_bytes;
-  const Machine machine = comm.machine();
-  const GemmChoice choice = choose_gemm(machine, comm.forced(), gemm, rows, row_bytes);
+  const int64_t ranks = comm.world_size();
+  const ShardedGemm gemm = forward_of(call, wire, ranks);
+  const GemmChoice choice = comm.choose(gemm);
   if (choice.fused) {
-    const FusedPlan plan = plan_fused(machine, comm.forced(), gemm);
+    const FusedPlan plan = plan_fused(comm.machine(), comm.forced(), gemm);
     const int64_t part = (gemm.M + ranks - 1) / ranks, most = plan.piece_rows;
-    return {"fused", concat(choice.reason, "; ", packed(gemm), "tiles of ", kTileRows, " x ", plan.tile_columns, ", ",
-                            (part + most - 1) / most, " pieces, ", plan.communicating, " blocks ",
+    const std::string times = choice.times ? concat(compared(*choice.times, choice.parts), "; ") : "";
+    return {"fused", concat(choice.reason, "; ", times, packed(gemm), "tiles of ", kTileRows, " x ", plan.tile_columns,
+                            ", ", (part + most - 1) / most, " pieces, ", plan.communicating, " blocks ",
                             gemm.gathers() ? "gather" : "sum", " and ", plan.multiplying, " multiply",
                             explain_backward(comm, call, wire))};
   }
-  const char* const collective = gemm.gathers()            ? "all_gather"
-                                 : op == Op::GemmAllReduce ? "all_reduce"
-                                                           : "reduce_scatter";
+  const char* const collective = gemm.gathers()                 ? "all_gather"
+                                 : gemm.op == Op::GemmAllReduce ? "all_reduce"
+                                                                : "reduce_scatter";
   const Explained transfer = explain_collective(
-      comm, collective, wire, static_cast<size_t>(M * gemm.shared) / static_cast<size_t>(choice.parts));
+      comm, collective, wire, static_cast<size_t>(call.M * gemm.shared) / static_cast<size_t>(choice.parts));
   return {choice.parts == 1 ? "unfused" : concat("chunked(", choice.parts, ")"),
           concat(not_fused(choice, comm.forced()), choice.reason, "; sent by ", transfer.path, ": ", transfer.reason,
                  explain_backward(comm, call, wire))};
+}
+
+// What a call took by path fused and by the rule's other way, in microseconds, the same on all ranks.
+void add_measured_path(DeviceCommunicator& comm, const std::string& op, const std::string& dtype,
+                       const std::string& codec, int64_t M, int64_t N, int64_t K, bool backward, double fused_us,
+                       double others_us) {
+  const CallShape call{op, dtype, codec, M, N, K, 0, 0};
+  TPK_CHECK(call.is_gemm() && op != (backward ? "gemm_all_reduce" : "replicated_gemm"),
+            "add_measured_path: op must be a GEMM that sends, got ", op);
+  TPK_CHECK(fused_us > 0 && others_us > 0, "add_measured_path: times must be positive, got ", fused_us, " and ",
+            others_us);
+  const Wire& wire = wire_of(call);
+  const auto of = backward ? backward_of : forward_of;
+  comm.measured_paths().add(of(call, wire, comm.world_size()), {fused_us, others_us});
 }
 
 Explained explain(DeviceCommunicator& comm, const CallShape& call) {
@@ -200,7 +230,10 @@ void add_device_groups(py::module_& m) {
       .def_property_readonly("address", [](DeviceCommunicator&) { return 0; })  // no fast path past the dispatcher
       .def_property_readonly("device", &DeviceCommunicator::device)
       .def("force", &force, py::arg("path") = "", py::arg("blocks") = 0, py::arg("parts") = 0, py::arg("grid") = 0)
-      .def("share_device", &share_device, py::arg("ranks"));
+      .def("share_device", &share_device, py::arg("ranks"))
+      .def("note_shards", &DeviceCommunicator::note_shards, py::arg("even"))
+      .def("add_measured_path", &add_measured_path, py::arg("op"), py::arg("dtype"), py::arg("codec"), py::arg("M"),
+           py::arg("N"), py::arg("K"), py::arg("backward"), py::arg("fused_us"), py::arg("others_us"));
   m.def("open_peer", &open_peer, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),
         py::arg("timeout_s"), py::arg("device"), py::arg("arenas"), py::arg("multicast"), py::arg("arena_bytes"),
         py::arg("keeps"));

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,18 @@ class FakeCommunicator:
     transport: str
     address: int = 0
     closed: bool = False
+    measured: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def exchange(self, mine: int) -> list[int]:
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def add_measured_path(self, *call: Any) -> None:
+        self.measured.append(call)
+
+    def reset_stats(self) -> None:
+        pass
 
     def close(self, why: str = "") -> None:
         self.closed = True
@@ -77,6 +93,7 @@ def gpus(**changes: Any) -> Iterator[FakeKernels]:
         (open, "load_cuda"): lambda: (kernels, None),
         (open, "DeviceExchange"): lambda *args: args,
         (open, "ARENA_BYTES"): {"cuda": 1 << 20},
+        (open, "gpu_name"): lambda device: "X100",
         (open, "Gpu"): type("Gpu", (), {"of": lambda device: Gpu(f"uuid-{rank}", f"GPU {rank} (X100)", rank)}),
         (peer, "_unreachable"): lambda ranks, rank: None,
         (peer, "_allocate"): lambda nbytes, device: torch.ones(nbytes, dtype=torch.uint8),
@@ -135,6 +152,25 @@ def check_peers_open() -> None:
         assert group.explain().path == "peer"
         assert "cuda" in repr(group)
         assert lines == []
+
+
+def check_times_of_paths_are_read_where_all_ranks_have_the_same() -> None:
+    rank = dist.get_rank()
+    row = ["gemm_all_reduce", "bfloat16", "none", 8, 16, 8, False, 1.5]
+    with tempfile.TemporaryDirectory() as folder, gpus():
+        file = Path(folder, "paths.json")
+        os.environ["TPKERNELS_PROFILE"] = str(file)  # a file for each rank
+        for text, wanted in (
+            ({"paths": [[*row, 2.0]]}, [(*row, 2.0)]),
+            ({"paths": [[*row, 2.0 + (rank == 2)]]}, []),
+            ({"paths": [[*row, 0.0]]}, []),
+            ({"points": [], "shapes": []}, []),
+        ):
+            file.write_text(json.dumps(text))
+            with Group.open(device="cuda", timeout_s=3.0, arena_bytes=1 << 18) as group:
+                assert group._communicator.measured == wanted, text
+                assert group.explain().profile == (str(file) if wanted else "")
+        os.environ["TPKERNELS_PROFILE"] = "off"
 
 
 def check_without_p2p_it_goes_through_nccl() -> None:
@@ -253,6 +289,7 @@ def check_ranks_ask_for_different_devices() -> None:
     "check",
     [
         check_peers_open,
+        check_times_of_paths_are_read_where_all_ranks_have_the_same,
         check_without_p2p_it_goes_through_nccl,
         check_multicast_is_taken_when_asked_for_and_only_then,
         check_ranks_that_have_exchanged_memory_a_different_number_of_times,

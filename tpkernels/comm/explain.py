@@ -9,6 +9,7 @@ import torch
 
 from tpkernels._native import _C
 from tpkernels.comm.devices import load_cuda
+from tpkernels.comm.paths import PathCall, gpu_name, measure_paths
 from tpkernels.comm.profile import Product, measure_shape
 
 _COLLECTIVES = ("all_reduce", "all_reduce_", "reduce_scatter", "all_gather")
@@ -25,7 +26,7 @@ class Explanation:
         reason: one sentence; of a GEMM on CUDA also the path of its backward.
         measured: microseconds by candidate, where this call measured them.
         engine: of the product, on the CPU; "" for a collective.
-        profile: the file of the machine's profile that the group read, "" where the rule of sizes decides.
+        profile: the file of the machine's profile that the group read, "" where the rule decides.
     """
 
     path: str
@@ -62,7 +63,8 @@ def explain(
         codec: of the sum, or of what is gathered.
         bias: whether the GEMM adds one; it changes no path.
         dim: the dimension that is cut or gathered.
-        tune: measure the GEMM engines of the CPU for this shape first (profile.py); all ranks call this.
+        tune: measure the GEMM engines of the CPU for this shape first (profile.py), or on GPUs the paths of the GEMM
+            and its backward (paths.py); all ranks call this.
 
     Raises:
         ValueError: no such op, or a dtype or codec that it does not take.
@@ -71,7 +73,11 @@ def explain(
         raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")
     device: Any = _C if is_cpu else load_cuda()[0]
     measured: dict[str, float] = {}
-    if tune and is_cpu and op in _GEMMS and dtype.is_floating_point and min(M, N, K) > 0:
+    if tune and op in _GEMMS and hasattr(communicator, "note_shards"):
+        call = PathCall(op, _name(dtype), codec, M, N, K, backward=False)
+        where = torch.device("cpu") if is_cpu else torch.device("cuda", communicator.device)
+        measured = measure_paths(communicator, device, gpu_name(where), where, call)
+    elif tune and is_cpu and op in _GEMMS and dtype.is_floating_point and min(M, N, K) > 0:
         rows = M * communicator.world_size if op == "all_gather_gemm" else M
         measured = measure_shape(communicator, Product(_name(dtype), rows, N, K))
     path, reason, engine = device.explain(communicator, op, _name(dtype), codec, M, N, K, numel, dim)

@@ -208,12 +208,25 @@ class Group:
         Args:
             op: name of an op; None explains the choice of the transport.
             shape: M, N, K (this rank's sizes), dtype, codec, bias (bool) and dim for the GEMMs; numel, dtype and codec
-                for the collectives. With tune=True, on all ranks of a group on the CPU, the GEMM engines are timed for
-                that shape, and this group and those that open later take the faster one.
+                for the collectives. With tune=True, on all ranks, the GEMM engines of the CPU, or the paths on GPUs,
+                are timed for that shape, and this group and those that open later take the faster one.
         """
         if op is None:
             return Explanation(self.transport, self._reason, profile=self._profile)
         return replace(explain(self._communicator, self.is_cpu, op, **shape), profile=self._profile)
+
+    def note_shards(self, even: bool) -> None:
+        """Say whether all ranks' shards of a weight have the same size. Parallel linears do so.
+
+        On GPUs the rule takes one kernel for a GEMM and its collective only where all noted shards are even: a rank
+        does not see what the others have, and all must choose alike. A caller of the ops that has no parallel linears
+        notes its own shards. Where even ones were noted and a call has others, it may raise a RankMismatchError.
+
+        Args:
+            even: whether they have; the same on all ranks, in the same order relative to their calls. False stays.
+        """
+        if hasattr(self._communicator, "note_shards"):
+            self._communicator.note_shards(even)
 
     def measure_engines(
         self, products: Iterable[Product], progress: Callable[[], object] | None = None

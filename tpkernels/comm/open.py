@@ -27,6 +27,7 @@ from tpkernels.comm.host import (
     open_shm,
     rounded_to_pages,
 )
+from tpkernels.comm.paths import gpu_name, open_with_paths
 from tpkernels.comm.peer import check_gpus, obstacle_to_peers, open_peer
 from tpkernels.comm.process_groups import NewGroup
 from tpkernels.comm.profile import open_with_profile
@@ -119,7 +120,7 @@ def open_communicator(
         return _profiled(Opened(_open_local(kernels, opening.name, label, device), "one rank"), device)
     if kernels is None:
         return _profiled(_open_cpu(opening), device, opening.cores, len(opening.here))
-    return _open_cuda(opening, device, kernels)
+    return _profiled(_open_cuda(opening, device, kernels), device)
 
 
 def open_for_backend(group: NewGroup, label: str, timeout_s: float, transport: str) -> tuple[Any, bool]:
@@ -160,11 +161,14 @@ def _begin(
 
 
 def _profiled(opened: Opened, device: torch.device, cores: int = 1, ranks: int = 1) -> Opened:
-    """The communicator, on the CPU with the machine's profile and without calls in its counters."""
-    if device.type != "cpu":
+    """The communicator, with what was measured on this kind of machine and without calls in its counters."""
+    if device.type != "cpu" and opened.communicator.transport != "peer":
         return opened
     with _closed_on_error(opened.communicator):
-        found = open_with_profile(opened.communicator, cores, ranks)
+        if device.type == "cpu":
+            found = open_with_profile(opened.communicator, cores, ranks)
+        else:
+            found = open_with_paths(opened.communicator, gpu_name(device))
     opened.communicator.reset_stats()
     return replace(opened, profile=found)
 

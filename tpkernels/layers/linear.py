@@ -111,6 +111,11 @@ class _ParallelLinear(ParallelModule):
         new = cls(module.in_features, module.out_features, bias, group=group, device="meta", **options)
         return new._copy_from(module)
 
+    def _mark(self) -> None:
+        super()._mark()
+        if "weight" in self._cuts:
+            self.group.note_shards(len(set(self._info(self._cuts["weight"]).sizes)) == 1)
+
     def full_weight(self) -> Tensor:
         """Return the full weight [N, K] on every rank (detached). Collective: all ranks must call it."""
         full = self._full("weight")

@@ -25,12 +25,15 @@ inline const char* name_of(Path path) {
 
 // What the ranks of a group have in common. multicast: the switch can sum and the group allows it, since the order of
 // such a sum is the switch's. arch: 90 for compute capability 9.0. slot_bytes: 0 where ranks cannot read each other.
+// sharing: ranks on one device. even_shards: what ranks have of a GEMM's own (choose_fused.h) is of one size.
 struct Machine {
   int world_size;
   int multiprocessors;
   bool multicast;
   int arch = 0;
   size_t slot_bytes = 0;
+  int sharing = 1;
+  bool even_shards = false;
 };
 
 // Zero: the rule decides. Path fused is one of GEMMs, the others are of collectives: the rule decides the rest.

@@ -1,7 +1,5 @@
-// Whether and how a sharded GEMM takes path fused (kernels/fused_gemm.h): pure functions, as in choose.h. Torch-free.
-//
-// The rule never takes it: nothing of it has been measured by us. It is taken where it is forced (Forced) and can run;
-// where it cannot, explain has the reason.
+// Whether a sharded GEMM can take path fused (kernels/fused_gemm.h), and how it then does: pure functions, as in
+// choose.h. Whether it should is gemm_times.h's to say. Torch-free.
 #pragma once
 
 #include "choose.h"
@@ -18,15 +16,17 @@ inline FusedKind fused_kind(Op op) {
   return FusedKind::AllReduce;
 }
 
-// Numbers that are the same on all ranks. Of a reduction each rank has a K of its own, of a gather an N: the launch
-// pads those.
+// Numbers that are the same on all ranks, but for `own`: of a reduction each rank has a K of its own, of a gather an N.
+// The launch pads those, and nothing that ranks must agree on depends on them unless they are known to be alike
+// (Machine::even_shards).
 struct ShardedGemm {
   Op op;
   DType dtype;
   Codec codec;
-  int64_t M;        // rows of y, or of the whole sum
-  int64_t shared;   // N of a reduction, K of a gather; of a backward those of dx = dy @ w
-  int64_t own = 0;  // N of a gather on this rank, 0: unknown. Tiles alone depend on it, which no other rank sees
+  int64_t M;             // rows of y, or of the whole sum
+  int64_t shared;        // N of a reduction, K of a gather; of a backward those of dx = dy @ w
+  int64_t own = 0;       // K of a reduction, N of a gather, on this rank; 0: unknown
+  bool wants_w = false;  // of a backward: dw, too, which the same ranks' other ways multiply beside a transfer
 
   bool gathers() const { return fused_kind(op) == FusedKind::Gather; }
   // Whether `shared` is N as the caller of the op, or of its forward, knows it.
@@ -39,13 +39,6 @@ struct FusedPlan {
   uint32_t piece_rows;  // the most of each rank's rows in one launch; 0: not even one fits
   uint32_t tile_columns;
   int communicating, multiplying;  // blocks; a rank with fewer tiles launches fewer
-};
-
-struct GemmChoice {
-  bool fused;
-  int parts;  // of the rows, where it is not fused; 1: unfused
-  const char* reason;
-  const char* obstacle;  // why it cannot be fused, nullptr: it can
 };
 
 constexpr int kFusedArch = 90;
@@ -93,15 +86,6 @@ inline const char* obstacle_to_fused(const Machine& machine, const Forced& force
   if (plan_fused(machine, forced, gemm).piece_rows == 0)
     return "not one row of every rank fits into a slot of the arena";
   return nullptr;
-}
-
-// rows: those that would be cut into parts; row_bytes: of a row that is sent.
-inline GemmChoice choose_gemm(const Machine& machine, const Forced& forced, const ShardedGemm& gemm, int64_t rows,
-                              size_t row_bytes) {
-  const char* const obstacle = obstacle_to_fused(machine, forced, gemm);
-  const PartsChoice parts = choose_parts(machine, forced, rows, row_bytes);
-  if (forced.path == Path::Fused && obstacle == nullptr) return {true, 1, "as asked for", nullptr};
-  return {false, parts.parts, parts.reason, obstacle};
 }
 
 }  // namespace tpk::cuda

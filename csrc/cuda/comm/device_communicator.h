@@ -13,9 +13,9 @@
 #include <algorithm>
 #include <functional>
 
-#include "choose_fused.h"
 #include "core/communicator.h"
 #include "cuda/kernels/kernels.h"
+#include "gemm_times.h"
 #include "runtime.h"
 
 namespace tpk::cuda {
@@ -62,12 +62,17 @@ class DeviceCommunicator : public Communicator {
   int device() const { return device_; }
   // This rank's share of the multiprocessors: blocks that wait for each other must all be resident.
   virtual Machine machine() const {
-    return {world_size(), std::max(info().multiprocessors / sharing_, 1), false, info().arch, 0};
+    return {world_size(), std::max(info().multiprocessors / sharing_, 1), false, info().arch, 0, sharing_, even_};
   }
   // So many ranks of this group, this one among them, work on the device at the same time; the same on all ranks.
   void share_device(int ranks) { sharing_ = ranks; }
+  // Whether all ranks' shards of a weight are of one size: false from the first uneven one on. All ranks say the same,
+  // in the same order relative to their calls. Nothing said: unknown.
+  void note_shards(bool even) { even_ = even && !uneven_, uneven_ |= !even; }
   const Forced& forced() const { return forced_; }
   void force(const Forced& forced) { forced_ = forced; }
+  GemmChoice choose(const ShardedGemm& gemm) const { return choose_gemm(machine(), forced_, gemm, measured_paths_); }
+  MeasuredPaths& measured_paths() { return measured_paths_; }
 
   // Where kernels count ids and targets outside a vocabulary of that size; a later call raises.
   uint32_t* bad_ids(int64_t vocab_size);
@@ -160,7 +165,9 @@ class DeviceCommunicator : public Communicator {
   const int device_;
   std::unique_ptr<OnDevice> on_device_;
   Forced forced_;
+  MeasuredPaths measured_paths_;
   int sharing_ = 1;  // ranks of the group on this device
+  bool even_ = false, uneven_ = false;
   // Where the last call was made, of those that run and of those that are captured.
   struct Last {
     bool is_there = false;
