@@ -1,7 +1,7 @@
 """How long the ranks of a pipeline wait, beside the formula: `python -m bench.bubble`, with --keep for the documents.
 
-Two stages of an uncut GPT of 8 layers, one rank and thread on a core, 16 sequences of 128 bytes a step. Rounds go
-through all schedules, and one in which others had the cores does not count.
+Two stages (four of dualpipev) of an uncut GPT of 8 layers, one rank and thread on a core, 16 sequences of 128 bytes a
+step. Rounds go through all schedules, and one in which others had the cores does not count.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from bench.rows import Row
 from bench.timing import slowest
 from tpkernels import Group
 from tpkernels.pipeline import Pipeline, split_by_layer, take_stages
+from tpkernels.pipeline.orders import stages_on
 from tpkernels.pipeline.schedule import Timing
 from tpkernels.train.gpt import GPT, GPTConfig, whole_parts
 
 STAGES, SEQUENCES, STEPS = 2, 16, 5
 CONFIG = GPTConfig(layers=8)
-CASES = [(schedule, micros) for micros in (4, 8) for schedule in ("gpipe", "1f1b", "zb1p")]
+CASES = [(schedule, micros) for micros in (4, 8) for schedule in ("gpipe", "1f1b", "zb1p", "dualpipev")]
 
 
 def loss_of(model: GPT, ids: Tensor, target: Tensor) -> Tensor:
@@ -48,7 +49,9 @@ def pipelines(group: Group) -> dict[tuple[str, int], Pipeline]:
     for schedule, micros in CASES:
         model = copy.deepcopy(whole)
         ids = torch.zeros(SEQUENCES // micros, CONFIG.context, dtype=torch.int64)
-        stages = take_stages(model, split_by_layer(model, STAGES, inputs=((ids,), {})), group.rank)
+        count = STAGES * (2 if schedule == "dualpipev" else 1)
+        held = stages_on(schedule, group.rank, STAGES, count)
+        stages = take_stages(model, split_by_layer(model, count, inputs=((ids,), {})), *held)
         found[schedule, micros] = Pipeline(
             stages, group=group, schedule=schedule, micro_batches=micros, forward=loss_of, weigh=rows_in
         )

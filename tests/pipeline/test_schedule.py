@@ -12,25 +12,27 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.pipelining
 from torch import nn
 
 from tests.harness.parallelize import close, ids, tiny
 from tests.harness.pipelines import tiny_llama
 from tpkernels.comm.group import Group
+from tpkernels.comm.objects import gather
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.pipeline import Pipeline, split_by_layer, take_stages
 from tpkernels.pipeline.batches import labels_that_count, split_batch
-from tpkernels.pipeline.orders import FORWARD, bubble_of, order_of
+from tpkernels.pipeline.orders import BACKWARD, FORWARD, INPUT, WEIGHT, bubble_of, order_of, rank_of, stages_on
 from tpkernels.testing import run_ranks
 from tpkernels.testing.spawn import run_ranks_outcomes
 
-GPT2 = {"n_embd": 36, "n_head": 9, "n_positions": 64, "num_hidden_layers": 4}
+GPT2 = {"n_embd": 36, "n_head": 9, "n_positions": 64, "num_hidden_layers": 6}
 
 
-def pipeline(model: nn.Module, group: Group, each: int = 1, **options: Any) -> Pipeline:
+def pipeline(model: nn.Module, group: Group, each: int = 1, schedule: str = "1f1b", **options: Any) -> Pipeline:
     split = split_by_layer(model, each * group.world_size)
-    own = range(group.rank, len(split.stages), group.world_size)
-    return Pipeline(take_stages(model, split, *own), group=group, **options)
+    own = stages_on(schedule, group.rank, group.world_size, len(split.stages))
+    return Pipeline(take_stages(model, split, *own), group=group, schedule=schedule, **options)
 
 
 def check_training(group: Group, schedule: str, each: int, micro_batches: int) -> None:
@@ -40,7 +42,8 @@ def check_training(group: Group, schedule: str, each: int, micro_batches: int) -
     pipe = pipeline(model, group, each, schedule=schedule, micro_batches=micro_batches)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
     others = dict(whole.named_parameters(remove_duplicate=False))
-    for rows, length in ((7, 5), (4, 8), (7, 5)) if schedule in ("gpipe", "1f1b") else ((8, 5), (4, 7)):
+    few = 2 * group.world_size  # as few micro-batches as "dualpipev" takes
+    for rows, length in ((7, 5), (4, 8), (7, 5)) if schedule in ("gpipe", "1f1b") else ((8, 5), (few, 7)):
         x = ids(rows, length)
         y = x.clone()
         y[0], y[1, :2] = -100, -100
@@ -67,6 +70,9 @@ def check_two_ranks() -> None:
         check_training(group, "interleaved", 2, 4)
         check_training(group, "zb1p", 1, 4)
         check_training(group, "zb1p", 2, 4)
+        check_training(group, "dualpipev", 2, 4)
+        check_training(group, "dualpipev", 2, 7)
+        check_v(group)
         check_disagreement(group)
         check_codecs(group)
         check_frozen_layers(group)
@@ -91,6 +97,37 @@ def check_disagreement(group: Group) -> None:
         pipe.step(input_ids=ids(), labels=torch.full_like(ids(), -100))
     assert math.isfinite(float(pipe.step(input_ids=ids(), labels=ids())))  # refused calls have sent nothing
     model.zero_grad()
+
+
+def check_v(group: Group) -> None:
+    """Stages in the shape of a V: codecs, what is refused, and ranks that keep other stages."""
+    model = tiny_llama()
+    split = split_by_layer(model, 4)
+    with pytest.raises(ValueError, match=r"must hold stages \[0, 3\] of a multiple of 2, got \[0, 2\] of 4"):
+        stages = take_stages(copy.deepcopy(model), split, group.rank, group.rank + 2)
+        Pipeline(stages, group=group, schedule="dualpipev", micro_batches=4)
+    with pytest.raises(ValueError, match="'dualpipev' has two stages on each of 2 ranks, got 2"):
+        Pipeline(take_stages(copy.deepcopy(model), split_by_layer(model, 2), group.rank), group=group,
+                 schedule="dualpipev", micro_batches=4)  # fmt: skip
+    with pytest.raises(ValueError, match="torch's ScheduleDualPipeV: DualPipeV requires at least as many"):
+        pipeline(copy.deepcopy(model), group, 2, "dualpipev", micro_batches=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.distributed.pipelining, "ScheduleDualPipeV")
+        with pytest.raises(ValueError, match=r"torch .* has no ScheduleDualPipeV, of which 'dualpipev' is the order"):
+            pipeline(copy.deepcopy(model), group, 2, "dualpipev", micro_batches=4)
+    grads = {}
+    for codec in ("none", "fp16"):
+        own = copy.deepcopy(model)
+        pipe = pipeline(own, group, 2, "dualpipev", micro_batches=4, codec=codec)
+        assert pipe.tied_copies == [], "the first and the last stage are on one rank"
+        with pytest.raises(ValueError, match="requires at least as many"):
+            pipe.step(input_ids=ids(3, 9), labels=ids(3, 9))
+        pipe.step(input_ids=ids(4, 9), labels=ids(4, 9))
+        grads[codec] = {name: p.grad for name, p in own.named_parameters()}
+    for name, gradient in grads["none"].items():
+        assert gradient is not None
+        error, scale = float((grads["fp16"][name] - gradient).abs().max()), float(gradient.abs().max())
+        assert 0 < error <= 2.0**-6 * scale, name  # a few packings of 2^-11, through four layers
 
 
 def check_codecs(group: Group) -> None:
@@ -136,6 +173,7 @@ def test_every_schedule_gives_the_gradients_of_the_whole_model() -> None:
 def check_three_ranks() -> None:
     with Group.open() as group:
         check_training(group, "1f1b", 1, 4)
+        check_training(group, "dualpipev", 2, 8)
 
 
 def test_three_stages_share_tied_embeddings_between_the_first_and_the_last() -> None:
@@ -173,6 +211,39 @@ def test_an_order_has_every_pass_once_and_never_waits_for_itself(schedule: str) 
             for r in range(ranks):
                 held = list(itertools.accumulate(1 if action.forward else -1 for action in orders[r]))
                 assert max(held) == min(micro_batches, ranks - r)
+
+
+def check_waiting(schedule: str, each: int, micro_batches: int) -> None:
+    """Where every half pass takes a moment, the ranks wait as long as the formula says."""
+    with Group.open() as group:
+        R, count = group.world_size, each * group.world_size
+        mine = order_of(schedule, group, count, micro_batches)
+        orders = gather(mine, group)
+    ends: dict[tuple[str, int, int], int] = {}
+    at, clock = [0] * R, [0] * R
+    while any(at[r] < len(orders[r]) for r in range(R)):
+        before = list(at)
+        for r in range(R):
+            while at[r] < len(orders[r]):
+                kind, stage, micro = orders[r][at[r]]
+                source = {FORWARD: (FORWARD, stage - 1, micro), WEIGHT: (INPUT, stage, micro)}.get(
+                    kind, (INPUT, stage + 1, micro)
+                )
+                if 0 <= source[1] < count and source not in ends:
+                    break
+                clock[r] = max(clock[r], ends.get(source, 0)) + (2 if kind == BACKWARD else 1)
+                ends[INPUT if kind == BACKWARD else kind, stage, micro] = clock[r]
+                assert rank_of(schedule, stage, R) == r
+                at[r] += 1
+        assert at != before, "waits for ever"
+    assert len(ends) >= 2 * count * micro_batches
+    busy = 3 * each * micro_batches
+    assert 1 - busy / max(clock) == pytest.approx(bubble_of(R, each, micro_batches, schedule), rel=0.01)
+
+
+@pytest.mark.parametrize(("schedule", "each"), [("zb1p", 1), ("dualpipev", 2)])
+def test_orders_of_halves_wait_as_long_as_the_formula_says(schedule: str, each: int) -> None:
+    run_ranks(check_waiting, 3, schedule, each, 8)
 
 
 def test_batches_are_split_along_rows_and_weighted_by_labels() -> None:

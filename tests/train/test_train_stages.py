@@ -60,8 +60,9 @@ def check_halves_of_backward_passes(folder: str, settings: Settings) -> None:
             assert compared.holds, compared
 
 
-def test_zero_bubble_stages_of_replicas_train_as_one_process_would(tmp_path: Path, text: str) -> None:
-    settings = replace(TINY, dp=2, zero=1, schedule="zb1p", batch=8, check_replicas=3, data=text)
+@pytest.mark.parametrize("schedule", ["zb1p", "dualpipev"])
+def test_stages_of_replicas_with_halves_train_as_one_process_would(tmp_path: Path, text: str, schedule: str) -> None:
+    settings = replace(TINY, dp=2, zero=1, layers=4, schedule=schedule, batch=8, check_replicas=3, data=text)
     run_ranks(check_halves_of_backward_passes, settings.ranks, str(tmp_path / "run"), settings)
 
 
@@ -71,7 +72,9 @@ def test_zero_bubble_stages_of_replicas_train_as_one_process_would(tmp_path: Pat
         ({"pp": 4}, "3 layers cannot be divided over 4 stages"),
         ({"pp": 1}, "--micro-batches needs several stages"),
         ({"pp": 1, "micro_batches": 4, "stage_codec": "fp16"}, "--stage-codec needs several stages"),
-        ({"schedule": "zigzag"}, "--schedule is one of 1f1b, gpipe, zb1p, got zigzag"),
+        ({"schedule": "zigzag"}, "--schedule is one of 1f1b, gpipe, zb1p, dualpipev, got zigzag"),
+        ({"schedule": "dualpipev"}, "3 layers cannot be divided over 4 stages: take --pp 1 or less"),
+        ({"schedule": "dualpipev", "layers": 4, "micro_batches": 3}, "needs 4 micro-batches of a row or more, got"),
     ],
 )
 def test_stages_that_do_not_fit_are_named_before_anything_starts(changes: dict[str, object], text: str) -> None:

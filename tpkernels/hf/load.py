@@ -28,6 +28,7 @@ from tpkernels.hf import gguf as hf_gguf
 from tpkernels.hf.initialise import initialised
 from tpkernels.layers.base import mark_shards
 from tpkernels.pipeline import split_by_layer, take_stages
+from tpkernels.pipeline.orders import stages_on
 from tpkernels.plan.api import parallelize
 from tpkernels.plan.rules import Plan
 from tpkernels.shard import full_shape, lay_out, shard_info
@@ -52,6 +53,7 @@ def load_pretrained(
     pipeline: Group | None = None,
     balance: str | Sequence[int] = "cost",
     stages_per_rank: int = 1,
+    schedule: str = "1f1b",
 ) -> PreTrainedModel:
     """Load a Hugging Face model, sharded over the ranks of a group, or this rank's stages of it. Collective.
 
@@ -66,9 +68,10 @@ def load_pretrained(
             same on all ranks, and rank 0 warns of both.
         config: in place of the one in the path, for example with another attn_implementation.
         variant: as for `from_pretrained`: reads model.<variant>.safetensors.
-        pipeline: the ranks over which the model is split by layer, too: stages rank, rank + p, ... of p ranks are
-            loaded, and `model.tpk_stages` is what `pipeline.Pipeline` takes. None: the whole model.
-        balance: as for `pipeline.split_by_layer`. stages_per_rank: more than 1 for schedule "interleaved".
+        pipeline: the ranks over which the model is split by layer, too: this rank's stages are loaded, and
+            `model.tpk_stages` is what `pipeline.Pipeline` takes. None: the whole model.
+        balance: as for `pipeline.split_by_layer`. stages_per_rank: more than 1 for schedule "interleaved", 2 for
+            "dualpipev". schedule: of the pipeline.
 
     Returns:
         the model in eval mode, on the group's device, with its generation config. Parameters and buffers are those that
@@ -109,7 +112,7 @@ def load_pretrained(
         else:
             supply, fresh = _from_folder(model, state, files, _names_other(config, model), warn=place.is_first)
         if split is not None and pipeline is not None:
-            take_stages(model, split, *range(pipeline.rank, len(split.stages), pipeline.world_size))
+            take_stages(model, split, *stages_on(schedule, pipeline.rank, pipeline.world_size, len(split.stages)))
         _materialise(model, group.device)
         held = _held(state, model)
         _fill(held, supply(held))

@@ -23,6 +23,7 @@ from tpkernels.comm.group import Group
 from tpkernels.comm.objects import global_ranks
 from tpkernels.compress import PACKABLE, wire_bytes
 from tpkernels.errors import PeerLostError
+from tpkernels.pipeline.orders import rank_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_DIMS = 8
@@ -77,15 +78,16 @@ class Messages:
     """The messages of one rank of a pipeline.
 
     Args:
-        group: the ranks of the pipeline; stage s is on rank s % world_size.
+        group: the ranks of the pipeline.
         codec: packs hidden states. grad_codec: packs their gradients. fp64 is never packed.
+        schedule: decides which rank has a stage.
 
     Attributes:
         bytes_sent: since the start.
     """
 
-    def __init__(self, group: Group, codec: str, grad_codec: str) -> None:
-        self.group, self._codecs = group, (codec, grad_codec)
+    def __init__(self, group: Group, codec: str, grad_codec: str, schedule: str = "1f1b") -> None:
+        self.group, self._codecs, self._schedule = group, (codec, grad_codec), schedule
         self._ranks = global_ranks(group)
         self._kinds: dict[tuple[int, Hashable], Kind] = {}
         self._posted: dict[tuple[int, int, bool], _Posted] = {}
@@ -95,7 +97,7 @@ class Messages:
 
     def rank_of(self, stage: int) -> int:
         """The rank of the pipeline that has a stage."""
-        return stage % self.group.world_size
+        return rank_of(self._schedule, stage, self.group.world_size)
 
     def send(self, stage: int, micro: int, hidden: Tensor, signature: Hashable) -> None:
         """Send the hidden states that enter a stage.

@@ -21,7 +21,7 @@ from tpkernels.data_parallel.flat import stepped
 from tpkernels.errors import PlanError, RankMismatchError
 from tpkernels.pipeline.batches import Batch, labels_that_count, signature_of, split_batch
 from tpkernels.pipeline.messages import Messages
-from tpkernels.pipeline.orders import BACKWARD, INPUT, SCHEDULES, WEIGHT, Action, bubble_of, order_of
+from tpkernels.pipeline.orders import BACKWARD, INPUT, SCHEDULES, WEIGHT, Action, bubble_of, order_of, stages_on
 from tpkernels.pipeline.passes import Aggregator, Passes
 from tpkernels.pipeline.stages import HeldStages
 
@@ -59,12 +59,15 @@ class Pipeline:
         optimizer.step()
 
     Args:
-        stages: of the model, as `take_stages` gives them: this rank's are rank, rank + p, ... of p ranks.
+        stages: of the model, as `take_stages` gives them: this rank's are rank, rank + p, ... of p ranks; for
+            "dualpipev" rank and 2 p - 1 - rank.
         group: the ranks of the pipeline, on the CPU. Its timeout_s bounds the wait for another stage, which has to
             compute meanwhile.
         schedule: "gpipe", "1f1b", "interleaved" for several stages a rank, or "zb1p" for one or several: gradients of
             weights are computed where a rank would wait, and sent to replicas after the step. Layers whose backward is
             one op, as those of `parallelize`, run it for each half: only stages that are not sharded gain by it.
+            "dualpipev" for two stages a rank and at least 2 p micro-batches: the first and the last stage share a rank,
+            whose copy of a tied embedding is then one parameter.
         micro_batches: of a batch; it need not divide by them. A batch of fewer rows has one for each row.
         codec: how hidden states are packed between stages. grad_codec: how their gradients are; None: as `codec`.
             fp64 is never packed.
@@ -106,7 +109,7 @@ class Pipeline:
         settings = (schedule, micro_batches, codec, grad_codec, [s.layers for s in stages.split.stages])
         self._check_ranks(settings)
         self._order(micro_batches)
-        self._messages = Messages(group, codec, grad_codec)
+        self._messages = Messages(group, codec, grad_codec, schedule)
         self._checked: set[Any] = set()
         self._broken = False
         self.timing = Timing()
@@ -184,7 +187,7 @@ class Pipeline:
         names = dict(self.model.named_parameters(remove_duplicate=False))
         found = {}
         for first, where in sorted(self.stages.split.tied.items()):
-            ranks = list(dict.fromkeys(stage % self.group.world_size for stage in sorted(where)))
+            ranks = list(dict.fromkeys(map(self._messages.rank_of, sorted(where))))
             own = next((name for stage, name in where.items() if stage in self.stages.held), None)
             if own is not None and len(ranks) > 1:
                 found[first] = (names[own], ranks)
@@ -195,7 +198,7 @@ class Pipeline:
 
     def _check_ranks(self, settings: Any) -> None:
         p, rank = self.group.world_size, self.group.rank
-        expected = tuple(range(rank, self._count, p))
+        expected = stages_on(self.schedule, rank, p, self._count)
         problem = None
         if self._count % p or self.stages.held != expected:
             problem = (
@@ -239,9 +242,9 @@ class Pipeline:
         if not sum(counts) > 0:
             raise ValueError("Pipeline: the batch has no label that counts, so its loss is undefined")
         divisor = sum(counts) if batch.get("num_items_in_batch") is None else 1.0
+        order = [action for action in self._order(len(micros)) if backward or action.forward]
         begin, self._broken = time.perf_counter(), True
         passes = Passes(self, micros, [count / divisor for count in counts], scale)
-        order = [action for action in self._order(len(micros)) if backward or action.forward]
         split = any(action.kind == WEIGHT for action in order)
         final = max((i for i, action in enumerate(order) if action.kind == BACKWARD and not split), default=-1)
         for i, action in enumerate(order):

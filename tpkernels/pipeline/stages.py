@@ -135,15 +135,15 @@ class HeldStages:
         return self._model.target
 
     def parameters_of(self, stage: int) -> dict[str, nn.Parameter]:
-        """The parameters of a stage that is held, by their names in the model."""
+        """The parameters of a stage that is held, by their first names there."""
         inside = [self.split.layers[i] for i in self.split.stages[stage].layers]
         foreign = {name for name, stages in self.split.kept.items() if stage not in stages}
         others = (set(self.split.layers) - set(inside)) | foreign
-        return {
-            name: p
-            for name, p in self.model.named_parameters()
-            if not any(name.startswith(f"{module}.") for module in others)
-        }
+        found: dict[nn.Parameter, str] = {}  # one that two stages here share has another name in each
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if not any(name.startswith(f"{module}.") for module in others):
+                found.setdefault(p, name)
+        return {name: p for p, name in found.items()}
 
     def copies(self) -> dict[str, str]:
         """Parameters here that an earlier stage, held by another process, has too: {name here: first name}."""

@@ -61,7 +61,10 @@ class Settings:
     )
     pp: int = _setting(1, "Pipeline stages that the layers are divided over.", PARALLEL, least=1, changeable=True)
     micro_batches: int = _setting(4, "Parts of a replica's batch, one behind another in --pp.", PARALLEL, least=1)
-    schedule: str = _setting("1f1b", "Their order: 1f1b, gpipe, zb1p.", PARALLEL, choices=("1f1b", "gpipe", "zb1p"))
+    schedule: str = _setting(
+        "1f1b", "Their order: 1f1b, gpipe, zb1p, dualpipev (two stages a rank).", PARALLEL,
+        choices=("1f1b", "gpipe", "zb1p", "dualpipev"),
+    )  # fmt: skip
     stage_codec: str = _setting(
         "none", "How activations and their gradients are packed between stages.", PARALLEL, choices=tuple(CODECS)
     )
@@ -121,6 +124,11 @@ class Settings:
         return self.tp * self.dp * self.pp
 
     @property
+    def num_stages(self) -> int:
+        """Pipeline stages of the model, one or two on each of --pp ranks."""
+        return self.pp * (2 if self.schedule == "dualpipev" and self.pp > 1 else 1)
+
+    @property
     def tokens(self) -> int:
         """Bytes that one step learns from."""
         return self.batch * self.context
@@ -147,9 +155,16 @@ def check(settings: Settings) -> None:
             f"{s.heads} heads cannot be cut over {s.tp} ranks, because each rank needs a whole head: "
             f"take --tp {s.heads} or fewer ranks, or --heads {s.tp} or more."
         )
-    if s.layers < s.pp:
+    if s.layers < s.num_stages:
+        most = s.layers * s.pp // s.num_stages
         raise UserError(
-            f"{s.layers} layers cannot be divided over {s.pp} stages: take --pp {s.layers} or less, or more --layers."
+            f"{s.layers} layers cannot be divided over {s.num_stages} stages: take --pp {most} or less, or more "
+            f"--layers."
+        )
+    if s.num_stages > s.pp > 1 and min(s.micro_batches, s.batch // s.dp) < s.num_stages:
+        raise UserError(
+            f"--schedule {s.schedule} over {s.pp} ranks needs {s.num_stages} micro-batches of a row or more, got "
+            f"--micro-batches {s.micro_batches} of {s.batch // s.dp} rows."
         )
     _check_replicas(s)
     alone = Settings()

@@ -24,7 +24,7 @@ def stages_of(settings: Settings) -> Split:
         model = GPT(config_of(settings), whole_parts())
     rows = max(1, settings.batch // settings.dp // settings.micro_batches)
     ids = torch.zeros(rows, settings.context, dtype=torch.int64)
-    return split_by_layer(model, settings.pp, inputs=((ids,), {}))
+    return split_by_layer(model, settings.num_stages, inputs=((ids,), {}))
 
 
 def stage_loss(settings: Settings, model: GPT, ids: Tensor, target: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tpkernels.comm.objects import gather, raise_together
 from tpkernels.data_parallel import GradAggregator
 from tpkernels.errors import RankMismatchError, UserError
 from tpkernels.pipeline import Pipeline, take_stages
+from tpkernels.pipeline.orders import stages_on
 from tpkernels.train import settings as settings_file
 from tpkernels.train.clock import Clock
 from tpkernels.train.data import Corpus, check_size, open_corpus, train_batch, validation_batches
@@ -77,7 +78,10 @@ class Trainer:
         """
         torch.manual_seed(settings.seed)
         model = GPT(config_of(settings), parts)
-        stages = None if pp is None else take_stages(model, stages_of(settings), pp.rank)
+        stages = None
+        if pp is not None:
+            held = stages_on(settings.schedule, pp.rank, pp.world_size, settings.num_stages)
+            stages = take_stages(model, stages_of(settings), *held)
         replicas = None if dp is None else Replicas(model, dp, settings)
         aggregator = None if replicas is None else replicas.aggregator
         pipe = None
