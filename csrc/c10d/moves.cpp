@@ -37,7 +37,10 @@ void Backend::gather_into(const at::Tensor& input, const Tensors& outputs) {
     for (int r = 0; r <= size_; ++r) cut.starts.push_back(static_cast<size_t>(r) * in.numel());
   }
   const CallSpec spec = spec_of(Op::AllGather, input, wire, cut.total(), static_cast<int64_t>(in.numel()), -1);
-  comm_.all_gather(spec, wire, in.data(), out.data(), cut);
+  const size_t item = input.element_size();
+  const bool is_in_place = in.data() == out.data() + cut.start(rank_) * item;
+  const Apart apart(in.data(), in.numel() * item, out.data(), cut.total() * item, is_in_place);
+  comm_.all_gather(spec, wire, apart.data(), out.data(), cut);
   out.write_back();
 }
 
@@ -104,12 +107,18 @@ Backend::Works Backend::allgather_coalesced(std::vector<Tensors>& outputs, Tenso
   });
 }
 
+void Backend::exchange(const CallSpec& spec, const Wire& wire, const char* in, char* out, const Cut& send,
+                       const Cut& receive) {
+  const Apart apart(in, send.total() * wire.value_bytes, out, receive.total() * wire.value_bytes);
+  comm_.all_to_all(spec, wire, apart.data(), out, send, receive);
+}
+
 // inputs and outputs: one for each rank, or none where nothing is sent or received.
 void Backend::exchange_all(Op op, const Tensors& inputs, const Tensors& outputs, int64_t root) {
   const Parts in(inputs, true), out(outputs, false);
   const at::Tensor& like = inputs.empty() ? outputs[0] : inputs[0];
   const Wire& wire = *comm_.wire(raw_of(like.element_size()), Codec::None, ReduceOp::None);
-  comm_.all_to_all(spec_of(op, like, wire, 0, 0, root), wire, in.data(), out.data(), in.cut, out.cut);
+  exchange(spec_of(op, like, wire, 0, 0, root), wire, in.data(), out.data(), in.cut, out.cut);
   out.write_back();
 }
 
@@ -181,8 +190,7 @@ Backend::Works Backend::alltoall_base(at::Tensor& output, at::Tensor& input, std
              [this, input, output, send = std::move(send), receive = std::move(receive)] {
                const Values in(input, true), out(output, false);
                const Wire& wire = *comm_.wire(raw_of(input.element_size()), Codec::None, ReduceOp::None);
-               comm_.all_to_all(spec_of(Op::AllToAll, input, wire, 0, 0, -1), wire, in.data(), out.data(), send,
-                                receive);
+               exchange(spec_of(Op::AllToAll, input, wire, 0, 0, -1), wire, in.data(), out.data(), send, receive);
                out.write_back();
              });
 }

@@ -134,8 +134,11 @@ void Backend::scatter_sum(const Reduction& reduction, const Tensors& inputs, con
     cut.starts.clear();
     for (int r = 0; r <= size_; ++r) cut.starts.push_back(static_cast<size_t>(r) * part);
   }
+  const size_t item = reduction.wire->value_bytes;
+  const bool is_in_place = out.data() == in.data() + cut.start(rank_) * item;
+  const Apart apart(in.data(), cut.total() * item, out.data(), cut.size(rank_) * item, is_in_place);
   comm_.reduce_scatter(spec_of(Op::ReduceScatter, output, *reduction.wire, cut.total(), 0, -1), *reduction.wire,
-                       in.data(), out.data(), cut);
+                       apart.data(), out.data(), cut);
   out.write_back();
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -123,6 +124,23 @@ class Parts {
   const Tensors tensors_;
   at::Tensor memory_;
   char* data_ = nullptr;
+};
+
+// Bytes that are read while others are written: themselves, or a copy of them where the two share memory.
+// is_in_place: they share it in the one way that is right without a copy.
+class Apart {
+ public:
+  Apart(const char* read, size_t bytes, const char* written, size_t written_bytes, bool is_in_place = false)
+      : data_(read) {
+    if (is_in_place || read + bytes <= written || written + written_bytes <= read) return;
+    copy_ = at::empty({static_cast<int64_t>(bytes)}, at::kByte);
+    data_ = static_cast<const char*>(std::memcpy(copy_.data_ptr(), read, bytes));
+  }
+  const char* data() const { return data_; }
+
+ private:
+  const char* data_;
+  at::Tensor copy_;
 };
 
 inline void check_tensor(const std::string& what, const at::Tensor& tensor) {

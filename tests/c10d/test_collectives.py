@@ -233,6 +233,48 @@ def check_any_strides(transport: str) -> None:
     assert torch.equal(frozen, torch.full((2, 3), float(R * R * (R - 1) / 2)))
 
 
+@on_ranks(2, 3, transports=BOTH_TRANSPORTS)
+def check_outputs_that_share_memory_with_inputs(transport: str) -> None:
+    """In place, by half a part, by another rank's part: what the call on copies gives."""
+    group = new_group(transport)
+    rank, R = dist.get_rank(), dist.get_world_size()
+    for n in (4, 300_000):  # in one piece and in several
+        for shift in (0, n // 2, n, rank * n, R * n - n // 2):
+            every = [values(2 * R * n, torch.int32, r) for r in range(R)]
+            parts = [x[:n].clone() for x in every]  # of gathers
+            sums = [sum(x[r * n : (r + 1) * n] for x in every) for r in range(R)]
+            sent = [x[rank * n : (rank + 1) * n].clone() for x in every]  # to this rank
+
+            def fresh(every: list[Tensor] = every) -> Tensor:
+                return every[rank].clone()
+
+            x = fresh()
+            moved = x[shift : shift + n].copy_(parts[rank])
+            dist.all_gather_into_tensor(x[: R * n], moved, group)
+            assert torch.equal(x[: R * n], torch.cat(parts)), f"all_gather_into_tensor {n} {shift}"
+            x = fresh()
+            moved = x[shift : shift + n].copy_(parts[rank])
+            dist.all_gather(list(x[: R * n].split(n)), moved, group)
+            assert torch.equal(x[: R * n], torch.cat(parts)), f"all_gather {n} {shift}"
+            for call in ("reduce_scatter", "reduce_scatter_tensor"):
+                x = fresh()
+                whole, out = x[: R * n], x[shift : shift + n]
+                getattr(dist, call)(out, whole if call.endswith("tensor") else list(whole.split(n)), group=group)
+                assert torch.equal(out, sums[rank]), f"{call} {n} {shift}"
+            x = fresh()
+            out = x[shift : shift + R * n]
+            dist.all_to_all_single(out, x[: R * n], group=group)
+            assert torch.equal(out, torch.cat(sent)), f"all_to_all_single {n} {shift}"
+            x = fresh()
+            out = x[shift : shift + R * n]
+            dist.all_to_all(list(out.split(n)), list(x[: R * n].split(n)), group)
+            assert torch.equal(out, torch.cat(sent)), f"all_to_all {n} {shift}"
+            x = fresh()
+            out = x[shift : shift + n]
+            dist.scatter(out, list(x[: R * n].split(n)) if rank == 1 else None, 1, group)
+            assert torch.equal(out, every[1][rank * n : (rank + 1) * n]), f"scatter {n} {shift}"
+
+
 @on_ranks(1, 2, 3, transports=BOTH_TRANSPORTS)
 def check_sparse_sums(transport: str) -> None:
     group = new_group(transport)
