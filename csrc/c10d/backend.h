@@ -87,8 +87,7 @@ class Backend final : public c10d::Backend {
   void sum_in_place(const Reduction& reduction, const at::Tensor& tensor, Op op);
   void gather_into(const at::Tensor& input, const Tensors& outputs);
   void scatter_sum(const Reduction& reduction, const Tensors& inputs, const at::Tensor& output);
-  void exchange(const CallSpec& spec, const Wire& wire, const char* in, char* out, const Cut& send,
-                const Cut& receive);
+  void exchange(const CallSpec& spec, const Wire& wire, const char* in, char* out, const Cut& send, const Cut& receive);
   void exchange_all(Op op, const Tensors& inputs, const Tensors& outputs, int64_t root);
   Works exchange_with_root(Op op, c10d::OpType type, const at::Tensor& one, const char* list_name,
                            const std::vector<Tensors>& list, int64_t root, bool async_op);
