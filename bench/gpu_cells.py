@@ -185,6 +185,84 @@ def fused_cell(op: str, M: int, NK: int, R: int = 2) -> Iterator[GpuCell]:
     ranks.close()
 
 
+@dataclass(frozen=True)
+class BackwardOfRank:
+    """What a rank gives to the backward of a sharded GEMM, and what it gets.
+
+    Attributes:
+        dy, x, w: its operands.
+        more: the arguments of the op behind the number of ranks.
+        dx, dw: in fp32.
+    """
+
+    dy: Tensor
+    x: Tensor
+    w: Tensor
+    more: tuple[Any, ...]
+    dx: Tensor
+    dw: Tensor
+
+
+def backward_of_ranks(op: str, R: int, x: Tensor, w: Tensor, dy: Tensor) -> list[BackwardOfRank]:
+    """The backward of y = x @ w.T over R ranks, whose sizes are all multiples of R."""
+    M, full = len(x), (dy.float() @ w.float(), dy.float().t() @ x.float())
+    if op == "gemm_reduce_scatter":  # w is cut along K, dy along the tokens
+        of_ranks = zip(dy.chunk(R), x.chunk(R, 1), w.chunk(R, 1), full[0].chunk(R, 1), full[1].chunk(R, 1), strict=True)
+    else:
+        of_tokens = [(x, full[0])] * R
+        if op == "all_gather_gemm":
+            of_tokens = list(zip(x.chunk(R), full[0].chunk(R), strict=True))
+        of_ranks = zip(dy.chunk(R, 1), [t[0] for t in of_tokens], w.chunk(R), [t[1] for t in of_tokens],
+                       full[1].chunk(R), strict=True)  # fmt: skip
+    more: Callable[[int], tuple[Any, ...]] = {
+        "replicated_gemm": lambda r: ("none",),
+        "gemm_reduce_scatter": lambda r: (0, M, "none"),
+        "all_gather_gemm": lambda r: (r, 0, M, "none", "none"),
+    }[op]
+    return [BackwardOfRank(dy.contiguous(), x.contiguous(), w.contiguous(), more(r), dx, dw)
+            for r, (dy, x, w, dx, dw) in enumerate(of_ranks)]  # fmt: skip
+
+
+def run_backward(op: str, of: BackwardOfRank, group: Group) -> tuple[Tensor, Tensor]:
+    """dx and dw of a rank."""
+    backward = getattr(torch.ops.tpkernels, f"{op}_backward")
+    name, R = group._communicator.name, group.world_size
+    dx, dw, _ = backward(of.dy, of.x, of.w, True, True, False, name, R, *of.more)
+    return dx, dw
+
+
+@contextmanager
+def backward_cell(op: str, M: int, NK: int, R: int) -> Iterator[GpuCell]:
+    """The backward of a sharded GEMM over virtual ranks, dx and dw: dx and its collective in one kernel (Hopper)
+    against products with a collective beside them."""
+    bf16, y_bytes = torch.bfloat16, 2 * M * NK
+    ranks = VirtualRanks(R, arena_bytes=4 * y_bytes + 4 * MIB, pool_bytes=6 * y_bytes)
+    x, dy = randn(0, M, NK, dtype=bf16), randn(1, M, NK, dtype=bf16)
+    w = randn(2, NK, NK, dtype=bf16) / math.sqrt(NK)
+    of_ranks = backward_of_ranks(op, R, x, w, dy)
+    right = [(near(of.dx, 2.0**-7), near(of.dw, 2.0**-7)) for of in of_ranks]
+    for of in of_ranks:  # cuBLAS loads a kernel when it first needs it, which must not be while a rank waits
+        dy_whole, x_whole = (dy if op == "gemm_reduce_scatter" else of.dy), (x if op == "all_gather_gemm" else of.x)
+        torch.mm(dy_whole, of.w), torch.mm(dy_whole.t(), x_whole)
+    torch.cuda.synchronize()
+
+    def way(name: str, path: str, parts: int) -> Candidate:
+        def call() -> list[Any]:
+            ranks.force(path=path, parts=parts)
+            return ranks.each(lambda r: run_backward(op, of_ranks[r], ranks.groups[r]))
+
+        def error(got: list[Any]) -> float:
+            return max(max(dx_right(dx), dw_right(dw))
+                       for (dx_right, dw_right), (dx, dw) in zip(right, got, strict=True))  # fmt: skip
+
+        return Candidate(name, call, error, label={"path": name, "transport": "virtual"})
+
+    sizes = {"M": M, "N": NK, "K": NK, "bytes": y_bytes}
+    candidates = [way("unfused", "", 1), way("fused", "fused", 0)]
+    yield GpuCell("backward", f"{op}_backward", "bf16", candidates, "unfused", R, sizes, flops=4 * M * NK * NK)
+    ranks.close()
+
+
 @contextmanager
 def norm_cell(R: int, M: int, N: int) -> Iterator[GpuCell]:
     """The fused add and norm against all_reduce, add and torch's norm, both as CUDA graphs."""
@@ -263,6 +341,10 @@ def cells() -> list[Cell]:
         for R in (1, 2):
             name = f"{op} R={R} 8192x4096x4096 in one kernel"
             found.append(Cell("fused", name, lambda o=op, r=R: fused_cell(o, 8192, 4096, r)))
+    for op in ("replicated_gemm", "gemm_reduce_scatter", "all_gather_gemm"):
+        for R in (2, 4, 8):
+            name = f"{op}_backward R={R} 4096x4096x4096 in one kernel"
+            found.append(Cell("backward", name, lambda o=op, r=R: backward_cell(o, 4096, 4096, r)))
     for R in (1, 2, 4):
         for M in (1, 16, 64):
             found.append(

@@ -109,7 +109,7 @@ STEPS = (
          environment={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}),
     Step("nccl", PYTEST, 45.0, ("tests/gpu/test_nccl.py",)),
     Step("graphs", PYTEST, 45.0, ("tests/gpu/test_graphs.py",)),
-    Step("bench", (sys.executable, "-m", "bench.gpu", "--out", "{out}/gpu.jsonl"), 175.0, files=("bench/gpu.py",),
+    Step("bench", (sys.executable, "-m", "bench.gpu", "--out", "{out}/gpu.jsonl"), 200.0, files=("bench/gpu.py",),
          dry=(sys.executable, "-m", "bench.gpu", "--list")),
     sanitizer("memcheck", LOCAL),
     sanitizer("racecheck", LOCAL),

@@ -21,6 +21,9 @@ import gpu_check  # noqa: E402
 from gpu_steps import PYTEST, STEPS, TOTAL_S, Step  # noqa: E402
 
 from bench import gpu  # noqa: E402
+from bench.gpu_cells import backward_of_ranks, run_backward  # noqa: E402
+from tests.harness.ops import Drawn, run_at  # noqa: E402
+from tpkernels.comm.group import Group  # noqa: E402
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
@@ -49,6 +52,27 @@ def log_of(out: Path, step: str) -> str:
 
 GOOD = Step("good", python("print('all is well')"), 60.0)
 BAD = Step("bad", python("print('a reason'); raise SystemExit(3)"), 60.0)
+
+
+def test_the_bench_has_time_for_all_of_its_families() -> None:
+    (step,) = (step for step in STEPS if step.name == "bench")
+    found = gpu.families(gpu.cells())
+    assert "backward" in found
+    assert len(found) * gpu.FAMILY_S <= step.limit_s < TOTAL_S
+
+
+def check_backward_cell(group: Group, op: str) -> None:
+    drawn = Drawn(group)
+    x, w, dy = ((drawn.randint(3, *shape) - 1).bfloat16() for shape in ((12, 24), (48, 24), (12, 48)))  # exact sums
+    group._communicator.force(path="fused", blocks=1, grid=4)
+    of = backward_of_ranks(op, group.world_size, x, w, dy)[group.rank]
+    dx, dw = run_backward(op, of, group)
+    assert torch.equal(dx.float(), of.dx) and torch.equal(dw.float(), of.dw)
+
+
+@pytest.mark.parametrize("op", ["replicated_gemm", "gemm_reduce_scatter", "all_gather_gemm"])
+def test_cells_of_backwards_have_the_gradients_of_the_unsharded_program(op: str) -> None:
+    run_at("emu", check_backward_cell, 2, op)
 
 
 @pytest.mark.nightly
