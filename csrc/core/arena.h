@@ -48,9 +48,7 @@ struct Control {
 // The version of the protocol between ranks: layout of the arena, order of signals, fingerprints and openings of calls.
 // It grows with every change of these; Group.open compares it.
 constexpr int kArenaLayout = 3;
-// Messages up to this size are summed by every rank (one wait instead of two).
-constexpr size_t kOneShotBytes = 1024;
-// Larger ones are sent in pieces of this size, which stay in the second-level cache.
+// Messages that each rank sums a part of are sent in pieces of this size, which stay in the second-level cache.
 constexpr size_t kPieceBytes = size_t{512} << 10;
 
 constexpr int kStageBits = 24;

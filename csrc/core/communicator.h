@@ -76,6 +76,10 @@ struct OpStats {
   uint64_t heap_inputs = 0;  // calls whose input lay in the arena's heap and was not copied
 };
 
+// Over shared memory, the largest message that every rank sums (one wait) instead of a part of it (two waits), where
+// nothing was measured; and the most that may be.
+constexpr size_t kOneShotBytes = 1024, kMostOneShotBytes = size_t{32} << 10;
+
 class Communicator {
  public:
   Communicator(std::string name, std::string label, int rank, int world_size, double timeout_s);
@@ -132,6 +136,10 @@ class Communicator {
   int forced_chunks = 0;
   // Measured when the group was opened, the same on all ranks; 0: not measured. A hop is a small message to all others.
   double link_bytes_per_s = 0, link_hop_s = 0;
+  // Of the machine's profile, the same on all ranks. The bits are the same either way.
+  size_t one_shot_bytes = kOneShotBytes;
+  bool is_one_shot_measured = false;
+  bool is_one_shot(const Wire& wire, size_t n) const { return wire.bytes(n) <= one_shot_bytes; }
 
   // The heap of every rank as one stretch, in rank order, which the heap's own blocks no longer use: all ranks call it
   // before any has allocated. Empty where the transport has none.

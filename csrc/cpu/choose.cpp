@@ -145,12 +145,14 @@ namespace {
 
 bool is_transport(const Communicator& comm, const char* name) { return std::string(comm.transport()) == name; }
 
-Explained explain_all_reduce(const Wire& wire, size_t numel) {
-  const size_t bytes = wire.bytes(numel);
-  if (ShmCommunicator::is_one_shot(wire, numel)) {
-    return {"one_shot", concat(bytes, " bytes: every rank reads all inputs, up to ", kOneShotBytes, " bytes")};
+Explained explain_all_reduce(const Communicator& comm, const Wire& wire, size_t numel) {
+  const size_t bytes = wire.bytes(numel), limit = comm.one_shot_bytes;
+  const char* const why = comm.is_one_shot_measured ? ", as measured" : "";
+  if (comm.is_one_shot(wire, numel)) {
+    return {"one_shot", concat(bytes, " bytes: every rank reads all inputs, up to ", limit, " bytes", why)};
   }
-  return {"two_shot", concat(bytes, " bytes: each rank sums a part, in pieces of ", kPieceBytes, " bytes")};
+  return {"two_shot", concat(bytes, " bytes: each rank sums a part, beyond ", limit, " bytes", why, ", in pieces of ",
+                             kPieceBytes, " bytes")};
 }
 
 Explained explain_collective(const Communicator& comm, const std::string& op, const Wire& wire, size_t numel) {
@@ -166,7 +168,7 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
     }
     return {"hierarchical", concat(what, gathers ? "" : ", as a host's sum")};
   }
-  if (sums_all) return explain_all_reduce(wire, numel);
+  if (sums_all) return explain_all_reduce(comm, wire, numel);
   return {"direct", concat("each rank reads what it needs, in pieces of ", kPieceBytes, " bytes")};
 }
 

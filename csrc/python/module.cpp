@@ -26,6 +26,16 @@ std::shared_ptr<Communicator> open_shm(const std::string& name, const std::strin
       std::make_shared<ShmCommunicator>(name, label, rank, world_size, timeout_s, fd, arena_bytes, pids, cores));
 }
 
+// Nanoseconds of so many all_reduces of a message of floats.
+uint64_t time_all_reduce(Communicator& comm, size_t bytes, int calls) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  std::vector<float> data(bytes / sizeof(float));
+  const CallSpec spec{Op::AllReduceInplace, DType::F32, ReduceOp::Sum, Codec::None, data.size(), 0, 0};
+  const uint64_t started = now_nanoseconds();
+  for (int i = 0; i < calls; ++i) comm.all_reduce(spec, wire, data.data(), data.data(), data.size());
+  return now_nanoseconds() - started;
+}
+
 std::shared_ptr<Communicator> open_group(const std::string& name, const std::string& label, int rank, int world_size,
                                          double timeout_s, py::object exchange) {
   return registered(std::make_shared<GroupCommunicator>(
@@ -98,7 +108,18 @@ PYBIND11_MODULE(_C, m) {
             comm.link_bytes_per_s = rate;
             comm.link_hop_s = hop;
           },
-          py::arg("bytes_per_s"), py::arg("hop_s") = 0.0);
+          py::arg("bytes_per_s"), py::arg("hop_s") = 0.0)
+      .def(
+          "set_one_shot",
+          [](Communicator& comm, size_t bytes, bool is_measured) {
+            TPK_CHECK(bytes <= kMostOneShotBytes, "set_one_shot: expected ", kMostOneShotBytes, " bytes at most, got ",
+                      bytes);
+            comm.one_shot_bytes = bytes;
+            comm.is_one_shot_measured = is_measured;
+          },
+          py::arg("bytes"), py::arg("is_measured") = false)
+      .def("time_all_reduce", &time_all_reduce, py::arg("bytes"), py::arg("calls"),
+           py::call_guard<py::gil_scoped_release>());
 
   add_choices(m);
   m.def("open_shm", &open_shm, py::arg("name"), py::arg("label"), py::arg("rank"), py::arg("world_size"),

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 import tpkernels as tpk
 from tpkernels._native import _C
-from tpkernels.comm import host, profile
+from tpkernels.comm import host, one_shot, profile
 from tpkernels.comm.group import Group
+from tpkernels.comm.one_shot import Team
 from tpkernels.comm.profile import Product, Profile
 from tpkernels.testing import run_ranks
 
@@ -51,8 +52,9 @@ def _open_first(folder: str, mode: str) -> tuple[str, tuple[str, str], list[str]
         return text, chosen(group, Product("float32", 9, 70, 60)), sorted(os.listdir(folder))
 
 
-def _open_first_settings(folder: str, mode: str = "auto") -> None:
-    """Two points to measure, on a machine with enough cores."""
+def _open_first_settings(folder: str, mode: str = "auto", nbytes: list[int | None] | None = None) -> None:
+    """Two points to measure, on a machine with enough cores; bytes of one shot are not measured but these, or 1,024."""
+    profile.measure_one_shot = lambda communicator: 1024 if nbytes is None else nbytes.pop()
     os.environ["XDG_CACHE_HOME"], os.environ["TPKERNELS_PROFILE"] = folder, mode
     products = [Product("float32", 8, 64, 64), Product("bfloat16", 2, 64, 64)]
     profile.points = lambda: iter(products)
@@ -150,6 +152,7 @@ def test_the_nearest_point_is_that_of_the_least_ratios(folder: Path) -> None:
                 '"float32", 5.5, 6, 7, {"aten": 1}',
             )
         ),
+        *(f'{{"points": [], "shapes": [], "one_shot": [{row}]}}' for row in ("[2, 2]", "[2, 2, 32769]", "[2, 2.0, 9]")),
     ],
 )
 def test_a_damaged_file_counts_as_none_and_is_refused_where_it_is_named(
@@ -166,6 +169,8 @@ def test_a_damaged_file_counts_as_none_and_is_refused_where_it_is_named(
 
 def test_a_profile_is_read_as_it_was_written() -> None:
     assert Profile.parse(TWO.text()) == TWO and Profile.parse(Profile().text()) == Profile()
+    one = Profile(one_shot={Team(2, 2): 512, Team(4, 2): 8192})
+    assert Profile.parse(one.text()) == one
 
 
 def test_points_lie_in_all_sizes_and_have_several_engines() -> None:
@@ -250,6 +255,87 @@ def test_a_rank_that_cannot_read_its_profile_is_not_waited_for(tmp_path: Path) -
     first, second = run_ranks(_open_with_a_bad_file_on_rank_1, 2, str(tmp_path / "none.json"), timeout=50.0, fresh=True)
     assert first.startswith("PeerLostError: ") and "rank 1" in first
     assert second.startswith("ValueError: TPKERNELS_PROFILE: expected auto, off, or the path of a profile, got ")
+
+
+def _shots(folder: str, texts: list[str], nbytes: list[int | None] | None = None) -> tuple[list[str], str]:
+    """The paths of sums of 512, 4,096 and 8,192 bytes, which the counters show, and what the profile has afterwards."""
+    _open_first_settings(folder, nbytes=nbytes)
+    if texts:
+        path = Path(folder) / f"{dist.get_rank()}.json"
+        path.write_text(texts[dist.get_rank() % len(texts)])
+        os.environ["TPKERNELS_PROFILE"] = str(path)
+    dist.barrier()
+    paths = []
+    with Group.open(dist.group.WORLD, transport="shm") as group:
+        for numel in (128, 1024, 2048):
+            explained = group.explain("all_reduce_", numel=numel)
+            tpk.ops.all_reduce_(torch.ones(numel), group=group)
+            sent = group.stats()["by_op"]["all_reduce_"]["wire_bytes"]
+            group.reset_stats()
+            assert explained.path == ("one_shot" if sent == (group.world_size - 1) * numel * 4 else "two_shot")
+            paths.append(f"{explained.path}{', as measured' * (', as measured' in explained.reason)}")
+        text = profile.profile_file("shm").read_text() if not texts else ""
+    return paths, text
+
+
+@pytest.mark.parametrize(
+    ("team", "nbytes", "expected"),
+    [
+        (Team(3, 3), 4096, ["one_shot, as measured", "one_shot, as measured", "two_shot, as measured"]),
+        (Team(3, 3), 0, ["two_shot, as measured"] * 3),
+        (Team(2, 2), 4096, ["one_shot", "two_shot", "two_shot"]),  # of other ranks: the rule
+    ],
+)
+def test_the_profile_says_what_every_rank_sums(tmp_path: Path, team: Team, nbytes: int, expected: list[str]) -> None:
+    text = Profile(TWO.points, one_shot={team: nbytes}).text()
+    for paths, _ in run_ranks(_shots, 3, str(tmp_path), [text], fresh=True):
+        assert paths == expected
+
+
+def test_ranks_with_different_profiles_sum_by_the_rule(tmp_path: Path) -> None:
+    texts = [Profile(TWO.points, one_shot={Team(3, 3): nbytes}).text() for nbytes in (0, 8192, 8192)]
+    for paths, _ in run_ranks(_shots, 3, str(tmp_path), texts, fresh=True):
+        assert paths == ["one_shot", "two_shot", "two_shot"]
+
+
+def _measured_shots(folder: str, nbytes: int | None) -> tuple[list[str], str]:
+    """The same where measuring gives this number, in two groups, the second of which only reads."""
+    first = _shots(folder, [], [nbytes])
+    assert _shots(folder, [], [None] * (nbytes is None)) == first
+    return first
+
+
+@pytest.mark.parametrize("nbytes", [4096, None])
+def test_what_a_group_measures_is_kept_for_its_number_of_ranks(tmp_path: Path, nbytes: int | None) -> None:
+    results = run_ranks(_measured_shots, 3, str(tmp_path), nbytes, fresh=True)
+    assert results[0] == results[1] == results[2]
+    paths, text = results[0]
+    kept = Profile.parse(text)
+    assert kept.one_shot == ({} if nbytes is None else {Team(3, 3): nbytes}) and len(kept.points) == 2
+    assert paths[1] == ("two_shot" if nbytes is None else "one_shot, as measured")
+
+
+def _measured_one_shot() -> tuple[list[int | None], bool]:
+    with Group.open(dist.group.WORLD, transport="shm") as group:
+        found = [one_shot.measure_one_shot(group._communicator)]
+        one_shot._SECONDS = 0.0
+        found.append(one_shot.measure_one_shot(group._communicator))
+        return found, "as measured" in group.explain("all_reduce", numel=1).reason
+
+
+def test_ranks_measure_alike_and_nothing_where_times_do_not_repeat() -> None:
+    results = run_ranks(_measured_one_shot, 2, fresh=True)
+    assert results[0] == results[1]
+    (found, late), as_measured = results[0]
+    assert found in (None, 0, *one_shot._SIZES) and late is None and not as_measured
+
+
+def test_ranks_that_share_cores_are_a_team_of_their_own() -> None:
+    with Group.open() as group:
+        assert Team.of(group._communicator, 8) == Team(1, 1)
+        group._communicator.set_one_shot(one_shot._SIZES[-1])
+        with pytest.raises(ValueError, match="set_one_shot: expected 32768 bytes at most, got 32769"):
+            group._communicator.set_one_shot(one_shot._SIZES[-1] + 1)
 
 
 def _open_where_nothing_can_be_written(folder: str, transport: str) -> tuple[str, bool]:

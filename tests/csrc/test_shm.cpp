@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <functional>
 #include <string>
 
@@ -244,6 +245,29 @@ CASE(what_is_sent_is_counted) {
 CASE(collectives_are_exact_for_every_codec_and_number_of_ranks) {
   for (int world_size : {1, 2, 3, 4, 7}) {
     for (Codec codec : {Codec::None, Codec::Fp16, Codec::Bf16}) collectives_are_exact(world_size, codec);
+  }
+}
+
+CASE(what_every_rank_sums_has_the_bits_of_what_is_summed_in_parts) {
+  for (int c = 0; c < static_cast<int>(Codec::Count); ++c) {
+    const Wire& wire = wire_of(DType::F32, static_cast<Codec>(c), ReduceOp::Sum);
+    with_ranks(3, [&](Communicator& comm) {
+      for (size_t n : {1, 300, 1029, 4000}) {
+        std::vector<float> mine(n), sums[2] = {std::vector<float>(n), std::vector<float>(n)};
+        for (size_t i = 0; i < n; ++i)
+          mine[i] =
+              std::sin(static_cast<float>(i + 1) * static_cast<float>(comm.rank() + 1)) * static_cast<float>(1 + i % 9);
+        uint64_t sent[2];
+        for (const bool once : {false, true}) {
+          comm.one_shot_bytes = once ? kMostOneShotBytes : 0;
+          const uint64_t before = comm.stats()[static_cast<size_t>(Op::AllReduce)].wire_bytes;
+          comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, mine.data(), sums[once].data(), n);
+          sent[once] = comm.stats()[static_cast<size_t>(Op::AllReduce)].wire_bytes - before;
+        }
+        EXPECT(sums[0] == sums[1], name_of(wire.codec), ", ", n, " values");
+        EXPECT(sent[1] == 2 * wire.bytes(n) && (sent[0] != sent[1] || n == 1 || wire.block_values > 1), n);
+      }
+    });
   }
 }
 

@@ -41,7 +41,8 @@ def tune(
 ) -> None:
     """Measure which engine multiplies fastest on this machine, and keep it for all later runs.
 
-    Without --model the points of the machine's profile are measured anew; with it, each shape of that model, too.
+    Without --model the points of the machine's profile are measured anew, and up to which size each of so many ranks
+    sums a whole message itself; with it, each shape of that model, too.
     """
     with plain_errors():
         tokens, dtypes = _numbers(rows), _dtypes(dtype)
@@ -105,9 +106,10 @@ def _measure(shapes: list[Product], tp: int, timeout_s: float) -> None:
         points = list(profile.points())
         with typer.progressbar(length=len(points) + len(shapes), label="products", hidden=ranks.rank > 0) as bar:
             found = [ranks.measure_engines(products, lambda: bar.update(1)) for products in (points, shapes)]
+        one_shot = ranks.measure_one_shot()
         if ranks.rank == 0:
             kept = profile.read(ranks.transport) or Profile()
-            profile.write(Profile(found[0], kept.shapes | found[1]), ranks.transport)
+            profile.write(Profile(found[0], kept.shapes | found[1], kept.one_shot | one_shot), ranks.transport)
             typer.echo(_report(shapes or points, found[0] | found[1], ranks.transport))
 
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpkernels.comm.devices import device_of
 from tpkernels.comm.explain import Explanation, explain
+from tpkernels.comm.one_shot import Team, measure_one_shot
 from tpkernels.comm.open import TIMEOUT_S, TRANSPORTS, open_communicator
 from tpkernels.comm.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
 from tpkernels.comm.profile import Product, measure
@@ -241,6 +242,16 @@ class Group:
             microseconds by engine, of the slowest rank; the same on all ranks.
         """
         return measure(self._communicator, products, progress=progress)
+
+    def measure_one_shot(self) -> dict[Team, int]:
+        """Find up to how many bytes every rank sums a whole message itself (one_shot.py); all ranks call this.
+
+        Returns:
+            one entry, that of this group, for Profile.one_shot; none where the ranks do not share memory, or times did
+            not repeat. The group itself goes on with the size of the rule.
+        """
+        nbytes = measure_one_shot(self._communicator) if self.transport == "shm" else None
+        return {} if nbytes is None else {Team.of(self._communicator, len(os.sched_getaffinity(0))): nbytes}
 
     def stats(self) -> dict[str, Any]:
         """Counters since the group was opened, or since reset_stats.

@@ -2,9 +2,11 @@
 
 Which engine multiplies decides the last bits of a product, so a run never times anything by itself: a group reads the
 profile when it opens, and the same file gives the same bits. A profile has points (measured once on a machine, for
-sizes between which any other lies) and shapes (those of a model, each measured for itself). It is measured
+sizes between which any other lies), shapes (those of a model, each measured for itself) and, for ranks that share
+memory, the largest message that each of them sums by itself (one_shot.py), which changes no bits. It is measured
 
-- when a group of several ranks opens on a machine that has none, in about three seconds;
+- when a group of several ranks opens on a machine that has none, in about three seconds, messages for each new number
+  of ranks in 0.4 at most;
 - by `tpkernels tune`, also for the shapes of a model;
 - for one shape by `group.explain(op, M=..., N=..., K=..., tune=True)`.
 
@@ -21,11 +23,9 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ import torch
 
 from tpkernels._build import build_info
 from tpkernels._native import _C
+from tpkernels.comm.cache import cache_file, replace_file
+from tpkernels.comm.one_shot import Team, measure_one_shot, parse_one_shot
 
 _VARIABLE = "TPKERNELS_PROFILE"
 _ROUNDS = 5
@@ -59,10 +61,11 @@ Times = dict[str, float]  # microseconds by engine
 
 @dataclass
 class Profile:
-    """Measured times, those of the machine's points and those of shapes of their own."""
+    """Measured times, those of the machine's points and those of shapes of their own; bytes summed by every rank."""
 
     points: dict[Product, Times] = field(default_factory=dict)
     shapes: dict[Product, Times] = field(default_factory=dict)
+    one_shot: dict[Team, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Profile:
@@ -72,18 +75,22 @@ class Profile:
             ValueError, TypeError, KeyError, AttributeError: it is no profile.
         """
         parts = json.loads(text)
-        return cls(*({_product(*row[:-1]): _times(row[-1]) for row in parts[name]} for name in ("points", "shapes")))
+        points, shapes = ({_product(*row[:-1]): _times(row[-1]) for row in parts[k]} for k in ("points", "shapes"))
+        return cls(points, shapes, dict(parse_one_shot(*row) for row in parts.get("one_shot", [])))
 
     def text(self) -> str:
         """As JSON, a row a line."""
+        tables: dict[str, dict[Any, Any]] = {"points": self.points, "shapes": self.shapes, "one_shot": self.one_shot}
         parts = [
-            f'"{name}": [\n' + ",\n".join(json.dumps([*product, us]) for product, us in rows.items()) + "\n]"
-            for name, rows in (("points", self.points), ("shapes", self.shapes))
+            f'"{name}": [\n' + ",\n".join(json.dumps([*key, value]) for key, value in rows.items()) + "\n]"
+            for name, rows in tables.items()
         ]
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
-    def give(self, communicator: Any) -> None:
-        """Add all measurements to those of a communicator."""
+    def give(self, communicator: Any, cores: int = 1) -> None:
+        """Add all measurements to those of a communicator, whose ranks may use so many cores together."""
+        if (nbytes := self.one_shot.get(Team.of(communicator, cores))) is not None:
+            communicator.set_one_shot(nbytes, is_measured=True)
         for product, us in self.points.items():
             communicator.add_measured(*product, us, is_point=True)
         for product, us in self.shapes.items():
@@ -134,29 +141,6 @@ def profile_file(transport: str) -> Path:
     return cache_file("profile", ".json", *key)
 
 
-def cache_file(name: str, suffix: str, *key: object) -> Path:
-    """Return a file of this kind of machine in the user's folder of caches.
-
-    Args:
-        name, suffix: of the file.
-        key: what it depends on besides the CPU.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(repr([*_cpu(), *key]).encode()).hexdigest()[:16]
-    return folder / "tpkernels" / f"{name}-{digest}{suffix}"
-
-
-@cache
-def _cpu() -> list[str]:
-    """Vendor, family, model and flags of the CPU; empty on kinds of machines whose kernel lists none."""
-    keys = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        pairs = [line.partition(":") for line in lines[: lines.index("")] if ":" in line]
-        return [value.strip() for name, _, value in pairs if name.strip() in keys]
-    return []
-
-
 def read(transport: str) -> Profile | None:
     """Read the machine's profile; None where there is none, or where it is switched off.
 
@@ -185,18 +169,6 @@ def write(profile: Profile, transport: str) -> None:
     replace_file(profile_file(transport), profile.text())
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write a file whose readers find the old text or the new one, and make its folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        new.write(text)
-    os.replace(new.name, file)
-
-
 def open_with_profile(communicator: Any, cores: int = 1, ranks: int = 1) -> Path | None:
     """Give a communicator that opens the machine's profile, and measure one where there is none; all ranks call this.
 
@@ -215,18 +187,19 @@ def open_with_profile(communicator: Any, cores: int = 1, ranks: int = 1) -> Path
     """
     transport, found = communicator.transport, read(communicator.transport)
     if communicator.world_size > 1:
-        found = _agreed(communicator, found, _can_measure(cores, ranks, transport))
+        found = _agreed(communicator, found, cores, ranks)
     if found is None:
         return None
-    found.give(communicator)
+    found.give(communicator, cores)
     return profile_file(transport)
 
 
-def _agreed(communicator: Any, found: Profile | None, can_measure: bool) -> Profile | None:
+def _agreed(communicator: Any, found: Profile | None, cores: int, ranks: int) -> Profile | None:
     """The profile of all ranks, None where they have none or different ones."""
-    digests = communicator.exchange(_digest(found, can_measure))
+    digests = communicator.exchange(_digest(found, _can_measure(cores, ranks, communicator.transport)))
     if len(set(digests)) == 1:
-        return _first_profile(communicator) if digests[0] == _MEASURE else found
+        found = _first_profile(communicator) if digests[0] == _MEASURE else found
+        return _with_one_shot(communicator, found, Team.of(communicator, cores))
     if communicator.rank == 0 and not {_MEASURE, _NONE}.issuperset(digests):
         _log.warning(
             "group '%s': the ranks have different profiles of their machines; none is used, and a rule of sizes "
@@ -235,18 +208,37 @@ def _agreed(communicator: Any, found: Profile | None, can_measure: bool) -> Prof
     return None
 
 
+def _with_one_shot(communicator: Any, found: Profile | None, team: Team) -> Profile | None:
+    """The same with the messages that this team sums in one shot, also where its ranks share cores."""
+    if communicator.transport != "shm" or (found is not None and team in found.one_shot):
+        return found
+    if not all(communicator.exchange(int(_can_keep(communicator.transport)))):
+        return found
+    if (nbytes := measure_one_shot(communicator)) is not None:
+        found = found or Profile()
+        found.one_shot[team] = nbytes
+        _keep(found, communicator)
+    return found
+
+
 _NONE, _MEASURE = 0, 1
 
 
 def _digest(found: Profile | None, can_measure: bool) -> int:
+    if can_measure and (found is None or not (found.points or found.shapes)):
+        return _MEASURE
     if found is None:
-        return _MEASURE if can_measure else _NONE
+        return _NONE
     return int.from_bytes(hashlib.sha256(found.text().encode()).digest()[:7], "big") + 2
 
 
 def _can_measure(cores: int, ranks: int, transport: str) -> bool:
     """Whether the ranks of this machine have cores of their own, and the file can be written."""
-    if mode() != "auto" or cores < ranks * torch.get_num_threads():
+    return cores >= ranks * torch.get_num_threads() and _can_keep(transport)
+
+
+def _can_keep(transport: str) -> bool:
+    if mode() != "auto":
         return False
     folder = profile_file(transport).parent
     with contextlib.suppress(OSError):

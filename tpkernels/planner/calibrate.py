@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from statistics import mean, median
 
+from tpkernels.comm.cache import replace_file
 from tpkernels.comm.group import Group
-from tpkernels.comm.profile import replace_file
 from tpkernels.errors import UserError
 from tpkernels.planner.hardware import Cluster, Device, calibrated_file, device, link
 from tpkernels.planner.measured import HEAD_DIM, VOCAB, Sizes, Times, measure

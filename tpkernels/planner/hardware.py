@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tpkernels.comm.profile import cache_file
+from tpkernels.comm.cache import cache_file
 from tpkernels.errors import UserError
 
 DATA = Path(__file__).parent / "data"

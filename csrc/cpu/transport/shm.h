@@ -25,8 +25,6 @@ class ShmCommunicator final : public Communicator {
   Heaps take_heaps() override;
   std::string loss_of(int rank) const override;
   void give_up(bool late) override;
-  // Whether an all_reduce of n values is summed by every rank (one wait) instead of in parts (two waits).
-  static bool is_one_shot(const Wire& wire, size_t n) { return wire.bytes(n) <= kOneShotBytes; }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;

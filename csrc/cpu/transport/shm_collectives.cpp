@@ -96,7 +96,7 @@ void ShmCommunicator::one_shot(const CallSpec& spec, const Wire& wire, const Inp
     wire.reduce_to_values(inputs_.data(), world_size(), out, n);
   } else {
     // Packed again as a two-shot's owner would, so that the size of a message does not change its bits.
-    std::array<char, 2 * kOneShotBytes> packed;
+    std::array<char, kMostOneShotBytes> packed;
     void* const result = packed.data();
     wire.reduce_and_decode(inputs_.data(), world_size(), &result, 1, out, n);
   }
