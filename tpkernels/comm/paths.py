@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tpkernels._build import build_info
-from tpkernels.comm.profile import cache_file, mode, replace_file
+from tpkernels.comm.cache import cache_file, replace_file
+from tpkernels.comm.profile import mode
 
 _ROUNDS = 5
 _CALLS = 4  # between two clocks
