@@ -21,7 +21,7 @@ struct Avx512Sums {
   using Sums = __m512;
   static constexpr int kParts = 1, kMostRows = 8, kMostWeights = 4, kMostSums = 16;
   // Rows of weights that share the loads of x, as far as the registers go.
-  static constexpr int rows_with(size_t rows) { return rows == 1 ? 1 : rows <= 2 || rows > 4 ? 2 : 4; }
+  static constexpr int rows_with(size_t rows) { return rows <= 3 ? 4 : 2; }
 
   TPK_INLINE static __m512 zeros() { return _mm512_setzero_ps(); }
   TPK_INLINE static float total(const __m512* sums) {

@@ -16,9 +16,11 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 constexpr size_t kGemvBlock = 16;       // rows of weights whose results are written together
-constexpr size_t kGemvStretch = 20480;  // bytes of x that are used while they are cached
+constexpr size_t kGemvCached = 24576;   // bytes of x that stay in the first cache beside the weights
+constexpr size_t kGemvStretch = 20480;  // bytes of x of a stretch, if there are more
 constexpr size_t kGemvUnit = 64;        // values; a stretch is a multiple of it, so of every step
 constexpr size_t kGemvAhead = 16384;    // bytes of weights that are requested before their turn, at least
+constexpr int kSecondCache = 2;         // where to: in the first one they would take the place of x
 
 template <class Kernel>
 void gemv_pack(const Gemv& p, void* packed) {
@@ -48,10 +50,7 @@ struct Tile {
   size_t count;                 // values of k
   bool first;                   // of the stretches
   const char* next;             // the weights to request
-  ptrdiff_t spread;             // between those that are requested together: a cache line where rows follow each other
-                                // without gaps, because hardware follows one stream best, else a row
-
-  bool is_dense() const { return spread == kCacheLine; }
+  ptrdiff_t spread;             // bytes between those that are requested together, a row
 };
 
 // A step of k for R rows of weights and G rows of x, one part of its lanes after the other, so that sums, weights and x
@@ -93,7 +92,7 @@ TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advan
   size_t left = tile.count;
   for (; left >= kUnroll * kStep; left -= kUnroll * kStep, next += advance) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * tile.spread);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * tile.spread, 0, kSecondCache);
 #pragma GCC unroll 2
     for (size_t u = 0; u < kUnroll; ++u, w += kStep, x += x_step) gemv_step<Kernel, R, G>(sums, w, p.w_stride, x);
   }
@@ -127,11 +126,10 @@ TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advan
 template <class Kernel, int R>
 TPK_INLINE void gemv_tile(const Gemv& p, Tile<Kernel> tile) {
   const size_t groups = (p.M + Kernel::kMostRows - 1) / Kernel::kMostRows;
-  const size_t rows_together = tile.is_dense() ? R : 1;  // that `next` goes through
   for (size_t i = 0, m = 0; i < groups; ++i) {
     const size_t count = p.M * (i + 1) / groups - m;
-    gemv_group<Kernel, R, Kernel::kMostRows>(p, tile, rows_together * kCacheLine / groups, count);
-    tile.next += rows_together * tile.count * sizeof *tile.w / groups;
+    gemv_group<Kernel, R, Kernel::kMostRows>(p, tile, kCacheLine / groups, count);
+    tile.next += tile.count * sizeof *tile.w / groups;
     tile.x += count * Kernel::kStep;
     tile.sums += count * kGemvBlock * Kernel::kParts;
     m += count;
@@ -142,11 +140,11 @@ TPK_INLINE void gemv_tile(const Gemv& p, Tile<Kernel> tile) {
 template <class Kernel, int R>
 void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename Kernel::Packed* x, ptrdiff_t rows,
                 typename Kernel::Sums* sums) {
-  const size_t most = kGemvStretch / (p.M * sizeof *x), stretches = (p.K + most - 1) / most;
+  const size_t most = kGemvStretch / (p.M * sizeof *x);
+  const size_t stretches = p.M * p.K * sizeof *x <= kGemvCached ? 1 : (p.K + most - 1) / most;
   const size_t length = (p.K / stretches + kGemvUnit) / kGemvUnit * kGemvUnit;
   const size_t tile_bytes = R * (length < p.K ? length : p.K) * sizeof *w;
   const ptrdiff_t ahead = static_cast<ptrdiff_t>((kGemvAhead + tile_bytes - 1) / tile_bytes * R);
-  const bool dense = length >= p.K && p.w_stride == static_cast<ptrdiff_t>(p.K);
   const ptrdiff_t stride = p.w_stride * static_cast<ptrdiff_t>(sizeof *w);
   const ptrdiff_t block = kGemvBlock;
   for (size_t k = 0; k < p.K; k += length) {
@@ -161,7 +159,7 @@ void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename K
                               last ? p.K - k : length,
                               k == 0,
                               reinterpret_cast<const char*>(next),
-                              dense ? static_cast<ptrdiff_t>(kCacheLine) : stride};
+                              stride};
       if (i + R <= rows) {
         gemv_tile<Kernel, R>(p, tile);
         i += R;
