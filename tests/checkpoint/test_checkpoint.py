@@ -227,6 +227,30 @@ def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0011", "step-9999"]
 
 
+def test_what_is_spared_may_be_named_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, model = tmp_path / "all", nn.Linear(2, 2)
+    for step in (1, 2, 3):
+        checkpoint.save(model, parent / f"step-{step}", step=step)
+    (tmp_path / "other").symlink_to(parent)
+    (tmp_path / "best").symlink_to(parent / "step-1")
+    monkeypatch.chdir(tmp_path)
+    for named in (parent, "all", "other"):
+        for spare in (parent / "step-1", "all/step-1", "other/../all/step-1/", "other/step-1", "best"):
+            checkpoint.prune(named, keep=1, spare=spare)
+            assert sorted(p.name for p in parent.iterdir()) == ["step-1", "step-3"], (named, spare)
+
+
+def test_links_in_the_folder_of_checkpoints_are_neither_removed_nor_counted(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    for step in (1, 2, 3):
+        checkpoint.save(model, tmp_path / f"at-{step}", step=step)
+    (tmp_path / "best").symlink_to("at-1")
+    (tmp_path / "newest").symlink_to("at-3")
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["at-2", "at-3", "best", "newest"]
+    assert checkpoint.peek(tmp_path / "newest")["step"] == 3
+
+
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.rename", "tpkernels.checkpoint.api.write_manifest"])
 def test_a_process_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path: Path, moment: str) -> None:
     module, _, name = moment.rpartition(".")

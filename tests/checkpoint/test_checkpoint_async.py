@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -73,6 +74,24 @@ def check_order(model: torch.nn.Module, root: Path, both: dict[str, Any]) -> Non
         assert first.wait() == root / "1"
         assert second.wait() == root / "2"
     assert events == [f"{what} {name}" for name in "123" for what in ("begin", "end")]
+
+
+def test_a_relative_folder_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hold, real = torch.nn.Linear(2, 2), threading.Event(), checkpoint.api.write_tensors
+
+    def held(*args: Any) -> str:
+        hold.wait()
+        return real(*args)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with mock.patch.object(checkpoint.api, "write_tensors", held):
+        handle = checkpoint.save_async(model, "runs/1")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        hold.set()
+        assert handle.wait() == tmp_path / "runs" / "1"
+    assert checkpoint.latest(tmp_path / "runs") == tmp_path / "runs" / "1"
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_training_goes_on_and_changes_nothing_of_what_is_being_saved(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def save_async(
             torch can make none for the threads (before the first `save_async`). An error of the thread is raised by
             `wait()` on all ranks, or by the next save where `wait()` was not called.
     """
-    ranks, final = CheckpointRanks(resolve(group), dp_group, pp_group), Path(folder)
+    ranks = CheckpointRanks(resolve(group), dp_group, pp_group)
+    final = Path(folder).absolute()  # the working directory may be another one when the thread writes
     snapshot = _snapshot(
         final, ranks, lambda: take(model, optimizer, aggregator, ranks, step, extra, own_parameters).copied()
     )
@@ -174,7 +175,7 @@ def latest(parent: str | os.PathLike[str]) -> Path | None:
 def prune(parent: str | os.PathLike[str], keep: int, spare: str | os.PathLike[str] | None = None) -> None:
     """Remove all complete checkpoints but the `keep` that have the highest steps. Call it on one rank.
 
-    A folder whose manifest cannot be read is neither removed nor counted.
+    A link, and a folder whose manifest cannot be read, is neither removed nor counted.
 
     Args:
         parent: the folder in which the checkpoints' own folders are.
@@ -186,10 +187,11 @@ def prune(parent: str | os.PathLike[str], keep: int, spare: str | os.PathLike[st
     """
     if keep < 1:
         raise ValueError(f"prune: keep must be 1 or more, got {keep}: to remove all checkpoints, remove the folder")
-    folders = [folder for _, folder in sorted(_complete(parent))]
+    folders = [folder for _, folder in sorted(_complete(parent)) if not folder.is_symlink()]
     newest = folders[-keep:]
-    if spare is not None and Path(spare) in folders[:-keep]:
-        newest = [Path(spare), *folders[-max(1, keep - 1) :]]
+    spared = None if spare is None else Path(spare).resolve()  # its path may be written in another way
+    if others := [folder for folder in folders[:-keep] if folder.resolve() == spared]:
+        newest = [*others, *folders[-max(1, keep - 1) :]]
     for folder in folders:
         if folder not in newest:
             remove(folder)
