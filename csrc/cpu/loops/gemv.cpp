@@ -18,7 +18,7 @@ struct Portable {
   using Weights = Lanes;
   static constexpr const char* kName = "portable";
   static constexpr size_t kStep = kLanes;
-  static constexpr int kParts = 1, kMostRows = 4, kMostWeights = 1, kMostSums = 4;
+  static constexpr int kParts = 1, kMostWeights = 1, kMostSums = 4;
   static constexpr int rows_with(size_t) { return 1; }
 
   TPK_INLINE static void pack(const T* x, float* to) {

@@ -33,7 +33,7 @@ struct Avx2 {
   using Weights = __m256;
   static constexpr const char* kName = "avx2";
   static constexpr size_t kStep = 16;
-  static constexpr int kParts = 2, kMostRows = 3, kMostWeights = 2, kMostSums = 6;  // of sixteen registers
+  static constexpr int kParts = 2, kMostWeights = 2, kMostSums = 6;  // of sixteen registers
   static constexpr int rows_with(size_t) { return kMostWeights; }
 
   TPK_INLINE static void pack(const T* x, float* to) {

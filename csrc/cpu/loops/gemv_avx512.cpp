@@ -19,9 +19,9 @@ TPK_INLINE __m512 sixteen(const Bfloat16* from) {
 
 struct Avx512Sums {
   using Sums = __m512;
-  static constexpr int kParts = 1, kMostRows = 8, kMostWeights = 4, kMostSums = 16;
-  // Rows of weights that share the loads of x, as far as the registers go.
-  static constexpr int rows_with(size_t rows) { return rows <= 3 ? 4 : 2; }
+  static constexpr int kParts = 1, kMostWeights = 4, kMostSums = 16;
+  // Rows of weights that share the loads of x; up to kMostSums / rows of x share theirs.
+  static constexpr int rows_with(size_t rows) { return 4 <= rows && rows <= 6 ? 2 : 4; }
 
   TPK_INLINE static __m512 zeros() { return _mm512_setzero_ps(); }
   TPK_INLINE static float total(const __m512* sums) {
@@ -40,6 +40,7 @@ struct Avx512 : Avx512Sums {
   using Weights = __m512;
   static constexpr const char* kName = "avx512";
   static constexpr size_t kStep = 16;
+  static constexpr int rows_with(size_t rows) { return std::is_same_v<T, Half> ? 4 : Avx512Sums::rows_with(rows); }
 
   TPK_INLINE static void pack(const T* x, float* to) { _mm512_store_ps(to, sixteen(x)); }
   TPK_INLINE static __m512 load(const T* w, int) { return sixteen(w); }

@@ -6,6 +6,7 @@
 // Reading Each group of rows of x requests its share of the weights of a tile to come, so that memory is never idle.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "gemv.h"
@@ -112,23 +113,20 @@ TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advan
 // The same for `count` rows of x, at most G.
 template <class Kernel, int R, int G>
 TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advance, size_t count) {
-  if constexpr (R * G > Kernel::kMostSums) {
-    gemv_group<Kernel, R, G - 1>(p, tile, advance, count);
-  } else {
-    if constexpr (G > 1) {
-      if (count < G) return gemv_group<Kernel, R, G - 1>(p, tile, advance, count);
-    }
-    gemv_group<Kernel, R, G>(p, tile, advance);
+  if constexpr (G > 1) {
+    if (count < G) return gemv_group<Kernel, R, G - 1>(p, tile, advance, count);
   }
+  gemv_group<Kernel, R, G>(p, tile, advance);
 }
 
 // R rows of weights and all rows of x, in groups of nearly the same size.
 template <class Kernel, int R>
 TPK_INLINE void gemv_tile(const Gemv& p, Tile<Kernel> tile) {
-  const size_t groups = (p.M + Kernel::kMostRows - 1) / Kernel::kMostRows;
+  constexpr int kMostRows = std::min<int>(kMostGemvRows, Kernel::kMostSums / R);
+  const size_t groups = (p.M + kMostRows - 1) / kMostRows;
   for (size_t i = 0, m = 0; i < groups; ++i) {
     const size_t count = p.M * (i + 1) / groups - m;
-    gemv_group<Kernel, R, Kernel::kMostRows>(p, tile, kCacheLine / groups, count);
+    gemv_group<Kernel, R, kMostRows>(p, tile, kCacheLine / groups, count);
     tile.next += tile.count * sizeof *tile.w / groups;
     tile.x += count * Kernel::kStep;
     tile.sums += count * kGemvBlock * Kernel::kParts;
