@@ -2,8 +2,8 @@
 
 Variants: `linear_gloo` the plain way; `linear_tpk` F.linear and this library's collective; `onednn_tpk` oneDNN's linear
 and this library's collective, the honest rival; `tpkernels` the op; `one_chunk`, between hosts, the op with its
-communication after the product; `gemm_aten`, `gemm_onednn` this rank's GEMM alone,
-the roof. Time beyond the faster roof is exposed communication.
+communication after the product; `flat`, where hosts have several ranks, the op over transport `group`; `gemm_aten`,
+`gemm_onednn` this rank's GEMM alone, the roof. Time beyond the faster roof is exposed communication.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Ways:
 
     plain: Callable[[Tensor], Tensor]
     unfused: Callable[[Linear, Tensor], Tensor]
-    fused: Callable[[Tensor], Tensor]
+    fused: Callable[[Tensor, Any], Tensor]  # over a group
     exact: Check
     packed: Check
 
@@ -103,12 +104,12 @@ class Problem:
     def one_chunk(self, op: str, x: Tensor, ways: Ways) -> dict[str, Callable[[], Candidate]]:
         """Between hosts: the op, with its communication after the product."""
         group, setting = self.setting.group(), self.setting
-        if group.transport != "group":
+        if group.transport not in ("group", "hierarchical"):
             return {}
 
         def run(x: Tensor) -> Tensor:
             group._communicator.force_chunks(1)
-            y = ways.fused(x)
+            y = ways.fused(x, group)
             group._communicator.force_chunks(0)
             return y
 
@@ -123,14 +124,17 @@ class Problem:
             label = setting.ours(path="unfused", codec="none")
             return self.on(x, name, lambda x: ways.unfused(linear, x), ways.exact, **label)
 
-        def fused() -> Candidate:
-            path = setting.path(op, M=self.gemm.M, N=w.shape[0], K=w.shape[1])
-            return self.on(x, "tpkernels", ways.fused, ways.packed, **setting.ours(path=path))
+        def fused(name: str, transport: str) -> Candidate:
+            group = setting.group(transport)
+            path = setting.path(op, transport, M=x.shape[0], N=w.shape[0], K=w.shape[1])
+            return self.on(x, name, lambda x: ways.fused(x, group), ways.packed, **setting.ours(transport, path=path))
 
+        flat = {"flat": lambda: fused("flat", "group")} if setting.transport == "hierarchical" else {}
         candidates = setting.pick(
             linear_gloo=lambda: self.on(x, "linear_gloo", ways.plain, ways.exact, path="unfused", transport="gloo"),
             **{name: lambda n=name, f=f: unfused(n, f) for name, f in self.linears().items()},
-            tpkernels=fused,
+            tpkernels=lambda: fused("tpkernels", "auto"),
+            **flat,
             **self.one_chunk(op, x, ways),
             **self.roofs(x if whole_x is None else whole_x, w),
         )
@@ -150,7 +154,7 @@ def gemm_all_reduce(setting: Setting, gemm: Gemm) -> Cell:
     ways = Ways(
         plain=lambda x: baselines.linear_gloo(x, w),
         unfused=unfused,
-        fused=lambda x: ops.gemm_all_reduce(x, w, group=group, codec=codec),
+        fused=lambda x, group: ops.gemm_all_reduce(x, w, group=group, codec=codec),
         exact=job.check(job.x, job.w),
         packed=job.check(job.x, job.w, codec),
     )
@@ -166,7 +170,7 @@ def gemm_reduce_scatter(setting: Setting, gemm: Gemm) -> Cell:
     ways = Ways(
         plain=lambda x: baselines.linear_gloo_reduce_scatter(kept, x, w),
         unfused=lambda linear, x: ops.reduce_scatter(linear(x, w), dim=0, group=group),
-        fused=lambda x: ops.gemm_reduce_scatter(x, w, group=group, dim=0, codec=codec),
+        fused=lambda x, group: ops.gemm_reduce_scatter(x, w, group=group, dim=0, codec=codec),
         exact=job.check(job.x, job.w, rows=rows),
         packed=job.check(job.x, job.w, codec, rows),
     )
@@ -181,7 +185,7 @@ def all_gather_gemm(setting: Setting, gemm: Gemm) -> Cell:
     ways = Ways(
         plain=lambda x: baselines.gloo_all_gather_linear(whole, x, w),
         unfused=lambda linear, x: linear(ops.all_gather(x, 0, group=group, dim_size=tokens), w),
-        fused=lambda x: ops.all_gather_gemm(x, w, group=group, dim=0, dim_size=tokens, codec=codec),
+        fused=lambda x, group: ops.all_gather_gemm(x, w, group=group, dim=0, dim_size=tokens, codec=codec),
         exact=job.check(job.x, w),
         packed=job.check(job.x, w, codec),
     )

@@ -148,6 +148,12 @@ void Communicator::all_to_all(const CallSpec& spec, const Wire& wire, const void
   Turn(*this, spec.op).run([&] { do_all_to_all(spec, wire, in, out, send, receive); });
 }
 
+std::vector<std::vector<int>> Communicator::parts_in_order() const {
+  std::vector<std::vector<int>> order;
+  for (int i = 1; i <= world_size_; ++i) order.push_back({(rank_ + i) % world_size_});
+  return order;
+}
+
 const Wire* Communicator::wire(DType dtype, Codec codec, ReduceOp op) const { return find_wire(dtype, codec, op); }
 
 std::vector<int64_t> Communicator::exchange(Op op, int64_t mine) {

@@ -64,7 +64,7 @@ struct Chunks {
   // Computes one; returns where its values are until the call has ended. An all_reduce writes the sums there, a
   // reduce_scatter only reads.
   std::function<void*(size_t chunk)> make;
-  // Runs on the thread of the group when the sums of a chunk (of a reduce_scatter: one of this rank's) are there.
+  // Runs on any thread, in order, when the sums of a chunk (of a reduce_scatter: one of this rank's) are there.
   std::function<void(size_t chunk)> use = [](size_t) {};
 };
 
@@ -121,14 +121,28 @@ class Communicator {
   // An all_reduce in place of `chunks`, which cover all values in order; `meanwhile` runs when the last one is made.
   void all_reduce_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks,
                          const std::function<void()>& meanwhile);
-  // A reduce_scatter of `chunks`; those of each part are in order.
+  // A reduce_scatter of `chunks`; those of each part are in order, parts in that of `parts_in_order`. Only where
+  // cuts_parts().
   void reduce_scatter_chunks(const CallSpec& spec, const Wire& wire, const Chunks& chunks, void* out, const Cut& cut,
                              const std::function<void()>& meanwhile);
   // An all_gather in which use(i) runs when values [0, ends[i]) of every part are in out, or the whole of smaller
-  // parts; `meanwhile` runs before, when this rank's part is in out.
+  // parts; `meanwhile` runs before, when the parts of near_ranks() are in out. Ranks may have other ends, or call
+  // all_gather.
   void all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& cut,
                          const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                          const std::function<void(size_t)>& use);
+  virtual bool cuts_parts() const { return has_thread(); }
+  // All ranks, in the order in which a reduce_scatter makes their parts. Ranks of one set have theirs made in turns,
+  // chunk by chunk; the last set is that of near_ranks().
+  virtual std::vector<std::vector<int>> parts_in_order() const;
+  // The ranks whose parts take no way over the link, this one among them.
+  std::vector<int> near_ranks() const { return parts_in_order().back(); }
+  // The share of a tensor that a rank sends over the link when all ranks gather or scatter it.
+  virtual double share_of_link() const { return 1.0 - 1.0 / world_size_; }
+  // Whether an all_reduce, or a reduce_scatter, of n values that are there is one exchange over the link.
+  virtual bool sums_in_one_exchange(const Wire&, size_t, [[maybe_unused]] bool scatters) const { return false; }
+  // The same of a gather of so many bytes in all.
+  virtual bool gathers_in_one_exchange(size_t) const { return false; }
   // Between parts of what the calling thread computes in these calls, each a millisecond or a few: the thread of the
   // group may wait for the core that computes.
   virtual void let_thread_run() {}

@@ -129,12 +129,14 @@ std::vector<size_t> gathered_ends(const Communicator& comm, const Wire& wire, co
   // one core of Zen 4).
   constexpr double kSlower = 0.08;
   const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(shape.K);
-  if (!is_for_thread(comm, wire, rows * values)) return {};
+  if (!is_for_thread(comm, wire, rows * values) || !comm.cuts_parts()) return {};
+  if (comm.gathers_in_one_exchange(wire.bytes(rows * values))) return {};
   const size_t part = Cut::even(rows, comm.world_size()).largest();
   if (comm.forced_chunks == 1) return {};
   if (comm.forced_chunks == 0) {
     const double link = seconds_on_link(comm, wire, rows * values, 1);
-    const double product = expected_seconds(comm.measured_engines(), shape), own = product / comm.world_size();
+    const double product = expected_seconds(comm.measured_engines(), shape);
+    const double own = product * static_cast<double>(comm.near_ranks().size()) / comm.world_size();
     if (std::min(link, own) < kSlower * product) return {};
     if (link <= own) return {part};
   }
@@ -156,8 +158,11 @@ Explained explain_all_reduce(const Communicator& comm, const Wire& wire, size_t 
 }
 
 Explained explain_collective(const Communicator& comm, const std::string& op, const Wire& wire, size_t numel) {
-  if (const std::optional<Explained> found = explain_transport(comm)) return *found;
   const bool sums_all = op == "all_reduce" || op == "all_reduce_";
+  if (is_transport(comm, "group") && sums_all && comm.sums_in_one_exchange(wire, numel, false)) {
+    return {"one_exchange", "every rank sends all values to all others, which sum them in rank order"};
+  }
+  if (const std::optional<Explained> found = explain_transport(comm)) return *found;
   if (is_transport(comm, "hierarchical")) {
     const bool gathers = op == "all_gather";
     const auto& between = static_cast<const HierarchicalCommunicator&>(comm);
@@ -176,30 +181,27 @@ Explained explain_collective(const Communicator& comm, const std::string& op, co
 // all own rows.
 size_t num_chunks(const Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape) {
   if (call.dim != 0) return 1;
-  const size_t rows = static_cast<size_t>(shape.M), others = static_cast<size_t>(comm.world_size()) - 1;
+  const size_t rows = static_cast<size_t>(shape.M), near = comm.near_ranks().size();
+  const size_t others = static_cast<size_t>(comm.world_size()) - near;
   if (call.op == "all_gather_gemm") {
     const size_t chunks = gathered_ends(comm, wire, shape).size();
     return chunks == 0 ? 1 : others * chunks + 1;
   }
   const size_t columns = static_cast<size_t>(shape.N);
   const bool sums_all = call.op == "gemm_all_reduce";
+  if (!sums_all && !comm.cuts_parts()) return 1;
   const ChunkCut cut = chunks_of_sum(comm, wire, rows, columns, sums_all ? 2 : 1);
   if (cut.ends.size() == 1) return 1;
   if (sums_all) return blocks_of_sum(comm, wire, cut, rows, columns).size();
   if (cut.of_columns) return cut.ends.size();
-  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), columns, 1).size() + 1;
+  return others * chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), columns, 1).size() + near;
 }
 
 Explained explain_product(Communicator& comm, const CallShape& call, const Wire& wire, const GemmShape& shape,
                           const EngineChoice& choice) {
   const bool gathers = call.op == "all_gather_gemm";
-  const std::string engine = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
-  if (call.op == "replicated_gemm") return {"unfused", concat(engine, "; the forward sends nothing")};
-  const char* const whole =
-      is_transport(comm, "hierarchical")
-          ? ", not in chunks, each of which would also pass through shared memory on the cores that multiply"
-          : "";
-  const std::string gemm = concat(engine, whole);
+  const std::string gemm = concat("GEMM by ", name_of(choice.engine), " (", choice.reason(shape), ")");
+  if (call.op == "replicated_gemm") return {"unfused", concat(gemm, "; the forward sends nothing")};
   const size_t chunks = num_chunks(comm, call, wire, shape);
   if (chunks > 1) {
     const char* const order = gathers ? "multiplied while others arrive" : "sent while others are multiplied";

@@ -79,32 +79,39 @@ Shape with_items(Shape shape, int64_t dim, size_t items) {
   return shape;
 }
 
-// The chunks of each rank's rows, those of this rank in one chunk and last: its product takes the time in which the
-// last rows of others arrive.
+// The chunks of each rank's rows, those that take no way over the link in one chunk and last: their product takes the
+// time in which the last rows of others arrive.
 std::vector<Chunks::Chunk> chunks_of_parts(const Communicator& comm, const Wire& wire, const RowCut& cut) {
   std::vector<Chunks::Chunk> list;
-  for (int i = 1; i <= comm.world_size(); ++i) {
-    const int part = (comm.rank() + i) % comm.world_size();
-    const size_t rows = cut.rows.size(part);
-    const bool is_own = part == comm.rank();
-    size_t begin = 0;
-    for (size_t end : is_own ? std::vector<size_t>{rows} : chunk_ends(comm, wire, rows, cut.row_values, 1)) {
-      if (end > begin) list.push_back({begin * cut.row_values, end * cut.row_values, part});
-      begin = end;
+  const std::vector<std::vector<int>> order = comm.parts_in_order();
+  for (const std::vector<int>& parts : order) {
+    std::vector<std::vector<size_t>> ends;  // of each part
+    size_t most = 0;
+    for (int part : parts) {
+      const size_t rows = cut.rows.size(part);
+      ends.push_back(&parts == &order.back() ? std::vector<size_t>{rows}
+                                             : chunk_ends(comm, wire, rows, cut.row_values, 1));
+      most = std::max(most, ends.back().size());
+    }
+    for (size_t i = 0; i < most; ++i) {
+      for (size_t p = 0; p < parts.size(); ++p) {
+        const size_t begin = i == 0 ? 0 : ends[p][std::min(i, ends[p].size()) - 1];
+        const size_t end = ends[p][std::min(i, ends[p].size() - 1)];
+        if (end > begin) list.push_back({begin * cut.row_values, end * cut.row_values, parts[p]});
+      }
     }
   }
   return list;
 }
 
-// The same of panels of columns: of each the rows of every rank, those of this rank last.
+// The same of panels of columns: of each the rows of every rank.
 std::vector<Chunks::Chunk> chunks_of_panels(const Communicator& comm, const std::vector<size_t>& ends,
                                             const RowCut& cut) {
   std::vector<Chunks::Chunk> list;
   size_t begin = 0;
   for (size_t end : ends) {
-    for (int i = 1; i <= comm.world_size(); ++i) {
-      const int part = (comm.rank() + i) % comm.world_size();
-      list.push_back({begin * cut.rows.size(part), end * cut.rows.size(part), part});
+    for (const std::vector<int>& parts : comm.parts_in_order()) {
+      for (int part : parts) list.push_back({begin * cut.rows.size(part), end * cut.rows.size(part), part});
     }
     begin = end;
   }
@@ -287,25 +294,28 @@ GatheredProduct product_of_gathered(Op op, Communicator& comm, const Wire& wire,
   const Engine engine = engine_for(comm, rows, w);
   const RowCut cut(comm, x_shape, dim);
   const Tensor weights = engine == Engine::OneDnn ? dense(w) : w;  // columns of a transposed one would be packed anew
-  const auto multiply = [&](size_t begin, size_t end) {
-    if (end == begin) return;
-    multiply_into(comm, engine, rows_of(rows, begin, end), weights, bias, rows_of(y_rows, begin, end));
+  // Rows [begin, end) of the parts of these ranks; what lies together is multiplied together.
+  const auto multiply = [&](const std::vector<int>& ranks, size_t begin, size_t end) {
+    for (size_t i = 0; i < ranks.size();) {
+      const size_t first = cut.rows.start(ranks[i]) + std::min(begin, cut.rows.size(ranks[i]));
+      size_t last = first;
+      for (; i < ranks.size() && cut.rows.start(ranks[i]) + std::min(begin, cut.rows.size(ranks[i])) == last; ++i) {
+        last = cut.rows.start(ranks[i]) + std::min(end, cut.rows.size(ranks[i]));
+      }
+      if (first == last) continue;
+      multiply_into(comm, engine, rows_of(rows, first, last), weights, bias, rows_of(y_rows, first, last));
+    }
   };
-  const size_t own = cut.rows.start(comm.rank()), own_end = own + cut.rows.size(comm.rank());
+  const std::vector<int> near = comm.near_ranks();
+  std::vector<int> far;
+  for (int r = 0; r < comm.world_size(); ++r) {
+    if (std::find(near.begin(), near.end(), r) == near.end()) far.push_back(r);
+  }
   std::vector<size_t> value_ends;
   for (size_t end : ends) value_ends.push_back(end * cut.row_values);
-  const auto use = [&](size_t i) {
-    if (ends.size() == 1) {
-      multiply(0, own);
-      multiply(own_end, cut.rows.total());
-      return;
-    }
-    for (int r = 0; r < comm.world_size(); ++r) {
-      const auto row = [&](size_t end) { return cut.rows.start(r) + std::min(end, cut.rows.size(r)); };
-      if (r != comm.rank()) multiply(row(i == 0 ? 0 : ends[i - 1]), row(ends[i]));
-    }
-  };
-  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, [&] { multiply(own, own_end); }, use, x);
+  const auto use = [&](size_t i) { multiply(far, i == 0 ? 0 : ends[i - 1], ends[i]); };
+  const auto multiply_near = [&] { multiply(near, 0, cut.rows.largest()); };
+  gather_rows(op, comm, wire, x_shard, dim, dim_size, value_ends, multiply_near, use, x);
   return {x, y};
 }
 

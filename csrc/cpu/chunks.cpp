@@ -27,14 +27,15 @@ constexpr double kAssumedLink = 1.25e8;  // bytes a second where none was measur
 // product's own time is left out, because it is the same in any number of chunks, and K may differ between ranks.
 size_t num_chunks(const Communicator& comm, const Wire& wire, size_t n, int shares) {
   if (comm.forced_chunks > 0) return static_cast<size_t>(comm.forced_chunks);
-  const double values = static_cast<double>(n), ranks = comm.world_size();
+  const double values = static_cast<double>(n);
   const double link = seconds_on_link(comm, wire, n, shares);
-  const double sent = static_cast<double>(wire.bytes(n)) * shares * (ranks - 1) / ranks;
+  const double sent = static_cast<double>(wire.bytes(n)) * shares * comm.share_of_link();
   const double work = sent * kSecondsOfByte + (wire.is_plain() ? 0 : values * kSecondsOfPacking * shares / 2);
   const size_t most = std::min(wire.bytes(n) / kSmallestForThread, kMostChunks);
   const size_t chunks = std::min(static_cast<size_t>(std::sqrt(link / kSecondsOfChunk)), most);
   if (chunks < 2) return 1;
-  const double of_chunks = static_cast<double>(chunks) * kSecondsOfChunk + link / static_cast<double>(chunks);
+  double of_chunks = static_cast<double>(chunks) * kSecondsOfChunk + link / static_cast<double>(chunks);
+  if (comm.sums_in_one_exchange(wire, n, shares == 1)) of_chunks += (shares - 1) * comm.link_hop_s;
   return work + values * kSecondsOfCut + of_chunks < std::max(link, work) ? chunks : 1;
 }
 
@@ -65,8 +66,7 @@ std::vector<size_t> ends_of(size_t n, size_t items, size_t unit, Weight&& weight
 
 double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int shares) {
   const double link = comm.link_bytes_per_s > 0 ? comm.link_bytes_per_s : kAssumedLink;
-  const double ranks = comm.world_size();
-  return static_cast<double>(wire.bytes(n)) * shares * (ranks - 1) / ranks / link;
+  return static_cast<double>(wire.bytes(n)) * shares * comm.share_of_link() / link;
 }
 
 std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values, int shares) {

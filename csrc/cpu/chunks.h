@@ -21,8 +21,8 @@ inline bool is_for_thread(const Communicator& comm, const Wire& wire, size_t n) 
   return may_cut(comm, wire) && wire.bytes(n) >= kSmallestForThread;
 }
 
-// Seconds that the link needs for a message of which each rank sends wire.bytes(n) times `shares` / world_size to each
-// other one: 1 to gather or scatter n values, 2 to sum them.
+// Seconds that the link needs for a message of wire.bytes(n), which passes `shares` times: 1 to gather or scatter n
+// values, 2 to sum them.
 double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int shares);
 
 // Where chunks of `rows` rows of `row_values` values end, in rows; one chunk where that is as fast. The first ones are

@@ -46,7 +46,8 @@ Tensor gemm_reduce_scatter(const Tensor& x_shard, const Tensor& w_shard, Optiona
   check_rank("gemm_reduce_scatter", *comm, rank);
   const Wire& wire = wire_for(Op::GemmReduceScatter, x_shard, codec);
   const OptionalTensor rank_bias = bias_of_rank(*comm, bias);
-  if (cuts_rows(x_shard, dim) && chunks_of_product(*comm, wire, x_shard, w_shard, 1).ends.size() > 1) {
+  if (comm->cuts_parts() && cuts_rows(x_shard, dim) &&
+      chunks_of_product(*comm, wire, x_shard, w_shard, 1).ends.size() > 1) {
     return reduce_scatter_product(Op::GemmReduceScatter, *comm, wire, x_shard, w_shard, rank_bias, dim);
   }
   const Tensor partial = linear(*comm, x_shard, w_shard, rank_bias);
@@ -130,7 +131,7 @@ Gradients all_gather_gemm_backward(const Tensor& dy, const Tensor& x_shard, cons
   const Wire& dx_wire = wire_for(Op::AllGatherGemmBackward, dy, grad_codec);
   Tensor dx = nothing(dy), dw = nothing(dy);
   // x is gathered again instead of kept: what sequence parallelism saves is this memory.
-  const bool beside = need_x && need_w && dim_size >= 0 && cuts_rows(dy, dim) &&
+  const bool beside = need_x && need_w && dim_size >= 0 && comm->cuts_parts() && cuts_rows(dy, dim) &&
                       is_for_thread(*comm, x_wire, static_cast<size_t>(num_rows(dy) * w_shard.size(1)));
   if (beside) {
     const Work product = [&] { dx = grad_input_in_steps(*comm, dy, w_shard); };

@@ -1,8 +1,11 @@
 // Transport `hierarchical`, with threads for ranks and pairs of sockets inside the hosts and between them.
 #include "cpu/transport/hierarchical_transport.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "socket_ranks.h"
 
@@ -150,6 +153,76 @@ CASE(ranks_that_disagree_all_hear_of_it_and_go_on) {
         }
       }
     });
+  }
+}
+
+// Values whose sums round.
+std::vector<float> rounding(int rank, size_t n) {
+  std::vector<float> values = values_of(rank, n, 3);
+  for (size_t i = 0; i < n; ++i) values[i] *= 1.0f + 1e-3f * static_cast<float>(i % 7);
+  return values;
+}
+
+// In place, of chunks of so many values.
+Chunks chunks_of(std::vector<float>& x, size_t each) {
+  Chunks chunks;
+  for (size_t begin = 0; begin < x.size(); begin += each)
+    chunks.list.push_back({begin, std::min(begin + each, x.size())});
+  chunks.make = [&x, list = chunks.list](size_t c) { return x.data() + list[c].begin; };
+  return chunks;
+}
+
+CASE(sums_of_chunks_have_the_bits_of_the_whole) {
+  for (const Hosts& hosts : kLayouts) {
+    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Int8}) {
+      const Wire& wire = wire_of(DType::F32, codec, ReduceOp::Sum);
+      with_hosts(hosts, [&](Communicator& comm) {
+        for (size_t n : {512, 5000, 70001}) {
+          std::vector<float> want = rounding(comm.rank(), n);
+          comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, want.data(), want.data(), n);
+          for (size_t each : {512, 4096, 80000}) {
+            std::vector<float> x = rounding(comm.rank(), n);
+            Chunks chunks = chunks_of(x, each);
+            size_t used = 0, ran = 0;
+            chunks.use = [&](size_t c) { EXPECT(c == used++); };
+            comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, n), wire, chunks, [&] { ++ran; });
+            EXPECT(x == want && ran == 1 && used == chunks.list.size(), n, " values, chunks of ", each);
+          }
+        }
+      });
+    }
+  }
+}
+
+// What a rank throws while it makes a chunk reaches its caller; the others, on its host and on others, learn that it is
+// gone.
+CASE(a_product_that_fails_ends_the_call_on_every_rank) {
+  const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
+  for (const Hosts& hosts : kLayouts) {
+    std::vector<Asked> asked(static_cast<size_t>(ranks_of(hosts)));
+    std::atomic<int> failed{0}, lost{0}, later{0};
+    with_hosts(hosts, asked, [&](Communicator& comm) {
+      std::vector<float> x(70000, 1.0f);
+      Chunks chunks = chunks_of(x, 7000);
+      chunks.make = [&, make = chunks.make](size_t c) {
+        if (comm.rank() == 1 && c == 5) throw std::runtime_error("no memory for the product");
+        return make(c);
+      };
+      try {
+        comm.all_reduce_chunks(spec_for(Op::GemmAllReduce, wire, x.size()), wire, chunks, [] {});
+      } catch (const PeerLost&) {
+        ++lost;
+      } catch (const std::runtime_error& error) {
+        EXPECT(comm.rank() == 1 && std::string(error.what()) == "no memory for the product", error.what());
+        ++failed;
+      }
+      try {
+        comm.exchange(Op::Barrier, 0);
+      } catch (const PeerLost&) {
+        ++later;
+      }
+    });
+    EXPECT(failed == 1 && lost == ranks_of(hosts) - 1 && later == ranks_of(hosts));
   }
 }
 

@@ -17,8 +17,9 @@ void collectives_are_exact(int world_size, Codec codec) {
   std::vector<Asked> asked(static_cast<size_t>(world_size));
   with_ranks<Comm>(world_size, asked, [&](Communicator& comm) {
     uint32_t seed = 0;
+    comm.link_bytes_per_s = 1e9;
     for (size_t n : {0, 1, 3, 255, 257, 2048, 5000, 131072, 300001}) {
-      ++seed;
+      comm.link_hop_s = ++seed % 2 == 0 ? 1.0 : 1e-12;  // in one exchange, or not
       const std::vector<float> mine = values_of(comm.rank(), n, seed);
       const std::vector<float> sum = sum_of(world_size, n, seed);
       std::vector<float> out(n), in_place = mine;
@@ -69,10 +70,18 @@ CASE(sums_are_in_rank_order_and_the_same_bits_everywhere) {
   };
   std::vector<Asked> asked(3);
   with_ranks(3, asked, [&](Communicator& comm) {
-    std::vector<float> x(n);
-    for (size_t i = 0; i < n; ++i) x[i] = value(comm.rank(), i);
-    comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
-    for (size_t i = 0; i < n; ++i) EXPECT(x[i] == (value(0, i) + value(1, i) + value(2, i)) / 3.0f, i);
+    comm.link_bytes_per_s = 1e9;
+    for (double delay : {0.0, 1.0}) {
+      comm.link_hop_s = delay;
+      EXPECT(comm.sums_in_one_exchange(wire, n, false) == (delay > 0));
+      std::vector<float> x(n);
+      for (size_t i = 0; i < n; ++i) x[i] = value(comm.rank(), i);
+      comm.reset_stats();
+      comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+      for (size_t i = 0; i < n; ++i) EXPECT(x[i] == (value(0, i) + value(1, i) + value(2, i)) / 3.0f, i);
+      const uint64_t sent = comm.stats()[static_cast<size_t>(Op::AllReduce)].wire_bytes, all = n * sizeof(float);
+      EXPECT(sent == 2 * 64 + (delay > 0 ? 2 * all : 2 * (all - all / 3) / 2 + 2 * all / 3), sent);
+    }
   });
 }
 
@@ -81,18 +90,22 @@ CASE(ranks_that_disagree_all_hear_of_it_and_go_on) {
   std::atomic<int> refused{0};
   with_ranks(3, asked, [&](Communicator& comm) {
     const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Sum);
-    const size_t n = comm.rank() == 1 ? 70000 : 5000;
-    std::vector<float> x(n, 1.0f);
-    try {
-      comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
-    } catch (const RankMismatch&) {
-      ++refused;
+    comm.link_bytes_per_s = 1e7;
+    for (double delay : {0.0, 3e-3, 1.0}) {  // none, the shorter or both messages go with the opening
+      comm.link_hop_s = delay;
+      const size_t n = comm.rank() == 1 ? 70000 : 5000;
+      std::vector<float> x(n, 1.0f);
+      try {
+        comm.all_reduce(spec_for(Op::AllReduce, wire, n), wire, x.data(), x.data(), n);
+      } catch (const RankMismatch&) {
+        ++refused;
+      }
+      EXPECT(x == std::vector<float>(n, 1.0f));
+      comm.all_reduce(spec_for(Op::AllReduce, wire, 5000), wire, x.data(), x.data(), 5000);
+      EXPECT(x[0] == 3.0f && x[4999] == 3.0f);
     }
-    EXPECT(x == std::vector<float>(n, 1.0f));
-    comm.all_reduce(spec_for(Op::AllReduce, wire, 5000), wire, x.data(), x.data(), 5000);
-    EXPECT(x[0] == 3.0f && x[4999] == 3.0f);
   });
-  EXPECT(refused == 3);
+  EXPECT(refused == 9);
 }
 
 CASE(a_rank_that_left_ends_the_wait_of_the_others) {

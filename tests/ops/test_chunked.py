@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.harness.hosts import Hosts, open_group, two_hosts
 from tests.harness.ops import assert_same_on_all_ranks, check_forward, check_gradient, on_cpu, raised
 from tests.harness.ranks import nightly
 from tpkernels import ops
 from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
-from tpkernels.testing import run_ranks_outcomes
+from tpkernels.testing import run_ranks, run_ranks_outcomes
 from tpkernels.testing.case import Case, Sizes
 from tpkernels.testing.cases import ALL_GATHER_GEMM, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMMS
 from tpkernels.testing.faults import come_late, kill_myself, stop_myself
@@ -31,6 +34,15 @@ SIZES = [
     Sizes(R=0, M=11, N=40, K=24, batch=(30,), dim=0),
     Sizes(R=0, M=40, N=64, K=24, batch=(9,), dim=1),  # cut across the rows: never in chunks
 ]
+PLACES: dict[str, Hosts | None] = {  # the hosts of transport `hierarchical`; None: `group`
+    "group of 3": None,
+    "2+2": two_hosts(4),
+    "2+1": two_hosts(3),
+    "3+1": [[0, 1, 2], [3]],
+    "in turns": [[0, 2], [1, 3]],
+    "2+2+2": [[0, 1], [2, 3], [4, 5]],
+}
+OPENINGS = 64  # bytes of a rank's in a call; over `hierarchical` those of a host go with its first sum, or before it
 NOTICED_S = 5.0  # after its death a rank must be named by the others
 
 
@@ -57,7 +69,23 @@ def sent_by_all(group: Group) -> int:
     return total
 
 
+def at(place: str, body: Callable[..., None], *args: Any) -> None:
+    """body(group, *args) on ranks of these hosts."""
+    hosts = PLACES[place]
+    if hosts is None:
+        on_cpu(body, 3, "group", *args)
+    else:
+        run_ranks(on_hosts, sum(map(len, hosts)), hosts, body, *args)
+
+
+def on_hosts(hosts: Hosts, body: Callable[..., None], *args: Any) -> None:
+    with open_group(hosts=hosts, transport="hierarchical") as group:
+        group._communicator.set_link(1e9, 1e-12)  # sums that are there are no single exchange, which has more bytes
+        body(group, *args)
+
+
 def check_bits(group: Group, dtype: torch.dtype) -> None:
+    around = 0 if group.transport == "group" else 3 * OPENINGS * group.world_size
     for case in GEMMS:
         for s in SIZES:
             for codec in ("none",) if dtype == torch.float64 else ("none", "fp16", "int8"):
@@ -71,15 +99,15 @@ def check_bits(group: Group, dtype: torch.dtype) -> None:
                     found = results(case, sized, group)
                     for i, (a, b) in enumerate(zip(found, want, strict=True)):
                         assert torch.equal(a, b), f"{case.name} {sized}: tensor {i} in {chunks} chunks"
-                    assert sent_by_all(group) == sent, f"{case.name} {sized} in {chunks} chunks"
+                    assert 0 <= sent_by_all(group) - sent <= around, f"{case.name} {sized} in {chunks} chunks"
                 if case.output_cut(sized) is None:
                     assert_same_on_all_ranks(group, f"{case.name} {sized}", found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("R", [3, *nightly(2)])
-def test_any_number_of_chunks_gives_the_same_bits_and_sends_the_same_bytes(R: int, dtype: torch.dtype) -> None:
-    on_cpu(check_bits, R, "group", dtype)
+@pytest.mark.parametrize("place", ["group of 3", "2+2", "3+1", *nightly("2+1", "in turns", "2+2+2")])
+def test_any_number_of_chunks_gives_the_same_bits_and_sends_the_same_bytes(place: str, dtype: torch.dtype) -> None:
+    at(place, check_bits, dtype)
 
 
 def check_references(group: Group) -> None:
@@ -92,8 +120,9 @@ def check_references(group: Group) -> None:
                 check_gradient(case, sized, group)
 
 
-def test_chunks_give_the_product_of_the_unsharded_program() -> None:
-    on_cpu(check_references, 2, "group")
+@pytest.mark.parametrize("place", ["group of 3", "2+2", *nightly("3+1", "in turns")])
+def test_chunks_give_the_product_of_the_unsharded_program(place: str) -> None:
+    at(place, check_references)
 
 
 def check_rule(group: Group) -> None:
@@ -122,6 +151,27 @@ def check_rule(group: Group) -> None:
 
 def test_explain_names_the_chunks_of_the_rule() -> None:
     on_cpu(check_rule, 2, "group")
+
+
+def check_rule_on_hosts(group: Group, even: bool) -> None:
+    """Products whose rows stay on this rank or go to it are cut only where every rank has connections."""
+    calls = {"gemm_all_reduce": GEMM_ALL_REDUCE, "gemm_reduce_scatter": GEMM_REDUCE_SCATTER}
+    for rate, hop in ((1e12, 1e-4), (1e7, 1e-4), (1e7, 10.0)):
+        group._communicator.set_link(rate, hop)
+        for op, case in {**calls, "all_gather_gemm": ALL_GATHER_GEMM}.items():
+            gathers = case is ALL_GATHER_GEMM
+            s = Sizes(R=group.world_size, M=512, N=16 if gathers else 1024, K=1024 if gathers else 16)
+            path = group.explain(op, M=s.M // group.world_size if gathers else s.M, N=s.N, K=s.K).path
+            cut = rate == 1e7 and (even or op == "gemm_all_reduce") and (hop < 1 or op == "gemm_reduce_scatter")
+            assert path.startswith("chunked(") == cut, (op, rate, hop, path)
+            group.reset_stats()
+            check_forward(case, s, group)
+            assert group.stats()["by_op"][op]["calls"] == 1
+
+
+@pytest.mark.parametrize("place", ["2+2", "3+1"])
+def test_the_rule_on_hosts_of_several_ranks(place: str) -> None:
+    at(place, check_rule_on_hosts, place == "2+2")
 
 
 def check_compiled(group: Group) -> None:
@@ -162,14 +212,15 @@ def check_disagreement(group: Group) -> None:
             assert torch.equal(y, torch.full((200, 64), 8.0 * group.world_size)), "the group is usable"
 
 
-@pytest.mark.parametrize("R", [2, 3])
-def test_ranks_that_disagree_all_get_an_error_and_go_on(R: int) -> None:
-    on_cpu(check_disagreement, R, "group")
+@pytest.mark.parametrize("place", ["group of 3", "2+2", "3+1"])
+def test_ranks_that_disagree_all_get_an_error_and_go_on(place: str) -> None:
+    at(place, check_disagreement)
 
 
-def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, str]:
+def fail_in_chunks(op: str, fault: str, victim: int, hosts: Hosts | None) -> tuple[str, str, float, str]:
     """All ranks call without a pause while the victim dies, stops, or stays away."""
-    group = Group.open(transport="group", timeout_s=1.5 if fault != "dead" else 20.0)
+    transport = "group" if hosts is None else "hierarchical"
+    group = open_group(hosts=hosts, transport=transport, timeout_s=1.5 if fault != "dead" else 20.0)
     force(group, 3)
     R = group.world_size
     x = torch.ones(2000 // R if op == "all_gather_gemm" else 2000, 64)
@@ -192,18 +243,25 @@ def fail_in_chunks(op: str, fault: str, victim: int) -> tuple[str, str, float, s
 
 
 @pytest.mark.parametrize(
-    ("op", "fault"),
+    ("place", "op", "fault"),
     [
-        *((op, "dead") for op in ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")),
-        ("gemm_all_reduce", "stopped"),
-        ("all_gather_gemm", "late"),
-        *nightly(("gemm_reduce_scatter", "stopped"), ("all_gather_gemm", "stopped")),
-        *nightly(("gemm_all_reduce", "late"), ("gemm_reduce_scatter", "late")),
+        *(("group of 3", op, "dead") for op in ("gemm_all_reduce", "gemm_reduce_scatter", "all_gather_gemm")),
+        ("group of 3", "gemm_all_reduce", "stopped"),
+        ("group of 3", "all_gather_gemm", "late"),
+        ("2+2", "gemm_all_reduce", "dead"),
+        ("3+1", "gemm_all_reduce", "late"),
+        *nightly(*(("group of 3", op, "stopped") for op in ("gemm_reduce_scatter", "all_gather_gemm"))),
+        *nightly(*(("group of 3", op, "late") for op in ("gemm_all_reduce", "gemm_reduce_scatter"))),
+        *nightly(*(("2+2", op, "dead") for op in ("gemm_reduce_scatter", "all_gather_gemm"))),
+        *nightly(("2+2", "gemm_reduce_scatter", "stopped"), ("2+2", "all_gather_gemm", "late")),
+        *nightly(("3+1", "gemm_all_reduce", "dead"), ("3+1", "gemm_all_reduce", "stopped")),
     ],
 )
-def test_a_rank_that_is_lost_during_a_chunk_is_named_in_bounded_time(op: str, fault: str) -> None:
-    outcomes = run_ranks_outcomes(fail_in_chunks, 3, op, fault, 1, timeout=60.0, stopped_for_good=True)
-    for outcome in (outcomes[0], outcomes[2]):
+def test_a_rank_that_is_lost_during_a_chunk_is_named_in_bounded_time(place: str, op: str, fault: str) -> None:
+    hosts = PLACES[place]
+    R = 3 if hosts is None else sum(map(len, hosts))
+    outcomes = run_ranks_outcomes(fail_in_chunks, R, op, fault, 1, hosts, timeout=60.0, stopped_for_good=True)
+    for outcome in (outcomes[0], *outcomes[2:]):
         assert outcome.finished, outcome.error
         kind, text, took, later = outcome.value
         assert kind == ("PeerLostError" if fault == "dead" else "TimeoutError"), text

@@ -1,7 +1,9 @@
 // The thread of a group that moves bytes while the calling thread multiplies. Torch-free.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -36,6 +38,39 @@ class CommunicationThread {
   std::exception_ptr error_;
   bool has_begun_ = false, leaves_ = false;
   std::thread thread_;
+};
+
+// How many things one thread has made ready for another, which may sleep until there are more.
+class Ready {
+ public:
+  size_t count() const { return count_.load(std::memory_order_acquire); }
+  void set(size_t count) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      count_.store(count, std::memory_order_release);
+    }
+    changed_.notify_all();
+  }
+  // No more will come.
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    changed_.notify_all();
+  }
+  // Whether there are so many; false where they will not come.
+  bool wait_for(size_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return ended_ || this->count() >= count; });
+    return this->count() >= count;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<size_t> count_{0};
+  bool ended_ = false;
 };
 
 }  // namespace tpk

@@ -62,17 +62,18 @@ void GroupCommunicator::run(Op op, const Sizes& send, const Sizes& receive, cons
 
 std::vector<CallSpec> GroupCommunicator::open_call(const CallSpec& spec, const Wire* wire, const Input* payload,
                                                    size_t n) {
-  const size_t record = Opening::kBytes + inline_bytes(), ranks = static_cast<size_t>(world_size());
+  const size_t payload_bytes = wire == nullptr ? 0 : wire->bytes(n), ranks = static_cast<size_t>(world_size());
+  const size_t record = Opening::kBytes + room_of(payload_bytes);
   std::vector<char> mine(record);
-  const Opening opening(call_, spec, false, wire == nullptr ? 0 : wire->bytes(n));
+  const Opening opening(call_, spec, false, payload_bytes);
   std::memcpy(mine.data(), &opening, sizeof opening);
   if (wire != nullptr) payload->encode(*wire, mine.data() + Opening::kBytes, n);
-  records_.resize(ranks * record);
-  gather_records(spec.op, mine.data(), record, records_.data());
+  records_.emplace(ranks * record);
+  gather_records(spec.op, mine.data(), record, records_->at(0));
   std::vector<CallSpec> all;
   for (size_t r = 0; r < ranks; ++r) {
     Opening theirs;
-    std::memcpy(&theirs, records_.data() + r * record, sizeof theirs);
+    std::memcpy(&theirs, records_->at(r * record), sizeof theirs);
     all.push_back(theirs.spec());
   }
   check_agreement(spec, all);
@@ -104,9 +105,9 @@ void GroupCommunicator::all_reduce_inline(const CallSpec& spec, const Wire& wire
                                           size_t n) {
   open_call(spec, &wire, &in, n);
   std::vector<const void*> inputs;
-  const size_t record = Opening::kBytes + inline_bytes();
+  const size_t record = Opening::kBytes + room_of(wire.bytes(n));
   for (size_t r = 0; r < static_cast<size_t>(world_size()); ++r) {
-    inputs.push_back(records_.data() + r * record + Opening::kBytes);
+    inputs.push_back(records_->at(r * record + Opening::kBytes));
   }
   if (wire.is_plain()) return wire.reduce_to_values(inputs.data(), world_size(), out, n);
   std::vector<char> packed(wire.bytes(n) + 1);

@@ -8,10 +8,12 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/communicator.h"
 #include "core/exchange.h"
+#include "scratch.h"
 
 namespace tpk {
 
@@ -37,7 +39,7 @@ class GroupCommunicator : public Communicator {
   void do_close() override { exchange_->close(call_); }
 
   using Sizes = std::vector<size_t>;
-  // The opening exchange: fingerprints, and a payload of up to inline_bytes(); returns the specs of all ranks.
+  // The opening exchange: fingerprints, and a payload that is_inline; returns the specs of all ranks.
   std::vector<CallSpec> open_call(const CallSpec&, const Wire* wire = nullptr, const Input* payload = nullptr,
                                   size_t n = 0);
   // What follows the opening; `meanwhile` runs while bytes are under way.
@@ -45,9 +47,9 @@ class GroupCommunicator : public Communicator {
                                const std::function<void()>* meanwhile);
   virtual void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&);
   virtual void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
-  // Of a message that goes with the opening.
-  virtual size_t inline_bytes() const { return 1024; }
-  bool is_inline(const Wire& wire, size_t n) const { return wire.bytes(n) <= inline_bytes(); }
+  // Whether a message goes with the opening, and the room in every opening for one of so many bytes.
+  virtual bool is_inline(const Wire& wire, size_t n) const { return wire.bytes(n) <= kInline; }
+  virtual size_t room_of([[maybe_unused]] size_t payload_bytes) const { return kInline; }
   // The records of all ranks, each an opening with room for a payload.
   virtual void gather_records(Op op, const char* mine, size_t record_bytes, char* all);
   Exchange& exchange() { return *exchange_; }
@@ -62,7 +64,8 @@ class GroupCommunicator : public Communicator {
   size_t piece_values(const Wire&, size_t parts) const;
 
   std::unique_ptr<Exchange> exchange_;
-  std::vector<char> records_;  // of this call
+  static constexpr size_t kInline = 1024;
+  std::optional<Scratch> records_;  // of this call
 };
 
 }  // namespace tpk

@@ -64,29 +64,45 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_call(const CallS
 HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const CallSpec& spec, const HostOpening& host,
                                                                         const Messages& messages, const Rooms& rooms,
                                                                         Leaders::Room shared) {
+  std::vector<char> openings = records_of(host);
+  Opened opened;
+  if (leads()) {
+    counted(*outer_, [&] {
+      opened.has_come = outer_->exchange_openings_of(spec.op, ranks_of_hosts(), openings.data(),
+                                                     host.has_bytes() ? messages : Messages{}, rooms);
+    });
+  }
+  if (has_led()) tell_led(spec, openings, host.has_bytes() ? shared : Leaders::Room{});
+  compare(spec, openings, opened);
+  return opened;
+}
+
+HierarchicalCommunicator::Sizes HierarchicalCommunicator::ranks_of_hosts() const {
   Sizes counts;
   for (const std::vector<int>& ranks : hosts_) counts.push_back(ranks.size());
-  const Cut starts = cut_of(counts).times(Opening::kBytes);
+  return counts;
+}
+
+std::vector<char> HierarchicalCommunicator::records_of(const HostOpening& host) const {
+  const Cut starts = cut_of(ranks_of_hosts()).times(Opening::kBytes);
   std::vector<char> openings(starts.total());
   for (size_t k = 0; k < here().size(); ++k) {
     std::memcpy(openings.data() + starts.start(static_cast<int>(host_)) + k * Opening::kBytes, &host.openings[k],
                 sizeof(Opening));
   }
-  Opened opened;
-  if (leads()) {
-    counted(*outer_, [&] {
-      opened.has_come = outer_->exchange_openings_of(spec.op, counts, openings.data(),
-                                                     host.has_bytes() ? messages : Messages{}, rooms);
-    });
-  }
-  if (has_led()) {  // from the first leader
-    const size_t with = host.has_bytes() ? shared.bytes : 0;
-    std::vector<char> from_leader(openings), to_all(openings.size() + with);
-    if (with > 0) from_leader.insert(from_leader.end(), shared.at, shared.at + with);
-    gather_from(*inner_, spec, bytes_wire(), from_leader.data(), to_all.data(), over_leaders({to_all.size()}));
-    std::memcpy(openings.data(), to_all.data(), openings.size());
-    if (with > 0) std::memcpy(shared.at, to_all.data() + openings.size(), with);
-  }
+  return openings;
+}
+
+// From the first leader.
+void HierarchicalCommunicator::tell_led(const CallSpec& spec, std::vector<char>& openings, Leaders::Room shared) {
+  std::vector<char> from_leader(openings), to_all(openings.size() + shared.bytes);
+  if (shared.bytes > 0) from_leader.insert(from_leader.end(), shared.at, shared.at + shared.bytes);
+  gather_from(*inner_, spec, bytes_wire(), from_leader.data(), to_all.data(), over_leaders({to_all.size()}));
+  std::memcpy(openings.data(), to_all.data(), openings.size());
+  if (shared.bytes > 0) std::memcpy(shared.at, to_all.data() + openings.size(), shared.bytes);
+}
+
+void HierarchicalCommunicator::compare(const CallSpec& spec, const std::vector<char>& openings, Opened& opened) const {
   opened.specs.resize(static_cast<size_t>(world_size()));
   for (size_t h = 0, i = 0; h < hosts_.size(); ++h) {
     for (size_t k = 0; k < hosts_[h].size(); ++k, ++i) {
@@ -97,7 +113,6 @@ HierarchicalCommunicator::Opened HierarchicalCommunicator::open_between(const Ca
     }
   }
   check_agreement(spec, opened.specs);
-  return opened;
 }
 
 void HierarchicalCommunicator::check_came(const CallSpec& spec, const Opened& opened) const {

@@ -10,64 +10,18 @@
 #include "core/bytes.h"
 #include "core/cuts.h"
 #include "core/errors.h"
-#include "core/moves.h"
 #include "hierarchical_parts.h"
 
 namespace tpk {
 
-// The forms that the values of a sum take.
-struct HierarchicalCommunicator::Forms {
-  const Wire* given;   // of the call
-  const Wire* values;  // of the ranks
-  const Wire* sums;    // inside a host
-  const Wire* link;    // between hosts: as `sums`, or packed
-  int divisor;         // of an average, which is a sum until the end
-
-  Forms(const Wire& wire, int world_size) : given(&wire) {
-    const bool is_avg = wire.op == ReduceOp::Avg, is_half = wire.dtype == DType::BF16 || wire.dtype == DType::F16;
-    const ReduceOp op = is_avg ? ReduceOp::Sum : wire.op;
-    const bool rounds = op == ReduceOp::Sum || op == ReduceOp::Product;
-    values = find_wire(wire.dtype, Codec::None, op);
-    sums = is_half && rounds ? find_wire(DType::F32, Codec::None, op) : values;
-    link = find_wire(sums->dtype, wire.codec, op);
-    divisor = is_avg ? world_size : 1;
-  }
-  bool widens() const { return sums->dtype != values->dtype; }
-  void widen(const void* from, void* to, size_t n) const {
-    if (!widens()) return sums->encode(from, to, n);
-    moves().dtypes[static_cast<size_t>(values->dtype)].to_floats(from, static_cast<float*>(to), n);
-  }
-  void narrow(const void* from, void* to, size_t n) const {
-    if (!widens()) return sums->encode(from, to, n);
-    moves().dtypes[static_cast<size_t>(values->dtype)].from_floats(static_cast<const float*>(from), to, n);
-  }
-  // As the packed sum says it.
-  void repack(void* of, size_t n) const {
-    if (link->is_plain()) return;
-    const Scratch packed(link->bytes(n));
-    link->encode(of, packed.at(0), n);
-    link->decode(packed.at(0), of, n);
-  }
-  void divide(void* of, size_t n) const {
-    if (divisor == 1) return;
-    if (sums->dtype == DType::F32) return moves().divide(static_cast<float*>(of), divisor, n);
-    for (size_t i = 0; i < n; ++i) static_cast<double*>(of)[i] /= divisor;
-  }
-};
-
-// What two more ways over the link cost (of a reduce_scatter one) against what they save: bytes where hosts are more
-// than two or halves are summed, and the time to sum all of the bytes after they have come.
 bool HierarchicalCommunicator::sums_in_one_exchange(const Wire& wire, size_t n, bool scatters) const {
   if (!scatters && n * wire.value_bytes <= inline_bytes_) return true;
   const Forms forms(wire, world_size());
-  const double others = static_cast<double>(hosts_.size() - 1), hosts = others + 1;
   const size_t slice = (n + slices_ - 1) / slices_;
-  const double sent = static_cast<double>(forms.link->bytes(slice)),
-               back = static_cast<double>((wire.is_plain() ? forms.values : forms.link)->bytes(slice)),
-               more = scatters ? 0 : others * (sent - (sent + back) / hosts);
-  const double summed = static_cast<double>(slice * forms.sums->value_bytes) * (scatters ? others / hosts : others);
-  const double rate = link_bytes_per_s > 0 ? link_bytes_per_s : kAssumedRate;
-  return more / rate + summed / kCopiedPerSecond <= (scatters ? 1 : 2) * hop_s();
+  const auto bytes = [&](const Wire* form) { return static_cast<double>(form->bytes(slice)); };
+  return OneExchange{static_cast<double>(hosts_.size()), bytes(forms.link),
+                     bytes(wire.is_plain() ? forms.values : forms.link), bytes(forms.sums), scatters}
+      .is_faster(link_bytes_per_s > 0 ? link_bytes_per_s : kAssumedRate, hop_s());
 }
 
 void HierarchicalCommunicator::all_reduce_now(const CallSpec& spec, const Wire& wire, const Input& in, void* out,

@@ -83,18 +83,6 @@ void HierarchicalCommunicator::do_abort() {
   if (outer_ != nullptr) outer_->abort("this rank aborted the group");
 }
 
-template <class Body>
-void HierarchicalCommunicator::guarded(Op op, Body&& body) {
-  found_ = nullptr;
-  try {
-    body();
-  } catch (const TimeoutFailure&) {
-    fail(op, true);
-  } catch (const PeerLost&) {
-    fail(op, false);
-  }
-}
-
 void HierarchicalCommunicator::fail(Op op, bool late) {
   if (is_aborted()) throw PeerLost(concat(describe_call(op), ": this rank aborted the group."));
   std::exception_ptr why = found_;
@@ -292,68 +280,74 @@ void HierarchicalCommunicator::do_reduce_scatter(const CallSpec& spec, const Wir
   guarded(spec.op, [&] { reduce_scatter_now(spec, wire, in, out, cut); });
 }
 
-// Parts are packed by their own ranks, so that the bits are those of every transport. Those of the host come with the
-// first call inside it, those of other hosts with the first exchange.
 void HierarchicalCommunicator::do_all_gather(const CallSpec& spec, const Wire& wire, const void* in, void* out,
                                              const Cut& cut) {
   guarded(spec.op, [&] {
-    const auto bytes_of = [&](int r) { return wire.bytes(cut.size(r)); };
-    const Scratch packed(wire.is_plain() ? 0 : bytes_of(rank()));
-    if (!wire.is_plain()) wire.encode(in, packed.at(0), cut.size(rank()));
-    const char* const own = static_cast<const char*>(wire.is_plain() ? in : packed.at(0));
-    const auto place = [&](int r, const char* part) {
-      wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
-      return part + bytes_of(r);
-    };
-    Sizes of_host, of_all;
-    for (int r : here()) of_host.push_back(bytes_of(r));
-    for (int r = 0; r < world_size(); ++r) of_all.push_back(bytes_of(r));
-    if (!gathers_in_one_exchange(sum_of(of_all))) {
-      check_parts(spec, open_call(spec).specs, cut);
-      const Scratch wires(wire.is_plain() ? 0 : sum_of(of_all));
-      gather(spec, own, of_all, wire.is_plain() ? static_cast<char*>(out) : wires.at(0));
-      const char* part = wires.at(0);
-      for (int r = 0; r < world_size() && !wire.is_plain(); ++r) part = place(r, part);
-      return;
-    }
-    const Scratch parts(sum_of(of_host));
-    const HostOpening host = open_inside(spec, false, own, of_host, parts.at(0));
+    if (gathers_in_pieces(wire, cut)) return gather_in_pieces(spec, wire, in, out, cut, {}, [] {}, [](size_t) {});
+    gather_now(spec, wire, in, out, cut);
+  });
+}
 
-    // The parts of other hosts by slices, in each by hosts.
-    Sizes of_slices(slices_, 0);
-    std::vector<int> order;
-    Rooms rooms(hosts_.size());
-    for (size_t l = 0; l < slices_; ++l) {
-      for (size_t h = 0; h < hosts_.size(); ++h) {
-        if (h == host_) continue;
-        for (int r : in_slice_[h][l]) {
-          of_slices[l] += bytes_of(r);
-          if (l == local_) rooms[h].bytes += bytes_of(r);
-          order.push_back(r);
-        }
+// Parts are packed by their own ranks, so that the bits are those of every transport. Those of the host come with the
+// first call inside it, those of other hosts with the first exchange.
+void HierarchicalCommunicator::gather_now(const CallSpec& spec, const Wire& wire, const void* in, void* out,
+                                          const Cut& cut) {
+  const auto bytes_of = [&](int r) { return wire.bytes(cut.size(r)); };
+  const Scratch packed(wire.is_plain() ? 0 : bytes_of(rank()));
+  if (!wire.is_plain()) wire.encode(in, packed.at(0), cut.size(rank()));
+  const char* const own = static_cast<const char*>(wire.is_plain() ? in : packed.at(0));
+  const auto place = [&](int r, const char* part) {
+    wire.decode(part, at(out, cut.start(r) * wire.value_bytes), cut.size(r));
+    return part + bytes_of(r);
+  };
+  Sizes of_host, of_all;
+  for (int r : here()) of_host.push_back(bytes_of(r));
+  for (int r = 0; r < world_size(); ++r) of_all.push_back(bytes_of(r));
+  if (!gathers_in_one_exchange(sum_of(of_all))) {
+    check_parts(spec, open_call(spec).specs, cut);
+    const Scratch wires(wire.is_plain() ? 0 : sum_of(of_all));
+    gather(spec, own, of_all, wire.is_plain() ? static_cast<char*>(out) : wires.at(0));
+    const char* part = wires.at(0);
+    for (int r = 0; r < world_size() && !wire.is_plain(); ++r) part = place(r, part);
+    return;
+  }
+  const Scratch parts(sum_of(of_host));
+  const HostOpening host = open_inside(spec, false, own, of_host, parts.at(0));
+
+  // The parts of other hosts by slices, in each by hosts.
+  Sizes of_slices(slices_, 0);
+  std::vector<int> order;
+  Rooms rooms(hosts_.size());
+  for (size_t l = 0; l < slices_; ++l) {
+    for (size_t h = 0; h < hosts_.size(); ++h) {
+      if (h == host_) continue;
+      for (int r : in_slice_[h][l]) {
+        of_slices[l] += bytes_of(r);
+        if (l == local_) rooms[h].bytes += bytes_of(r);
+        order.push_back(r);
       }
     }
-    const Scratch received(leads() ? of_slices[local_] : 0), others(sum_of(of_slices));
-    char* next = received.at(0);
-    for (auto& room : rooms) next = (room.at = next) + room.bytes;
-    size_t mine = 0;  // bytes of this rank's slice in its host
-    for (size_t k = local_; leads() && k < of_host.size(); k += slices_) mine += of_host[k];
-    const Scratch block(mine);
-    const Cut starts = cut_of(of_host);
-    next = block.at(0);
-    for (size_t k = local_; leads() && k < of_host.size(); k += slices_) {
-      if (of_host[k] > 0) std::memcpy(next, parts.at(starts.starts[k]), of_host[k]);
-      next += of_host[k];
-    }
-    const Opened opened = open_between(spec, host, Messages(hosts_.size(), {block.at(0), mine}), rooms);
-    check_parts(spec, opened.specs, cut);
-    check_came(spec, opened);
-    gather_from(*inner_, spec, bytes_wire(), received.at(0), others.at(0), over_leaders(of_slices));
-    const char* part = parts.at(0);
-    for (int r : here()) part = place(r, part);
-    part = others.at(0);
-    for (int r : order) part = place(r, part);
-  });
+  }
+  const Scratch received(leads() ? of_slices[local_] : 0), others(sum_of(of_slices));
+  char* next = received.at(0);
+  for (auto& room : rooms) next = (room.at = next) + room.bytes;
+  size_t mine = 0;  // bytes of this rank's slice in its host
+  for (size_t k = local_; leads() && k < of_host.size(); k += slices_) mine += of_host[k];
+  const Scratch block(mine);
+  const Cut starts = cut_of(of_host);
+  next = block.at(0);
+  for (size_t k = local_; leads() && k < of_host.size(); k += slices_) {
+    if (of_host[k] > 0) std::memcpy(next, parts.at(starts.starts[k]), of_host[k]);
+    next += of_host[k];
+  }
+  const Opened opened = open_between(spec, host, Messages(hosts_.size(), {block.at(0), mine}), rooms);
+  check_parts(spec, opened.specs, cut);
+  check_came(spec, opened);
+  gather_from(*inner_, spec, bytes_wire(), received.at(0), others.at(0), over_leaders(of_slices));
+  const char* part = parts.at(0);
+  for (int r : here()) part = place(r, part);
+  part = others.at(0);
+  for (int r : order) part = place(r, part);
 }
 
 void HierarchicalCommunicator::do_all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out,

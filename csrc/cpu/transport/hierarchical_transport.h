@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "leaders.h"
+#include "one_exchange.h"
 #include "scratch.h"
 
 namespace tpk {
@@ -43,10 +44,21 @@ class HierarchicalCommunicator final : public Communicator {
   void* heap_allocate(size_t bytes) override { return inner_->heap_allocate(bytes); }
   void heap_free(void* pointer) override { inner_->heap_free(pointer); }
   size_t heap_bytes() const override { return inner_->heap_bytes(); }
-  // Whether an all_reduce, or a reduce_scatter, of n values is one exchange between the hosts.
-  bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const;
-  // The same of a gather of so many bytes in all, which costs that they are copied once more.
-  bool gathers_in_one_exchange(size_t bytes) const { return static_cast<double>(bytes) / kCopiedPerSecond <= hop_s(); }
+  bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const override;
+  // Which costs that they are copied once more.
+  bool gathers_in_one_exchange(size_t bytes) const override {
+    return static_cast<double>(bytes) / kCopiedPerSecond <= hop_s();
+  }
+  bool has_thread() const override { return true; }
+  void let_thread_run() override {
+    if (outer_ != nullptr) outer_->let_thread_run();
+  }
+  // Where every rank leads a slice: chunks of parts do not pass through other ranks.
+  bool cuts_parts() const override;
+  std::vector<std::vector<int>> parts_in_order() const override;
+  double share_of_link() const override {
+    return (1.0 - 1.0 / static_cast<double>(hosts_.size())) / static_cast<double>(slices_);
+  }
 
  protected:
   void do_all_reduce(const CallSpec&, const Wire&, Input in, void* out, size_t n) override;
@@ -55,6 +67,15 @@ class HierarchicalCommunicator final : public Communicator {
   void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
                      const Cut& receive) override;
   std::vector<int64_t> do_exchange(const CallSpec&) override;
+  void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
+                            const std::function<void()>& meanwhile) override;
+  void do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&,
+                            const std::function<void()>& meanwhile) override;
+  void do_reduce_scatter_chunks(const CallSpec&, const Wire&, const Chunks&, void* out, const Cut&,
+                                const std::function<void()>& meanwhile) override;
+  void do_all_gather_chunks(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                            const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                            const std::function<void(size_t)>& use) override;
   void do_close() override;
   void do_abort() override;
 
@@ -63,12 +84,13 @@ class HierarchicalCommunicator final : public Communicator {
   struct HostOpening;
   struct Opened;
   struct Forms;
+  struct Beside;
   using Sizes = std::vector<size_t>;
   using SizeOfPair = std::function<size_t(int source, int destination)>;
   using Messages = std::vector<Leaders::Message>;
   using Rooms = std::vector<Leaders::Room>;
-  // Of memory; of a link that was not timed.
-  static constexpr double kCopiedPerSecond = 4e9, kAssumedRate = 125e6, kAssumedHop = 100e-6;
+  // Of a link that was not timed.
+  static constexpr double kAssumedRate = 125e6, kAssumedHop = 100e-6;
   double hop_s() const { return link_hop_s > 0 ? link_hop_s : kAssumedHop; }
   // Every rank has the inputs of its host and sums them, and every leader sends the whole sum.
   static constexpr size_t kMostInputs = size_t{64} << 10, kLeastInline = 1024, kMostInline = 4096;
@@ -84,9 +106,26 @@ class HierarchicalCommunicator final : public Communicator {
   Opened open_between(const CallSpec&, const HostOpening&, const Messages& = {}, const Rooms& = {},
                       Leaders::Room shared = {});
   Opened open_call(const CallSpec&, bool is_packed = false);
+  Sizes ranks_of_hosts() const;
+  // Openings of all ranks, of which those of this host are there.
+  std::vector<char> records_of(const HostOpening&) const;
+  void tell_led(const CallSpec&, std::vector<char>& openings, Leaders::Room shared = {});
+  // Throws RankMismatch on all ranks where they are not of one call.
+  void compare(const CallSpec&, const std::vector<char>& openings, Opened&) const;
   void check_came(const CallSpec&, const Opened&) const;
 
+  // --- calls beside the work of the calling thread (hierarchical_chunks.cpp)
+  void run_beside(const CallSpec&, const Wire& link, Beside&, const Leaders::Move& move,
+                  const std::function<void()>& work);
+  // Whether all ranks have agreed; all ranks of a host call it at the same point of their calls inside.
+  bool has_agreed(const CallSpec&, Beside&);
+  void gather_in_pieces(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
+                        const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
+                        const std::function<void(size_t)>& use);
+  bool gathers_in_pieces(const Wire&, const Cut&) const;
+
   // --- between all ranks (hierarchical_transport.cpp)
+  void gather_now(const CallSpec&, const Wire&, const void* in, void* out, const Cut&);
   // out = bytes[r] bytes of each rank r, in rank order; `mine` are this rank's.
   void gather(const CallSpec&, const void* mine, const Sizes& bytes, char* out);
   // size(s, d) bytes of rank s go to rank d. in: by destination, out: by source, in rank order.

@@ -13,11 +13,21 @@ class Leaders final : public SocketCommunicator {
  public:
   using SocketCommunicator::SocketCommunicator;
 
+  using SocketCommunicator::exchange_openings;
   using SocketCommunicator::Message;
+  using SocketCommunicator::Move;
   using SocketCommunicator::Room;
+  using SocketCommunicator::stream;
   // SocketCommunicator::exchange_openings of the ranks of all hosts, as a call.
   bool exchange_openings_of(Op op, const std::vector<size_t>& counts, char* openings, const std::vector<Message>& to,
                             const std::vector<Room>& from);
+  // SocketCommunicator::overlap, as a call.
+  void beside(Op op, const std::function<void()>& call, const std::function<void()>& work) {
+    as_one_call(op, [&] { overlap(op, call, work); });
+  }
+  // Of a chunk that `work` makes: the thread waits for it; the calling thread hands it over.
+  void wait_until_made(const std::function<bool()>& is_made) { link().wait_for_thread(call_, is_made); }
+  void hand_over() { link().hand_over(); }
 
  protected:
   void do_reduce_scatter(const CallSpec& spec, const Wire& wire, Input in, void* out, const Cut& cut) override {

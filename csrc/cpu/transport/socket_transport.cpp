@@ -7,45 +7,13 @@
 #include "core/bytes.h"
 #include "core/check.h"
 #include "cpu/chunks.h"
+#include "one_exchange.h"
 #include "opening.h"
 
 namespace tpk {
 namespace {
 
 constexpr size_t kTogether = size_t{16} << 10;  // bytes that are copied to leave with the opening, in one call
-
-// How many things one thread has made ready for another, which may sleep until there are more.
-class Ready {
- public:
-  size_t count() const { return count_.load(std::memory_order_acquire); }
-  void set(size_t count) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      count_.store(count, std::memory_order_release);
-    }
-    changed_.notify_all();
-  }
-  // No more will come.
-  void end() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ended_ = true;
-    }
-    changed_.notify_all();
-  }
-  // Whether there are so many; false where they will not come.
-  bool wait_for(size_t count) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return ended_ || this->count() >= count; });
-    return this->count() >= count;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::atomic<size_t> count_{0};
-  bool ended_ = false;
-};
 
 Source whole(const Input& in, void* out, size_t n) {
   return {{{0, n}}, [in, out](size_t, const std::function<void()>&) { return Source::Made{in, out}; }};
@@ -74,9 +42,14 @@ void SocketCommunicator::do_close() {
   thread_.reset();
 }
 
-size_t SocketCommunicator::inline_bytes() const {
+bool SocketCommunicator::sums_in_one_exchange(const Wire& wire, size_t n, bool scatters) const {
   constexpr size_t kToAll = size_t{16} << 10, kLeast = 1024, kMost = 4096;
-  return std::clamp(kToAll / static_cast<size_t>(std::max(1, world_size() - 1)), kLeast, kMost);
+  if (scatters) return false;
+  if (wire.bytes(n) <= std::clamp(kToAll / static_cast<size_t>(std::max(1, world_size() - 1)), kLeast, kMost))
+    return true;
+  const double bytes = static_cast<double>(wire.bytes(n)), summed = static_cast<double>(n * wire.value_bytes);
+  const OneExchange one{static_cast<double>(world_size()), bytes, bytes, summed, false};
+  return link_bytes_per_s > 0 && one.is_faster(link_bytes_per_s, link_hop_s);
 }
 
 void SocketCommunicator::gather_records(Op op, const char* mine, size_t record_bytes, char* all) {

@@ -22,6 +22,7 @@ class SocketCommunicator : public GroupCommunicator {
   ~SocketCommunicator() override;
 
   bool has_thread() const override { return true; }
+  bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const override;
   void let_thread_run() override {
     if (link_.is_busy()) link_.hand_over();
   }
@@ -42,8 +43,9 @@ class SocketCommunicator : public GroupCommunicator {
                        const std::function<void()>* meanwhile) override;
   void send_reduce_scatter(const CallSpec&, const Wire&, const Input& in, void* out, const Cut&) override;
   void send_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) override;
-  // More than over any exchange: a message of its own size takes one way over the link where it would take three.
-  size_t inline_bytes() const override;
+  // One way over the link where it would be three.
+  bool is_inline(const Wire& wire, size_t n) const override { return sums_in_one_exchange(wire, n, false); }
+  size_t room_of(size_t payload_bytes) const override { return payload_bytes; }
   void gather_records(Op op, const char* mine, size_t record_bytes, char* all) override;
   struct Message {
     const char* at = nullptr;
@@ -60,12 +62,13 @@ class SocketCommunicator : public GroupCommunicator {
                          const std::vector<Room>& from);
   SocketExchange& link() { return link_; }
 
- private:
   using Move = std::function<void(Stream&)>;
   // Runs `move` on this thread, and counts what it sends.
   void stream(Op op, const Wire&, const Move& move);
   // Runs `call` on the thread of the group while `work` runs here. `work` may return early when the thread has ended.
   void overlap(Op op, const std::function<void()>& call, const std::function<void()>& work);
+
+ private:
   // A sum of `chunks`, which this thread makes while `move` sends them.
   void sum_chunks(const CallSpec&, const Wire&, const Chunks&, const std::function<void(Stream&, const Source&)>& move,
                   const std::function<void()>& meanwhile);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/cuts.h"
+#include "core/moves.h"
 #include "scratch.h"
 
 namespace tpk {
@@ -33,9 +34,13 @@ class AllReduce {
   AllReduce(Stream& stream, const std::function<void(size_t)>& use, size_t piece)
       : stream_(stream),
         wire_(stream.wire),
+        sums_(stream.sums()),
         use_(use),
         bytes_((wire_.bytes(piece) + stream.ranks() * wire_.bytes(wire_.block_values) + 63) / 64 * 64),
-        memory_(kSlots * (wire_.is_plain() ? 1 : 3) * bytes_) {}
+        num_memories_(!wire_.is_plain()          ? 3
+                      : stream.halves != nullptr ? 2
+                                                 : 1),
+        memory_(kSlots * num_memories_ * bytes_) {}
 
   // `in` and `out` begin where the piece does, of which `chunk` is the one that it ends, or kNone.
   void begin(const Input& in, void* out, const Piece& piece, size_t chunk) {
@@ -71,17 +76,22 @@ class AllReduce {
     for (size_t r = 0; r < stream_.ranks(); ++r) {
       inputs.push_back(r == me ? slot.contribution + wire_.offset(slot.cut.starts[me]) : memory(summed_, 0) + r * mine);
     }
-    void* const total = sum_of(summed_, me);
+    const bool rounds = stream_.halves != nullptr;
+    void* const sent = sum_of(summed_, me);
+    void* const total = rounds ? memory(summed_, 1) : sent;
     const size_t start = slot.cut.starts[me], n = slot.cut.size(stream_.rank);
     if (wire_.is_plain()) {
       wire_.reduce(inputs.data(), stream_.world_size, &total, 1, n);
+      if (rounds) {
+        moves().dtypes[static_cast<size_t>(sums_.dtype)].from_floats(static_cast<const float*>(total), sent, n);
+      }
     } else {
       wire_.reduce_and_decode(inputs.data(), stream_.world_size, &total, 1, at(slot.out, start * wire_.value_bytes), n);
     }
     for (size_t r = 0; r < stream_.ranks(); ++r) {
       if (r == me) continue;
-      stream_.send(r, total, mine);
-      stream_.link.receive(r, sum_of(summed_, r), part_bytes(slot, r));
+      stream_.send(r, sent, sums_.bytes(n));
+      stream_.link.receive(r, sum_of(summed_, r), sums_.bytes(slot.cut.size(static_cast<int>(r))));
     }
     slot.mark = stream_.link.everything_posted();
     stream_.link.move();
@@ -117,22 +127,22 @@ class AllReduce {
     if (slot.chunk != kNone) use_(slot.chunk);
     ++ended_;
   }
-  // Of piece i: 0 the contributions of others, 1 its own, 2 the sums.
-  char* memory(size_t i, size_t which) const {
-    return memory_.at((i % kSlots * (wire_.is_plain() ? 1 : 3) + which) * bytes_);
-  }
+  // Of piece i: 0 the contributions of others, 1 its own, or its sum before it is rounded, 2 the sums.
+  char* memory(size_t i, size_t which) const { return memory_.at((i % kSlots * num_memories_ + which) * bytes_); }
   // Where the sum of part r of piece i is.
   char* sum_of(size_t i, size_t r) const {
     const State& slot = states_[i % kSlots];
-    if (wire_.is_plain()) return at(slot.out, slot.cut.starts[r] * wire_.value_bytes);
+    if (wire_.is_plain()) return at(slot.out, slot.cut.starts[r] * sums_.value_bytes);
     return memory(i, 2) + wire_.offset(slot.cut.starts[r]);
   }
   size_t part_bytes(const State& slot, size_t r) const { return wire_.bytes(slot.cut.size(static_cast<int>(r))); }
 
   Stream& stream_;
   const Wire& wire_;
+  const Wire& sums_;
   const std::function<void(size_t)>& use_;
   const size_t bytes_;  // of each of a slot's memories
+  const size_t num_memories_;
   Scratch memory_;
   State states_[kSlots];
   size_t begun_ = 0, summed_ = 0, ended_ = 0;  // pieces
@@ -176,7 +186,7 @@ void stream_all_reduce(Stream& stream, const Source& source, const std::function
     for (const Piece& each : pieces_of(chunk.begin, chunk.end, piece)) {
       const size_t start = each.start - chunk.begin;
       const bool is_last = each.start + each.values == chunk.end;
-      run.begin(made.in.from(wire, start), at(made.out, start * wire.value_bytes), each,
+      run.begin(made.in.from(wire, start), at(made.out, start * stream.sums().value_bytes), each,
                 is_last ? c : AllReduce::kNone);
       if (std::exchange(first, false)) begun();
       if (run.begun() - run.summed() > kAhead) run.sum();

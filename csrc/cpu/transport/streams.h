@@ -22,10 +22,13 @@ struct Stream {
   const Wire& wire;
   uint64_t call;
   int rank, world_size;
+  // Of a plain sum in fp32 whose values are halves, which are what the owners of parts send back; else none.
+  const Wire* halves = nullptr;
   uint64_t sent_bytes = 0;  // so far
 
   size_t ranks() const { return static_cast<size_t>(world_size); }
   size_t me() const { return static_cast<size_t>(rank); }
+  const Wire& sums() const { return halves == nullptr ? wire : *halves; }
   // Values of a piece of a tensor that the ranks sum in equal parts (so that the bytes of a call do not depend on its
   // pieces), and of a piece of each rank's part.
   size_t piece_of_all() const;
