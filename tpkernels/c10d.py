@@ -53,13 +53,24 @@ def _module() -> Any:
         module: Any = importlib.import_module("tpkernels._C_c10d")
         if module.torch_version == torch_here:
             return module
-        obstacle = "it was built for torch {}.{}".format(*module.torch_version)
+        why = "it was built for torch {}.{}".format(*module.torch_version)
     except ImportError as error:
-        obstacle = str(error)
+        why = str(error)
     raise RuntimeError(
-        f"the back end 'tpk' of tpkernels cannot be loaded in torch {torch.__version__} ({obstacle}): build tpkernels "
+        f"the back end 'tpk' of tpkernels cannot be loaded in torch {torch.__version__} ({why}): build tpkernels "
         f"again in this environment, or use back end 'gloo'"
     )
+
+
+def obstacle() -> str | None:
+    """Why groups with this back end cannot be made here; None where they can."""
+    if not dist.is_available():
+        return "this torch has no torch.distributed"
+    try:
+        _module()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _create(options: Any, wanted: Any) -> Any:

@@ -202,6 +202,14 @@ def test_info_reports_build_machine_and_what_is_off() -> None:
         assert fact in text
 
 
+def test_info_says_whether_torch_distributed_has_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = "built for another torch"
+    for obstacle, says in ((None, f"yes, back end {tpk.c10d.NAME}"), (lacks, f"no: {lacks}")):
+        monkeypatch.setattr(tpk.c10d, "obstacle", lambda obstacle=obstacle: obstacle)
+        (line,) = (line for line in info.render().splitlines() if line.startswith("  torch.distributed"))
+        assert line.endswith(says)
+
+
 def test_info_names_the_loops_that_a_cpu_gets() -> None:
     v3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}

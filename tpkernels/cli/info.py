@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tpkernels import c10d
 from tpkernels._build import build_info
 from tpkernels._native import _C
 from tpkernels.comm.devices import cuda_facts, load_cuda
@@ -132,8 +133,9 @@ def _can_run() -> dict[str, str]:
     codecs = ["none", *(str(name) for name, *_ in _C.codecs())]
     return {
         "ranks of one machine": f"yes, transport shm: {why}" if shm else f"only through a process group: {why}",
-        "ranks of several": "yes, transport group over gloo" if gloo else "no: this torch has no gloo",
-        "GEMMs by": "oneDNN or aten, the faster one" if onednn else "aten: this torch has no oneDNN",
+        "ranks of several": "yes, transports group and hierarchical" if gloo else "no: this torch has no gloo",
+        "torch.distributed": f"no: {obstacle}" if (obstacle := c10d.obstacle()) else f"yes, back end {c10d.NAME}",
+        "GEMMs by": "gemv up to 8 rows, " + ("oneDNN or aten, the faster one" if onednn else "aten: no oneDNN"),
         "codecs": " ".join(codecs),
         "ops": f"{len(ops)} on CPU" + (" and CUDA" if load_cuda()[0] else ", none on CUDA: see cuda above"),
     }

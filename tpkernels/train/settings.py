@@ -69,7 +69,7 @@ class Settings:
         "none", "How activations and their gradients are packed between stages.", PARALLEL, choices=tuple(CODECS)
     )
     sequence_parallel: bool = _setting(False, "Cut activations over the tokens, too.", PARALLEL)
-    codec: str = _setting("none", "How sums are packed: none, fp16, bf16.", PARALLEL, choices=tuple(CODECS))
+    codec: str = _setting("none", "How sums are packed: none, fp16, bf16, int8, fp8.", PARALLEL, choices=tuple(CODECS))
     grad_codec: str = _setting(
         "none", "How gradients are packed between replicas: a codec, or topk.", PARALLEL, choices=GRAD_CODECS
     )
