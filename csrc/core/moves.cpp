@@ -177,7 +177,7 @@ template <class C, Kept kind>
 void encode_and_keep(const float* values, char* wire, float* kept, size_t n) {
   if constexpr (kHasVectors<C>) {
     // The scales of a block take their time: those of the next are computed while this one is packed.
-    float factors[2][kScales<C>], inverse[kScales<C>];
+    float factors[2][kFactors<C>], inverse[kScales<C>];
     bool is_fit = n >= C::kBlockValues && VectorCodec<C>::write_scales(values, wire, factors[0]);
     for (size_t b = 0; n >= C::kBlockValues; ++b, n -= C::kBlockValues) {
       bool is_next_fit = false;

@@ -52,6 +52,13 @@ TPK_ALWAYS_INLINE Ints all(uint32_t value) { return _mm256_set1_epi32(static_cas
 #endif
 
 #if defined(TPK_VECTORS)
+// One load for several uses, which compilers make an operand of each.
+TPK_ALWAYS_INLINE Floats load_once(const float* from) {
+  Floats values = load(from);
+  asm("" : "+v"(values));
+  return values;
+}
+
 // What compilers have operators for, of any width.
 using Words = uint32_t __attribute__((vector_size(sizeof(Ints))));
 
@@ -138,10 +145,10 @@ TPK_ALWAYS_INLINE void store_in_order(void* to, Ints bytes) {
 TPK_ALWAYS_INLINE Ints signed_bytes(Ints a, Ints b) { return _mm512_packs_epi16(a, b); }
 TPK_ALWAYS_INLINE Ints unsigned_bytes(Ints a, Ints b) { return _mm512_packus_epi16(a, b); }
 
-// The larger of |values| and limit, a power of two, cut to its exponent; with the sign of the value.
-TPK_ALWAYS_INLINE Floats signed_exponent(Floats values, float limit) {
+// The larger of |values|, cut to the exponent, and limit, powers of two; with the sign of the value.
+TPK_ALWAYS_INLINE Floats signed_exponent(Floats values, Floats limit) {
   const Floats own = _mm512_castsi512_ps(both(bits_of(values), all(0xff800000u)));
-  return _mm512_range_ps(own, all(limit), 3);
+  return _mm512_range_ps(own, limit, 3);
 }
 TPK_ALWAYS_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 TPK_ALWAYS_INLINE Ints multiply_words(Ints a, uint32_t by) { return _mm512_madd_epi16(a, all(by)); }
@@ -256,9 +263,9 @@ TPK_ALWAYS_INLINE void store_in_order(void* to, Ints bytes) {
 TPK_ALWAYS_INLINE Ints signed_bytes(Ints a, Ints b) { return _mm256_packs_epi16(a, b); }
 TPK_ALWAYS_INLINE Ints unsigned_bytes(Ints a, Ints b) { return _mm256_packus_epi16(a, b); }
 
-TPK_ALWAYS_INLINE Floats signed_exponent(Floats values, float limit) {
+TPK_ALWAYS_INLINE Floats signed_exponent(Floats values, Floats limit) {
   const Ints own = both(bits_of(values), all(0x7f800000u)), sign = both(bits_of(values), all(0x80000000u));
-  return _mm256_castsi256_ps(_mm256_or_si256(larger(own, bits_of(all(limit))), sign));
+  return _mm256_castsi256_ps(_mm256_or_si256(larger(own, bits_of(limit)), sign));
 }
 TPK_ALWAYS_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 TPK_ALWAYS_INLINE Ints multiply_words(Ints a, uint32_t by) { return _mm256_madd_epi16(a, all(by)); }

@@ -1,8 +1,9 @@
 // The codecs in vector code (vector.h): the bytes of block.h's plain loops, for whole blocks.
 //
 // Such a block has one factor for every scale, in place of a codec's two, wherever it is a normal number: both ways of
-// multiplying then round once, to the same bits. VectorCodec returns false for other blocks (NaN, infinity, magnitudes
-// near the ends of float), which are left to the plain loops, as are codecs without a VectorCodec.
+// multiplying then round once, to the same bits. fp8 packs without multiplying. VectorCodec returns false for other
+// blocks (NaN, infinity, magnitudes near the ends of float), which are left to the plain loops, as are codecs without a
+// VectorCodec.
 #pragma once
 
 #include <type_traits>
@@ -24,6 +25,10 @@ template <class C, class = void>
 constexpr bool kHasVectors = false;
 template <class C>
 constexpr size_t kScales = C::kBlockValues / C::kScaleValues;
+template <class C>
+constexpr size_t kFactors = kScales<C>;  // for packing
+template <>
+constexpr size_t kFactors<Fp8Codec> = 2 * kScales<Fp8Codec>;  // `by`, then `limit` of each
 
 // What packing gives beside the wire: nothing, the values as the wire has them, or what of them it has not.
 enum class Kept { Nothing, Sent, Rest };
@@ -92,17 +97,19 @@ TPK_ALWAYS_INLINE void store_payloads(const Floats* values, int8_t* to, Floats* 
 }
 
 TPK_ALWAYS_INLINE void load_payloads(const Fp8* from, Floats* values) { load_e4m3(from, values); }
-// A power of two that is 2^20 times the exponent of a value rounds it to four bits, which are the lowest of the sum;
-// its own lowest bits add what is missing to 128 eighths of an exponent. Without it the sum is the rounded value, but
-// for the sign of a zero.
-TPK_ALWAYS_INLINE void store_payloads(const Floats* values, Fp8* to, Floats* sent) {
-  const Floats by = all(from_bits((147u << 23) + 80u));
+// Values as they are, not scaled. A power of two that is 2^20 times the exponent of a value rounds it to four bits,
+// which are the lowest of the sum; `by`, 2^20 and in its own lowest bits what is missing to the eighths of the
+// exponent, makes the one of the other. Without it the sum is the rounded value, but for the sign of a zero. `by` and
+// `limit`, the smallest exponent of a normal e4m3, are those of the groups of the values.
+TPK_ALWAYS_INLINE void store_payloads(const Floats* values, const float* by, const float* limit, Fp8* to,
+                                      Floats* sent) {
   Ints eighths[4];
   for (size_t v = 0; v < 4; ++v) {
-    const Floats exponent = signed_exponent(values[v], from_bits(Fp8Codec::kSmallestNormal));
-    const Floats sum = multiply_add(exponent, by, values[v]);
+    const size_t group = v * kWidth / Fp8Codec::kScaleValues;
+    const Floats own_by = all(by[group]), exponent = signed_exponent(values[v], all(limit[group]));
+    const Floats sum = multiply_add(exponent, own_by, values[v]);
     eighths[v] = multiply_words(bits_of(sum), 1u << 16 | 16u);  // upper half, and 16 times the lower
-    const Floats rounded = multiply(subtract(sum, multiply(exponent, by)), all(0.5f));  // as load_e4m3 has it
+    const Floats rounded = subtract(sum, multiply(exponent, own_by));
     sent[v] = floats_of(merged(bits_of(values[v]), bits_of(rounded), all(0x80000000u)));
   }
   const auto bytes = [](Ints a, Ints b) TPK_LAMBDA {
@@ -173,6 +180,7 @@ struct VectorCodec<Int8Codec> {
 
 template <>
 struct VectorCodec<Fp8Codec> {
+  static constexpr uint32_t kLeast = 15;  // exponent whose e4m3 are normal floats
   static constexpr size_t kGroups = kCodecBlockValues / Fp8Codec::kScaleValues;
 
   TPK_ALWAYS_INLINE static bool write_scales(const float* values, char* block, float* factors) {
@@ -181,8 +189,11 @@ struct VectorCodec<Fp8Codec> {
       const Ints largest = largest_of_groups(values + g * Fp8Codec::kScaleValues);
       const Ints exponent = larger(right(add(largest, all(0x1fffffu)), 23), all(1u));
       store_scales(add(exponent, all(~0u)), reinterpret_cast<uint8_t*>(block) + g);
-      store(factors + g, floats_of(subtract(all(255u << 23), left(exponent, 23))));
-      is_fit = is_fit && all_zero_or_within(largest, 1, kMostFit - 1);
+      const Ints least = subtract(larger(exponent, all(kLeast)), all(14u));  // of a normal e4m3: 2^-6
+      const Ints missing = both(subtract(all(0u - 8 * 20), left(least, 3)), all(127u));
+      store(factors + g, floats_of(add(missing, all(147u << 23))));
+      store(factors + kGroups + g, floats_of(left(least, 23)));
+      is_fit = is_fit && all_zero_or_within(largest, kLeast << 23, kMostFit - (21u << 23));
     }
     return is_fit;
   }
@@ -216,15 +227,21 @@ TPK_ALWAYS_INLINE void pack_whole(const float* values, const float* factors, con
   TPK_ROLLED
   for (size_t i = 0; i < C::kBlockValues; i += kFour) {
     Floats four[4], sent[4];
-    for (size_t v = 0; v < 4; ++v) {
-      // Of a block that is read later; with more scales there are no loads to spare for it.
-      if constexpr (C::kScaled && kScales<C> == 1) prefetch(values + i + v * kWidth + 4 * C::kBlockValues);
-      four[v] = scaled<C>(load(values + i + v * kWidth), factors, i, v);
+    if constexpr (kFactors<C> == kScales<C>) {
+      for (size_t v = 0; v < 4; ++v) {
+        // Of a block that is read later; with more scales there are no loads to spare for it.
+        if constexpr (C::kScaled && kScales<C> == 1) prefetch(values + i + v * kWidth + 4 * C::kBlockValues);
+        four[v] = scaled<C>(load(values + i + v * kWidth), factors, i, v);
+      }
+      store_payloads(four, payloads + i, sent);
+    } else {
+      for (size_t v = 0; v < 4; ++v) four[v] = load_once(values + i + v * kWidth);
+      const float* const own = factors + i / C::kScaleValues;
+      store_payloads(four, own, own + kScales<C>, payloads + i, sent);
     }
-    store_payloads(four, payloads + i, sent);
     if constexpr (kind == Kept::Nothing) continue;
     for (size_t v = 0; v < 4; ++v) {
-      Floats result = scaled<C>(sent[v], inverse_factors, i, v);
+      Floats result = kFactors<C> == kScales<C> ? scaled<C>(sent[v], inverse_factors, i, v) : sent[v];
       if constexpr (kind == Kept::Rest) {
         result = subtract(load(values + i + v * kWidth), result);
         if constexpr (!C::kScaled) result = where_finite(result, load(kept + i + v * kWidth));
