@@ -317,6 +317,19 @@ def test_what_cannot_be_drawn_right_is_left_whole_or_refused() -> None:
     run_ranks(refusals_and_styles, 2)
 
 
+class Beside(nn.Module):
+    """A replicated layer that is called between a column layer and its row layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.beside, self.b = nn.Linear(8, 12), nn.Linear(8, 8), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        y: Tensor = self.beside(x) + self.b(hidden.relu())
+        return y
+
+
 def adapters_drop_alike() -> None:
     import peft
 
@@ -324,16 +337,29 @@ def adapters_drop_alike() -> None:
 
     with Group.open() as group:
         torch.manual_seed(0)
-        cut = parallelize(build("llama"), group=group)
-        config = peft.LoraConfig(r=3, lora_dropout=0.3, target_modules=["q_proj", "v_proj", "down_proj"])
-        model: Any = peft.get_peft_model(cut, config)  # type: ignore[arg-type]
-        cut_adapters(model)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(0.1)
-        model.train()
-        check_alike(model, group, "adapters", lambda m: m(input_ids=ids(vocab=60)).logits.square().mean())
+        plan = {"0.a": "column", "0.beside": "replicate", "0.b": "row"}
+        x = torch.randn(4, 8)
+        cases: list[tuple[Any, list[str], Callable[[Any], Tensor]]] = [
+            (
+                parallelize(build("llama"), group=group),
+                ["q_proj", "v_proj", "down_proj"],
+                lambda m: m(input_ids=ids(vocab=60)).logits.square().mean(),
+            ),
+            (
+                parallelize(nn.Sequential(Beside()), group=group, plan=plan),
+                ["a", "beside", "b"],
+                lambda m: m(x).square().mean(),
+            ),
+        ]
+        for cut, targets, loss in cases:
+            model: Any = peft.get_peft_model(cut, peft.LoraConfig(r=3, lora_dropout=0.3, target_modules=targets))
+            cut_adapters(model)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.fill_(0.1)
+            model.train()
+            check_alike(model, group, f"adapters of {targets}", loss)
 
 
 def test_dropouts_of_adapters_keep_what_is_whole_of_them_alike() -> None:

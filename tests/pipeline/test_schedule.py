@@ -19,7 +19,7 @@ from tests.harness.parallelize import close, ids, tiny
 from tests.harness.pipelines import tiny_llama
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import gather
-from tpkernels.errors import PeerLostError, RankMismatchError
+from tpkernels.errors import PeerLostError, PlanError, RankMismatchError
 from tpkernels.pipeline import Pipeline, split_by_layer, take_stages
 from tpkernels.pipeline.batches import labels_that_count, split_batch
 from tpkernels.pipeline.orders import BACKWARD, FORWARD, INPUT, WEIGHT, bubble_of, order_of, rank_of, stages_on
@@ -93,6 +93,12 @@ def check_disagreement(group: Group) -> None:
     pipe = pipeline(model, group, micro_batches=2)
     with pytest.raises(RankMismatchError, match="all ranks must give the same batch"):
         pipe.step(input_ids=ids(2, 5) + group.rank, labels=ids(2, 5))
+    with pytest.raises(PlanError, match="add a loss of the routers of all layers"):
+        pipe.step(input_ids=ids(), labels=ids(), output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(PlanError, match="add a loss of the routers of all layers"):
+        pipe.evaluate(input_ids=ids(), labels=ids())
+    model.config.output_router_logits = False
     with pytest.raises(ValueError, match="no label that counts"):
         pipe.step(input_ids=ids(), labels=torch.full_like(ids(), -100))
     assert math.isfinite(float(pipe.step(input_ids=ids(), labels=ids())))  # refused calls have sent nothing

@@ -61,12 +61,20 @@ def adapted(group: Group, config: Any, family: str = "llama", **changes: Any) ->
     return base, whole, cut
 
 
+MLA = {
+    "kv_lora_rank": 8, "q_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6,
+    "num_key_value_heads": 9, "first_k_dense_replace": 2,
+}  # fmt: skip
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+TIED = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}  # peft makes the trained copy of the head
 KINDS: list[tuple[str, dict[str, Any], Any]] = [
     ("llama", {}, lora([*TARGETS, "lm_head"], rank_pattern={"q_proj": 5}, use_rslora=True)),
     ("llama", {"attention_bias": True, "mlp_bias": True}, lora(bias="lora_only")),
     ("llama", {"attention_bias": True}, lora(["q_proj", "o_proj"], lora_bias=True, modules_to_save=["lm_head"])),
     ("llama", {"tie_word_embeddings": True}, lora(["v_proj"], modules_to_save=["down_proj", "mlp.up_proj"])),
     ("llama", {}, lora(["v_proj"], modules_to_save=["embed_tokens"], init_lora_weights="gaussian")),
+    ("llama", {"tie_word_embeddings": True}, lora(["v_proj"], **TIED)),
+    ("deepseek_v3", MLA, lora(LATENT)),
     ("phi3", {}, lora(["qkv_proj", "gate_up_proj", "o_proj"])),
     ("gpt2", {"n_inner": 50}, lora(["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)),
 ]
@@ -83,7 +91,7 @@ def adapters_are_saved_whole_and_come_back(group: Group, folder: str) -> None:
         cut.save_pretrained(where if group.rank == 0 else f"{where}-{group.rank}")
         back = peft.PeftModel.from_pretrained(copy.deepcopy(base), where, autocast_adapter_dtype=False)
         close(logits_of(back), want, f"{what}: loaded into the uncut model")
-        for low in (False, True):
+        for low in (False,) if config.ensure_weight_tying else (False, True):  # peft takes no marked parameter then
             again = peft.PeftModel.from_pretrained(
                 parallelize(copy.deepcopy(base), group=group),
                 where,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpkernels.errors import PlanError
 from tpkernels.shard import part_sizes
 
 Batch = dict[str, Any]
@@ -58,3 +59,21 @@ def labels_that_count(model: nn.Module, batch: Batch) -> float:
         return float(labels.size(0)) if labels.is_floating_point() else float((labels != IGNORED).sum())
     causal = getattr(model, "loss_type", None) in (None, "ForCausalLM") and "shift_labels" not in batch
     return float(((labels[..., 1:] if causal else labels) != IGNORED).sum())
+
+
+def refuse_router_losses(model: nn.Module, batch: Batch) -> None:
+    """Raise where a model adds a loss of the routers of all its layers, of which a stage has its own only.
+
+    Raises:
+        PlanError: output_router_logits is set, in the batch or in the config.
+    """
+    asked = batch.get("output_router_logits")
+    if asked is None:
+        config: Any = getattr(model, "config", None)
+        configs = (config, getattr(config, "text_config", None))
+        asked = any(getattr(c, "output_router_logits", False) for c in configs)
+    if asked:
+        raise PlanError(
+            f"Pipeline: output_router_logits makes {type(model).__name__} add a loss of the routers of all layers, "
+            f"and a stage has those of its own only: leave it out"
+        )

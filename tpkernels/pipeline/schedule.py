@@ -19,7 +19,7 @@ from tpkernels.data_parallel.agree import copies_agree
 from tpkernels.data_parallel.digest import digest
 from tpkernels.data_parallel.flat import stepped
 from tpkernels.errors import PlanError, RankMismatchError
-from tpkernels.pipeline.batches import Batch, labels_that_count, signature_of, split_batch
+from tpkernels.pipeline.batches import Batch, labels_that_count, refuse_router_losses, signature_of, split_batch
 from tpkernels.pipeline.messages import Messages
 from tpkernels.pipeline.orders import BACKWARD, INPUT, SCHEDULES, WEIGHT, Action, bubble_of, order_of, stages_on
 from tpkernels.pipeline.passes import Aggregator, Passes
@@ -134,6 +134,7 @@ class Pipeline:
 
         Raises:
             ValueError: the batch cannot be split, or has no label that counts.
+            PlanError: output_router_logits is set: that loss needs the routers of all layers.
             RankMismatchError: another rank has another batch.
             TimeoutError, PeerLostError: another stage is late or lost; names it.
         """
@@ -237,6 +238,7 @@ class Pipeline:
         if self._broken:
             raise RuntimeError("Pipeline: a step has failed, and its messages are lost: make a new Pipeline")
         micros = split_batch(batch, self.micro_batches)
+        refuse_router_losses(self.model, batch)
         self._check_batch(batch)
         counts = [float(self._weigh(self.model, micro)) for micro in micros]
         if not sum(counts) > 0:

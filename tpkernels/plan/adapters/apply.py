@@ -3,14 +3,15 @@
 peft computes y + B(A(x)) around a linear and makes A and B of the layer's in_features and out_features, which are this
 rank's. Here they become parallel layers, too: beside a column layer A is replicated and B is sharded along its outputs,
 so that the gradient of A(x) is summed; beside a row layer A is sharded along its inputs, so that A(x) is summed, and B
-is replicated. Prompts in front of the sequence are replicated. All else is refused (validate.py).
+is replicated. Beside a SumTail (the latent keys of MLA) B is one, too. Prompts in front of the sequence are replicated.
+All else is refused (validate.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from tpkernels.layers.random import rng_state, set_rng_state
 from tpkernels.layers.reference import Ref
 from tpkernels.plan.adapters.validate import WeightedAdapters, refuse_adapters, refuse_prompts
 from tpkernels.plan.state_dict import SavePretrained
-from tpkernels.plan.styles.modules import CommonDropout, RankDropout, Summed
+from tpkernels.plan.styles.modules import CommonDropout, RankDropout, Summed, SumTail
 
 COLUMN_OPTIONS = ("gather_output", "input_grad_summed")
 ROW_OPTIONS = ("input_is_parallel", "sequence_parallel", "sequence_dim")
@@ -61,12 +62,14 @@ def cut_adapters(model: nn.Module) -> nn.Module:
     refuse_adapters(top)
     refuse_prompts(model)
     _share_rng(group)
+    _tie_copies(top)
     for module, base, adapter in _adapters(top):
         if isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
             if not _is_cut(module, adapter):
                 _shard_adapter(module, base, adapter)
                 _start_alike(module, base, adapter, top.peft_config[adapter])  # type: ignore[index]
         else:
+            _keep_whole(module, base, adapter, group)
             _share_adapter(module, adapter, group)
     _mark_known(top, set(getattr(top, "peft_config", ())))
     top.__dict__.pop("tpk_apart", None)
@@ -91,12 +94,15 @@ def cut_loaded(top: nn.Module, names: set[str]) -> None:
     if not news:
         return
     refuse_adapters(top)
+    _tie_copies(top)
     of, partly = {module: name for name, module in top.named_modules()}, set[str]()
     for module, base, adapter in _adapters(top):
         own = {f"{of[module]}.{name}" for name, _ in _parameters_of(module, adapter)}
         if not own <= names:
             partly.add(adapter)
-        elif isinstance(base, (ColumnParallelLinear, RowParallelLinear)) and not _is_cut(module, adapter):
+        elif not isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
+            _keep_whole(module, base, adapter, top.tpk_plan.group)  # type: ignore[union-attr, arg-type]
+        elif not _is_cut(module, adapter):
             _shard_adapter(module, base, adapter)
     if news - partly:
         _mark_known(top, news - partly)
@@ -141,6 +147,17 @@ def _adapters(top: nn.Module) -> Iterator[tuple[Any, nn.Module, str]]:
             for adapter in sorted(getattr(top, "peft_config", ())):
                 if not isinstance(base, (ColumnParallelLinear, RowParallelLinear)) or adapter in module.lora_A:  # type: ignore[operator]
                     yield module, base, adapter
+
+
+def _tie_copies(top: nn.Module) -> None:
+    """Make trained copies of sharded layers parallel layers where peft has made them linears (ensure_weight_tying)."""
+    for module in list(top.modules()):
+        original, copies = (getattr(module, name, None) for name in ("original_module", "modules_to_save"))
+        if isinstance(original, ColumnParallelLinear) and isinstance(copies, nn.ModuleDict):
+            for adapter, made in list(copies.items()):
+                if not isinstance(made, ConvertedModule):
+                    copies[adapter] = deepcopy(original)
+                    copies[adapter].weight = made.weight
 
 
 def _parameters_of(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -196,6 +213,21 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
         parameter.data.copy_(_of_rank_0(parameter.data, group))
 
 
+def _keep_whole(module: Any, base: nn.Module, adapter: str, group: Group) -> None:
+    """An adapter of a replicated layer, which may be called between a column layer and the row layer behind it."""
+    _draw_alike(module, adapter, group)
+    if isinstance(base, SumTail) and not isinstance(module.lora_B[adapter], ConvertedModule):
+        convert(module.lora_B[adapter], SumTail, {}, group, tail=base.tail)
+
+
+def _draw_alike(module: nn.Module, adapter: str, group: Group) -> None:
+    """The dropout in front of an adapter of replicated features draws the ranks' common numbers."""
+    dropouts: Any = getattr(module, "lora_dropout", {})
+    dropout = dict(dropouts).get(adapter)
+    if isinstance(dropout, nn.Dropout) and not isinstance(dropout, ConvertedModule):
+        convert(dropout, CommonDropout, {}, group)
+
+
 @torch.no_grad()
 def _share_adapter(module: nn.Module, adapter: str, group: Group) -> None:
     """Copy rank 0's values of an adapter of a replicated layer to all ranks."""
@@ -249,9 +281,7 @@ def _shard_adapter(module: Any, base: ColumnParallelLinear | RowParallelLinear, 
         if isinstance(dropout, nn.Dropout) and base.input_is_parallel and not isinstance(dropout, ConvertedModule):
             convert(dropout, RankDropout, {}, group)
         return
-    dropout = module.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and not isinstance(dropout, ConvertedModule):
-        convert(dropout, CommonDropout, {}, group)
+    _draw_alike(module, adapter, group)
     cuts = {name: replace(cut, dim=0) for name, _ in B.named_parameters(recurse=False)}
     _take_part(B, cuts, base)
     options = wire | {name: getattr(base, name) for name in COLUMN_OPTIONS}

@@ -11,9 +11,11 @@ from tpkernels.errors import PlanError
 from tpkernels.layers.convert import ConvertedModule
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpkernels.layers.reference import Ref
+from tpkernels.plan.styles.modules import SumTail
 
 # Prompts that are embeddings in front of the sequence, which every rank holds whole.
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+LINEARS = (ColumnParallelLinear, RowParallelLinear, SumTail)  # that LoRA may adapt
 INITS = (True, "gaussian")  # of A; B begins as zeros
 INSIDE = ("base_layer", "original_module", "token_adapter")  # names that peft puts between
 BLENDS = ("linear", "cat")  # made of rows and columns one by one
@@ -32,7 +34,7 @@ def refuse_adapters(top: nn.Module) -> None:
                 _refuse_around(prefix, modules[prefix], name, modules)
     for name, module in modules.items():
         base = getattr(module, "base_layer", None)
-        if isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
+        if isinstance(base, LINEARS):
             for adapter in sorted(set(top.peft_config) & set(module.lora_A)):  # type: ignore[arg-type]
                 _refuse_kind(name, module, adapter, top.peft_config[adapter])  # type: ignore[index]
 
@@ -66,7 +68,7 @@ def _refuse_around(prefix: str, outer: nn.Module, name: str, modules: dict[str, 
     layer = ".".join(part for part in name.split(".") if part not in INSIDE)
     instead = f"adapt other layers, or leave it whole with the rule {{{layer!r}: 'replicate'}}"
     base = getattr(outer, "base_layer", None)
-    if type(outer) is Linear and isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
+    if type(outer) is Linear and isinstance(base, LINEARS):
         above = modules.get(prefix.rpartition(".")[0])
         if isinstance(above, ConvertedModule) and isinstance(above, nn.MultiheadAttention):
             raise PlanError(
@@ -74,7 +76,7 @@ def _refuse_around(prefix: str, outer: nn.Module, name: str, modules: dict[str, 
                 f"of its layers past them, so that an adapter would change nothing: adapt other layers"
             )
         return
-    if isinstance(base, ConvertedModule) and not isinstance(base, (ColumnParallelLinear, RowParallelLinear)):
+    if isinstance(base, ConvertedModule) and not isinstance(base, LINEARS):
         raise PlanError(
             f"cut_adapters: {layer} must adapt a column or row layer, or one that is whole, got a "
             f"{type(base).__name__} in a {kind}: {instead}"
