@@ -210,6 +210,26 @@ def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
         checkpoint.save(model, folder)
 
 
+@pytest.mark.parametrize("what", ["expanded", "inference"])
+def test_a_model_that_cannot_be_filled_is_left_as_it_was(tmp_path: Path, what: str) -> None:
+    def model() -> nn.Module:
+        made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        if what == "expanded":
+            made[1].weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+        else:
+            with torch.inference_mode():
+                made[1].weight = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+        return made
+
+    checkpoint.save(model(), tmp_path / "saved")
+    other = model()
+    before = [value.clone() for value in other.state_dict().values()]
+    reason = {"expanded": "share memory", "inference": "inference mode"}[what]
+    with pytest.raises(CheckpointError, match=rf"1\.weight of the model cannot be filled: .*{reason}"):
+        checkpoint.load(other, tmp_path / "saved")
+    assert all(map(torch.equal, before, other.state_dict().values()))
+
+
 def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     for step in (1, 2, 10):

@@ -124,6 +124,8 @@ def _targets(
                 f"{name} is {entry.dtype} {list(entry.shape)} in it and "
                 f"{tensor.dtype} {list(shape)} in the model: build the model that was saved{hint}"
             )
+        if (why := _not_writable(local_of(tensor))) is not None:
+            raise CheckpointError(f"{name} of the model cannot be filled: {why}")
         targets.append((f"model/{names[name]}", tensor))
     return targets, tuple(missing), tuple(unexpected)
 
@@ -231,6 +233,14 @@ def _check_aggregator(
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     return state, own
+
+
+def _not_writable(tensor: Tensor) -> str | None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode, and is written to there alone"
+    if torch._debug_has_internal_overlap(tensor) == 1:
+        return f"values of it share memory (shape {list(tensor.shape)}, strides {tensor.stride()})"
+    return None
 
 
 def _cut(tensor: Tensor) -> tuple[int | None, Runs]:
