@@ -18,6 +18,8 @@
 PLANTED(nothing_planted)
 PLANTED(flag_at_the_wrong_owner)
 PLANTED(no_barrier_before_the_flag)
+PLANTED(staged_over_what_is_not_stored)
+PLANTED(stored_before_it_is_staged)
 PLANTED(stage_given_back_too_early)
 PLANTED(transposed_w_read_as_the_other)
 PLANTED(transposed_w_advances_as_the_other)
@@ -80,6 +82,12 @@ CASE(a_flag_raised_at_the_wrong_owner) {
 }
 CASE(no_barrier_between_a_tile_and_its_flag) {
   planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_barrier_before_the_flag::kLaunches));
+}
+CASE(columns_staged_over_those_that_are_not_stored_yet) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, staged_over_what_is_not_stored::kLaunches));
+}
+CASE(columns_stored_before_all_are_staged) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, stored_before_it_is_staged::kLaunches));
 }
 CASE(a_stage_given_back_before_its_products_are_done) {
   planted::must_be_wrong(body(Fused::ReduceScatter, stage_given_back_too_early::kLaunches, 456));

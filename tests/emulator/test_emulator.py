@@ -27,6 +27,8 @@ INSTRUCTIONS = {
     "atom.acq_rel.gpu": r"\batom\.acq_rel\.gpu\b",
     "fence.sys": r"\bfence\.(?:acq_rel|sc)\.sys\b|\bmembar\.sys\b",
     "fence.gpu": r"\bfence\.(?:acq_rel|sc)\.gpu\b|\bmembar\.gl\b",
+    "fence.proxy.alias": r"\bfence\.proxy\.alias\b",
+    "fence.proxy.async.global": r"\bfence\.proxy\.async\.global\b",
     "ld.global.nc": r"\bld\.global(?:\.\w+)*\.nc\b",
     "ld.volatile": r"\bld\.volatile\b",
     "multimem": r"\bmultimem\.",
@@ -108,6 +110,9 @@ def test_every_flag_that_is_raised_is_heard_and_no_peer_is_read_through_the_wron
         assert "ld.volatile" not in instructions
         if "ld.acquire.sys" in instructions:
             assert "ld.global.nc" not in instructions
+        # Memory of a rank at its own address and at the switch's; what threads wrote and what is loaded as tiles.
+        assert ("multimem" in instructions) == ("fence.proxy.alias" in instructions)
+    assert "fence.proxy.async.global" in which(golden["fused_gemm_sm90.cu"])["all_gather_gemm_kernel"]
 
 
 def test_every_primitive_of_the_device_has_an_emulated_twin() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.harness.ops import FLOATS, Drawn, assert_same_on_all_ranks, check_forward, check_gradient
+from tests.harness.ops import FLOATS, Drawn, assert_same_on_all_ranks, check_forward, check_gradient, run_at
 from tests.harness.ranks import BOTH_TRANSPORTS, Run, on_devices, on_processes, on_ranks
 from tpkernels import ops
 from tpkernels.comm.group import Group
@@ -245,3 +245,17 @@ def test_sum_add_and_norm_equal_the_unsharded_program(run: Run) -> None:
 @on_devices(globals())
 def test_sum_add_and_norm_of_devices_equal_the_unsharded_program(run: Run) -> None:
     run()
+
+
+def check_large_sums(group: Group) -> None:
+    """One kernel moves what one_shot moves, twice the tensor between three ranks; two_shot moves 4 / 3 of it."""
+    for M, times in ((16, 2.0), (300, 4 / 3)):
+        s = Sizes(R=group.world_size, M=M, N=512)
+        group.reset_stats()
+        check_forward(ALL_REDUCE_ADD_RMS_NORM, s, group)
+        sent = group.stats()["wire_bytes"] / (4 * M * 512)
+        assert abs(sent / times - 1) < 0.01, (M, sent)
+
+
+def test_a_large_sum_on_a_device_is_not_fused_with_the_norm() -> None:
+    run_at("emu", check_large_sums, 3)

@@ -48,6 +48,7 @@ class Block {
     turn_.end();
   }
   __device__ __forceinline__ bool multiplies() const { return blockIdx.x >= args_.communicating; }
+  __device__ __forceinline__ void store_for_products() {}  // the storing warps
 
  protected:
   __device__ __forceinline__ static Barriers& barriers() {
@@ -99,9 +100,12 @@ class Block {
     return bias == nullptr ? nullptr : bias + tile.column_block * N;
   }
   template <class W>
+  __device__ __forceinline__ TileOutput<W> output(const Tile& tile, W* first) const {
+    return {first, args_.gemm.N, rows_in(tile), columns_in(tile)};
+  }
+  template <class W>
   __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, W* first) const {
-    const TileOutput<W> to{first, args_.gemm.N, rows_in(tile), columns_in(tile)};
-    store_tile<T, N>(d, to, bias_of(tile), product_thread(), ring_);
+    store_tile<T, N>(d, output(tile, first), bias_of(tile), product_thread(), ring_);
   }
 
   const Args& args_;

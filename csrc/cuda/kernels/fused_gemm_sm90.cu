@@ -9,7 +9,8 @@
 // Called by  csrc/cuda/fused_gemm.cpp and fused_gemm_backward.cpp, through the communicator.
 // Needs      as in fused_gemm.h and tile_turn.cuh. Blocks [0, communicating) sum or gather, the others multiply.
 // Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
-// Warps      of every block: 0 loads, 1 is the signal warp, 4 .. 11 are the product threads, which also move.
+// Warps      of every block: 0 loads, 1 is the signal warp, 2 and 3 store the tiles of a reduction, 4 .. 11 are the
+//            product threads, which also move.
 // Sums       fp32 in rank order, rounded once, of products that were rounded once: the bits that reduce_scatter and
 //            two_shot make of the same products, under a codec, too (coded_tiles.cuh).
 // Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
@@ -208,6 +209,8 @@ __device__ __forceinline__ void run(Block& block) {
       __syncwarp();
     } else if (threadIdx.x < 64) {
       block.send_signals();
+    } else {
+      block.store_for_products();
     }
   } else {
     registers_raise<kProductRegisters>();

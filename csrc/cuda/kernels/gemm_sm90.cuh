@@ -9,9 +9,13 @@
 //          stored. N and K are multiples of 8, so 16 bytes are inside or outside as a whole.
 // Ring     full[s]: the bytes of stage s have arrived. empty[s]: all product warps have read it; each warp arrives
 //          after it has waited for its products, because a wait for products covers one warp alone.
-// Left out clusters that load a tile of w once for two blocks, and two warpgroups of which one multiplies while the
-//          other stores: both are faster where published kernels have them, by 5 to 15 % of a large product, and
-//          neither can be judged without a device.
+// Storing  through shared memory, 128 columns at a time: by the product warps themselves, or, for peers, by warps of
+// the
+//          first warpgroup, while the product warps go on (reduce_block.cuh).
+// Left out clusters that load a tile of w once for two blocks, and two warpgroups that multiply in turn: both are
+// faster
+//          where published kernels have them, by 5 to 15 % of a large product, and neither can be judged without a
+//          device.
 #pragma once
 
 #include <type_traits>
@@ -24,13 +28,16 @@ namespace tpk::cuda {
 constexpr uint32_t kWarpgroup = 128;
 constexpr uint32_t kProductThreads = 2 * kWarpgroup;
 constexpr uint32_t kProductWarps = kProductThreads / 32;
+constexpr uint32_t kStoringWarps = 2;     // of the first warpgroup, that store what is staged
+constexpr uint32_t kStagedColumns = 128;  // of a tile, that product warps stage at a time
 constexpr uint32_t kMostStages = 6;
 // What a warpgroup needs: 24 .. 256 in steps of 8, together no more than 65536 / 128.
-constexpr int kLoadRegisters = 40, kProductRegisters = 232;
+constexpr int kLoadRegisters = 56, kProductRegisters = 224;
 
-// Transaction barriers of a block. announced: its signal warp has received all announcements.
+// Transaction barriers of a block. announced: its signal warp has received all announcements. staged, stored: all
+// product warps have staged columns of a tile, and all storing warps have read them.
 struct Barriers {
-  uint64_t full[kMostStages], empty[kMostStages], announced;
+  uint64_t full[kMostStages], empty[kMostStages], announced, staged, stored;
 };
 
 // The dynamic shared memory of a block: the stages, then 16 rows of 128 values for each product warp.
@@ -78,6 +85,8 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
     transaction_init(&barriers.empty[s], kProductWarps);
   }
   transaction_init(&barriers.announced, 1);
+  transaction_init(&barriers.staged, kProductWarps);
+  transaction_init(&barriers.stored, kStoringWarps);
   transaction_init_done();
 }
 
@@ -173,31 +182,49 @@ __device__ __forceinline__ uint32_t pair_as(uint32_t pair) {
   return rounded_pair<W>(first_of<T>(pair), second_of<T>(pair));
 }
 
-// The 16 rows that a warp has of a tile of T, stored as W, 128 columns at a time through its staging, so that half a
-// warp stores a row in one piece. There a row's 16-byte words are permuted by its number: neither writes nor reads have
-// bank conflicts.
+// A word of 16 bytes in the staging of a warp: 16 rows of 128 values of 2 bytes. A row's words are permuted by its
+// number: neither writes nor reads have bank conflicts.
+__device__ __forceinline__ char* staged_word(char* staging, uint32_t row, uint32_t word) {
+  return staging + row * 2 * kStagedColumns + (word ^ (row % 8)) * 16;
+}
+
+// Columns [start, start + 128) of the 16 rows that a warp has of a tile of T, as W, into its staging.
+template <class T, int N, class W>
+__device__ __forceinline__ void stage_columns(const float (&d)[N / 2], uint32_t start, uint32_t columns, const T* bias,
+                                              char* staging) {
+  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
+#pragma unroll
+  for (uint32_t j = 0; j < kStagedColumns / 8; ++j) {
+    const uint32_t upper = product_pair<T, N>(d, start / 8 + j, false, bias, columns);
+    const uint32_t lower = product_pair<T, N>(d, start / 8 + j, true, bias, columns);
+    reinterpret_cast<uint32_t*>(staged_word(staging, row, j))[lane % 4] = pair_as<W, T>(upper);
+    reinterpret_cast<uint32_t*>(staged_word(staging, row + 8, j))[lane % 4] = pair_as<W, T>(lower);
+  }
+}
+
+// A warp stores such a staging; half of it a row in one piece. kUnroll: words of a thread on their way.
+template <int kUnroll, class W>
+__device__ __forceinline__ void store_staged(const TileOutput<W>& to, uint32_t first_row, uint32_t start,
+                                             char* staging) {
+  const uint32_t lane = threadIdx.x % 32, word = lane % 16, column = start + word * 8;
+#pragma unroll kUnroll
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint32_t r = 2 * i + lane / 16;
+    if (first_row + r >= to.rows || column >= to.columns) continue;
+    store16(to.first + (first_row + r) * to.stride + column, load16(staged_word(staging, r, word)));
+  }
+}
+
+// The 16 rows that a warp has, staged and stored by itself.
 template <class T, int N, class W>
 __device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<W>& to, const T* bias,
                                            uint32_t first_row, char* staging) {
-  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
-  const auto word_at = [&](uint32_t r, uint32_t word) { return staging + r * 256 + (word ^ (r % 8)) * 16; };
 #pragma unroll
-  for (uint32_t start = 0; start < N; start += 128) {
+  for (uint32_t start = 0; start < N; start += kStagedColumns) {
     __syncwarp();  // the staging has been read
-#pragma unroll
-    for (uint32_t j = 0; j < 16; ++j) {
-      const uint32_t upper = product_pair<T, N>(d, start / 8 + j, false, bias, to.columns);
-      const uint32_t lower = product_pair<T, N>(d, start / 8 + j, true, bias, to.columns);
-      reinterpret_cast<uint32_t*>(word_at(row, j))[lane % 4] = pair_as<W, T>(upper);
-      reinterpret_cast<uint32_t*>(word_at(row + 8, j))[lane % 4] = pair_as<W, T>(lower);
-    }
+    stage_columns<T, N, W>(d, start, to.columns, bias, staging);
     __syncwarp();
-#pragma unroll
-    for (uint32_t i = 0; i < 8; ++i) {
-      const uint32_t r = 2 * i + lane / 16, word = lane % 16, column = start + word * 8;
-      if (first_row + r >= to.rows || column >= to.columns) continue;
-      store16(to.first + (first_row + r) * to.stride + column, load16(word_at(r, word)));
-    }
+    store_staged<8>(to, first_row, start, staging);
   }
 }
 

@@ -14,6 +14,7 @@ class ReduceBlock : public Block<T, N> {
   using Row = SentRow<C>;
   using Sent = typename SentValues<C, T>::type;
   static constexpr uint32_t kTilesOfSum = Row::kUnit > N ? Row::kUnit / N : 1;
+  static constexpr uint32_t kHandovers = Row::kPacked ? 1 : N / kStagedColumns;  // of a tile, to the storing warps
 
  public:
   __device__ __forceinline__ ReduceBlock(const ReduceArgs& args, char* dynamic_shared)
@@ -33,25 +34,41 @@ class ReduceBlock : public Block<T, N> {
     if (!Base::multiplies()) return;
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
-      sync_named(kTileBarrier, kProductThreads + 32);
+      sync_named(kTileBarrier, 32 * kStoringWarps + 32);
       if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
       __syncwarp();  // the barrier of the next tile is one for whole warps
     }
   }
 
-  // The tensor cores rest while a tile is stored: about 64 KiB by 16 bytes a thread, to a peer at the speed of its
-  // link. A warp that stores staged tiles by TMA would hide that behind the next product, for a stage of the ring less
-  // (three of 48 KiB beside 64 KiB of staging), a map of each rank's two slots, and a wait for the stores to have
-  // arrived (cp.async.bulk.wait_group, not .read, then a proxy fence) before the flag. What that is worth can only be
-  // measured.
+  // The tensor cores rest while a tile is rounded and staged, not while it goes to a peer at the speed of its link:
+  // that is the storing warps' work, beside the next product. One that is packed in registers is stored by who packs
+  // it.
   __device__ __forceinline__ void multiply_and_send() {
     Place<N> place;
+    uint32_t handed = 0;
     float d[N / 2] = {};
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
       Base::multiply_tile(d, place);
-      if (Base::have_agreed()) send(d, tile);
-      sync_named(kTileBarrier, kProductThreads + 32);
+      if (Base::have_agreed()) send(d, tile, handed);
+    }
+  }
+
+  // The storing warps: each has the stagings of half of the product warps.
+  __device__ __forceinline__ void store_for_products() {
+    if (!Base::multiplies()) return;
+    const bool agreed = Base::have_agreed();
+    uint32_t taken = 0;
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.interleaved(i);
+      for (uint32_t part = 0; agreed && part < kHandovers; ++part) {
+        await(&Base::barriers().staged, taken++ & 1);
+        if constexpr (!Row::kPacked) store_staged_part(tile, part);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) transaction_arrive(&Base::barriers().stored);
+        __syncwarp();  // the barrier of the tile is one for whole warps
+      }
+      sync_named(kTileBarrier, 32 * kStoringWarps + 32);
     }
   }
 
@@ -68,15 +85,43 @@ class ReduceBlock : public Block<T, N> {
     sync_product_threads();
     return may;
   }
-  __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile) const {
+  // What this rank has of the sums of a tile's owner, in the owner's slot.
+  __device__ __forceinline__ char* part_of(const Tile& tile) const {
     char* const slot = turn_.slot(static_cast<int>(tile.owner));
-    char* const mine = slot + static_cast<size_t>(me()) * part_bytes(tile.owner);
+    return slot + static_cast<size_t>(me()) * part_bytes(tile.owner);
+  }
+  __device__ __forceinline__ TileOutput<Sent> output_of(const Tile& tile) const {
+    return Base::output(tile, reinterpret_cast<Sent*>(part_of(tile)) + Base::place_in_part(tile));
+  }
+  // handed: how often the staging was handed over; the storing warps have read it that often before it is written
+  // again.
+  __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile, uint32_t& handed) const {
+    const uint32_t warp = product_thread() / 32;
     if constexpr (Row::kPacked) {
-      const uint32_t warp = product_thread() / 32;
-      store_packed_rows<C, T, N>(d, packed_at(mine, tile), Base::rows_in(tile), Base::columns_in(tile),
+      await(&Base::barriers().stored, ++handed & 1);
+      store_packed_rows<C, T, N>(d, packed_at(part_of(tile), tile), Base::rows_in(tile), Base::columns_in(tile),
                                  Base::bias_of(tile), 16 * warp, ring_.staging(warp));
+      hand_over();
     } else {
-      Base::store(d, tile, reinterpret_cast<Sent*>(mine) + Base::place_in_part(tile));
+#pragma unroll
+      for (uint32_t start = 0; start < N; start += kStagedColumns) {
+        await(&Base::barriers().stored, ++handed & 1);
+        stage_columns<T, N, Sent>(d, start, Base::columns_in(tile), Base::bias_of(tile), ring_.staging(warp));
+        hand_over();
+      }
+    }
+  }
+  __device__ __forceinline__ void hand_over() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) transaction_arrive(&Base::barriers().staged);
+  }
+  __device__ __forceinline__ void store_staged_part(const Tile& tile, uint32_t part) const {
+    constexpr uint32_t kWarps = kProductWarps / kStoringWarps;
+    const TileOutput<Sent> to = output_of(tile);
+    const uint32_t first = (threadIdx.x / 32 - 2) * kWarps;
+#pragma unroll 1
+    for (uint32_t warp = first; warp < first + kWarps; ++warp) {
+      store_staged<4>(to, 16 * warp, part * kStagedColumns, ring_.staging(warp));
     }
   }
   // The products of one rank for the rows of another.

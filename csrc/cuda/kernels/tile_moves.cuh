@@ -13,7 +13,7 @@
 namespace tpk::cuda {
 
 // Named barriers; 0 is that of __syncthreads.
-constexpr int kTileBarrier = 1;     // the product threads and the signal warp: a tile is stored
+constexpr int kTileBarrier = 1;     // the storing warps and the signal warp: a tile is stored
 constexpr int kProductBarrier = 2;  // the product threads
 
 __device__ __forceinline__ uint32_t product_thread() { return threadIdx.x - kWarpgroup; }
