@@ -260,7 +260,7 @@ void HierarchicalCommunicator::do_reduce_scatter_chunks(const CallSpec& spec, co
 bool HierarchicalCommunicator::gathers_in_pieces(const Wire& wire, const Cut& cut) const {
   size_t bytes = 0;
   for (int r = 0; r < world_size(); ++r) bytes += wire.bytes(cut.size(r));
-  return cuts_parts() && bytes >= kSmallestForThread && !gathers_in_one_exchange(bytes);
+  return forced_chunks != 1 && cuts_parts() && bytes >= kSmallestForThread && !gathers_in_one_exchange(bytes);
 }
 
 void HierarchicalCommunicator::do_all_gather_chunks(const CallSpec& spec, const Wire& wire, const void* in, void* out,
