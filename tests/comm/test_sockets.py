@@ -8,11 +8,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
+from torch import Tensor
 
 from tests.harness.ops import raised
 from tpkernels import ops
@@ -179,3 +182,40 @@ def test_without_connections_a_lost_rank_is_named_too(late: bool) -> None:
         kind, text = outcome.value
         assert kind == ("TimeoutError" if late else "PeerLostError"), text
         assert re.search(r"ranks? \[?2\b", text), text
+
+
+class Delayed:
+    """A communicator of a rank whose calls take a link's time by a clock of its own; every other empty call is late."""
+
+    name, world_size = "delayed", 4
+
+    def __init__(self, bytes_per_s: float, hop_s: float) -> None:
+        self.bytes_per_s, self.hop_s, self.now, self.calls = bytes_per_s, hop_s, 0.0, 0
+
+    def perf_counter_ns(self) -> int:
+        return int(self.now * 1e9)
+
+    def exchange(self, mine: int) -> list[int]:
+        self.calls += 1
+        self.now += 2 * self.hop_s * (self.calls % 2)
+        return [mine] * self.world_size
+
+    def set_link(self, bytes_per_s: float, hop_s: float) -> None:
+        assert hop_s < 1e-9, "sums are not in one exchange"
+
+    def all_reduce_(self, x: Tensor, *_: Any) -> None:
+        self.now += 3 * self.hop_s + 1.5 * x.numel() * x.element_size() / self.bytes_per_s
+
+
+@pytest.mark.parametrize("bytes_per_s", [1e7, 1e9])
+@pytest.mark.parametrize("hop_s", [1e-5, 1e-3, 20e-3])
+def test_a_link_is_timed_without_its_delays(monkeypatch: MonkeyPatch, bytes_per_s: float, hop_s: float) -> None:
+    link = Delayed(bytes_per_s, hop_s)
+    ops_of_link = SimpleNamespace(tpkernels=SimpleNamespace(all_reduce_=link.all_reduce_))
+    torch_of_link = SimpleNamespace(zeros=torch.zeros, float32=torch.float32, ops=ops_of_link)
+    monkeypatch.setattr(sockets, "time", link)
+    monkeypatch.setattr(sockets, "torch", torch_of_link)
+    rate, hop = sockets.measured_link(link, 4)
+    assert hop == pytest.approx(hop_s, rel=1e-3)
+    # 1 MiB of 20 ms takes a twentieth of its time at least: then 1 GB/s cannot be told from the delays.
+    assert rate == pytest.approx(bytes_per_s, rel=1e-2) or (hop_s == 20e-3 and 2e8 < rate < bytes_per_s)
