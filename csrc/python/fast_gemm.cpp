@@ -51,7 +51,8 @@ struct Operands {
 
 // Between hosts the op sends large products in chunks.
 bool is_chunked(const Communicator& comm, const Wire& wire, const GemmShape& y) {
-  return chunks_of_sum(comm, wire, static_cast<size_t>(y.M), static_cast<size_t>(y.N), 2).ends.size() > 1;
+  return comm.has_thread() &&
+         chunks_of_sum(comm, wire, static_cast<size_t>(y.M), static_cast<size_t>(y.N), 2).ends.size() > 1;
 }
 
 // y[..., N]: memory of its own, or an object of torch; and where its values are.
@@ -114,7 +115,8 @@ struct Call {
     if (comm == nullptr || !comm->is_open() || !PyUnicode_Check(args[4])) return {};
     std::optional<Operands> from = Operands::of(args[0], args[1], args[2]);
     if (!from.has_value()) return {};
-    const Wire* const wire = find_wire(from->shape.dtype, codec_of(PyUnicode_AsUTF8(args[4])), ReduceOp::Sum);
+    const Codec codec = args[4] == names().none ? Codec::None : codec_of(PyUnicode_AsUTF8(args[4]));
+    const Wire* const wire = find_wire(from->shape.dtype, codec, ReduceOp::Sum);
     return wire == nullptr ? std::nullopt : std::optional<Call>({comm, wire, *from});
   }
 };

@@ -70,6 +70,7 @@ class Group:
         self._process_group = process_group
         self._closed = False
         self._communicator = communicator
+        self._device_type = device.type  # of autocast: the property makes a string of it at each call
         self._address: int = communicator.address  # for the fast path of ops/_op.py; 0: there is none
         self._reason = reason
         self._profile = "" if profile is None else str(profile)

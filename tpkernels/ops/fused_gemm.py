@@ -66,8 +66,8 @@ def gemm_all_reduce(
     """
     if type(group) is not Group:
         group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group._device_type):
+        x_shard, w_shard, bias = autocast(group._device_type, x_shard, w_shard, bias)  # type: ignore[assignment]
     elif (
         not is_dynamo_compiling()
         and (y := _fast_gemm_all_reduce(x_shard, w_shard, bias, group._address, codec)) is not None
@@ -137,8 +137,8 @@ def gemm_reduce_scatter(
     (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group._device_type):
+        x_shard, w_shard, bias = autocast(group._device_type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("gemm_reduce_scatter", codec, grad_codec, x_shard)
     tensors = (x_shard, w_shard) if bias is None else (x_shard, w_shard, bias)
     call = GEMM_REDUCE_SCATTER.way(group, *tensors)
@@ -227,8 +227,8 @@ def all_gather_gemm(
     Source: column-parallel linear with sequence parallelism, Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x_shard, w_shard, bias = autocast(group.device.type, x_shard, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group._device_type):
+        x_shard, w_shard, bias = autocast(group._device_type, x_shard, w_shard, bias)  # type: ignore[assignment]
     grad_codec = backward_codec("all_gather_gemm", codec, grad_codec, x_shard)
     tensors = (x_shard, w_shard) if bias is None else (x_shard, w_shard, bias)
     call = ALL_GATHER_GEMM.way(group, *tensors)
@@ -317,8 +317,8 @@ def replicated_gemm(
     """
     if type(group) is not Group:
         group = resolve(group)
-    if is_autocast_enabled(group.device.type):
-        x, w_shard, bias = autocast(group.device.type, x, w_shard, bias)  # type: ignore[assignment]
+    if is_autocast_enabled(group._device_type):
+        x, w_shard, bias = autocast(group._device_type, x, w_shard, bias)  # type: ignore[assignment]
     elif (
         grad_codec is None
         and not is_dynamo_compiling()
