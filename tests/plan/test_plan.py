@@ -161,6 +161,21 @@ def test_auto_takes_our_plan_then_the_shipped_one_then_a_derived_one() -> None:
         Plan.resolve(llama(), "megatron")
 
 
+@pytest.mark.parametrize("family", ["phi3", "gpt_oss", "deepseek_v3", "gpt2", "gpt_bigcode", "bloom"])
+def test_heads_that_make_no_words_stay_whole_in_plans_of_ours(family: str) -> None:
+    import transformers as hf
+
+    config = hf.AutoConfig.for_model(family, num_hidden_layers=1)
+    for top in ("SequenceClassification", "TokenClassification"):
+        with torch.device("meta"):
+            model = getattr(hf, f"AutoModelFor{top}").from_config(config)
+        plan = Plan.resolve(model)
+        assert plan.source == f"tpkernels/plan/shipped/{family}.py"
+        styles = plan.styles(model)
+        heads = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
+        assert heads and {styles[name].name for name in heads} == {"replicate"}
+
+
 def test_a_shipped_plan_that_is_silent_about_weights_inside_a_block_is_not_trusted() -> None:
     model = llama()
     assert Plan.resolve(model).source == "transformers"

@@ -139,7 +139,8 @@ def _of_ours(model: nn.Module) -> Plan | None:
     if importlib.util.find_spec(where) is None:
         return None
     rules = importlib.import_module(where).RULES
-    found = dict(rules(model) if callable(rules) else rules)
+    heads = {head: "replicate" for head, module in model.named_children() if isinstance(module, nn.Linear)}
+    found = heads | dict(rules(model) if callable(rules) else rules)  # heads: of classes, of answers
     return Plan(found | _of_the_vocabulary(model), f"tpkernels/plan/shipped/{name}.py")
 
 

@@ -17,8 +17,7 @@ def RULES(model: nn.Module) -> dict[str, str]:
     config: Any = model.config
     if config.slow_but_exact and config.pretraining_tp > 1:
         raise PlanError("Plan: BLOOM with slow_but_exact takes its weights past their layers, and cannot be cut")
-    heads = {name: "replicate" for name, module in model.named_children() if isinstance(module, nn.Linear)}
-    return heads | {
+    return {
         "*h.*.self_attention.query_key_value": "column",
         "*h.*.self_attention.dense": "row",
         "*h.*.mlp.dense_h_to_4h": "column",

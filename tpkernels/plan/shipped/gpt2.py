@@ -8,9 +8,7 @@ from torch import nn
 def RULES(model: nn.Module) -> dict[str, str]:
     """The plan, for the bare model and for those with a head."""
     cross = any(".crossattention." in name for name, _ in model.named_modules())
-    linears = (name for name, module in model.named_children() if isinstance(module, nn.Linear))
-    rules = {name: "replicate" for name in linears if name != "lm_head"}  # that one is tied to wte
-    rules |= {
+    rules = {
         "*wte": "vocab",
         "*wpe": "replicate",
         "*h.*.attn.c_attn": "packed_column:3",

@@ -11,8 +11,7 @@ def RULES(model: nn.Module) -> dict[str, str]:
     """The plan, for the bare model and for those with a head."""
     config: Any = model.config
     size = config.hidden_size // config.num_attention_heads
-    heads = {name: "replicate" for name, module in model.named_children() if isinstance(module, nn.Linear)}
-    return heads | {
+    return {
         "*wpe": "replicate",
         "*h.*.attn.c_attn": f"packed_column:{config.hidden_size},{size},{size}" if config.multi_query else "column",
         "*h.*.attn.c_proj": "row",

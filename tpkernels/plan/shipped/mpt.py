@@ -13,8 +13,7 @@ from torch import nn
 def RULES(model: nn.Module) -> dict[str, str]:
     """The plan, for the bare model and for those with a head."""
     config: Any = model.config
-    heads = {name: "replicate" for name, module in model.named_children() if isinstance(module, nn.Linear)}
-    return heads | {
+    return {
         "*blocks.*.attn.Wqkv": f"packed_column:{config.d_model},{config.d_model},{config.d_model}",
         "*blocks.*.attn.out_proj": "row",
         "*blocks.*.ffn.up_proj": "column",
