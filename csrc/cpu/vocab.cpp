@@ -57,7 +57,7 @@ std::vector<Stats> gather_stats(Communicator& comm, const std::vector<Stats>& mi
 
 template <class Sum>
 void combine_stats(const std::vector<RowStats<Sum>>& all, const Integers& targets, int64_t vocab_size,
-                   int64_t ignore_index, Sum smoothing, Sum* loss, Sum* lse) {
+                   int64_t ignore_index, Sum smoothing, Sum* loss, double* lse) {
   const size_t tokens = targets.count, ranks = tokens == 0 ? 0 : all.size() / tokens;
   for (size_t i = 0; i < tokens; ++i) {
     Sum largest = -std::numeric_limits<Sum>::infinity();
@@ -71,9 +71,10 @@ void combine_stats(const std::vector<RowStats<Sum>>& all, const Integers& target
       target += row.target;
       total += row.total;
     }
-    lse[i] = largest + std::log(exponents);
-    loss[i] = lse[i] - (1 - smoothing) * target;
-    if (smoothing != 0) loss[i] -= smoothing / static_cast<Sum>(vocab_size) * total;
+    lse[i] = static_cast<double>(largest) + std::log(static_cast<double>(exponents));
+    // Differences of logits first: they are small where the logits themselves are large.
+    loss[i] = std::log(exponents) + (1 - smoothing) * (largest - target);
+    if (smoothing != 0) loss[i] += smoothing * (largest - total / static_cast<Sum>(vocab_size));
     if (targets[i] == ignore_index) loss[i] = 0;
   }
 }
@@ -86,7 +87,7 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const Integers& ta
   const size_t shard = static_cast<size_t>(logits.size(logits.dim() - 1));
   const Sum smoothing = static_cast<Sum>(label_smoothing), uniform = smoothing / static_cast<Sum>(vocab_size);
   const Sum* scale = static_cast<const Sum*>(dloss.const_data_ptr());
-  const Sum* row_lse = static_cast<const Sum*>(lse.const_data_ptr());
+  const double* row_lse = static_cast<const double*>(lse.const_data_ptr());
   const T* const all = static_cast<const T*>(logits.const_data_ptr());
   T* const gradients = static_cast<T*>(dlogits.mutable_data_ptr());
   in_parallel_rows(targets.count, shard, [&](size_t begin, size_t end) {
@@ -97,10 +98,12 @@ void loss_gradient(const Tensor& dloss, const Tensor& logits, const Integers& ta
         if (shard > 0) std::memset(static_cast<void*>(gradient), 0, shard * sizeof(T));
         continue;
       }
-      row_gradient<T>(row, shard, row_lse[i], uniform, scale[i], gradient);
+      const LogSum<Sum> of_row(row_lse[i]);
+      row_gradient<T>(row, shard, of_row, uniform, scale[i], gradient);
       const int64_t local = targets[i] - vocab_start;
       if (local < 0 || local >= static_cast<int64_t>(shard)) continue;
-      store(scale[i] * (std::exp(load(row[local]) - row_lse[i]) - (1 - smoothing) - uniform), &gradient[local]);
+      const Sum likely = std::exp(Sum(load(row[local]) - of_row.near) - of_row.rest);
+      store(scale[i] * (likely - (1 - smoothing) - uniform), &gradient[local]);
     }
   });
 }
@@ -195,14 +198,15 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
   check_targets(targets, vocab_size, ignore_index);
   const Tensor logits = dense(logits_shard);
   const ScalarType sum_type = sum_type_of(logits);
-  Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
+  Tensor loss = empty_of(logits, shape_of(target), sum_type);
+  Tensor lse = empty_of(logits, shape_of(target), ScalarType::Double);
   with_float_type("vocab_cross_entropy", logits, [&](auto type) {
     using T = decltype(type);
     using Sum = SumOf<T>;
     const auto all =
         gather_stats(*comm, local_stats<T>(logits, targets, vocab_start, label_smoothing != 0), vocab_size);
     combine_stats<Sum>(all, targets, vocab_size, ignore_index, static_cast<Sum>(label_smoothing),
-                       static_cast<Sum*>(loss.mutable_data_ptr()), static_cast<Sum*>(lse.mutable_data_ptr()));
+                       static_cast<Sum*>(loss.mutable_data_ptr()), static_cast<double*>(lse.mutable_data_ptr()));
   });
   return {loss, lse};
 }

@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor> vocab_cross_entropy(const Tensor& logits_shard, const
   comm->all_gather(spec_of(op, wire, cut.total(), {vocab_size}, mine.numel()), wire, mine.const_data_ptr(),
                    all.mutable_data_ptr(), cut);
 
-  const Tensor loss = empty_of(logits, shape_of(target), sum_type), lse = empty_of(logits, shape_of(target), sum_type);
+  const Tensor loss = empty_of(logits, shape_of(target), sum_type);
+  const Tensor lse = empty_of(logits, shape_of(target), ScalarType::Double);
   TPK_CUDA_CHECK(cuda::launch_combine_stats(dtype, all.const_data_ptr(), comm->world_size(), targets.data,
                                             targets.are_64, loss.mutable_data_ptr(), lse.mutable_data_ptr(), tokens,
                                             vocab_size, ignore_index, label_smoothing, current_stream()));

@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY(tpkernels, m) {
       "SymInt vocab_size) -> Tensor");
   // dtable_shard[ids - vocab_start] += dy
   m.def("vocab_embedding_backward(Tensor dy, Tensor ids, SymInt vocab_start, SymInt shard_size) -> Tensor");
-  // lse = log sum_j exp(logits[j]);  loss = lse - (1 - s) logits[target] - s / V sum_j logits[j];  0 where ignored
+  // lse = log sum_j exp(logits[j]), in fp64;  loss = lse - (1 - s) logits[target] - s / V sum_j logits[j];  0 where
+  // ignored
   m.def(
       "vocab_cross_entropy(Tensor logits_shard, Tensor target, str group, int world_size, SymInt vocab_start, "
       "SymInt vocab_size, int ignore_index, float label_smoothing) -> (Tensor loss, Tensor lse)");

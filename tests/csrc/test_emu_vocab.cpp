@@ -159,12 +159,12 @@ struct Combined {
 Combined combined(const Loss& loss, const Bytes& stats) {
   const DType sums = sum_dtype_of(loss.dtype);
   const DeviceBytes stats_on(0, stats), targets = on_device(loss.targets, loss.are_64);
-  const DeviceBytes found(0, Bytes(loss.tokens * size_of(sums), 'x')), lse(0, Bytes(loss.tokens * size_of(sums), 'x'));
+  const DeviceBytes found(0, Bytes(loss.tokens * size_of(sums), 'x')), lse(0, Bytes(loss.tokens * sizeof(double), 'x'));
   EXPECT(cuda::launch_combine_stats(loss.dtype, stats_on.data(), static_cast<int>(loss.ranks()), targets.data(),
                                     loss.are_64, found.data(), lse.data(), loss.tokens, loss.size(), loss.ignore_index,
                                     loss.smoothing, nullptr) == cudaSuccess);
   EXPECT(cudaDeviceSynchronize() == cudaSuccess);
-  return {doubles(sums, found.values()), doubles(sums, lse.values())};
+  return {doubles(sums, found.values()), doubles(DType::F64, lse.values())};
 }
 
 // The whole row in double.
@@ -186,7 +186,7 @@ double bound_of(const Loss& loss) {
 void check_gradient(const Loss& loss, const Combined& found) {
   const DType sums = sum_dtype_of(loss.dtype);
   const std::vector<double> dloss = doubles(sums, normal_values(sums, loss.tokens, 77));
-  const DeviceBytes dloss_on(0, bytes_of(sums, dloss)), lse_on(0, bytes_of(sums, found.lse));
+  const DeviceBytes dloss_on(0, bytes_of(sums, dloss)), lse_on(0, bytes_of(DType::F64, found.lse));
   const double uniform = loss.smoothing / static_cast<double>(loss.size());
   for (size_t r = 0; r < loss.ranks(); ++r) {
     const int64_t start = loss.starts[r], shard = loss.starts[r + 1] - start;

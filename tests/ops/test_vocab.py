@@ -112,6 +112,31 @@ def check_extreme_logits(group: Group) -> None:
     assert mine.grad[:3].isfinite().all()
 
 
+@on_ranks(1, 3, devices=(3,))
+def check_a_large_common_offset_costs_no_digits(group: Group) -> None:
+    """Only differences of logits count; they are exact here, so that what is left is the rounding of the sums."""
+    R, rank, V = group.world_size, group.rank, 31
+    drawn = Drawn(group)
+    steps, target = drawn.randint(9, 6, V).cpu(), drawn.randint(V, 6).cpu()
+    for offset in (-1e4, 1e6, 2.0**24):
+        for smoothing in (0.0, 0.1):
+            full = (2.0 * steps + offset).double().requires_grad_()
+            loss = F.cross_entropy(full, target, reduction="none", label_smoothing=smoothing)
+            loss.sum().backward()
+            mine = part(full.detach().float(), 1, R, rank).to(group.device).requires_grad_()
+            got = ops.vocab_cross_entropy(
+                mine, target.to(group.device), group=group, vocab_size=V, label_smoothing=smoothing
+            )
+            got.sum().backward()
+            # With smoothing the mean of the logits has the offset's own rounding.
+            unit = 2.0**-24
+            bound = (V + 32) * unit * (16 + 2 * smoothing * abs(offset))
+            assert (got.cpu() - loss).abs().max() <= bound, (offset, smoothing, got, loss)
+            assert mine.grad is not None and full.grad is not None
+            error = (mine.grad.cpu() - part(full.grad, 1, R, rank)).abs().max()
+            assert error <= (V + 32) * unit, (offset, smoothing, error)
+
+
 @on_ranks(1, 3, devices=(1, 3))
 def check_wrong_ids_are_named(group: Group) -> None:
     R, rank = group.world_size, group.rank

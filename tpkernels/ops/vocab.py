@@ -212,8 +212,8 @@ def _check_loss(
 
 @VOCAB_CROSS_ENTROPY.fake
 def _vocab_cross_entropy_fake(logits_shard: Tensor, target: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    dtype = sums_dtype(logits_shard.dtype)
-    return logits_shard.new_empty(target.shape, dtype=dtype), logits_shard.new_empty(target.shape, dtype=dtype)
+    loss = logits_shard.new_empty(target.shape, dtype=sums_dtype(logits_shard.dtype))
+    return loss, logits_shard.new_empty(target.shape, dtype=torch.float64)
 
 
 @VOCAB_CROSS_ENTROPY_BACKWARD.fake

@@ -89,7 +89,7 @@ void attend(const T* q, const CachedHead<T>& head, float scale, float* scores, f
   RowStats<float> stats{};
   row_stats<float>(scores, head.tokens, false, &stats);
   const float lse = stats.largest + std::log(stats.exponents);
-  row_gradient<float>(scores, head.tokens, lse, 0.0f, 1.0f, scores);
+  row_gradient<float>(scores, head.tokens, LogSum<float>(lse), 0.0f, 1.0f, scores);
   head_values<T>(scores, head, sums, y);
 }
 

@@ -46,20 +46,22 @@ TPK_INLINE void row_stats_loop(const T* logits, size_t n, bool smoothing, RowSta
 }
 
 template <class T, class Sum>
-TPK_INLINE void row_gradient_loop(const T* logits, size_t n, Sum lse, Sum uniform, Sum scale, T* gradient) {
-  for (size_t j = 0; j < n; ++j) store(scale * (exponential(Sum(load(logits[j]) - lse)) - uniform), &gradient[j]);
+TPK_INLINE void row_gradient_loop(const T* logits, size_t n, LogSum<Sum> lse, Sum uniform, Sum scale, T* gradient) {
+  for (size_t j = 0; j < n; ++j) {
+    store(scale * (exponential(Sum(Sum(load(logits[j]) - lse.near) - lse.rest)) - uniform), &gradient[j]);
+  }
 }
 
 }  // namespace
 
-#define TPK_ROWS(T, Sum)                                                                                   \
-  template <>                                                                                              \
-  TPK_SIMD void row_stats<T>(const T* logits, size_t n, bool smoothing, RowStats<Sum>* stats) {            \
-    row_stats_loop<T, Sum>(logits, n, smoothing, stats);                                                   \
-  }                                                                                                        \
-  template <>                                                                                              \
-  TPK_SIMD void row_gradient<T>(const T* logits, size_t n, Sum lse, Sum uniform, Sum scale, T* gradient) { \
-    row_gradient_loop<T, Sum>(logits, n, lse, uniform, scale, gradient);                                   \
+#define TPK_ROWS(T, Sum)                                                                                           \
+  template <>                                                                                                      \
+  TPK_SIMD void row_stats<T>(const T* logits, size_t n, bool smoothing, RowStats<Sum>* stats) {                    \
+    row_stats_loop<T, Sum>(logits, n, smoothing, stats);                                                           \
+  }                                                                                                                \
+  template <>                                                                                                      \
+  TPK_SIMD void row_gradient<T>(const T* logits, size_t n, LogSum<Sum> lse, Sum uniform, Sum scale, T* gradient) { \
+    row_gradient_loop<T, Sum>(logits, n, lse, uniform, scale, gradient);                                           \
   }
 
 TPK_ROWS(float, float)

@@ -21,8 +21,15 @@ struct RowStats {
 template <class T>
 void row_stats(const T* logits, size_t n, bool smoothing, RowStats<SumOf<T>>* stats);
 
+// log sum exp of a row as two numbers, which fp32 alone would round to the spacing of its logits.
+template <class Sum>
+struct LogSum {
+  explicit LogSum(double lse) : near(static_cast<Sum>(lse)), rest(static_cast<Sum>(lse - near)) {}
+  Sum near, rest;
+};
+
 // gradient[j] = scale * (exp(logits[j] - lse) - uniform); the target's own term is the caller's.
 template <class T>
-void row_gradient(const T* logits, size_t n, SumOf<T> lse, SumOf<T> uniform, SumOf<T> scale, T* gradient);
+void row_gradient(const T* logits, size_t n, LogSum<SumOf<T>> lse, SumOf<T> uniform, SumOf<T> scale, T* gradient);
 
 }  // namespace tpk

@@ -209,7 +209,7 @@ cudaError_t launch_squared_norm(DType, const TensorList&, double* partial, doubl
 
 // ---- local (vocab.cu). ids and targets are int64, or int32 when ids_are_64 (targets_are_64) is false. bad[0] += ids
 // outside [0, vocab_size) (targets: those that are not ignore_index either); such a token is treated as another rank's.
-// stats, loss, lse and dloss are fp32, fp64 for fp64 logits.
+// stats, loss and dloss are fp32, fp64 for fp64 logits; lse is fp64.
 cudaError_t launch_embedding(const void* ids, bool ids_are_64, const void* table, void* out, size_t tokens,
                              size_t row_bytes, int64_t vocab_start, int64_t shard, int64_t vocab_size, uint32_t* bad,
                              cudaStream_t);

@@ -199,7 +199,8 @@ struct CombineArgs {
   const Stats<S>* stats;
   int world_size;
   Ids targets;
-  S *loss, *lse;
+  S* loss;
+  double* lse;
   size_t tokens;
   int64_t vocab_size, ignore_index;
   S smoothing;
@@ -221,10 +222,10 @@ TPK_KERNEL void __launch_bounds__(kColumnThreads) combine_stats_kernel(CombineAr
     target += row.target;
     total += row.total;
   }
-  const S lse = largest + std::log(exponents);
-  S loss = lse - (1 - args.smoothing) * target;
-  if (args.smoothing != 0) loss -= args.smoothing / static_cast<S>(args.vocab_size) * total;
-  args.lse[token] = lse;
+  // Differences of logits first: they are small where the logits themselves are large.
+  S loss = std::log(exponents) + (1 - args.smoothing) * (largest - target);
+  if (args.smoothing != 0) loss += args.smoothing * (largest - total / static_cast<S>(args.vocab_size));
+  args.lse[token] = static_cast<double>(largest) + std::log(static_cast<double>(exponents));
   args.loss[token] = args.targets[token] == args.ignore_index ? S(0) : loss;
 }
 
@@ -233,7 +234,7 @@ struct LossGradientArgs {
   const SumOf<T>* dloss;
   const T* logits;
   Ids targets;
-  const SumOf<T>* lse;
+  const double* lse;
   T* dlogits;
   size_t tokens;
   Shard vocab;
@@ -249,7 +250,8 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads) loss_gradient_kernel(LossGradient
   const S uniform = args.smoothing / static_cast<S>(args.vocab.size);
   for (size_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
     const int64_t target = args.targets[token], local = target - args.vocab.start;
-    const S scale = args.dloss[token], lse = args.lse[token];
+    const S scale = args.dloss[token], near = static_cast<S>(args.lse[token]);
+    const S rest = static_cast<S>(args.lse[token] - near);
     for (uint32_t unit = threadIdx.x; unit < row.units(); unit += blockDim.x) {
       UnitValues<T> values{Word16{}};
       if (target != args.ignore_index) {
@@ -257,7 +259,7 @@ TPK_KERNEL void __launch_bounds__(kMaxThreads) loss_gradient_kernel(LossGradient
 #pragma unroll
         for (uint32_t i = 0; i < values.kValues; ++i) {
           const bool hot = static_cast<int64_t>(unit) * values.kValues + i == local;
-          values.of[i] = scale * (std::exp(values.of[i] - lse) - (hot ? 1 - args.smoothing : S(0)) - uniform);
+          values.of[i] = scale * (std::exp(values.of[i] - near - rest) - (hot ? 1 - args.smoothing : S(0)) - uniform);
         }
       }
       row.store(args.dlogits + token * width, unit, values);
@@ -336,7 +338,7 @@ cudaError_t launch_combine_stats(DType dtype, const void* stats, int world_size,
                               world_size,
                               {targets, targets_are_64},
                               static_cast<S*>(loss),
-                              static_cast<S*>(lse),
+                              static_cast<double*>(lse),
                               tokens,
                               vocab_size,
                               ignore_index,
@@ -356,7 +358,7 @@ cudaError_t launch_loss_gradient(DType dtype, const void* dloss, const void* log
     const LossGradientArgs<T> args{static_cast<const SumOf<T>*>(dloss),
                                    static_cast<const T*>(logits),
                                    {targets, targets_are_64},
-                                   static_cast<const SumOf<T>*>(lse),
+                                   static_cast<const double*>(lse),
                                    static_cast<T*>(dlogits),
                                    tokens,
                                    {vocab_start, static_cast<int64_t>(shard), vocab_size},
