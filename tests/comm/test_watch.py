@@ -31,8 +31,8 @@ class Silent(dist.Store):
         threading.Event().wait()
 
 
-def watch_over(store: dist.Store) -> Watch:
-    """That of rank 3 of 4, of which two are on another host and one has ended."""
+def watch_over(store: dist.Store, remote: bool = False) -> Watch:
+    """That of rank 3 of 4, of which two are on another host and one has ended; remote: all are on other hosts."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers the back end "fake")
 
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -41,7 +41,7 @@ def watch_over(store: dist.Store) -> Watch:
         dist.destroy_process_group()
     dist.init_process_group("fake", store=store, rank=RANK, world_size=4)
     assert dist.group.WORLD is not None
-    return Watch(dist.group.WORLD, "g", 3.0, [None, None, ended.pid, os.getpid()])
+    return Watch(dist.group.WORLD, "g", 3.0, [None, None, None if remote else ended.pid, os.getpid()])
 
 
 def check_a_message_before_its_end() -> None:
@@ -65,6 +65,21 @@ def check_a_store_behind_a_cut_link() -> None:
     assert f"ranks {REMOTE} were lost" in raised(lambda: watch.look(7, False, True, "gloo"), PeerLostError)
 
 
-@pytest.mark.parametrize("check", [check_a_message_before_its_end, check_a_store_behind_a_cut_link])
-def test_a_rank_that_ended_is_named_unless_it_had_given_up(check: Any) -> None:
+def check_a_connection_that_ended_when_its_rank_gave_up() -> None:
+    for late in (False, True):
+        watch = watch_over(dist.HashStore(), remote=True)
+        watch.store.set("g/0", json.dumps(["failed", 7, [], late]))  # it has not found out which ones
+        how, kind = ("did not come", TimeoutError) if late else ("were lost", PeerLostError)
+        assert f"ranks [1, 2] {how}" in raised(lambda watch=watch: watch.look(7, False, True, "it ended"), kind)
+
+
+CHECKS = [
+    check_a_message_before_its_end,
+    check_a_store_behind_a_cut_link,
+    check_a_connection_that_ended_when_its_rank_gave_up,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_ranks_at_fault_are_named_not_those_that_gave_up(check: Any) -> None:
     run_ranks(check, 1, fresh=True)

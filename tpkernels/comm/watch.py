@@ -114,7 +114,7 @@ class Watch:
         silent = [r for r in self._others() if r not in reported]
         if not self._answered:  # then nothing is known but of the processes of this host
             silent = [r for r in silent if self._pids[r] is None] or silent
-        if late:
+        if late or any(was_late for *_, was_late in reported.values()):  # then a connection ended for that
             hint = f"within {self.timeout_s:g} s. If they are only slow, raise Group.open(timeout_s=...)"
             return _Trouble(f"ranks {silent} did not come {hint}. The backend reported: {backend}", silent, True)
         return _Trouble(f"ranks {silent} were lost. The backend reported: {backend}", silent, False)
