@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch.distributed as dist
 from pytest import MonkeyPatch
 from torch import Tensor
 
+from tests.harness.hosts import pretended
 from tests.harness.ops import raised
 from tpkernels import ops
+from tpkernels.comm import open as open_module
 from tpkernels.comm import sockets
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator
@@ -57,7 +59,6 @@ def check_both_ways(patch: MonkeyPatch) -> None:
     counted = []
     with opened() as group:
         assert group.explain().reason == OVER_CONNECTIONS
-        group._communicator.set_link(1e9, 1e-12)  # by the delay that was measured larger sums may be one exchange
         check_sums(group)
         counted.append(group.stats()["wire_bytes"])
     # One rank whose gloo is set to something else keeps all of them from going around it.
@@ -78,6 +79,16 @@ def check_both_ways(patch: MonkeyPatch) -> None:
             assert aggregator.wait()
             assert torch.equal(model.weight.grad, torch.full((40, 40), (R + 1) / 2))
     assert counted[0] < counted[1], "over connections the openings of calls bring no unused room"
+    patch.undo()
+
+
+def check_delays_are_of_links_between_hosts(patch: MonkeyPatch) -> None:
+    """On one host the time of an empty call, long on a loaded machine, makes no sum one exchange."""
+    patch.setattr(open_module, "measured_link", lambda *_: (1e9, 1.0))
+    for hosts in (1, dist.get_world_size()):
+        with pretended([[r] for r in range(hosts)]) if hosts > 1 else nullcontext(), opened() as group:
+            path = group.explain("all_reduce", numel=100_000).path
+            assert (path == "one_exchange") == (hosts > 1), (hosts, path)
     patch.undo()
 
 
@@ -141,7 +152,7 @@ def check_addresses(patch: MonkeyPatch) -> None:
 
 
 def check_everything() -> None:
-    for check in (check_both_ways, check_strangers, check_addresses):
+    for check in (check_both_ways, check_delays_are_of_links_between_hosts, check_strangers, check_addresses):
         with MonkeyPatch.context() as patch:
             check(patch)
         dist.barrier()

@@ -73,19 +73,15 @@ def at(place: str, body: Callable[..., None], *args: Any) -> None:
     """body(group, *args) on ranks of these hosts."""
     hosts = PLACES[place]
     if hosts is None:
-        on_cpu(over_link, 3, "group", body, *args)
+        on_cpu(body, 3, "group", *args)
     else:
         run_ranks(on_hosts, sum(map(len, hosts)), hosts, body, *args)
 
 
-def over_link(group: Group, body: Callable[..., None], *args: Any) -> None:
-    group._communicator.set_link(1e9, 1e-12)  # sums that are there are no single exchange, which has more bytes
-    body(group, *args)
-
-
 def on_hosts(hosts: Hosts, body: Callable[..., None], *args: Any) -> None:
     with open_group(hosts=hosts, transport="hierarchical") as group:
-        over_link(group, body, *args)
+        group._communicator.set_link(1e9, 1e-12)  # sums that are there are no single exchange, which has more bytes
+        body(group, *args)
 
 
 def check_bits(group: Group, dtype: torch.dtype) -> None:

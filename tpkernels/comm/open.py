@@ -266,7 +266,9 @@ def _open_connections(opening: Opening, obstacle: str) -> Opened:
     if no_sockets is None:
         communicator = _C.open_sockets(name, label, rank, len(ranks), timeout_s, capacity, sockets, watch)
         with _closed_on_error(communicator):
-            communicator.set_link(*measured_link(communicator, len(ranks)))
+            rate, hop_s = measured_link(communicator, len(ranks))
+            # On one host a hop is the time until the scheduler runs the other rank, not a delay of the link.
+            communicator.set_link(rate, hop_s if len(opening.hosts) > 1 else 0.0)
         return Opened(communicator, f"over connections between the ranks, because {obstacle}")
     exchange = ProcessGroupExchange.open(process_group, watch, capacity)
     communicator = _C.open_group(name, label, rank, len(ranks), timeout_s, exchange)
