@@ -64,6 +64,8 @@ def exposed(axes: Axes, rows: Sequence[Row]) -> None:
     """Three bars for each op and codec: what communication adds to the GEMM alone."""
     found = newest([r for r in rows if r["exposed_us"] is not None], "op", "codec", "variant")
     jobs = [(op, codec) for op, codec, variant in found if variant == "tpkernels"]
+    ops = list(dict.fromkeys(op for op, _ in jobs))
+    jobs.sort(key=lambda job: ops.index(job[0]))
     height = 0.8 / len(BARS)
     for i, (variant, (label, style)) in enumerate(BARS.items()):
         at = [(j, found.get((op, "none" if variant == "linear_gloo" else codec, variant))) for j, (op, codec) in
@@ -72,14 +74,14 @@ def exposed(axes: Axes, rows: Sequence[Row]) -> None:
         bars = axes.barh(list(ms), list(ms.values()), height, label=label, edgecolor="white", **style)
         axes.bar_label(bars, [digits(value) for value in ms.values()], padding=3, fontsize=8)
     axes.set_yticks(range(len(jobs)), [op + ("" if codec == "none" else f"\n{codec}") for op, codec in jobs])
-    axes.invert_yaxis()
+    axes.set_ylim(len(jobs) + 0.2, -0.6)  # the first one above, and room for the legend below the last one
     axes.margins(x=0.12)
     last = rows[-1]
     axes.set(xlabel="milliseconds of communication not hidden behind the GEMM",
              title=f"fused ops, two hosts joined by {last['link']}, {size(last)} {last['dtype']}\n"
                    f"{last['machine']['class']}")  # fmt: skip
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", ncols=len(BARS))
 
 
 def draw(results: Path, path: Path, link: str = "1gbit") -> bool:
