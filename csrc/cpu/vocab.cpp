@@ -215,7 +215,9 @@ Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_sh
                                     const Tensor& lse, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                                     double label_smoothing) {
   const Integers targets = integers_of("vocab_cross_entropy_backward", "target", target);
-  const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
+  const Tensor logits = dense(logits_shard);
+  const Tensor scale = of_targets("dloss", dloss, sum_type_of(logits), targets);
+  const Tensor sums = of_targets("lse", lse, ScalarType::Double, targets);
   Tensor dlogits = fresh_output(logits, shape_of(logits));
   with_float_type("vocab_cross_entropy_backward", logits, [&](auto type) {
     loss_gradient<decltype(type)>(scale, logits, targets, sums, vocab_start, vocab_size, ignore_index, label_smoothing,

@@ -93,7 +93,9 @@ Tensor vocab_cross_entropy_backward(const Tensor& dloss, const Tensor& logits_sh
                                     double label_smoothing) {
   const char* const op = "vocab_cross_entropy_backward";
   const Integers targets = integers_of(op, "target", target);
-  const Tensor logits = dense(logits_shard), scale = dense(dloss), sums = dense(lse);
+  const Tensor logits = dense(logits_shard);
+  const Tensor scale = of_targets("dloss", dloss, sum_type_of(logits), targets);
+  const Tensor sums = of_targets("lse", lse, ScalarType::Double, targets);
   const DType dtype = float_dtype_of(op, logits);
   const Tensor dlogits = fresh_output(logits, shape_of(logits));
   TPK_CUDA_CHECK(cuda::launch_loss_gradient(dtype, scale.const_data_ptr(), logits.const_data_ptr(), targets.data,

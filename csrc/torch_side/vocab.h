@@ -33,6 +33,15 @@ inline void check_shard(const char* op, int64_t vocab_start, int64_t shard, int6
             vocab_start + shard, ") must lie inside the vocabulary of ", vocab_size);
 }
 
+// What the backward of the loss reads, dense: dloss in the type of the loss, lse in fp64, one of each for every target.
+inline Tensor of_targets(const char* argument, const Tensor& x, ScalarType type, const Integers& targets) {
+  TPK_CHECK(x.scalar_type() == type && numel_of(x) == targets.count, "vocab_cross_entropy_backward: ", argument,
+            " must be ", type == ScalarType::Double ? "float64" : "float32", ", one for each of ", targets.count,
+            " targets, got ", numel_of(x), " of ",
+            dtype_of(x) == DType::Count ? "another dtype" : name_of(dtype_of(x)));
+  return dense(x);
+}
+
 Tensor vocab_embedding(const Tensor& ids, const Tensor& table_shard, Text group, int64_t world_size,
                        int64_t vocab_start, int64_t vocab_size);
 Tensor vocab_embedding_backward(const Tensor& dy, const Tensor& ids, int64_t vocab_start, int64_t shard_size);

@@ -59,7 +59,7 @@ def op_calls(group: Group) -> list[tuple[Any, tuple[Any, ...]]]:
         (CALLS.vocab_embedding, (ids, leaf(table), name, R, start, 4 * R)),
         (CALLS.vocab_embedding_backward, (torch.randn(3, 2, 3), ids, start, 4)),
         (CALLS.vocab_cross_entropy, (leaf(logits), target, name, R, start, 4 * R, -100, 0.1)),
-        (CALLS.vocab_cross_entropy_backward, (loss, logits, target, loss + 5, start, 4 * R, -100, 0.1)),
+        (CALLS.vocab_cross_entropy_backward, (loss, logits, target, (loss + 5).double(), start, 4 * R, -100, 0.1)),
         (CALLS.all_reduce_add_rms_norm, (leaf(x), leaf(x), leaf(x[0]), name, R, 1e-5, "none")),
         (CALLS.all_reduce_add_rms_norm, (leaf(x), x.clone(), leaf(x[0]), name, R, 0.0, "fp16")),
         (CALLS.rms_norm_backward, (x.clone(), None, x.clone(), x[0].clone(), x[:, 0].exp(), True, True)),

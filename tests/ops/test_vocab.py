@@ -48,6 +48,21 @@ def check_every_shape_and_dtype(group: Group) -> None:
                     check_gradient(case, s, group)
 
 
+@on_ranks(1, devices=(1,))
+def check_the_backward_refuses_other_sums(group: Group) -> None:
+    """Of another dtype, or too few: the values behind them would be read."""
+    logits, target = torch.ones(3, 4, device=group.device), torch.zeros(3, dtype=torch.int64, device=group.device)
+    sums = torch.ones(3, dtype=torch.float64, device=group.device)
+    call = torch.ops.tpkernels.vocab_cross_entropy_backward
+    for dloss, lse, named in (
+        (sums.float(), sums.float(), "lse"),
+        (sums.float(), sums[:2], "lse"),
+        (sums, sums, "dloss"),
+    ):
+        text = raised(lambda dloss=dloss, lse=lse: call(dloss, logits, target, lse, 0, 4, -100, 0.0), ValueError)
+        assert f"vocab_cross_entropy_backward: {named} must be float" in text, text
+
+
 @on_ranks(1, 3, devices=(1, 3), exchanging=(3,))
 def check_any_cut(group: Group) -> None:
     """Not the cut of the rule: the last rank holds most, the first one or nothing."""
