@@ -6,7 +6,6 @@
 // Reading Each group of rows of x requests its share of the weights of a tile to come, so that memory is never idle.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "gemv.h"
@@ -50,8 +49,7 @@ struct Tile {
   typename Kernel::Sums* sums;  // [M][kGemvBlock][kParts], from the tile's first row of weights on
   size_t count;                 // values of k
   bool first;                   // of the stretches
-  const char* next;             // the weights to request
-  ptrdiff_t spread;             // bytes between those that are requested together, a row
+  const char* next;             // the weights to request, in rows as those of w
 };
 
 // A step of k for R rows of weights and G rows of x, one part of its lanes after the other, so that sums, weights and x
@@ -89,11 +87,12 @@ TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advan
   const Value* w = tile.w;
   const typename Kernel::Packed* x = tile.x;
   const char* next = tile.next;
+  const ptrdiff_t row_bytes = p.w_stride * static_cast<ptrdiff_t>(sizeof(Value));
   const size_t x_step = p.M * kStep;
   size_t left = tile.count;
   for (; left >= kUnroll * kStep; left -= kUnroll * kStep, next += advance) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * tile.spread, 0, kSecondCache);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * row_bytes, 0, kSecondCache);
 #pragma GCC unroll 2
     for (size_t u = 0; u < kUnroll; ++u, w += kStep, x += x_step) gemv_step<Kernel, R, G>(sums, w, p.w_stride, x);
   }
@@ -122,7 +121,7 @@ TPK_INLINE void gemv_group(const Gemv& p, const Tile<Kernel>& tile, size_t advan
 // R rows of weights and all rows of x, in groups of nearly the same size.
 template <class Kernel, int R>
 TPK_INLINE void gemv_tile(const Gemv& p, Tile<Kernel> tile) {
-  constexpr int kMostRows = std::min<int>(kMostGemvRows, Kernel::kMostSums / R);
+  constexpr int kFit = Kernel::kMostSums / R, kAll = kMostGemvRows, kMostRows = kFit < kAll ? kFit : kAll;
   const size_t groups = (p.M + kMostRows - 1) / kMostRows;
   for (size_t i = 0, m = 0; i < groups; ++i) {
     const size_t count = p.M * (i + 1) / groups - m;
@@ -143,7 +142,6 @@ void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename K
   const size_t length = (p.K / stretches + kGemvUnit) / kGemvUnit * kGemvUnit;
   const size_t tile_bytes = R * (length < p.K ? length : p.K) * sizeof *w;
   const ptrdiff_t ahead = static_cast<ptrdiff_t>((kGemvAhead + tile_bytes - 1) / tile_bytes * R);
-  const ptrdiff_t stride = p.w_stride * static_cast<ptrdiff_t>(sizeof *w);
   const ptrdiff_t block = kGemvBlock;
   for (size_t k = 0; k < p.K; k += length) {
     const bool last = k + length >= p.K;
@@ -151,13 +149,8 @@ void gemv_block(const Gemv& p, const typename Kernel::Value* w, const typename K
     for (ptrdiff_t i = 0; i < rows;) {
       const ptrdiff_t j = i + ahead;
       const auto* const next = length < p.K && j >= block ? after + (j - block) * p.w_stride : w + k + j * p.w_stride;
-      const Tile<Kernel> tile{w + k + i * p.w_stride,
-                              x + k * p.M,
-                              sums + i * Kernel::kParts,
-                              last ? p.K - k : length,
-                              k == 0,
-                              reinterpret_cast<const char*>(next),
-                              stride};
+      const Tile<Kernel> tile{w + k + i * p.w_stride,  x + k * p.M, sums + i * Kernel::kParts,
+                              last ? p.K - k : length, k == 0,      reinterpret_cast<const char*>(next)};
       if (i + R <= rows) {
         gemv_tile<Kernel, R>(p, tile);
         i += R;
