@@ -84,7 +84,7 @@ class Reference:
         """Whether these tokens, followed by likeliest ones, all ties tried, become the text."""
         from tpkernels.generate.continuation import Continuation
 
-        running = Continuation(prompt, self._how, self._tokenizer)
+        running = Continuation(prompt, self._how, self._tokenizer, frozenset())
         so_far = "".join(map(running.push, tokens))
         if running.finish or not text.startswith(so_far):
             return so_far == text

@@ -84,8 +84,9 @@ def test_draws_come_from_the_tokens_that_top_k_and_top_p_leave() -> None:
     assert seen(top_p=0.69) == {1, 3}
     assert seen(top_p=0.71) == {1, 2, 3}
     assert seen(top_k=3, top_p=0.8) == {1, 3}, "0.7 of 0.85 is over 0.8"
-    assert seen(top_p=1e-9) == {1}
-    for temperature in (1e-3, 1e-38):
+    for least in (1e-9, 1e-60, 5e-324):  # the last two are 0 in fp32
+        assert seen(top_p=least) == seen(top_p=least, top_k=3) == {1}
+    for temperature in (1e-3, 1e-38, 1e-60, 5e-324):
         assert Sampler(Sampling(temperature=temperature, seed=0)).draw(logits) == 1
     assert Sampler(Sampling()).draw(logits) == 1
 
@@ -226,6 +227,9 @@ def test_the_end_token_stop_tokens_and_stop_strings_end_a_text() -> None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(whole.tokens[at])
         assert generator.generate(["abc"], Sampling(max_tokens=24)) == [ended]
         tokenizer.eos_token = "<end>"
+        model.generation_config.eos_token_id = [256, whole.tokens[at]]  # an end of answers beside the tokenizer's
+        assert generator.generate(["abc"], Sampling(max_tokens=24)) == [ended]
+        assert generator.generate(["abc"], LONG) == [whole], "ignore_eos goes on past all of them"
         stop = next(t for t in (whole.text[i : i + 2] for i in range(4, 20)) if t.isascii())
         (cut,) = generator.generate(["abc"], Sampling(max_tokens=24, ignore_eos=True, stop=(stop,)))
         assert (cut.text, cut.finish) == (whole.text[: whole.text.index(stop)], "stop")

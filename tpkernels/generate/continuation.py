@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .sampling import NOT_A_NUMBER, Sampling
 from .text import TextStream, Tokenizer
@@ -35,16 +36,29 @@ class Completion:
     finish: str
 
 
-class Continuation:
-    """A continuation in progress: its text and its ends."""
+def ends_of(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation config, which may be several.
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
+    A chat model ends its answers with another token than the tokenizer's end: Gemma with <end_of_turn>.
+    """
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = found if isinstance(found, list | tuple) else [found]
+    return frozenset(int(token) for token in (tokenizer.eos_token_id, *several) if token is not None)
+
+
+class Continuation:
+    """A continuation in progress: its text and its ends.
+
+    Args:
+        prompt, sampling, tokenizer: of the text.
+        ends: from `ends_of`.
+    """
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
         self.tokens = 0
         self.finish: str | None = None
         self._sampling = sampling
-        self._ends = set(sampling.stop_token_ids)
-        if tokenizer.eos_token_id is not None and not sampling.ignore_eos:
-            self._ends.add(tokenizer.eos_token_id)
+        self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends)}
         self._text = TextStream(tokenizer, prompt, sampling.stop)
 
     def push(self, token: int) -> str:

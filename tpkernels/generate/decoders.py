@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .ropes import Ropes
 from .stack import MOST_ROWS, Stack
 
 MOST_TOGETHER = 64  # tokens of a prompt that is computed beside others; longer ones are for a real GEMM
@@ -39,6 +40,7 @@ class _Decoder:
                 f"generate: the model must be a decoder with past_key_values and position_ids, "
                 f"got {type(model).__name__}"
             )
+        self._ropes = Ropes(model)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.vocab_size: int = self.model.config.get_text_config(decoder=True).vocab_size
 
@@ -69,11 +71,13 @@ class _Decoder:
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         if all(len(prompt) == longest for prompt in prompts):
             positions = torch.arange(longest).expand(len(prompts), -1)
-            return self._forward(ids, None, positions, cache), None
+            with self._ropes.by_row():
+                return self._forward(ids, None, positions, cache), None
         lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         positions = torch.arange(longest) - (longest - lengths)
         mask = (positions >= 0).long()
-        return self._forward(ids, mask, positions.clamp(min=0), cache), mask
+        with self._ropes.by_row():
+            return self._forward(ids, mask, positions.clamp(min=0), cache), mask
 
 
 class DynamicDecoder(_Decoder):
@@ -105,7 +109,8 @@ class DynamicDecoder(_Decoder):
             ids[row, 0] = token
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        logits = self._forward(ids, self._mask, self._lengths, self._cache)
+        with self._ropes.by_row():
+            logits = self._forward(ids, self._mask, self._lengths, self._cache)
         self._lengths += 1
         return logits
 
@@ -250,7 +255,7 @@ class SlotDecoder(_Decoder):
     @property
     def fills_together(self) -> bool:
         """Whether `fill` computes tokens of several prompts in one pass."""
-        return self._stack is not None
+        return self._stack is not None and not self._ropes.scale_by_length  # which takes whole prompts
 
     @torch.inference_mode()
     def fill(self, prompts: Mapping[int, Sequence[int]], *, together: bool) -> dict[int, Tensor]:
@@ -316,7 +321,8 @@ class SlotDecoder(_Decoder):
         if not self._compiled:  # for which it must not change
             self._cache.span = min(self.max_length, rounded_up(max(self._lengths) + 1))
         self._cache.positions = torch.tensor(self._lengths[:rows])
-        logits = self._logits(ids, self._cache.positions)
+        with self._ropes.by_row():
+            logits = self._logits(ids, self._cache.positions)
         for slot in tokens:
             self._lengths[slot] += 1
         return logits

@@ -9,7 +9,7 @@ from torch import nn
 
 from tpkernels.comm.group import Group, resolve
 
-from .continuation import Completion, Continuation, Piece
+from .continuation import Completion, Continuation, Piece, ends_of
 from .sampling import Sampler, Sampling, draw
 from .text import Tokenizer
 
@@ -139,8 +139,9 @@ class Generator:
         needed = max(len(p) + s.max_tokens for p, s in zip(prompts, every, strict=True))
         decoder = self._decoder_for(len(prompts), needed)
         before = [[decoder.start_token]] * len(prompts) if is_seq2seq(self.model) else prompts
+        ends = ends_of(self.model, self.tokenizer)
         running = {
-            i: (Continuation(p, s, self.tokenizer), Sampler(s))
+            i: (Continuation(p, s, self.tokenizer, ends), Sampler(s))
             for i, (p, s) in enumerate(zip(before, every, strict=True))
         }
         logits = decoder.start(prompts)

@@ -13,6 +13,7 @@ from tpkernels import ops
 from tpkernels.comm.group import Group
 
 NOT_A_NUMBER = -1  # in place of a token whose logits hold NaN
+LEAST = torch.finfo(torch.float32).tiny  # of a temperature
 FIRST_TRY = 1024  # the nucleus is searched among so many likeliest tokens before all are sorted
 
 
@@ -27,8 +28,8 @@ class Sampling:
         top_k: draw from the so many likeliest tokens; 0 for all.
         seed: of the draws; None takes one from the system.
         stop: strings at whose first occurrence the text ends, without them.
-        stop_token_ids: tokens that end the text, beside the tokenizer's own end.
-        ignore_eos: go on past the tokenizer's end.
+        stop_token_ids: tokens that end the text, beside the ends of the tokenizer and of the generation config.
+        ignore_eos: go on past those ends.
     """
 
     max_tokens: int = 128
@@ -74,7 +75,8 @@ class Sampler:
             best = int(logits.argmax())  # which finds NaN first
             return NOT_A_NUMBER if math.isnan(logits[best].item()) else best
         wide = logits.float()
-        probabilities = torch.softmax((wide - wide.max()) / how.temperature, dim=-1)  # no quotient overflows
+        temperature = max(how.temperature, LEAST)  # what is 0 in fp32 would divide 0 by 0
+        probabilities = torch.softmax((wide - wide.max()) / temperature, dim=-1)  # no quotient overflows
         if math.isnan(probabilities[0].item()):  # one NaN makes all of them NaN
             return NOT_A_NUMBER
         kept, ids = _likeliest(probabilities, how)
@@ -96,7 +98,9 @@ def _likeliest(probabilities: Tensor, how: Sampling) -> tuple[Tensor, Tensor | N
     if kept.numel() < top_k and kept.sum() < how.top_p * total:
         kept, ids = probabilities.topk(top_k)
     before = kept.cumsum(0) - kept  # of the tokens that are likelier
-    return torch.where(before < how.top_p * total, kept, 0.0), ids
+    nucleus = torch.where(before < how.top_p * total, kept, 0.0)
+    nucleus[0] = kept[0]  # the likeliest, also where top_p is 0 in fp32
+    return nucleus, ids
 
 
 def share(tokens: Sequence[int], group: Group) -> list[int]:

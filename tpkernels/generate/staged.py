@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from tpkernels.comm.group import Group
 from tpkernels.pipeline import Flights
 
-from .continuation import Continuation, Piece
+from .continuation import Continuation, Piece, ends_of
 from .decoders import DynamicDecoder
 from .sampling import Sampler, Sampling, draw
 from .text import Tokenizer
@@ -53,10 +53,15 @@ class _Flight:
     """
 
     def __init__(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], every: Sequence[Sampling], tokenizer: Tokenizer
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        every: Sequence[Sampling],
+        tokenizer: Tokenizer,
+        ends: frozenset[int],
     ) -> None:
         self.rows = rows
-        self._running = {i: (Continuation(prompts[i], every[i], tokenizer), Sampler(every[i])) for i in rows}
+        self._running = {i: (Continuation(prompts[i], every[i], tokenizer, ends), Sampler(every[i])) for i in rows}
 
     def samplers(self) -> list[Sampler | None]:
         """Of each row; None where it has ended."""
@@ -96,7 +101,8 @@ def staged_pieces(
     """
     over = Flights(cast(Any, model).tpk_stages, pipeline, count)
     decoders = [StageDecoder(model, over, number) for number in range(count)]
-    flights = [_Flight(range(number, len(prompts), count), prompts, every, tokenizer) for number in range(count)]
+    ends = ends_of(model, tokenizer)
+    flights = [_Flight(range(number, len(prompts), count), prompts, every, tokenizer, ends) for number in range(count)]
 
     def send(number: int, logits: Tensor | None) -> None:
         if logits is not None:

@@ -8,6 +8,7 @@ prompts at most, or for one prompt. Short prompts are computed together where th
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import threading
 import time
@@ -16,15 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from tpkernels.comm.group import Group
 from tpkernels.errors import PeerLostError, RankMismatchError
 from tpkernels.generate import Sampling
-from tpkernels.generate.continuation import Continuation
+from tpkernels.generate.continuation import Continuation, ends_of
 from tpkernels.generate.sampling import NOT_A_NUMBER, Sampler
 
 from .channel import Channel, Step, carry_out
 from .metrics import Metrics
 
+_log = logging.getLogger("tpkernels")
 STOPPING = "the server is stopping"
 NAN = "the model's logits hold NaN"
 MOST_TOKENS = 256  # of prompts that begin in one step
@@ -95,6 +99,7 @@ class Engine:
         self.max_length: int = decoder.max_length
         self.vocab_size: int = decoder.vocab_size
         self._decoder, self._group, self._most_waiting = decoder, group, most_waiting
+        self._ends = ends_of(decoder.model, tokenizer)
         self._channel = Channel(group, decoder.slots)
         self._waiting: deque[SequenceRequest] = deque()
         self._active: dict[int, SequenceRequest] = {}
@@ -134,8 +139,12 @@ class Engine:
         """Queue all of them or none.
 
         Raises:
-            Refusal: 503 when a rank is gone or the server stops, 429 when too many wait.
+            Refusal: 503 when a rank is gone or the server stops, 429 when too many wait, 400 when they would be too
+                many for an idle server.
         """
+        most = self._most_waiting + self._decoder.slots
+        if len(requests) > most:
+            raise Refusal(400, f"a request may have {most} sequences (prompts times n), got {len(requests)}")
         with self._changed:
             if self._failure is not None:
                 raise Refusal(503, f"the model is not available: {self._failure}")
@@ -209,7 +218,7 @@ class Engine:
         for slot, logits in found.items():
             request = self._active[slot]
             if not request.cancelled:
-                self._take(request, request.sampler.draw(logits))
+                self._take(request, logits)
 
     def _admit(self) -> dict[int, SequenceRequest]:
         """Free the slots of cancelled requests, and give free slots to waiting ones."""
@@ -225,7 +234,7 @@ class Engine:
                 tokens -= len(request.prompt)
                 continue
             slot = request.slot = heapq.heappop(self._free)  # the lowest: the fewer rows, the faster the step
-            request.running = Continuation(request.prompt, request.sampling, self.tokenizer)
+            request.running = Continuation(request.prompt, request.sampling, self.tokenizer, self._ends)
             request.sampler = Sampler(request.sampling)
             self._active[slot] = begin[slot] = request
         self._count()
@@ -235,13 +244,18 @@ class Engine:
         self.metrics.queue.set(len(self._waiting))
         self.metrics.running.set(len(self._active))
 
-    def _take(self, request: SequenceRequest, token: int) -> None:
-        """Deliver the next token of a request."""
+    def _take(self, request: SequenceRequest, logits: Tensor) -> None:
+        """Draw and deliver the next token of a request; what fails in that ends this request alone."""
         first = request.token < 0
         try:
+            token = request.sampler.draw(logits)
             text = request.running.push(token)
         except FloatingPointError as error:
             self._end(request, Event(failure=Refusal(500, str(error))))
+            return
+        except Exception as error:
+            _log.exception("serve: a token could not be drawn or become text")
+            self._end(request, Event(failure=Refusal(500, f"the server failed: {type(error).__name__}: {error}")))
             return
         request.token = token
         self.metrics.generated(len(request.prompt) if first else 0, time.monotonic() - request.came if first else None)
