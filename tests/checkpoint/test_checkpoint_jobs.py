@@ -79,6 +79,30 @@ def test_a_save_leaves_alone_what_another_job_writes_beside_it(tmp_path: Path, m
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("after", ["made", "opened"])
+def test_a_save_makes_its_folder_anew_where_another_job_removes_it_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    removed = list[str]()
+
+    def then_removed(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            if not removed and (left := [path.name for path in tmp_path.glob(f"{staging.SAVING}*")]):
+                removed.extend(left)
+                staging._remove_left_overs(tmp_path)
+                assert not list(tmp_path.glob(".*"))
+            return result
+
+        return call
+
+    place, name = (Path, "mkdir") if after == "made" else (os, "open")
+    monkeypatch.setattr(place, name, then_removed(getattr(place, name)))
+    checkpoint.save(linear(1), tmp_path / "1")
+    assert len(removed) == 1
+    assert_holds(tmp_path / "1", 1)
+
+
 @pytest.mark.parametrize("moment", ["write_tensors", "write_manifest"])
 def test_of_two_jobs_that_save_under_one_name_one_is_told_and_the_other_is_whole(tmp_path: Path, moment: str) -> None:
     with held_back(tmp_path / "step-1", moment) as go_on:

@@ -106,7 +106,10 @@ def _locked_folder(final: Path) -> tuple[Path, int | None]:
     while True:
         path = final.with_name(f"{SAVING}{final.name}.{_boot()}{secrets.token_hex(4)}")
         path.mkdir()
-        handle = os.open(path, os.O_RDONLY)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another save removed it, which has no lock yet
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
@@ -114,7 +117,7 @@ def _locked_folder(final: Path) -> tuple[Path, int | None]:
             return path.rename(final.with_name(f"{SAVING}{final.name}.{NO_LOCK}{secrets.token_hex(4)}")), None
         if path.exists():
             return path, handle
-        os.close(handle)  # another save removed it before it was locked
+        os.close(handle)  # it was removed before it was locked
 
 
 def _remove_left_overs(parent: Path, published: str = "") -> None:
