@@ -73,6 +73,10 @@ class _Decoder:
             positions = torch.arange(longest).expand(len(prompts), -1)
             with self._ropes.by_row():
                 return self._forward(ids, None, positions, cache), None
+        own = sorted({type(layer).__name__ for layer in cache.layers if type(layer).__module__ != Cache.__module__})
+        if own:  # no mask keeps padding out of the windows that they make of neighbouring tokens
+            lengths_of = sorted({len(prompt) for prompt in prompts})
+            raise ValueError(f"generate: with a cache of {', '.join(own)} prompts need one length, got {lengths_of}")
         lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         positions = torch.arange(longest) - (longest - lengths)
         mask = (positions >= 0).long()
@@ -95,6 +99,7 @@ class DynamicDecoder(_Decoder):
         self._slots = None
         self._cache = self._new_cache()
         self._lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        self._tokens = [list(prompt) for prompt in prompts]
         logits, self._mask = self._prefill(prompts, self._cache)
         return logits
 
@@ -104,15 +109,18 @@ class DynamicDecoder(_Decoder):
         if self._slots is not None:
             self._slots.make_room()
             return self._slots.step({row: tokens.get(row, 0) for row in range(self._slots.slots)})
-        ids = torch.zeros_like(self._lengths)
-        for row, token in tokens.items():
-            ids[row, 0] = token
+        for row, so_far in enumerate(self._tokens):
+            so_far.append(tokens.get(row, 0))
+        self._lengths += 1
+        if any(len(so_far) - 1 == self._ropes.switch for so_far in self._tokens):
+            self._cache = self._new_cache()
+            logits, self._mask = self._prefill(self._tokens, self._cache)
+            return logits
+        ids = torch.tensor([so_far[-1:] for so_far in self._tokens])
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         with self._ropes.by_row():
-            logits = self._forward(ids, self._mask, self._lengths, self._cache)
-        self._lengths += 1
-        return logits
+            return self._forward(ids, self._mask, self._lengths - 1, self._cache)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
@@ -226,6 +234,7 @@ class SlotDecoder(_Decoder):
         self.slots, self.max_length = slots, max_length
         self._cache = _Slots(len(layers), slots, max_length)
         self._lengths = [0] * slots
+        self._tokens = [list[int]() for _ in range(slots)]  # kept where the ropes switch
         self._bool_mask = self.model.config._attn_implementation == "sdpa"
         self._compiled = compile
         self._stack = _stack_of(model)
@@ -241,7 +250,7 @@ class SlotDecoder(_Decoder):
         cache = DynamicCache()
         logits, _ = self._prefill(prompts, cache)
         for slot, prompt in enumerate(prompts):
-            self._take(slot, cache, slot, len(prompt))
+            self._take(slot, cache, slot, prompt)
         return logits
 
     @torch.inference_mode()
@@ -249,7 +258,7 @@ class SlotDecoder(_Decoder):
         """Begin one sequence of one token or more in a slot; the logits [V] after it."""
         cache = DynamicCache()
         logits, _ = self._prefill([prompt], cache)
-        self._take(slot, cache, 0, len(prompt))
+        self._take(slot, cache, 0, prompt)
         return logits[0]
 
     @property
@@ -323,8 +332,14 @@ class SlotDecoder(_Decoder):
         self._cache.positions = torch.tensor(self._lengths[:rows])
         with self._ropes.by_row():
             logits = self._logits(ids, self._cache.positions)
-        for slot in tokens:
+        for slot in sorted(tokens):
             self._lengths[slot] += 1
+            if self._ropes.switch is not None:
+                self._tokens[slot].append(tokens[slot])
+            if self._lengths[slot] - 1 == self._ropes.switch:
+                cache = DynamicCache()
+                logits[slot] = self._prefill([self._tokens[slot]], cache)[0]
+                self._cache.fill(slot, cache, 0, self._lengths[slot])
         return logits
 
     def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -345,11 +360,12 @@ class SlotDecoder(_Decoder):
             self.max_length *= 2
             self._cache.grow(self.max_length)
 
-    def _take(self, slot: int, cache: Cache, row: int, length: int) -> None:
+    def _take(self, slot: int, cache: Cache, row: int, prompt: Sequence[int]) -> None:
+        length = len(prompt)
         if length >= self.max_length:
             self._refuse(length)
         self._cache.fill(slot, cache, row, length)
-        self._lengths[slot] = length
+        self._lengths[slot], self._tokens[slot] = length, list(prompt)
 
     def _refuse(self, length: int) -> NoReturn:
         raise ValueError(f"generate: a prompt must be shorter than max_length {self.max_length}, got {length} tokens")

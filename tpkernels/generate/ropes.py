@@ -24,11 +24,15 @@ class Ropes:
 
     Attributes:
         scale_by_length: whether there are any.
+        switch: with "longrope", up to so many tokens the frequencies are the short ones, and from then on all tokens
+            need the long ones, those in a cache, too; None: a cache stays as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if _scales_by_length(module)]
         self.scale_by_length = bool(self._modules)
+        long = [module for module in self._modules if "longrope" in _kinds(module).values()]
+        self.switch = min(map(_trained_length, long), default=None)
 
     @contextlib.contextmanager
     def by_row(self) -> Iterator[None]:
