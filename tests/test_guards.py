@@ -248,6 +248,13 @@ def norms_are_those_of_the_whole_model() -> None:
                 torch.nn.utils.get_total_norm(cut.parameters(), norm_type),
                 torch.nn.utils.get_total_norm(whole.parameters(), norm_type),
             )
+            for made in (Tensor.detach, lambda t: t.data, lambda t: t.view_as(t)):
+                norm = torch.nn.utils.get_total_norm([made(p.grad) for p in cut.parameters()], norm_type)
+                torch.testing.assert_close(norm, want)
+        for norm_type in (0.0, -1.0, -float("inf")):
+            assert "must be above 0" in raised(
+                lambda norm_type=norm_type: clip_grad_norm_(cut.parameters(), 1.0, norm_type), ValueError
+            )
         norm = torch.nn.utils.get_total_norm([p.grad for p in cut.parameters()])
         torch.nn.utils.clip_grads_with_norm_(cut.parameters(), 0.5, norm)
         assert float(clip_grad_norm_(cut.parameters(), 0.1, foreach=True)) == pytest.approx(0.5, rel=1e-4)
@@ -259,6 +266,28 @@ def norms_are_those_of_the_whole_model() -> None:
             p.grad.fill_(float("nan") if group.rank == 0 else 1.0)
         text = raised(lambda: clip_grad_norm_(cut.parameters(), 1.0, error_if_nonfinite=True), RuntimeError)
         assert "of all gradients is nan" in text
+
+
+class OfFullTensors(torch.optim.AdamW):
+    """The same, but its steps run on gathered tensors, because it has a method of its own."""
+
+    def second_step(self) -> None: ...
+
+
+def optimizers_take_the_state_of_the_whole_model() -> None:
+    with Group.open(timeout_s=30) as group:
+        for kind in (torch.optim.AdamW, OfFullTensors):
+            whole, cut = Block(), Block(group)
+            first, second = (kind(model.parameters(), lr=0.05, eps=1e-3) for model in (whole, cut))
+            for step in range(3):
+                for model, optimizer in ((whole, first), (cut, second)):
+                    optimizer.zero_grad()
+                    model(data(step)).square().sum().backward()
+                    optimizer.step()
+                if step == 1:
+                    second.load_state_dict(copy.deepcopy(first.state_dict()))
+            for (name, p), q in zip(cut.named_parameters(), whole.parameters(), strict=True):
+                torch.testing.assert_close(p, q if not hasattr(p, "tpk_shard") else p.tpk_shard.part(q), msg=name)
 
 
 def a_scaler_skips_on_all_ranks_or_on_none() -> None:
@@ -328,6 +357,7 @@ def a_module_that_is_loaded_late_is_watched() -> None:
         (whole_models_and_saves_under_own_names_are_as_ever, 2),
         (norms_are_those_of_the_whole_model, 2),
         (norms_are_those_of_the_whole_model, 3),
+        (optimizers_take_the_state_of_the_whole_model, 3),
         (replicas_of_a_cut_model_work_as_ever, 4),
         (a_scaler_skips_on_all_ranks_or_on_none, 2),
     ],

@@ -30,6 +30,7 @@ from tpkernels.data_parallel.clip import total_norm
 from tpkernels.data_parallel.flat import parts_have_gradients
 from tpkernels.data_parallel.scaling import agree_on_overflow
 from tpkernels.layers.base import marked_shards
+from tpkernels.layers.initialisers import fill_shards
 from tpkernels.shard import ShardInfo, at_first_mark, full_shape, shard_info
 
 Arguments = dict[str, Any]
@@ -250,6 +251,7 @@ def install() -> None:
     sys.meta_path.insert(0, _CheckWhenLoaded())
     _count_shards_in_norms()
     _skip_together()
+    fill_shards()
 
 
 def _install_checks(module: ModuleType) -> None:
@@ -319,19 +321,28 @@ def _count_shards_in_norms() -> None:
                 "torch.nn.utils: the norm of no gradients was requested, and those of an aggregator with zero=1 or 2 "
                 "are in parts, of which torch does not know: take tpkernels.data_parallel.clip_grad_norm_"
             )
-        shards = {id(t): p for p in marked_shards() for t in (p, p.grad) if t is not None}
-        if not any(id(t) in shards for t in tensors):
+        shards = {_place(t): shard_info(p) for p in marked_shards() for t in (p, p.grad) if t is not None}
+        infos = [shards.get(_place(t)) for t in tensors]
+        if not any(infos):
             norm: Tensor = plain(tensors, norm_type, error_if_nonfinite, foreach)
             return norm
-        infos = [shard_info(shards[id(t)]) if id(t) in shards else None for t in tensors]
         return total_norm(zip(tensors, infos, strict=True), _groups_of(infos), norm_type, error_if_nonfinite)
 
     module._get_total_norm = norm_over_ranks
     torch.nn.utils.get_total_norm = norm_over_ranks
 
 
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """What a tensor has in common with those that `detach` and `.data` make of it."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.data_ptr() if plain else id(tensor), tensor.shape
+
+
 def _skip_together() -> None:
-    """Make the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none."""
+    """Make the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none.
+
+    And count unscaling as a change of gradients in place, which an aggregator may have sent: torch's op does not.
+    """
     plain = getattr(torch.amp.GradScaler, "_unscale_grads_", None)  # private; `unscale_` of data_parallel does the same
     if plain is None:
         return
@@ -340,6 +351,7 @@ def _skip_together() -> None:
     def unscale_together(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         found: dict[torch.device, Tensor] = plain(self, optimizer, *args, **kwargs)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.autograd.graph.increment_version([p.grad for p in parameters if type(p.grad) is Tensor])
         names = [name for p in parameters for name in getattr(p, "tpk_groups", ())]  # of parts, over their replicas too
         parts = {name: group for name in names if (group := find(name=name)) is not None}
         groups = list(({g.name: g for g in _groups_of(map(shard_info, parameters))} | parts).values())

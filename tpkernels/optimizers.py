@@ -70,7 +70,10 @@ def _own_methods(kind: type[optim.Optimizer]) -> set[str]:
 
 @at_first_mark
 def watch_optimizers() -> None:
-    """Wrap, from now on, the class of every optimizer that gets a cut parameter and needs full tensors."""
+    """Wrap, from now on, the class of every optimizer that gets a cut parameter and needs full tensors.
+
+    And let `load_state_dict` of all optimizers take the state of a full model, as that of a cut model takes its values.
+    """
     add = optim.Optimizer.add_param_group
 
     @functools.wraps(add)
@@ -80,6 +83,25 @@ def watch_optimizers() -> None:
             _wrap(type(self))
 
     optim.Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    load = optim.Optimizer.load_state_dict
+
+    @functools.wraps(load)
+    def load_state_dict(self: optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        _take_shards(self)
+
+    optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def _take_shards(optimizer: optim.Optimizer) -> None:
+    """Of state that was saved by an optimizer of the full model, keep this rank's shards."""
+    for parameter, state in optimizer.state.items():
+        if (info := shard_info(parameter)) is None:
+            continue
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == info.full_shape(parameter) != parameter.shape:
+                state[name] = info.part(value).clone()
+                mark_part(state[name])
 
 
 def _wrap(kind: type[optim.Optimizer]) -> None:

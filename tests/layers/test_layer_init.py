@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.harness.layers import assert_equal, leaf, mine
-from tpkernels import layers
+from tpkernels import layers, parallelize
 from tpkernels.comm.group import Group
 from tpkernels.errors import RankMismatchError
 from tpkernels.layers import base
@@ -118,6 +119,40 @@ def test_init_shard_gives_each_rank_its_part_of_any_initialiser(R: int) -> None:
 
 
 # Dropout.
+
+
+INITIALISERS: list[tuple[str, dict[str, float | str]]] = [
+    ("normal_", {"std": 0.1}), ("uniform_", {}), ("trunc_normal_", {"std": 0.02}), ("eye_", {}), ("orthogonal_", {}),
+    ("sparse_", {"sparsity": 0.4}), ("xavier_normal_", {}), ("xavier_uniform_", {}), ("kaiming_uniform_", {}),
+    ("kaiming_normal_", {"mode": "fan_out"}),
+]  # fmt: skip
+
+
+def drawn_by(name: str, options: dict[str, float | str], model: nn.Module) -> nn.Module:
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            getattr(nn.init, name)(parameter, **options)
+        else:
+            nn.init.normal_(tensor=parameter)
+    return model
+
+
+def check_torchs_initialisers() -> None:
+    group = Group.open()
+    whole = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 10), nn.Linear(10, 6))
+    plan = {"0": "vocab", "1": "column", "2": "row"}
+    cut = parallelize(copy.deepcopy(whole), group=group, plan=plan)
+    for name, options in INITIALISERS:
+        full = dict(drawn_by(name, options, whole).named_parameters())
+        for key, got in drawn_by(name, options, cut).named_parameters():
+            info = shard_info(got)
+            assert_equal(got, full[key] if info is None else info.part(full[key]), f"{name} {key}")
+
+
+@RANKS
+def test_functions_of_torch_give_each_rank_its_part_of_the_unsharded_draw(R: int) -> None:
+    run_ranks(check_torchs_initialisers, R)
 
 
 def check_dropout() -> None:

@@ -96,11 +96,9 @@ def clip_grad_norm_(
 
     Source: the counting rule of Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
     """
-    max_norm, norm_type = float(max_norm), float(norm_type)
+    max_norm, norm_type = float(max_norm), _checked(norm_type)
     if not max_norm >= 0.0:
         raise ValueError(f"clip_grad_norm_: max_norm must be 0 or more, got {max_norm}")
-    if not norm_type > 0.0:
-        raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
     over = [] if groups is None and pipeline is not None else _as_groups(groups)
     parameters, copies = _split_tied(_parameters(model_or_params), list(tied), pipeline)
     replicas = _replicas_of(flat_shard(p) for p in (*parameters, *copies))
@@ -131,12 +129,19 @@ def total_norm(
     Raises:
         ValueError, RuntimeError: as `clip_grad_norm_`.
     """
-    norm_type = float(norm_type)
+    norm_type = _checked(norm_type)
     counting = [_Gradient.of(gradient, info, gradient) for gradient, info in gradients]
     replicas = _replicas_of(gradient.flat for gradient in counting)
     total = _root(*_counted(counting, [], list(groups), None, norm_type, replicas), norm_type)
     _check_finite(total, norm_type, error_if_nonfinite)
     return total
+
+
+def _checked(norm_type: float) -> float:
+    norm_type = float(norm_type)
+    if not norm_type > 0.0:
+        raise ValueError(f"clip_grad_norm_: norm_type must be above 0 (inf: the largest value), got {norm_type}")
+    return norm_type
 
 
 def _check_finite(total: Tensor, norm_type: float, error_if_nonfinite: bool) -> None:
