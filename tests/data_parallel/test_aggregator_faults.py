@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.harness.aggregators import Bare, assert_averaged, assert_same_bits, backward, values
+from tests.harness.aggregators import Bare, assert_averaged, assert_same_bits, backward, grads, values
 from tests.harness.ops import raised
 from tpkernels.comm.group import Group
 from tpkernels.data_parallel import GradAggregator, OuterSGD, TopK
@@ -138,6 +138,46 @@ def check_misuse_is_an_error_and_nothing_is_lost() -> None:
         assert "is closed" in raised(aggregator.wait, RuntimeError)
 
 
+def unscale(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    scaler.unscale_(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def clip_one(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    assert model.outer.grad is not None
+    torch.nn.utils.clip_grad_norm_([model.outer], 1e-3)
+
+
+def replace(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    model.outer.grad = torch.zeros_like(model.outer)
+
+
+def check_gradients_that_change_after_they_were_sent_are_an_error() -> None:
+    with Group.open() as group:
+        for mode, zero in (("sync", 0), ("delayed", 0), ("sync", 1)):
+            for change in (unscale, clip_one, replace):
+                model, scaler = Bare(), torch.amp.GradScaler("cpu", init_scale=4.0)
+                with GradAggregator(model, group=group, codec="none", mode=mode, zero=zero) as aggregator:
+                    backward(model, group.rank, 0, scaler=scaler)
+                    change(model, scaler)
+                    mine = grads(model)
+                    text = raised(aggregator.wait, RuntimeError)
+                    assert "the gradient was changed after the backward pass had sent it" in text
+                    assert "outer" in text or change is unscale, text
+                    assert all(p.grad is mine[name] for name, p in model.named_parameters())
+                    model.zero_grad()
+                    for _ in range(2):  # and goes on; averages of one message share the counter of changes
+                        backward(model, group.rank, 0)
+                        aggregator.wait()
+        model = Bare()
+        with GradAggregator(model, group=group, codec="none") as aggregator:
+            for name, p in model.named_parameters():  # freed by another hook: nothing is lost
+                if name == "inner":
+                    p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            backward(model, group.rank, 0)
+            aggregator.wait()
+            assert_averaged(model, group.world_size, "none")
+
+
 def check_a_parameter_that_is_not_finite_is_not_spread() -> None:
     with Group.open() as group:
         model = Bare()
@@ -167,6 +207,7 @@ def check_a_parameter_that_is_not_finite_is_not_spread() -> None:
     [
         check_ranks_that_differ_are_named_at_the_start,
         check_misuse_is_an_error_and_nothing_is_lost,
+        check_gradients_that_change_after_they_were_sent_are_an_error,
         check_a_parameter_that_is_not_finite_is_not_spread,
     ],
     ids=lambda check: check.__name__.removeprefix("check_"),

@@ -246,7 +246,15 @@ def check_refusals() -> None:
             pytest.raises(ValueError, match="must have zero=1 or 2"),
         ):
             zero_optimizer(torch.optim.SGD, aggregator, lr=0.1)
+        before = torch.optim.SGD(model.parameters(), lr=0.1)
         with GradAggregator(model, group=group, zero=1) as aggregator:
+            late = zero_optimizer(torch.optim.SGD, aggregator, [model.weight], lr=0.1)
+            late.add_param_group({"params": [model.bias]})
+            for optimizer in (before, late):
+                model(torch.ones(2, 6)).sum().backward()
+                aggregator.wait()
+                with pytest.raises(ValueError, match=r"SGD\.step: a parameter of shape .* zero_optimizer\("):
+                    optimizer.step()
             with pytest.raises(ValueError, match="parameters of the aggregator's model, got one of shape"):
                 zero_optimizer(torch.optim.SGD, aggregator, nn.Linear(2, 2).parameters(), lr=0.1)
             with pytest.raises(ValueError, match="treats every value by itself, got Adafactor"):
@@ -259,6 +267,7 @@ def check_refusals() -> None:
             named = zero_optimizer(torch.optim.SGD, aggregator, model.named_parameters(), lr=0.1)
             assert named.param_groups[0]["param_names"] == ["weight", "bias"]
         assert all(flat_shard(p) is None for p in model.parameters())
+        before.step()
 
 
 def check_all_else() -> None:

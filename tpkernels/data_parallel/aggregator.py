@@ -250,7 +250,8 @@ class GradAggregator:
             flight (every p.grad is then None).
 
         Raises:
-            RuntimeError: no backward pass since the last call; trained parameters of the model have changed (named).
+            RuntimeError: no backward pass since the last call; trained parameters, or gradients that were sent already,
+                have changed (named).
             TimeoutError, PeerLostError, RankMismatchError: of ranks; p.grad is still the local gradient.
         """
         self._lane.check()

@@ -5,6 +5,7 @@ Two make them: an aggregator with zero=1 or 2, and torch's fully_shard, whose pa
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from tpkernels.comm.group import Group
 from tpkernels.shard import begin_to_check, shard_info
@@ -138,6 +140,7 @@ def mark_flat(parameter: nn.Parameter, bounds: tuple[int, ...], group: Group, dt
         dtype: of its gradient.
     """
     begin_to_check()
+    _watch_steps()
     start, stop = bounds[group.rank], bounds[group.rank + 1]
     values = nn.Parameter(parameter.detach().reshape(-1)[start:stop])
     if dtype != values.dtype:
@@ -146,6 +149,23 @@ def mark_flat(parameter: nn.Parameter, bounds: tuple[int, ...], group: Group, dt
     values.tpk_groups = (group.name, *([] if info is None else [info.group_name]))  # type: ignore[attr-defined]
     parameter.tpk_flat = flat = FlatShard(values, bounds, group)  # type: ignore[attr-defined]
     _marked.add(flat)
+
+
+@functools.cache
+def _watch_steps() -> None:
+    """Refuse from now on steps of optimizers that have parameters where they should have parts: they change nothing."""
+    register_optimizer_step_pre_hook(_refuse_whole_parameters)
+
+
+def _refuse_whole_parameters(optimizer: Optimizer, *_: object) -> None:
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if getattr(parameter, "tpk_flat", None) is not None:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name}.step: a parameter of shape {list(parameter.shape)} belongs to a GradAggregator with zero=1 or "
+                f"2, which leaves its .grad None: make the optimizer by zero_optimizer({name}, aggregator, ...), with "
+                f"all of its parameters"
+            )
 
 
 def parts_have_gradients() -> bool:

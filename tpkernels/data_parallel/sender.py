@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tpkernels import ops
+from tpkernels.errors import shorten
+from tpkernels.shard import begin_to_check
 
 from .buckets import Member, cut_into_buckets, fill_state, move_state
 from .checks import check_kind
@@ -42,6 +44,8 @@ class Sender:
         self._alone, self._fixed = alone or frozenset[int](), alone is not None
         self._quiet = self._accumulated = False  # inside no_sync; whether there were gradients in it
         self._round: Round | None = None
+        self._sent: dict[int, tuple[int, int]] = {}  # by parameter: id and version of the gradient that a message has
+        self._versions: dict[int, int] = {}  # by memory: the last of them, because views of one tensor share theirs
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.order_is_final, self.step = self._fixed, 0
         self.lay_out([member.index for member in reversed(members)])
@@ -78,6 +82,7 @@ class Sender:
 
     def listen(self) -> None:
         """Begin to take gradients."""
+        begin_to_check()
         myself = weakref.ref(self)  # the hooks of parameters must not keep it alive
 
         def hook_of(index: int) -> Callable[[Tensor], None]:
@@ -116,6 +121,9 @@ class Sender:
 
         Returns:
             the round; None when there was no gradient since the last one and the weight of this rank is not 0.
+
+        Raises:
+            RuntimeError: a gradient has been changed since it was sent; the round has ended on all ranks.
         """
         if not self.busy and not self.traffic.weights.is_zero:
             return None
@@ -123,9 +131,25 @@ class Sender:
         current.complete(self._gradient)
         if not self.order_is_final:
             self._reorder(current)
+        changed = [self.members[index].name for index in self._sent if self._changed(index)]
         self._round, self._accumulated = None, False
+        self._sent, self._versions = {}, {}
         self.step += 1
+        if changed:
+            current.finish()  # the next round uses its memory
+            raise RuntimeError(
+                f"GradAggregator.wait: {shorten(changed)}: the gradient was changed after the backward pass had sent "
+                f"it, and the average does not have that: unscale, clip and step after wait(); hooks that change "
+                f"gradients must be those of Tensor.register_hook, or older than the aggregator"
+            )
         return current
+
+    def _changed(self, index: int) -> bool:
+        gradient, (number, version) = self.members[index].parameter.grad, self._sent[index]
+        if gradient is None:  # freed, which loses nothing
+            return False
+        known = version, self._versions.get(gradient.untyped_storage().data_ptr())
+        return id(gradient) != number or gradient._version not in known
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         current, name, gradient = self._round, self.members[index].name, parameter.grad
@@ -133,6 +157,7 @@ class Sender:
             return
         check_kind(self.members[index])
         if current is not None and (self._quiet or current.has(index)):
+            self._sent.pop(index, None)  # torch has added to it already; this error is enough
             raise RuntimeError(
                 f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
                 f"passes of a step but the last one under no_sync(), and call wait() after each step. (One backward "
@@ -152,6 +177,9 @@ class Sender:
         self._round.ready(index, gradient)
         if self.traffic.drop:
             parameter.grad = None
+        else:
+            self._sent[index] = id(gradient), gradient._version
+            self._versions[gradient.untyped_storage().data_ptr()] = gradient._version
 
     def _gradient(self, index: int) -> Tensor | None:
         return self.members[index].parameter.grad
