@@ -26,6 +26,7 @@ tpk_plant_light("warp_max(t * 7 % 61)" "t * 7 % 61")
 tpk_plant_light("memcpy(args.tile + i, tile + 2 * i, 2)" "memcpy(args.tile + i, tile + 2 * (i ^ (i >= 512 ? 8 : 0)), 2)")
 tpk_plant_light("x + 2 * j, w + (transposed ? 128 : 2) * j" "x + 2 * j, w + (transposed ? 128 * j : 2 * (j ^ 2))")
 tpk_plant_light("transposed_operand(of_w)" "transposed_operand(of_w) - (uint64_t{256} << 16)")
+tpk_plant_light("args.second + piece * kPieceWords" "args.second + (piece ^ 1) * kPieceWords")
 tpk_plant_light("args.x[i] = static_cast<uint16_t>(round * 512 + i)"
                 "args.x[i] = static_cast<uint16_t>(round * 512 + i + (round == 7 && i == 3))")
 

@@ -21,6 +21,7 @@ constexpr Found kFound[] = {
     {"products", "bf16 [64, 64] x [128, 64]: row 0, column 0 is 32, not 0"},
     {"transposed", "bf16 [64, 64] x [128, 64]: row 0, column 64 is 0, not 64"},
     {"gather", "thread 3, round 7: got 3588, not 3587"},
+    {"bulk", "thread 1, round 1: got 4352, not 4096"},
 };
 
 CASE(every_mistake_is_reported_with_the_first_value_that_differs) {

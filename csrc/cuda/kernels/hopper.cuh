@@ -1,8 +1,8 @@
-// The hardware of Hopper beyond device.cuh: tiles that the tensor memory accelerator loads,
+// The hardware of Hopper beyond device.cuh: tiles and bytes that the tensor memory accelerator moves,
 // barriers that count bytes, products of a warpgroup. sm_90a alone.
 //
 // Each primitive has a twin in the emulator (tests/csrc/emu/override), which does what the hardware guarantees and no
-// more: tiles arrive late, products are done after a wait for them.
+// more: tiles and bytes arrive late, products are done after a wait for them.
 //
 //   products of a warpgroup    d[64, N] (+)= a[64, 16] @ b[N, 16].T, all 128 threads together. Of d a thread has, with
 //                              its warp w of the four and its lane l:  d[4 j + 0, 1] = row 16 w + l / 4,
@@ -57,8 +57,35 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap* map, uint64
       "l"(map), "r"(shared_address(bar)), "r"(column), "r"(row)
       : "memory");
 }
-// Between what threads write to global memory and tiles that are loaded from there: by the writer before it raises its
-// flag, by the reader after it has seen it. For PTX one of them suffices, at the reader.
+
+// Bulk copies: a multiple of 16 bytes, from and to multiples of 16, by the asynchronous proxy. Bytes from global
+// memory, a peer's too, arrive at a barrier as tiles do.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(bar))
+               : "memory");
+}
+// Those to global memory belong to groups of the thread that asked for them, which alone can wait for them.
+__device__ __forceinline__ void store_bytes(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the n latest groups have read their shared memory, which may be written again.
+template <int n>
+__device__ __forceinline__ void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
+}
+// All but the n latest groups have written: this thread sees it as if it had written itself (the end of a bulk copy is
+// followed by a fence between the proxies), so that it may raise a flag.
+template <int n>
+__device__ __forceinline__ void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(n) : "memory");
+}
+// Between what threads write to global memory and tiles or bytes that are loaded from there: by the writer before it
+// raises its flag, by the reader after it has seen it. For PTX one of them suffices, at the reader.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // Between what threads write to shared memory and what products read there.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -85,6 +85,9 @@ void end_async(Block& block) {
   const Async& state = async_of(block);
   const auto wrong = [&](const std::string& text) { report(Kind::Misuse, block.name() + " has ended " + text); };
   if (!state.tiles.empty()) wrong("while tiles are on their way to its shared memory");
+  for (const auto& [thread, stores] : state.stores) {
+    if (!stores.asked.empty()) return wrong("while bytes from its shared memory are on their way");
+  }
   if (!registers_fit(block, state)) wrong("with more registers asked for than it was launched with");
   for (Thread& thread : block.threads()) {
     const auto requests = state.requests.find(thread.number / 128);

@@ -1,5 +1,5 @@
-// What a block's threads have set going beside themselves, and who stands for it in the race detector. For hopper.cpp
-// and products.cpp.
+// What a block's threads have set going beside themselves, and who stands for it in the race detector. For hopper.cpp,
+// products.cpp and stores.cpp.
 #pragma once
 
 #include <deque>
@@ -19,14 +19,16 @@ struct Agent {
   uint32_t id = 0, last = 0;
 };
 
-// A tile on its way.
+// A tile on its way, or bytes of a bulk copy.
 struct Tile {
   char* to;
   EmulatedMap map;
   uint64_t* bar;
   int32_t column, row;
-  bool has_landed;  // but nobody knows yet
-  uint32_t moment;  // of the barrier's agent
+  const char* from;  // of bytes, which have no map
+  uint32_t bytes;    // in all
+  bool has_landed;   // but nobody knows yet
+  uint32_t moment;   // of the barrier's agent
 };
 
 // What a barrier that counts bytes has beside its 8 bytes: who knows what, for the race detector.
@@ -66,6 +68,22 @@ struct WarpProducts {
   uint32_t before = 0;  // the agent's last moment before this block
 };
 
+// Bulk copies of a thread out of shared memory, oldest first.
+struct Stores {
+  struct Asked {
+    char* to;
+    const char* from;
+    size_t bytes;
+    int group;
+    uint32_t moment;                   // of both agents
+    std::vector<uint64_t> taken = {};  // what was read, once it was
+    bool is_there = false;
+  };
+  std::deque<Asked> asked;
+  int group = 0;  // that is open
+  Agent *reader = nullptr, *writer = nullptr;
+};
+
 struct NamedBarrier {
   uint64_t generation = 0;
   int expected = 0;
@@ -89,6 +107,7 @@ struct Async {
   std::vector<Tile> tiles;
   std::map<const uint64_t*, Counter> counters;
   std::map<Thread*, Products> products;
+  std::map<Thread*, Stores> stores;
   std::map<uint32_t, WarpProducts> warps;
   std::map<uint32_t, std::vector<Request>> requests;  // by warpgroup
   std::map<uint32_t, int> registers;                  // by warpgroup, where it has set them
@@ -109,6 +128,12 @@ void forget_agents();
 
 // What it knows when the running thread sets it going.
 Clock clock_of(const Agent& agent);
+
+// ---- bytes that move by themselves
+// Not by memcpy, which the race detector takes for an access of the running thread.
+void copy_words(void* to, const void* from, size_t bytes);
+// Of a bulk copy: places and sizes are multiples of 16, and one of the places lies in shared memory.
+void check_bulk(const void* to, const void* from, const void* shared, uint32_t bytes, Where where);
 
 // ---- shared memory
 char* shared_base();  // where addresses in shared memory count from

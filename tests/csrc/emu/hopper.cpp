@@ -50,6 +50,10 @@ void complete(uint64_t* bar, Counter& counter, Counts counts, Where where) {
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
 void land(const Tile& tile) {
+  if (tile.from != nullptr) {
+    copy_words(tile.to, tile.from, tile.bytes);
+    return;
+  }
   const EmulatedMap& map = tile.map;
   for (uint32_t r = 0; r < map.box_rows; ++r) {
     const int64_t row = int64_t{tile.row} + r;
@@ -71,11 +75,10 @@ void land(const Tile& tile) {
 
 void bring(const Tile& tile, Where where) {
   if (!tile.has_landed) land(tile);
-  const EmulatedMap& map = tile.map;
   Counter& counter = async().counters[tile.bar];
   if (counter.agent != nullptr) counter.arriving.join({nullptr, counter.agent->id, tile.moment});
   Counts counts = Counts::of(*tile.bar);
-  counts.bytes -= static_cast<int32_t>(map.box_rows * map.box_columns * 2);
+  counts.bytes -= static_cast<int32_t>(tile.bytes);
   complete(tile.bar, counter, counts, where);
 }
 
@@ -93,14 +96,9 @@ void bring_some(Where where) {
   }
 }
 
-// For the race detector: what the tile is read from, and where it is written, from now until its phase is over.
-uint32_t watch(const Tile& tile, Counter& counter, Where where) {
+void watch_source(const Tile& tile, const Clock& clock, Where where) {
   Thread& thread = *current_thread();
-  if (counter.agent == nullptr) {
-    counter.agent = &agent_of(this_block(), async().agents++, "tiles of a barrier");
-  }
-  ++counter.agent->last;
-  const Clock clock = clock_of(*counter.agent);
+  if (tile.from != nullptr) return detector()->async_access(thread, clock, tile.from, tile.bytes, false, where);
   const EmulatedMap& map = tile.map;
   const int64_t first = std::max(tile.column, 0),
                 end = std::min(int64_t{tile.column} + map.box_columns, static_cast<int64_t>(map.columns));
@@ -109,8 +107,31 @@ uint32_t watch(const Tile& tile, Counter& counter, Where where) {
     const char* const from = map.base + static_cast<uint64_t>(row) * map.row_stride + first * 2;
     detector()->async_access(thread, clock, from, static_cast<size_t>(end - first) * 2, false, where);
   }
-  detector()->async_access(thread, clock, tile.to, size_t{map.box_rows} * map.box_columns * 2, true, where);
+}
+
+// For the race detector: what the tile is read from, and where it is written, from now until its phase is over.
+uint32_t watch(const Tile& tile, Counter& counter, Where where) {
+  Thread& thread = *current_thread();
+  if (counter.agent == nullptr) {
+    counter.agent = &agent_of(this_block(), async().agents++, "tiles of a barrier");
+  }
+  ++counter.agent->last;
+  const Clock clock = clock_of(*counter.agent);
+  watch_source(tile, clock, where);
+  detector()->async_access(thread, clock, tile.to, tile.bytes, true, where);
   return clock.now;
+}
+
+void set_going(Tile tile, Where where) {
+  if (current_thread()->acquired) {
+    misuse("bytes are asked for after an acquire without fence_async: what others stored need not be seen", where);
+  }
+  Counter& counter = counter_of(tile.bar, where);
+  if (!counter.is_published) misuse("bytes for a barrier that no transaction_init_done has published", where);
+  if (detector() != nullptr) tile.moment = watch(tile, counter, where);
+  if (tile.has_landed) land(tile);
+  async().tiles.push_back(tile);
+  this_block().preempt();
 }
 
 }  // namespace
@@ -174,17 +195,16 @@ void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t
   if (!lies_in_shared(static_cast<char*>(to), bytes)) misuse("a tile that does not fit into shared memory", where);
   if ((static_cast<char*>(to) - shared_base()) % kPattern != 0)
     misuse("a tile that does not begin at a multiple of 1024", where);
-  if (current_thread()->acquired) {
-    misuse("a tile is asked for after an acquire without fence_async: what others stored need not be seen", where);
-  }
-  Counter& counter = counter_of(bar, where);
-  if (!counter.is_published) misuse("a tile for a barrier that no transaction_init_done has published", where);
   // Under half of the seeds at once, so that what is overwritten too early shows.
-  Tile tile{static_cast<char*>(to), found, bar, column, row, options().seed % 2 != 0, 0};
-  if (detector() != nullptr) tile.moment = watch(tile, counter, where);
-  if (tile.has_landed) land(tile);
-  async().tiles.push_back(tile);
-  this_block().preempt();
+  set_going({static_cast<char*>(to), found, bar, column, row, nullptr, static_cast<uint32_t>(bytes),
+             options().seed % 2 != 0, 0},
+            where);
+}
+
+void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar, Where where) {
+  check_bulk(to, from, to, bytes, where);
+  set_going({static_cast<char*>(to), {}, bar, 0, 0, static_cast<const char*>(from), bytes, options().seed % 2 != 0, 0},
+            where);
 }
 
 void prefetch(const void* map, Where where) {

@@ -270,6 +270,14 @@ std::string check_gather() {
   return wrong_round(wrong.values());
 }
 
+std::string check_bulk() {
+  constexpr uint32_t kWords = kPieces * kPieceWords;
+  const Device<uint32_t> from(kWords), first(kWords), second(kWords), written(1), copied(1), wrong(3 * 64);
+  const BulkArgs args{from.get(), first.get(), second.get(), written.get(), copied.get(), wrong.get(), 60};
+  TPK_CUDA_CHECK(TPK_LAUNCH(write_and_copy, 2, 64, 2 * kPieceWords * 4 + 1024, nullptr, args));
+  return wrong_round(wrong.values());
+}
+
 // ---- all of them ----------------------------------------------------------------------------------------------------
 
 struct Check {
@@ -289,6 +297,7 @@ constexpr Check kChecks[] = {
     {"products", check_products<false>},
     {"transposed", check_products<true>},
     {"gather", check_gather},
+    {"bulk", check_bulk},
 };
 
 // A line for people; "E " is where scripts/gpu_check.py looks for the reason.

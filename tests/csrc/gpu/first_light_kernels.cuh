@@ -279,4 +279,74 @@ TPK_KERNEL void write_and_load(const __grid_constant__ GatherArgs args) {
   if (late != 0) wrong[0] = ~0u;
 }
 
+// ---- bulk copies ----------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kPieces = 4, kPieceWords = 256;
+
+struct BulkArgs {
+  uint32_t *from, *first, *second;  // kPieces * kPieceWords words
+  uint32_t *written, *copied;       // the last round of each block
+  uint32_t* wrong;                  // for every thread: 1 + the round, expected, got; round ~0: nobody came
+  uint32_t rounds;
+};
+
+// A thread copies all pieces to two places through two stages. Whether all came.
+__device__ __forceinline__ bool copy_pieces(const BulkArgs& args, char* ring, uint64_t* came, uint32_t round) {
+  for (uint32_t piece = 0; piece < kPieces; ++piece) {
+    const uint32_t number = (round - 1) * kPieces + piece;
+    char* const stage = ring + number % 2 * kPieceWords * 4;
+    stores_wait_read<1>();
+    transaction_expect(&came[number % 2], kPieceWords * 4);
+    load_bytes(stage, args.from + piece * kPieceWords, kPieceWords * 4, &came[number % 2]);
+    if (!comes([&] { return transaction_done(&came[number % 2], number / 2 & 1); })) return false;
+    store_bytes(args.first + piece * kPieceWords, stage, kPieceWords * 4);
+    store_bytes(args.second + piece * kPieceWords, stage, kPieceWords * 4);
+    stores_commit();
+  }
+  stores_wait<0>();
+  return true;
+}
+
+// Block 0 writes words by ordinary stores and raises a flag; block 1 sees the flag, copies them in bulk and raises
+// another; block 0 reads the copies by ordinary loads.
+TPK_KERNEL void write_and_copy(BulkArgs args) {
+  TPK_DYNAMIC_SHARED(char, dynamic);
+  __shared__ uint64_t came[2];
+  __shared__ uint32_t late;
+  const uint32_t t = threadIdx.x;
+  uint32_t* const wrong = args.wrong + 3 * t;
+  if (t == 0) {
+    for (uint64_t& one : came) transaction_init(&one, 1);
+    transaction_init_done();
+    late = 0;
+  }
+  __syncthreads();
+  for (uint32_t round = 1; round <= args.rounds && late == 0; ++round) {
+    if (blockIdx.x == 1) {
+      if (t == 0) {
+        const bool written = comes([&] { return load_acquire_sys(args.written) == round; });
+        fence_async();
+        if (!written || !copy_pieces(args, pattern_start(dynamic), came, round)) late = 1;
+        store_release_gpu(args.copied, round);
+      }
+      __syncthreads();
+      continue;
+    }
+    for (uint32_t i = t; i < kPieces * kPieceWords; i += blockDim.x) args.from[i] = round * 4096 + i;
+    __syncthreads();
+    if (t == 0) {
+      store_release_gpu(args.written, round);
+      if (!comes([&] { return load_acquire_sys(args.copied) == round; })) late = 1;
+    }
+    __syncthreads();
+    for (uint32_t i = t; i < 2 * kPieces * kPieceWords; i += blockDim.x) {
+      const uint32_t at = i / 2, got = i % 2 == 0 ? args.first[at] : args.second[at], expected = round * 4096 + at;
+      if (late == 0 && got != expected && wrong[0] == 0) wrong[0] = round + 1, wrong[1] = expected, wrong[2] = got;
+    }
+    __syncthreads();
+  }
+  __syncthreads();
+  if (late != 0) wrong[0] = ~0u;
+}
+
 }  // namespace tpk::first_light

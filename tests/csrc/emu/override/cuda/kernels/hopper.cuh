@@ -30,6 +30,21 @@ inline void load_tile(void* to, const TensorMap* map, uint64_t* bar, int32_t col
                       Where where = Where::current()) {
   emu::load_tile(to, map, bar, column, row, where);
 }
+inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar, Where where = Where::current()) {
+  emu::load_bytes(to, from, bytes, bar, where);
+}
+inline void store_bytes(void* to, const void* from, uint32_t bytes, Where where = Where::current()) {
+  emu::store_bytes(to, from, bytes, where);
+}
+inline void stores_commit() { emu::stores_commit(); }
+template <int n>
+void stores_wait_read(Where where = Where::current()) {
+  emu::stores_wait(n, true, where);
+}
+template <int n>
+void stores_wait(Where where = Where::current()) {
+  emu::stores_wait(n, false, where);
+}
 inline void fence_async(Where where = Where::current()) { emu::fence_async(emu::Space::Global, where); }
 inline void fence_async_shared(Where where = Where::current()) { emu::fence_async(emu::Space::Shared, where); }
 
