@@ -1,8 +1,8 @@
 # Planted bugs of the fused GEMMs: copies of the kernels themselves, each with one mistake, in a namespace of its own
 # (tpk::cuda::<name>). They are found or the tests are blind. Text that is not there any more stops the configuration.
 
-set(planted_files fused_gemm_sm90.cu reduce_block.cuh coded_tiles.cuh fused_block.cuh tile_moves.cuh tile_turn.cuh
-                  gemm_sm90.cuh)
+set(planted_files fused_gemm_sm90.cu gather_block.cuh reduce_block.cuh coded_tiles.cuh bulk_rows.cuh fused_block.cuh
+                  tile_moves.cuh tile_turn.cuh gemm_sm90.cuh)
 set(planted_sources "")
 
 # tpk_plant(name file "right" "wrong"): every place in that file.
@@ -40,7 +40,8 @@ tpk_plant(stored_before_it_is_staged reduce_block.cuh "await(&Base::barriers().s
 tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
 tpk_plant(transposed_w_read_as_the_other fused_block.cuh "if (args_.gemm.w_transposed)" "if (false)")
 tpk_plant(transposed_w_advances_as_the_other gemm_sm90.cuh "w + (transposed ? 128 : 2) * j" "w + 2 * j")
-tpk_plant(no_fence_after_the_gather fused_gemm_sm90.cu "fence_async();" "")
+tpk_plant(no_fence_after_the_gather gather_block.cuh "fence_async();  // the flag is a generic one, the loads" "//")
+tpk_plant(no_fence_before_the_copy gather_block.cuh "fence_async();  // the flag is a generic one, and" "//")
 tpk_plant(slot_of_another_call reduce_block.cuh
           "slot = turn_.slot(static_cast<int>(tile.owner));"
           "slot = args_.peers.arena[tile.owner] + slot_offset(args_.peers, 0);")
@@ -50,10 +51,13 @@ tpk_plant(one_tile_of_a_scale_is_waited_for reduce_block.cuh
           "k < kTilesOfSum; ++k) {\n      if (!turn_.await_tile" "k < 1; ++k) {\n      if (!turn_.await_tile")
 tpk_plant(sum_announced_too_early reduce_block.cuh
           "if (!everywhere_) continue;\n      sync_product_threads();" "if (!everywhere_) continue;")
-tpk_plant(rows_announced_too_early fused_gemm_sm90.cu
-          "sync_product_threads();\n    if (product_thread() == 0) turn_.raise_gathered"
-          "if (product_thread() == 0) turn_.raise_gathered")
-tpk_plant(rows_are_not_waited_for fused_gemm_sm90.cu
+tpk_plant(rows_announced_too_early gather_block.cuh "__syncwarp();\n      sync_product_threads();" "__syncwarp();")
+tpk_plant(rows_announced_before_they_are_written gather_block.cuh "stores_wait<0>();" "stores_wait_read<0>();")
+tpk_plant(rows_stored_before_they_have_come bulk_rows.cuh
+          "await(&brought_[stored_ % kCopyStages], stored_ / kCopyStages & 1);" "")
+tpk_plant(rows_loaded_over_those_that_are_not_stored bulk_rows.cuh "    stores_wait_read<0>();\n" "")
+tpk_plant(rows_of_a_peer_are_not_waited_for gather_block.cuh "if (items.distance == 0) return true;" "return fence_async(), true;")
+tpk_plant(rows_are_not_waited_for gather_block.cuh
           "return lies_there(tile) || await_item(tile, step);" "return lies_there(tile) || step < ~uint32_t{0};")
 
 add_library(emu_planted_fused_race OBJECT EXCLUDE_FROM_ALL ${planted_sources})

@@ -28,7 +28,12 @@ PLANTED(slot_of_another_call)
 PLANTED(one_rank_is_not_waited_for)
 PLANTED(one_tile_of_a_scale_is_waited_for)
 PLANTED(sum_announced_too_early)
+PLANTED(no_fence_before_the_copy)
 PLANTED(rows_announced_too_early)
+PLANTED(rows_announced_before_they_are_written)
+PLANTED(rows_stored_before_they_have_come)
+PLANTED(rows_loaded_over_those_that_are_not_stored)
+PLANTED(rows_of_a_peer_are_not_waited_for)
 PLANTED(rows_are_not_waited_for)
 
 using namespace tpk;
@@ -45,7 +50,7 @@ bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Code
   EmulatedGroup group(kRanks, {.slot_bytes = size_t{256} << 10});
   std::vector<std::unique_ptr<PreparedGemm>> gemms;
   for (uint64_t seed = 0; seed < (K > 100 ? 2 : 1); ++seed) {
-    Gemm gemm{.kind = kind, .codec = codec, .rows = {20, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
+    Gemm gemm{.kind = kind, .codec = codec, .rows = {40, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
     if (codec == Codec::Fp16) gemm.N = 512;  // which keeps small integers
     gemm.transposed = K == 32;
     gemms.push_back(std::make_unique<PreparedGemm>(group, gemm, launches));
@@ -72,6 +77,11 @@ CASE(right_kernels_are_silent) {
     EXPECT(outcome.right && outcome.error == cudaSuccess, static_cast<int>(kind), " ", cudaGetErrorName(outcome.error));
   }
   EXPECT(planted::run(planted::quiet(1), body(Fused::Gather, nothing_planted::kLaunches, 32)).right);
+  for (uint64_t seed : {1, 2}) {  // more parts of rows than the ring of copies holds
+    const planted::Outcome long_k =
+        planted::run(planted::quiet(seed), body(Fused::Gather, nothing_planted::kLaunches, 1096));
+    EXPECT(long_k.reports.empty() && long_k.right, "seed ", seed, long_k.text());
+  }
   const planted::Outcome coded =
       planted::run(planted::quiet(1), body(Fused::AllReduce, nothing_planted::kLaunches, 24, Codec::Fp16));
   EXPECT(coded.reports.empty() && coded.right, coded.text());
@@ -116,6 +126,21 @@ CASE(a_sum_announced_before_it_is_written) {
 }
 CASE(rows_announced_before_they_are_copied) {
   planted::must_report(Kind::Race, body(Fused::Gather, rows_announced_too_early::kLaunches));
+}
+CASE(no_fence_between_the_flag_of_a_peers_rows_and_their_copy) {
+  planted::must_report(Kind::Misuse, body(Fused::Gather, no_fence_before_the_copy::kLaunches));
+}
+CASE(rows_announced_when_shared_memory_has_been_read_and_no_more) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_announced_before_they_are_written::kLaunches));
+}
+CASE(rows_stored_before_their_load_has_come) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_stored_before_they_have_come::kLaunches));
+}
+CASE(rows_loaded_over_those_that_are_not_stored_yet) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_loaded_over_those_that_are_not_stored::kLaunches, 1096));
+}
+CASE(rows_of_a_peer_that_are_copied_before_they_are_there) {
+  planted::must_report(Kind::Race, body(Fused::Gather, rows_of_a_peer_are_not_waited_for::kLaunches));
 }
 CASE(rows_that_are_multiplied_before_they_come) {
   planted::must_report(Kind::Race, body(Fused::Gather, rows_are_not_waited_for::kLaunches));

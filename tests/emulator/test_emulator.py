@@ -29,6 +29,8 @@ INSTRUCTIONS = {
     "fence.gpu": r"\bfence\.(?:acq_rel|sc)\.gpu\b|\bmembar\.gl\b",
     "fence.proxy.alias": r"\bfence\.proxy\.alias\b",
     "fence.proxy.async.global": r"\bfence\.proxy\.async\.global\b",
+    "cp.async.bulk": r"\bcp\.async\.bulk\.(?:shared::cluster\.global|global\.shared::cta)\b",
+    "cp.async.bulk.wait_group": r"\bcp\.async\.bulk\.wait_group(?:\.read)?\b",
     "ld.global.nc": r"\bld\.global(?:\.\w+)*\.nc\b",
     "ld.volatile": r"\bld\.volatile\b",
     "multimem": r"\bmultimem\.",

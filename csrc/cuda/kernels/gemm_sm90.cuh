@@ -31,13 +31,15 @@ constexpr uint32_t kProductWarps = kProductThreads / 32;
 constexpr uint32_t kStoringWarps = 2;     // of the first warpgroup, that store what is staged
 constexpr uint32_t kStagedColumns = 128;  // of a tile, that product warps stage at a time
 constexpr uint32_t kMostStages = 6;
+constexpr uint32_t kCopyStages = 6;  // of rows that are copied (bulk_rows.cuh)
 // What a warpgroup needs: 24 .. 256 in steps of 8, together no more than 65536 / 128.
 constexpr int kLoadRegisters = 56, kProductRegisters = 224;
 
 // Transaction barriers of a block. announced: its signal warp has received all announcements. staged, stored: all
-// product warps have staged columns of a tile, and all storing warps have read them.
+// product warps have staged columns of a tile, and all storing warps have read them. brought: rows that all product
+// warps have asked for have arrived.
 struct Barriers {
-  uint64_t full[kMostStages], empty[kMostStages], announced, staged, stored;
+  uint64_t full[kMostStages], empty[kMostStages], announced, staged, stored, brought[kCopyStages];
 };
 
 // The dynamic shared memory of a block: the stages, then 16 rows of 128 values for each product warp.
@@ -84,6 +86,7 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
     transaction_init(&barriers.full[s], 1);
     transaction_init(&barriers.empty[s], kProductWarps);
   }
+  for (uint64_t& brought : barriers.brought) transaction_init(&brought, kProductWarps);
   transaction_init(&barriers.announced, 1);
   transaction_init(&barriers.staged, kProductWarps);
   transaction_init(&barriers.stored, kStoringWarps);

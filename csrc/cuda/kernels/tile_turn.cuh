@@ -76,6 +76,10 @@ class TileTurn : public Turn {
   __device__ __forceinline__ bool await_summed(int from, uint32_t number) const {
     return await(from, &signals(peers_.rank).summed[from][number]);
   }
+  // Without a wait.
+  __device__ __forceinline__ bool has_summed(int from, uint32_t number) const {
+    return load_acquire_sys(&signals(peers_.rank).summed[from][number]) == flag();
+  }
   __device__ __forceinline__ bool is_late() const { return is_any_late(); }
   // All threads that have found is_late(); one of them reports.
   __device__ __forceinline__ void give_up_waiting(bool reports) { give_up(2, reports); }
