@@ -118,6 +118,15 @@ def dcp_async_save(model: nn.Module) -> None:
     dcp.async_save({"model": model}, checkpoint_id=tempfile.mkdtemp())
 
 
+def dcp_load(model: nn.Module) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    dcp.save({"model": Block().state_dict()}, checkpoint_id=folder[0])
+    dcp.load({"model": model.state_dict()}, checkpoint_id=folder[0])
+
+
 def full_state(model: nn.Module) -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -167,9 +176,10 @@ REFUSED: list[tuple[Callable[[nn.Module], Any], str]] = [
         lambda model: nn.SyncBatchNorm.convert_sync_batchnorm(model),
         "SyncBatchNorm.convert_sync_batchnorm: its ranks [0, 1]",
     ),
-    (dcp_save, "save parts of parameters that are cut over group 'world' under the same names (here 3, first"),
+    (dcp_save, "save or load parts of parameters that are cut over group 'world' under the same names (here 3, first"),
     (dcp_save_of_the_model, "take tpkernels.checkpoint.save"),
     (dcp_async_save, "take tpkernels.checkpoint.save"),
+    (dcp_load, "to load a whole one, load it into a state dict of full tensors for model.load_state_dict"),
     (full_state, "state_dict with full_state_dict=True: its ranks [0, 1] must hold the same parameters, but 3 are cut"),
     (full_optimizer_state, "take save_pretrained or tpkernels.checkpoint.save"),
     (state_of_rank_0, "take save_pretrained or tpkernels.checkpoint.save"),

@@ -136,7 +136,7 @@ def _stage(a: Arguments) -> None:
 
 
 def _dcp(a: Arguments) -> None:
-    """Ranks that save shards under one name: torch would write one of them as the full tensor."""
+    """Ranks that save shards under one name, or load them: torch takes one of them for the full tensor."""
     if a.get("no_dist") or not dist.is_initialized():
         return
     places = {p.untyped_storage().data_ptr(): shard_info(p) for p in marked_shards() if p.numel()}
@@ -151,9 +151,10 @@ def _dcp(a: Arguments) -> None:
         digests = group.all_gather_ints(zlib.crc32(repr(sorted(found)).encode()))
         if len(set(digests)) < len(digests):
             raise ValueError(
-                f"torch.distributed.checkpoint: ranks {ranks} save parts of parameters that are cut over group "
+                f"torch.distributed.checkpoint: ranks {ranks} save or load parts of parameters that are cut over group "
                 f"{group.label!r} under the same names (here {len(found)}, first {min(found)!r}), and one rank's would "
-                f"be written as the whole: take tpkernels.checkpoint.save, or save_pretrained for a whole model"
+                f"be the whole in the file: take tpkernels.checkpoint.save and load, or save_pretrained for a whole "
+                f"model; to load a whole one, load it into a state dict of full tensors for model.load_state_dict"
             )
 
 
@@ -226,6 +227,7 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
     "torch.distributed.pipelining.stage": {"_PipelineStageBase.__init__": _stage},
     "torch.distributed.checkpoint.state_dict_saver": {"_save_state_dict": _dcp, "async_save": _dcp},
     "torch.distributed.checkpoint": {"async_save": _dcp},
+    "torch.distributed.checkpoint.state_dict_loader": {"_load_state_dict": _dcp},
     "torch.distributed.checkpoint.state_dict": {
         "_get_model_state_dict": _state_dict, "_get_optim_state_dict": _state_dict,
         "_load_model_state_dict": _load_state_dict, "_load_optim_state_dict": _state_dict,
