@@ -253,4 +253,11 @@ ANIMALS: dict[str, Animal] = {
            image_seq_length=4),
         inputs=seen(4),
     ),
+    # a decoder whose layers differ in their heads, which its config says layer by layer
+    "gemma4_text": Animal(
+        {"head_dim": 4, "global_head_dim": 8, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+         "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 67, "num_kv_shared_layers": 0,
+         "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+        generates={},
+    ),
 }  # fmt: skip

@@ -22,7 +22,7 @@ TABLE: dict[str, Animal] = zoo_decoders.ANIMALS | zoo_others.ANIMALS
 CHOICE = {
     *("gptj", "mistral", "cohere2", "falcon:mqa", "deepseek_v2", "olmoe", "olmoe:grouped_mm", "granitemoe:batched_mm"),
     *("jamba", "falcon_h1", "roformer", "mt5", "mbart", "longt5", "siglip", "wav2vec2", "gemma3", "qwen3_vl"),
-    "chinese_clip",
+    *("chinese_clip", "gemma4_text"),
 }
 PLACES = {name: (2 + place // 2 % 2, ("eager", "sdpa")[place % 2]) for place, name in enumerate(TABLE)}
 

@@ -159,7 +159,7 @@ def _count(
     name: str, module: nn.Module, columns: dict[str, tuple[nn.Module, Style]], rows: dict[str, nn.Module]
 ) -> Heads:
     """The numbers of heads: from the sizes of the layers and of a head, else from the module's attributes."""
-    config = getattr(module, "config", None)
+    config = _config_of(module)
     size = number(module, HEAD_SIZE)
     widths = [sizes_of(linear)[0] for linear, _ in columns.values()]
     width = sizes_of(next(iter(rows.values())))[1]
@@ -183,6 +183,14 @@ def _count(
             f"inputs, which are no multiple of them"
         )
     return heads
+
+
+def _config_of(module: nn.Module) -> Any:
+    """The config of a block's layer: a config whose layers differ (Gemma 4) does not answer for all of them."""
+    config, place = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    return config.per_layer_config[place] if isinstance(place, int) else None
 
 
 def _packs_equal(linear: nn.Module, style: Style, width: int) -> bool:
