@@ -187,7 +187,8 @@ def _count(
 
 def _config_of(module: nn.Module) -> Any:
     """The config of a block's layer: a config whose layers differ (Gemma 4) does not answer for all of them."""
-    config, place = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    config: Any = getattr(module, "config", None)
+    place = getattr(module, "layer_idx", None)
     if not getattr(config, "is_heterogeneous", False):
         return config
     return config.per_layer_config[place] if isinstance(place, int) else None
