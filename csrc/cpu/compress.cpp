@@ -1,9 +1,10 @@
-#include "torch_side/compress.h"
+#include "cpu/compress.h"
 
 #include <algorithm>
 
 #include "core/bytes.h"
 #include "core/check.h"
+#include "torch_side/compress.h"
 #include "torch_side/packing.h"
 
 namespace tpk {
@@ -25,25 +26,37 @@ void over_blocks(const Wire& wire, size_t n, Body&& body) {
 
 }  // namespace
 
+void pack(const Wire& wire, const void* values, void* packed, size_t n) {
+  over_blocks(wire, n, [&](size_t start, size_t count) {
+    wire.encode(at(values, start * wire.value_bytes), at(packed, wire.offset(start)), count);
+  });
+}
+
+void unpack(const Wire& wire, const void* packed, void* values, size_t n) {
+  over_blocks(wire, n, [&](size_t start, size_t count) {
+    wire.decode(at(packed, wire.offset(start)), at(values, start * wire.value_bytes), count);
+  });
+}
+
+void pack_with_feedback(const Wire& wire, const void* values, float* residual, void* packed, float scale, size_t n) {
+  over_blocks(wire, n, [&](size_t start, size_t count) {
+    wire.encode_with_feedback(at(values, start * wire.value_bytes), residual + start, at(packed, wire.offset(start)),
+                              scale, count);
+  });
+}
+
 Tensor compress(const Tensor& x, Text codec) {
   const Wire& wire = packing("compress", x, codec);
   const Tensor values = dense(x);
   Tensor out = empty_wire(values, wire, numel_of(values));
-  over_blocks(wire, numel_of(values), [&](size_t start, size_t count) {
-    wire.encode(at(values.const_data_ptr(), start * wire.value_bytes), at(out.mutable_data_ptr(), wire.offset(start)),
-                count);
-  });
+  pack(wire, values.const_data_ptr(), out.mutable_data_ptr(), numel_of(values));
   return out;
 }
 
 Tensor decompress(const Tensor& wire_bytes, std::vector<int64_t> shape, ScalarType dtype, Text codec) {
   auto [out, wire] = unpacking(wire_bytes, shape, dtype, codec);
-  const size_t n = numel_of(out);
   const Tensor packed = dense(wire_bytes);
-  over_blocks(wire, n, [&](size_t start, size_t count) {
-    wire.decode(at(packed.const_data_ptr(), wire.offset(start)), at(out.mutable_data_ptr(), start * wire.value_bytes),
-                count);
-  });
+  unpack(wire, packed.const_data_ptr(), out.mutable_data_ptr(), numel_of(out));
   return out;
 }
 
@@ -53,12 +66,9 @@ Tensor compress_with_feedback(const Tensor& x, Tensor residual, Text codec, doub
   const Wire& wire = packing(op, x, codec);
   TPK_CHECK(wire.has_feedback(), op, ": error feedback is for float32, bfloat16 or float16, got ", name_of(wire.dtype));
   const Tensor values = dense(x);
-  float* const left = static_cast<float*>(residual.mutable_data_ptr());
   Tensor out = empty_wire(values, wire, numel_of(values));
-  over_blocks(wire, numel_of(values), [&](size_t start, size_t count) {
-    wire.encode_with_feedback(at(values.const_data_ptr(), start * wire.value_bytes), left + start,
-                              at(out.mutable_data_ptr(), wire.offset(start)), static_cast<float>(scale), count);
-  });
+  pack_with_feedback(wire, values.const_data_ptr(), static_cast<float*>(residual.mutable_data_ptr()),
+                     out.mutable_data_ptr(), static_cast<float>(scale), numel_of(values));
   return out;
 }
 

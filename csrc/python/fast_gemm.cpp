@@ -18,8 +18,6 @@ namespace py = pybind11;
 namespace tpk {
 namespace {
 
-char* data_of(const dlpack::View& x) { return static_cast<char*>(x.data) + x.byte_offset; }
-
 // x[..., K], w[N, K] and bias[N] that fit each other; where they do not, the checks of the op give the reason.
 struct Operands {
   PyObject *x_object, *w_object, *bias_object;
@@ -106,6 +104,7 @@ void multiply(const Communicator& comm, const Operands& from, bool add_bias, Pro
 
 // The arguments x, w, bias, address and codec of both ops.
 struct Call {
+  static constexpr size_t kArguments = 5;
   Communicator* comm;
   const Wire* wire;
   Operands from;
@@ -137,6 +136,16 @@ PyObject* applied(PyObject* apply, Arguments args, Py_ssize_t count) {
   return steal(PyObject_Vectorcall(apply, args, static_cast<size_t>(count), nullptr)).release().ptr();
 }
 
+// The call of which `apply` is now calling the forward.
+thread_local const Call* recorded_call = nullptr;
+
+PyObject* recorded(PyObject* apply, const Call& call, Arguments args) {
+  const Call* const outer = std::exchange(recorded_call, &call);
+  PyObject* const y = PyObject_Vectorcall(apply, args, Call::kArguments, nullptr);
+  recorded_call = outer;
+  return steal(y).release().ptr();
+}
+
 PyObject* linear_of(const Call& call) {
   Product y;
   multiply(*call.comm, call.from, call.from.bias_object != Py_None, y);
@@ -161,19 +170,19 @@ PyObject* gemm_all_reduce_of(const Call& call) {
 
 // (x, w, bias, address, codec) -> x @ w.T + bias, or None where the call is one for the op
 PyObject* fast_linear(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
+  return guarded(count, Call::kArguments, [&]() -> PyObject* {
     const std::optional<Call> call = Call::of(args);
     if (!call.has_value()) return none();
-    return call->from.recorded ? applied(of_linear.apply, args, count) : linear_of(*call);
+    return call->from.recorded ? recorded(of_linear.apply, *call, args) : linear_of(*call);
   });
 }
 
 // (x, w, bias, address, codec) -> the sum over the ranks, or None
 PyObject* fast_gemm_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
+  return guarded(count, Call::kArguments, [&]() -> PyObject* {
     const std::optional<Call> call = Call::of(args);
     if (!call.has_value() || is_chunked(*call->comm, *call->wire, call->from.shape)) return none();
-    return call->from.recorded ? applied(of_gemm_all_reduce.apply, args, count) : gemm_all_reduce_of(*call);
+    return call->from.recorded ? recorded(of_gemm_all_reduce.apply, *call, args) : gemm_all_reduce_of(*call);
   });
 }
 
@@ -182,17 +191,20 @@ void save(PyObject* context, const Call& call) {
   const py::tuple needs = tuple_of(context, names().needs_input_grad);
   PyObject* const x_for_dw = is_true(needs, 1) ? call.from.x_object : Py_None;
   PyObject* const w_for_dx = is_true(needs, 0) ? call.from.w_object : Py_None;
-  steal(PyObject_CallMethodObjArgs(context, names().save_for_backward, x_for_dw, w_for_dx, nullptr));
-  const py::tuple to_keep = py::make_tuple(call.comm->name(), call.comm->world_size(), name_of(call.wire->codec));
-  if (PyObject_SetAttr(context, names().call, to_keep.ptr()) != 0) throw py::error_already_set();
+  const auto set = [context](PyObject* name, const py::object& value) {
+    if (PyObject_SetAttr(context, name, value.ptr()) != 0) throw py::error_already_set();
+  };
+  set(names().to_save, steal(PyTuple_Pack(2, x_for_dw, w_for_dx)));  // as save_for_backward does
+  set(names().call, py::make_tuple(call.comm->name(), call.comm->world_size(), name_of(call.wire->codec)));
 }
 
-// (context, x, w, bias, address, codec): the forward of an autograd.Function, of a call that Call::of has taken before.
+// (context, x, w, bias, address, codec): the forward of an autograd.Function, inside `recorded`.
 template <PyObject* (*compute)(const Call&)>
 PyObject* forward(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 6, [&] {
-    const std::optional<Call> call = Call::of(args + 1);
-    TPK_CHECK(call.has_value(), "the forward of a fused GEMM: called for tensors that are not plain");
+    const Call* const call = recorded_call;
+    TPK_CHECK(call != nullptr && call->from.x_object == args[1] && call->from.w_object == args[2],
+              "the forward of a fused GEMM: called from elsewhere");
     py::object y = py::reinterpret_steal<py::object>(compute(*call));
     save(args[0], *call);
     return y.release().ptr();
@@ -256,15 +268,16 @@ struct Backward {
     for (size_t i = 0; i < all.size(); ++i) all[i] = i < 3 && *found[i] ? *found[i] : py::object(py::none());
     return all.release().ptr();
   }
+  PyObject* local() const {
+    return gradients(need(0) ? dx() : py::object(), need(1) ? dw() : py::object(), need(2) ? db() : py::object());
+  }
 };
 
 // (context, dy) -> the gradients of all arguments
 PyObject* backward_gemm_all_reduce(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 2, [&] {
     const std::optional<Backward> from = Backward::of(args[0], args[1]);
-    if (!from.has_value()) return applied(of_gemm_all_reduce.backward, args, count);
-    return from->gradients(from->need(0) ? from->dx() : py::object(), from->need(1) ? from->dw() : py::object(),
-                           from->need(2) ? from->db() : py::object());
+    return from.has_value() ? from->local() : applied(of_gemm_all_reduce.backward, args, count);
   });
 }
 
@@ -272,7 +285,8 @@ PyObject* backward_gemm_all_reduce(PyObject*, Arguments args, Py_ssize_t count) 
 PyObject* backward_linear(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 2, [&]() -> PyObject* {
     const std::optional<Backward> from = Backward::of(args[0], args[1]);
-    if (!from.has_value() || !from->need(0)) return applied(of_linear.backward, args, count);
+    if (!from.has_value()) return applied(of_linear.backward, args, count);
+    if (!from->need(0)) return from->local();
     const GemmShape& shape = from->dx_shape;
     const size_t numel = static_cast<size_t>(shape.M * shape.N);
     const Wire* const wire = find_wire(shape.dtype, codec_of(from->call[2].cast<std::string>()), ReduceOp::Sum);

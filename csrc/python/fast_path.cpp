@@ -36,7 +36,10 @@ Translate translate_error = nullptr;
   X(handle_of_tensor)         \
   X(tensors_of_handles)       \
   X(linear)                   \
-  X(mm)
+  X(mm)                       \
+  X(float32)                  \
+  X(float16)                  \
+  X(bfloat16)
 
 struct TorchState {
 #define TPK_TORCH_STATE_FIELD(name) PyObject* name = nullptr;
@@ -147,9 +150,7 @@ PyObject* fast_all_reduce_inplace(PyObject*, Arguments args, Py_ssize_t count) {
       void* const data = const_cast<char*>(call->data());
       call->comm.all_reduce(reduction_spec(*call, Op::AllReduceInplace), call->wire, data, data, call->numel);
     }
-    // So that a backward that saved x notices (torch passes inference tensors by, which have no versions).
-    const py::object one = steal(PyTuple_Pack(1, args[0]));
-    steal(PyObject_CallOneArg(torch_state.increment_version, one.ptr()));
+    mark_modified(args[0]);
     return PyBool_FromLong(1);
   });
 }
@@ -237,6 +238,18 @@ DType dtype_of(const dlpack::DataType& type) {
   }
 }
 
+dlpack::DataType data_type_of(PyObject* dtype) {
+  if (dtype == torch_state.float32) return {dlpack::kFloat, 32, 1};
+  if (dtype == torch_state.float16) return {dlpack::kFloat, 16, 1};
+  if (dtype == torch_state.bfloat16) return {dlpack::kBfloat, 16, 1};
+  return {};
+}
+
+void mark_modified(PyObject* x) {
+  const py::object one = steal(PyTuple_Pack(1, x));
+  steal(PyObject_CallOneArg(torch_state.increment_version, one.ptr()));
+}
+
 bool records_gradient(PyObject* x) {
   return steal(PyObject_GetAttr(x, names().requires_grad)).ptr() == Py_True && grad_is_enabled();
 }
@@ -321,6 +334,7 @@ bool is_contiguous(const dlpack::View& x) {
 void add_fast_path(py::module_& m, Translate translate) {
   translate_error = translate;
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  m.def("method", [](const py::object& function) { return steal(PyInstanceMethod_New(function.ptr())); });
   m.def("set_fast_path", &set_fast_path, py::arg("state"), py::arg("exchange"));
 }
 

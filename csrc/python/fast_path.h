@@ -24,7 +24,7 @@ struct Names {
   PyObject* none = interned("none");
   PyObject* sum = interned("sum");
   PyObject* needs_input_grad = interned("needs_input_grad");
-  PyObject* save_for_backward = interned("save_for_backward");
+  PyObject* to_save = interned("to_save");
   PyObject* saved_tensors = interned("saved_tensors");
   PyObject* call = interned("call");
   PyObject* t = interned("t");
@@ -45,7 +45,12 @@ bool grad_is_enabled();
 // No mode, no transform, no profiler, no tracing in this thread.
 bool is_unobserved();
 bool is_contiguous(const dlpack::View& x);
+inline char* data_of(const dlpack::View& x) { return static_cast<char*>(x.data) + x.byte_offset; }
 DType dtype_of(const dlpack::DataType& type);  // DType::Count where there is none
+// Of a torch.dtype that codecs pack; of others one without lanes, which dtype_of does not know.
+dlpack::DataType data_type_of(PyObject* dtype);
+// So that a backward that saved x notices (torch passes inference tensors by, which have no versions).
+void mark_modified(PyObject* x);
 
 // Takes the tensor over.
 PyObject* object_of(dlpack::Managed* tensor);

@@ -8,6 +8,7 @@
 #include "cpu/transport/socket_transport.h"
 #include "decode_step.h"
 #include "fast_gemm.h"
+#include "fast_packing.h"
 #include "fast_path.h"
 #include "kernels.h"
 
@@ -95,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   add_engines(m);
   add_fast_path(m, &translate_errors);
   add_fast_gemm(m);
+  add_fast_packing(m);
   add_kernels<Unscoped>(m);
   add_decode_step(m);
   add_communicator<Communicator>(m)

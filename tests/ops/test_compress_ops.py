@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.harness.ops import assert_within
 from tpkernels import ops
+from tpkernels._native import _C
 from tpkernels.compress import CODECS, bytes_per_value, wire_bytes
 from tpkernels.testing.case import CODEC_FLOOR, CODEC_ROUNDING, unit
 
@@ -122,6 +123,50 @@ def test_a_gradient_that_is_not_finite_is_seen_and_forgotten(codec: str, bad: fl
     assert torch.equal(residual[untouched], before[untouched])
     again = ops.decompress(ops.compress_with_feedback(values(2000), residual, codec), (2000,), torch.float32, codec)
     assert again.isfinite().all()
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_plain_tensors_are_packed_past_the_dispatcher_to_the_bytes_of_the_op(dtype: torch.dtype, codec: str) -> None:
+    call = torch.ops.tpkernels
+    for shape in ((), (1,), (0,), (3, 0, 2), (6, 700), (70_001,)):
+        x, kept = values(math.prod(shape), dtype).view(shape), torch.full(shape, 0.25)
+        again, wire = kept.clone(), call.compress(x, codec)
+        for found in (ops.compress(x, codec), _C.fast_compress(x, codec), _C.fast_compress(x.requires_grad_(), codec)):
+            assert torch.equal(found, wire) and (found.dtype, found.requires_grad) == (torch.uint8, False)
+        x.requires_grad_(False)
+        for into, sizes in product(FLOATS, (shape, list(shape), torch.Size(shape))):
+            want, back = call.decompress(wire, list(shape), into, codec), _C.fast_decompress(wire, sizes, into, codec)
+            assert torch.equal(back, want) and (back.dtype, back.shape) == (into, shape)
+        fast = _C.fast_compress_with_feedback(x, kept, codec, 0.5)
+        assert torch.equal(fast, call.compress_with_feedback(x, again, codec, 0.5)) and torch.equal(kept, again)
+
+
+class Named(Tensor):
+    """A subclass."""
+
+
+def test_what_is_not_plain_is_left_to_the_op() -> None:
+    x, kept = values(64), torch.zeros(64)
+    wire = ops.compress(x, "int8")
+    others = (
+        x[::2], x.view(8, 8).t(), x.double(), x.int(), x.to("meta"), x.to_sparse(), x.as_subclass(Named),
+        torch._neg_view(x), torch._efficientzerotensor(64), 3,
+    )  # fmt: skip
+    for other in others:
+        assert _C.fast_compress(other, "int8") is None and _C.fast_decompress(other, (64,), x.dtype, "int8") is None
+        assert _C.fast_compress_with_feedback(other, kept, "int8", 1.0) is None
+        assert _C.fast_compress_with_feedback(x, other, "int8", 1.0) is None
+    for codec in ("none", "zip", 3, None):
+        assert _C.fast_compress(x, codec) is None and _C.fast_decompress(wire, (64,), x.dtype, codec) is None
+    assert _C.fast_compress_with_feedback(x, kept.requires_grad_(), "int8", 1.0) is None
+    for shape in ((65,), (-64,), (-8, -8), (64.0,), (True, 64), 64, (2**40, 2**40, 0)):
+        assert _C.fast_decompress(wire, shape, x.dtype, "int8") is None, shape
+    for dtype in (torch.float64, torch.int32, "float32"):
+        assert _C.fast_decompress(wire, (64,), dtype, "int8") is None
+    with torch.profiler.profile() as profile:
+        ops.decompress(ops.compress(x, "int8"), (64,), x.dtype, "int8")
+    assert {"tpkernels::compress", "tpkernels::decompress"} <= {event.key for event in profile.key_averages()}
 
 
 def test_the_residual_counts_as_changed() -> None:

@@ -146,6 +146,27 @@ def test_a_recorded_call_keeps_hooks_saved_tensors_and_the_error_of_a_changed_on
     torch.testing.assert_close(second, 2 * (x.T @ x).sum(0).expand(7, 9))
 
 
+def test_a_call_in_a_hook_of_a_recorded_call_is_one_of_its_own(group: Group) -> None:
+    x, w, _ = operands((5,), 7, 9, torch.float32)
+    inside: list[Tensor] = []
+    w.requires_grad_()
+
+    def hook(t: Tensor) -> Tensor:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            inside.append(ops.gemm_all_reduce(2 * x, w, group=group))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(hook, hook):
+        y = ops.replicated_gemm(x, w, group=group)
+    (dw,) = torch.autograd.grad(y.sum(), w)
+    assert len(inside) == 2
+    for z in inside:
+        assert torch.equal(z, 2 * y)
+        assert torch.equal(torch.autograd.grad(z.sum(), w)[0], 2 * dw)
+    with pytest.raises(ValueError, match="called from elsewhere"):
+        _C.forward_linear(None, x, w, None, group._address, "none")
+
+
 def both(group: Group, x: Any, w: Any, bias: Any = None) -> list[Any]:
     return [
         _C.fast_linear(x, w, bias, group._address, "none"),

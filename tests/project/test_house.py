@@ -120,6 +120,7 @@ SPEAKS_PYTHON = {
     "csrc/python/module.cpp",
     "csrc/python/engines.cpp",
     "csrc/python/fast_gemm.cpp",
+    "csrc/python/fast_packing.cpp",
     "csrc/python/bindings.cpp",
     "csrc/python/decode_step.cpp",
     "csrc/python/fast_path.cpp",

@@ -11,13 +11,15 @@ Every function: the public name, the fake kernel (what torch.compile sees). None
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _increment_version
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
+from tpkernels._native import _C
 from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import PACKABLE, WIRES, block_values, wire_bytes
 from tpkernels.shard import part_sizes
@@ -33,6 +35,16 @@ ALL_REDUCE_PACKED = Op("all_reduce_packed", communicates=True)
 REDUCE_SCATTER_PACKED = Op("reduce_scatter_packed", communicates=True)
 
 
+def _op_alone(*_: Any) -> None:
+    """Take the place of a fast path in a module that has none, that of the emulated devices."""
+
+
+# They pack plain dense tensors of the CPU, and return None for other calls.
+_fast_compress: Callable[..., Any] = getattr(_C, "fast_compress", _op_alone)
+_fast_decompress: Callable[..., Any] = getattr(_C, "fast_decompress", _op_alone)
+_fast_compress_with_feedback: Callable[..., Any] = getattr(_C, "fast_compress_with_feedback", _op_alone)
+
+
 def compress(x: Tensor, codec: str) -> Tensor:
     """Pack values as a collective with this codec sends them.
 
@@ -46,6 +58,8 @@ def compress(x: Tensor, codec: str) -> Tensor:
     Raises:
         TypeError, ValueError: x or codec do not fit (says which, expected, got).
     """
+    if not is_dynamo_compiling() and (wire := _fast_compress(x, codec)) is not None:
+        return wire  # type: ignore[no-any-return]
     check_tensor("compress", "x", x, None)
     check_codec("compress", codec, x.dtype)
     return COMPRESS.dispatch(x.detach(), codec)  # type: ignore[no-any-return]
@@ -71,6 +85,8 @@ def decompress(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: st
     Raises:
         TypeError, ValueError: wire has not the bytes of such a tensor, or dtype or codec do not fit.
     """
+    if not is_dynamo_compiling() and (x := _fast_decompress(wire, shape, dtype, codec)) is not None:
+        return x  # type: ignore[no-any-return]
     check_tensor("decompress", "wire", wire, None)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"decompress: dtype must be a torch.dtype, got {type(dtype).__name__}")
@@ -110,6 +126,8 @@ def compress_with_feedback(x: Tensor, residual: Tensor, codec: str, scale: float
     Source: error feedback of Seide et al. 2014 (1-bit SGD) and Karimireddy et al. 2019 (arXiv:1901.09847).
     """
     op = "compress_with_feedback"
+    if not is_dynamo_compiling() and (found := _fast_compress_with_feedback(x, residual, codec, scale)) is not None:
+        return found  # type: ignore[no-any-return]
     check_tensor(op, "x", x, None)
     check_tensor(op, "residual", residual, None)
     check_codec(op, codec, x.dtype)
