@@ -125,22 +125,12 @@ std::string EngineChoice::reason(const GemmShape& shape) const {
 }
 
 std::vector<size_t> gathered_ends(const Communicator& comm, const Wire& wire, const GemmShape& shape) {
-  // Rows of this rank and of the others apart: what that costs beside all rows at once (512 rows in two halves, fp32,
-  // one core of Zen 4).
-  constexpr double kSlower = 0.08;
   const size_t rows = static_cast<size_t>(shape.M), values = static_cast<size_t>(shape.K);
-  if (!is_for_thread(comm, wire, rows * values) || !comm.cuts_parts()) return {};
+  if (!is_for_thread(comm, wire, rows * values) || !comm.cuts_parts() || comm.forced_chunks == 1) return {};
   if (comm.gathers_in_one_exchange(wire.bytes(rows * values))) return {};
-  const size_t part = Cut::even(rows, comm.world_size()).largest();
-  if (comm.forced_chunks == 1) return {};
-  if (comm.forced_chunks == 0) {
-    const double link = seconds_on_link(comm, wire, rows * values, 1);
-    const double product = expected_seconds(comm.measured_engines(), shape);
-    const double own = product * static_cast<double>(comm.near_ranks().size()) / comm.world_size();
-    if (std::min(link, own) < kSlower * product) return {};
-    if (link <= own) return {part};
-  }
-  return chunk_ends(comm, wire, part, values, 1);
+  if (comm.forced_chunks > 1) return chunk_ends(comm, wire, Cut::even(rows, comm.world_size()).largest(), values, 1);
+  const size_t weight_bytes = static_cast<size_t>(shape.N) * values * size_of(shape.dtype);
+  return ends_of_gathered(comm, wire, rows, values, expected_seconds(comm.measured_engines(), shape), weight_bytes);
 }
 
 namespace {

@@ -15,10 +15,12 @@ Tensor rows_of(const Tensor& x, size_t begin, size_t end) {
                                static_cast<int64_t>(end - begin));
 }
 
-// Columns of a product of which one costs `flops`, for a part of about a millisecond.
+// Columns of a product of which one costs `flops`, for a part of about a millisecond, but of so many that packing the
+// other factor for each part costs little (one core of Intel with AMX, fp32, MKL, all columns at once and 512, 256, 64
+// at a time: 256 rows x 2,048 x 4,096 27.7, 27.4, 28.5, 35.3 ms; the gradient of w, 512 rows, 55.8, 58.6, 60.6, 80.8).
 int64_t columns_of_step(int64_t num_columns, int64_t flops) {
-  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 64;
-  return std::max(std::min(kStepFlops / std::max<int64_t>(flops, 1) / kLeast * kLeast, num_columns), kLeast);
+  constexpr int64_t kStepFlops = int64_t{1} << 27, kLeast = 512, kUnit = 64;
+  return std::min(std::max(kStepFlops / std::max<int64_t>(flops, 1) / kUnit * kUnit, kLeast), num_columns);
 }
 
 // Calls body(begin, size) for parts of the columns, and lets the thread of the group run in between.

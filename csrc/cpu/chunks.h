@@ -21,14 +21,16 @@ inline bool is_for_thread(const Communicator& comm, const Wire& wire, size_t n) 
   return may_cut(comm, wire) && wire.bytes(n) >= kSmallestForThread;
 }
 
-// Seconds that the link needs for a message of wire.bytes(n), which passes `shares` times: 1 to gather or scatter n
-// values, 2 to sum them.
-double seconds_on_link(const Communicator& comm, const Wire& wire, size_t n, int shares);
-
 // Where chunks of `rows` rows of `row_values` values end, in rows; one chunk where that is as fast. The first ones are
 // smaller, because nothing is sent beside the product of the first and the second should be there when that has been
 // sent; so are the last ones, because nothing is multiplied beside the bytes of the last.
 std::vector<size_t> chunk_ends(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values, int shares);
+
+// Of x[rows, row_values] that is gathered and multiplied, in `product` seconds, by weights of so many bytes: where
+// chunks of each far rank's rows end. Each takes what has arrived by then, a least number of rows at least; of such
+// cuts the one that is expected to take the shortest time, none if that is to gather first.
+std::vector<size_t> ends_of_gathered(const Communicator& comm, const Wire& wire, size_t rows, size_t row_values,
+                                     double product, size_t weight_bytes);
 
 // The chunks of a product y[rows, columns] that the ranks sum: panels of columns where those are as many as rows and of
 // whole blocks of the codec, because each chunk reads the other factor again; else rows.

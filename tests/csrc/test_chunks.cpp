@@ -219,6 +219,27 @@ CASE(the_number_of_chunks_follows_the_link) {
   });
 }
 
+// Of 512 gathered rows over two ranks, whose product takes 56 ms.
+CASE(gathered_rows_are_cut_where_the_link_is_slower_than_the_product) {
+  std::vector<Asked> asked(2);
+  with_ranks(2, asked, [&](Communicator& comm) {
+    const auto ends = [&](Codec codec, double link) {
+      comm.link_bytes_per_s = link;
+      return ends_of_gathered(comm, wire_of(codec), 512, 4096, 0.056, size_t{32} << 20);
+    };
+    using Ends = std::vector<size_t>;
+    const double gbit = 1.25e8;
+    EXPECT(ends(Codec::None, 10 * gbit).empty(), "another pass over the weights costs more than is hidden");
+    EXPECT(ends(Codec::None, gbit) == Ends{256}, "all are there soon after the own rows are multiplied");
+    EXPECT(ends(Codec::Fp16, gbit) == Ends{256});
+    for (Codec codec : {Codec::None, Codec::Fp16, Codec::Int8}) {
+      const Ends found = ends(codec, gbit / 20);
+      EXPECT(found.size() > 2 && found.back() == 256 && found.front() % 16 == 0, "the last rows are few");
+      for (size_t i = 0; i + 1 < found.size(); ++i) EXPECT(found[i] < found[i + 1] && found[i + 1] % 16 == 0);
+    }
+  });
+}
+
 CASE(ranks_that_disagree_about_chunks_all_hear_of_it_and_go_on) {
   std::vector<Asked> asked(3);
   std::atomic<int> refused{0};

@@ -134,13 +134,16 @@ def check_rule(group: Group) -> None:
     group._communicator.set_link(1e8)
     assert " over a link of 100 MB/s;" in group.explain("gemm_all_reduce", M=512, N=512, K=16).reason
     big, small = Sizes(R=R, M=512, N=1024, K=16), Sizes(R=R, M=16, N=512, K=16)
-    for case, chunks in ((GEMM_ALL_REDUCE, 11), (GEMM_REDUCE_SCATTER, 6), (ALL_GATHER_GEMM, 5)):
+    for case, chunks in ((GEMM_ALL_REDUCE, 11), (GEMM_REDUCE_SCATTER, 6), (ALL_GATHER_GEMM, 2)):
         gathers = case is ALL_GATHER_GEMM
         for s, count in ((big, chunks), (small, 1)):
-            sized = replace(s, N=s.K, K=s.N) if gathers else s
+            sized = replace(s, N=s.N if s is big else s.K, K=s.N) if gathers else s  # a product that the link hides
             sizes = {"M": s.M // R if gathers else s.M, "N": sized.N, "K": sized.K}
             path = group.explain(case.name, **sizes).path
-            assert path == ("unfused" if count == 1 else f"chunked({count})"), (case.name, path)
+            if gathers and s is big:  # how many depends on the measured time of the product, too
+                assert re.fullmatch(r"chunked\([2-9]\)", path), path
+            else:
+                assert path == ("unfused" if count == 1 else f"chunked({count})"), (case.name, path)
             assert group.explain(case.name, **sizes, dim=1).path == "unfused"
             group.reset_stats()
             check_forward(case, sized, group)
@@ -160,7 +163,7 @@ def check_rule_on_hosts(group: Group, even: bool) -> None:
         group._communicator.set_link(rate, hop)
         for op, case in {**calls, "all_gather_gemm": ALL_GATHER_GEMM}.items():
             gathers = case is ALL_GATHER_GEMM
-            s = Sizes(R=group.world_size, M=512, N=16 if gathers else 1024, K=1024 if gathers else 16)
+            s = Sizes(R=group.world_size, M=512, N=1024, K=1024 if gathers else 16)
             path = group.explain(op, M=s.M // group.world_size if gathers else s.M, N=s.N, K=s.K).path
             cut = rate == 1e7 and (even or op == "gemm_all_reduce") and (hop < 1 or op == "gemm_reduce_scatter")
             assert path.startswith("chunked(") == cut, (op, rate, hop, path)
