@@ -52,8 +52,14 @@ def force(group: Group, chunks: int) -> None:
 
 
 def results(case: Case, s: Sizes, group: Group) -> list[Tensor]:
-    """The op's result and gradients on this rank."""
-    leaves = [x if x is None else x.requires_grad_() for x in case.arguments(s, group.rank)]
+    """The op's result and gradients on this rank.
+
+    Of integers every product is exact, in any number of rows: an engine's bits depend on it. Sums over the ranks are
+    not, and so depend on their order: the weights and the bias of each rank are multiples of another power of two.
+    """
+    x, *others = case.arguments(s, group.rank)
+    scaled = [other if other is None else other * 2.0 ** (-11 * group.rank) for other in others]
+    leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in (x, *scaled)]
     y = case.call(s, leaves, group)
     dy, _, _ = case.gradients(s, group.rank)
     y.backward(dy)
@@ -89,7 +95,7 @@ def check_bits(group: Group, dtype: torch.dtype) -> None:
     for case in GEMMS:
         for s in SIZES:
             for codec in ("none",) if dtype == torch.float64 else ("none", "fp16", "int8"):
-                sized = replace(s, R=group.world_size, dtype=dtype, codec=codec)
+                sized = replace(s, R=group.world_size, dtype=dtype, codec=codec, integers=True)
                 force(group, 1)
                 group.reset_stats()
                 want = results(case, sized, group)
