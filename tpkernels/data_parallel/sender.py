@@ -148,7 +148,7 @@ class Sender:
         gradient, (number, version) = self.members[index].parameter.grad, self._sent[index]
         if gradient is None:  # freed, which loses nothing
             return False
-        known = version, self._versions.get(gradient.untyped_storage().data_ptr())
+        known = version, self._versions.get(gradient.untyped_storage()._cdata)
         return id(gradient) != number or gradient._version not in known
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
@@ -179,7 +179,7 @@ class Sender:
             parameter.grad = None
         else:
             self._sent[index] = id(gradient), gradient._version
-            self._versions[gradient.untyped_storage().data_ptr()] = gradient._version
+            self._versions[gradient.untyped_storage()._cdata] = gradient._version
 
     def _gradient(self, index: int) -> Tensor | None:
         return self.members[index].parameter.grad
