@@ -130,10 +130,10 @@ def once(candidate: Candidate, team: Team, calls: int, clock: Callable[[], float
 def undisturbed(
     candidate: Candidate, timing: Timing, team: Team, most_lost: float, clock: Callable[[], float]
 ) -> float:
-    """Seconds of one call, from a block that had its cores; nan if none of TRIES had."""
+    """Seconds of one call, from a block that had its cores and was longer than its rewriting; nan if none of TRIES."""
     for _ in range(TRIES):
         took, missing = once(candidate, team, timing.calls, clock)
-        if missing <= most_lost:
+        if missing <= most_lost and not math.isnan(took):
             return took
         timing.repeated += 1
     return math.nan
