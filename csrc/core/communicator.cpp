@@ -148,6 +148,10 @@ void Communicator::all_to_all(const CallSpec& spec, const Wire& wire, const void
   Turn(*this, spec.op).run([&] { do_all_to_all(spec, wire, in, out, send, receive); });
 }
 
+void Communicator::average_with_feedback(const CallSpec& spec, const Wire& wire, const Feedback& call) {
+  Turn(*this, spec.op).run([&] { do_average_with_feedback(spec, wire, call); });
+}
+
 std::vector<std::vector<int>> Communicator::parts_in_order() const {
   std::vector<std::vector<int>> order;
   for (int i = 1; i <= world_size_; ++i) order.push_back({(rank_ + i) % world_size_});
@@ -202,6 +206,10 @@ namespace {
 [[noreturn]] void no_thread() { throw std::logic_error("this transport has no communication thread"); }
 
 }  // namespace
+
+void Communicator::do_average_with_feedback(const CallSpec& spec, const Wire&, const Feedback&) {
+  throw std::logic_error(concat("transport ", transport(), " has no ", name_of(spec.op)));
+}
 
 void Communicator::do_all_reduce_chunks(const CallSpec&, const Wire&, const Chunks&, const std::function<void()>&) {
   no_thread();

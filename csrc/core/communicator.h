@@ -68,6 +68,15 @@ struct Chunks {
   std::function<void(size_t chunk)> use = [](size_t) {};
 };
 
+// An average over the ranks with error feedback on both ways (tpkernels/data_parallel/feedback.py has the formula).
+struct Feedback {
+  const void* in;   // of the dtype of the wire
+  float* residual;  // of every value
+  float scale;      // 1 / R
+  void* out;
+  Cut cut;  // the owners of the sums
+};
+
 struct OpStats {
   uint64_t calls = 0;
   uint64_t wire_bytes = 0;   // sent by this rank; what k ranks read counts k times
@@ -107,6 +116,10 @@ class Communicator {
   // cuts of the ranks must agree with each other; spec.numel need not be their total. The wire is plain.
   virtual void all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
                           const Cut& receive);
+  // Whether average_with_feedback may be called, the same on all ranks.
+  virtual bool has_feedback() const { return false; }
+  // The wire sums, and has a codec. Where the ranks disagree the residual is not changed.
+  void average_with_feedback(const CallSpec& spec, const Wire& wire, const Feedback& call);
   // `mine` of every rank, in rank order.
   virtual std::vector<int64_t> exchange(Op op, int64_t mine);
   // find_wire of wire.h.
@@ -198,6 +211,7 @@ class Communicator {
   virtual void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
   virtual void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
                              const Cut& receive);
+  virtual void do_average_with_feedback(const CallSpec&, const Wire&, const Feedback&);
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);

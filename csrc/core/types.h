@@ -34,7 +34,8 @@ enum class ReduceOp : uint8_t { Sum, Avg, Max, Min, Product, BitAnd, BitOr, BitX
   X(Reduce, "reduce")                                          \
   X(Gather, "gather")                                          \
   X(Scatter, "scatter")                                        \
-  X(AllToAll, "all_to_all")
+  X(AllToAll, "all_to_all")                                    \
+  X(AverageWithFeedback, "average_with_feedback")
 
 enum class Op : uint8_t {
 #define TPK_OP_ENUMERATOR(id, name) id,

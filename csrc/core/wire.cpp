@@ -174,6 +174,23 @@ void Wire::encode_with_feedback(const void* values, float* residual, void* wire,
   });
 }
 
+void Wire::reduce_with_feedback(const void* const* inputs, int num_inputs, void* wire, float* residual, void* values,
+                                size_t n) const {
+  const Moves& m = moves();
+  static constexpr float kZeros[kTile] = {};
+  float sums[kTile], put_in[kTile], lost[kTile], kept[kTile];
+  for_each_tile(n, [&](size_t start, size_t count) {
+    char* const to = static_cast<char*>(wire) + offset(start);
+    sum_tile(*this, inputs, num_inputs, start, sums, count);
+    m.add_residual(sums, 1.0f, kZeros, put_in, count);  // -0 becomes 0, as in encode_with_feedback
+    std::memset(lost, 0, count * sizeof(float));
+    m.codecs[index_of(codec)].encode_rest(put_in, to, lost, count);
+    m.add_residual(lost, 1.0f, residual + start, kept, count);
+    std::memcpy(residual + start, kept, count * sizeof(float));
+    decode(to, at(values, start * value_bytes), count);
+  });
+}
+
 void Input::encode(const Wire& wire, void* to, size_t n) const {
   if (!is_packed_) return wire.encode(data_, to, n);
   if (n > 0) std::memcpy(to, data_, wire.bytes(n));

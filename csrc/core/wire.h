@@ -43,6 +43,10 @@ struct Wire {
   // infinity in its block) the residual stays what it was: the receiver sees the NaN, and the message after it is whole
   // again. Codec none rounds v to the dtype. Only where has_feedback().
   void encode_with_feedback(const void* values, float* residual, void* wire, float scale, size_t n) const;
+  // wire = encode(s) of the sum s of the inputs in fp32,  residual += s - decode(wire) where that is finite,  values =
+  // decode(wire): what the owner of a part does who keeps what the second packing loses. With a codec.
+  void reduce_with_feedback(const void* const* inputs, int num_inputs, void* wire, float* residual, void* values,
+                            size_t n) const;
   bool has_feedback() const;  // float32, bfloat16 and float16
 
   bool is_plain() const { return codec == Codec::None; }

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/wire.h"
+#include "core/communicator.h"
 #include "cpu/compress.h"
 #include "new_tensor.h"
 
@@ -114,10 +114,41 @@ PyObject* fast_compress_with_feedback(PyObject*, Arguments args, Py_ssize_t coun
   });
 }
 
+// (flat, residual, codec, group's name) -> the average, or None where the group has no stream for it: as on all ranks,
+// because what observes the call on one of them does not count.
+PyObject* average_with_feedback(PyObject*, Arguments args, Py_ssize_t count) {
+  return guarded(count, 4, [&]() -> PyObject* {
+    constexpr Op op = Op::AverageWithFeedback;
+    const char* const name = PyUnicode_AsUTF8(args[3]);
+    if (name == nullptr) throw py::error_already_set();
+    const std::shared_ptr<Communicator> comm = find_communicator(name, name_of(op));
+    if (!comm->has_feedback()) return none();
+    dlpack::View x, residual;
+    TPK_CHECK(is_plain(args[0], &x) && is_plain(args[1], &residual) && x.ndim == 1 && residual.ndim == 1 &&
+                  x.shape[0] == residual.shape[0] && dtype_of(residual.dtype) == DType::F32,
+              name_of(op),
+              ": flat and residual must be contiguous tensors of one dim and equally many values, residual "
+              "in float32");
+    const Wire* const wire = packing_of(x.dtype, args[2]);
+    TPK_CHECK(wire != nullptr, name_of(op), ": codec must pack float32, bfloat16 or float16, of which flat must be");
+    const size_t numel = numel_of(x);
+    NewTensor out(x, 0, x.shape[0], numel * wire->value_bytes);
+    const Feedback call{data_of(x), reinterpret_cast<float*>(data_of(residual)),
+                        static_cast<float>(1.0 / comm->world_size()), out.data(), Cut::even(numel, comm->world_size())};
+    {
+      py::gil_scoped_release no_gil;
+      comm->average_with_feedback({op, wire->dtype, wire->op, wire->codec, numel, 0, 0}, *wire, call);
+    }
+    mark_modified(args[1]);
+    return out.release();
+  });
+}
+
 PyMethodDef packing_methods[] = {
     {"fast_compress", fast(fast_compress), METH_FASTCALL, "compress of a plain tensor, or None."},
     {"fast_decompress", fast(fast_decompress), METH_FASTCALL, "decompress of a plain tensor, or None."},
     {"fast_compress_with_feedback", fast(fast_compress_with_feedback), METH_FASTCALL, "The same, or None."},
+    {"average_with_feedback", fast(average_with_feedback), METH_FASTCALL, "The average over the ranks, or None."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

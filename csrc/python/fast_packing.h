@@ -5,7 +5,7 @@
 
 namespace tpk {
 
-// Adds fast_compress, fast_decompress and fast_compress_with_feedback to the module.
+// Adds fast_compress, fast_decompress, fast_compress_with_feedback and average_with_feedback to the module.
 void add_fast_packing(pybind11::module_& m);
 
 }  // namespace tpk

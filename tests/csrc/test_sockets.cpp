@@ -62,6 +62,42 @@ CASE(collectives_are_exact_for_every_codec_and_number_of_ranks) {
   }
 }
 
+CASE(an_average_with_feedback_is_that_of_its_parts) {
+  for (int world_size : {2, 3, 5}) {
+    for (Codec codec : {Codec::Fp16, Codec::Int8}) {
+      const Wire& wire = wire_of(DType::F32, codec, ReduceOp::Sum);
+      const float scale = 1.0f / static_cast<float>(world_size);
+      std::vector<Asked> asked(static_cast<size_t>(world_size));
+      with_ranks(world_size, asked, [&](Communicator& comm) {
+        for (size_t n : {0, 1, 257, 5000, 300001}) {
+          const Cut cut = Cut::even(n, world_size);
+          std::vector<std::vector<float>> kept(static_cast<size_t>(world_size), std::vector<float>(n, 0.25f));
+          std::vector<float> residual = kept[0], out(n), mean(n);
+          for (int p = 0; p < world_size; ++p) {
+            const size_t begin = cut.start(p), size = cut.size(p);
+            std::vector<std::vector<char>> packed;
+            std::vector<const void*> inputs;
+            for (int r = 0; r < world_size; ++r) {
+              float* const of_rank = kept[static_cast<size_t>(r)].data() + begin;
+              packed.emplace_back(wire.bytes(size) + 1);
+              wire.encode_with_feedback(values_of(r, n, 7).data() + begin, of_rank, packed.back().data(), scale, size);
+              inputs.push_back(packed.back().data());
+            }
+            std::vector<char> sum(wire.bytes(size) + 1);
+            float* const of_owner = kept[static_cast<size_t>(p)].data() + begin;
+            wire.reduce_with_feedback(inputs.data(), world_size, sum.data(), of_owner, mean.data() + begin, size);
+          }
+          const std::vector<float> mine = values_of(comm.rank(), n, 7);
+          comm.average_with_feedback(spec_for(Op::AverageWithFeedback, wire, n), wire,
+                                     {mine.data(), residual.data(), scale, out.data(), cut});
+          EXPECT(out == mean, "the average of ", n);
+          EXPECT(residual == kept[static_cast<size_t>(comm.rank())], "the residual of ", n);
+        }
+      });
+    }
+  }
+}
+
 CASE(sums_are_in_rank_order_and_the_same_bits_everywhere) {
   constexpr size_t n = 30000;
   const Wire& wire = wire_of(DType::F32, Codec::None, ReduceOp::Avg);

@@ -12,20 +12,6 @@ namespace {
 
 using Mark = SocketExchange::Mark;
 
-constexpr size_t kPieceWireBytes = size_t{256} << 10;  // some round trips of a link of 10 Gbit
-constexpr size_t kAhead = 4;                           // pieces
-constexpr size_t kSlots = 2 * kAhead;
-
-// Piece i of n values in pieces: [start, start + values).
-struct Piece {
-  size_t start, values;
-};
-std::vector<Piece> pieces_of(size_t begin, size_t end, size_t piece) {
-  std::vector<Piece> pieces;
-  for (size_t start = begin; start < end; start += piece) pieces.push_back({start, std::min(piece, end - start)});
-  return pieces;
-}
-
 // Rank r gets part r of each piece of everyone, sums it, and sends the sum to everyone.
 class AllReduce {
  public:
@@ -149,6 +135,12 @@ class AllReduce {
 };
 
 }  // namespace
+
+std::vector<Piece> pieces_of(size_t begin, size_t end, size_t piece) {
+  std::vector<Piece> pieces;
+  for (size_t start = begin; start < end; start += piece) pieces.push_back({start, std::min(piece, end - start)});
+  return pieces;
+}
 
 size_t Stream::piece_of_all() const {
   const size_t even = wire.block_values * ranks();

@@ -16,6 +16,16 @@
 
 namespace tpk {
 
+constexpr size_t kPieceWireBytes = size_t{256} << 10;  // some round trips of a link of 10 Gbit
+constexpr size_t kAhead = 4;                           // pieces
+constexpr size_t kSlots = 2 * kAhead;
+
+// Piece i of n values in pieces: [start, start + values).
+struct Piece {
+  size_t start, values;
+};
+std::vector<Piece> pieces_of(size_t begin, size_t end, size_t piece);
+
 // One call of one rank.
 struct Stream {
   SocketExchange& link;
@@ -64,5 +74,8 @@ void stream_reduce_scatter(Stream& stream, const Source& source, void* out, cons
 // all of fewer, are in out.
 void stream_all_gather(Stream& stream, const Input& in, void* out, const Cut& cut,
                        const std::function<void(size_t values)>& arrived);
+
+// The average over the ranks with error feedback: piece by piece of every part, contributions and sums.
+void stream_average_with_feedback(Stream& stream, const Feedback& call);
 
 }  // namespace tpk
