@@ -148,6 +148,23 @@ def check_torchs_initialisers() -> None:
         for key, got in drawn_by(name, options, cut).named_parameters():
             info = shard_info(got)
             assert_equal(got, full[key] if info is None else info.part(full[key]), f"{name} {key}")
+    for padding in (1, 5):
+        table = nn.Sequential(nn.Embedding(7, 6, padding_idx=padding))
+        shard = parallelize(copy.deepcopy(table), group=group, plan={"0": "vocab"})
+        for model in (table, shard):
+            torch.manual_seed(2)
+            model.apply(_init_weights)
+        assert_equal(shard[0].weight, shard_info(shard[0].weight).part(table[0].weight), f"padding {padding}")
+        assert shard[0].padding_idx == padding
+
+
+@torch.no_grad()
+def _init_weights(module: nn.Module) -> None:
+    """The rule for tables in models of transformers."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)
+        if module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
 
 
 @RANKS

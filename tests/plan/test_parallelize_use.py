@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,18 @@ def lora_on_cut_layers_equals_lora_on_whole_ones(group: Group) -> None:
         close(loss_of(merged[1]), loss_of(merged[0]), "merged")
 
 
+def parameters_are_reached_by_their_names(group: Group) -> None:
+    """Also those whose gradients are summed over the ranks, to freeze them or to give them to an optimizer."""
+    for options in ({}, {"sequence_parallel": True}):
+        whole, cut = pair(group, "qwen3", head_dim=4, **options)
+        for name, parameter in cut.named_parameters():
+            assert operator.attrgetter(name)(cut) is parameter, f"{options} {name}"
+        for model in (whole, cut):
+            model.model.layers[0].self_attn.q_norm.weight.requires_grad = False
+            model.model.layers[1].input_layernorm.weight.requires_grad_(False)
+        compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], f"frozen norms, {options}")
+
+
 def all_of_it_follows_to_another_group(folder: str) -> None:
     """The group it was cut over is closed; nothing of the model may hold on to it, nor of a copy."""
     options: list[dict[str, Any]] = [{"sequence_parallel": True}, {"gather_logits": False}]
@@ -240,6 +253,7 @@ def uses(folder: str) -> None:
         dropout_is_the_ranks_own_inside_blocks_and_common_between_them(group)
         meta_models_are_cut_and_filled_by_their_shard_info(group)
         save_pretrained_saves_the_whole_model(group, folder)
+        parameters_are_reached_by_their_names(group)
     all_of_it_follows_to_another_group(folder)
 
 

@@ -8,10 +8,13 @@ on this rank, because adapters are made of these sizes; of a layer made by its c
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
@@ -20,6 +23,7 @@ from .base import Cut, ParallelModule
 from .functions import sum_gradient
 
 BASES = (nn.Linear, nn.Embedding, nn.MultiheadAttention)
+CALL = nn.Module._call_impl.__code__
 
 
 class ConvertedModule(ParallelModule):
@@ -55,7 +59,7 @@ def converted_class(
         original: the module's class.
         layer: the parallel layer.
         summed: names of parameters that become properties, so that any use of them in a forward gets gradients that
-            are summed over the ranks.
+            are summed over the ranks. Elsewhere (to freeze one, to give it to an optimizer) they are the parameters.
     """
     base = next((base for base in BASES if issubclass(original, base)), original)
     bases: tuple[type, ...] = (layer, ConvertedModule, original)
@@ -69,9 +73,19 @@ def converted_class(
 def _summed(name: str) -> property:
     def get(module: ParallelModule) -> Tensor | None:
         parameter = module._parameters[name]
-        return None if parameter is None else sum_gradient(parameter, group=module.group)[0]
+        if parameter is None or not (is_compiling() or _in_forward()):
+            return parameter
+        return sum_gradient(parameter, group=module.group)[0]
 
     return property(get)
+
+
+def _in_forward() -> bool:
+    """Whether the code that reads an attribute is called by the forward of a module."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not CALL and frame.f_code.co_name != "forward":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _new(original: type[nn.Module], layer: type[ParallelModule], summed: tuple[str, ...]) -> ConvertedModule:

@@ -6,6 +6,7 @@ import sys
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from tpkernels.errors import PlanError
 from tpkernels.layers.base import Cut, ParallelModule
@@ -32,6 +33,19 @@ class EmbeddingColumns(ParallelModule):
 
 class IdTable(VocabParallelEmbedding):
     """A table of ids that refuses to train single rows."""
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The row of the padding in the full table; for rules of transformers that zero it, in this rank's rows."""
+        found: int | None = self.__dict__["padding_idx"]
+        if found is None or is_compiling() or sys._getframe(1).f_code.co_name != "_init_weights":
+            return found
+        start, end = self._rows()
+        return found - start if start <= found < end else None
+
+    @padding_idx.setter
+    def padding_idx(self, row: int | None) -> None:
+        self.__dict__["padding_idx"] = row
 
     @property
     def qweight(self) -> Any:
