@@ -12,6 +12,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import inspect
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,12 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from tpkernels.comm.group import Group, find
+from tpkernels.comm.group import find
 from tpkernels.comm.objects import is_cut_among
-from tpkernels.data_parallel.clip import total_norm
-from tpkernels.data_parallel.flat import parts_have_gradients
-from tpkernels.data_parallel.scaling import agree_on_overflow
+from tpkernels.data_parallel.in_torch import count_shards_in_norms, skip_together
 from tpkernels.layers.base import marked_shards
+from tpkernels.layers.embedding import VocabParallelEmbedding
 from tpkernels.layers.initialisers import fill_shards
 from tpkernels.shard import ShardInfo, at_first_mark, full_shape, shard_info
 
@@ -145,17 +145,70 @@ def _dcp(a: Arguments) -> None:
         info = places.get(value.untyped_storage().data_ptr())
         if info is not None and is_cut_among(info, ranks):
             found[name] = info
+    _refuse_one_name(
+        f"torch.distributed.checkpoint: ranks {ranks} save or load parts of parameters",
+        found,
+        "take tpkernels.checkpoint.save and load, or save_pretrained for a whole model; to load a whole one, load it "
+        "into a state dict of full tensors for model.load_state_dict",
+        repr(sorted(found)),
+    )
+
+
+def _refuse_one_name(what: str, found: Mapping[str, ShardInfo], instead: str, place: str) -> None:
+    """Raise on all ranks where two of them save or load shards under one name. Collective over their groups.
+
+    Args:
+        what: what they do, for the text.
+        found: the shards, by name.
+        instead: the advice, for the text.
+        place: where this rank saves them.
+    """
     for group_name in dict.fromkeys(info.group_name for info in found.values()):  # one order on all ranks
         group = find(name=group_name)
         assert group is not None
-        digests = group.all_gather_ints(zlib.crc32(repr(sorted(found)).encode()))
+        digests = group.all_gather_ints(zlib.crc32(place.encode()))
         if len(set(digests)) < len(digests):
             raise ValueError(
-                f"torch.distributed.checkpoint: ranks {ranks} save or load parts of parameters that are cut over group "
-                f"{group.label!r} under the same names (here {len(found)}, first {min(found)!r}), and one rank's would "
-                f"be the whole in the file: take tpkernels.checkpoint.save and load, or save_pretrained for a whole "
-                f"model; to load a whole one, load it into a state dict of full tensors for model.load_state_dict"
+                f"{what} that are cut over group {group.label!r} under the same names (here {len(found)}, first "
+                f"{min(found)!r}), and one rank's would be the whole in the file: {instead}"
             )
+
+
+def _cut_in(named: Iterable[tuple[str, Tensor]]) -> dict[str, ShardInfo]:
+    return {name: info for name, p in named if (info := shard_info(p)) is not None and info.world_size > 1}
+
+
+def _accelerate_state(a: Arguments) -> None:
+    """Under `one_replica` every rank writes, as the only process."""
+    accelerator = a["self"]
+    found = _cut_in(item for model in accelerator._models for item in model.named_parameters())
+    for optimizer in accelerator._optimizers:
+        found |= _cut_in(_named(optimizer.param_groups))
+    folder = a.get("output_dir") or accelerator.project_dir
+    instead = "take tpkernels.checkpoint.save and load, or give each rank a folder of its own"
+    _refuse_one_name("Accelerator.save_state: ranks save parts of parameters", found, instead, _real(folder))
+
+
+def _accelerate_model(a: Arguments) -> None:
+    instead = "take tpkernels.checkpoint.save, or save_pretrained of a model of transformers, on all ranks"
+    found = _cut_in(a["model"].named_parameters())
+    _refuse_one_name(
+        "Accelerator.save_model: ranks save parts of parameters", found, instead, _real(a["save_directory"])
+    )
+
+
+def _train(a: Arguments) -> None:
+    """Of a Trainer that `fit_trainer` has not seen: its checkpoints would have the optimizer's state of one rank."""
+    trainer = a["self"]
+    saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
+    if saves and not trainer.args.save_only_model and not hasattr(trainer, "tpk_group"):
+        instead = "give the Trainer to tpkernels.fit_trainer, or set save_strategy='no' or save_only_model=True"
+        found = _cut_in(trainer.model.named_parameters())
+        _refuse_one_name("Trainer: ranks save the state of parameters", found, instead, _real(trainer.args.output_dir))
+
+
+def _real(folder: Any) -> str:
+    return os.path.realpath(folder) if folder is not None else ""
 
 
 def _state_dict(a: Arguments) -> None:
@@ -203,6 +256,13 @@ def _count_full_tensors(a: Arguments) -> None:
         a[name] = _FullSizeView(a[name])
 
 
+def _name_tables(a: Arguments) -> None:
+    """Of peft, which finds the table of the words by its rows, and starts prompts (CPT, TEXT) with some of them."""
+    for module in a["self"].base_model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            module.weight.ds_shape = full_shape(module.weight)  # type: ignore[attr-defined]
+
+
 def _entries(state: Any, path: str = "") -> Iterable[tuple[str, Tensor]]:
     """Every plain tensor of nested dicts and lists, or of objects with a state_dict, by its path."""
     if callable(getattr(state, "state_dict", None)):
@@ -238,8 +298,15 @@ CHECKS: dict[str, dict[str, Callable[[Arguments], None]]] = {
     },
     "transformers.modeling_utils": {"PreTrainedModel.num_parameters": _count_full_tensors},
     "transformers.trainer_pt_utils": {"get_model_param_count": _count_full_tensors},
-    "transformers.trainer": {"get_model_param_count": _count_full_tensors},
-    "peft.peft_model": {"PeftModel.get_nb_trainable_parameters": _count_full_tensors},
+    "transformers.trainer": {
+        "get_model_param_count": _count_full_tensors, "Trainer.train": _train,
+    },
+    "accelerate.accelerator": {
+        "Accelerator.save_state": _accelerate_state, "Accelerator.save_model": _accelerate_model,
+    },
+    "peft.peft_model": {
+        "PeftModel.get_nb_trainable_parameters": _count_full_tensors, "PeftModel._setup_prompt_encoder": _name_tables,
+    },
 }  # fmt: skip
 """By module: its functions, and the check before each call, which may also replace an argument."""
 
@@ -251,8 +318,8 @@ def install() -> None:
         if name in sys.modules:
             _install_checks(sys.modules[name])
     sys.meta_path.insert(0, _CheckWhenLoaded())
-    _count_shards_in_norms()
-    _skip_together()
+    count_shards_in_norms()
+    skip_together()
     fill_shards()
 
 
@@ -303,76 +370,3 @@ class _CheckWhenLoaded(importlib.abc.MetaPathFinder):
 
             spec.loader.exec_module = execute_and_check  # type: ignore[method-assign]
         return spec
-
-
-def _count_shards_in_norms() -> None:
-    """Make torch's norm of gradients, and so its clip_grad_norm_, count the shards of all ranks."""
-    module = torch.nn.utils.clip_grad
-    plain = module._get_total_norm
-
-    @functools.wraps(plain)
-    def norm_over_ranks(
-        tensors: Tensor | Iterable[Tensor],
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        foreach: bool | None = None,
-    ) -> Tensor:
-        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if not tensors and parts_have_gradients():
-            raise ValueError(
-                "torch.nn.utils: the norm of no gradients was requested, and those of an aggregator with zero=1 or 2 "
-                "are in parts, of which torch does not know: take tpkernels.data_parallel.clip_grad_norm_"
-            )
-        shards = {_place(t): shard_info(p) for p in marked_shards() for t in (p, p.grad) if t is not None}
-        infos = [shards.get(_place(t)) for t in tensors]
-        if not any(infos):
-            norm: Tensor = plain(tensors, norm_type, error_if_nonfinite, foreach)
-            return norm
-        return total_norm(zip(tensors, infos, strict=True), _groups_of(infos), norm_type, error_if_nonfinite)
-
-    module._get_total_norm = norm_over_ranks
-    torch.nn.utils.get_total_norm = norm_over_ranks
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
-    """What a tensor has in common with those that `detach` and `.data` make of it."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
-    return tensor.data_ptr() if plain else id(tensor), tensor.shape
-
-
-def _skip_together() -> None:
-    """Make the ranks of a cut model agree on an overflow, so that a GradScaler skips a step on all or on none.
-
-    And count unscaling as a change of gradients in place, which an aggregator may have sent: torch's op does not.
-    """
-    plain = getattr(torch.amp.GradScaler, "_unscale_grads_", None)  # private; `unscale_` of data_parallel does the same
-    if plain is None:
-        return
-
-    @functools.wraps(plain)
-    def unscale_together(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        found: dict[torch.device, Tensor] = plain(self, optimizer, *args, **kwargs)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.autograd.graph.increment_version([p.grad for p in parameters if type(p.grad) is Tensor])
-        names = [name for p in parameters for name in getattr(p, "tpk_groups", ())]  # of parts, over their replicas too
-        parts = {name: group for name in names if (group := find(name=name)) is not None}
-        groups = list(({g.name: g for g in _groups_of(map(shard_info, parameters))} | parts).values())
-        if groups:
-            agree_on_overflow(found, groups)
-        return found
-
-    torch.amp.GradScaler._unscale_grads_ = unscale_together  # type: ignore[method-assign]
-
-
-def _groups_of(infos: Iterable[ShardInfo | None]) -> list[Group]:
-    found: dict[str, Group] = {}
-    for info in infos:
-        group = find(name=info.group_name) if info is not None else None
-        if info is not None and group is None:
-            raise ValueError(
-                f"torch.nn.utils: the group {info.group_label!r} over which a parameter is cut is closed; open it anew "
-                f"and give it to the model by set_group"
-            )
-        if group is not None:
-            found[group.name] = group
-    return list(found.values())

@@ -199,8 +199,24 @@ class ParallelModule(nn.Module):
         self._mark()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._cuts and hasattr(destination, "_metadata"):  # torch.save keeps it
+            destination._metadata.setdefault(prefix[:-1], {})["tpk_place"] = self._place
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        saved = local_metadata.get("tpk_place", self._place)
+        shards = [prefix + name for name in self._cuts if prefix + name in state_dict]
+        if saved != self._place and any(shard_info(state_dict[key]) is None for key in shards):
+            lists[2].append(
+                f"{', '.join(shards)}: the shards of rank {saved[0]} of {saved[1]}, expected those of rank "
+                f"{self._place[0]} of {self._place[1]} or full tensors: save each rank's under a name of its own, or "
+                f"take tpkernels.checkpoint.save and load"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self._mark()
 
     __repr__ = nn.Module.__repr__  # also of a converted module whose class has one

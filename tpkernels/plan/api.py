@@ -24,6 +24,7 @@ from torch import nn
 
 from tpkernels.comm.group import Group, resolve
 from tpkernels.compress import CODECS
+from tpkernels.data_parallel.in_torch import watch_copies_of
 from tpkernels.errors import shorten
 from tpkernels.layers.convert import ConvertedModule, group_of
 from tpkernels.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -268,6 +269,8 @@ def _guard(model: nn.Module, group: Group) -> None:
         first = next((module for module in model.modules() if isinstance(module, kinds)), None)
         if first is not None:
             first.register_forward_pre_hook(AdapterGuard(model))
+    if group.world_size > 1:
+        watch_copies_of(model)
     model.register_load_state_dict_pre_hook(take_shards)  # type: ignore[no-untyped-call]
     model.register_state_dict_post_hook(gather_for_peft)  # type: ignore[no-untyped-call]
     if hasattr(model, "load_adapter"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tpkernels.errors import PlanError
 from tpkernels.layers.reference import Ref
 from tpkernels.plan.adapters.apply import cut_loaded
-from tpkernels.shard import shard_info
+from tpkernels.shard import mark_shard, shard_info
 
 PREFIX = "base_model.model."  # in front of names in files of peft
 
@@ -29,6 +29,7 @@ def take_shards(
             continue
         if value.shape == info.full_shape(parameter):
             state[name] = info.part(value)
+            mark_shard(state[name], info)
 
 
 class LoadAdapter:
