@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tests.harness.families import build, inputs
-from tests.harness.parallelize import close, ids, tiny
+from tests.harness.parallelize import close, compare_steps, ids, tiny
 from tests.harness.ranks import nightly
 from tpkernels import parallelize
 from tpkernels.comm.group import Group
@@ -55,6 +55,27 @@ def alike(got: Any, want: Any, what: str) -> int:
 def attentions(output: Any) -> list[Tensor]:
     names = ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions")
     return [x for name in names for x in output.get(name) or ()]
+
+
+def hidden_states_of_sharded_tokens(group: Group) -> None:
+    for model_type in ("llama", "gemma2", "gpt2"):
+        more = FAMILIES[model_type] | dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+        whole, cut = (tiny(model_type, attention="eager", **more) for _ in range(2))
+        parallelize(cut, group=group, sequence_parallel=True)
+        for use_reentrant in (None, False, True):
+            for model in (whole, cut):
+                if use_reentrant is not None and model.supports_gradient_checkpointing:
+                    model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            for call in ({}, {"return_dict": False}):
+                asked = {"output_hidden_states": True, "use_cache": False}
+                outputs = [m(input_ids=ids(), **asked, **call) for m in (cut, whole)]
+                assert alike(*outputs, f"{model_type} {use_reentrant}") > 2
+            outputs = [m(input_ids=ids(), labels=ids(), output_hidden_states=True) for m in (whole, cut)]
+            losses = [o.loss + sum(h.square().mean() for h in o.hidden_states) for o in outputs]
+            close(losses[1], losses[0], "a loss of hidden states")
+            compare_steps(cut, whole, losses, f"{model_type} {use_reentrant}")
+            for model in (whole, cut):
+                model.zero_grad()
 
 
 def of_decoders(group: Group) -> None:
@@ -175,6 +196,7 @@ def of_generation(group: Group) -> None:
 def check(folder: str) -> None:
     with Group.open() as group:
         of_decoders(group)
+        hidden_states_of_sharded_tokens(group)
         of_caches(group)
         of_other_families(group)
         of_methods(group, folder)

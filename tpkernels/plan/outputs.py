@@ -1,11 +1,11 @@
-"""Inputs and outputs of a sharded model that have heads: attention weights are gathered, full caches are refused."""
+"""Inputs and outputs of a sharded model: attention weights and hidden states are gathered, full caches are refused."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,33 +26,85 @@ class _Seen:
     """Attention weights that a block returned.
 
     Attributes:
-        weights: [N, this rank's heads, L, S].
+        local: [N, this rank's heads, L, S].
         first: the first of these heads.
         heads: the number of heads of all ranks.
         group: of the ranks.
     """
 
-    weights: Tensor
+    local: Tensor
     first: int
     heads: int
     group: Group
 
     def gathered(self) -> Tensor:
         """Return [N, heads, L, S] on every rank; the gradient of this rank's heads is its own."""
-        around = (self.first, self.heads - self.first - self.weights.size(1))
-        return ops.all_reduce(F.pad(self.weights, (0, 0, 0, 0, *around)), group=self.group)
+        around = (self.first, self.heads - self.first - self.local.size(1))
+        return ops.all_reduce(F.pad(self.local, (0, 0, 0, 0, *around)), group=self.group)
 
 
-class GatheredAttentions:
+class Part(Protocol):
+    """A tensor that a module inside a model returned.
+
+    Attributes:
+        local: what this rank has of it.
+    """
+
+    local: Tensor
+
+    def gathered(self) -> Tensor:
+        """Return what all ranks have, on every rank."""
+
+
+class GatheredOutputs:
+    """Replaces tensors of this rank by those of all ranks in what a model returns for an option of its forward.
+
+    They are found in the model's output by the tensors and not by names or places, so that tuples and outputs of any
+    class work.
+
+    Args:
+        option: the name of the option.
+    """
+
+    def __init__(self, option: str) -> None:
+        self._option = option
+        self._wanted: list[bool] = []  # of the models that are running, the outer ones first
+        self._seen: list[Part] = []
+
+    def surround(self, model: nn.Module) -> None:
+        """Register hooks on a model that takes the option."""
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of a model: note whether it returns such tensors."""
+        wanted = kwargs.get(self._option)
+        if wanted is None and args:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            wanted = dict(zip(names, args, strict=False)).get(self._option)
+        self._wanted.append(bool(getattr(module.config, self._option, False) if wanted is None else wanted))
+
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook of a model, also when it raised: replace the tensors of this rank by those of all."""
+        seen = list(self._seen) if self._wanted and self._wanted.pop() else []
+        if not any(self._wanted):
+            self._seen.clear()
+        return tree_map(lambda x: next((s.gathered() for s in seen if s.local is x), x), output) if seen else None
+
+
+def takes_options(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+class GatheredAttentions(GatheredOutputs):
     """Gathers the attention weights that a model returns for output_attentions.
 
-    Attention blocks return those of their rank's heads. They are found in the model's output by the tensors and not by
-    names or places, so that tuples and outputs of any class work.
+    Attention blocks return those of their rank's heads.
     """
 
     def __init__(self) -> None:
-        self._wanted: list[bool] = []  # of the models that are running, the outer ones first
-        self._seen: list[_Seen] = []
+        super().__init__("output_attentions")
 
     def watch(self, model: nn.Module, resolved: Resolved, group: Group) -> None:
         """Register hooks on the models in `model` that hold sharded attention, and on its blocks.
@@ -75,34 +127,18 @@ class GatheredAttentions:
             return
         for name, module in modules.items():
             inside = [n for n in heads if n.startswith(f"{name}." if name else "")]
-            if inside and hasattr(module, "config") and hasattr(module, "main_input_name"):
+            if inside and takes_options(module):
                 here = [block for block in cut if block.name in inside]
                 module.register_forward_pre_hook(CacheCheck(module, here, group), with_kwargs=True)
-                module.register_forward_pre_hook(self.begin, with_kwargs=True)
-                module.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+                self.surround(module)
         for name, found in heads.items():
             modules[name].register_forward_hook(BlockWatch(self._seen, self._wanted, found, group))
-
-    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of a model: note whether it returns attention weights."""
-        wanted = kwargs.get("output_attentions")
-        if wanted is None and args:
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            wanted = dict(zip(names, args, strict=False)).get("output_attentions")
-        self._wanted.append(bool(getattr(module.config, "output_attentions", False) if wanted is None else wanted))
-
-    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook of a model, also when it raised: replace the weights of this rank by those of all."""
-        seen = list(self._seen) if self._wanted and self._wanted.pop() else []
-        if not any(self._wanted):
-            self._seen.clear()
-        return tree_map(lambda x: next((s.gathered() for s in seen if s.weights is x), x), output) if seen else None
 
 
 class BlockWatch:
     """A hook of an attention block that notes the attention weights it returns while a model around returns them."""
 
-    def __init__(self, seen: list[_Seen], wanted: list[bool], heads: Heads | None, group: Group) -> None:
+    def __init__(self, seen: list[Part], wanted: list[bool], heads: Heads | None, group: Group) -> None:
         self._seen, self._wanted, self._heads, self._group = seen, wanted, heads, group
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -26,6 +26,7 @@ from tpkernels.layers.reference import Ref
 from tpkernels.plan.derive.inputs import Call
 from tpkernels.plan.resolved import Resolved
 from tpkernels.plan.sequence.boundaries import Boundary, PostHook, PreHook, find_boundaries
+from tpkernels.plan.sequence.hidden import GatheredHiddenStates
 from tpkernels.plan.sequence.tokens import TOKENS, check_tokens
 from tpkernels.plan.styles.base import CutSettings, Style
 from tpkernels.plan.styles.modules import Summed
@@ -60,6 +61,7 @@ class GatherTokens:
 class SequencePlan:
     """The layers of a decoder between which tokens are sharded, and the boundaries inside them."""
 
+    model: nn.Module
     layers: list[nn.Module]
     boundaries: list[Boundary]
 
@@ -78,7 +80,7 @@ class SequencePlan:
         modules = resolved.modules
         layers = check_sequence(model, modules, [block.name for block in resolved.blocks])
         styles = {modules[name]: style for name, style in resolved.styles.items()}
-        return cls(layers, _checked_boundaries(model, layers, styles, inputs))
+        return cls(model, layers, _checked_boundaries(model, layers, styles, inputs))
 
     def apply(self, settings: CutSettings) -> None:
         """Shard the tokens in front of the first layer, gather them behind the last, and arrange the layers between.
@@ -109,6 +111,7 @@ class SequencePlan:
                 boundary.register_hooks(outside, shard)
         for layer in self.layers:
             BlockRandom(layer, group, at_once=True)
+        GatheredHiddenStates(outside).watch(self.model, self.layers)
         self.layers[0].register_forward_pre_hook(PreHook(shard), with_kwargs=True)
         self.layers[-1].register_forward_hook(PostHook(outside))
 
