@@ -73,6 +73,15 @@ def check_vmap() -> None:
             torch.testing.assert_close(got, want, msg=lambda m, n=name: f"{n}: {m}")
             gradients = [torch.autograd.grad(y.square().sum(), xs)[0] for y in (got, want)]
             torch.testing.assert_close(*gradients, msg=lambda m, n=name: f"{n}: {m}")
+        shared: list[Callable[[Tensor], Tensor]] = [
+            lambda x: layers.sum_gradient(x, group=group)[0],
+            lambda x: layers.take_shard(x, 0, group=group),
+            lambda x: ops.all_gather(x, group=group, dim_size=2 * group.world_size**2, grad="split"),
+        ]
+        for call in shared:
+            found = [torch.stack([call(x) for x in xs]), vmap(call)(xs)]
+            torch.testing.assert_close(found[1], found[0])
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), xs)[0] for y in found))
         x = torch.randn(3, 4)
         assert torch.equal(vmap(lambda t: ops.all_reduce_(t.clone(), group=group))(x), x * group.world_size)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpkernels.comm.group import Group, resolve
-from tpkernels.ops.gradients import backward_codec, gather_from
+from tpkernels.ops.checks import is_recorded
+from tpkernels.ops.gradients import Function, backward_codec, gather_from
 from tpkernels.ops.linear import linear_gradients, saved_linear
 from tpkernels.shard import ShardInfo, part
 
 # Backwards call the torch ops and not the public functions, whose argument checks torch.compile cannot trace there.
 
 
-class _TakeShard(torch.autograd.Function):
+class _TakeShard(Function):
     """Forward: this rank's shard. Backward: gather the shards of all ranks."""
 
     @staticmethod
@@ -34,7 +36,7 @@ class _TakeShard(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-class _SumGradient(torch.autograd.Function):
+class _SumGradient(Function):
     """Forward: the tensors. Backward: the sum over the ranks of their gradients, all in one collective."""
 
     @staticmethod
@@ -106,18 +108,19 @@ def sum_gradient(*tensors: Tensor, group: Group | None = None, grad_codec: str =
         ValueError: tensors of several dtypes; grad_codec does not exist or does not fit the dtype.
     """
     group = resolve(group)
-    wanted = [t for t in tensors if t.requires_grad]
+    recorded = [is_recorded(t) for t in tensors]
+    wanted = list(compress(tensors, recorded))
     for t in wanted[:1]:
         backward_codec("sum_gradient", "none", grad_codec, t)
     if len({t.dtype for t in wanted}) > 1:
         raise ValueError(f"sum_gradient: tensors must have one dtype, got {[t.dtype for t in wanted]}")
-    if group.world_size == 1 or not wanted or not torch.is_grad_enabled():
+    if group.world_size == 1 or not wanted:
         return tensors
     summed = iter(_SumGradient.apply(group.name, group.world_size, grad_codec, *wanted))  # type: ignore[no-untyped-call]
-    return tuple(next(summed) if t.requires_grad else t for t in tensors)
+    return tuple(next(summed) if known else t for t, known in zip(tensors, recorded, strict=True))
 
 
-class _SumShared(torch.autograd.Function):
+class _SumShared(Function):
     """Forward: the shard. Backward: its gradient, summed over the ranks that hold the same indices."""
 
     @staticmethod
@@ -149,7 +152,7 @@ def sum_shared(shard: Tensor, info: ShardInfo) -> Tensor:
     return y
 
 
-class _LocalLinear(torch.autograd.Function):
+class _LocalLinear(Function):
     """A linear whose input gradient stays this rank's, with the GEMMs that the fused ops would take."""
 
     @staticmethod

@@ -72,6 +72,12 @@ def is_transforming() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Return whether autograd may record operations on x: vmap hides whether the tensor that it maps requires grad."""
+    hidden = not x.requires_grad and x.is_floating_point() and not is_compiling() and is_transforming()
+    return torch.is_grad_enabled() and (x.requires_grad or hidden)
+
+
 def _is_differentiated(x: Tensor) -> bool:
     """Whether torch.func, at any level, records operations on x."""
     if not torch.is_grad_enabled():

@@ -23,6 +23,7 @@ from .checks import (
     check_size,
     check_tensor,
     check_writable,
+    is_recorded,
     is_transforming,
 )
 from .gradients import backward_codec, copy_to, gather_from
@@ -282,7 +283,7 @@ def all_gather(
         raise ValueError(f"all_gather: grad must be 'reduce' or 'split', got {grad!r}")
     dim = check_dim("all_gather", x_shard, dim)
     check_size("all_gather", "dim_size", dim_size)
-    wants_grad = not plain and torch.is_grad_enabled() and x_shard.requires_grad
+    wants_grad = not plain and is_recorded(x_shard)
     unknown = plain and dim_size is None  # the op exchanges the sizes
     size = -1 if unknown else full_size("all_gather", x_shard, dim, dim_size, group, wants_grad)
     place = (group.name, group.world_size, group.rank, dim, size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tpkernels.shard import part_size, part_start
 
-from .checks import check_codec
+from .checks import check_codec, is_recorded
 
 Call = torch.ops.tpkernels
 
@@ -33,7 +33,13 @@ def backward_codec(op: str, codec: str, grad_codec: Any, x: Any) -> str:
     return grad_codec  # type: ignore[no-any-return]
 
 
-class _CopyTo(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """A torch.autograd.Function that torch.func.vmap can map. (With a jvp of its own Dynamo could not trace it.)"""
+
+    generate_vmap_rule = True
+
+
+class _CopyTo(Function):
     """Forward: x itself. Backward: the sum of the gradients of all ranks."""
 
     @staticmethod
@@ -52,13 +58,13 @@ class _CopyTo(torch.autograd.Function):
 
 def copy_to(x: Tensor, group: str, world_size: int, codec: str = "none") -> Tensor:
     """Return a replicated x for use on each rank's shard: its gradient is summed over the ranks, packed by `codec`."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not is_recorded(x):
         return x
     y: Tensor = _CopyTo.apply(x, group, world_size, codec)  # type: ignore[no-untyped-call]
     return y
 
 
-class _GatherFrom(torch.autograd.Function):
+class _GatherFrom(Function):
     """Forward: all_gather. Backward: this rank's part, because the gradient is the same on all ranks."""
 
     @staticmethod
@@ -76,7 +82,7 @@ class _GatherFrom(torch.autograd.Function):
         return dx, *(None for _ in ctx.call)
 
 
-class _ScatterTo(torch.autograd.Function):
+class _ScatterTo(Function):
     """Forward: this rank's part of a replicated tensor. Backward: the gradients of all parts, gathered."""
 
     @staticmethod

@@ -25,6 +25,7 @@ from tpkernels.layers.base import Cut, ParallelModule, gather
 from tpkernels.layers.convert import Tied, convert
 from tpkernels.layers.functions import local_linear
 from tpkernels.layers.linear import RowParallelLinear
+from tpkernels.ops.checks import is_recorded
 from tpkernels.plan.styles.base import CutSettings, Style
 from tpkernels.plan.styles.linear import RowStyle
 from tpkernels.shard import packed_runs, part_size, part_start
@@ -197,7 +198,7 @@ class ByHeads(ParallelModule):
     def _of_own_heads(self, mask: Tensor) -> Tensor:
         """[N, num_heads, L, S] -> those of this rank's heads; the gradient is gathered."""
         rank, R = self._place
-        if mask.requires_grad:
+        if is_recorded(mask):
             return take_shard(mask, 1, group=self.group, grad_codec=self.grad_codec)
         return mask.narrow(1, part_start(self.num_heads, R, rank), part_size(self.num_heads, R, rank))
 
