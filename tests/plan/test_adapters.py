@@ -260,6 +260,9 @@ def prompts_of_peft_are_the_same_on_all_ranks(group: Group, folder: str) -> None
     for config in (
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        peft.CPTConfig(
+            task_type="CAUSAL_LM", cpt_token_ids=[3, 40, 66], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1, 2, 4]
+        ),
     ):
         base = tiny("llama")
         torch.manual_seed(group.rank)

@@ -205,9 +205,6 @@ def _complete(model: nn.Module, top: nn.Module, group: Group) -> None:
     for module in model.modules():
         if hasattr(type(module), "add_weighted_adapter"):
             module.add_weighted_adapter = WeightedAdapters(module, top)  # type: ignore[assignment]
-    if getattr(model, "word_embeddings", ...) is None and hasattr(top, "get_input_embeddings"):
-        # peft looks for a table with as many rows as there are words
-        wrapper.word_embeddings = top.get_input_embeddings()  # type: ignore[operator]
     prompts = getattr(model, "prompt_encoder", None)
     for parameter in prompts.parameters() if isinstance(prompts, nn.Module) else ():
         parameter.data.copy_(_of_rank_0(parameter.data, group))

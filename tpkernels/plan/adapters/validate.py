@@ -14,7 +14,7 @@ from tpkernels.layers.reference import Ref
 from tpkernels.plan.styles.modules import SumTail
 
 # Prompts that are embeddings in front of the sequence, which every rank holds whole.
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 LINEARS = (ColumnParallelLinear, RowParallelLinear, SumTail)  # that LoRA may adapt
 INITS = (True, "gaussian")  # of A; B begins as zeros
 INSIDE = ("base_layer", "original_module", "token_adapter")  # names that peft puts between
