@@ -129,17 +129,23 @@ def _on_full_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
                 loss = given[0]()
             on_full_tensors(self)
             return loss
-        if isinstance(self, optim.LBFGS) or any(map(callable, given)):
+        if isinstance(self, optim.LBFGS) or any(map(_runs_model, given)):
             raise ValueError(
                 f"{name}.{method.__name__}: with parameters that are cut over {cut[0][2].label!r} it runs on gathered "
-                f"tensors, where a closure that runs the model cannot be called: take one that needs none or, if "
-                f"{name} treats every value by itself, add it once: tpkernels.optimizers.ELEMENTWISE.add({name})"
+                f"tensors, where a closure that runs the model cannot be called, nor the backward of a loss: take one "
+                f"that needs neither or, if {name} treats every value by itself, add it once: "
+                f"tpkernels.optimizers.ELEMENTWISE.add({name})"
             )
         _check_same_gradients(f"{name}.{method.__name__}", self, cut)
         with _full_tensors(self, cut):
             return method(self, *args, **kwargs)
 
     return on_full_tensors
+
+
+def _runs_model(given: Any) -> bool:
+    """Whether an argument is a closure, or a loss whose backward follows (LOMO)."""
+    return callable(given) or (isinstance(given, Tensor) and given.grad_fn is not None)
 
 
 def _cut_parameters(optimizer: optim.Optimizer) -> list[_Cut]:
