@@ -60,6 +60,36 @@ def state_dicts_are_loaded_by_the_rank_that_saved_them(folder: str) -> None:
         close(again(x()), whole(x()), "full tensors")
 
 
+def states_of_optimizers_are_loaded_by_the_rank_that_saved_them(folder: str) -> None:
+    with Group.open(timeout_s=30) as group:
+        for kind in (torch.optim.Adam, OfFullTensors):
+            models = [cut_over(group) for _ in range(2)]
+            first, second = (kind(model.parameters(), lr=0.05) for model in models)
+            for model, optimizer in zip(models, (first, second), strict=True):
+                model(x()).square().sum().backward()
+                optimizer.step()
+            torch.save(first.state_dict(), f"{folder}/{group.rank}.pt")
+            dist.barrier()
+            before = copy.deepcopy(second.state_dict())
+            other = torch.load(f"{folder}/{1 - group.rank}.pt")
+            text = raised(partial(second.load_state_dict, other), ValueError)
+            assert f"parameter 0 is that of the shard of rank {1 - group.rank} of 2" in text
+            assert all(torch.equal(second.state_dict()["state"][0][k], v) for k, v in before["state"][0].items())
+            third = kind(models[1].parameters(), lr=0.05)
+            third.load_state_dict(torch.load(f"{folder}/{group.rank}.pt"))
+            for optimizer in (first, third):
+                optimizer.step()
+            close(models[1](x()), models[0](x()), "a state of its own")
+            dist.barrier()
+
+
+class OfFullTensors(torch.optim.Adam):
+    """A class that is not known to step on shards."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
 def accelerators_save_under_own_names(folder: str) -> None:
     from accelerate import Accelerator
 
@@ -100,7 +130,10 @@ def trainers_that_nobody_fitted_save_no_optimizer(folder: str) -> None:
 
 def norms_of_copies_are_those_of_the_whole_model() -> None:
     """Masters in another dtype, whose gradients are set by hand: all parameters, or all that are trained."""
+    with Group.open(timeout_s=30) as first:
+        other = cut_over(first)  # of the same shapes, and alive below
     with Group.open(timeout_s=30) as group:
+        assert other[0].weight.shape == cut_over(group)[0].weight.shape
         for frozen in ((), ("0.weight",)):
             norms = []
             for model in (even(), cut_over(group)):
@@ -122,6 +155,10 @@ def norms_of_copies_are_those_of_the_whole_model() -> None:
 
 def test_state_dicts_are_loaded_by_the_rank_that_saved_them(tmp_path: Any) -> None:
     run_ranks(state_dicts_are_loaded_by_the_rank_that_saved_them, 2, str(tmp_path))
+
+
+def test_states_of_optimizers_are_loaded_by_the_rank_that_saved_them(tmp_path: Any) -> None:
+    run_ranks(states_of_optimizers_are_loaded_by_the_rank_that_saved_them, 2, str(tmp_path))
 
 
 def test_accelerators_save_under_own_names(tmp_path: Any) -> None:

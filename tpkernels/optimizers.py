@@ -39,6 +39,9 @@ CLOSURE_FIRST = {getattr(optim, name) for name in ("Adafactor", "Muon") if hasat
 ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
 """Methods that a class may define and still treat every value by itself, beside those with double underscores."""
 
+PLACES = "tpk_places"
+"""The key of a state dict under which it says whose shards it holds."""
+
 _Cut = tuple[Tensor, ShardInfo, Group]
 _wrapped: set[type[optim.Optimizer]] = set()
 
@@ -87,21 +90,58 @@ def watch_optimizers() -> None:
 
     @functools.wraps(load)
     def load_state_dict(self: optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        _refuse_another_rank(self, state_dict)
         load(self, state_dict)
         _take_shards(self)
 
     optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    state_of = optim.Optimizer.state_dict
+
+    @functools.wraps(state_of)
+    def state_dict(self: optim.Optimizer) -> dict[str, Any]:
+        found = state_of(self)
+        if any(places := _places(self)):
+            found[PLACES] = places
+        return found
+
+    optim.Optimizer.state_dict = state_dict  # type: ignore[method-assign]
+
+
+def _places(optimizer: optim.Optimizer) -> list[tuple[int, int] | None]:
+    """Of each parameter, in the order of a state dict, the rank and number of ranks of the shard; None where full."""
+    infos = [shard_info(p) for group in optimizer.param_groups for p in group["params"]]
+    return [None if info is None or info.world_size == 1 else (info.rank, info.world_size) for info in infos]
+
+
+def _refuse_another_rank(optimizer: optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a state dict holds another rank's shards of the state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = zip(parameters, _places(optimizer), state_dict.get(PLACES, ()), strict=False)
+    for number, (parameter, place, other) in enumerate(saved):
+        state = state_dict["state"].get(number, {}).values()
+        if (
+            place
+            and other
+            and tuple(other) != place
+            and any(getattr(v, "shape", None) == parameter.shape for v in state)
+        ):
+            raise ValueError(
+                f"{type(optimizer).__name__}.load_state_dict: the state of parameter {number} is that of the shard of "
+                f"rank {other[0]} of {other[1]}, expected that of rank {place[0]} of {place[1]} or of the full tensor: "
+                f"save each rank's under a name of its own, or take tpkernels.checkpoint.save and load"
+            )
 
 
 def _take_shards(optimizer: optim.Optimizer) -> None:
-    """Of state that was saved by an optimizer of the full model, keep this rank's shards."""
+    """Of state that was saved by an optimizer of the full model, keep this rank's shards; know shards as such."""
     for parameter, state in optimizer.state.items():
-        if (info := shard_info(parameter)) is None:
+        if (info := shard_info(parameter)) is None or info.full_shape(parameter) == parameter.shape:
             continue
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == info.full_shape(parameter) != parameter.shape:
-                state[name] = info.part(value).clone()
-                mark_part(state[name])
+            if isinstance(value, Tensor) and value.shape == info.full_shape(parameter):
+                state[name] = value = info.part(value).clone()
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                mark_part(value)
 
 
 def _wrap(kind: type[optim.Optimizer]) -> None:

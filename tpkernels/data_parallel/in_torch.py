@@ -58,13 +58,17 @@ def watch_copies_of(model: nn.Module) -> None:
 
 def _infos_of_copies(tensors: list[Tensor]) -> list[ShardInfo | None]:
     """The ShardInfo of tensors with the shapes, one after the other, of all or all trained parameters of a model."""
-    shapes = [t.shape for t in tensors]
+    shapes, found = [t.shape for t in tensors], []
     for model in list(_models):
         every = list(model.parameters())
         for chosen in (every, [p for p in every if p.requires_grad]):
             if shapes == [p.shape for p in chosen]:
-                return [shard_info(p) for p in chosen]
-    return [None] * len(tensors)
+                infos = [shard_info(p) for p in chosen]
+                names = sorted({info.group_name for info in infos if info is not None})
+                if all(find(name=name) for name in names):
+                    found.append((names, infos))
+    # The set has another order on each rank.
+    return min(found, key=lambda one: one[0])[1] if found else [None] * len(tensors)
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
