@@ -187,14 +187,20 @@ Backend::Works Backend::message(OpType type, const char* title, Tensors& tensors
     check_rank(sends ? "send" : "recv", "the other rank", peer);
     TORCH_CHECK(peer != rank_, sends ? "send" : "recv", where(), ": the other rank must not be this one");
   }
-  if (mailboxes_ == nullptr) {
-    const auto& other = gloo();
-    return kept(sends                           ? other->send(tensors, peer, tag)
-                : type == OpType::RECVANYSOURCE ? other->recvAnysource(tensors, tag)
-                                                : other->recv(tensors, peer, tag));
-  }
   const WithoutAutograd guard;
   const Values values(tensor, sends);
+  if (mailboxes_ == nullptr) {
+    const auto& other = gloo();
+    Tensors plain{values.memory()};
+    const Works work = sends                           ? other->send(plain, peer, tag)
+                       : type == OpType::RECVANYSOURCE ? other->recvAnysource(plain, tag)
+                                                       : other->recv(plain, peer, tag);
+    if (sends || !values.is_copy()) return kept(work);
+    return kept(c10::make_intrusive<WrittenBackWork>(work, [values] {
+      const WithoutAutograd guard;
+      values.write_back();
+    }));
+  }
   const auto work = c10::make_intrusive<MessageWork>(rank_, type, title, tensors, mailboxes_);
   const auto done = [work, values, sends](std::exception_ptr error, int source) {
     if (!error && !sends) {

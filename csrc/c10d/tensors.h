@@ -65,10 +65,12 @@ class Values {
         is_plain ? tensor : at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
     if (!is_plain && reads) memory_.copy_(tensor);
   }
+  const at::Tensor& memory() const { return memory_; }
   char* data() const { return static_cast<char*>(memory_.data_ptr()); }
   size_t numel() const { return static_cast<size_t>(memory_.numel()); }
+  bool is_copy() const { return !memory_.is_same(tensor_); }
   void write_back() const {
-    if (!memory_.is_same(tensor_)) tensor_.copy_(memory_);
+    if (is_copy()) tensor_.copy_(memory_);
   }
 
  private:

@@ -94,6 +94,23 @@ bool CollectiveWork::wait(std::chrono::milliseconds timeout) {
   return Work::wait(timeout);
 }
 
+void WrittenBackWork::write_back() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (write_back_) std::exchange(write_back_, nullptr)();
+}
+
+bool WrittenBackWork::isCompleted() {
+  const bool has_ended = work_->isCompleted();
+  if (has_ended && work_->isSuccess()) write_back();
+  return has_ended;
+}
+
+bool WrittenBackWork::wait(std::chrono::milliseconds timeout) {
+  work_->wait(timeout);
+  write_back();
+  return true;
+}
+
 bool CoalescedWork::isCompleted() {
   for (const auto& work : works_) {
     if (!work->isCompleted()) return false;

@@ -57,6 +57,22 @@ class MessageWork final : public Work {
   const std::shared_ptr<Mailboxes> mailboxes_;
 };
 
+// Of a receive into other memory than the tensor's: `write_back` runs once, when somebody sees that it has ended.
+class WrittenBackWork final : public c10d::Work {
+ public:
+  WrittenBackWork(c10::intrusive_ptr<c10d::Work> work, std::function<void()> write_back)
+      : c10d::Work(-1, c10d::OpType::RECV), work_(std::move(work)), write_back_(std::move(write_back)) {}
+  bool isCompleted() override;
+  bool wait(std::chrono::milliseconds timeout) override;
+  int sourceRank() const override { return work_->sourceRank(); }
+
+ private:
+  void write_back();
+
+  const c10::intrusive_ptr<c10d::Work> work_;
+  std::function<void()> write_back_;  // under mutex_
+};
+
 // Several Works as one (startCoalescing).
 class CoalescedWork final : public c10d::Work {
  public:

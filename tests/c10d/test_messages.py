@@ -115,16 +115,15 @@ def check_a_ring_of_operations_with_strides(transport: str) -> None:
     group, rank, R = new_group(transport), dist.get_rank(), dist.get_world_size()
     if R == 1:
         return
-    out, into = torch.full((40, 3), float(rank)).t(), torch.zeros(40, 6)[:, ::2].t()
-    if transport == "group":  # gloo sends contiguous tensors alone
-        out, into = out.contiguous(), into.contiguous()
+    values = torch.arange(120.0).view(40, 3)
+    out, into = (values + 1000 * rank).t(), torch.zeros(40, 6)[:, ::2].t()
     operations = [
         dist.P2POp(dist.isend, out, (rank + 1) % R, group),
         dist.P2POp(dist.irecv, into, (rank - 1) % R, group),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
-    assert torch.equal(into, torch.full((3, 40), float((rank - 1) % R)))
+    assert torch.equal(into, (values + 1000 * ((rank - 1) % R)).t())
 
 
 @on_ranks(2, 3, transports=BOTH_TRANSPORTS)
