@@ -110,7 +110,9 @@ def check_misuse_is_an_error_and_nothing_is_lost() -> None:
             backward(model, group.rank, 0)
             text = raised(lambda: backward(model, group.rank, 1), RuntimeError)
             assert re.search(
-                r"parameter '\w+' got a gradient after that of this step was sent; put all .* no_sync\(\)", text
+                r"parameter '\w+' got a gradient after that of this step was sent; put all .* no_sync\(\), "
+                r"and call wait\(\) after each step, also after one whose backward pass failed",
+                text,
             )
             with aggregator.no_sync():  # which comes before the pass that sends, not after it
                 assert "after that of this step was sent" in raised(lambda: backward(model, 0, 1), RuntimeError)

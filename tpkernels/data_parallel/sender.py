@@ -160,9 +160,9 @@ class Sender:
             self._sent.pop(index, None)  # torch has added to it already; this error is enough
             raise RuntimeError(
                 f"GradAggregator: parameter {name!r} got a gradient after that of this step was sent; put all backward "
-                f"passes of a step but the last one under no_sync(), and call wait() after each step. (One backward "
-                f"pass gives a parameter several gradients where blocks that share it are recomputed by "
-                f"torch.utils.checkpoint: take use_reentrant=False there.)"
+                f"passes of a step but the last one under no_sync(), and call wait() after each step, also after one "
+                f"whose backward pass failed. (One backward pass gives a parameter several gradients where blocks that "
+                f"share it are recomputed by torch.utils.checkpoint: take use_reentrant=False there.)"
             )
         if gradient.layout != torch.strided:
             raise ValueError(
