@@ -38,9 +38,6 @@ class Options:
     transport: str = "auto"
 
 
-_FOREVER_S = 1e8  # three years, instead of an infinite timeout
-
-
 @cache
 def _module() -> Any:
     """The compiled module.
@@ -87,8 +84,7 @@ def _create(options: Any, wanted: Any) -> Any:
 
 def _open(group: NewGroup, label: str, transport: str) -> Any:
     module = _module()
-    timeout_s = min(group.timeout.total_seconds(), _FOREVER_S)
-    communicator, is_crowded = open_for_backend(group, label, timeout_s, transport)
+    communicator, is_crowded = open_for_backend(group, label, group.timeout.total_seconds(), transport)
     if communicator.transport not in ("shm", "local"):
         group.gloo  # noqa: B018  # for messages, which two ranks alone exchange: made while all ranks are here
 

@@ -47,27 +47,14 @@ def explain(
     numel: int = 0,
     dtype: torch.dtype = torch.float32,
     codec: str = "none",
-    bias: bool = False,
     dim: int = 0,
     tune: bool = False,
 ) -> Explanation:
-    """Return the path of one call and the reason.
+    """Return the path of one call and the reason: `Group.explain` of an op, which has the other arguments.
 
     Args:
         communicator: of the group.
         is_cpu: whether it works on CPU tensors.
-        op: the public function.
-        M, N, K: this rank's sizes of a GEMM: x[M, K], w[N, K].
-        numel: values of a collective's tensor.
-        dtype: of the tensors.
-        codec: of the sum, or of what is gathered.
-        bias: whether the GEMM adds one; it changes no path.
-        dim: the dimension that is cut or gathered.
-        tune: measure the GEMM engines of the CPU for this shape first (profile.py), or on GPUs the paths of the GEMM
-            and its backward (paths.py); all ranks call this.
-
-    Raises:
-        ValueError: no such op, or a dtype or codec that it does not take.
     """
     if op not in _COLLECTIVES + _GEMMS:
         raise ValueError(f"explain: op must be one of {[*_COLLECTIVES, *_GEMMS]}, got {op!r}")

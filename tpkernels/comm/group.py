@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpkernels.comm.devices import device_of
 from tpkernels.comm.explain import Explanation, explain
 from tpkernels.comm.one_shot import Team, measure_one_shot
-from tpkernels.comm.open import TIMEOUT_S, TRANSPORTS, open_communicator
+from tpkernels.comm.open import TIMEOUT_S, open_communicator
 from tpkernels.comm.process_groups import DESTROYED, check_usable, process_group_of, when_destroyed
 from tpkernels.comm.profile import Product, measure
 
@@ -28,7 +28,6 @@ from tpkernels.comm.profile import Product, measure
 _open_groups: dict[str, Group] = {}
 _default: Group | None = None
 _CPU = torch.device("cpu")
-_FOREVER_S = 1e8  # three years, instead of an infinite timeout_s, which clocks of nanoseconds cannot hold
 _of_the_parent: list[Group] = []  # in a forked child
 
 
@@ -119,16 +118,9 @@ class Group:
         process_group, label = process_group_of(process_group_or_mesh_dim)
         check_usable(process_group, label)
         where = device_of(process_group, device)
-        if transport not in TRANSPORTS[where.type]:
-            raise ValueError(
-                f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[where.type]))} on {where.type}, "
-                f"got {transport!r}"
-            )
         if timeout_s is None:
             timeout_s = TIMEOUT_S[where.type]
-        _check_open(timeout_s, arena_bytes)
-        waits_s = min(float(timeout_s), _FOREVER_S)
-        opened = open_communicator(process_group, label, where, waits_s, arena_bytes, transport, multicast)
+        opened = open_communicator(process_group, label, where, timeout_s, arena_bytes, transport, multicast)
         return cls(opened.communicator, process_group, timeout_s, opened.reason, where, opened.profile)
 
     @property
@@ -204,18 +196,39 @@ class Group:
         self._refuse_in_a_capture("check", "check when the graph has been launched")
         self._communicator.check()
 
-    def explain(self, op: str | None = None, **shape: Any) -> Explanation:
+    def explain(
+        self,
+        op: str | None = None,
+        *,
+        M: int = 0,
+        N: int = 0,
+        K: int = 0,
+        numel: int = 0,
+        dtype: torch.dtype = torch.float32,
+        codec: str = "none",
+        dim: int = 0,
+        tune: bool = False,
+    ) -> Explanation:
         """The path that a call would take, and the reason.
 
         Args:
-            op: name of an op; None explains the choice of the transport.
-            shape: M, N, K (this rank's sizes), dtype, codec, bias (bool) and dim for the GEMMs; numel, dtype and codec
-                for the collectives. With tune=True, on all ranks, the GEMM engines of the CPU, or the paths on GPUs,
-                are timed for that shape, and this group and those that open later take the faster one.
+            op: name of a collective or a GEMM; None explains the choice of the transport.
+            M, N, K: this rank's sizes of a GEMM: x[M, K], w[N, K].
+            numel: values of a collective's tensor.
+            dtype: of the tensors.
+            codec: of the sum, or of what is gathered.
+            dim: the dimension that is scattered or gathered.
+            tune: time the GEMM engines of the CPU, or the paths on GPUs, for this shape first; this group and those
+                that open later take the fastest. All ranks call it.
+
+        Raises:
+            ValueError: no such op, or a dtype or codec that it does not take.
         """
         if op is None:
             return Explanation(self.transport, self._reason, profile=self._profile)
-        return replace(explain(self._communicator, self.is_cpu, op, **shape), profile=self._profile)
+        shape = {"M": M, "N": N, "K": K, "numel": numel, "dim": dim}
+        found = explain(self._communicator, self.is_cpu, op, **shape, dtype=dtype, codec=codec, tune=tune)
+        return replace(found, profile=self._profile)
 
     def note_shards(self, even: bool) -> None:
         """Say whether all ranks' shards of a weight have the same size. Parallel linears do so.
@@ -344,15 +357,6 @@ def _restore(name: str, label: str) -> Group:
         known = sorted({group.label for group in _open_groups.values()})
         raise ValueError(f"group: no group '{label}' is open in this process (open: {known}); open it before loading")
     return group
-
-
-def _check_open(timeout_s: float, arena_bytes: int | None) -> None:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, SupportsFloat):
-        raise TypeError(f"Group.open: timeout_s must be a number of seconds, got {type(timeout_s).__name__}")
-    if not float(timeout_s) > 0:
-        raise ValueError(f"Group.open: timeout_s must be positive (math.inf: no limit), got {timeout_s}")
-    if arena_bytes is not None and (not isinstance(arena_bytes, int) or arena_bytes < 1 << 18):
-        raise ValueError(f"Group.open: arena_bytes must be an int of at least {1 << 18}, got {arena_bytes!r}")
 
 
 def _close_with(process_group: dist.ProcessGroup, name: str) -> Callable[[], object]:

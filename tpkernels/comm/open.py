@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ TIMEOUT_S = {"cpu": 30.0, "cuda": 600.0}
 ARENA_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # a quarter of it is a slot
 BACKEND_ARENA_BYTES = 4 << 20  # slots of a whole piece, and 256 KiB for the messages of each of up to 11 other ranks
 _EXCHANGE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+_FOREVER_S = 1e8  # three years, instead of an infinite timeout_s, which clocks of nanoseconds cannot hold
 
 _log = logging.getLogger("tpkernels")
 
@@ -95,14 +96,17 @@ def open_communicator(
         process_group: the ranks; None for a group of this process alone.
         label: the name of the group in messages.
         device: torch.device("cpu"), or this rank's GPU with its index.
-        timeout_s, arena_bytes, transport, multicast: those of Group.open, checked; timeout_s is finite.
+        timeout_s, arena_bytes, transport, multicast: those of Group.open.
 
     Raises:
-        ValueError: the arguments differ between ranks, or a transport that the ranks cannot have is demanded.
+        TypeError, ValueError: the arguments do not fit or differ between ranks, or a transport is demanded that the
+            ranks cannot have.
         RuntimeError: a rank cannot use its device.
         OSError: memory cannot be reserved.
         TimeoutError, PeerLostError: ranks did not come, or ended; names them.
     """
+    _check_arguments(device, timeout_s, arena_bytes, transport)
+    timeout_s = min(float(timeout_s), _FOREVER_S)
     if multicast and (device.type == "cpu" or transport == "group"):
         raise ValueError(
             f"Group.open: multicast needs device 'cuda' and transport 'peer', got {device.type!r} and {transport!r}"
@@ -123,6 +127,20 @@ def open_communicator(
     return _profiled(_open_cuda(opening, device, kernels), device)
 
 
+def _check_arguments(device: torch.device, timeout_s: float, arena_bytes: int | None, transport: str) -> None:
+    if transport not in TRANSPORTS[device.type]:
+        raise ValueError(
+            f"Group.open: transport must be {', '.join(map(repr, TRANSPORTS[device.type]))} on {device.type}, "
+            f"got {transport!r}"
+        )
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, SupportsFloat):
+        raise TypeError(f"Group.open: timeout_s must be a number of seconds, got {type(timeout_s).__name__}")
+    if not float(timeout_s) > 0:
+        raise ValueError(f"Group.open: timeout_s must be positive (math.inf: no limit), got {timeout_s}")
+    if arena_bytes is not None and (not isinstance(arena_bytes, int) or arena_bytes < 1 << 18):
+        raise ValueError(f"Group.open: arena_bytes must be an int of at least {1 << 18}, got {arena_bytes!r}")
+
+
 def open_for_backend(group: NewGroup, label: str, timeout_s: float, transport: str) -> tuple[Any, bool]:
     """Open the communicator of a back end for torch.distributed, on the CPU; every rank of the group calls this.
 
@@ -134,6 +152,7 @@ def open_for_backend(group: NewGroup, label: str, timeout_s: float, transport: s
     Raises:
         As open_communicator does.
     """
+    timeout_s = min(timeout_s, _FOREVER_S)
     if group.size() == 1:
         return _open_local(None, _names.next(group.group_name, 0), label, torch.device("cpu")), False
     opening = _begin(cast(dist.ProcessGroup, group), label, Wanted(timeout_s, None, transport, "cpu", False))
