@@ -111,11 +111,10 @@ struct Call {
 
   static std::optional<Call> of(Arguments args) {
     auto* const comm = static_cast<Communicator*>(PyLong_AsVoidPtr(args[3]));
-    if (comm == nullptr || !comm->is_open() || !PyUnicode_Check(args[4])) return {};
+    if (comm == nullptr || !comm->is_open()) return {};
     std::optional<Operands> from = Operands::of(args[0], args[1], args[2]);
     if (!from.has_value()) return {};
-    const Codec codec = args[4] == names().none ? Codec::None : codec_of(PyUnicode_AsUTF8(args[4]));
-    const Wire* const wire = find_wire(from->shape.dtype, codec, ReduceOp::Sum);
+    const Wire* const wire = find_wire(from->shape.dtype, codec_named(args[4]), ReduceOp::Sum);
     return wire == nullptr ? std::nullopt : std::optional<Call>({comm, wire, *from});
   }
 };

@@ -3,6 +3,7 @@
 #include "fast_packing.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -24,9 +25,7 @@ bool is_plain(PyObject* x, dlpack::View* view) { return view_of(x, view) && is_c
 
 // nullptr where the codec does not pack the dtype; the op's checks then give the reason.
 const Wire* packing_of(const dlpack::DataType& dtype, PyObject* codec) {
-  const char* const name = PyUnicode_Check(codec) ? PyUnicode_AsUTF8(codec) : nullptr;
-  if (name == nullptr) return nullptr;
-  const Wire* const wire = find_wire(dtype_of(dtype), codec_of(name), ReduceOp::Sum);
+  const Wire* const wire = find_wire(dtype_of(dtype), codec_named(codec), ReduceOp::Sum);
   return wire == nullptr || wire->is_plain() ? nullptr : wire;
 }
 
@@ -54,8 +53,9 @@ PyObject* fast_compress(PyObject*, Arguments args, Py_ssize_t count) {
   });
 }
 
-// The sizes of a tuple or list of plain numbers, and their product.
+// The sizes of a tuple or list of plain numbers, and their product, of which no number of bytes overflows.
 struct Sizes {
+  static constexpr size_t kMostValues = SIZE_MAX / 16;
   std::vector<int64_t> sizes;
   size_t numel = 1;
 
@@ -67,6 +67,7 @@ struct Sizes {
       int overflow = 0;
       const long long size = PyLong_CheckExact(item) ? PyLong_AsLongLongAndOverflow(item, &overflow) : -1;
       if (size < 0 || __builtin_mul_overflow(found.numel, static_cast<size_t>(size), &found.numel)) return {};
+      if (found.numel > kMostValues) return {};
       found.sizes.push_back(size);
     }
     return found;

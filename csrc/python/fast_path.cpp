@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <utility>
 
@@ -84,8 +85,8 @@ bool has_memory(const dlpack::View& view) {
 // The wire of a reduction, or nullptr when there is none (the op's checks then raise the reason).
 const Wire* wire_named(DType dtype, PyObject* op, PyObject* codec) {
   if (op == names().sum && codec == names().none) return find_wire(dtype, Codec::None, ReduceOp::Sum);
-  if (!PyUnicode_Check(op) || !PyUnicode_Check(codec)) return nullptr;
-  const Codec packing = codec_of(PyUnicode_AsUTF8(codec));
+  if (!PyUnicode_Check(op)) return nullptr;
+  const Codec packing = codec_named(codec);
   for (ReduceOp reduction : {ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min}) {
     if (PyUnicode_CompareWithASCIIString(op, name_of(reduction)) == 0) return find_wire(dtype, packing, reduction);
   }
@@ -121,6 +122,7 @@ CallSpec reduction_spec(const FastCall& call, Op op) {
 
 // Up to this size the dispatcher costs more than the collective; beyond, outputs are torch's own.
 constexpr size_t kMostBytes = size_t{1} << 18;
+constexpr int64_t kMostRows = int64_t{1} << 18;  // so that no product of sizes overflows
 bool is_large(size_t numel, const Wire& wire) { return numel * wire.value_bytes > kMostBytes; }
 
 enum Plainness : long { kObserved, kRecorded, kPlain };
@@ -190,8 +192,9 @@ PyObject* fast_all_gather(PyObject*, Arguments args, Py_ssize_t count) {
   return guarded(count, 4, [&]() -> PyObject* {
     if (!PyLong_CheckExact(args[2])) return none();  // the ranks exchange their sizes first
     const std::optional<FastCall> call = fast_call(args[0], args[1], names().sum, args[3]);
-    const int64_t dim_size = PyLong_AsLongLong(args[2]);
-    if (!call.has_value() || call->view.ndim == 0 || dim_size < 0) return none();
+    int overflow = 0;
+    const int64_t dim_size = PyLong_AsLongLongAndOverflow(args[2], &overflow);  // -1 where it overflows
+    if (!call.has_value() || call->view.ndim == 0 || dim_size < 0 || dim_size > kMostRows) return none();
     const size_t row = row_values(call->view.shape, call->num_dims());
     if (is_large(static_cast<size_t>(dim_size) * row, call->wire)) return none();
     const CutCall cut = all_gather_call(Op::AllGather, call->wire, call->view.shape, call->num_dims(), 0,
@@ -236,6 +239,14 @@ DType dtype_of(const dlpack::DataType& type) {
     case dlpack::kUInt: return bytes == 1 ? DType::U8 : DType::Count;
     default: return DType::Count;
   }
+}
+
+Codec codec_named(PyObject* codec) {
+  if (codec == names().none) return Codec::None;
+  const char* const name = PyUnicode_Check(codec) ? PyUnicode_AsUTF8(codec) : nullptr;
+  if (name != nullptr) return codec_of(name);
+  PyErr_Clear();
+  return Codec::Count;
 }
 
 dlpack::DataType data_type_of(PyObject* dtype) {
@@ -303,9 +314,16 @@ void raise_in_python() {
     error.restore();
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (...) {
-    translate_error(std::current_exception());
-    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_RuntimeError, "unknown error in a collective");
+    try {
+      translate_error(std::current_exception());  // throws what is none of errors.h
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (...) {
+      PyErr_SetString(PyExc_RuntimeError, "unknown error in an op");
+    }
   }
 }
 

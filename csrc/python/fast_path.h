@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 
+#include "core/codec/codec.h"
 #include "core/types.h"
 #include "dlpack_exchange.h"
 #include "pybind.h"
@@ -47,6 +48,8 @@ bool is_unobserved();
 bool is_contiguous(const dlpack::View& x);
 inline char* data_of(const dlpack::View& x) { return static_cast<char*>(x.data) + x.byte_offset; }
 DType dtype_of(const dlpack::DataType& type);  // DType::Count where there is none
+// Codec::Count where there is none: no str, or one without UTF-8 (lone surrogates), too.
+Codec codec_named(PyObject* codec);
 // Of a torch.dtype that codecs pack; of others one without lanes, which dtype_of does not know.
 dlpack::DataType data_type_of(PyObject* dtype);
 // So that a backward that saved x notices (torch passes inference tensors by, which have no versions).

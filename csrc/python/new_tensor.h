@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -18,9 +19,11 @@ class NewTensor {
   NewTensor(const dlpack::View& like, size_t dim, int64_t size, size_t bytes) {
     const size_t num_dims = static_cast<size_t>(like.ndim);
     // The sizes and strides lie behind the header.
-    self_ = static_cast<Owned*>(std::malloc(sizeof(Owned) + 2 * num_dims * sizeof(int64_t)));
+    std::unique_ptr<Owned, void (*)(void*)> self(
+        static_cast<Owned*>(std::malloc(sizeof(Owned) + 2 * num_dims * sizeof(int64_t))), &std::free);
+    if (self == nullptr) throw std::bad_alloc();
     data_ = static_cast<char*>(allocate(bytes));
-    if (self_ == nullptr || data_ == nullptr) throw std::bad_alloc();
+    self_ = self.release();
     int64_t* const shape = reinterpret_cast<int64_t*>(self_ + 1);
     int64_t* const strides = shape + num_dims;
     int64_t stride = 1;
@@ -57,7 +60,10 @@ class NewTensor {
   static void* allocate(size_t bytes) {
     constexpr size_t kAlignment = 64;  // as torch's own
     if (bytes >= kSmallestPooled) return pool_allocate(bytes);
-    return std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+    void* const memory =
+        std::aligned_alloc(kAlignment, (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
   }
 
   Owned* self_;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
@@ -109,11 +110,6 @@ inline const Tensor& in_memory(const Tensor& x) {
   return x;
 }
 
-inline Tensor dense(const Tensor& x) {
-  if (x.is_contiguous()) return in_memory(x);
-  return made([x] { return torch::stable::contiguous(in_memory(x)); });
-}
-
 inline Tensor empty_of(const Tensor& like, const Shape& shape) { return kept(torch::stable::new_empty(like, shape)); }
 
 inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
@@ -136,6 +132,11 @@ Tensor call(const char* name, const char* overload, const Args&... args) {
     std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
     return call_op(name, overload, stack.data());
   });
+}
+
+inline Tensor dense(const Tensor& x) {
+  if (x.is_contiguous()) return in_memory(x);
+  return call("aten::contiguous", "", in_memory(x), torch::headeronly::MemoryFormat::Contiguous);
 }
 
 // Dimension `dim` first, contiguous; and back.

@@ -162,3 +162,47 @@ def check_refused() -> None:
 
 def test_tensors_that_are_not_this_ranks_values_are_refused() -> None:
     run_ranks(check_refused, 2)
+
+
+TOO_MUCH = torch.ones(1, 1).expand(1 << 24, 1)  # its products, and what it is copied to, are larger than addresses
+NO_TEXT = "\ud800"  # a str without UTF-8
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.all_reduce(TOO_MUCH.expand(-1, 1 << 24)),
+        lambda: ops.all_gather(torch.ones(0, 8), dim_size=1 << 62),
+        lambda: ops.gemm_all_reduce(TOO_MUCH, TOO_MUCH),
+        lambda: ops.gemm_reduce_scatter(TOO_MUCH, TOO_MUCH),
+        lambda: ops.all_gather_gemm(TOO_MUCH, TOO_MUCH),
+        lambda: ops.replicated_gemm(TOO_MUCH, TOO_MUCH),
+        lambda: ops.vocab_embedding(torch.zeros(1, dtype=torch.int64).expand(1 << 44), torch.ones(4, 64)),
+        lambda: ops.compress(TOO_MUCH.expand(-1, 1 << 24), "int8"),
+    ],
+)
+def test_memory_that_cannot_be_had_is_an_error_and_not_the_end_of_the_process(call: Callable[[], Tensor]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)):
+        call()
+    assert ops.all_reduce(torch.ones(2)).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.all_reduce(torch.ones(4), codec=NO_TEXT),
+        lambda: ops.all_reduce(torch.ones(4), op=NO_TEXT),
+        lambda: ops.all_reduce_(torch.ones(4), codec=NO_TEXT),
+        lambda: ops.all_gather(torch.ones(4), codec=NO_TEXT),
+        lambda: ops.all_gather(torch.ones(4), dim_size=1 << 70),
+        lambda: ops.reduce_scatter(torch.ones(4), codec=NO_TEXT),
+        lambda: ops.gemm_all_reduce(torch.ones(2, 4), torch.ones(3, 4), codec=NO_TEXT),
+        lambda: ops.replicated_gemm(torch.ones(2, 4), torch.ones(3, 4), codec=NO_TEXT),
+        lambda: ops.compress(torch.ones(4), NO_TEXT),
+        lambda: ops.compress_with_feedback(torch.ones(4), torch.zeros(4), NO_TEXT),
+        lambda: ops.decompress(torch.zeros(0, dtype=torch.uint8), (1 << 62, 2), torch.float32, "bf16"),
+    ],
+)
+def test_names_without_utf8_and_sizes_that_overflow_are_value_errors(call: Callable[[], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"must .*got"):
+        call()

@@ -177,13 +177,15 @@ def check_dim(op: str, x: Tensor, dim: Any, *, tokens: bool = False) -> int:
 
 
 def check_size(op: str, name: str, size: Any) -> None:
-    """Raise unless size is None or a whole number that is not negative."""
+    """Raise unless size is None or a whole number of 0 or more, of 63 bits."""
     if size is None:
         return
     if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int or None, got {type(size).__name__}")
     if size < 0:
         raise ValueError(f"{op}: {name} must not be negative, got {size}")
+    if isinstance(size, int) and size >= 1 << 63:
+        raise ValueError(f"{op}: {name} must be less than 2^63, got {size}")
 
 
 def check_linear(
