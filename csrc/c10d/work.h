@@ -24,7 +24,7 @@ bool is_profiled();
 // What programs of torch.distributed catch: a passed deadline is a RuntimeError there (DistBackendError).
 std::exception_ptr as_error_of_torch(std::exception_ptr error);
 
-// One operation of one rank. Its future has the outputs; a future is made when somebody wants it.
+// One operation of one rank. Its future has the outputs; a future is made when it is asked for.
 class Work : public c10d::Work {
  public:
   // title, inputs: of the event that a profiler records.

@@ -29,6 +29,8 @@ struct alignas(64) CallRecord {
   uint32_t shape_hash;  // of the dimensions that must agree
 };
 static_assert(sizeof(CallRecord) == 64, "one cache line");
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free,
+              "a lock of one process does not order another one");
 
 constexpr uint64_t kNotInHeap = ~uint64_t{0};
 

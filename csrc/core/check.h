@@ -17,5 +17,7 @@ std::string concat(const Parts&... parts) {
 }  // namespace tpk
 
 // std::invalid_argument is what both pybind11 and torch turn into ValueError.
-#define TPK_CHECK(condition, ...) \
-  if (!(condition)) throw std::invalid_argument(::tpk::concat(__VA_ARGS__))
+#define TPK_CHECK(condition, ...)                                              \
+  do {                                                                         \
+    if (!(condition)) throw std::invalid_argument(::tpk::concat(__VA_ARGS__)); \
+  } while (false)

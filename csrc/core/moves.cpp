@@ -303,4 +303,8 @@ const Moves TPK_MOVES = {
     keep_rest,
 };
 
+#undef TPK_FLOATING
+#undef TPK_INTEGER
+#undef TPK_OF_CODEC
+
 }  // namespace tpk

@@ -50,15 +50,15 @@ Wire make_wire(DType dtype, Codec codec, ReduceOp op) {
   }
 }
 
-constexpr size_t kOps = static_cast<size_t>(ReduceOp::None) + 1;
+constexpr size_t kReductions = static_cast<size_t>(ReduceOp::None) + 1;
 constexpr size_t kCodecs = static_cast<size_t>(Codec::Count);
-using Wires = std::array<std::array<std::array<Wire, kOps>, kCodecs>, static_cast<size_t>(DType::Count)>;
+using Wires = std::array<std::array<std::array<Wire, kReductions>, kCodecs>, static_cast<size_t>(DType::Count)>;
 
 Wires all_wires() {
   Wires wires;
   for (size_t d = 0; d < wires.size(); ++d) {
     for (size_t c = 0; c < kCodecs; ++c) {
-      for (size_t op = 0; op < kOps; ++op)
+      for (size_t op = 0; op < kReductions; ++op)
         wires[d][c][op] = make_wire(static_cast<DType>(d), static_cast<Codec>(c), static_cast<ReduceOp>(op));
     }
   }

@@ -1,5 +1,6 @@
 #include "chunked_gemm.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/bytes.h"

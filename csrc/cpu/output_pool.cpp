@@ -3,7 +3,6 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>

@@ -1,5 +1,6 @@
 #include "torch_side/vocab.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>

@@ -1,5 +1,7 @@
 #include "fused_path.h"
 
+#include <algorithm>
+
 namespace tpk::cuda {
 namespace {
 

@@ -100,8 +100,9 @@ void check(const Step& step) {
     expect_near(value_at(step.dtype, got_weight, j), want.dweight[j], want.off_weight[j] + smallest_step(step.dtype),
                 text_of(step) + ": dweight");
   }
-  EXPECT(step.needs_r || got_r == Bytes(got_r.size(), 'x'), "dr was written, and nobody wants it");
-  EXPECT(step.needs_weight || got_weight == Bytes(got_weight.size(), 'x'), "dweight was written, and nobody wants it");
+  EXPECT(step.needs_r || got_r == Bytes(got_r.size(), 'x'), "dr was written, and was not asked for");
+  EXPECT(step.needs_weight || got_weight == Bytes(got_weight.size(), 'x'),
+         "dweight was written, and was not asked for");
   emu::reset();
 }
 

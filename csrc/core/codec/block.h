@@ -60,8 +60,7 @@ TPK_ALWAYS_INLINE float power_of_two(int exponent) { return from_bits(static_cas
 #define TPK_ROLLED
 #endif
 
-// ---- the loops of the CPU over one block, n <= kBlockValues
-// -------------------------------------------------------------
+// ---- the loops of the CPU over one block, n <= kBlockValues ---------------------------------------------------------
 
 template <class C>
 TPK_ALWAYS_INLINE typename C::Scale read_scale(const char* block, size_t which) {

@@ -7,9 +7,9 @@
 // Between    the sums of a host are the chunks of a stream (streams.h).
 // Openings   those of the host come first. Those of all ranks are exchanged by the thread, beside the first product.
 //            Where they differ, a host makes all chunks up to the point at which its ranks learn of it.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <numeric>
 #include <optional>
 
 #include "core/bytes.h"

@@ -1,8 +1,6 @@
 // How a call of transport `hierarchical` begins.
-#include <algorithm>
 #include <cstring>
 
-#include "core/bytes.h"
 #include "core/cuts.h"
 #include "core/errors.h"
 #include "hierarchical_parts.h"

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -37,7 +38,8 @@ inline void pause_core() {
 #endif
 }
 
-// The low half of a counter, which is what the kernel compares; all supported machines are little-endian.
+// The low half of a counter, which is what the kernel compares.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
 inline uint32_t* futex_word(const std::atomic<uint64_t>& word) {
   return reinterpret_cast<uint32_t*>(const_cast<std::atomic<uint64_t>*>(&word));
 }
@@ -290,9 +292,9 @@ void ShmCommunicator::fail_lost(Op op, int lost, const std::string& how) {
 
 void ShmCommunicator::fail_late(Op op) {
   std::vector<int> late, came;
-  const uint64_t my_stage = control(rank()).stage.load();
+  const uint64_t my_stage = control(rank()).stage.load(std::memory_order_relaxed);  // this rank's own
   for (int r = 0; r < world_size(); ++r) {
-    (last_call(r) >= call_ && control(r).stage.load() >= my_stage ? came : late).push_back(r);
+    (last_call(r) >= call_ && control(r).stage.load(std::memory_order_relaxed) >= my_stage ? came : late).push_back(r);
   }
   const int first = late.empty() ? rank() : late.front();
   mark_failed(first, true);
@@ -314,7 +316,8 @@ void ShmCommunicator::fail_with(Op op, int failed) {
 }
 
 uint64_t ShmCommunicator::last_call(int r) const {
-  return std::max(control(r).records[0].call.load(), control(r).records[1].call.load());
+  const auto call = [&](size_t i) { return control(r).records[i].call.load(std::memory_order_relaxed); };
+  return std::max(call(0), call(1));
 }
 
 // Looks at every rank, not only at the one waited for: the first cause is what the error should name. A rank that left

@@ -19,7 +19,6 @@
 #include "core/bytes.h"
 #include "core/check.h"
 #include "core/cuts.h"
-#include "core/errors.h"
 #include "shm.h"
 
 namespace tpk {

@@ -59,7 +59,7 @@ struct PartsChoice {
 constexpr size_t kBytesPerBlock = size_t{16} << 10;
 // vLLM's custom all-reduce launches 36 of 512 threads: more contended for NVLink there. Not measured by us.
 constexpr int kUsualBlocks = 36;
-// Beside a product, which wants the multiprocessors: with 4 loads or more in flight for each of 512 threads 16 blocks
+// Beside a product, which needs the multiprocessors: with 4 loads or more in flight for each of 512 threads 16 blocks
 // have 0.5 MB on the way, 200 to 300 GB/s at 2 us. A model, not measured.
 constexpr int kBlocksBeside = 16;
 // One-shot moves (R - 1) n bytes a rank after one wait, two-shot 2 (R - 1) / R n after two: equal traffic for R = 2.

@@ -2,6 +2,8 @@
 // choose.h. Whether it should is gemm_times.h's to say. Torch-free.
 #pragma once
 
+#include <algorithm>
+
 #include "choose.h"
 
 namespace tpk::cuda {

@@ -1,5 +1,7 @@
 #include "device_communicator.h"
 
+#include <algorithm>
+
 #include "core/check.h"
 #include "core/errors.h"
 

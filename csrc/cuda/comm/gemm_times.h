@@ -6,6 +6,7 @@
 // through a switch: over slower ones a fused GEMM would gain more than is expected here.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>

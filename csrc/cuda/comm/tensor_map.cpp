@@ -12,7 +12,7 @@ namespace tpk::cuda {
 namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap),
-              "as the hardware wants it");
+              "as the hardware requires");
 
 // The runtime looks up the function of the driver, so that nothing is linked with the driver.
 decltype(&cuTensorMapEncodeTiled) find_encode() {

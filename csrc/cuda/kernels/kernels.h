@@ -1,7 +1,7 @@
 // The interface of the kernels for the host: plain structs by value and launch functions that only enqueue. Torch-free.
 //
 // Every launch_* returns the launch's cudaError_t, allocates nothing, never waits for the device, and may be captured
-// into a CUDA graph: whatever changes from call to call (the epoch) lives in device memory.
+// into a CUDA graph: whatever changes from call to call (the epoch) is in device memory.
 //
 // A peer's memory is an arena, as on the CPU:   [ Signals | slot 0 | slot 1 | heap ].   Call e uses slot e % 2.
 #pragma once

@@ -2,7 +2,7 @@
 // Torch-free, one binary, a few seconds. Also built for emulated devices, where it is a test.
 //
 //   first_light              every check in a process of its own, so that one that fails or hangs takes no other along
-//   first_light --here       all of them in this process, as a sanitizer wants it
+//   first_light --here       all of them in this process, as a sanitizer needs it
 //   first_light NAME ...     these alone, in this process
 //   first_light --dry        no device: the references and the comparisons, each with a value that is wrong
 //
