@@ -145,7 +145,7 @@ def test_what_was_measured_is_kept_with_its_sources_and_taken_by_later_plans(kep
     assert two.device.flops == pytest.approx(own.flops / 2) and two.error[0] == own.errors["one_node"]
     four = planner.this_machine(4, "1gbit", hosts=4)
     assert four.device.flops == own.flops and four.between.key == "1gbit"
-    with pytest.raises(UserError, match="--ranks 3 do not divide over --hosts 2"):
+    with pytest.raises(UserError, match="ranks: expected a multiple of 2 hosts, got 3"):
         planner.this_machine(3, "1gbit", hosts=2)
 
 

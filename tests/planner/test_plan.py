@@ -256,14 +256,14 @@ def test_cpu_ranks_are_planned_over_a_link(llama: str) -> None:
     [
         (["--tokens", "8K"], "expected --gpus N, or --cpu"),
         (["--cpu", "--gpus", "8", "--tokens", "8K"], "expected --gpus N, or --cpu"),
-        (["--cpu", "--ranks", "3", "--hosts", "2", "--tokens", "8K"], "do not divide over --hosts 2"),
+        (["--cpu", "--ranks", "3", "--hosts", "2", "--tokens", "8K"], "ranks: expected a multiple of 2 hosts, got 3"),
         (["--gpus", "8"], "--tokens: expected those of one step"),
         (["--gpus", "8", "--tokens", "1000", "--context", "512"], "expected a multiple of the 512 tokens"),
         (["--gpus", "8", "--tokens", "8K", "--context", "4096"], "expected 1 to 2048 tokens, got 4096"),
         (["--gpus", "8", "--tokens", "8K", "--codecs", "zip"], "expected some of none, fp16, bf16, int8, fp8, got zip"),
         (["--gpus", "16", "--tokens", "8K"], "name the link between them"),
         (["--gpus", "8", "--gpu", "tpu", "--tokens", "8K"], "expected one of the devices"),
-        (["--gpus", "8", "--serve", "--batch", "0"], "--batch: expected 1 or more, got 0"),
+        (["--gpus", "8", "--serve", "--batch", "0"], "batch: expected 1 or more, got 0"),
     ],
 )
 def test_bad_options_are_errors(llama: str, arguments: list[str], text: str) -> None:

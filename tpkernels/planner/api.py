@@ -44,7 +44,9 @@ def checked_sequence(shape: Shape, sequence: int | None) -> int:
     if sequence is None:
         return min(shape.longest or LONGEST, LONGEST)
     if sequence < 1 or 0 < shape.longest < sequence:
-        raise UserError(f"plan: --context: expected 1 to {shape.longest or 'any number of'} tokens, got {sequence}")
+        raise UserError(
+            f"plan: sequence (--context): expected 1 to {shape.longest or 'any number of'} tokens, got {sequence}"
+        )
     return sequence
 
 
@@ -55,7 +57,7 @@ def checked_codecs(codecs: tuple[str, ...], cluster: Cluster) -> tuple[str, ...]
         UserError: there is no such codec.
     """
     if unknown := [codec for codec in codecs if codec not in WIRE_BYTES]:
-        raise UserError(f"plan: --codecs: expected some of {', '.join(WIRE_BYTES)}, got {', '.join(unknown)}")
+        raise UserError(f"plan: codecs: expected some of {', '.join(WIRE_BYTES)}, got {', '.join(unknown)}")
     smaller = [c for c in dict.fromkeys(codecs) if (WIRE_BYTES[c] or 99) < cluster.device.value_bytes]
     return (*(["none"] if "none" in codecs or not smaller else []), *smaller)
 
@@ -92,7 +94,7 @@ def plan(
     shape, cuts = known(model)
     length = checked_sequence(shape, sequence)
     if tokens < length or tokens % length:
-        raise UserError(f"plan: --tokens: expected a multiple of the {length} tokens of a sequence, got {tokens}")
+        raise UserError(f"plan: tokens: expected a multiple of the {length} tokens of a sequence, got {tokens}")
     job = Job(shape, length, tokens // length)
     allowed = checked_codecs(codecs, cluster)
     free = replace(choices or Choices(), codecs=allowed, grad_codecs=allowed)
@@ -119,5 +121,5 @@ def plan_serving(model: str | Shape, cluster: Cluster, *, batch: int, context: i
     """
     shape, cuts = known(model)
     if batch < 1:
-        raise UserError(f"plan: --batch: expected 1 or more, got {batch}")
+        raise UserError(f"plan: batch: expected 1 or more, got {batch}")
     return serve_options(cluster, shape, cuts, batch, checked_sequence(shape, context))

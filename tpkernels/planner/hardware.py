@@ -240,13 +240,13 @@ def cluster(device_key: str, ranks: int, links: str = "", per_node: int | None =
         raise UserError(f"plan: expected at least one rank, and one in a node, got {ranks} and {per_node}")
     parts = [part.strip() for part in links.split(",") if part.strip()]
     if len(parts) > 2:
-        raise UserError(f"plan: --link: expected BETWEEN or INSIDE,BETWEEN, got {links!r}")
+        raise UserError(f"plan: links (--link): expected BETWEEN or INSIDE,BETWEEN, got {links!r}")
     inside = parts[0] if len(parts) == 2 else chosen.inside_link
     between = parts[-1] if parts else chosen.inside_link
     own = {"nvlink": chosen.inside_link}
     if ranks > per_node and not parts:
         raise UserError(
-            f"plan: {ranks} ranks are on {-(-ranks // per_node)} nodes: name the link between them by --link"
+            f"plan: {ranks} ranks are on {-(-ranks // per_node)} nodes: name the link between them by links (--link)"
         )
     return Cluster(chosen, ranks, per_node, link(own.get(inside, inside)), link(own.get(between, between)))
 
@@ -272,7 +272,7 @@ def this_machine(ranks: int, links: str = "", hosts: int = 1) -> Cluster:
         UserError: as `cluster`; or `ranks` do not divide over `hosts`.
     """
     if hosts < 1 or ranks % hosts:
-        raise UserError(f"plan: --ranks {ranks} do not divide over --hosts {hosts}")
+        raise UserError(f"plan: ranks: expected a multiple of {hosts} hosts, got {ranks}")
     file = calibrated_file("cpu")
     if not file.is_file():
         return cluster("cpu", ranks, links, ranks // hosts)

@@ -55,7 +55,7 @@ def cluster_of(hardware: str, ranks: int) -> Cluster:
         UserError: there is no such class.
     """
     if hardware not in MACHINES:
-        raise UserError(f"plan: --hardware: expected one of {', '.join(MACHINES)}, got {hardware!r}")
+        raise UserError(f"plan: hardware: expected one of {', '.join(MACHINES)}, got {hardware!r}")
     key, between = MACHINES[hardware]
     return cluster(key, ranks, between)
 
