@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,10 @@ def check_a_changed_loss_scale_changes_nothing_else() -> None:
             ends.append(seen)
         assert len(ends[0]) == 4 * 6
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        with GradAggregator(Bare(), group=group) as aggregator:
+            for scale in (0.0, -1.0, math.inf, math.nan):
+                with pytest.raises(ValueError, match="set_loss_scale: scale must be finite and above 0, got"):
+                    aggregator.set_loss_scale(scale)
 
 
 WAYS: list[dict[str, Any]] = [

@@ -187,6 +187,8 @@ def a_loss_scale_that_changes_moves_residuals_along() -> None:
         hook.load_state_dict(state, ddp)
         assert all(torch.equal(kept, hook.state_dict(ddp)[name]) for name, kept in state.items())
         runs[scales[0]] = found, state
+        with pytest.raises(ValueError, match="set_loss_scale: scale must be finite and above 0, got 0"):
+            hook.set_loss_scale(0.0)
         hook.close()
     (plain, kept), (scaled, also) = runs.values()
     assert all(torch.equal(a, b) for x, y in zip(plain, scaled, strict=True) for a, b in zip(x, y, strict=True))

@@ -309,7 +309,7 @@ class GradAggregator:
             aggregator.set_loss_scale(scaler.get_scale())            # before the backward passes of a step
         """
         self._check_between_steps("set_loss_scale")
-        factor, self._loss_scale = scale / self._loss_scale, scale
+        factor, self._loss_scale = checks.checked_scale(checks.WHO, scale) / self._loss_scale, scale
         if factor != 1.0:
             self._mode.rescale(factor)
 

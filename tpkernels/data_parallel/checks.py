@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,6 +70,13 @@ def check_counts(**counts: Any) -> None:
         least = 0 if name == "warmup_steps" else 1
         if value < least:
             raise ValueError(f"{WHO}: {name} must be {least} or more, got {value}")
+
+
+def checked_scale(who: str, scale: float) -> float:
+    """Return the factor of the loss; raise ValueError unless it is finite and above 0."""
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"{who}.set_loss_scale: scale must be finite and above 0, got {scale}")
+    return scale
 
 
 def check_unchanged(model: nn.Module, members: list[Member]) -> None:

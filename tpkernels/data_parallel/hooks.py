@@ -18,6 +18,7 @@ from tpkernels.comm.group import Group, resolve
 from tpkernels.comm.objects import global_ranks
 from tpkernels.ops.checks import check_codec
 
+from .checks import checked_scale
 from .feedback import average_with_feedback
 from .lane import NO_COPY, Lane, open_lane
 from .weights import Weights
@@ -216,8 +217,11 @@ class CommHook:
 
         Args:
             scale: above 0; 1 at first.
+
+        Raises:
+            ValueError: it is not above 0, or not finite.
         """
-        factor, self._loss_scale = scale / self._loss_scale, scale
+        factor, self._loss_scale = checked_scale("CommHook", scale) / self._loss_scale, scale
         for flat in self._residuals():
             flat.mul_(factor)
 
