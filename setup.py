@@ -62,29 +62,29 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None)
 
 
-def decide_cuda(wish: str, nvcc: str | None, torch: Torch, has_sources: bool) -> Decision:
+def decide_cuda(wanted: str, nvcc: str | None, torch: Torch) -> Decision:
     """CUDA is on if and only if nvcc is found and torch has CUDA. A demand that cannot be met is an error.
 
     Args:
-        wish: the variable TPKERNELS_CUDA: "0", "1" or "auto".
+        wanted: the variable TPKERNELS_CUDA: "0", "1" or "auto".
         nvcc: path of the compiler, or None.
         torch: what the build is for.
-        has_sources: whether this version of tpkernels has CUDA sources.
+
+    Raises:
+        ValueError: another value, or "1" where something is missing (named).
     """
-    if wish not in ("0", "1", "auto"):
-        raise ValueError(f"TPKERNELS_CUDA must be 0, 1 or auto, got {wish!r}")
-    if wish == "0":
+    if wanted not in ("0", "1", "auto"):
+        raise ValueError(f"TPKERNELS_CUDA must be 0, 1 or auto, got {wanted!r}")
+    if wanted == "0":
         return Decision(False, "TPKERNELS_CUDA is 0")
     missing = None
-    if not has_sources:
-        missing = "this version of tpkernels has no CUDA sources yet"
-    elif torch.cuda is None:
+    if torch.cuda is None:
         missing = f"torch {torch.version} is built without CUDA"
     elif nvcc is None:
         missing = "nvcc is neither on PATH nor in CUDA_HOME"
     if missing is None:
         return Decision(True, f"nvcc is {nvcc} and torch {torch.version} has CUDA {torch.cuda}")
-    if wish == "1":
+    if wanted == "1":
         raise ValueError(f"TPKERNELS_CUDA=1 demands a CUDA build, but {missing}")
     return Decision(False, missing)
 
@@ -109,10 +109,9 @@ def need(tool: str) -> str:
 
 
 def decide() -> tuple[Torch, str | None, Decision]:
-    """The torch and the nvcc of this environment, and what they and TPKERNELS_CUDA come to."""
+    """The torch and the nvcc of this environment, and whether CUDA code is built with them."""
     torch, nvcc = find_torch(), find_nvcc()
-    wish = os.environ.get("TPKERNELS_CUDA", "auto")
-    return torch, nvcc, decide_cuda(wish, nvcc, torch, has_sources=(ROOT / "csrc/cuda").is_dir())
+    return torch, nvcc, decide_cuda(os.environ.get("TPKERNELS_CUDA", "auto"), nvcc, torch)
 
 
 class CMakeBuild(build_ext):
@@ -169,11 +168,11 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install the build info belongs next to the modules, too."""
-        for name in (C10D_MODULE, CUDA_MODULE, CPU_MODULE):
-            module = Path(self.get_ext_fullpath(name))  # in the checkout: setuptools asks in place
-            module.unlink(missing_ok=True)  # a new file: processes that run now keep the old one mapped
+        for name in (CPU_MODULE, C10D_MODULE, CUDA_MODULE):  # in the checkout: setuptools builds in place
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)  # processes that run keep the old file mapped
         super().copy_extensions_to_source()
-        shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), module.with_name(BUILD_INFO))
+        info = Path(self.get_ext_fullpath(CPU_MODULE)).with_name(BUILD_INFO)
+        shutil.copyfile(Path(self.build_lib, "tpkernels", BUILD_INFO), info)
 
     def get_outputs(self) -> list[str]:
         """Name every file that the build makes, so that the wheel's record is complete."""

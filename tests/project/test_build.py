@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -54,37 +55,33 @@ def tool(folder: Path, name: str, script: str) -> None:
 
 @pytest.mark.parametrize("nvcc", [None, NVCC])
 @pytest.mark.parametrize("built_for", [CPU_TORCH, CUDA_TORCH])
-@pytest.mark.parametrize("has_sources", [False, True])
-def test_cuda_is_built_exactly_when_everything_it_needs_is_there(
-    nvcc: str | None, built_for: Any, has_sources: bool
-) -> None:
-    possible = nvcc is not None and built_for is CUDA_TORCH and has_sources
-    decision = setup.decide_cuda("auto", nvcc, built_for, has_sources)
+def test_cuda_is_built_exactly_when_everything_it_needs_is_there(nvcc: str | None, built_for: Any) -> None:
+    possible = nvcc is not None and built_for is CUDA_TORCH
+    decision = setup.decide_cuda("auto", nvcc, built_for)
     assert decision.cuda == possible and decision.reason
-    assert not setup.decide_cuda("0", nvcc, built_for, has_sources).cuda
+    assert not setup.decide_cuda("0", nvcc, built_for).cuda
     if possible:
-        assert setup.decide_cuda("1", nvcc, built_for, has_sources).cuda
+        assert setup.decide_cuda("1", nvcc, built_for).cuda
     else:
         with pytest.raises(ValueError, match="TPKERNELS_CUDA=1 demands a CUDA build, but"):
-            setup.decide_cuda("1", nvcc, built_for, has_sources)
+            setup.decide_cuda("1", nvcc, built_for)
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "built_for", "has_sources", "reason"),
+    ("nvcc", "built_for", "reason"),
     [
-        (None, CUDA_TORCH, True, "nvcc is neither on PATH nor in CUDA_HOME"),
-        (NVCC, CPU_TORCH, True, "torch 2.13.0+cpu is built without CUDA"),
-        (NVCC, CUDA_TORCH, False, "this version of tpkernels has no CUDA sources yet"),
-        (NVCC, CUDA_TORCH, True, "nvcc is /toolkit/bin/nvcc and torch 2.13.0+cu130 has CUDA 13.0"),
+        (None, CUDA_TORCH, "nvcc is neither on PATH nor in CUDA_HOME"),
+        (NVCC, CPU_TORCH, "torch 2.13.0+cpu is built without CUDA"),
+        (NVCC, CUDA_TORCH, "nvcc is /toolkit/bin/nvcc and torch 2.13.0+cu130 has CUDA 13.0"),
     ],
 )
-def test_the_decision_names_its_reason(nvcc: str | None, built_for: Any, has_sources: bool, reason: str) -> None:
-    assert setup.decide_cuda("auto", nvcc, built_for, has_sources).reason == reason
+def test_the_decision_names_its_reason(nvcc: str | None, built_for: Any, reason: str) -> None:
+    assert setup.decide_cuda("auto", nvcc, built_for).reason == reason
 
 
-def test_a_wish_that_is_not_understood_is_an_error() -> None:
+def test_another_value_of_the_variable_is_an_error() -> None:
     with pytest.raises(ValueError, match="TPKERNELS_CUDA must be 0, 1 or auto, got 'yes'"):
-        setup.decide_cuda("yes", NVCC, CUDA_TORCH, True)
+        setup.decide_cuda("yes", NVCC, CUDA_TORCH)
 
 
 def test_nvcc_is_found_below_cuda_home_where_path_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +171,21 @@ def test_a_tool_that_is_broken_or_too_old_counts_as_missing(
 def test_backend_and_cmake_agree_on_the_oldest_cmake() -> None:
     text = (ROOT / "CMakeLists.txt").read_text()
     assert "cmake_minimum_required(VERSION {}.{})".format(*backend.CMAKE_AT_LEAST) in text
+
+
+def test_the_source_archive_has_every_file_of_the_checkout(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("needs a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {path for path in listed.split("\0") if path and (ROOT / path).exists()}
+    for path in tracked:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    program = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with tarfile.open(tmp_path / "dist" / done.stdout.split()[-1]) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert tracked <= packed, sorted(tracked - packed)
 
 
 # ---- what was built --------------------------------------------------------------------------------------------------
