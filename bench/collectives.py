@@ -22,7 +22,7 @@ NO_ERROR = torch.zeros((), dtype=torch.float64)
 
 
 def numel_of(setting: Setting, nbytes: int) -> int:
-    """Elements in so many bytes, cut down to a multiple of R (gloo wants equal parts)."""
+    """Elements in so many bytes, cut down to a multiple of R (gloo takes equal parts alone)."""
     return max(1, nbytes // setting.itemsize // setting.world_size) * setting.world_size
 
 

@@ -54,7 +54,7 @@ class Problem:
         return cls(setting, gemm, x, w)
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's slice; gloo wants equal ones.
+        """This rank's slice; gloo takes equal ones alone.
 
         Raises:
             ValueError: the ranks do not divide this dimension.

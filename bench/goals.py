@@ -191,7 +191,7 @@ def found_in(row: Row, goal: Goal, placement: str) -> Found | None:
 
 
 def verdict(goal: Goal, machine: str, rows: Sequence[Row]) -> Verdict:
-    """Of the rows of one machine class. For each placement the run with most rounds there speaks."""
+    """Of the rows of one machine class. For each placement the run with most rounds counts."""
     best: dict[str, tuple[int, Row]] = {}
     for row in filter(goal.fits, rows):
         for placement, at in (row["by_placement"] or {"unprobed": row}).items():

@@ -44,7 +44,7 @@ FIELDS = (
     "verified", "error",  # error: over what rounding explains, so that more than 1 is wrong
     "flag_rtt_ns", "rounds", "calls", "repeated",  # rounds that gave a number; calls in a block; disturbed blocks
     "machine", "torch", "version", "commit", "date", "load",
-    "scheduler",  # normal; real-time: others have a core only when no rank wants it
+    "scheduler",  # normal; real-time: others have a core only when no rank needs it
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The protocol: how candidates are timed against each other so that a ratio can be believed.
 
-1. All candidates live in the same rank processes. A round runs every candidate once, as a block of calls that lasts
+1. All candidates run in the same rank processes. A round runs every candidate once, as a block of calls that lasts
    about `block_s`; the order is reversed in every other round, so that no candidate always follows the same one.
 2. Before each block there is a barrier. A block's time is that of the slowest rank.
 3. How many calls a block has is measured beforehand and agreed over the ranks: all of them make the same number.

@@ -24,7 +24,7 @@ def my_words(setting: Setting, shape: Vocab) -> tuple[int, int]:
     """Start and count of this rank's words.
 
     Raises:
-        ValueError: the ranks do not divide the vocabulary (the gathered baseline wants equal parts).
+        ValueError: the ranks do not divide the vocabulary (the gathered baseline needs equal parts).
     """
     if shape.N % setting.world_size:
         raise ValueError(f"{'x'.join(map(str, shape))}: {shape.N} words do not divide by {setting.world_size} ranks")

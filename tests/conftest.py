@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported lives as long as the process: no collection looks at it again."""
+    """What was imported stays as long as the process: no collection looks at it again."""
     gc.freeze()
 
 

@@ -1,4 +1,4 @@
-"""A cut model in the hands of what knows nothing of cuts: an error that says what to do, or the right numbers."""
+"""A cut model under functions of torch for full ones: an error that says what to do, or the right numbers."""
 
 from __future__ import annotations
 

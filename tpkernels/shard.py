@@ -356,9 +356,10 @@ def begin_to_check() -> None:
         _at_first_mark.pop()()
 
 
-def at_first_mark(action: Callable[[], None]) -> None:
-    """Call an action once, when the first parameter of this process is sharded over two ranks or more."""
+def at_first_mark(action: Callable[[], None]) -> Callable[[], None]:
+    """Call an action once, when the first parameter of this process is sharded over two ranks or more; returns it."""
     _at_first_mark.append(action)
+    return action
 
 
 def _check_cut(n: int, R: int, unit: int, rank: int = 0) -> None:

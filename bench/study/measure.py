@@ -139,7 +139,7 @@ def alone(session: Session, codecs: list[str], rounds: int) -> Iterator[Row]:
     """Time the two parts of a step with replicas alone: computing, and averaging."""
     groups = session.groups
     assert groups.dp is not None
-    # One replica's part of the batch, and nobody to talk to.
+    # One replica's part of the batch, and no other rank.
     settings = Settings(**(session.settings.__dict__ | {"batch": len(rows_of(session.settings.batch, groups.dp))}))
     method = Method("alone")
     computing, whole = [], []

@@ -1,4 +1,4 @@
-"""Checkpoints of one number of ranks in the hands of another: bit for bit, whatever the cut, two tensors at a time."""
+"""Checkpoints of one number of ranks, read by another: bit for bit, whatever the cut, two tensors at a time."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def check_resharding(root: Path) -> None:
 
 
 def load_made(folder: str) -> None:
-    """Resharded heads are put where the model wants them."""
+    """Resharded heads are put where the model reads them."""
     with grid(2, 1) as (cut, replicas):
         llama = small_llama(cut)
         checkpoint.load(llama, Path(folder, "made-llama-3"), group=cut, dp_group=replicas)

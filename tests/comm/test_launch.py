@@ -1,4 +1,4 @@
-"""No process group is left when Python ends: a thread of gloo that wants Python then ends the process by a signal."""
+"""No process group is left when Python ends: a thread of gloo that needs Python then ends the process by a signal."""
 
 import os
 import subprocess

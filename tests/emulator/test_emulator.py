@@ -42,7 +42,7 @@ Counts = dict[str, list[dict[str, int]]]
 
 
 def over_peers() -> list[str]:
-    """The files whose kernels talk to other ranks."""
+    """The files whose kernels exchange with other ranks."""
     talks = re.compile(r'#include "(?:peer|fused_block)\.cuh"')
     return sorted(path.name for path in KERNELS.glob("*.cu") if talks.search(path.read_text()))
 

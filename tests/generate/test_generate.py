@@ -182,7 +182,7 @@ def test_sequences_take_and_leave_slots_between_steps_without_touching_each_othe
     assert got == {0: want[0], 1: want[1], 2: want[2]}
     insert(1, 0)
     step({1: 0})
-    assert got[0] == want[0][:2], "a slot that is taken again knows nothing of the one before"
+    assert got[0] == want[0][:2], "a slot that is taken again keeps nothing of the sequence before"
 
 
 def test_the_compiled_step_gives_the_logits_of_the_plain_one_within_rounding() -> None:

@@ -124,7 +124,7 @@ class Layer(nn.Module):
 
 
 class HomeMade(nn.Module):
-    """A language model whose author knows nothing of transformers' names."""
+    """A language model with other names than those of transformers."""
 
     def __init__(self, width: int = 24, heads: int = 6, size: int = 4, *, interleaved: bool = False) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ MLA = {
 }  # fmt: skip
 MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
-WIDE = {"intermediate_size": 52, "moe_intermediate_size": 16}  # grouped_mm wants rows of a multiple of 16 bytes
+WIDE = {"intermediate_size": 52, "moe_intermediate_size": 16}  # grouped_mm needs rows of a multiple of 16 bytes
 ROUTED = {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 GROUPED = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_conv": 4}

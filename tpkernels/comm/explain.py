@@ -41,14 +41,14 @@ def explain(
     is_cpu: bool,
     op: str,
     *,
-    M: int = 0,
-    N: int = 0,
-    K: int = 0,
-    numel: int = 0,
-    dtype: torch.dtype = torch.float32,
-    codec: str = "none",
-    dim: int = 0,
-    tune: bool = False,
+    M: int,
+    N: int,
+    K: int,
+    numel: int,
+    dtype: torch.dtype,
+    codec: str,
+    dim: int,
+    tune: bool,
 ) -> Explanation:
     """Return the path of one call and the reason: `Group.explain` of an op, which has the other arguments.
 
