@@ -67,7 +67,7 @@ def check_gemms(group: Group) -> None:
         for op in ("gemm_all_reduce", "gemm_reduce_scatter"):
             if op == "gemm_all_reduce" and dim == 1:
                 continue
-            explained = group.explain(op, **sizes, dtype=dtype, codec=codec, dim=dim)
+            explained = group.explain(op, **sizes, dtype=dtype, codec=codec, bias=bias is not None, dim=dim)
             if op == "gemm_all_reduce":
                 ops.gemm_all_reduce(x, w, b, group=group, codec=codec)
             else:

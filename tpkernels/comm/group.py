@@ -206,6 +206,7 @@ class Group:
         numel: int = 0,
         dtype: torch.dtype = torch.float32,
         codec: str = "none",
+        bias: bool = False,
         dim: int = 0,
         tune: bool = False,
     ) -> Explanation:
@@ -217,6 +218,7 @@ class Group:
             numel: values of a collective's tensor.
             dtype: of the tensors.
             codec: of the sum, or of what is gathered.
+            bias: whether a GEMM has one; the path is the same.
             dim: the dimension that is scattered or gathered.
             tune: time the GEMM engines of the CPU, or the paths on GPUs, for this shape first; this group and those
                 that open later take the fastest. All ranks call it.
