@@ -243,6 +243,20 @@ def check_wire_codecs_reach_the_ops(group: Group) -> None:
         assert f"codec='{codec}'" in repr(layer)
 
 
+@on_ranks(1, 2, 3)
+def check_a_vector_without_batch(group: Group) -> None:
+    whole, cut = the_same_mlp_unsharded(), an_mlp(group)
+    x = integers(6, seed=3)
+    inputs = [leaf(x), leaf(x)]
+    outputs = [model(given) for model, given in zip((whole, cut), inputs, strict=True)]
+    assert_equal(outputs[1], outputs[0], "y")
+    for output in outputs:
+        output.sum().backward()
+    assert_equal(inputs[1].grad, inputs[0].grad, "dx")
+    gathers = layers.ColumnParallelLinear.from_linear(whole[0], group=group, gather_output=True)
+    assert_equal(gathers(x), whole[0](x), "gathered")
+
+
 @on_processes(globals())
 def test_layers_over_the_ranks(run: Run) -> None:
     run()

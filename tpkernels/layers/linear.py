@@ -212,13 +212,15 @@ class ColumnParallelLinear(_ParallelLinear):
         """Multiply.
 
         Args:
-            x: [..., K], replicated, or this rank's tokens with sequence_parallel.
+            x: [..., K], also [K], replicated, or this rank's tokens with sequence_parallel.
             sequence_size: the number of tokens along sequence_dim on all ranks together. None: the ranks exchange
                 theirs, and under torch.compile it is R times this rank's; uneven shards must have it given there.
 
         Returns:
             [..., N / R], or [..., N] with gather_output.
         """
+        if x.dim() == 1:
+            return self.forward(x.unsqueeze(0), sequence_size).squeeze(0)
         weight, bias = self._operands()
         if self.random is not None:
             self.random.switch_to_own(self.group)
@@ -295,7 +297,7 @@ class RowParallelLinear(_ParallelLinear):
         """Multiply and sum over the ranks.
 
         Args:
-            x: [..., K / R], or replicated [..., K] with input_is_parallel=False.
+            x: [..., K / R], also [K / R], or replicated [..., K] with input_is_parallel=False.
 
         Returns:
             [..., N] on every rank, or this rank's tokens of it with sequence_parallel.
@@ -303,6 +305,8 @@ class RowParallelLinear(_ParallelLinear):
         Raises:
             ValueError: x does not have this rank's features, or the full ones with input_is_parallel=False.
         """
+        if x.dim() == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight, bias = self._operands()
         if self.random is not None:
             self.random.switch_back()
