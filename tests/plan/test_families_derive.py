@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.harness.families import HomeMade, ScalesByWidth, TalkingHeads, UsedTwice, UsesWeightDirectly, build
+from tests.harness.memory import PeakMemory, needs_mallinfo2
 from tpkernels.errors import DeriveError
 from tpkernels.plan.derive.groups import segments
 from tpkernels.plan.derive.names import generalise, resolve
@@ -343,3 +344,50 @@ def test_segments_are_whole_runs_of_all_units_in_order() -> None:
     assert segments(np.array([7, 9, 9, 7]), [7, 9]) is None
     assert segments(np.array([7, 7, 9]), [7, 9]) is None
     assert segments(np.array([9, 7]), [7, 9]) is None
+
+
+class LongAttention(nn.Module):
+    """Two heads over as many tokens as an image of 1024 x 1024 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y(x).unflatten(-1, (-1, 4)).transpose(1, 2) for y in (self.q, self.k, self.v))
+        scores = (q @ k.transpose(-2, -1)).flatten(0, 1)
+        weights = torch.cat([scores, scores[..., :1]], -1).softmax(-1)[..., :-1].unflatten(0, (len(x), -1))
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@needs_mallinfo2
+def test_labels_of_scores_take_no_memory_for_each_pair_of_tokens() -> None:
+    tokens = 2048
+    with torch.device("meta"):
+        model = LongAttention()
+    derive_plan(model, inputs=((torch.zeros(1, 6, 8),), {}))  # so that nothing is imported for the first time below
+    with PeakMemory() as peak:
+        plan = derive_plan(model, inputs=((torch.zeros(1, tokens, 8),), {}))
+    assert plan == dict.fromkeys("kvq", "column:units=2") | {"o": "row:units=2"}
+    assert peak.bytes < 2 * tokens**2, "less than 1 byte a score, where a label has 8"
+
+
+class ByExperts(nn.Module):
+    """A product of groups of rows, each with the matrix of an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.experts = nn.Parameter(torch.zeros(3, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.down(self.up(x).relu()).flatten(0, 1)
+        ends = torch.tensor([2, 5, rows.size(0)], dtype=torch.int32)
+        return torch.nn.functional.grouped_mm(rows, self.experts, offs=ends)
+
+
+def test_grouped_products_are_followed_in_every_dtype() -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        with torch.device("meta"):
+            model = ByExperts().to(dtype)
+        assert cut(model) == {"up": "column", "down": "row"}, dtype

@@ -21,8 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpkernels.plan.derive.calls import Step, argument, side_by_side, tensors_in
-from tpkernels.plan.derive.labels import NONE, WHOLE, Edges, broadcast, meet, meet_all, meet_along
+from tpkernels.plan.derive.calls import Step, argument, call, side_by_side, tensors_in
+from tpkernels.plan.derive.labels import (
+    NONE,
+    WHOLE,
+    Edges,
+    all_of,
+    broadcast,
+    compact,
+    core,
+    flat,
+    joined,
+    meet,
+    meet_all,
+    meet_along,
+    reshaped,
+)
 
 # Ops that move elements: the labels take the same way. VIEWS go by strides, which differ.
 VIEWS = {"view", "_unsafe_view", "reshape"}
@@ -109,7 +123,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             labels = self.labels_of(given[0]) if isinstance(module, nn.Dropout) and module.p > 0 and given else None
             if labels is not None:
                 with out_of_sight():
-                    self.dropped.append((name, labels.unique()))  # type: ignore[no-untyped-call]
+                    self.dropped.append((name, torch.unique(core(labels)[0])))
             if source is not None:
                 self._quiet += 1
                 self.steps.append(Step(source))
@@ -135,7 +149,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name in self.closed:
                 self._quiet -= 1
                 for tensor in tensors_in(output):
-                    self._labels[tensor] = torch.full((), WHOLE, device="cpu").expand(tensor.shape)
+                    self._labels[tensor] = all_of(WHOLE, tensor.shape)
 
         return hook
 
@@ -171,7 +185,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that a dropout gets this tensor."""
         labels = self.labels_of(x)
         with out_of_sight():
-            self.steps.append(Step(self.where, rate, None if labels is None else labels.unique()))  # type: ignore
+            self.steps.append(Step(self.where, rate, None if labels is None else torch.unique(core(labels)[0])))
 
     @property
     def count(self) -> int:
@@ -197,7 +211,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._written:
             written = self._written.get(x.untyped_storage()._cdata)
             if written is not None:
-                return torch.full(x.shape, written[0], device="cpu")
+                return all_of(written[0], x.shape)
         labels: Tensor | None = self._labels.get(x)
         return labels
 
@@ -205,7 +219,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         before = None if self._quiet else self._before(func, args, kwargs)
         run_args, run_kwargs = side_by_side(args, kwargs)
-        out = func(*run_args, **run_kwargs)
+        out = call(func, run_args, run_kwargs)
         if before is not None:
             self._follow(func, args, kwargs, out, *before)
         return out
@@ -229,9 +243,9 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note_even(func, name, tensors, outs[0])
             return
         why = f"they meet in {name} in {self.where or 'the model'}"
-        seen = torch.cat([labels.reshape(-1)[:1] for labels in given if labels is not None])
+        seen = torch.cat([core(labels)[0].reshape(-1)[:1] for labels in given if labels is not None])
         self.met.extend(
-            (parameter, labels.unique())
+            (parameter, torch.unique(core(labels)[0]))
             for t, g in zip(tensors, given, strict=True)
             if g is None
             for parameter in self._learned_from(t)
@@ -251,12 +265,12 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         found = self._rule(func, name, args, kwargs, tensors, given, outs, why)
         if found is None:  # not known: everything in it meets
-            meet_all(self.edges, torch.cat([g.reshape(-1) for g in given if g is not None]), why, also=int(seen[0]))
-            found = [torch.full(t.shape, int(seen[0]), device="cpu") for t in outs]
+            meet_all(self.edges, flat(given), why, also=int(seen[0]))
+            found = [all_of(int(seen[0]), t.shape) for t in outs]
         for t, labels in zip(outs, found, strict=True):
             if labels is not None:
                 assert labels.shape == t.shape, (name, labels.shape, t.shape)
-                self._labels[t] = labels
+                self._labels[t] = compact(labels)
 
     def _learned_from(self, x: Tensor) -> frozenset[str]:
         """The replicated parameters on which a tensor depends, which no feature reached."""
@@ -296,7 +310,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return [func(x, *args[1:], **kwargs)]
         if x is not None and len(tensors) == 1:
             if name in VIEWS:
-                return [x.reshape(outs[0].shape)]
+                return [reshaped(x, outs[0].shape)]
             if name in MOVES:
                 moved = func(x, *args[1:], **kwargs)
                 return [moved] if isinstance(moved, Tensor) else list(moved)
@@ -317,16 +331,14 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _join(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], given: list[Any], why: str) -> Tensor:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        labels = [
-            torch.full(t.shape, NONE, device="cpu") if g is None else g for t, g in zip(tensors, given, strict=True)
-        ]
-        joined = torch.stack(labels, dim) if name == "stack" else torch.cat(labels, dim)
+        labels = [all_of(NONE, t.shape) if g is None else g for t, g in zip(tensors, given, strict=True)]
+        found = joined(labels, dim, new=name == "stack")
         if any(g is None and t.numel() for t, g in zip(tensors, given, strict=True)):
             # What is on all ranks beside what is cut: along every dimension in which the labels differ it has too much.
-            for d in range(joined.dim()):
-                meet_along(self.edges, joined, d, why)
-            joined = torch.where(joined == NONE, joined.max(), joined)
-        return joined
+            for d in range(found.dim()):
+                meet_along(self.edges, found, d, why)
+            found = torch.where(found == NONE, found.max(), found)
+        return found
 
     def _product(self, at: int, tensors: list[Tensor], given: list[Any], out: Tensor, why: str) -> list[Tensor | None]:
         """[added +] a @ b: what is summed over must meet, and so must a row's label and a column's."""
@@ -360,7 +372,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if given[0] is not None and (torch.Tag.pointwise in func.tags or name in ("zero_", "fill_", "copy_")):
             self._meet(tensors, given, target, why)  # an element keeps its label in every view
             return
-        labelled = torch.cat([g.reshape(-1) for g in given if g is not None])
+        labelled = flat(given)
         label = int(labelled[0])
         meet_all(self.edges, labelled, why + " (written in place)", also=label)
         storage = target.untyped_storage()

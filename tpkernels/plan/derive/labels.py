@@ -20,7 +20,8 @@ class Edges:
     pairs: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def add(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Join a[i] with b[i] for all i; equal ones and places without a feature say nothing."""
+        """Join a[i] with b[i] for all i (of one shape); equal ones and places without a feature say nothing."""
+        a, b = (x.reshape(-1) for x in core(a, b))
         differ = (a != b) & (a >= 0) & (b >= 0)
         if bool(differ.any()):
             both = torch.unique((a[differ] << 32) | b[differ])  # as one number, which sorts much faster than pairs
@@ -57,7 +58,7 @@ def meet(edges: Edges, a: Tensor, b: Tensor, reason: str) -> None:
         reason: for messages.
     """
     if a is not b:
-        edges.add(a.reshape(-1), b.reshape(-1), reason)
+        edges.add(a, b, reason)
 
 
 def meet_along(edges: Edges, labels: Tensor, dim: int, reason: str) -> None:
@@ -69,7 +70,8 @@ def meet_along(edges: Edges, labels: Tensor, dim: int, reason: str) -> None:
         dim: the dimension.
         reason: for messages.
     """
-    if labels.numel() and labels.size(dim) > 1:
+    if varies_along(labels, dim):
+        (labels,) = core(labels)
         found = labels if not bool((labels == NONE).any()) else torch.where(labels == NONE, labels.max(), labels)
         meet(edges, found, found.narrow(dim, 0, 1).expand_as(found), reason)
 
@@ -83,7 +85,7 @@ def meet_all(edges: Edges, labels: Tensor, reason: str, *, also: int | None = No
         also: one more label.
         reason: for messages.
     """
-    found = torch.unique(labels)
+    found = torch.unique(core(labels)[0])
     found = found[found >= 0]
     if len(found):
         edges.add(found, torch.full_like(found, int(found[0]) if also is None else also), reason)
@@ -91,7 +93,54 @@ def meet_all(edges: Edges, labels: Tensor, reason: str, *, also: int | None = No
 
 def varies_along(labels: Tensor, dim: int) -> bool:
     """Whether the labels differ along a dimension."""
+    if not labels.numel() or labels.size(dim) < 2 or labels.stride(dim) == 0:
+        return False
+    (labels,) = core(labels)
     return bool((labels != labels.narrow(dim, 0, 1)).any())
+
+
+def core(*labels: Tensor) -> list[Tensor]:
+    """Return the labels without the repetitions of dimensions along which none of them varies.
+
+    Args:
+        labels: tensors of one shape. Scores of attention, for example, have one label for each head, repeated for all
+            pairs of tokens by strides of 0.
+    """
+    if not labels[0].numel():
+        return list(labels)
+    found = list(labels)
+    for dim in range(labels[0].dim()):
+        if labels[0].size(dim) > 1 and all(x.stride(dim) == 0 for x in labels):
+            found = [x.narrow(dim, 0, 1) for x in found]
+    return found
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Return equal labels that repeat by strides of 0 what does not vary along a dimension."""
+    found = labels
+    for dim in range(labels.dim()):
+        if found.size(dim) > 1 and (found.stride(dim) == 0 or not varies_along(found, dim)):
+            found = found.narrow(dim, 0, 1)
+    return found.clone().expand(labels.shape) if found.numel() < labels.numel() else labels
+
+
+def reshaped(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Return `labels.reshape(shape)`; repetitions along first and last dimensions that stay are not written out."""
+    if not labels.numel():
+        return labels.reshape(shape)
+    first, last = 0, 0
+    least = min(labels.dim(), len(shape))
+    while first < least and labels.shape[first] == shape[first]:
+        first += 1
+    while last < least - first and labels.shape[-1 - last] == shape[-1 - last]:
+        last += 1
+    found = labels
+    for dim in [*range(first), *range(labels.dim() - last, labels.dim())]:
+        if labels.stride(dim) == 0:
+            found = found.narrow(dim, 0, 1)
+    middle = shape[first : len(shape) - last]
+    found = found.reshape(*found.shape[:first], *middle, *found.shape[found.dim() - last :])
+    return found.expand(shape)
 
 
 def broadcast(
@@ -127,3 +176,28 @@ def broadcast(
                 if tensor.shape[-back] > 1 and -back not in same and varies_along(result, -back):
                     meet_along(edges, result, -back, reason)
     return result
+
+
+def all_of(label: int, shape: torch.Size) -> Tensor:
+    """Return labels that are all the same."""
+    return torch.full((), label, device="cpu").expand(shape)
+
+
+def flat(labels: Sequence[Tensor | None]) -> Tensor:
+    """Return every label of the tensors that have any, in one dimension."""
+    return torch.cat([core(x)[0].reshape(-1) for x in labels if x is not None])
+
+
+def joined(labels: Sequence[Tensor], dim: int, *, new: bool) -> Tensor:
+    """Return `torch.cat(labels, dim)`, or with `new` `torch.stack`; repetitions along other dimensions stay such."""
+    if new:
+        labels = [x.unsqueeze(dim) for x in labels]
+    dims = labels[0].dim()
+    repeats = [1] * dims
+    if all(x.dim() == dims for x in labels):  # cat also takes the empty tensor of one dimension
+        for other in set(range(dims)) - {dim % dims}:
+            if labels[0].size(other) > 1 and all(x.stride(other) == 0 for x in labels):
+                repeats[other] = labels[0].size(other)
+                labels = [x.narrow(other, 0, 1) for x in labels]
+    found = torch.cat(tuple(labels), dim)
+    return found.expand([n if n > 1 else -1 for n in repeats])
