@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tpkernels import hf
+from tpkernels import checkpoint, hf
 from tpkernels.comm.group import Group
 from tpkernels.errors import CheckpointError
 from tpkernels.shard import shard_info
@@ -189,3 +189,38 @@ def test_an_unknown_dtype_and_a_class_that_has_nothing_of_the_file_are_refused(f
     config.architectures = ["LlamaForCausalLM"]
     with pytest.raises(CheckpointError, match=r"it lacks .*: is BertModel the class that was saved\?"):
         hf.load_pretrained(folder / "llama", config=config, model_class=transformers.BertModel)
+
+
+def converted() -> dict[str, Any]:
+    """Models whose files hold tensors in other shapes: packed projections, experts that may lie transposed."""
+    t = transformers
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    small |= {"num_attention_heads": 6, "num_key_value_heads": 3}
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # square: 2 * 16 rows of 32
+    torch.manual_seed(3)
+    return {
+        "molmo2": t.Molmo2TextModel(t.Molmo2TextConfig(**small)),
+        "qwen3_vl_moe": t.Qwen3VLMoeTextModel(t.Qwen3VLMoeTextConfig(**small, **rope, **experts)),
+    }
+
+
+def load_converted(root: str, names: list[str]) -> None:
+    with Group.open() as group:
+        for name in names:
+            model = hf.load_pretrained(Path(root, name), group=group)
+            kind = type(model)
+            assert_same(model, kind.from_pretrained(Path(root, name)))
+            model.save_pretrained(Path(root, f"{name} again"))
+            assert_same(model, kind.from_pretrained(Path(root, f"{name} again")))
+            checkpoint.export_hf(model, Path(root, f"{name} exported"), group=group)
+            assert_same(model, kind.from_pretrained(Path(root, f"{name} exported")))
+
+
+def test_tensors_that_transformers_converts_by_their_shapes_are_those_of_the_full_model(tmp_path: Path) -> None:
+    if not hasattr(transformers, "Molmo2TextModel"):
+        pytest.skip("needs a release of transformers that has this model")
+    models = converted()
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    run_ranks(load_converted, 2, str(tmp_path), list(models))

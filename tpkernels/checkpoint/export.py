@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,26 @@ def _as_in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
-    turned: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    with full_shapes(model):
+        turned: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return turned
+
+
+@contextmanager
+def full_shapes(model: Any) -> Iterator[None]:
+    """Let `get_parameter` of a sharded model give tensors of the full shapes: transformers' conversions go by them."""
+
+    def get_parameter(name: str) -> Tensor:
+        parameter: Tensor = type(model).get_parameter(model, name)
+        if shard_info(parameter) is None:
+            return parameter
+        return torch.empty(full_shape(parameter), dtype=parameter.dtype, device="meta")
+
+    model.get_parameter = get_parameter
+    try:
+        yield
+    finally:
+        del model.get_parameter
 
 
 def _packed(units: list[Unit], max_bytes: int) -> list[list[Unit]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tpkernels.checkpoint.export import full_shapes
 from tpkernels.checkpoint.files import INDEX, SINGLE, TensorFile, damaged
 from tpkernels.errors import CheckpointError, shorten
 
@@ -170,7 +171,8 @@ def _names_made(converter: Any, first: str) -> list[str]:
 def _maker(converter: Any, first: str, model: Any) -> Callable[[], dict[str, Tensor]]:
     def make() -> dict[str, Tensor]:
         try:
-            made = converter.convert(first, model=model, config=model.config)
+            with full_shapes(model):
+                made = converter.convert(first, model=model, config=model.config)
         except (RuntimeError, LookupError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{', '.join(_names_made(converter, first))} cannot be made of {converter.source_patterns} ({error}): "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpkernels import ops
-from tpkernels.checkpoint.export import gathered
+from tpkernels.checkpoint.export import full_shapes, gathered
 from tpkernels.checkpoint.ranks import CheckpointRanks
 from tpkernels.comm.group import Group
 from tpkernels.comm.objects import raise_together
@@ -19,6 +19,7 @@ from tpkernels.errors import CheckpointError, PlanError
 from tpkernels.layers.base import mark_shards
 from tpkernels.layers.convert import group_of
 from tpkernels.layers.reference import Ref
+from tpkernels.plan.derive.vocabulary import module_of
 from tpkernels.shard import ShardInfo, shard_info
 
 
@@ -94,7 +95,8 @@ class SavePretrained:
         with raise_together(group, CheckpointError, f"save_pretrained {save_directory}"):
             if group.rank == 0:
                 save: Any = type(model).save_pretrained  # type: ignore[attr-defined]
-                save(model, save_directory, *args, state_dict=state, **kwargs)
+                with full_shapes(model):
+                    save(model, save_directory, *args, state_dict=state, **kwargs)
 
 
 def _to_save(model: nn.Module) -> Callable[[str], bool]:
@@ -109,7 +111,7 @@ def of_adapters(model: nn.Module) -> Callable[[str], bool]:
 
     Biases may be trained beside adapters, and tables of ids are saved with adapters on them.
     """
-    tables = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    tables = [module_of(model, get) for get in ("get_input_embeddings", "get_output_embeddings")]
     base = {id(getattr(table, "base_layer", table)) for table in tables}
     own: dict[str, bool] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,23 +30,34 @@ def vocabulary_styles(model: nn.Module, sources: dict[str, nn.Module], taken: se
 
 def _word_tables(model: nn.Module, sources: dict[str, nn.Module]) -> list[nn.Module]:
     """The input embeddings that models of transformers name; of other models the embedding with the most rows."""
-    found = []
+    found: list[nn.Module | None] = []
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
-            with suppress(NotImplementedError, AttributeError):
-                get: Any = module.get_input_embeddings
-                found.append(get())
+            found.append(module_of(module, "get_input_embeddings"))
     tables = [m for m in sources.values() if isinstance(m, nn.Embedding)]
     if not hasattr(model, "get_input_embeddings") and tables:
         found.append(max(tables, key=lambda m: m.num_embeddings))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(module for module in found if module is not None))
+
+
+def module_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """Return the module that a method of a model of transformers names.
+
+    Args:
+        model: any.
+        getter: such as "get_input_embeddings".
+
+    Returns:
+        None where the model has no such method, or its class does not say which module it is.
+    """
+    with suppress(NotImplementedError, AttributeError):
+        found: nn.Module | None = getattr(model, getter, lambda: None)()
+        return found
+    return None
 
 
 def _is_head(model: nn.Module, module: nn.Module) -> bool:
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    with suppress(NotImplementedError, AttributeError):
-        return getter is None or bool(getter() is module)
-    return False
+    return not hasattr(model, "get_output_embeddings") or module_of(model, "get_output_embeddings") is module
 
 
 def _all_held(model: nn.Module, weight: Tensor, tied: dict[str, nn.Module]) -> bool:
