@@ -128,6 +128,13 @@ ANIMALS: dict[str, Animal] = {
     "fnet": masked("eager", tpu_short_seq_length=7),
     "convbert": masked("eager", embedding_size=12, head_ratio=1, conv_kernel_size=3),
     "ibert": Animal({}, "AutoModelForMaskedLM", attention="eager", refused="nothing in IBertForMaskedLM can be cut"),
+    # transformers' plan for it has none for the parameters of heads in a module between column and row layers
+    "neomme": Animal(
+        {"vocab_size": 67, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "num_key_value_heads": 3, "head_dim": 16, "embedding_rank": 12, "sliding_window": 4, "layer_types":
+         ["sliding_attention", "full_attention"]},
+        "AutoModelForMaskedLM", plain=True,
+    ),
     "funnel": Animal(
         {"vocab_size": 67, "d_model": 36, "d_head": 4, "n_head": 9, "d_inner": 50, "block_sizes": [1, 1]},
         "AutoModelForMaskedLM", attention="eager", plain=True,
@@ -203,6 +210,12 @@ ANIMALS: dict[str, Animal] = {
                    "max_source_positions": 20, "max_target_positions": 20},
         "AutoModelForSpeechSeq2Seq", lambda: {"input_features": noise(2, 12, 6), "labels": tokens(length=5)},
         generates={}, attention="eager", plain=True,
+    ),
+    "gemma4_vision": Animal(  # whose class does not say which are its input embeddings
+        IMAGE | {"head_dim": 4, "global_head_dim": 4, "num_key_value_heads": 9, "pooling_kernel_size": 1},
+        "AutoModel", lambda: {
+            "pixel_values": noise(2, 4, 48), "pixel_position_ids": torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]] * 2),
+        }, plain=True,
     ),
     # several of these
     "blip": Animal(

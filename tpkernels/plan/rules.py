@@ -15,6 +15,7 @@ from tpkernels.errors import DeriveError, PlanError, shorten
 from tpkernels.layers.absent import Absent
 from tpkernels.plan.derive.inputs import Call
 from tpkernels.plan.derive.search import derive_plan
+from tpkernels.plan.derive.vocabulary import module_of
 from tpkernels.plan.styles.base import Style, can_be_cut, is_linear
 from tpkernels.plan.styles.experts import ExpertStyle, takes_choices
 from tpkernels.plan.styles.style import TRANSLATION, parse_style
@@ -114,20 +115,24 @@ def _covered(name: str, found: dict[str, Style]) -> bool:
 
 
 def without_rule(modules: dict[str, nn.Module], styles: dict[str, Style]) -> list[str]:
-    """Return the modules with weights beside column and row layers that have no rule.
+    """Return the modules with weights beside column and row layers, or between them, that have no rule.
 
     Whether such a module gets sharded features, so that its gradients are partial, depends on the forward.
     """
     found = []
     for name, module in modules.items():
         inside = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-        if {"column", "row"} <= {styles[child].role for child in inside if child in styles}:
+        roles = {styles[child].role for child in inside if child in styles} & {"column", "row"}
+        if len(roles) == 1:  # the other one may be in a child, as may be what is between them
+            inside = [below for below, _ in module.named_modules(prefix=name) if below != name]
+            roles |= {styles[below].role for below in inside if below in styles}
+        if {"column", "row"} <= roles:
             found += [
                 child
                 for child in inside
-                if child not in styles and any(True for _ in modules[child].parameters(recurse=False))
+                if not _covered(child, styles) and any(True for _ in modules[child].parameters(recurse=False))
             ]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _of_ours(model: nn.Module) -> Plan | None:
@@ -174,7 +179,7 @@ def _of_the_model(model: nn.Module) -> Plan | None:
 def _of_the_vocabulary(model: nn.Module) -> dict[str, str]:
     """Rules for the table of ids, and for the linear that computes logits."""
     names = {id(module): name for name, module in model.named_modules()}
-    table, head = (getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings"))
+    table, head = module_of(model, "get_input_embeddings"), module_of(model, "get_output_embeddings")
     rules = {names[id(table)]: "vocab"} if isinstance(table, nn.Embedding) and id(table) in names else {}
     return rules | ({names[id(head)]: "vocab_head"} if isinstance(head, nn.Linear) and id(head) in names else {})
 

@@ -120,7 +120,7 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
         columns = {
             child: (modules[child], styles[child])
             for child in order
-            if child.rpartition(".")[0] == name
+            if _parent(child, modules) == name
             and styles[child].role == "column"
             and not isinstance(modules[child], nn.Embedding)
         }
@@ -131,6 +131,16 @@ def find_blocks(modules: dict[str, nn.Module], styles: dict[str, Style]) -> Iter
             raise PlanError(f"Plan: {name} makes heads in {list(columns)}, and no row layer takes them")
         taken.update(rows)
         yield Block(name, module, columns, rows, _count(name, module, columns, rows))
+
+
+def _parent(name: str, modules: dict[str, nn.Module]) -> str:
+    """The module that a linear belongs to: the one around it, past modules that hold one linear only (Gemma 4)."""
+    parent = name.rpartition(".")[0]
+    around = modules[parent]
+    own = len(around._modules) == 1 and not around._parameters
+    if not parent or not own or number(around, HEAD_SIZE) is not None or number(around, HEADS) is not None:
+        return parent
+    return _parent(parent, modules)
 
 
 def _has_the_heads_of_a_child(module: nn.Module) -> bool:
