@@ -156,6 +156,9 @@ def check_refused() -> None:
     assert "all_reduce: x must not be differentiated by torch.func (grad, vjp, jacrev" in text
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     assert "x must be a dense" in raised(lambda: ops.all_reduce(nested, group=group), ValueError)
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8)
+    for f in (ops.all_reduce, ops.all_reduce_, ops.all_gather, ops.reduce_scatter):
+        assert "tensor, got a quantized tensor" in raised(lambda f=f: f(quantized, group=group), ValueError)
     assert ops.all_reduce(torch.ones(1), group=group).item() == R  # nothing was sent
     group.close()
 

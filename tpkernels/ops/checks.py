@@ -46,8 +46,9 @@ def check_tensor(op: str, name: str, x: Any, group: Group | None, *, by_function
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     # Dynamo, which traces dense tensors only, cannot trace the layout in an autograd.Function.
-    if not is_dynamo_compiling() and (x.layout != torch.strided or x.is_nested):
-        found = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+    if not is_dynamo_compiling() and (x.layout != torch.strided or x.is_nested or x.is_quantized):
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else None
+        found = f"layout {x.layout}" if kind is None else f"a {kind} tensor"
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got {found}")
     if x.device.type != "meta":
         _check_device(op, name, x, group)
