@@ -268,6 +268,13 @@ class PreparedGemm {
       const size_t stride = size_t{from_whole ? gemm_.K : x_stride()} * 2;
       operands.x[r] =
           cuda::tensor_map_of(gemm_.dtype, base + row * stride, cut.count[r], gemm_.K, stride, cuda::kTileRows);
+      for (uint32_t slot = 0; slot < 2; ++slot) {
+        const cuda::StoredRows to =
+            gathers() ? cuda::StoredRows{gemm_.dtype, mine.y->data() + size_t{cut.first[r]} * gemm_.N * 2, gemm_.N * 2u}
+                      : cuda::stored_rows(group_.peers(rank), cut, slot, r, gemm_.dtype, gemm_.codec, gemm_.N);
+        operands.y[slot][r] =
+            cuda::tensor_map_of(to.dtype, to.first, cut.count[r], gemm_.N, to.row_bytes, cuda::kTileRows);
+      }
     }
     return operands;
   }

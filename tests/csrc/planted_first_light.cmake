@@ -29,6 +29,8 @@ tpk_plant_light("transposed_operand(of_w)" "transposed_operand(of_w) - (uint64_t
 tpk_plant_light("args.second + piece * kPieceWords" "args.second + (piece ^ 1) * kPieceWords")
 tpk_plant_light("args.x[i] = static_cast<uint16_t>(round * 512 + i)"
                 "args.x[i] = static_cast<uint16_t>(round * 512 + i + (round == 7 && i == 3))")
+tpk_plant_light("store_tile(&args.map, tile, args.column, args.row)"
+                "store_tile(&args.map, tile, args.column, args.row + (round == 4))")
 
 string(REPLACE "int main(" "int first_light_main(" checks "${checks}")
 file(CONFIGURE OUTPUT ${folder}/gpu/first_light_kernels.cuh CONTENT "${kernels}" @ONLY)

@@ -22,6 +22,7 @@ constexpr Found kFound[] = {
     {"transposed", "bf16 [64, 64] x [128, 64]: row 0, column 64 is 0, not 64"},
     {"gather", "thread 3, round 7: got 3588, not 3587"},
     {"bulk", "thread 1, round 1: got 4352, not 4096"},
+    {"store", "values at row 0, column 0: thread 0, round 4: got 24576, not 32768"},
 };
 
 CASE(every_mistake_is_reported_with_the_first_value_that_differs) {

@@ -18,8 +18,12 @@ function(tpk_plant name file right wrong)
       string(REPLACE "${right}" "${wrong}" text "${text}")
     endif()
     string(REPLACE "namespace tpk::cuda {" "namespace tpk::cuda::${name} {" text "${text}")
-    # One instance has to do.
-    string(REGEX REPLACE "[^\n]*Columns<256>{}[^\n]*\n|[^\n]*Half{}, Columns[^\n]*\n" "" text "${text}")
+    # One instance has to do: that of wide tiles where the name says so.
+    set(other 256)
+    if(name MATCHES "wide_tile")
+      set(other 128)
+    endif()
+    string(REGEX REPLACE "[^\n]*Columns<${other}>{}[^\n]*\n|[^\n]*Half{}, Columns[^\n]*\n" "" text "${text}")
     file(CONFIGURE OUTPUT ${folder}/${one} CONTENT "${text}" @ONLY)
   endforeach()
   file(CONFIGURE OUTPUT ${folder}/${name}.cpp CONTENT "#include \"${folder}/fused_gemm_sm90.cu\"\n" @ONLY)
@@ -34,17 +38,23 @@ endforeach()
 tpk_plant(nothing_planted gemm_sm90.cuh "" "")
 tpk_plant(flag_at_the_wrong_owner tile_turn.cuh
           "signals(static_cast<int>(owner)).tiles" "signals((static_cast<int>(owner) + 1) % peers_.world_size).tiles")
-tpk_plant(no_barrier_before_the_flag reduce_block.cuh "sync_named(kTileBarrier, 32 * kStoringWarps + 32);" "")
-tpk_plant(staged_over_what_is_not_stored reduce_block.cuh "await(&Base::barriers().stored, ++handed & 1);" "++handed;")
-tpk_plant(stored_before_it_is_staged reduce_block.cuh "await(&Base::barriers().staged, taken++ & 1);" "++taken;")
+tpk_plant(nothing_planted_in_a_wide_tile gemm_sm90.cuh "" "")
+tpk_plant(flag_before_the_tile_is_written reduce_block.cuh
+          "stores_wait<0>();\n      turn_.raise_tile(tile.owner, tile.number);"
+          "turn_.raise_tile(tile.owner, tile.number);\n      stores_wait<0>();")
+tpk_plant(staged_over_what_is_not_stored fused_block.cuh "await(&barriers().stored, ++handed & 1);" "++handed;")
+tpk_plant(stored_before_it_is_staged fused_block.cuh "await(&barriers().staged, stored++ & 1);" "++stored;")
+tpk_plant(stored_without_a_fence fused_block.cuh "fence_async_shared();" "")
+tpk_plant(given_back_before_the_store_has_read fused_block.cuh "stores_wait_read<0>();" "")
+tpk_plant(given_back_before_the_store_of_a_wide_tile_has_read fused_block.cuh "stores_wait_read<0>();" "")
+tpk_plant(staged_over_what_is_multiplied_in_a_wide_tile fused_block.cuh
+          "sync_product_threads();  // the products of all warps have read the stage" "")
 tpk_plant(stage_given_back_too_early gemm_sm90.cuh "products_wait<1>();" "")
-tpk_plant(transposed_w_read_as_the_other fused_block.cuh "if (args_.gemm.w_transposed)" "if (false)")
+tpk_plant(transposed_w_read_as_the_other fused_block.cuh "return args_.gemm.w_transposed ?" "return false ?")
 tpk_plant(transposed_w_advances_as_the_other gemm_sm90.cuh "w + (transposed ? 128 : 2) * j" "w + 2 * j")
 tpk_plant(no_fence_after_the_gather gather_block.cuh "fence_async();  // the flag is a generic one, the loads" "//")
 tpk_plant(no_fence_before_the_copy gather_block.cuh "fence_async();  // the flag is a generic one, and" "//")
-tpk_plant(slot_of_another_call reduce_block.cuh
-          "slot = turn_.slot(static_cast<int>(tile.owner));"
-          "slot = args_.peers.arena[tile.owner] + slot_offset(args_.peers, 0);")
+tpk_plant(slot_of_another_call reduce_block.cuh "args_.gemm.y[turn_.slot_number()]" "args_.gemm.y[0]")
 tpk_plant(one_rank_is_not_waited_for reduce_block.cuh
           "if (thread < ranks()) await_tiles" "if (thread + 1 < ranks()) await_tiles")
 tpk_plant(one_tile_of_a_scale_is_waited_for reduce_block.cuh

@@ -17,9 +17,14 @@
   }
 PLANTED(nothing_planted)
 PLANTED(flag_at_the_wrong_owner)
-PLANTED(no_barrier_before_the_flag)
+PLANTED(nothing_planted_in_a_wide_tile)
+PLANTED(flag_before_the_tile_is_written)
 PLANTED(staged_over_what_is_not_stored)
 PLANTED(stored_before_it_is_staged)
+PLANTED(stored_without_a_fence)
+PLANTED(given_back_before_the_store_has_read)
+PLANTED(given_back_before_the_store_of_a_wide_tile_has_read)
+PLANTED(staged_over_what_is_multiplied_in_a_wide_tile)
 PLANTED(stage_given_back_too_early)
 PLANTED(transposed_w_read_as_the_other)
 PLANTED(transposed_w_advances_as_the_other)
@@ -45,7 +50,7 @@ namespace {
 
 // A call of one kind, or two where K is long enough to go round the ring; whether all outputs are right. For a rank
 // that waits in vain the watchdog is faster than the deadline: a failed launch.
-bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Codec codec) {
+bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Codec codec, bool wide) {
   constexpr int kRanks = planted::kRanks;
   EmulatedGroup group(kRanks, {.slot_bytes = size_t{256} << 10});
   std::vector<std::unique_ptr<PreparedGemm>> gemms;
@@ -53,6 +58,7 @@ bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Code
     Gemm gemm{.kind = kind, .codec = codec, .rows = {40, 8, 30}, .N = 24, .K = K, .grid = {1, 1}, .seed = seed};
     if (codec == Codec::Fp16) gemm.N = 512;  // which keeps small integers
     gemm.transposed = K == 32;
+    if (wide) gemm.N = 200, gemm.tile_columns = 256;
     gemms.push_back(std::make_unique<PreparedGemm>(group, gemm, launches));
   }
   bool came[kRanks] = {};
@@ -65,7 +71,11 @@ bool gemms_are_right(Fused kind, const FusedLaunches& launches, uint32_t K, Code
 }
 
 planted::Body body(Fused kind, const FusedLaunches& launches, uint32_t K = 24, Codec codec = Codec::None) {
-  return [=] { return gemms_are_right(kind, launches, K, codec); };
+  return [=] { return gemms_are_right(kind, launches, K, codec, false); };
+}
+// Of tiles of 256 columns, one after the other.
+planted::Body wide_body(Fused kind, const FusedLaunches& launches) {
+  return [=] { return gemms_are_right(kind, launches, 328, Codec::None, true); };
 }
 
 }  // namespace
@@ -82,6 +92,11 @@ CASE(right_kernels_are_silent) {
         planted::run(planted::quiet(seed), body(Fused::Gather, nothing_planted::kLaunches, 1096));
     EXPECT(long_k.reports.empty() && long_k.right, "seed ", seed, long_k.text());
   }
+  for (Fused kind : {Fused::ReduceScatter, Fused::Gather}) {
+    const planted::Outcome wide =
+        planted::run(planted::quiet(1), wide_body(kind, nothing_planted_in_a_wide_tile::kLaunches));
+    EXPECT(wide.reports.empty() && wide.right, wide.text());
+  }
   const planted::Outcome coded =
       planted::run(planted::quiet(1), body(Fused::AllReduce, nothing_planted::kLaunches, 24, Codec::Fp16));
   EXPECT(coded.reports.empty() && coded.right, coded.text());
@@ -90,14 +105,28 @@ CASE(right_kernels_are_silent) {
 CASE(a_flag_raised_at_the_wrong_owner) {
   planted::must_be_found(Kind::Race, body(Fused::ReduceScatter, flag_at_the_wrong_owner::kLaunches));
 }
-CASE(no_barrier_between_a_tile_and_its_flag) {
-  planted::must_report(Kind::Race, body(Fused::ReduceScatter, no_barrier_before_the_flag::kLaunches));
+CASE(a_flag_raised_when_its_tile_is_not_written_yet) {
+  planted::must_report(Kind::Race, body(Fused::ReduceScatter, flag_before_the_tile_is_written::kLaunches));
 }
-CASE(columns_staged_over_those_that_are_not_stored_yet) {
+CASE(a_tile_staged_over_one_that_is_not_stored_yet) {
   planted::must_report(Kind::Race, body(Fused::ReduceScatter, staged_over_what_is_not_stored::kLaunches));
 }
-CASE(columns_stored_before_all_are_staged) {
-  planted::must_report(Kind::Race, body(Fused::ReduceScatter, stored_before_it_is_staged::kLaunches));
+CASE(a_tile_stored_before_it_is_staged) {
+  planted::must_be_found(Kind::Race, body(Fused::ReduceScatter, stored_before_it_is_staged::kLaunches));
+}
+CASE(a_tile_stored_without_a_fence_of_those_who_staged_it) {
+  for (Fused kind : {Fused::AllReduce, Fused::Gather}) {
+    planted::must_report(Kind::Race, body(kind, stored_without_a_fence::kLaunches));
+  }
+}
+CASE(a_place_given_back_before_its_store_has_read_it) {
+  planted::must_report(Kind::Race, body(Fused::Gather, given_back_before_the_store_has_read::kLaunches));
+  const FusedLaunches& wide = given_back_before_the_store_of_a_wide_tile_has_read::kLaunches;
+  planted::must_report(Kind::Race, wide_body(Fused::ReduceScatter, wide));
+}
+CASE(a_tile_staged_over_a_stage_that_others_multiply) {
+  const FusedLaunches& launches = staged_over_what_is_multiplied_in_a_wide_tile::kLaunches;
+  planted::must_report(Kind::Race, wide_body(Fused::ReduceScatter, launches));
 }
 CASE(a_stage_given_back_before_its_products_are_done) {
   planted::must_be_wrong(body(Fused::ReduceScatter, stage_given_back_too_early::kLaunches, 456));

@@ -29,8 +29,11 @@ INSTRUCTIONS = {
     "fence.gpu": r"\bfence\.(?:acq_rel|sc)\.gpu\b|\bmembar\.gl\b",
     "fence.proxy.alias": r"\bfence\.proxy\.alias\b",
     "fence.proxy.async.global": r"\bfence\.proxy\.async\.global\b",
+    "fence.proxy.async.shared": r"\bfence\.proxy\.async\.shared::cta\b",
     "cp.async.bulk": r"\bcp\.async\.bulk\.(?:shared::cluster\.global|global\.shared::cta)\b",
-    "cp.async.bulk.wait_group": r"\bcp\.async\.bulk\.wait_group(?:\.read)?\b",
+    "cp.async.bulk.tensor.store": r"\bcp\.async\.bulk\.tensor\.2d\.global\.shared::cta\b",
+    "cp.async.bulk.wait_group": r"\bcp\.async\.bulk\.wait_group \d",
+    "cp.async.bulk.wait_group.read": r"\bcp\.async\.bulk\.wait_group\.read\b",
     "ld.global.nc": r"\bld\.global(?:\.\w+)*\.nc\b",
     "ld.volatile": r"\bld\.volatile\b",
     "multimem": r"\bmultimem\.",
@@ -114,6 +117,11 @@ def test_every_flag_that_is_raised_is_heard_and_no_peer_is_read_through_the_wron
             assert "ld.global.nc" not in instructions
         # Memory of a rank at its own address and at the switch's; what threads wrote and what is loaded as tiles.
         assert ("multimem" in instructions) == ("fence.proxy.alias" in instructions)
+        # Staged by threads, stored by TMA: seen by it, read before its place is written again, written before its flag.
+        if "cp.async.bulk.tensor.store" in instructions:
+            stored = {"fence.proxy.async.shared", "cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read"}
+            assert stored <= set(instructions)
+    assert all("cp.async.bulk.tensor.store" in found for found in which(golden["fused_gemm_sm90.cu"]).values())
     assert "fence.proxy.async.global" in which(golden["fused_gemm_sm90.cu"])["all_gather_gemm_kernel"]
 
 

@@ -42,8 +42,7 @@ constexpr double kMemoryRate = 3.35e6, kLinkRate = 0.8 * 450e3;
 // Of a block of a collective: 32 KiB of loads on their way (choose.h) for the 2 us that a load from a peer takes. Of
 // one that gathers for path fused: 64 KiB (tile_moves.cuh).
 constexpr double kBlockRate = 32768 / 2.0, kGatherRate = 65536 / 2.3;
-// Of a multiplying block that rounds a tile and stages it for the storing warps, or stores it in its own memory, while
-// its tensor cores wait: 64 KiB in 1 us. A guess.
+// Of a multiplying block that rounds a tile and stages it, while its tensor cores wait: 64 KiB in 1 us. A guess.
 constexpr double kTileStoreRate = 65536;
 // What a launch takes beside the kernel before it, a wait of all ranks for each other, and what orders two streams.
 // Guesses, from published latencies of such kernels.

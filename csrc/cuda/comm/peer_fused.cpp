@@ -68,6 +68,15 @@ void PeerCommunicator::send_fused_gemm(const CallSpec& spec, const FusedGemm& ge
                                       : rows_at(gemm.x, piece.first[r], gemm.x_stride);
       operands.x[r] =
           maps_.of(spec.dtype, x, piece.count[r], gemm.K, (comes ? gemm.K : gemm.x_stride) * kValueBytes, kTileRows);
+      if (gathers) {
+        char* const y = rows_at(gemm.y, piece.first[r], gemm.N);
+        operands.y[0][r] = maps_.of(spec.dtype, y, piece.count[r], gemm.N, gemm.N * kValueBytes, kTileRows);
+        continue;
+      }
+      for (uint32_t slot = 0; slot < 2; ++slot) {
+        const StoredRows to = stored_rows(peers_, piece, slot, r, spec.dtype, spec.codec, gemm.N);
+        operands.y[slot][r] = maps_.of(to.dtype, to.first, piece.count[r], gemm.N, to.row_bytes, kTileRows);
+      }
     }
     Call call = next_call(spec);
     const FusedGrid grid = grid_of(plan, piece, world_size(), gemm.N);

@@ -42,7 +42,8 @@ TensorMap tensor_map_of(DType dtype, const void* base, uint64_t rows, uint64_t c
                         uint32_t box_rows) {
   static const auto encode = find_encode();
   constexpr uint64_t kMost = uint64_t{1} << 32;
-  check(dtype == DType::BF16 || dtype == DType::F16, "dtype", "bf16 or fp16", static_cast<uint64_t>(dtype));
+  check(dtype == DType::BF16 || dtype == DType::F16 || dtype == DType::U8, "dtype", "bf16, fp16 or uint8",
+        static_cast<uint64_t>(dtype));
   check(reinterpret_cast<uintptr_t>(base) % 16 == 0, "base", "a multiple of 16", reinterpret_cast<uintptr_t>(base));
   check(row_stride_bytes % 16 == 0 && row_stride_bytes < uint64_t{1} << 40, "row stride",
         "a multiple of 16 bytes below 2^40", row_stride_bytes);
@@ -51,8 +52,10 @@ TensorMap tensor_map_of(DType dtype, const void* base, uint64_t rows, uint64_t c
   check(box_rows > 0 && box_rows <= 256, "box rows", "1 .. 256", box_rows);
 
   const cuuint64_t sizes[] = {columns, rows}, strides[] = {row_stride_bytes};  // the innermost dimension comes first
-  const cuuint32_t box[] = {64, box_rows}, steps[] = {1, 1};
-  const auto type = dtype == DType::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / size_of(dtype)), box_rows}, steps[] = {1, 1};
+  const auto type = dtype == DType::BF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                    : dtype == DType::F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   CUtensorMap made;
   const CUresult result =
       encode(&made, type, 2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

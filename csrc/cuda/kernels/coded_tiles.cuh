@@ -116,18 +116,17 @@ using ScaleWord = std::conditional_t<bytes == 16, Word16, std::conditional_t<byt
 
 __device__ __forceinline__ void store_word(uint32_t* to, uint32_t word) { *to = word; }
 
-// The 16 rows that a warp has of a tile, of which `rows` and `columns` lie inside y: packed, through its staging as in
-// store_rows. The four lanes that have a row have all of each group. Scales behind the last column are of zeros, and
-// lie in what fills a row of scales up to 16 bytes.
+// The 16 rows that a warp has of a tile, of which `rows` and `columns` lie inside y: packed into boxes, as in
+// stage_boxes, and their scales stored in `to`. The four lanes that have a row have all of each group. Scales behind
+// the last column are of zeros, and lie in what fills a row of scales up to 16 bytes.
 template <class C, class T, int N>
-__device__ __forceinline__ void store_packed_rows(const float (&d)[N / 2], const PackedRows<C>& to, uint32_t rows,
-                                                  uint32_t columns, const T* bias, uint32_t first_row, char* staging) {
-  constexpr uint32_t kValues = C::kScaleValues, kGroups = N / kValues, kPairs = kValues / 8, kWords = N / 16;
-  static_assert(kValues == 32 && 16 * N <= Ring<N>::kStagingBytes);
-  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
-  const auto word_at = [&](uint32_t r, uint32_t word) { return staging + r * N + (word ^ (r % 8)) * 16; };
+__device__ __forceinline__ void stage_packed_rows(const float (&d)[N / 2], const PackedRows<C>& to, uint32_t rows,
+                                                  uint32_t columns, const T* bias, uint32_t warp, const Ring<N>& ring) {
+  constexpr uint32_t kValues = C::kScaleValues, kGroups = N / kValues, kPairs = kValues / 8;
+  static_assert(kValues == 32 && N / 128 <= kStagedBoxes);
+  const uint32_t lane = threadIdx.x % 32, row = 16 * warp + lane / 4;
+  const auto word_at = [&](uint32_t r, uint32_t word) { return word_of_box(ring.box(word / 8, 0), r, word % 8); };
   typename C::Scale scales[2][kGroups];
-  __syncwarp();  // the staging has been read
 #pragma unroll
   for (uint32_t g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -158,17 +157,10 @@ __device__ __forceinline__ void store_packed_rows(const float (&d)[N / 2], const
       }
     }
   }
-  __syncwarp();
-#pragma unroll
-  for (uint32_t i = 0; i < kWords / 2; ++i) {
-    const uint32_t r = (32 * i + lane) / kWords, word = lane % kWords;
-    if (first_row + r >= rows || 16 * word >= columns) continue;
-    store16(to.payload(first_row + r, 0) + 16 * word, load16(word_at(r, word)));
-  }
   using Scales = ScaleWord<sizeof scales[0]>;
 #pragma unroll
   for (uint32_t half = 0; half < 2; ++half) {
-    const uint32_t r = first_row + row + 8 * half;
+    const uint32_t r = row + 8 * half;
     Scales word;
     static_assert(sizeof word == sizeof scales[0]);
     memcpy(&word, scales[half], sizeof word);

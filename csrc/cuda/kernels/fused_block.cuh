@@ -48,7 +48,6 @@ class Block {
     turn_.end();
   }
   __device__ __forceinline__ bool multiplies() const { return blockIdx.x >= args_.communicating; }
-  __device__ __forceinline__ void store_for_products() {}  // the storing warps
 
  protected:
   __device__ __forceinline__ static Barriers& barriers() {
@@ -85,27 +84,60 @@ class Block {
   }
   __device__ __forceinline__ Dealt<N> dealt(const Tile& tile) const { return {rows_in(tile), columns_in(tile) / 8}; }
 
-  // The products of a tile, in d.
-  __device__ __forceinline__ void multiply_tile(float (&d)[N / 2], Place<N>& place) {
+  // The products of a tile, in d. Returns the last stage, which is to be given back.
+  __device__ __forceinline__ uint32_t multiply_tile(float (&d)[N / 2], Place<N>& place) {
     const uint32_t half = product_thread() / kWarpgroup;
-    if (args_.gemm.w_transposed) {
-      multiply<T, N, true>(d, steps(), half, ring_, barriers(), place);
-    } else {
-      multiply<T, N, false>(d, steps(), half, ring_, barriers(), place);
-    }
+    return args_.gemm.w_transposed ? multiply<T, N, true>(d, steps(), half, ring_, barriers(), place)
+                                   : multiply<T, N, false>(d, steps(), half, ring_, barriers(), place);
+  }
+  // By each product warp.
+  __device__ __forceinline__ void give_back(uint32_t stage) const {
+    if (threadIdx.x % 32 == 0) transaction_arrive(&barriers().empty[stage]);
   }
   // Those of a tile's columns.
   __device__ __forceinline__ const T* bias_of(const Tile& tile) const {
     const T* const bias = static_cast<const T*>(args_.gemm.bias);
     return bias == nullptr ? nullptr : bias + tile.column_block * N;
   }
+
+  // ---- what the product warps hand to the storing thread, tile by tile; handed, stored: how many there were
+
+  __device__ __forceinline__ void await_stored(uint32_t& handed) const { await(&barriers().stored, ++handed & 1); }
+  // A tile, as values of W. The last stage goes with it.
   template <class W>
-  __device__ __forceinline__ TileOutput<W> output(const Tile& tile, W* first) const {
-    return {first, args_.gemm.N, rows_in(tile), columns_in(tile)};
+  __device__ __forceinline__ void stage_tile(const float (&d)[N / 2], const Tile& tile, uint32_t last) const {
+    constexpr uint32_t kBoxes = N / 64;
+    const uint32_t warp = product_thread() / 32, columns = columns_in(tile);
+    if constexpr (kBoxes <= kStagedBoxes) give_back(last);
+    stage_boxes<W, T, N>(d, 0, kStagedBoxes, columns, bias_of(tile), warp, ring_, last);
+    if constexpr (kBoxes > kStagedBoxes) {
+      sync_product_threads();  // the products of all warps have read the stage
+      stage_boxes<W, T, N>(d, kStagedBoxes, kBoxes, columns, bias_of(tile), warp, ring_, last);
+    }
   }
-  template <class W>
-  __device__ __forceinline__ void store(const float (&d)[N / 2], const Tile& tile, W* first) const {
-    store_tile<T, N>(d, output(tile, first), bias_of(tile), product_thread(), ring_);
+  __device__ __forceinline__ void hand_over() const {
+    fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) transaction_arrive(&barriers().staged);
+  }
+
+  // The storing thread: a tile in boxes of so many columns. stage: the last one of the tile before, then of this one.
+  template <uint32_t kBoxColumns>
+  __device__ __forceinline__ void store_staged(const TensorMap& map, const Tile& tile, uint32_t& stored,
+                                               uint32_t& stage) const {
+    constexpr uint32_t kBoxes = N / kBoxColumns;
+    stage = (stage + steps()) % Ring<N>::kStages;
+    await(&barriers().staged, stored++ & 1);
+    for (uint32_t b = 0; b < kBoxes && b * kBoxColumns < columns_in(tile); ++b) {
+      store_tile(&map, ring_.box(b, stage), static_cast<int32_t>(tile.column_block * N + b * kBoxColumns),
+                 static_cast<int32_t>(tile.row_block * kTileRows));
+    }
+    stores_commit();
+    stores_wait_read<0>();
+    transaction_arrive(&barriers().stored);
+    for (uint32_t warp = 0; kBoxes > kStagedBoxes && warp < kProductWarps; ++warp) {
+      transaction_arrive(&barriers().empty[stage]);
+    }
   }
 
   const Args& args_;

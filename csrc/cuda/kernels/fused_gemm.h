@@ -23,16 +23,33 @@ namespace tpk::cuda {
 constexpr int kTileThreads = 384;  // one warpgroup loads and talks, two multiply
 
 // y = x @ w.T (+ bias): x [rows, K], w [N, K], bias [N] of the same dtype or nullptr. In a reduction the bias is that
-// of one rank (rank 0), and nullptr on the others. Both maps have boxes of kTileDepth columns and a 128-byte swizzle.
+// of one rank (rank 0), and nullptr on the others. All maps have boxes of 128 bytes a row and a 128-byte swizzle.
 // w may lie transposed, as it does in a backward (dx = dy @ w), and may so on some ranks alone.
 struct GemmOperands {
   TensorMap x[kMaxPeers];  // the rows of rank r in this piece, [count[r], K], box of kTileRows rows; unused where none
   TensorMap w;             // [N, K], box of tile_columns rows; transposed [K, N], box of kTileDepth rows
+  // Where tiles of the rows of rank r are stored, [count[r], N], box of kTileRows rows: of a reduction the StoredRows
+  // of each of the two slots, of a gather the rows of y, the first map alone.
+  TensorMap y[2][kMaxPeers];
   const void* bias;
   uint32_t N, K;
   uint32_t tile_columns;  // of a tile of y: 128 or 256
   bool w_transposed;
 };
+
+// What this rank sends for the rows of rank r: rows of N values in r's slot. Packed ones have their scales behind them.
+struct StoredRows {
+  DType dtype;  // of a map: only its size counts
+  char* first;
+  size_t row_bytes;
+};
+inline StoredRows stored_rows(const Peers& peers, const RowCut& cut, uint32_t slot, int r, DType dtype, Codec codec,
+                              uint32_t N) {
+  const size_t part = cut.count[r] * sent_row_bytes(codec, N);
+  char* const first = peers.arena[r] + slot_offset(peers, slot) + static_cast<size_t>(peers.rank) * part;
+  if (is_sent_packed(codec)) return {DType::U8, first, N};
+  return {dtype, first, size_t{N} * 2};
+}
 
 // Blocks [0, communicating) sum or gather; the others multiply, and when they are done sum as well. Both at least 1.
 struct FusedGrid {

@@ -9,9 +9,9 @@
 // Called by  csrc/cuda/fused_gemm.cpp and fused_gemm_backward.cpp, through the communicator.
 // Needs      as in fused_gemm.h and tile_turn.cuh. Blocks [0, communicating) sum or gather, the others multiply.
 // Slots      a reduction: [from rank][rows of the owner, N], so R parts; a gather: the owner's rows [rows, K].
-// Warps      of every block: 0 loads, 1 is the signal warp, 2 and 3 store the tiles of a reduction, 4 .. 11 are the
-//            product threads, which also move: sums and packed rows themselves, other rows by bulk copies
-//            (bulk_rows.cuh).
+// Warps      of every block: 0 loads, 1 is the signal warp, 2 stores tiles, 3 has nothing to do, 4 .. 11 are the
+// product
+//            threads, which also move: sums and packed rows themselves, other rows by bulk copies (bulk_rows.cuh).
 // Sums       fp32 in rank order, rounded once, of products that were rounded once: the bits that reduce_scatter and
 //            two_shot make of the same products, under a codec, too (coded_tiles.cuh).
 // Traffic    a reduction pushes (R - 1) / R M N values out of each rank, all_reduce pulls as many into it besides; a
@@ -39,8 +39,9 @@ __device__ __forceinline__ void run(Block& block) {
       __syncwarp();
     } else if (threadIdx.x < 64) {
       block.send_signals();
-    } else {
-      block.store_for_products();
+    } else if (threadIdx.x < 96) {
+      if (block.multiplies() && one_of_warp()) block.store();
+      __syncwarp();
     }
   } else {
     registers_raise<kProductRegisters>();
@@ -65,6 +66,8 @@ TPK_KERNEL void __launch_bounds__(kTileThreads, 1) all_gather_gemm_kernel(const 
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
+
+static_assert(sizeof(ReduceArgs) <= 4096 && sizeof(GatherArgs) <= 4096, "what a launch takes on any driver of CUDA 12");
 
 bool is_multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -35,13 +35,31 @@ class GatherBlock : public Block<T, N> {
 
   __device__ __forceinline__ void multiply_and_send() {
     Place<N> place;
+    uint32_t handed = 0;
     float d[N / 2] = {};
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.by_part(i);
       if (!is_to_be_multiplied(tile)) return;
-      Base::multiply_tile(d, place);
-      if (Base::have_agreed()) Base::store(d, tile, static_cast<T*>(args_.y) + Base::place_in_whole(tile));
+      const uint32_t last = Base::multiply_tile(d, place);
+      if (Base::have_agreed()) {
+        Base::await_stored(handed);
+        Base::template stage_tile<T>(d, tile, last);
+        Base::hand_over();
+      } else {
+        Base::give_back(last);
+      }
     }
+  }
+
+  // The storing thread.
+  __device__ __forceinline__ void store() {
+    if (!Base::have_agreed()) return;
+    uint32_t stored = 0, stage = Ring<N>::kStages - 1;
+    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
+      const Tile tile = order_.by_part(i);
+      Base::template store_staged<64>(args_.gemm.y[0][tile.owner], tile, stored, stage);
+    }
+    stores_wait<0>();
   }
 
   // Only the communicating blocks: the multiplying blocks wait for these copies, which must not wait for products.

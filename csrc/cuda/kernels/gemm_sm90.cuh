@@ -9,13 +9,14 @@
 //          stored. N and K are multiples of 8, so 16 bytes are inside or outside as a whole.
 // Ring     full[s]: the bytes of stage s have arrived. empty[s]: all product warps have read it; each warp arrives
 //          after it has waited for its products, because a wait for products covers one warp alone.
-// Storing  through shared memory, 128 columns at a time: by the product warps themselves, or, for peers, by warps of
-// the
-//          first warpgroup, while the product warps go on (reduce_block.cuh).
+// Storing  a tile is rounded into boxes of 128 rows by 128 bytes in shared memory, which a thread of the first
+// warpgroup
+//          stores as tiles (TMA), in this device's memory or a peer's, while the product warps go on. A tile has two or
+//          four boxes. Two have a place of their own, the others take the stage that was multiplied last, which is
+//          given back when they have been read: the product warps wait for stores of the tile before alone.
 // Left out clusters that load a tile of w once for two blocks, and two warpgroups that multiply in turn: both are
-// faster
-//          where published kernels have them, by 5 to 15 % of a large product, and neither can be judged without a
-//          device.
+//          faster where published kernels have them, by 5 to 15 % of a large product, and neither can be judged without
+//          a device.
 #pragma once
 
 #include <type_traits>
@@ -28,29 +29,29 @@ namespace tpk::cuda {
 constexpr uint32_t kWarpgroup = 128;
 constexpr uint32_t kProductThreads = 2 * kWarpgroup;
 constexpr uint32_t kProductWarps = kProductThreads / 32;
-constexpr uint32_t kStoringWarps = 2;     // of the first warpgroup, that store what is staged
-constexpr uint32_t kStagedColumns = 128;  // of a tile, that product warps stage at a time
+constexpr uint32_t kBoxBytes = kTileRows * 128;  // of a tile that is stored
+constexpr uint32_t kStagedBoxes = 2;             // that have a place beside the ring
 constexpr uint32_t kMostStages = 6;
 constexpr uint32_t kCopyStages = 6;  // of rows that are copied (bulk_rows.cuh)
 // What a warpgroup needs: 24 .. 256 in steps of 8, together no more than 65536 / 128.
 constexpr int kLoadRegisters = 56, kProductRegisters = 224;
 
 // Transaction barriers of a block. announced: its signal warp has received all announcements. staged, stored: all
-// product warps have staged columns of a tile, and all storing warps have read them. brought: rows that all product
-// warps have asked for have arrived.
+// product warps have staged a tile, and its store has read it. brought: rows that all product warps have asked for have
+// arrived.
 struct Barriers {
   uint64_t full[kMostStages], empty[kMostStages], announced, staged, stored, brought[kCopyStages];
 };
 
-// The dynamic shared memory of a block: the stages, then 16 rows of 128 values for each product warp.
+// The dynamic shared memory of a block: the stages, then two boxes.
 template <int N>
 struct Ring {
   static constexpr uint32_t kSwizzle = 1024;  // the pattern of 128-byte swizzles repeats after so many bytes
   static constexpr uint32_t kXBytes = kTileRows * kTileDepth * 2, kWBytes = N * kTileDepth * 2;
   static constexpr uint32_t kStageBytes = kXBytes + kWBytes;
   static constexpr uint32_t kStages = N == 256 ? 4 : kMostStages;
-  static constexpr uint32_t kStagingBytes = 16 * 128 * 2;
-  static constexpr uint32_t kBytes = kSwizzle + kStages * kStageBytes + kProductWarps * kStagingBytes;
+  static constexpr uint32_t kBytes = kSwizzle + kStages * kStageBytes + kStagedBoxes * kBoxBytes;
+  static_assert(kStageBytes % kSwizzle == 0 && kStagedBoxes * kBoxBytes <= kStageBytes, "a stage has two boxes");
   static_assert(kBytes + 1024 <= 227 * 1024, "with what is static, a block has 227 KiB");
 
   char* base;
@@ -59,8 +60,10 @@ struct Ring {
       : base(dynamic_shared + (kSwizzle - reinterpret_cast<uintptr_t>(dynamic_shared) % kSwizzle) % kSwizzle) {}
   __device__ __forceinline__ char* x(uint32_t stage) const { return base + stage * kStageBytes; }
   __device__ __forceinline__ char* w(uint32_t stage) const { return x(stage) + kXBytes; }
-  __device__ __forceinline__ char* staging(uint32_t warp) const {
-    return base + kStages * kStageBytes + warp * kStagingBytes;
+  // Of a tile whose last products had that stage.
+  __device__ __forceinline__ char* box(uint32_t number, uint32_t stage) const {
+    return number < kStagedBoxes ? base + kStages * kStageBytes + number * kBoxBytes
+                                 : x(stage) + (number - kStagedBoxes) * kBoxBytes;
   }
 };
 
@@ -89,7 +92,7 @@ __device__ __forceinline__ void init_barriers(Barriers& barriers) {
   for (uint64_t& brought : barriers.brought) transaction_init(&brought, kProductWarps);
   transaction_init(&barriers.announced, 1);
   transaction_init(&barriers.staged, kProductWarps);
-  transaction_init(&barriers.stored, kStoringWarps);
+  transaction_init(&barriers.stored, 1);
   transaction_init_done();
 }
 
@@ -121,13 +124,13 @@ __device__ __forceinline__ bool load_stages(const GemmOperands& gemm, const Tile
 // ---- multiplying ----------------------------------------------------------------------------------------------------
 
 // d = rows [64 half, 64 half + 64) of the tile; transposed: w. All threads of a warpgroup. One group of products runs
-// during the wait for the stage of the next; the stage before is released.
+// during the wait for the stage of the next; the stage before is released. Returns the last one, which is not.
 template <class T, int N, bool transposed>
-__device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint32_t half, const Ring<N>& ring,
-                                         Barriers& barriers, Place<N>& place) {
+__device__ __forceinline__ uint32_t multiply(float (&d)[N / 2], uint32_t steps, uint32_t half, const Ring<N>& ring,
+                                             Barriers& barriers, Place<N>& place) {
   constexpr uint32_t kHalfBytes = Ring<N>::kXBytes / 2;
   const bool arrives = threadIdx.x % 32 == 0;
-  uint32_t before = 0;
+  uint32_t last = 0;
   for (uint32_t step = 0; step < steps; ++step, place.advance()) {
     await(&barriers.full[place.stage], place.parity);
     const uint64_t x = operand(ring.x(place.stage) + half * kHalfBytes);
@@ -140,23 +143,15 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t steps, uint
     products_commit();
     products_wait<1>();
     __syncwarp();
-    if (step > 0 && arrives) transaction_arrive(&barriers.empty[before]);
-    before = place.stage;
+    if (step > 0 && arrives) transaction_arrive(&barriers.empty[last]);
+    last = place.stage;
   }
   products_wait<0>();
   __syncwarp();
-  if (arrives) transaction_arrive(&barriers.empty[before]);
+  return last;
 }
 
 // ---- storing --------------------------------------------------------------------------------------------------------
-
-// The output of a tile: its first value, values from row to row, rows and columns that lie inside y.
-template <class T>
-struct TileOutput {
-  T* first;
-  size_t stride;
-  uint32_t rows, columns;
-};
 
 // d[4 j], d[4 j + 1] or, as `lower` of two rows, d[4 j + 2], d[4 j + 3]: with the bias, rounded to T.
 template <class T, int N>
@@ -185,58 +180,28 @@ __device__ __forceinline__ uint32_t pair_as(uint32_t pair) {
   return rounded_pair<W>(first_of<T>(pair), second_of<T>(pair));
 }
 
-// A word of 16 bytes in the staging of a warp: 16 rows of 128 values of 2 bytes. A row's words are permuted by its
-// number: neither writes nor reads have bank conflicts.
-__device__ __forceinline__ char* staged_word(char* staging, uint32_t row, uint32_t word) {
-  return staging + row * 2 * kStagedColumns + (word ^ (row % 8)) * 16;
+// A word of 16 bytes of a row of a box. Neither writes nor reads have bank conflicts.
+__device__ __forceinline__ char* word_of_box(char* box, uint32_t row, uint32_t word) {
+  return box + row * 128 + (word ^ (row % 8)) * 16;
 }
 
-// Columns [start, start + 128) of the 16 rows that a warp has of a tile of T, as W, into its staging.
-template <class T, int N, class W>
-__device__ __forceinline__ void stage_columns(const float (&d)[N / 2], uint32_t start, uint32_t columns, const T* bias,
-                                              char* staging) {
-  const uint32_t lane = threadIdx.x % 32, row = lane / 4;
+// Boxes [first, end) of the 16 rows that a warp has of a tile of T, as W. columns: those inside y.
+template <class W, class T, int N>
+__device__ __forceinline__ void stage_boxes(const float (&d)[N / 2], uint32_t first, uint32_t end, uint32_t columns,
+                                            const T* bias, uint32_t warp, const Ring<N>& ring, uint32_t stage) {
+  static_assert(sizeof(W) == 2);
+  const uint32_t lane = threadIdx.x % 32, row = 16 * warp + lane / 4;
 #pragma unroll
-  for (uint32_t j = 0; j < kStagedColumns / 8; ++j) {
-    const uint32_t upper = product_pair<T, N>(d, start / 8 + j, false, bias, columns);
-    const uint32_t lower = product_pair<T, N>(d, start / 8 + j, true, bias, columns);
-    reinterpret_cast<uint32_t*>(staged_word(staging, row, j))[lane % 4] = pair_as<W, T>(upper);
-    reinterpret_cast<uint32_t*>(staged_word(staging, row + 8, j))[lane % 4] = pair_as<W, T>(lower);
-  }
-}
-
-// A warp stores such a staging; half of it a row in one piece. kUnroll: words of a thread on their way.
-template <int kUnroll, class W>
-__device__ __forceinline__ void store_staged(const TileOutput<W>& to, uint32_t first_row, uint32_t start,
-                                             char* staging) {
-  const uint32_t lane = threadIdx.x % 32, word = lane % 16, column = start + word * 8;
-#pragma unroll kUnroll
-  for (uint32_t i = 0; i < 8; ++i) {
-    const uint32_t r = 2 * i + lane / 16;
-    if (first_row + r >= to.rows || column >= to.columns) continue;
-    store16(to.first + (first_row + r) * to.stride + column, load16(staged_word(staging, r, word)));
-  }
-}
-
-// The 16 rows that a warp has, staged and stored by itself.
-template <class T, int N, class W>
-__device__ __forceinline__ void store_rows(const float (&d)[N / 2], const TileOutput<W>& to, const T* bias,
-                                           uint32_t first_row, char* staging) {
+  for (uint32_t b = first; b < end; ++b) {
+    char* const box = ring.box(b, stage);
 #pragma unroll
-  for (uint32_t start = 0; start < N; start += kStagedColumns) {
-    __syncwarp();  // the staging has been read
-    stage_columns<T, N, W>(d, start, to.columns, bias, staging);
-    __syncwarp();
-    store_staged<8>(to, first_row, start, staging);
+    for (uint32_t j = 0; j < 8; ++j) {
+      const uint32_t upper = product_pair<T, N>(d, 8 * b + j, false, bias, columns);
+      const uint32_t lower = product_pair<T, N>(d, 8 * b + j, true, bias, columns);
+      reinterpret_cast<uint32_t*>(word_of_box(box, row, j))[lane % 4] = pair_as<W, T>(upper);
+      reinterpret_cast<uint32_t*>(word_of_box(box, row + 8, j))[lane % 4] = pair_as<W, T>(lower);
+    }
   }
-}
-
-// All product threads: `thread` counts them.
-template <class T, int N, class W>
-__device__ __forceinline__ void store_tile(const float (&d)[N / 2], const TileOutput<W>& to, const T* bias,
-                                           uint32_t thread, const Ring<N>& ring) {
-  const uint32_t warp = thread / 32;  // rows 16 warp .. 16 warp + 15: four warps to a warpgroup, 64 rows to each
-  store_rows<T, N>(d, to, bias, 16 * warp, ring.staging(warp));
 }
 
 }  // namespace tpk::cuda

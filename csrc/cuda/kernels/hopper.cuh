@@ -66,10 +66,17 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t 
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(bar))
                : "memory");
 }
-// Those to global memory belong to groups of the thread that asked for them, which alone can wait for them.
+// Stores to global memory belong to groups of the thread that asked for them, which alone can wait for them.
 __device__ __forceinline__ void store_bytes(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
                "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+// The same of a tile, which lies in shared memory as load_tile would leave it. What is outside of the map's matrix is
+// not written.
+__device__ __forceinline__ void store_tile(const TensorMap* map, const void* from, int32_t column, int32_t row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(column), "r"(row)
                : "memory");
 }
 __device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -87,7 +94,7 @@ __device__ __forceinline__ void stores_wait() {
 // Between what threads write to global memory and tiles or bytes that are loaded from there: by the writer before it
 // raises its flag, by the reader after it has seen it. For PTX one of them suffices, at the reader.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-// Between what threads write to shared memory and what products read there.
+// Between what threads write to shared memory and what products or stores of tiles and bytes read there: by the writer.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

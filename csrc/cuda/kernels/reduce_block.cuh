@@ -14,7 +14,7 @@ class ReduceBlock : public Block<T, N> {
   using Row = SentRow<C>;
   using Sent = typename SentValues<C, T>::type;
   static constexpr uint32_t kTilesOfSum = Row::kUnit > N ? Row::kUnit / N : 1;
-  static constexpr uint32_t kHandovers = Row::kPacked ? 1 : N / kStagedColumns;  // of a tile, to the storing warps
+  static constexpr uint32_t kBoxColumns = Row::kPacked ? 128 : 64;
 
  public:
   __device__ __forceinline__ ReduceBlock(const ReduceArgs& args, char* dynamic_shared)
@@ -29,46 +29,35 @@ class ReduceBlock : public Block<T, N> {
     }
   }
 
-  __device__ __forceinline__ void send_signals() {
-    const bool agreed = turn_.await_announcements(&Base::barriers().announced);
-    if (!Base::multiplies()) return;
-    for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
-      const Tile tile = order_.interleaved(i);
-      sync_named(kTileBarrier, 32 * kStoringWarps + 32);
-      if (agreed && threadIdx.x % 32 == 0) turn_.raise_tile(tile.owner, tile.number);
-      __syncwarp();  // the barrier of the next tile is one for whole warps
-    }
-  }
+  __device__ __forceinline__ void send_signals() { turn_.await_announcements(&Base::barriers().announced); }
 
-  // The tensor cores rest while a tile is rounded and staged, not while it goes to a peer at the speed of its link:
-  // that is the storing warps' work, beside the next product. One that is packed in registers is stored by who packs
-  // it.
+  // The tensor cores rest while a tile is rounded and staged, not while it goes to a peer at the speed of its link.
   __device__ __forceinline__ void multiply_and_send() {
     Place<N> place;
     uint32_t handed = 0;
     float d[N / 2] = {};
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
-      Base::multiply_tile(d, place);
-      if (Base::have_agreed()) send(d, tile, handed);
+      const uint32_t last = Base::multiply_tile(d, place);
+      if (Base::have_agreed()) {
+        stage(d, tile, last, handed);
+      } else {
+        Base::give_back(last);
+      }
     }
   }
 
-  // The storing warps: each has the stagings of half of the product warps.
-  __device__ __forceinline__ void store_for_products() {
-    if (!Base::multiplies()) return;
-    const bool agreed = Base::have_agreed();
-    uint32_t taken = 0;
+  // The storing thread. A flag is raised when all of its tile is written.
+  __device__ __forceinline__ void store() {
+    if (!Base::have_agreed()) return;
+    fence_async();  // what ranks have read from these slots, and written there, by ordinary loads and stores
+    uint32_t stored = 0, stage = Ring<N>::kStages - 1;
     for (uint32_t i = Base::first_tile(); i < order_.total(); i += Base::tile_step()) {
       const Tile tile = order_.interleaved(i);
-      for (uint32_t part = 0; agreed && part < kHandovers; ++part) {
-        await(&Base::barriers().staged, taken++ & 1);
-        if constexpr (!Row::kPacked) store_staged_part(tile, part);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) transaction_arrive(&Base::barriers().stored);
-        __syncwarp();  // the barrier of the tile is one for whole warps
-      }
-      sync_named(kTileBarrier, 32 * kStoringWarps + 32);
+      const TensorMap& map = args_.gemm.y[turn_.slot_number()][tile.owner];
+      Base::template store_staged<kBoxColumns>(map, tile, stored, stage);
+      stores_wait<0>();
+      turn_.raise_tile(tile.owner, tile.number);
     }
   }
 
@@ -85,44 +74,19 @@ class ReduceBlock : public Block<T, N> {
     sync_product_threads();
     return may;
   }
-  // What this rank has of the sums of a tile's owner, in the owner's slot.
-  __device__ __forceinline__ char* part_of(const Tile& tile) const {
-    char* const slot = turn_.slot(static_cast<int>(tile.owner));
-    return slot + static_cast<size_t>(me()) * part_bytes(tile.owner);
-  }
-  __device__ __forceinline__ TileOutput<Sent> output_of(const Tile& tile) const {
-    return Base::output(tile, reinterpret_cast<Sent*>(part_of(tile)) + Base::place_in_part(tile));
-  }
-  // handed: how often the staging was handed over; the storing warps have read it that often before it is written
-  // again.
-  __device__ __forceinline__ void send(const float (&d)[N / 2], const Tile& tile, uint32_t& handed) const {
-    const uint32_t warp = product_thread() / 32;
+  __device__ __forceinline__ void stage(const float (&d)[N / 2], const Tile& tile, uint32_t last,
+                                        uint32_t& handed) const {
     if constexpr (Row::kPacked) {
-      await(&Base::barriers().stored, ++handed & 1);
-      store_packed_rows<C, T, N>(d, packed_at(part_of(tile), tile), Base::rows_in(tile), Base::columns_in(tile),
-                                 Base::bias_of(tile), 16 * warp, ring_.staging(warp));
-      hand_over();
+      Base::give_back(last);
+      Base::await_stored(handed);
+      char* const part = turn_.slot(static_cast<int>(tile.owner)) + static_cast<size_t>(me()) * part_bytes(tile.owner);
+      stage_packed_rows<C, T, N>(d, packed_at(part, tile), Base::rows_in(tile), Base::columns_in(tile),
+                                 Base::bias_of(tile), product_thread() / 32, ring_);
     } else {
-#pragma unroll
-      for (uint32_t start = 0; start < N; start += kStagedColumns) {
-        await(&Base::barriers().stored, ++handed & 1);
-        stage_columns<T, N, Sent>(d, start, Base::columns_in(tile), Base::bias_of(tile), ring_.staging(warp));
-        hand_over();
-      }
+      Base::await_stored(handed);
+      Base::template stage_tile<Sent>(d, tile, last);
     }
-  }
-  __device__ __forceinline__ void hand_over() const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) transaction_arrive(&Base::barriers().staged);
-  }
-  __device__ __forceinline__ void store_staged_part(const Tile& tile, uint32_t part) const {
-    constexpr uint32_t kWarps = kProductWarps / kStoringWarps;
-    const TileOutput<Sent> to = output_of(tile);
-    const uint32_t first = (threadIdx.x / 32 - 2) * kWarps;
-#pragma unroll 1
-    for (uint32_t warp = first; warp < first + kWarps; ++warp) {
-      store_staged<4>(to, 16 * warp, part * kStagedColumns, ring_.staging(warp));
-    }
+    Base::hand_over();
   }
   // The products of one rank for the rows of another.
   __device__ __forceinline__ size_t part_bytes(uint32_t owner) const {

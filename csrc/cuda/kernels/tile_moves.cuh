@@ -12,9 +12,7 @@
 
 namespace tpk::cuda {
 
-// Named barriers; 0 is that of __syncthreads.
-constexpr int kTileBarrier = 1;     // the storing warps and the signal warp: a tile is stored
-constexpr int kProductBarrier = 2;  // the product threads
+constexpr int kProductBarrier = 1;  // named, of the product threads; 0 is that of __syncthreads
 
 __device__ __forceinline__ uint32_t product_thread() { return threadIdx.x - kWarpgroup; }
 __device__ __forceinline__ void sync_product_threads() { sync_named(kProductBarrier, kProductThreads); }

@@ -8,10 +8,10 @@
 //             all announcements and all agree. The slot is free: the previous call of this rank has ended, so all ranks
 //             have ended the call before that, which used this slot last.
 //   raise     a flag is the epoch, at the rank that waits for it: tiles[from][tile], summed[from][tile]. One thread
-//             raises it, after a barrier with the writers of the tile and after its block has received all
-//             announcements. So a rank finds flags of e or of calls before e, never of a call after: a rank announces
-//             e + 1 after it has ended e. Hence a wait compares for equality, and a flag that was last raised 2^31
-//             calls ago is not taken for a new one.
+//             raises it, after a barrier with the writers of the tile, or the end of its store, and after its block has
+//             received all announcements. So a rank finds flags of e or of calls before e, never of a call after: a
+//             rank announces e + 1 after it has ended e. Hence a wait compares for equality, and a flag that was last
+//             raised 2^31 calls ago is not taken for a new one.
 //   refusal   as in peer.cuh: no flag is raised, nothing is read, nothing is written to outputs. The multiplying blocks
 //             finish their products and discard them.
 //   waits     blocks that sum or gather wait for flags, with the deadline. There is no cycle: multiplying blocks of a
@@ -57,7 +57,10 @@ class TileTurn : public Turn {
   // ---- any thread, behind `announced`: all ranks have announced the same call in time
   __device__ __forceinline__ bool have_agreed() const { return worst_verdict() == Verdict::Agrees; }
 
-  // ---- one thread, after a barrier with the writers of the data
+  // Which of the two slots of a rank this call uses.
+  __device__ __forceinline__ uint32_t slot_number() const { return epoch_ & 1; }
+
+  // ---- one thread, after a barrier with the writers of the data, or its own wait for their stores
   __device__ __forceinline__ void raise_tile(uint32_t owner, uint32_t number) const {
     store_release_sys(&signals(static_cast<int>(owner)).tiles[peers_.rank][number], flag());
   }

@@ -171,6 +171,9 @@ constexpr auto with_sent_row(Codec codec, Action action) {
 constexpr size_t sent_row_bytes(Codec codec, uint32_t N) {
   return with_sent_row(codec, [=](auto c) { return SentRow<decltype(c)>::bytes(N); });
 }
+constexpr bool is_sent_packed(Codec codec) {
+  return with_sent_row(codec, [](auto c) { return SentRow<decltype(c)>::kPacked; });
+}
 constexpr uint32_t sent_unit(Codec codec) {
   return with_sent_row(codec, [](auto c) { return SentRow<decltype(c)>::kUnit; });
 }

@@ -68,10 +68,12 @@ struct WarpProducts {
   uint32_t before = 0;  // the agent's last moment before this block
 };
 
-// Bulk copies of a thread out of shared memory, oldest first.
+// Bulk copies and tiles of a thread out of shared memory, oldest first.
 struct Stores {
   struct Asked {
-    char* to;
+    char* to;  // of bytes; of a tile its map and its place there
+    EmulatedMap map;
+    int32_t column, row;
     const char* from;
     size_t bytes;
     int group;
@@ -132,6 +134,8 @@ Clock clock_of(const Agent& agent);
 // ---- bytes that move by themselves
 // Not by memcpy, which the race detector takes for an access of the running thread.
 void copy_words(void* to, const void* from, size_t bytes);
+// A tile's map, if it and the place of the tile are what the hardware takes.
+EmulatedMap check_tile(const void* map, const void* shared, Where where);
 // Of a bulk copy: places and sizes are multiples of 16, and one of the places lies in shared memory.
 void check_bulk(const void* to, const void* from, const void* shared, uint32_t bytes, Where where);
 

@@ -54,23 +54,15 @@ void land(const Tile& tile) {
     copy_words(tile.to, tile.from, tile.bytes);
     return;
   }
-  const EmulatedMap& map = tile.map;
-  for (uint32_t r = 0; r < map.box_rows; ++r) {
-    const int64_t row = int64_t{tile.row} + r;
-    for (uint32_t c = 0; c < map.box_columns; ++c) {
-      const int64_t column = int64_t{tile.column} + c;
-      uint16_t value = 0;
-      if (row >= 0 && row < static_cast<int64_t>(map.rows) && column >= 0 &&
-          column < static_cast<int64_t>(map.columns)) {
-        std::memcpy(&value, map.base + static_cast<uint64_t>(row) * map.row_stride + static_cast<uint64_t>(column) * 2,
-                    2);
-      }
-      // The pattern is one of addresses; rows begin at multiples of 128.
-      const uintptr_t offset = static_cast<uintptr_t>(tile.to - shared_base()) + r * 128 + c * 2;
-      const uintptr_t place = options().planted_swizzle ? swizzled(offset + 128) - 128 : swizzled(offset);
-      std::memcpy(shared_base() + place, &value, 2);
-    }
-  }
+  // The pattern is one of addresses; rows begin at multiples of 128.
+  const auto place_of = [&](size_t at) {
+    const uintptr_t offset = static_cast<uintptr_t>(tile.to - shared_base()) + at;
+    return shared_base() + (options().planted_swizzle ? swizzled(offset + 128) - 128 : swizzled(offset));
+  };
+  for (uint32_t at = 0; at < tile.bytes; ++at) *place_of(at) = 0;
+  tile.map.each_row_inside(tile.column, tile.row, [&](const char* from, uint32_t r, size_t first, size_t bytes) {
+    for (size_t i = 0; i < bytes; ++i) *place_of(r * 128 + first + i) = from[i];
+  });
 }
 
 void bring(const Tile& tile, Where where) {
@@ -99,14 +91,9 @@ void bring_some(Where where) {
 void watch_source(const Tile& tile, const Clock& clock, Where where) {
   Thread& thread = *current_thread();
   if (tile.from != nullptr) return detector()->async_access(thread, clock, tile.from, tile.bytes, false, where);
-  const EmulatedMap& map = tile.map;
-  const int64_t first = std::max(tile.column, 0),
-                end = std::min(int64_t{tile.column} + map.box_columns, static_cast<int64_t>(map.columns));
-  for (int64_t row = tile.row; row < int64_t{tile.row} + map.box_rows && first < end; ++row) {
-    if (row < 0 || row >= static_cast<int64_t>(map.rows)) continue;
-    const char* const from = map.base + static_cast<uint64_t>(row) * map.row_stride + first * 2;
-    detector()->async_access(thread, clock, from, static_cast<size_t>(end - first) * 2, false, where);
-  }
+  tile.map.each_row_inside(tile.column, tile.row, [&](const char* from, uint32_t, size_t, size_t bytes) {
+    detector()->async_access(thread, clock, from, bytes, false, where);
+  });
 }
 
 // For the race detector: what the tile is read from, and where it is written, from now until its phase is over.
@@ -187,16 +174,20 @@ bool transaction_done(const uint64_t* bar, uint32_t parity, Where where) {
   return done;
 }
 
-void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t row, Where where) {
+EmulatedMap check_tile(const void* map, const void* shared, Where where) {
   const EmulatedMap found = EmulatedMap::of(map);
-  const size_t bytes = size_t{found.box_rows} * found.box_columns * 2;
   if (!found.is_valid()) misuse("a tensor map that was never encoded", where);
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0) misuse("a tensor map at no multiple of 64", where);
-  if (!lies_in_shared(static_cast<char*>(to), bytes)) misuse("a tile that does not fit into shared memory", where);
-  if ((static_cast<char*>(to) - shared_base()) % kPattern != 0)
-    misuse("a tile that does not begin at a multiple of 1024", where);
+  const char* const first = static_cast<const char*>(shared);
+  if (!lies_in_shared(first, found.tile_bytes())) misuse("a tile that does not fit into shared memory", where);
+  if ((first - shared_base()) % kPattern != 0) misuse("a tile that does not begin at a multiple of 1024", where);
+  return found;
+}
+
+void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t row, Where where) {
+  const EmulatedMap found = check_tile(map, to, where);
   // Under half of the seeds at once, so that what is overwritten too early shows.
-  set_going({static_cast<char*>(to), found, bar, column, row, nullptr, static_cast<uint32_t>(bytes),
+  set_going({static_cast<char*>(to), found, bar, column, row, nullptr, static_cast<uint32_t>(found.tile_bytes()),
              options().seed % 2 != 0, 0},
             where);
 }

@@ -32,9 +32,10 @@ bool transaction_done(const uint64_t* bar, uint32_t parity, Where where);
 void load_tile(void* to, const void* map, uint64_t* bar, int32_t column, int32_t row, Where where);
 void prefetch(const void* map, Where where);
 
-// Bulk copies of bytes: into shared memory as tiles come; out of it in groups of the thread that asks.
+// Bulk copies of bytes: into shared memory as tiles come; out of it, as tiles, in groups of the thread that asks.
 void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar, Where where);
 void store_bytes(void* to, const void* from, uint32_t bytes, Where where);
+void store_tile(const void* map, const void* from, int32_t column, int32_t row, Where where);
 void stores_commit();
 // For all groups but so many: `reads`, until shared memory has been read, else until all is written.
 void stores_wait(int groups_left, bool reads, Where where);

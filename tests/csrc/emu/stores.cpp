@@ -1,10 +1,19 @@
-// Bulk copies out of shared memory.
+// Bulk copies and tiles out of shared memory.
 #include "async.h"
 
 namespace tpk::emu {
 namespace {
 
 constexpr uint32_t kFirstThread = 2048;  // agents of threads are numbered from here, two to each
+
+// action(place, where in shared memory's bytes, how many) for all that lies together where it is stored.
+template <class Action>
+void each_part(const Stores::Asked& asked, Action action) {
+  if (asked.to != nullptr) return action(asked.to, 0, asked.bytes);
+  asked.map.each_row_inside(asked.column, asked.row, [&](const char* to, uint32_t row, size_t first, size_t bytes) {
+    action(const_cast<char*>(to), row * 128 + first, bytes);
+  });
+}
 
 // For the race detector: shared memory is read, and the other place written, from now until a wait says otherwise. What
 // has read knows nothing of what writes, so that a wait for the one is none for the other.
@@ -17,7 +26,10 @@ uint32_t watch(Stores& mine, const Stores::Asked& asked, Where where) {
   }
   ++mine.reader->last, ++mine.writer->last;
   detector()->async_access(thread, clock_of(*mine.reader), asked.from, asked.bytes, false, where);
-  detector()->async_access(thread, clock_of(*mine.writer), asked.to, asked.bytes, true, where);
+  const Clock writer = clock_of(*mine.writer);
+  each_part(asked, [&](const char* to, size_t, size_t bytes) {
+    detector()->async_access(thread, writer, to, bytes, true, where);
+  });
   return mine.reader->last;
 }
 
@@ -29,8 +41,23 @@ void take(Stores::Asked& asked) {
 
 void put(Stores::Asked& asked) {
   take(asked);
-  if (!asked.is_there) copy_words(asked.to, asked.taken.data(), asked.bytes);
+  if (asked.is_there) return;
   asked.is_there = true;
+  if (asked.to != nullptr) return copy_words(asked.to, asked.taken.data(), asked.bytes);
+  // A tile begins with the pattern.
+  const char* const taken = reinterpret_cast<const char*>(asked.taken.data());
+  each_part(asked, [&](char* to, size_t at, size_t bytes) {
+    for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(to)[i] = taken[swizzled(at + i)];
+  });
+}
+
+void ask(Stores::Asked asked, Where where) {
+  Stores& mine = async().stores[current_thread()];
+  asked.group = mine.group;
+  if (detector() != nullptr) asked.moment = watch(mine, asked, where);
+  if (options().seed % 2 != 0) put(asked);
+  mine.asked.push_back(std::move(asked));
+  this_block().preempt();
 }
 
 }  // namespace
@@ -50,12 +77,12 @@ void copy_words(void* to, const void* from, size_t bytes) {
 
 void store_bytes(void* to, const void* from, uint32_t bytes, Where where) {
   check_bulk(to, from, from, bytes, where);
-  Stores& mine = async().stores[current_thread()];
-  Stores::Asked asked{static_cast<char*>(to), static_cast<const char*>(from), bytes, mine.group, 0};
-  if (detector() != nullptr) asked.moment = watch(mine, asked, where);
-  if (options().seed % 2 != 0) put(asked);
-  mine.asked.push_back(std::move(asked));
-  this_block().preempt();
+  ask({static_cast<char*>(to), {}, 0, 0, static_cast<const char*>(from), bytes, 0, 0}, where);
+}
+
+void store_tile(const void* map, const void* from, int32_t column, int32_t row, Where where) {
+  const EmulatedMap found = check_tile(map, from, where);
+  ask({nullptr, found, column, row, static_cast<const char*>(from), found.tile_bytes(), 0, 0}, where);
 }
 
 void stores_commit() { ++async().stores[current_thread()].group; }

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/comm/runtime.h"
@@ -278,6 +279,39 @@ std::string check_bulk() {
   return wrong_round(wrong.values());
 }
 
+// A tile at the edges of a matrix of [200, 136] values of 2 bytes, or of as many bytes: what lies outside stays.
+std::string check_store(DType dtype, int32_t row, int32_t column) {
+  constexpr uint16_t kUntouched = 0x5555;
+  const StoredTile tile = stored_tile(200, 136, row, column);
+  const Device<uint16_t> image(tile.image), y(std::vector<uint16_t>(200 * 136, kUntouched));
+  const Device<uint32_t> places(tile.places), stored(1), seen(1), wrong(3 * 128);
+  const int32_t values = dtype == DType::U8 ? 2 : 1;  // of the map, in 2 bytes
+  const StoreArgs args{tensor_map_of(dtype, y.get(), 200, static_cast<uint64_t>(136 * values), 272, 128),
+                       image.get(),
+                       places.get(),
+                       y.get(),
+                       stored.get(),
+                       seen.get(),
+                       wrong.get(),
+                       20,
+                       column * values,
+                       row};
+  TPK_CUDA_CHECK(TPK_LAUNCH(store_and_read, 2, 128, 128 * 128 + 1024, nullptr, args));
+  const std::string found = wrong_round(wrong.values());
+  return found.empty() ? stored_over(tile, y.values(), kUntouched) : found;
+}
+
+std::string check_stores() {
+  for (DType dtype : {DType::BF16, DType::U8}) {
+    for (const auto& [row, column] : {std::pair{0, 0}, {64, 64}, {128, 128}}) {
+      const std::string found = check_store(dtype, row, column);
+      if (!found.empty())
+        return concat(dtype == DType::U8 ? "bytes" : "values", " at row ", row, ", column ", column, ": ", found);
+    }
+  }
+  return "";
+}
+
 // ---- all of them ----------------------------------------------------------------------------------------------------
 
 struct Check {
@@ -298,6 +332,7 @@ constexpr Check kChecks[] = {
     {"transposed", check_products<true>},
     {"gather", check_gather},
     {"bulk", check_bulk},
+    {"store", check_stores},
 };
 
 // A line for people; "E " is where scripts/gpu_check.py looks for the reason.

@@ -68,6 +68,34 @@ inline std::string tile_difference(const std::vector<uint16_t>& tile, const std:
   return "";
 }
 
+// A tile that is stored at a place of a matrix of values of 2 bytes.
+struct StoredTile {
+  std::vector<uint16_t> image;   // as it is to lie in shared memory
+  std::vector<uint32_t> places;  // of each value of the image in the matrix; ~0 outside
+};
+inline StoredTile stored_tile(int32_t rows, int32_t columns, int32_t first_row, int32_t first_column) {
+  StoredTile made{std::vector<uint16_t>(128 * 64), std::vector<uint32_t>(128 * 64, ~0u)};
+  for (uint32_t i = 0; i < 128 * 64; ++i) {
+    const int32_t row = first_row + static_cast<int32_t>(i / 64), column = first_column + static_cast<int32_t>(i % 64);
+    const uint32_t place = testing::swizzled_place(i / 64, i % 64);
+    made.image[place] = static_cast<uint16_t>(i);
+    if (row < rows && column < columns) made.places[place] = static_cast<uint32_t>(row * columns + column);
+  }
+  return made;
+}
+
+// "" where no other value of the matrix was stored over.
+inline std::string stored_over(const StoredTile& tile, const std::vector<uint16_t>& matrix, uint16_t untouched) {
+  std::vector<bool> may(matrix.size());
+  for (uint32_t place : tile.places) {
+    if (place != ~0u) may[place] = true;
+  }
+  for (size_t i = 0; i < matrix.size(); ++i) {
+    if (!may[i] && matrix[i] != untouched) return concat("value ", i, " of the matrix was stored over: ", matrix[i]);
+  }
+  return "";
+}
+
 // x[rows, K] and w[N, K] in whole numbers, so that sums in fp32 are exact.
 struct Factors {
   uint32_t rows, N, K;
@@ -142,6 +170,16 @@ inline bool run_dry() {
   tile[testing::swizzled_place(9, 17)] = 5;
   const std::string wrong_tile = tile_difference(tile, matrix, 200, 136, 0, 0);
   all &= holds(wrong_tile.find("value 17 of row 9") == 0, "a tile with a value that is wrong");
+
+  const StoredTile stored = stored_tile(200, 136, 128, 128);
+  std::vector<uint16_t> under(200 * 136, 7);
+  for (uint32_t place : stored.places) {
+    if (place != ~0u) under[place] = 0;
+  }
+  all &= holds(stored_over(stored, under, 7).empty(), "a tile that is stored where it should be");
+  under[128 * 136 + 127] = 6;
+  all &=
+      holds(stored_over(stored, under, 7) == "value 17535 of the matrix was stored over: 6", "a tile stored beside it");
 
   const Factors of = factors(Filled::AtRandom, 50, 128, 328);
   std::vector<float> y(kRows * 128);

@@ -315,11 +315,7 @@ TPK_KERNEL void write_and_copy(BulkArgs args) {
   __shared__ uint32_t late;
   const uint32_t t = threadIdx.x;
   uint32_t* const wrong = args.wrong + 3 * t;
-  if (t == 0) {
-    for (uint64_t& one : came) transaction_init(&one, 1);
-    transaction_init_done();
-    late = 0;
-  }
+  if (t == 0) transaction_init(&came[0], 1), transaction_init(&came[1], 1), transaction_init_done(), late = 0;
   __syncthreads();
   for (uint32_t round = 1; round <= args.rounds && late == 0; ++round) {
     if (blockIdx.x == 1) {
@@ -344,6 +340,57 @@ TPK_KERNEL void write_and_copy(BulkArgs args) {
       if (late == 0 && got != expected && wrong[0] == 0) wrong[0] = round + 1, wrong[1] = expected, wrong[2] = got;
     }
     __syncthreads();
+  }
+  __syncthreads();
+  if (late != 0) wrong[0] = ~0u;
+}
+
+// ---- tiles that are stored ------------------------------------------------------------------------------------------
+
+struct StoreArgs {
+  TensorMap map;
+  const uint16_t* image;   // 128 rows of 128 bytes as they are to lie in shared memory
+  const uint32_t* places;  // of each value of it in the matrix of the map, or ~0
+  const uint16_t* matrix;
+  uint32_t *stored, *seen;  // the last round of each block
+  uint32_t* wrong;          // for every thread: 1 + the round, expected, got; round ~0: nobody came
+  uint32_t rounds;
+  int32_t column, row;
+};
+
+// Block 0 writes a tile to shared memory, stores it and raises a flag; block 1 reads the matrix by ordinary loads.
+TPK_KERNEL void store_and_read(const __grid_constant__ StoreArgs args) {
+  TPK_DYNAMIC_SHARED(char, dynamic);
+  __shared__ uint32_t late;
+  uint16_t* const tile = reinterpret_cast<uint16_t*>(pattern_start(dynamic));
+  const uint32_t t = threadIdx.x;
+  uint32_t* const wrong = args.wrong + 3 * t;
+  if (t == 0) late = 0;
+  __syncthreads();
+  for (uint32_t round = 1; round <= args.rounds && late == 0; ++round) {
+    const uint32_t added = round % 8 * 8192;
+    if (blockIdx.x == 0) {
+      for (uint32_t i = t; i < 128 * 64; i += blockDim.x) tile[i] = static_cast<uint16_t>(args.image[i] + added);
+      fence_async_shared();
+      __syncthreads();
+      if (t == 0) {
+        store_tile(&args.map, tile, args.column, args.row);
+        stores_commit(), stores_wait<0>();
+        store_release_gpu(args.stored, round);
+        if (!comes([&] { return load_acquire_sys(args.seen) == round; })) late = 1;
+      }
+      __syncthreads();
+      continue;
+    }
+    if (t == 0 && !comes([&] { return load_acquire_sys(args.stored) == round; })) late = 1;
+    __syncthreads();
+    for (uint32_t i = t; i < 128 * 64 && late == 0; i += blockDim.x) {
+      if (args.places[i] == ~0u) continue;
+      const uint32_t got = args.matrix[args.places[i]], expected = (args.image[i] + added) & 0xffff;
+      if (got != expected && wrong[0] == 0) wrong[0] = round + 1, wrong[1] = expected, wrong[2] = got;
+    }
+    __syncthreads();
+    if (t == 0) store_release_gpu(args.seen, round);
   }
   __syncthreads();
   if (late != 0) wrong[0] = ~0u;

@@ -36,6 +36,10 @@ inline void load_bytes(void* to, const void* from, uint32_t bytes, uint64_t* bar
 inline void store_bytes(void* to, const void* from, uint32_t bytes, Where where = Where::current()) {
   emu::store_bytes(to, from, bytes, where);
 }
+inline void store_tile(const TensorMap* map, const void* from, int32_t column, int32_t row,
+                       Where where = Where::current()) {
+  emu::store_tile(map, from, column, row, where);
+}
 inline void stores_commit() { emu::stores_commit(); }
 template <int n>
 void stores_wait_read(Where where = Where::current()) {
