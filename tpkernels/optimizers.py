@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, optim
+from torch.compiler import is_compiling
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tpkernels import ops
 from tpkernels.comm.group import Group, find
@@ -41,6 +44,9 @@ ABOUT_STATE = {"add_param_group", "load_state_dict", "state_dict", "zero_grad"}
 
 PLACES = "tpk_places"
 """The key of a state dict under which it says whose shards it holds."""
+
+replaced: Any = WeakIdKeyDictionary()
+"""The full parameters, of those that somebody still holds, whose place shards have taken in their model."""
 
 _Cut = tuple[Tensor, ShardInfo, Group]
 _wrapped: set[type[optim.Optimizer]] = set()
@@ -105,6 +111,19 @@ def watch_optimizers() -> None:
         return found
 
     optim.Optimizer.state_dict = state_dict  # type: ignore[method-assign]
+    register_optimizer_step_pre_hook(_refuse_replaced)
+
+
+def _refuse_replaced(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise ValueError where an optimizer was made before its model was cut: it would step what no model holds."""
+    if not len(replaced) or is_compiling():
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if stale := sum(p in replaced for p in parameters):
+        raise ValueError(
+            f"{type(optimizer).__name__}.step: {stale} of its {len(parameters)} parameters are full ones whose place "
+            f"in the model shards have taken: make the optimizer after parallelize, of the parameters of then"
+        )
 
 
 def _places(optimizer: optim.Optimizer) -> list[tuple[int, int] | None]:

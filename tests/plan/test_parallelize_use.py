@@ -175,6 +175,33 @@ def parameters_are_reached_by_their_names(group: Group) -> None:
         compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], f"frozen norms, {options}")
 
 
+def shrink_gradient(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.75)
+
+
+def parameters_keep_what_they_had(group: Group) -> None:
+    """Attributes, hooks and gradients from before the cut; an optimizer from before it would train nothing."""
+    whole, cut = tiny("llama"), tiny("llama")
+    for model in (whole, cut):
+        for name, parameter in model.named_parameters():
+            parameter.no_decay = "mlp" in name  # type: ignore[attr-defined]
+            parameter.requires_grad_("k_proj" not in name)
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: 2 * gradient)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(shrink_gradient)  # type: ignore[no-untyped-call]
+        loss_of(model).backward()
+    early = torch.optim.SGD(cut.parameters(), lr=0.1)
+    parallelize(cut, group=group)
+    assert all(p.no_decay == ("mlp" in name) for name, p in cut.named_parameters())  # type: ignore[attr-defined]
+    for optimizer in (early, torch.optim.Adam(early.param_groups[0]["params"])):
+        with pytest.raises(
+            ValueError, match=r"16 of its 21 parameters are full .*: make the optimizer after parallelize"
+        ):
+            optimizer.step()
+    compare_steps(cut, whole, [loss_of(whole), loss_of(cut)], "what parameters had before")
+
+
 def all_of_it_follows_to_another_group(folder: str) -> None:
     """The group it was cut over is closed; nothing of the model may hold on to it, nor of a copy."""
     options: list[dict[str, Any]] = [{"sequence_parallel": True}, {"gather_logits": False}]
@@ -254,6 +281,7 @@ def uses(folder: str) -> None:
         meta_models_are_cut_and_filled_by_their_shard_info(group)
         save_pretrained_saves_the_whole_model(group, folder)
         parameters_are_reached_by_their_names(group)
+        parameters_keep_what_they_had(group)
     all_of_it_follows_to_another_group(folder)
 
 

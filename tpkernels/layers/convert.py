@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from tpkernels.comm.group import Group
 from tpkernels.errors import PlanError
+from tpkernels.optimizers import replaced
 
 from .base import Cut, ParallelModule
 from .functions import sum_gradient
@@ -93,6 +94,21 @@ def _new(original: type[nn.Module], layer: type[ParallelModule], summed: tuple[s
     return made.__new__(made)
 
 
+def _in_place_of(full: nn.Parameter, module: ConvertedModule, cut: Cut) -> nn.Parameter:
+    """Return a parameter with this rank's shard, and with the attributes, hooks and gradient of the full one."""
+    local = module._local(full, cut)
+    vars(local).update(vars(full))
+    if full.requires_grad:
+        for hook in (full._backward_hooks or {}).values():
+            local.register_hook(hook)  # type: ignore[no-untyped-call]
+        for hook in (full._post_accumulate_grad_hooks or {}).values():
+            local.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    if full.grad is not None:
+        local.grad = module._info(cut).part(full.grad).clone()
+    replaced[full] = True
+    return local
+
+
 class Tied:
     """The parameters of a model that several modules hold, so that they are one parameter after the conversion, too."""
 
@@ -141,7 +157,7 @@ class Tied:
             if cut != other:
                 raise PlanError(f"Plan: {name} of {type(module).__name__} is tied to a parameter that is cut otherwise")
             return local
-        local = full if cut is None else module._local(full, cut)
+        local = full if cut is None else _in_place_of(full, module, cut)
         if id(full) in self.ids:  # kept, so that no other parameter can get its id
             self._done[id(full)] = (full, local, cut)
         return local
