@@ -356,6 +356,7 @@ class LongAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (y(x).unflatten(-1, (-1, 4)).transpose(1, 2) for y in (self.q, self.k, self.v))
         scores = (q @ k.transpose(-2, -1)).flatten(0, 1)
+        v = torch.cat([x.new_zeros(0), v], -2)  # as an empty cache and the first values
         weights = torch.cat([scores, scores[..., :1]], -1).softmax(-1)[..., :-1].unflatten(0, (len(x), -1))
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 

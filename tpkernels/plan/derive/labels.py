@@ -193,11 +193,11 @@ def joined(labels: Sequence[Tensor], dim: int, *, new: bool) -> Tensor:
     if new:
         labels = [x.unsqueeze(dim) for x in labels]
     dims = labels[0].dim()
-    repeats = [1] * dims
-    if all(x.dim() == dims for x in labels):  # cat also takes the empty tensor of one dimension
-        for other in set(range(dims)) - {dim % dims}:
-            if labels[0].size(other) > 1 and all(x.stride(other) == 0 for x in labels):
-                repeats[other] = labels[0].size(other)
-                labels = [x.narrow(other, 0, 1) for x in labels]
-    found = torch.cat(tuple(labels), dim)
-    return found.expand([n if n > 1 else -1 for n in repeats])
+    if any(x.dim() != dims for x in labels):  # cat also takes the empty tensor of one dimension, as of a new cache
+        return torch.cat(tuple(labels), dim)
+    repeats = [-1] * dims
+    for other in set(range(dims)) - {dim % dims}:
+        if labels[0].size(other) > 1 and all(x.stride(other) == 0 for x in labels):
+            repeats[other] = labels[0].size(other)
+            labels = [x.narrow(other, 0, 1) for x in labels]
+    return torch.cat(tuple(labels), dim).expand(repeats)
