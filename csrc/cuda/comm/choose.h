@@ -59,8 +59,8 @@ struct PartsChoice {
 constexpr size_t kBytesPerBlock = size_t{16} << 10;
 // vLLM's custom all-reduce launches 36 of 512 threads: more contended for NVLink there. Not measured by us.
 constexpr int kUsualBlocks = 36;
-// Beside a product, which needs the multiprocessors: with 4 loads or more in flight for each of 512 threads 16 blocks
-// have 0.5 MB on the way, 200 to 300 GB/s at 2 us. A model, not measured.
+// Beside a product, which needs the multiprocessors: with 8 loads in flight for each of 512 threads, of a sum 4 to 7 of
+// them to peers, 16 blocks have 0.5 to 1 MB on the way, 230 to 450 GB/s at 2.3 us. A model, not measured.
 constexpr int kBlocksBeside = 16;
 // One-shot moves (R - 1) n bytes a rank after one wait, two-shot 2 (R - 1) / R n after two: equal traffic for R = 2.
 // The other limits are those of vLLM's custom all-reduce on NVLink. Not measured by us.

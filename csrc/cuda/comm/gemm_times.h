@@ -39,9 +39,9 @@ constexpr double kShareOfVendor = 0.75, kShareOfWide = 0.66, kShareOfNarrow = 0.
 // Bytes a microsecond. Memory: HBM3 of H100 SXM5, 3.35 TB/s (H200: 4.8). Link: NVLink 4, 450 GB/s each way, of which
 // NCCL's large collectives reach 0.8.
 constexpr double kMemoryRate = 3.35e6, kLinkRate = 0.8 * 450e3;
-// Of a block of a collective: 32 KiB of loads on their way (choose.h) for the 2 us that a load from a peer takes. Of
-// one that gathers for path fused: 64 KiB (tile_moves.cuh).
-constexpr double kBlockRate = 32768 / 2.0, kGatherRate = 65536 / 2.3;
+// Of a block that sums: 32 KiB of loads on their way to peers (choose.h) for the 2 us that such a load takes. Of one
+// that copies, for path fused or another: 64 KiB (vector.cuh, tile_moves.cuh).
+constexpr double kSumRate = 32768 / 2.0, kCopyRate = 65536 / 2.3;
 // Of a multiplying block that rounds a tile and stages it, while its tensor cores wait: 64 KiB in 1 us. A guess.
 constexpr double kTileStoreRate = 65536;
 // What a launch takes beside the kernel before it, a wait of all ranks for each other, and what orders two streams.
@@ -87,7 +87,8 @@ struct Estimate {
       slots = bytes / ranks();
     }
     const double pieces = std::max(std::ceil(slots / slot), 1.0);
-    const double rate = std::min(kLinkRate, choose_blocks(machine, forced, whole, beside) * kBlockRate);
+    const double of_block = kind == FusedKind::Gather ? kCopyRate : kSumRate;
+    const double rate = std::min(kLinkRate, choose_blocks(machine, forced, whole, beside) * of_block);
     return moved / rate + pieces * (kLaunch + waits * kWait);
   }
 
@@ -104,7 +105,7 @@ struct Estimate {
     const double products = std::max(std::ceil(tiles / plan.multiplying) * tile, product(ranks() * rows) - kLaunch);
 
     const double there = share_of_others() * ranks() * rows * row_bytes();  // out of this rank, or into it
-    const double brought = there / std::min(kLinkRate, plan.communicating * kGatherRate);
+    const double brought = there / std::min(kLinkRate, plan.communicating * kCopyRate);
     const FusedKind kind = fused_kind(gemm.op);
     const double moves = kind == FusedKind::Gather          ? brought
                          : kind == FusedKind::ReduceScatter ? there / kLinkRate
