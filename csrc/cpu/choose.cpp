@@ -1,9 +1,5 @@
 #include "choose.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,9 +17,7 @@ std::atomic<bool> onednn_available{false};
 
 Cpu found_cpu() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
-  return {__builtin_cpu_is("amd") != 0, __builtin_cpu_supports("avx512f") != 0, amx};
+  return {__builtin_cpu_is("amd") != 0, __builtin_cpu_supports("avx512f") != 0};
 #else
   return {};
 #endif
@@ -37,17 +31,6 @@ std::atomic<Cpu>& cpu() {
 bool is_for_gemv(const GemmShape& shape) {
   const bool has_path = shape.dtype == DType::F32 || shape.dtype == DType::BF16 || shape.dtype == DType::F16;
   return has_path && shape.M <= static_cast<int64_t>(kMostGemvRows) && !shape.is_empty();
-}
-
-// Whether our own product of few rows is the fastest. Against ATen, one core of Intel with AMX, 8 Ki to 16 Mi weights:
-// fp32 0.5 to 1.1 times as fast up to 3 rows and of few weights, 1.1 to 2.4 times from 4 rows and 400 Ki weights on;
-// bf16 1.04 to 5.6 times up to 5 rows, 0.7 to 1.0 times from 6 rows and 256 Ki weights on; fp16 1.5 to 5.4 times.
-bool is_gemv_fastest(const GemmShape& shape) {
-  constexpr int64_t kWeightsOfFp32 = int64_t{400} << 10, kWeightsOfBf16 = int64_t{256} << 10;
-  const Cpu here = cpu();
-  const int64_t weights = shape.N * shape.K;
-  if (shape.dtype == DType::F32) return here.amd || (shape.M > 3 && weights >= kWeightsOfFp32);
-  return !(here.amx && shape.dtype == DType::BF16 && shape.M > 5 && weights >= kWeightsOfBf16);
 }
 
 EngineChoice choose_for_fp32(const GemmShape& shape) {
@@ -95,9 +78,10 @@ EngineChoice choose_engine(const MeasuredEngines& measured, const GemmShape& sha
     }
     if (best != Engine::Count) return {best, nullptr, found};
   }
-  if (is_for_gemv(shape) && is_gemv_fastest(shape)) {
-    return {Engine::Gemv, "rule: at most eight rows, bound by the reading of weights", {}};
-  }
+  // Also where ATen is faster (Intel with AMX, one core: fp32 of 1 to 3 rows up to 1.9 times, bf16 of 6 to 8 rows up to
+  // 1.5 times): a row has the same bits in any number of rows, so that sequences have beside others those they have
+  // alone.
+  if (is_for_gemv(shape)) return {Engine::Gemv, "rule: at most eight rows, bound by the reading of weights", {}};
   if (shape.dtype == DType::F32) return choose_for_fp32(shape);
   return {Engine::Aten, "rule: many rows of 16 bits; aten calls oneDNN itself where it can", {}};
 }

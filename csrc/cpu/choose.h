@@ -17,10 +17,9 @@
 namespace tpk {
 
 // All that the rule of engines depends on beside the shape.
-struct alignas(4) Cpu {  // of 4 bytes: an atomic without a lock
-  bool amd = false;      // else MKL, which ATen calls in fp32, is at its best
-  bool avx512 = false;   // avx512f
-  bool amx = false;      // amx_bf16, which ATen's oneDNN multiplies with
+struct Cpu {
+  bool amd = false;     // else MKL, which ATen calls in fp32, is at its best
+  bool avx512 = false;  // avx512f
 };
 // Lets the rule decide as on another CPU; nullopt: as on this one again. For tests.
 void assume_cpu(std::optional<Cpu> other);

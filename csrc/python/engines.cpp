@@ -8,9 +8,7 @@ void add_engines(py::module_& m) {
   m.def(
       "set_onednn_available", [](bool available) { set_onednn_available(available && has_onednn_linear()); },
       py::arg("available"));
-  m.def(
-      "assume_cpu", [](bool amd, bool avx512, bool amx) { assume_cpu(Cpu{amd, avx512, amx}); }, py::arg("amd"),
-      py::arg("avx512"), py::arg("amx") = false);
+  m.def("assume_cpu", [](bool amd, bool avx512) { assume_cpu(Cpu{amd, avx512}); }, py::arg("amd"), py::arg("avx512"));
   m.def("forget_assumed_cpu", [] { assume_cpu(std::nullopt); });
 }
 

@@ -92,7 +92,6 @@ def test_one_line_counts_the_engines_of_a_model(kept: Path) -> None:
             RowParallelLinear(32, 16, group=group),
             nn.Linear(16, 4),
         )
-        model.bfloat16()  # of whose two rows the rule takes one engine on every CPU
         assert engines_line(model, 2) == "linears of 2 rows: 2 by gemv, chosen by the rule of sizes"
         assert engines_line(nn.Linear(2, 2), 2) == ""
     profile.write(Profile({Product("float32", 2, 16, 16): {"aten": 1.0, "gemv": 2.0}}), "local")
