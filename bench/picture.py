@@ -89,7 +89,9 @@ def draw(results: Path, path: Path, link: str = "1gbit") -> bool:
     rows = [row for row in kept.load(results) if "variant" in row]
     single = [row for row in rows if row.get("link") is None and row["op"] == "all_reduce"]
     linked = [
-        row for row in rows if row.get("link") == link and row["exposed_us"] is not None and row["dtype"] == "fp32"
+        row
+        for row in rows
+        if row.get("link") == link and row["exposed_us"] is not None and row["dtype"] == "fp32" and row["M"] is not None
     ]
     machines = kept.classes(single)
     if not machines:
