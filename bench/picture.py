@@ -41,8 +41,7 @@ def newest(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], Row]:
 
 def latency(axes: Axes, rows: Sequence[Row]) -> None:
     """One line for each program: median, whiskers from least to most."""
-    wanted = [r for r in rows if (r["op"], r["dtype"], r["R"]) == ("all_reduce", "fp32", 2) and r["codec"] == "none"]
-    found = newest([r for r in wanted if r["median_us"]], "variant", "bytes")
+    found = newest([r for r in rows if r["median_us"]], "variant", "bytes")
     sizes = sorted({nbytes for _, nbytes in found})
     for variant, (label, style) in LINES.items():
         mine = [found[variant, nbytes] for nbytes in sizes if (variant, nbytes) in found]
@@ -87,7 +86,8 @@ def exposed(axes: Axes, rows: Sequence[Row]) -> None:
 def draw(results: Path, path: Path, link: str = "1gbit") -> bool:
     """Draw both panels for each machine class; the right one only where links were measured. False: nothing to draw."""
     rows = [row for row in kept.load(results) if "variant" in row]
-    single = [row for row in rows if row.get("link") is None and row["op"] == "all_reduce"]
+    wanted = {"op": "all_reduce", "dtype": "fp32", "R": 2, "codec": "none", "link": None}
+    single = kept.select(rows, **wanted)
     linked = [
         row
         for row in rows
@@ -104,7 +104,8 @@ def draw(results: Path, path: Path, link: str = "1gbit") -> bool:
         for axes in right:
             over = [row for row in linked if row["machine"]["class"] == machine]
             exposed(axes, over) if over else axes.axis("off")
-    notes = [under(next(row for row in single if row["machine"]["class"] == machine)) for machine in machines]
+    latest = {row["machine"]["class"]: row for row in sorted(single, key=lambda row: str(row["date"]))}
+    notes = [under(latest[machine]) for machine in machines]
     width = 190 if linked else 95  # characters of this size beside each other
     sheet.supxlabel("\n".join(textwrap.fill(note, width) for note in notes), fontsize=6.5, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)

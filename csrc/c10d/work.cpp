@@ -106,9 +106,9 @@ bool WrittenBackWork::isCompleted() {
 }
 
 bool WrittenBackWork::wait(std::chrono::milliseconds timeout) {
-  work_->wait(timeout);
-  write_back();
-  return true;
+  const bool has_come = work_->wait(timeout);  // false: aborted
+  if (has_come) write_back();
+  return has_come;
 }
 
 bool CoalescedWork::isCompleted() {

@@ -64,6 +64,7 @@ class WrittenBackWork final : public c10d::Work {
       : c10d::Work(-1, c10d::OpType::RECV), work_(std::move(work)), write_back_(std::move(write_back)) {}
   bool isCompleted() override;
   bool wait(std::chrono::milliseconds timeout) override;
+  void abort() override { work_->abort(); }
   int sourceRank() const override { return work_->sourceRank(); }
 
  private:

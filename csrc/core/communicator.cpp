@@ -149,7 +149,7 @@ void Communicator::all_to_all(const CallSpec& spec, const Wire& wire, const void
   Turn(*this, spec.op).run([&] { do_all_to_all(spec, wire, in, out, send, receive); });
 }
 
-void Communicator::average_with_feedback(const CallSpec& spec, const Wire& wire, const Feedback& call) {
+void Communicator::average_with_feedback(const CallSpec& spec, const Wire& wire, const FeedbackAverage& call) {
   Turn(*this, spec.op).run([&] { do_average_with_feedback(spec, wire, call); });
 }
 
@@ -208,7 +208,7 @@ namespace {
 
 }  // namespace
 
-void Communicator::do_average_with_feedback(const CallSpec& spec, const Wire&, const Feedback&) {
+void Communicator::do_average_with_feedback(const CallSpec& spec, const Wire&, const FeedbackAverage&) {
   throw std::logic_error(concat("transport ", transport(), " has no ", name_of(spec.op)));
 }
 

@@ -69,7 +69,7 @@ struct Chunks {
 };
 
 // An average over the ranks with error feedback on both ways (tpkernels/data_parallel/feedback.py has the formula).
-struct Feedback {
+struct FeedbackAverage {
   const void* in;   // of the dtype of the wire
   float* residual;  // of every value
   float scale;      // 1 / R
@@ -117,9 +117,9 @@ class Communicator {
   virtual void all_to_all(const CallSpec& spec, const Wire& wire, const void* in, void* out, const Cut& send,
                           const Cut& receive);
   // Whether average_with_feedback may be called, the same on all ranks.
-  virtual bool has_feedback() const { return false; }
+  virtual bool averages_with_feedback() const { return false; }
   // The wire sums, and has a codec. Where the ranks disagree the residual is not changed.
-  void average_with_feedback(const CallSpec& spec, const Wire& wire, const Feedback& call);
+  void average_with_feedback(const CallSpec& spec, const Wire& wire, const FeedbackAverage& call);
   // `mine` of every rank, in rank order.
   virtual std::vector<int64_t> exchange(Op op, int64_t mine);
   // find_wire of wire.h.
@@ -211,7 +211,7 @@ class Communicator {
   virtual void do_all_gather(const CallSpec&, const Wire&, const void* in, void* out, const Cut&) = 0;
   virtual void do_all_to_all(const CallSpec&, const Wire&, const void* in, void* out, const Cut& send,
                              const Cut& receive);
-  virtual void do_average_with_feedback(const CallSpec&, const Wire&, const Feedback&);
+  virtual void do_average_with_feedback(const CallSpec&, const Wire&, const FeedbackAverage&);
   virtual std::vector<int64_t> do_exchange(const CallSpec&) = 0;
   virtual void do_all_reduce_beside(const CallSpec&, const Wire&, void* data, size_t n,
                                     const std::function<void()>& meanwhile);

@@ -123,19 +123,25 @@ PyObject* average_with_feedback(PyObject*, Arguments args, Py_ssize_t count) {
     const char* const name = PyUnicode_AsUTF8(args[3]);
     if (name == nullptr) throw py::error_already_set();
     const std::shared_ptr<Communicator> comm = find_communicator(name, name_of(op));
-    if (!comm->has_feedback()) return none();
+    if (!comm->averages_with_feedback()) return none();
     dlpack::View x, residual;
-    TPK_CHECK(is_plain(args[0], &x) && is_plain(args[1], &residual) && x.ndim == 1 && residual.ndim == 1 &&
-                  x.shape[0] == residual.shape[0] && dtype_of(residual.dtype) == DType::F32,
-              name_of(op),
-              ": flat and residual must be contiguous tensors of one dim and equally many values, residual "
-              "in float32");
+    TPK_CHECK(is_plain(args[0], &x) && is_plain(args[1], &residual), name_of(op),
+              ": flat and residual must be contiguous tensors on the CPU");
+    TPK_CHECK(x.ndim == 1 && residual.ndim == 1 && numel_of(x) == numel_of(residual), name_of(op),
+              ": flat and residual must have one dim and equally many values, got ", x.ndim, " dims with ", numel_of(x),
+              " values and ", residual.ndim, " with ", numel_of(residual));
+    TPK_CHECK(dtype_of(residual.dtype) == DType::F32, name_of(op), ": residual must be float32, got ",
+              name_of(dtype_of(residual.dtype)));
     const Wire* const wire = packing_of(x.dtype, args[2]);
-    TPK_CHECK(wire != nullptr, name_of(op), ": codec must pack float32, bfloat16 or float16, of which flat must be");
+    TPK_CHECK(wire != nullptr, name_of(op),
+              ": flat must have a dtype that the codec packs (float32, bfloat16, float16; ",
+              "none packs nothing), got ", name_of(dtype_of(x.dtype)), " and codec ",
+              py::repr(py::handle(args[2])).cast<std::string>());
     const size_t numel = numel_of(x);
     NewTensor out(x, 0, x.shape[0], numel * wire->value_bytes);
-    const Feedback call{data_of(x), reinterpret_cast<float*>(data_of(residual)),
-                        static_cast<float>(1.0 / comm->world_size()), out.data(), Cut::even(numel, comm->world_size())};
+    const FeedbackAverage call{data_of(x), reinterpret_cast<float*>(data_of(residual)),
+                               static_cast<float>(1.0 / comm->world_size()), out.data(),
+                               Cut::even(numel, comm->world_size())};
     {
       py::gil_scoped_release no_gil;
       comm->average_with_feedback({op, wire->dtype, wire->op, wire->codec, numel, 0, 0}, *wire, call);

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tpkernels import Group, RankMismatchError, ops
 from tpkernels.compress import CODECS
+from tpkernels.data_parallel import feedback
 from tpkernels.data_parallel.feedback import average_with_feedback
 from tpkernels.testing import run_ranks
 
@@ -89,3 +90,12 @@ def check_ranks_that_disagree_change_nothing() -> None:
 
 def test_ranks_that_disagree_change_nothing() -> None:
     run_ranks(check_ranks_that_disagree_change_nothing, 2)
+
+
+def test_the_stream_is_asked_for_groups_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on GPUs are registered in another module, where theirs would be taken for groups that were closed."""
+    with Group.open() as group:
+        monkeypatch.setattr(group, "is_cpu", False)
+        monkeypatch.setattr(feedback, "_stream", lambda *_: pytest.fail("asked"))
+        x = torch.ones(7)
+        same(average_with_feedback(x, torch.zeros(7), "fp16", group), x, "one rank")

@@ -16,7 +16,7 @@ from tpkernels.shard import part_sizes
 
 _stream: Callable[..., Any] = getattr(_C, "average_with_feedback", lambda *_: None)
 """The same over connections, in one stream of pieces with the same bits: packing and sums overlap with the link. None
-for other groups."""
+for other groups of the CPU; the module knows none of those on GPUs."""
 
 
 def average_with_feedback(flat: Tensor, residual: Tensor, codec: str, group: Group) -> Tensor:
@@ -43,8 +43,7 @@ def average_with_feedback(flat: Tensor, residual: Tensor, codec: str, group: Gro
     Source: error feedback on both sides, Tang et al. 2019 (DoubleSqueeze, arXiv:1905.05957).
     """
     R, rank = group.world_size, group.rank
-    average = _stream(flat, residual, codec, group.name)
-    if average is not None:
+    if group.is_cpu and (average := _stream(flat, residual, codec, group.name)) is not None:
         return average  # type: ignore[no-any-return]
     wire = ops.compress_parts(flat, codec, group=group, residual=residual, scale=1.0 / R)
     if R == 1:

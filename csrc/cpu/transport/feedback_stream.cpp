@@ -8,7 +8,7 @@ namespace tpk {
 
 // Of piece i each rank packs its values in all parts, sums those of its own part, and sends the sum to everyone. Sums
 // are sent kAhead pieces behind the contributions, and unpacked as many behind the sums.
-void stream_average_with_feedback(Stream& stream, const Feedback& call) {
+void stream_average_with_feedback(Stream& stream, const FeedbackAverage& call) {
   const Wire& wire = stream.wire;
   const Cut& cut = call.cut;
   const size_t ranks = stream.ranks(), me = stream.me();

@@ -151,7 +151,7 @@ void SocketCommunicator::send_all_gather(const CallSpec& spec, const Wire& wire,
   count_wait(now_nanoseconds() - started);
 }
 
-void SocketCommunicator::do_average_with_feedback(const CallSpec& spec, const Wire& wire, const Feedback& call) {
+void SocketCommunicator::do_average_with_feedback(const CallSpec& spec, const Wire& wire, const FeedbackAverage& call) {
   open_call(spec);
   const uint64_t started = now_nanoseconds();
   stream(spec.op, wire, [&](Stream& stream) { stream_average_with_feedback(stream, call); });

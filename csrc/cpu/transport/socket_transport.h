@@ -22,7 +22,7 @@ class SocketCommunicator : public GroupCommunicator {
   ~SocketCommunicator() override;
 
   bool has_thread() const override { return true; }
-  bool has_feedback() const override { return true; }
+  bool averages_with_feedback() const override { return true; }
   bool sums_in_one_exchange(const Wire&, size_t n, bool scatters) const override;
   void let_thread_run() override {
     if (link_.is_busy()) link_.hand_over();
@@ -38,7 +38,7 @@ class SocketCommunicator : public GroupCommunicator {
   void do_all_gather_chunks(const CallSpec&, const Wire&, const void* in, void* out, const Cut&,
                             const std::vector<size_t>& ends, const std::function<void()>& meanwhile,
                             const std::function<void(size_t)>& use) override;
-  void do_average_with_feedback(const CallSpec&, const Wire&, const Feedback&) override;
+  void do_average_with_feedback(const CallSpec&, const Wire&, const FeedbackAverage&) override;
   void do_close() override;
   void do_abort() override { link_.abandon(); }
   void send_all_reduce(const CallSpec&, const Wire&, const Input& in, void* out, size_t n,

@@ -76,6 +76,6 @@ void stream_all_gather(Stream& stream, const Input& in, void* out, const Cut& cu
                        const std::function<void(size_t values)>& arrived);
 
 // The average over the ranks with error feedback: piece by piece of every part, contributions and sums.
-void stream_average_with_feedback(Stream& stream, const Feedback& call);
+void stream_average_with_feedback(Stream& stream, const FeedbackAverage& call);
 
 }  // namespace tpk
